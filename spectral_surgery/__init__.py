@@ -1,0 +1,1 @@
+"""Model surgery and checkpoint compression in the frequency domain."""

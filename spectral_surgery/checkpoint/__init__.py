@@ -1,0 +1,1 @@
+"""Checkpoint files: headers, bytes, manifests and work lists; nothing here builds a module."""

@@ -1,0 +1,32 @@
+"""The files beside the weights: configuration and tokenizer, copied as bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from spectral_surgery.checkpoint.index import CheckpointIndex
+
+CONFIG_FILE = "config.json"
+
+
+def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:
+    """Copy every file that holds no weights, and write the configuration.
+
+    Args:
+        index: the checkpoint they come from.
+        folder: where to.
+        config: new content of config.json, written when the checkpoint has one and it differs.
+        without: a file to leave out.
+    """
+    for name in index.other_files:
+        if str(name) == without:
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(index.root / name, target)
+    if index.config and config != index.config:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

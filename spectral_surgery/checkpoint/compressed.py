@@ -1,0 +1,97 @@
+"""A compressed checkpoint on disk: spectra by name, read part by part and checked against the manifest."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest, TensorRecord, read_manifest
+from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.errors import CheckpointError, LimitError
+from spectral_surgery.spectra.codec import EncodedSpectrum
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """Headers and manifest of a compressed folder; spectra are read when asked for."""
+
+    index: CheckpointIndex
+    manifest: Manifest
+
+    def part(self, name: str, part: int) -> EncodedSpectrum:
+        """One part of a compressed tensor, as frames.
+
+        Args:
+            name: tensor name in the manifest.
+            part: which of its parts.
+
+        Returns:
+            The encoded rows of that part.
+
+        Raises:
+            CheckpointError: when the stored bytes do not have their checksum.
+        """
+        record = self.manifest.tensors[name]
+        codes, offsets, steps = self._stored(name, record)
+        first = sum(p.frames for p in record.parts[:part])
+        here = record.parts[part]
+        ends = offsets[first : first + here.frames + 1]
+        data = memoryview(read_bytes(codes, ends[0], ends[-1]))
+        if zlib.crc32(data) != here.crc32:
+            raise CheckpointError(f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again.")
+        frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:], strict=False))
+        return EncodedSpectrum(
+            frames,
+            (here.rows[1] - here.rows[0], record.matrix[1]),
+            here.rows_per_frame,
+            steps[part, :-1].clone(),
+            float(steps[part, -1]),
+            record.basis(part),
+        )
+
+    def _stored(self, name: str, record: TensorRecord) -> tuple[TensorInfo, list[int], torch.Tensor]:
+        codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
+        offsets = read_tensor(frames).tolist()
+        if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise LimitError(f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again.")
+        steps = read_tensor(step)
+        if not bool(torch.isfinite(steps).all()):
+            raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
+        return codes, offsets, steps
+
+
+def open_compressed(folder: Path) -> CompressedCheckpoint:
+    """Open a compressed folder; reads headers and the manifest, and checks that they agree.
+
+    Args:
+        folder: written by compress.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says.
+    """
+    manifest = read_manifest(folder)
+    index = read_index(folder)
+    for name, record in manifest.tensors.items():
+        frames = sum(part.frames for part in record.parts)
+        columns = (1, record.matrix[1])
+        wanted = {"spectral_codes": ("U8", None), "spectral_frames": ("I64", {(frames + 1,)})}
+        wanted["spectral_step"] = ("F32", {(len(record.parts), count + 1) for count in columns})
+        for suffix, (dtype, shapes) in wanted.items():
+            info = index.tensors.get(f"{name}.{suffix}")
+            if info is None:
+                raise CheckpointError(f"{name}.{suffix}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
+            if info.dtype != dtype or (shapes is not None and info.shape not in shapes):
+                raise CheckpointError(
+                    f"{info.name}: is {info.dtype} {info.shape} and disagrees with the manifest; both must come from one run. Fetch both again."
+                )
+    for alias, name in manifest.aliases.items():
+        if name not in manifest.tensors and name not in index.tensors:
+            raise CheckpointError(f"{alias}: tied to {name}, which is missing; a complete folder is accepted. Fetch it again.")
+    return CompressedCheckpoint(index, manifest)

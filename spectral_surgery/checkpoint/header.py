@@ -1,0 +1,270 @@
+"""The header of one safetensors file, believed only after it was checked.
+
+A file is a little-endian u64 header length N, N bytes of JSON
+``{name: {dtype, shape, data_offsets}}`` and one block of data. Everything a header claims is
+compared with the size of the file before anything is allocated, so that the rest of the package can
+trust a `TensorInfo`. Other JSON that comes with a checkpoint is read with the same care.
+
+Source: the safetensors format (https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeGuard
+
+from spectral_surgery.errors import CheckpointError, LimitError
+
+HEADER_LIMIT = 100_000_000  # bytes, as in the reference reader
+MAX_RANK = 64
+METADATA_KEY = "__metadata__"
+
+# Bits of one element. The reference writer stores the last rows of this table first.
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8}
+    | {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+    | {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+    | {"C64": 64, "F64": 64, "I64": 64, "U64": 64}
+)
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_AGAIN = "Download or write it again."
+_LOOKALIKES: Mapping[bytes, str] = MappingProxyType(
+    {
+        b"version ": "a Git LFS pointer; the weights themselves are accepted. Run `git lfs pull`.",
+        b"PK\x03\x04": "a zip archive, as torch.save writes; safetensors is accepted. Convert it.",
+        b"GGUF": "a GGUF file; safetensors is accepted. Use the checkpoint it was made from.",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor.
+
+    Attributes:
+        name: its key in the checkpoint.
+        dtype: safetensors code, a key of DTYPE_BITS.
+        shape: sizes, in elements.
+        file: the file that holds it.
+        start: offset of its first byte from the beginning of the file.
+        nbytes: its size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one file.
+
+    Attributes:
+        tensors: by name, in header order; together they cover the data of the file exactly once.
+        metadata: its free text by key, empty without any.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file; its data is not touched.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The checked header.
+
+    Raises:
+        CheckpointError: when the header is damaged or disagrees with the size of the file.
+        LimitError: when it is longer than HEADER_LIMIT.
+    """
+    with reading(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = _header_length(file, stream.read(8), size)
+        raw = stream.read(length)
+    if not raw.startswith(b"{"):
+        raise CheckpointError(
+            f"{file}: not a safetensors file: its header begins with {raw[:8]!r};"
+            f" a JSON object is accepted. {_AGAIN}"
+        )
+    header = _parse_object(raw, f"{file}: the header")
+    metadata = _metadata(file, header.pop(METADATA_KEY, None))
+    data = 8 + length
+    tensors = {name: _tensor_info(file, name, entry, data, size) for name, entry in header.items()}
+    _check_layout(file, tensors.values(), data, size)
+    return Header(tensors, metadata)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object from a file of bounded size; repeated keys are refused.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The parsed object.
+
+    Raises:
+        CheckpointError: when it cannot be read or is no JSON object.
+        LimitError: when it is larger than HEADER_LIMIT.
+    """
+    with reading(path), path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > HEADER_LIMIT:
+            raise LimitError(
+                f"{path}: {size} bytes; at most {HEADER_LIMIT} of JSON are accepted. {_AGAIN}"
+            )
+        raw = stream.read(HEADER_LIMIT)
+    return _parse_object(raw, f"{path}: the file")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError while reading ``path`` into a CheckpointError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}); readable files are accepted."
+            " Check the path and its permissions."
+        ) from error
+
+
+def named(values: Iterable[object], limit: int = 5) -> str:
+    """The first few values for an error text, each shortened, and how many more there are."""
+    every = list(values)
+    shown = ", ".join(map(_short, every[:limit]))
+    return f"{shown} and {len(every) - limit} more" if len(every) > limit else shown
+
+
+def _short(value: object) -> str:
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = 120
+    return short.repr(value)
+
+
+def _parse_object(raw: bytes, where: str) -> dict[str, object]:
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON ({error}). {_AGAIN}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{where} is not a JSON object, which alone is accepted. {_AGAIN}")
+    return parsed
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {_short(key)} appears {count} times")
+    return found
+
+
+def _header_length(file: Path, prefix: bytes, size: int) -> int:
+    for magic, what in _LOOKALIKES.items():
+        if prefix.startswith(magic):
+            raise CheckpointError(f"{file}: {what}")
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file}: {size} bytes; a safetensors file has 8 at least. {_AGAIN}")
+    length = int.from_bytes(prefix, "little")
+    if length > HEADER_LIMIT:
+        raise LimitError(
+            f"{file}: damaged, or not a safetensors file: it claims a header of {length} bytes;"
+            f" at most {HEADER_LIMIT} are accepted. {_AGAIN}"
+        )
+    if length > size - 8:
+        raise CheckpointError(
+            f"{file}: truncated: it claims a header of {length} bytes and is {size} bytes in all;"
+            f" whole files are accepted. {_AGAIN}"
+        )
+    return length
+
+
+def _metadata(file: Path, metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
+        raise CheckpointError(
+            f"{file}: {METADATA_KEY} is {named([metadata])}; text by key is accepted. {_AGAIN}"
+        )
+    return metadata
+
+
+def _tensor_info(file: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: tensor {named([name])} {what}. {_AGAIN}")
+
+    if _SURROGATE.search(name):
+        raise damaged("has a name with half a surrogate pair; valid Unicode is accepted")
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise damaged(
+            f"is described by {named([entry])}; dtype, shape and data_offsets are accepted"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise damaged(f"has dtype {named([dtype])}; {', '.join(DTYPE_BITS)} are accepted")
+    if not _are_sizes(shape) or len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) >= 2**63:
+        raise damaged(
+            f"has shape {named([shape])}; up to {MAX_RANK} sizes with a product below 2**63 are"
+            " accepted"
+        )
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(
+            f"has data_offsets {named([offsets])}; a begin and an end not before it are accepted"
+        )
+    start, stop = data + offsets[0], data + offsets[1]
+    if stop > size:
+        raise damaged(f"ends at byte {stop} of a file of {size} bytes, which seems truncated")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise damaged(
+            f"has {stop - start} bytes; {dtype} of shape {named([shape])} takes {bits / 8:.15g}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, start, stop - start)
+
+
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+def _check_layout(file: Path, tensors: Iterable[TensorInfo], data: int, size: int) -> None:
+    end = data
+    for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
+        if info.start != end:
+            gap = info.start - end
+            what = f"leaves a hole of {gap} bytes after" if gap > 0 else f"overlaps {-gap} bytes of"
+            raise CheckpointError(
+                f"{file}: tensor {named([info.name])} {what} the data before it;"
+                f" one after the other is accepted. {_AGAIN}"
+            )
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{file}: {size - end} bytes follow the last tensor; none are accepted. {_AGAIN}"
+        )

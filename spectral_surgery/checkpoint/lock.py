@@ -1,0 +1,41 @@
+"""Who works in a folder: several shards together, or one process alone; a lock dies with its process."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectral_surgery.errors import CheckpointError
+
+LOCK_FILE = "lock"
+
+
+@contextmanager
+def hold(folder: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
+    """Hold a folder while working in it.
+
+    Args:
+        folder: where; when it is gone, somebody else has finished the work and nothing is held.
+        exclusive: alone, or together with others that do not ask for it alone.
+        wait: wait for others, or give up at once.
+
+    Raises:
+        CheckpointError: when others hold it and ``wait`` is false.
+    """
+    try:
+        lock = (folder / LOCK_FILE).open("ab")
+    except FileNotFoundError:
+        yield
+        return
+    with lock:
+        mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        try:
+            fcntl.flock(lock, mode if wait else mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder.name}: another process is working in it; one at a time is accepted. "
+                "Wait for it, or choose another output folder."
+            ) from None
+        yield

@@ -1,0 +1,164 @@
+"""Folders and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectral_surgery.errors import CheckpointError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing ``path``, a full disk above all, into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CheckpointError(
+                f"{path}: no space left on the disk; the output is incomplete."
+                " Free some space or choose another output."
+            ) from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); a writable place is accepted."
+            " Check permissions or choose another output."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that at any time either its old content is there or all of the new.
+
+    Args:
+        path: the file.
+        data: its new content.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing_to(path):
+        try:
+            fresh.write_bytes(data)
+            sync(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def partial_folder(out: Path, *, overwrite: bool) -> Path:
+    """Where unfinished output of ``out`` is kept; nothing is created.
+
+    Args:
+        out: the folder to publish in the end.
+        overwrite: whether a folder with content may be replaced.
+
+    Returns:
+        ``<out>.partial``; of a link, beside the folder it leads to.
+
+    Raises:
+        CheckpointError: when ``out`` is a file, or a folder that may not or could not be replaced.
+    """
+    with writing_to(out):
+        final = out.resolve()
+        partial = final.with_name(f"{final.name}.partial")
+        for folder in (final, partial):
+            if folder.exists() and not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder}: is a file; a folder is accepted. Choose another output."
+                )
+        if final.is_mount():
+            raise CheckpointError(
+                f"{out}: is a mount point, which cannot be replaced; a folder below it is accepted."
+            )
+        if not final.is_dir() or not any(final.iterdir()):
+            return partial
+        if not overwrite:
+            raise CheckpointError(
+                f"{out}: is not empty; a new or empty folder is accepted."
+                " Use --overwrite to replace it."
+            )
+        if any(home.resolve().is_relative_to(final) for home in (Path.cwd(), Path.home())):
+            raise CheckpointError(
+                f"{out}: holds the current or the home folder, which --overwrite does not replace;"
+                " any other folder is accepted."
+            )
+    return partial
+
+
+@contextmanager
+def publishing(out: Path, *, overwrite: bool, keep_partial: bool = False) -> Iterator[Path]:
+    """Build a folder aside, and put it in place when the block ends without an exception.
+
+    Args:
+        out: the folder to publish; missing parents are created.
+        overwrite: replace a folder with content. It stays until the new one is complete and on
+            the disk, and comes back if that cannot be put in place.
+        keep_partial: go on from what an earlier attempt left in ``<out>.partial``, and leave it
+            there again on an exception; otherwise it is removed in both cases.
+
+    Yields:
+        ``<out>.partial``, to write into.
+
+    Raises:
+        CheckpointError: as `partial_folder`, and when writing or publishing fails. What was
+            complete and could not be put in place is kept.
+    """
+    partial = partial_folder(out, overwrite=overwrite)
+    done = False
+    try:
+        with writing_to(out):
+            if partial.exists() and not keep_partial:
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        done = True
+    finally:
+        if not (done or keep_partial):
+            shutil.rmtree(partial, ignore_errors=True)
+    _publish(partial, out.resolve(), overwrite=overwrite)
+
+
+def _publish(partial: Path, out: Path, *, overwrite: bool) -> None:
+    try:
+        if overwrite and out.exists():
+            _exchange(partial, out)
+        else:
+            partial.rename(out)  # replaces an empty folder, refuses any other
+        sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be put in place ({error}); the finished output is kept in {partial}."
+            " Rename that yourself."
+        ) from error
+
+
+def _exchange(partial: Path, out: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent))
+    old = aside / out.name
+    try:
+        out.rename(old)
+        partial.rename(out)
+    finally:
+        if not out.exists():
+            old.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)

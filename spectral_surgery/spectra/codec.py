@@ -1,0 +1,335 @@
+"""A matrix to its stored form and back: transform, choose, quantise, code, verify, one frame at a time.
+
+A frame is a whole number of rows of tiles with at least 2^18 coefficients, so that the tables of the entropy coder
+cost nothing, and it decodes alone. Every step works on one frame with one thread, hence the bytes do not depend on how many
+threads or processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
+from spectral_surgery.spectra.coding import choose_layout, decode_frame, encode_frame
+from spectral_surgery.spectra.parallel import parallel_map
+from spectral_surgery.spectra.quantized import QuantizedSpectrum, code_dtype, dequantize, quantize, reconstruction
+from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
+from spectral_surgery.transforms import TRANSFORMS, tiles
+
+FloatArray = npt.NDArray[np.float32]
+
+FRAME_SIZE = 1 << 18  # coefficients: smaller frames pay for their tables, larger ones delay the first row
+_SAMPLE = 1 << 17
+_ATTEMPTS = 6
+_BITS_TOLERANCE = 0.004
+_EXPECTED_OVERHEAD = 1.014
+_SMALLEST = 1e-30  # float32 has no headroom for the squares and reciprocals of smaller numbers
+_AUTO_MARGIN = 0.99  # another transform must leave 1 % less error (or bits) than the default
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The transform of a matrix: name in TRANSFORMS, tile side, transformed axes (0 for O, 1 for I)."""
+
+    transform: str = "dct"
+    tile: int = 64
+    axes: tuple[int, ...] = (0, 1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[rows, I] any float type to [rows, I] float32 coefficients; rows start on a tile boundary."""
+        return tiles.forward(rows.to(torch.float32), TRANSFORMS[self.transform], self.tile, self.axes)
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Inverse of `forward`."""
+        return tiles.inverse(coefficients, TRANSFORMS[self.transform], self.tile, self.axes)
+
+
+@dataclass(frozen=True)
+class EncodedSpectrum:
+    """The stored form of one matrix.
+
+    Attributes:
+        frames: encoded frames, each of ``rows_per_frame`` rows (the last one may have fewer).
+        shape: (O, I).
+        rows_per_frame: rows of a frame, a multiple of the tile.
+        step: reconstruction step, see QuantizedSpectrum.
+        offset: reconstruction offset, in steps.
+        basis: transform, tile and axes.
+    """
+
+    frames: tuple[bytes | memoryview, ...]
+    shape: tuple[int, int]
+    rows_per_frame: int
+    step: Tensor
+    offset: float
+    basis: Basis
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the frames, their 64-bit offsets, the steps and the offset."""
+        return sum(map(len, self.frames)) + 8 * len(self.frames) + 4 * (self.step.numel() + 1)
+
+    def codes(self, frame: int) -> Tensor:
+        """[rows, I] codes of one frame."""
+        start, stop = frame_spans(self.shape[0], self.rows_per_frame)[frame]
+        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1])
+        return torch.from_numpy(flat).reshape(stop - start, self.shape[1])
+
+    def decode(self) -> QuantizedSpectrum:
+        """Every frame decoded, as one spectrum of codes."""
+        parts = [self.codes(i) for i in range(len(self.frames))]
+        widest = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+        codes = torch.cat([p.to(widest) for p in parts])
+        return QuantizedSpectrum(codes, self.step, self.offset, self.basis.transform, self.basis.tile, self.basis.axes)
+
+    def dense_frame(self, frame: int) -> Tensor:
+        """[rows, I] float32 rows of the matrix that one frame holds."""
+        return self.basis.inverse(dequantize(self.codes(frame), self.step, self.offset))
+
+    def to_dense(self, *, threads: int = 1) -> Tensor:
+        """The matrix: [O, I] float32."""
+        return torch.cat(parallel_map(self.dense_frame, range(len(self.frames)), threads))
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What an encoding cost and what it left; sums, so that the reports of several matrices add up.
+
+    Attributes:
+        weights: number of weights.
+        stored_bytes: see EncodedSpectrum.
+        kept: non-zero coefficients.
+        energy: squared norm of the matrix.
+        error_energy: squared norm of what is lost, measured on the decoded frames.
+        stored_energy: squared norm of the decoded matrix.
+    """
+
+    weights: int
+    stored_bytes: int
+    kept: int
+    energy: float
+    error_energy: float
+    stored_energy: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, every byte counted."""
+        return 8 * self.stored_bytes / max(self.weights, 1)
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the error over that of the matrix; 0 for a zero matrix."""
+        return float(np.sqrt(self.error_energy / self.energy)) if self.energy else 0.0
+
+    @property
+    def density(self) -> float:
+        """Fraction of coefficients kept."""
+        return self.kept / max(self.weights, 1)
+
+    def __add__(self, other: EncodingReport) -> EncodingReport:
+        """Report of two matrices together."""
+        return EncodingReport(
+            self.weights + other.weights,
+            self.stored_bytes + other.stored_bytes,
+            self.kept + other.kept,
+            self.energy + other.energy,
+            self.error_energy + other.error_energy,
+            self.stored_energy + other.stored_energy,
+        )
+
+
+def encode(
+    weight: Tensor, target: Target, basis: Basis | None = None, *, threads: int = 1
+) -> tuple[EncodedSpectrum, EncodingReport]:
+    """Compress a matrix, and measure the result by decoding it.
+
+    Args:
+        weight: [O, I] of any floating type, finite.
+        target: density, bits or error asked for.
+        basis: transform, tile and axes; the default is DCT tiles of 64 along both axes.
+        threads: frames worked on at once; the result does not depend on it.
+
+    Returns:
+        The encoded matrix and the measured report. A target in bits is met within half a percent; an error target is never
+        exceeded.
+
+    Raises:
+        ShapeError: when the weight is not a non-empty matrix.
+        ConfigError: when it is not floating, not finite, or all its magnitudes are below 1e-30.
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise ShapeError(f"encode: weight is {tuple(weight.shape)}; a non-empty [O, I] matrix is accepted.")
+    if not weight.is_floating_point():
+        raise ConfigError(f"encode: weight is {weight.dtype}; a floating type is accepted.")
+    basis = basis or Basis()
+    height = rows_per_frame(weight.shape[1], basis.tile)
+    spans = frame_spans(weight.shape[0], height)
+    spectrum = _Spectrum(
+        parallel_map(lambda span: basis.forward(weight[slice(*span)]), spans, threads), height, basis, threads
+    )
+    return _search(spectrum, target)
+
+
+def choose_basis(weight: Tensor, target: Target, candidates: Sequence[Basis]) -> Basis:
+    """The candidate that leaves the least error at the asked rate (or costs the fewest bits at the asked error).
+
+    Args:
+        weight: [O, I]; rows of tiles are sampled evenly, at most 2^20 weights.
+        target: as for `encode`.
+        candidates: the first one is kept unless another is better by more than 1 %.
+
+    Returns:
+        The winner.
+    """
+    spans = frame_spans(weight.shape[0], candidates[0].tile)
+    some = spans[:: max(1, weight.numel() // (1 << 20))]
+    best, best_cost = candidates[0], float("inf")
+    for basis in candidates:
+        sample = torch.cat([basis.forward(weight[slice(*span)]).reshape(-1) for span in some])
+        cost = _cost(Magnitudes(sample.numpy()), target)
+        if cost < best_cost * (_AUTO_MARGIN if basis is not candidates[0] else 1):
+            best, best_cost = basis, cost
+    return best
+
+
+def _cost(magnitudes: Magnitudes, target: Target) -> float:
+    if not magnitudes.rms:
+        return 0.0
+    if target.kind == "max_error":
+        return magnitudes.estimate(for_error(magnitudes, target.value)).entropy
+    if target.kind == "bits":
+        return magnitudes.estimate(for_bits(magnitudes, target.value)).distortion ** 0.5
+    return magnitudes.estimate(for_density(magnitudes, magnitudes.quantile(target.value))).distortion ** 0.5
+
+
+def frame_spans(rows: int, rows_per_frame: int) -> list[tuple[int, int]]:
+    """Row ranges of the frames of a matrix."""
+    return [(start, min(start + rows_per_frame, rows)) for start in range(0, rows, rows_per_frame)]
+
+
+def rows_per_frame(columns: int, tile: int) -> int:
+    """Rows of a frame: whole tiles, with at least FRAME_SIZE coefficients."""
+    return tile * -(-FRAME_SIZE // (columns * tile))
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    coefficients: list[Tensor]  # [rows, I] float32 per frame
+    rows_per_frame: int
+    basis: Basis
+    threads: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(c.shape[0] for c in self.coefficients), self.coefficients[0].shape[1]
+
+
+def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, EncodingReport]:
+    peak = max(parallel_map(lambda c: float(c.abs().max()), spectrum.coefficients, spectrum.threads))
+    if not np.isfinite(peak):
+        raise ConfigError("encode: weight has NaN or infinite values (or overflows float32); finite values are accepted.")
+    if 0 < peak < _SMALLEST:
+        raise ConfigError(f"encode: all magnitudes are below {_SMALLEST:g}; larger ones are accepted. Rescale or exclude it.")
+    if not peak:
+        return _encode(spectrum, Quantizer(1.0, 1.0), peak)
+    magnitudes = Magnitudes(_sample(spectrum.coefficients))
+    if target.kind == "density":
+        threshold = _exact_threshold(spectrum, magnitudes, target.value)
+        return _encode(spectrum, for_density(magnitudes, threshold), peak)
+    if target.kind == "bits":
+        return _search_bits(spectrum, magnitudes, target.value, peak)
+    goal = target.value
+    for _ in range(_ATTEMPTS):
+        encoded, report = _encode(spectrum, for_error(magnitudes, goal), peak)
+        if report.relative_error <= target.value:
+            break
+        goal *= 0.998 * target.value / report.relative_error
+    return encoded, report
+
+
+def _search_bits(
+    spectrum: _Spectrum, magnitudes: Magnitudes, bits: float, peak: float
+) -> tuple[EncodedSpectrum, EncodingReport]:
+    goal = bits / _EXPECTED_OVERHEAD
+    pilot = replace(spectrum, coefficients=spectrum.coefficients[:: len(spectrum.coefficients) // 4 or 1])
+    for _ in range(_ATTEMPTS if len(spectrum.coefficients) > 8 else 0):
+        ratio = _encode(pilot, for_bits(magnitudes, goal), peak)[1].bits_per_weight / bits
+        goal /= ratio
+        if abs(ratio - 1) <= _BITS_TOLERANCE:
+            break
+    closest = float("inf")
+    for _ in range(_ATTEMPTS):
+        candidate = _encode(spectrum, for_bits(magnitudes, goal), peak)
+        ratio = candidate[1].bits_per_weight / bits
+        if abs(ratio - 1) < closest:
+            best, closest = candidate, abs(ratio - 1)
+        if closest <= _BITS_TOLERANCE:
+            break
+        goal /= ratio
+    return best
+
+
+def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[EncodedSpectrum, EncodingReport]:
+    frames, threads = spectrum.coefficients, spectrum.threads
+    dtype = code_dtype(peak, quantizer)
+    quantised = parallel_map(lambda c: quantize(c, quantizer, dtype), frames, threads)
+    moments = reduce(add, (m for _, m in quantised))
+    largest = max(int(codes.abs().max()) for codes, _ in quantised)
+    step, offset = reconstruction(moments, largest)
+    flat = [codes.reshape(-1).numpy() for codes, _ in quantised]
+    layout = choose_layout(flat[len(flat) // 2])
+    encoded = EncodedSpectrum(
+        tuple(parallel_map(lambda codes: encode_frame(codes, layout), flat, threads)),
+        spectrum.shape,
+        spectrum.rows_per_frame,
+        torch.tensor([step]),
+        offset,
+        spectrum.basis,
+    )
+
+    def verify(frame: int) -> tuple[float, float, float]:
+        codes = encoded.codes(frame)
+        if not torch.equal(codes, quantised[frame][0]):
+            raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")
+        values = dequantize(codes, encoded.step, encoded.offset)
+        return _energy(frames[frame]), _energy(frames[frame] - values), _energy(values)
+
+    energies = parallel_map(verify, range(len(frames)), threads)
+    totals = [sum(column) for column in zip(*energies, strict=True)]
+    report = EncodingReport(spectrum.shape[0] * spectrum.shape[1], encoded.stored_bytes, int(moments.kept), *totals)
+    return encoded, report
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def _sample(frames: list[Tensor]) -> FloatArray:
+    stride = max(1, sum(f.numel() for f in frames) // _SAMPLE) | 1  # odd: does not resonate with tiles
+    return np.concatenate([f.reshape(-1)[::stride].numpy() for f in frames])
+
+
+def _exact_threshold(spectrum: _Spectrum, magnitudes: Magnitudes, density: float) -> float:
+    frames = spectrum.coefficients
+    keep = max(1, round(density * sum(f.numel() for f in frames)))
+    low = magnitudes.quantile(min(1.0, density + 0.01)) if density < 0.99 else 0.0
+    high = magnitudes.quantile(max(0.0, density - 0.01)) if density > 0.01 else float("inf")
+    for bracket in ((low, high), (0.0, float("inf"))):
+        inside, above = [], 0
+        for frame in frames:
+            magnitude = frame.abs().reshape(-1).numpy()
+            above += int(np.count_nonzero(magnitude >= bracket[1]))
+            inside.append(magnitude[(magnitude >= bracket[0]) & (magnitude < bracket[1])])
+        values = np.concatenate(inside)
+        if above < keep <= above + values.size:
+            break
+    place = values.size - (keep - above)
+    return float(np.partition(values, place)[place])

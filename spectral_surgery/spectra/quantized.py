@@ -1,0 +1,165 @@
+"""A spectrum as integer codes: what is stored, and what compressed layers multiply with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import ShapeError
+from spectral_surgery.spectra.select import Quantizer
+from spectral_surgery.transforms import TRANSFORMS, tiles
+
+INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class QuantizedSpectrum:
+    """Integer codes of the spectrum of a matrix, in matrix order.
+
+    A coefficient is ``sign(q) * (|q| + offset) * step``. The offset puts reconstruction points at centroids. It is a
+    multiple of ``1 / grid``, so that a spectrum with ``grid > 0`` is exactly an int8 matrix times ``step / grid``.
+
+    Attributes:
+        codes: [O, I] int8, int16 or int32.
+        step: [1] float32, or [I] float32 for one step per column.
+        offset: shift of the reconstruction points, in steps.
+        transform: name in TRANSFORMS.
+        tile: side of the tiles.
+        axes: transformed axes, 0 for O and 1 for I.
+    """
+
+    codes: Tensor
+    step: Tensor
+    offset: float
+    transform: str
+    tile: int
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def coefficients(self) -> Tensor:
+        """The spectrum itself: [O, I] float32."""
+        return dequantize(self.codes, self.step, self.offset)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix: [O, I], inverse-transformed in float32 and cast once."""
+        dense = tiles.inverse(self.coefficients(), TRANSFORMS[self.transform], self.tile, self.axes)
+        return dense.to(dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``start`` to ``stop`` of `to_dense`, from the rows of tiles that hold them: [stop - start, I].
+
+        Raises:
+            ShapeError: when the rows are not within the matrix.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ShapeError(f"rows: {start}:{stop} of {self.shape[0]} rows; 0 <= start <= stop <= rows is accepted.")
+        first = start // self.tile * self.tile
+        last = min(-(-stop // self.tile) * self.tile, self.shape[0])
+        part = dequantize(self.codes[first:last], self.step, self.offset)
+        dense = tiles.inverse(part, TRANSFORMS[self.transform], self.tile, self.axes)
+        return dense[start - first : stop - first].to(dtype)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the kept coefficients of a matrix that fix its reconstruction points; they add over its parts."""
+
+    kept: float
+    level: float
+    level_square: float
+    product: float
+    magnitude: float
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of two parts together."""
+        return Moments(
+            self.kept + other.kept,
+            self.level + other.level,
+            self.level_square + other.level_square,
+            self.product + other.product,
+            self.magnitude + other.magnitude,
+        )
+
+
+def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
+    """Codes to coefficients: [O, I] integers to [O, I] float32."""
+    values = codes.to(torch.float32)
+    if offset:
+        values += torch.sign(values) * offset
+    return values.mul_(step)
+
+
+def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> tuple[Tensor, Moments]:
+    """Coefficients to codes.
+
+    Args:
+        coefficients: [O, I] float32.
+        quantizer: dead zone and step.
+        dtype: int8, int16 or int32, wide enough for the largest code.
+
+    Returns:
+        [O, I] codes, and the sums needed to place reconstruction points.
+    """
+    magnitude = coefficients.abs()
+    level = magnitude - quantizer.dead_zone
+    level.mul_(1 / quantizer.step).floor_().add_(1).clamp_(0, torch.iinfo(dtype).max)
+    kept = (level > 0).to(torch.float32)
+    flat_level, flat_magnitude = level.reshape(-1), magnitude.reshape(-1)
+    moments = Moments(
+        float(kept.sum()),
+        float(level.sum()),
+        float(torch.dot(flat_level, flat_level)),
+        float(torch.dot(flat_level, flat_magnitude)),
+        float(torch.dot(kept.reshape(-1), flat_magnitude)),
+    )
+    return torch.copysign(level, coefficients).to(dtype), moments
+
+
+def code_dtype(peak: float, quantizer: Quantizer) -> torch.dtype:
+    """Narrowest integer type for the codes of coefficients up to ``peak``."""
+    largest = (peak - quantizer.dead_zone) / quantizer.step + 2  # one spare for rounding
+    for dtype in (torch.int8, torch.int16):
+        if largest <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32
+
+
+def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
+    """Step and offset of the least-squares line through the centroids of all levels.
+
+    Args:
+        moments: sums over the kept coefficients.
+        largest: largest code.
+
+    Returns:
+        (step, offset); the offset is a multiple of ``1 / grid(largest, offset)``, zero where codes exceed int8.
+    """
+    if not moments.kept:
+        return 1.0, 0.0
+    spread = moments.level_square * moments.kept - moments.level**2
+    offset = 0.0
+    if largest <= INT8_MAX:
+        if spread > 1e-9 * moments.level**2:
+            slope = (moments.product * moments.kept - moments.magnitude * moments.level) / spread
+            offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
+        offset = _snap(offset, largest)
+    numerator = moments.product + offset * moments.magnitude
+    denominator = moments.level_square + 2 * offset * moments.level + offset**2 * moments.kept
+    return numerator / denominator, offset
+
+
+def grid(largest: int, offset: float) -> int:
+    """Finest integer grid, in parts of a step, on which every reconstruction point fits int8; 0 when none does."""
+    return int(INT8_MAX / (largest + offset)) if largest + offset <= INT8_MAX else 0
+
+
+def _snap(offset: float, largest: int) -> float:
+    offset = min(offset, float(INT8_MAX - largest))
+    fine = grid(largest, max(offset, 0.0))
+    return round(offset * fine) / fine

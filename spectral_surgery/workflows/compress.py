@@ -1,0 +1,239 @@
+"""compress: a checkpoint to entropy-coded spectra, from files, one part at a time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+from spectral_surgery.checkpoint.companions import copy_companions
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
+from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
+from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
+from spectral_surgery.checkpoint.plan import CompressOptions, Plan, Unit, make_plan
+from spectral_surgery.checkpoint.units import Workshop, is_done, join, run_unit, work_key
+from spectral_surgery.checkpoint.writer import partial_folder, publishing, write_checkpoint, writing_to
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.workflows.progress import Progress, silent
+
+_UNITS = "units"
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What a compression did; ``to_json`` has the documented keys.
+
+    Attributes:
+        manifest: what was written.
+        copied: reason by name of tensors stored bit for bit.
+        input_bytes: weight files read.
+        output_bytes: weight files and manifest written.
+        seconds: wall time.
+        peak_rss_bytes: largest resident size of this process and its workers.
+        not_copied_files: files of other weight formats left out.
+    """
+
+    manifest: Manifest
+    copied: dict[str, str]
+    input_bytes: int
+    output_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    not_copied_files: tuple[str, ...] = field(default=())
+
+    @property
+    def compression_ratio(self) -> float:
+        """Input bytes over output bytes, the whole checkpoint and manifest counted."""
+        return self.input_bytes / self.output_bytes
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        total = self.manifest.report
+        return {
+            "bits_per_weight": total.bits_per_weight,
+            "compression_ratio": self.compression_ratio,
+            "relative_error": total.relative_error,
+            "density": total.density,
+            "tensors": [
+                {
+                    "name": name,
+                    "shape": list(record.shape),
+                    "bits_per_weight": record.report.bits_per_weight,
+                    "relative_error": record.report.relative_error,
+                    "density": record.report.density,
+                    "transform": "+".join(sorted({part.transform for part in record.parts})),
+                }
+                for name, record in self.manifest.tensors.items()
+            ],
+            "skipped": [{"name": name, "reason": reason} for name, reason in sorted(self.copied.items())],
+            "tied": self.manifest.aliases,
+            "files_left_out": list(self.not_copied_files),
+            "input_bytes": self.input_bytes,
+            "output_bytes": self.output_bytes,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def plan_compression(source: Path, options: CompressOptions) -> tuple[CheckpointIndex, Plan]:
+    """Read the headers of a checkpoint and decide what compressing it does; nothing is written.
+
+    Args:
+        source: a checkpoint folder or a .safetensors file.
+        options: what is asked.
+
+    Returns:
+        The index and the plan.
+
+    Raises:
+        CheckpointError: when the source is no dense safetensors checkpoint.
+    """
+    index = read_index(source)
+    quantised = index.config.get("quantization_config")
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method")
+        remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
+        raise CheckpointError(f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}")
+    return index, make_plan(index, options)
+
+
+def compress(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> CompressReport | None:
+    """Compress a checkpoint into a new folder.
+
+    The folder appears at the end, whole. Until then finished parts wait in ``<out>.partial``, from which ``resume`` goes on. The
+    bytes do not depend on workers, threads, shards or interruptions.
+
+    Args:
+        source: a checkpoint folder or a .safetensors file.
+        out: folder to create.
+        options: what is asked.
+        workers: processes on this machine.
+        threads: frames at once in each worker.
+        shard: (index, count) of this machine among several that share a file system; the last one to finish joins the parts.
+        resume: go on with unfinished work of the same source and options.
+        overwrite: replace an existing folder, and discard unfinished work.
+        progress: called after each part.
+
+    Returns:
+        The report; None when parts of other shards are still missing.
+
+    Raises:
+        CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
+    """
+    started = time.perf_counter()
+    if not 0 <= shard[0] < shard[1]:
+        raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
+    index, plan = plan_compression(source, options)
+    alone = shard[1] == 1
+    partial = partial_folder(out, overwrite=overwrite)
+    if alone and partial.exists() and not resume:
+        if not overwrite:
+            raise CheckpointError(f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it.")
+        shutil.rmtree(partial)
+    workshop = Workshop(partial / _UNITS, work_key(index, options))
+    with writing_to(out):
+        workshop.folder.mkdir(parents=True, exist_ok=True)
+        with hold(partial, exclusive=alone, wait=not alone):
+            _run(workshop, plan, plan.shard(*shard), workers, threads, progress)
+            if not all(is_done(workshop, unit) for unit in plan.units):
+                return None
+        with hold(partial, exclusive=True, wait=True):
+            if not workshop.folder.exists():
+                return None  # another shard finished in the meantime and joined everything
+            return _finish(workshop, plan, index, out, overwrite, started)
+
+
+def _run(workshop: Workshop, plan: Plan, units: list[Unit], workers: int, threads: int, progress: Progress) -> None:
+    weights, done = sum(unit.weights for unit in units), 0
+
+    def advance(unit: Unit) -> None:
+        nonlocal done
+        done += unit.weights
+        progress(done, weights, unit.tensor.info.name)
+
+    if workers <= 1:
+        for unit in units:
+            run_unit(workshop, unit, plan.options, threads)
+            advance(unit)
+        return
+    with _pool(workers) as pool:
+        waiting: dict[Future[object], Unit] = {
+            pool.submit(run_unit, workshop, unit, plan.options, threads): unit for unit in units
+        }
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                future.result()
+                advance(waiting.pop(future))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # spawn: forking a process that runs torch threads may deadlock
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise CheckpointError(
+            f"compress: one of {workers} workers was killed, most likely for memory; finished parts are kept. "
+            "Run again with --resume and fewer --workers."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finish(
+    workshop: Workshop, plan: Plan, index: CheckpointIndex, out: Path, overwrite: bool, started: float
+) -> CompressReport:
+    entries, manifest, copied = join(workshop, plan, index)
+    with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
+        _clear_leftovers(folder)
+        files = write_checkpoint(folder, entries)
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        marked = dict(index.config) | {"quantization_config": _quantization_config(plan.options)}
+        copy_companions(index, folder, marked)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        shutil.rmtree(workshop.folder)
+        output = sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
+    return CompressReport(
+        manifest,
+        copied,
+        index.nbytes,
+        output,
+        time.perf_counter() - started,
+        peak_rss_bytes(),
+        tuple(str(path) for path in index.skipped_files),
+    )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():  # of an attempt that was killed while joining
+        if path.name not in (_UNITS, LOCK_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _quantization_config(options: CompressOptions) -> dict[str, object]:
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        options.target.kind: options.target.value,
+        "transform": options.transform,
+        "tile": options.tile,
+    }
