@@ -14,7 +14,8 @@ def resolve(source: str, *, revision: str | None = None) -> Path:
     """Find a checkpoint on disk, fetching it from the Hub when the source names a repository.
 
     Args:
-        source: a folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name``. What exists on disk is a path.
+        source: a folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name``. What exists on disk is a
+            path.
         revision: branch, tag or commit; overrides the one in source.
 
     Returns:
@@ -33,7 +34,11 @@ def resolve(source: str, *, revision: str | None = None) -> Path:
 
     name, at = match.group(1), revision or match.group(2)
     try:
-        return Path(snapshot_download(name, revision=at, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf"]))
+        return Path(
+            snapshot_download(
+                name, revision=at, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(

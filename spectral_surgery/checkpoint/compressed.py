@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest, TensorRecord, read_manifest
+from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest, read_manifest
 from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.spectra.codec import EncodedSpectrum
@@ -36,14 +37,16 @@ class CompressedCheckpoint:
             CheckpointError: when the stored bytes do not have their checksum.
         """
         record = self.manifest.tensors[name]
-        codes, offsets, steps = self._stored(name, record)
+        codes, offsets, steps = self._stored(name)
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
         data = memoryview(read_bytes(codes, ends[0], ends[-1]))
         if zlib.crc32(data) != here.crc32:
-            raise CheckpointError(f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again.")
-        frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:], strict=False))
+            raise CheckpointError(
+                f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
+            )
+        frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
         return EncodedSpectrum(
             frames,
             (here.rows[1] - here.rows[0], record.matrix[1]),
@@ -53,11 +56,13 @@ class CompressedCheckpoint:
             record.basis(part),
         )
 
-    def _stored(self, name: str, record: TensorRecord) -> tuple[TensorInfo, list[int], torch.Tensor]:
+    def _stored(self, name: str) -> tuple[TensorInfo, list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
         offsets = read_tensor(frames).tolist()
-        if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
-            raise LimitError(f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again.")
+        if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
+            raise LimitError(
+                f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again."
+            )
         steps = read_tensor(step)
         if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
@@ -80,18 +85,26 @@ def open_compressed(folder: Path) -> CompressedCheckpoint:
     index = read_index(folder)
     for name, record in manifest.tensors.items():
         frames = sum(part.frames for part in record.parts)
-        columns = (1, record.matrix[1])
-        wanted = {"spectral_codes": ("U8", None), "spectral_frames": ("I64", {(frames + 1,)})}
-        wanted["spectral_step"] = ("F32", {(len(record.parts), count + 1) for count in columns})
-        for suffix, (dtype, shapes) in wanted.items():
-            info = index.tensors.get(f"{name}.{suffix}")
-            if info is None:
-                raise CheckpointError(f"{name}.{suffix}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
-            if info.dtype != dtype or (shapes is not None and info.shape not in shapes):
-                raise CheckpointError(
-                    f"{info.name}: is {info.dtype} {info.shape} and disagrees with the manifest; both must come from one run. Fetch both again."
-                )
+        steps = {(len(record.parts), 2), (len(record.parts), record.matrix[1] + 1)}
+        _check(index, f"{name}.spectral_codes", "U8", None)
+        _check(index, f"{name}.spectral_frames", "I64", {(frames + 1,)})
+        _check(index, f"{name}.spectral_step", "F32", steps)
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors and name not in index.tensors:
-            raise CheckpointError(f"{alias}: tied to {name}, which is missing; a complete folder is accepted. Fetch it again.")
+            raise CheckpointError(
+                f"{alias}: tied to {name}, which is missing; a complete folder is accepted. Fetch it again."
+            )
     return CompressedCheckpoint(index, manifest)
+
+
+def _check(
+    index: CheckpointIndex, name: str, dtype: str, shapes: set[tuple[int]] | set[tuple[int, int]] | None
+) -> None:
+    info = index.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"{name}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
+    if info.dtype != dtype or (shapes is not None and info.shape not in shapes):
+        raise CheckpointError(
+            f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "
+            "both must come from one run. Fetch both again."
+        )

@@ -107,8 +107,7 @@ def read_header(file: Path) -> Header:
         raw = stream.read(length)
     if not raw.startswith(b"{"):
         raise CheckpointError(
-            f"{file}: not a safetensors file: its header begins with {raw[:8]!r};"
-            f" a JSON object is accepted. {_AGAIN}"
+            f"{file}: not a safetensors file: its header begins with {raw[:8]!r}; a JSON object is accepted. {_AGAIN}"
         )
     header = _parse_object(raw, f"{file}: the header")
     metadata = _metadata(file, header.pop(METADATA_KEY, None))
@@ -134,10 +133,8 @@ def read_json(path: Path) -> dict[str, object]:
     with reading(path), path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > HEADER_LIMIT:
-            raise LimitError(
-                f"{path}: {size} bytes; at most {HEADER_LIMIT} of JSON are accepted. {_AGAIN}"
-            )
-        raw = stream.read(HEADER_LIMIT)
+            raise LimitError(f"{path}: {size} bytes; at most {HEADER_LIMIT} of JSON are accepted. {_AGAIN}")
+        raw = stream.read(size)
     return _parse_object(raw, f"{path}: the file")
 
 
@@ -207,12 +204,8 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
 def _metadata(file: Path, metadata: object) -> dict[str, str]:
     if metadata is None:
         return {}
-    if not isinstance(metadata, dict) or not all(
-        isinstance(text, str) for text in metadata.values()
-    ):
-        raise CheckpointError(
-            f"{file}: {METADATA_KEY} is {named([metadata])}; text by key is accepted. {_AGAIN}"
-        )
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{file}: {METADATA_KEY} is {named([metadata])}; text by key is accepted. {_AGAIN}")
     return metadata
 
 
@@ -223,29 +216,20 @@ def _tensor_info(file: Path, name: str, entry: object, data: int, size: int) -> 
     if _SURROGATE.search(name):
         raise damaged("has a name with half a surrogate pair; valid Unicode is accepted")
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise damaged(
-            f"is described by {named([entry])}; dtype, shape and data_offsets are accepted"
-        )
+        raise damaged(f"is described by {named([entry])}; dtype, shape and data_offsets are accepted")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise damaged(f"has dtype {named([dtype])}; {', '.join(DTYPE_BITS)} are accepted")
     if not _are_sizes(shape) or len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) >= 2**63:
-        raise damaged(
-            f"has shape {named([shape])}; up to {MAX_RANK} sizes with a product below 2**63 are"
-            " accepted"
-        )
+        raise damaged(f"has shape {named([shape])}; up to {MAX_RANK} sizes with a product below 2**63 are accepted")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(
-            f"has data_offsets {named([offsets])}; a begin and an end not before it are accepted"
-        )
+        raise damaged(f"has data_offsets {named([offsets])}; a begin and an end not before it are accepted")
     start, stop = data + offsets[0], data + offsets[1]
     if stop > size:
         raise damaged(f"ends at byte {stop} of a file of {size} bytes, which seems truncated")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (stop - start):
-        raise damaged(
-            f"has {stop - start} bytes; {dtype} of shape {named([shape])} takes {bits / 8:.15g}"
-        )
+        raise damaged(f"has {stop - start} bytes; {dtype} of shape {named([shape])} takes {bits / 8:.15g}")
     return TensorInfo(name, dtype, tuple(shape), file, start, stop - start)
 
 
@@ -265,6 +249,4 @@ def _check_layout(file: Path, tensors: Iterable[TensorInfo], data: int, size: in
             )
         end += info.nbytes
     if end != size:
-        raise CheckpointError(
-            f"{file}: {size - end} bytes follow the last tensor; none are accepted. {_AGAIN}"
-        )
+        raise CheckpointError(f"{file}: {size - end} bytes follow the last tensor; none are accepted. {_AGAIN}")

@@ -39,9 +39,7 @@ _FOREIGN = frozenset(
         ".npz",
     }
 )
-_EXPORTS = frozenset(
-    {"onnx", "openvino", "coreml"}
-)  # folders with the model once more, for other runtimes
+_EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
 _MODULE = re.compile(r"\d+_\w+")  # "2_Dense": a sentence-transformers module is part of the model
 
 
@@ -104,9 +102,7 @@ def read_index(source: Path) -> CheckpointIndex:
         _check_complete(source, weight_map, header.tensors)
         others, skipped = _other_files(source, files)
         config = read_json(source / "config.json") if source / "config.json" in top else {}
-        return CheckpointIndex(
-            source, header.tensors, tuple(files), others, skipped, config, header.metadata
-        )
+        return CheckpointIndex(source, header.tensors, tuple(files), others, skipped, config, header.metadata)
 
 
 def _lone_file(file: Path) -> CheckpointIndex:
@@ -130,13 +126,13 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
     if root / SINGLE_FILE in top and SINGLE_FILE not in weight_map.values():
         return {}  # as transformers loads it
     for name, shard in weight_map.items():
-        parts = PureWindowsPath(str(shard))  # knows both separators, and drives
-        if not isinstance(shard, str) or parts.suffix != ".safetensors":
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: tensor {named([name])} is in {named([shard])}; a .safetensors file is"
                 " accepted. Download it again."
             )
-        if parts.drive or parts.root or ".." in parts.parts:
+        parts = PureWindowsPath(shard)  # knows both separators, and drives
+        if parts.anchor or ".." in parts.parts:
             raise CheckpointError(
                 f"{path}: {named([shard])} leads out of the folder; paths below it are accepted."
                 " Do not trust this checkpoint."
@@ -171,22 +167,30 @@ def _unindexed(root: Path, top: set[Path]) -> list[Path]:
         hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
     elif deeper:
         hint = f"Give one of its folders that have some: {named(deeper)}."
-    raise CheckpointError(
-        f"{root}: no weights; a folder with .safetensors files is accepted. {hint}"
-    )
+    raise CheckpointError(f"{root}: no weights; a folder with .safetensors files is accepted. {hint}")
 
 
 def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
     config = root / "config.json"
-    architectures = read_json(config).get("architectures") if config.is_file() else None
-    first = architectures[0] if isinstance(architectures, list) and architectures else None
-    model = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
+    if config.is_file():
+        architectures = read_json(config).get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        model = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
+        convert = (
+            f"    from transformers import {model}\n"
+            f"    {model}.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})"
+        )
+    else:
+        source, target = str(root / names[0]), str(root / SINGLE_FILE)
+        convert = (
+            "    import safetensors.torch, torch\n"
+            f"    tensors = torch.load({source!r}, weights_only=True)\n"
+            f"    safetensors.torch.save_file(tensors, {target!r})"
+        )
     raise CheckpointError(
         f"{root}: the weights are pickled ({named(names)}); safetensors is accepted, and pickle"
         " refused since loading it can run code. If you trust who made it, convert it once with"
-        " these lines of Python:\n"
-        f"    from transformers import {model}\n"
-        f"    {model}.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})"
+        f" these lines of Python:\n{convert}"
     )
 
 
@@ -207,13 +211,9 @@ def _merged(files: Iterable[Path]) -> Header:
     return Header(dict(sorted(tensors.items())), metadata)
 
 
-def _check_complete(
-    root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
-) -> None:
+def _check_complete(root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     absent = sorted(
-        name
-        for name, shard in weight_map.items()
-        if name not in tensors or tensors[name].file != root / shard
+        name for name, shard in weight_map.items() if name not in tensors or tensors[name].file != root / shard
     )
     if absent:
         raise CheckpointError(

@@ -125,9 +125,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise LimitError(f"{path.name}: {path.stat().st_size} bytes; at most {_MAX_BYTES} are accepted.")
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder.name}: no {FILE_NAME}; a folder written by compress is accepted. Is it compressed at all?") from None
+        raise CheckpointError(
+            f"{folder.name}: no {FILE_NAME}; a folder written by compress is accepted. Is it compressed at all?"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error}); the JSON that compress wrote is accepted. Fetch it again.") from None
+        raise CheckpointError(
+            f"{path.name}: cannot be read ({error}); the JSON that compress wrote is accepted. Fetch it again."
+        ) from None
     return parse_manifest(body)
 
 
@@ -138,7 +142,8 @@ def parse_manifest(body: object) -> Manifest:
     version = body.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{FILE_NAME}: format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade spectral-surgery to read newer files."
+            f"{FILE_NAME}: format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade spectral-surgery to read "
+            "newer files."
         )
     try:
         tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
@@ -147,7 +152,9 @@ def parse_manifest(body: object) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"{FILE_NAME}: damaged ({error!r}); the file that compress wrote is accepted. Fetch it again.") from None
+        raise CheckpointError(
+            f"{FILE_NAME}: damaged ({error!r}); the file that compress wrote is accepted. Fetch it again."
+        ) from None
     return Manifest(tensors, aliases, options, source)
 
 
@@ -166,12 +173,19 @@ def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
     for size in shape:
         weights *= size
     if weights > _MAX_WEIGHTS or not weights or weights != rows * columns:
-        raise LimitError(f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; the sizes compress wrote are accepted.")
+        raise LimitError(
+            f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; the sizes compress wrote are accepted."
+        )
     ends = [0, *(part.rows[1] for part in record.parts)]
-    if ends[-1] != rows or any(part.rows[0] != end or part.rows[1] <= end for part, end in zip(record.parts, ends, strict=False)):
+    if ends[-1] != rows or any(
+        part.rows[0] != end or part.rows[1] <= end for part, end in zip(record.parts, ends, strict=False)
+    ):
         raise LimitError(f"{name}: parts do not cover {rows} rows in order; the parts compress wrote are accepted.")
     if record.dtype not in DTYPES or not 1 <= record.tile <= _MAX_TILE or record.axes not in ((0, 1), (1,), (0,), ()):
-        raise CheckpointError(f"{name}: dtype {record.dtype}, tile {record.tile} or axes {record.axes} is unknown. Fetch the manifest again.")
+        raise CheckpointError(
+            f"{name}: dtype {record.dtype}, tile {record.tile} or axes {record.axes} is unknown. Fetch the manifest "
+            "again."
+        )
     return record
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.reader import read_bytes
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.registry import Table
 from spectral_surgery.spectra.codec import Basis, rows_per_frame
 from spectral_surgery.spectra.select import Magnitudes, Target, for_density, for_error
 from spectral_surgery.targets import matching
@@ -58,7 +57,9 @@ class CompressOptions:
             raise ConfigError(f"tile {self.tile}: out of range; 1 to {MAX_TILE} is accepted.")
         if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):
             fitting = ", ".join(t.name for t in TRANSFORMS.values() if t.accepts(self.tile))
-            raise ConfigError(f"tile {self.tile}: refused by {self.transform}; {fitting} accept it. Change --tile or --transform.")
+            raise ConfigError(
+                f"tile {self.tile}: refused by {self.transform}; {fitting} accept it. Change --tile or --transform."
+            )
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for the manifest and for recognising unfinished work."""
@@ -134,7 +135,7 @@ class Plan:
         return sum(tensor.info.numel for tensor in self.tensors)
 
     def predicted_bits(self) -> float:
-        """Stored bits per weight to expect: as asked, or that of Gaussian coefficients at the asked density or error."""
+        """Stored bits per weight to expect: as asked, or as of Gaussian coefficients."""
         if self.options.target.kind == "bits":
             return self.options.target.value
         gaussian = Magnitudes(np.random.default_rng(0).standard_normal(1 << 16))
@@ -190,24 +191,23 @@ def make_plan(index: CheckpointIndex, options: CompressOptions) -> Plan:
             tensors.append(_planned(info, options.tile))
     if not tensors:
         reasons = "; ".join(sorted(set(copied.values())))
-        raise ConfigError(f"{index.root.name}: no tensor is left to compress ({reasons}); at least one matrix is needed. Widen --include or lower --min-weights.")
+        raise ConfigError(
+            f"{index.root.name}: no tensor is left to compress ({reasons}); at least one matrix is needed. Widen "
+            "--include or lower --min-weights."
+        )
     return Plan(options, tuple(tensors), copied, aliases)
 
 
 def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] | None, excluded: set[str]) -> str:
-    if info.dtype not in FLOATS:
-        return f"{info.dtype} is not floating"
-    if info.name in excluded:
-        return "excluded"
-    if included is not None and info.name not in included:
-        return "not included"
-    if len(info.shape) < 2:
-        return "not a matrix"
-    if info.numel < options.min_weights:
-        return f"fewer than {options.min_weights} weights"
-    if included is None and _ROUTER.search(info.name):
-        return "expert router (name it with --include to compress it)"
-    return ""
+    reasons = {
+        f"{info.dtype} is not floating": info.dtype not in FLOATS,
+        "excluded": info.name in excluded,
+        "not included": included is not None and info.name not in included,
+        "not a matrix": len(info.shape) < 2,
+        f"fewer than {options.min_weights} weights": info.numel < options.min_weights,
+        "expert router (name it with --include to compress it)": included is None and _ROUTER.search(info.name),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _planned(info: TensorInfo, tile: int) -> PlannedTensor:

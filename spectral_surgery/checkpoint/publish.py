@@ -81,21 +81,17 @@ def partial_folder(out: Path, *, overwrite: bool) -> Path:
         partial = final.with_name(f"{final.name}.partial")
         for folder in (final, partial):
             if folder.exists() and not folder.is_dir():
-                raise CheckpointError(
-                    f"{folder}: is a file; a folder is accepted. Choose another output."
-                )
+                raise CheckpointError(f"{folder}: is a file; a folder is accepted. Choose another output.")
         if final.is_mount():
-            raise CheckpointError(
-                f"{out}: is a mount point, which cannot be replaced; a folder below it is accepted."
-            )
+            raise CheckpointError(f"{out}: is a mount point, which cannot be replaced; a folder below it is accepted.")
         if not final.is_dir() or not any(final.iterdir()):
             return partial
         if not overwrite:
             raise CheckpointError(
-                f"{out}: is not empty; a new or empty folder is accepted."
-                " Use --overwrite to replace it."
+                f"{out}: is not empty; a new or empty folder is accepted. Use --overwrite to replace it."
             )
-        if any(home.resolve().is_relative_to(final) for home in (Path.cwd(), Path.home())):
+        home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where there is none
+        if any(kept.resolve().is_relative_to(final) for kept in (Path.cwd(), home)):
             raise CheckpointError(
                 f"{out}: holds the current or the home folder, which --overwrite does not replace;"
                 " any other folder is accepted."
@@ -147,8 +143,7 @@ def _publish(partial: Path, out: Path, *, overwrite: bool) -> None:
         sync(out.parent)
     except OSError as error:
         raise CheckpointError(
-            f"{out}: cannot be put in place ({error}); the finished output is kept in {partial}."
-            " Rename that yourself."
+            f"{out}: cannot be put in place ({error}); the finished output is kept in {partial}. Rename that yourself."
         ) from error
 
 

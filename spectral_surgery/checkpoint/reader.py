@@ -14,29 +14,16 @@ from torch import Tensor
 from spectral_surgery.checkpoint.header import TensorInfo, named, reading
 from spectral_surgery.errors import CheckpointError
 
-# Codes whose elements torch can address. F4 and F6 pack several into a byte: they are only copied.
+# Codes whose elements torch can address; F4 and F6 pack several into a byte and are only copied.
+_TORCH_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2"}
+_TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
+_TORCH_NAMES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+_TORCH_NAMES |= {"I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_NAMES |= {"I32": "int32", "U32": "uint32", "F32": "float32"}
+_TORCH_NAMES |= {"C64": "complex64", "F64": "float64", "I64": "int64", "U64": "uint64"}
+
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "I16": torch.int16,
-        "U16": torch.uint16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I32": torch.int32,
-        "U32": torch.uint32,
-        "F32": torch.float32,
-        "C64": torch.complex64,
-        "F64": torch.float64,
-        "I64": torch.int64,
-        "U64": torch.uint64,
-    }
+    {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 )
 CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 

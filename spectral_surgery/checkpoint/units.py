@@ -1,6 +1,7 @@
 """The work list of a compression: each part is encoded into a file of its own, and all of them are joined at the end.
 
-A unit file is written under a temporary name and renamed, so what is there is complete; it carries a key of everything that
+A unit file is written under a temporary name and renamed, so what is there is complete; it carries a key of everything
+that
 decided its bytes. A crash costs the units under way, and a rerun keeps the others.
 """
 
@@ -17,12 +18,20 @@ import torch
 from safetensors.torch import save
 
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.checkpoint.manifest import FORMAT_VERSION, SUFFIXES, Manifest, PartRecord, TensorRecord, parse_part
+from spectral_surgery.checkpoint.manifest import (
+    FORMAT_VERSION,
+    SUFFIXES,
+    Manifest,
+    PartRecord,
+    TensorRecord,
+    parse_part,
+)
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTensor, Unit
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.checkpoint.writer import Entry, replace_file
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport, choose_basis, encode
+from spectral_surgery.spectra.parallel import one_torch_thread
 
 PIECE = 1 << 24  # bytes of a copied tensor read at a time
 
@@ -40,7 +49,7 @@ class Workshop:
 
 
 def work_key(index: CheckpointIndex, options: CompressOptions) -> str:
-    """Digest of what decides the result: options, format, and the names, shapes, sizes and times of the source files."""
+    """Digest of what decides the result: options, format, and names, shapes, sizes and times of the files."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in index.files]
     body = json.dumps([FORMAT_VERSION, options.to_json(), files, source_digest(index)], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
@@ -75,6 +84,11 @@ def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: 
     done = _load(workshop, unit)
     if done is not None:
         return done[1].report if done[1] else None
+    with one_torch_thread():
+        return _encode_unit(workshop, unit, options, threads)
+
+
+def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
     tensor = unit.tensor
     start, stop = tensor.parts[unit.part]
     weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
@@ -124,7 +138,10 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
         for unit in units[tensor.info.name]:
             done = _load(workshop, unit)
             if done is None:
-                raise CheckpointError(f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run again with --resume.")
+                raise CheckpointError(
+                    f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
+                    "again with --resume."
+                )
             parts.append(done)
         if any(record is None for _, record in parts):
             copied[tensor.info.name] = "not finite"
@@ -132,8 +149,7 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
         records[tensor.info.name] = _record(tensor, [record for _, record in parts if record], plan.options.tile)
         entries += _entries(tensor, [file for file, _ in parts])
     entries += [copy_entry(index.tensors[name]) for name in copied]
-    aliases = {alias: name for alias, name in plan.aliases.items()}
-    return entries, Manifest(records, aliases, plan.options.to_json(), source_digest(index)), copied
+    return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
 
 
 def copy_entry(info: TensorInfo) -> Entry:
@@ -147,7 +163,9 @@ def copy_entry(info: TensorInfo) -> Entry:
 
 
 def _record(tensor: PlannedTensor, parts: list[PartRecord], tile: int) -> TensorRecord:
-    return TensorRecord(tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, tuple(parts))
+    return TensorRecord(
+        tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, tuple(parts)
+    )
 
 
 def _entries(tensor: PlannedTensor, files: list[dict[str, TensorInfo]]) -> list[Entry]:

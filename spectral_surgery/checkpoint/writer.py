@@ -115,15 +115,12 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
     code = CODES.get(tensor.dtype)
     if code is None:
         raise CheckpointError(
-            f"{name}: {tensor.dtype} cannot be stored; {', '.join(map(str, CODES))} are accepted."
-            " Cast it."
+            f"{name}: {tensor.dtype} cannot be stored; {', '.join(map(str, CODES))} are accepted. Cast it."
         )
     return Entry(name, code, tuple(tensor.shape), lambda: [tensor_bytes(tensor)])
 
 
-def write_file(
-    path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA
-) -> None:
+def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA) -> None:
     """Write one safetensors file: header, then every tensor; widest dtype first, then by name.
 
     Args:
@@ -179,9 +176,7 @@ def write_checkpoint(
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, metadata=metadata)
     if len(shards) > 1:
-        weight_map = {
-            e.name: name for name, shard in zip(names, shards, strict=True) for e in shard
-        }
+        weight_map = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
         total = sum(entry.nbytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -235,8 +230,7 @@ def _header(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -
     raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8
     if len(raw) > HEADER_LIMIT:
         raise LimitError(
-            f"{path}: the header would be {len(raw)} bytes; at most {HEADER_LIMIT} are accepted."
-            " Write smaller shards."
+            f"{path}: the header would be {len(raw)} bytes; at most {HEADER_LIMIT} are accepted. Write smaller shards."
         )
     return len(raw).to_bytes(8, "little") + raw
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
 from spectral_surgery.spectra.coding import choose_layout, decode_frame, encode_frame
-from spectral_surgery.spectra.parallel import parallel_map
+from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, code_dtype, dequantize, quantize, reconstruction
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
 from spectral_surgery.transforms import TRANSFORMS, tiles
@@ -75,7 +75,7 @@ class EncodedSpectrum:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the frames, their 64-bit offsets, the steps and the offset."""
-        return sum(map(len, self.frames)) + 8 * len(self.frames) + 4 * (self.step.numel() + 1)
+        return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + 4 * (self.step.numel() + 1)
 
     def codes(self, frame: int) -> Tensor:
         """[rows, I] codes of one frame."""
@@ -172,10 +172,9 @@ def encode(
     basis = basis or Basis()
     height = rows_per_frame(weight.shape[1], basis.tile)
     spans = frame_spans(weight.shape[0], height)
-    spectrum = _Spectrum(
-        parallel_map(lambda span: basis.forward(weight[slice(*span)]), spans, threads), height, basis, threads
-    )
-    return _search(spectrum, target)
+    with one_torch_thread():
+        frames = parallel_map(lambda span: basis.forward(weight[slice(*span)]), spans, threads)
+        return _search(_Spectrum(frames, height, basis, threads), target)
 
 
 def choose_basis(weight: Tensor, target: Target, candidates: Sequence[Basis]) -> Basis:
@@ -295,16 +294,22 @@ def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[Enc
         spectrum.basis,
     )
 
-    def verify(frame: int) -> tuple[float, float, float]:
+    def verify(frame: int) -> tuple[float, float]:
         codes = encoded.codes(frame)
         if not torch.equal(codes, quantised[frame][0]):
             raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")
         values = dequantize(codes, encoded.step, encoded.offset)
-        return _energy(frames[frame]), _energy(frames[frame] - values), _energy(values)
+        return _energy(frames[frame]), _energy(frames[frame] - values)
 
     energies = parallel_map(verify, range(len(frames)), threads)
-    totals = [sum(column) for column in zip(*energies, strict=True)]
-    report = EncodingReport(spectrum.shape[0] * spectrum.shape[1], encoded.stored_bytes, int(moments.kept), *totals)
+    report = EncodingReport(
+        spectrum.shape[0] * spectrum.shape[1],
+        encoded.stored_bytes,
+        int(moments.kept),
+        energy=sum(whole for whole, _ in energies),
+        error_energy=sum(lost for _, lost in energies),
+        stored_energy=moments.energy(step, offset),
+    )
     return encoded, report
 
 

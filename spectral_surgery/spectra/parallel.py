@@ -15,13 +15,18 @@ B = TypeVar("B")
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Run torch operations on one thread, as before afterwards: a product split over threads may round differently."""
+    """Run torch operations on one thread, and on as many as before afterwards.
+
+    A product split over threads may round differently, and the idle threads of torch spin: they take the cores from ours.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if before > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def parallel_map(function: Callable[[A], B], items: Sequence[A], threads: int) -> list[B]:

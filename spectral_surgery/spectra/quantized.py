@@ -86,6 +86,10 @@ class Moments:
             self.magnitude + other.magnitude,
         )
 
+    def energy(self, step: float, offset: float) -> float:
+        """Squared norm of the coefficients reconstructed with this step and offset."""
+        return step**2 * (self.level_square + 2 * offset * self.level + offset**2 * self.kept)
+
 
 def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
     """Codes to coefficients: [O, I] integers to [O, I] float32."""

@@ -100,7 +100,9 @@ def plan_compression(source: Path, options: CompressOptions) -> tuple[Checkpoint
     if isinstance(quantised, dict):
         method = quantised.get("quant_method")
         remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
-        raise CheckpointError(f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}")
+        raise CheckpointError(
+            f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
+        )
     return index, make_plan(index, options)
 
 
@@ -118,7 +120,8 @@ def compress(
 ) -> CompressReport | None:
     """Compress a checkpoint into a new folder.
 
-    The folder appears at the end, whole. Until then finished parts wait in ``<out>.partial``, from which ``resume`` goes on. The
+    The folder appears at the end, whole. Until then finished parts wait in ``<out>.partial``, from which ``resume``
+    goes on. The
     bytes do not depend on workers, threads, shards or interruptions.
 
     Args:
@@ -127,7 +130,8 @@ def compress(
         options: what is asked.
         workers: processes on this machine.
         threads: frames at once in each worker.
-        shard: (index, count) of this machine among several that share a file system; the last one to finish joins the parts.
+        shard: (index, count) of this machine among several that share a file system; the last one to finish joins the
+            parts.
         resume: go on with unfinished work of the same source and options.
         overwrite: replace an existing folder, and discard unfinished work.
         progress: called after each part.
@@ -146,22 +150,24 @@ def compress(
     partial = partial_folder(out, overwrite=overwrite)
     if alone and partial.exists() and not resume:
         if not overwrite:
-            raise CheckpointError(f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it.")
+            raise CheckpointError(
+                f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+            )
         shutil.rmtree(partial)
     workshop = Workshop(partial / _UNITS, work_key(index, options))
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
         with hold(partial, exclusive=alone, wait=not alone):
-            _run(workshop, plan, plan.shard(*shard), workers, threads, progress)
+            _run(workshop, plan, plan.shard(*shard), workers=workers, threads=threads, progress=progress)
             if not all(is_done(workshop, unit) for unit in plan.units):
                 return None
         with hold(partial, exclusive=True, wait=True):
             if not workshop.folder.exists():
                 return None  # another shard finished in the meantime and joined everything
-            return _finish(workshop, plan, index, out, overwrite, started)
+            return _finish(workshop, plan, index, out, overwrite=overwrite, started=started)
 
 
-def _run(workshop: Workshop, plan: Plan, units: list[Unit], workers: int, threads: int, progress: Progress) -> None:
+def _run(workshop: Workshop, plan: Plan, units: list[Unit], *, workers: int, threads: int, progress: Progress) -> None:
     weights, done = sum(unit.weights for unit in units), 0
 
     def advance(unit: Unit) -> None:
@@ -200,7 +206,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _finish(
-    workshop: Workshop, plan: Plan, index: CheckpointIndex, out: Path, overwrite: bool, started: float
+    workshop: Workshop, plan: Plan, index: CheckpointIndex, out: Path, *, overwrite: bool, started: float
 ) -> CompressReport:
     entries, manifest, copied = join(workshop, plan, index)
     with publishing(out, overwrite=overwrite, keep_partial=True) as folder:

@@ -76,14 +76,16 @@ def decompress(
 ) -> DecompressReport:
     """Write the plain checkpoint that a compressed folder stands for.
 
-    Every tensor has its original name, shape and dtype; tensors that were copied keep their bits, tied ones get both names
+    Every tensor has its original name, shape and dtype; tensors that were copied keep their bits, tied ones get both
+    names
     back. Checksums are always verified before decoding.
 
     Args:
         source: a folder written by compress.
         out: folder to create.
         dtype: store all floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``) instead of their own.
-        verify: read the result back: copied tensors must be bit-equal, and decoded ones must have the norm that was measured
+        verify: read the result back: copied tensors must be bit-equal, and decoded ones must have the norm that was
+            measured
             when they were encoded.
         threads: frames decoded at once.
         overwrite: replace an existing folder.
@@ -217,4 +219,3 @@ def _pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/python -m uv
+
+.PHONY: setup demo test lint format bench clean
+
+setup: .venv/dev
+
+.venv/bin/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "python 3.11 or newer is needed; this is $$($(PYTHON) --version). Use make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+
+.venv/demo: pyproject.toml | .venv/bin/uv
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[demo]'
+	@touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/uv
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@touch $@ .venv/demo
+
+demo: .venv/demo
+	$(BIN)/spectral-surgery demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev
+	$(BIN)/spectral-surgery bench
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,30 @@
+"""The public names: a change here is a change users see."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import spectral_surgery
+
+
+def test_public_names() -> None:
+    assert sorted(spectral_surgery.__all__) == sorted(
+        """TRANSFORMS Basis CheckpointIndex CompressOptions CompressReport CompressedCheckpoint DecompressReport
+        EncodedSpectrum EncodingReport QuantizedSpectrum SparseSpectralTensor SpectralSurgeryError Target bits_per_weight
+        compress decompress encode energy_kept open_compressed read_index relative_error resolve snr_db sst""".split()
+    )
+    assert set(spectral_surgery._HOMES) == set(spectral_surgery.__all__) <= set(dir(spectral_surgery))
+
+
+def test_every_public_name_resolves() -> None:
+    for name in spectral_surgery.__all__:
+        value = getattr(spectral_surgery, name)
+        assert getattr(value, "__name__", name) == name
+    assert not hasattr(spectral_surgery, "nothing")
+
+
+def test_import_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'triton', 'huggingface_hub', 'matplotlib'}"
+    code = f"import sys, spectral_surgery; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
