@@ -8,8 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuse to write a checkpoint over or into the one it is made from.
+
+    Raises:
+        CheckpointError: when out is the source, inside it or around it.
+    """
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise CheckpointError(f"{out}: overlaps the source {source}; a folder apart from it is accepted.")
 
 
 def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:

@@ -204,7 +204,7 @@ def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] |
         "excluded": info.name in excluded,
         "not included": included is not None and info.name not in included,
         "not a matrix": len(info.shape) < 2,
-        f"fewer than {options.min_weights} weights": info.numel < options.min_weights,
+        f"fewer than {options.min_weights} weights": info.numel < max(options.min_weights, 1),
         "expert router (name it with --include to compress it)": included is None and _ROUTER.search(info.name),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import (
@@ -92,7 +93,7 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
     tensor = unit.tensor
     start, stop = tensor.parts[unit.part]
     weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
-    if not bool(torch.isfinite(weight.float() if weight.element_size() == 1 else weight).all()):
+    if not _is_finite(weight):
         if not options.copy_nonfinite:
             raise ConfigError(
                 f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
@@ -111,6 +112,12 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
     record = PartRecord((start, stop), encoded.rows_per_frame, basis.transform, crc, report)
     _save(workshop, unit, encoded, record)
     return report
+
+
+def _is_finite(weight: Tensor) -> bool:
+    values = weight.float() if weight.element_size() == 1 else weight
+    total = values.sum(dtype=torch.float32)  # ten times faster than looking at each; it may overflow, so then look
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
 def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:

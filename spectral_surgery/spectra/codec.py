@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
-from spectral_surgery.spectra.coding import choose_layout, decode_frame, encode_frame
+from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame, encode_frame
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, code_dtype, dequantize, quantize, reconstruction
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
@@ -30,6 +30,7 @@ FRAME_SIZE = 1 << 18  # coefficients: smaller frames pay for their tables, large
 _SAMPLE = 1 << 17
 _ATTEMPTS = 6
 _BITS_TOLERANCE = 0.004
+_BITS_NEAR = 0.05
 _EXPECTED_OVERHEAD = 1.014
 _SMALLEST = 1e-30  # float32 has no headroom for the squares and reciprocals of smaller numbers
 _AUTO_MARGIN = 0.99  # another transform must leave 1 % less error (or bits) than the default
@@ -188,6 +189,8 @@ def choose_basis(weight: Tensor, target: Target, candidates: Sequence[Basis]) ->
     Returns:
         The winner.
     """
+    if len(candidates) == 1:
+        return candidates[0]
     spans = frame_spans(weight.shape[0], candidates[0].tile)
     some = spans[:: max(1, weight.numel() // (1 << 20))]
     best, best_cost = candidates[0], float("inf")
@@ -225,6 +228,7 @@ class _Spectrum:
     rows_per_frame: int
     basis: Basis
     threads: int
+    layout: Layout | None = None  # None: chosen when encoding
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -258,22 +262,39 @@ def _search_bits(
     spectrum: _Spectrum, magnitudes: Magnitudes, bits: float, peak: float
 ) -> tuple[EncodedSpectrum, EncodingReport]:
     goal = bits / _EXPECTED_OVERHEAD
-    pilot = replace(spectrum, coefficients=spectrum.coefficients[:: len(spectrum.coefficients) // 4 or 1])
-    for _ in range(_ATTEMPTS if len(spectrum.coefficients) > 8 else 0):
-        ratio = _encode(pilot, for_bits(magnitudes, goal), peak)[1].bits_per_weight / bits
+    frames = spectrum.coefficients
+    layout: Layout | None = None
+
+    def attempt(some: _Spectrum) -> tuple[float, tuple[EncodedSpectrum, EncodingReport]]:
+        nonlocal goal, layout
+        quantizer = for_bits(magnitudes, goal)
+        tried = layout or _layout(spectrum, quantizer, peak)
+        result = _encode(replace(some, layout=tried), quantizer, peak)
+        ratio = result[1].bits_per_weight / bits
         goal /= ratio
-        if abs(ratio - 1) <= _BITS_TOLERANCE:
-            break
-    closest = float("inf")
+        if abs(ratio - 1) < _BITS_NEAR:  # near a tie between two layouts, bits would jump back and forth
+            layout = tried
+        return abs(ratio - 1), result
+
+    if len(frames) > 8:
+        pilot = replace(spectrum, coefficients=frames[:: len(frames) // 4])
+        for _ in range(_ATTEMPTS):
+            if attempt(pilot)[0] <= _BITS_TOLERANCE:
+                break
+    miss, best = attempt(spectrum)
     for _ in range(_ATTEMPTS):
-        candidate = _encode(spectrum, for_bits(magnitudes, goal), peak)
-        ratio = candidate[1].bits_per_weight / bits
-        if abs(ratio - 1) < closest:
-            best, closest = candidate, abs(ratio - 1)
-        if closest <= _BITS_TOLERANCE:
+        if miss <= _BITS_TOLERANCE:
             break
-        goal /= ratio
+        next_miss, candidate = attempt(spectrum)
+        if next_miss < miss:
+            miss, best = next_miss, candidate
     return best
+
+
+def _layout(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> Layout:
+    middle = spectrum.coefficients[len(spectrum.coefficients) // 2]
+    codes, _ = quantize(middle, quantizer, code_dtype(peak, quantizer))
+    return choose_layout(codes.reshape(-1).numpy())
 
 
 def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[EncodedSpectrum, EncodingReport]:
@@ -284,7 +305,7 @@ def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[Enc
     largest = max(int(codes.abs().max()) for codes, _ in quantised)
     step, offset = reconstruction(moments, largest)
     flat = [codes.reshape(-1).numpy() for codes, _ in quantised]
-    layout = choose_layout(flat[len(flat) // 2])
+    layout = spectrum.layout or choose_layout(flat[len(flat) // 2])
     encoded = EncodedSpectrum(
         tuple(parallel_map(lambda codes: encode_frame(codes, layout), flat, threads)),
         spectrum.shape,

@@ -279,10 +279,12 @@ def _unpack(packed: Bytes, layout: Layout) -> Bytes:
 
 def _split_low_planes(codes: Codes, planes: int) -> tuple[Codes, bytes]:
     half = 1 << (planes - 1)
-    shifted = codes.astype(np.int32) + half  # centred: the high part rounds to nearest
-    high = shifted >> planes
-    low = shifted - (high << planes)
-    raw = b"".join(np.packbits((low >> i) & 1).tobytes() for i in range(planes))
+    wide = np.dtype(f"i{2 * codes.itemsize}")
+    high = (codes.astype(wide) + wide.type(half)) >> planes  # centred: the high part rounds to nearest
+    low = codes + codes.dtype.type(half)  # only its low bits are used: it may wrap
+    if planes <= 8:
+        low = low.view(f"u{codes.itemsize}").astype(np.uint8)
+    raw = b"".join(np.packbits((low & low.dtype.type(1 << i)) != 0).tobytes() for i in range(planes))
     return high.astype(codes.dtype), raw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from spectral_surgery.checkpoint.companions import copy_companions
+from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
@@ -128,7 +129,7 @@ def compress(
         source: a checkpoint folder or a .safetensors file.
         out: folder to create.
         options: what is asked.
-        workers: processes on this machine.
+        workers: processes on this machine; they import the calling script, which needs a ``__main__`` guard.
         threads: frames at once in each worker.
         shard: (index, count) of this machine among several that share a file system; the last one to finish joins the
             parts.
@@ -145,6 +146,7 @@ def compress(
     started = time.perf_counter()
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
+    check_apart(source, out)
     index, plan = plan_compression(source, options)
     alone = shard[1] == 1
     partial = partial_folder(out, overwrite=overwrite)
@@ -175,31 +177,36 @@ def _run(workshop: Workshop, plan: Plan, units: list[Unit], *, workers: int, thr
         done += unit.weights
         progress(done, weights, unit.tensor.info.name)
 
-    if workers <= 1:
-        for unit in units:
-            run_unit(workshop, unit, plan.options, threads)
-            advance(unit)
-        return
-    with _pool(workers) as pool:
-        waiting: dict[Future[object], Unit] = {
-            pool.submit(run_unit, workshop, unit, plan.options, threads): unit for unit in units
-        }
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+    todo = deque(units)  # largest first
+    waiting: dict[Future[object], Unit] = {}
+    with _pool(workers - 1) as pool:
+        while todo or waiting:
+            while pool and todo and len(waiting) < 2 * (workers - 1):
+                unit = todo.popleft()
+                waiting[pool.submit(run_unit, workshop, unit, plan.options, threads)] = unit
+            if todo:  # this process is one of the workers, and the only one until the others have started
+                unit = todo.pop()
+                run_unit(workshop, unit, plan.options, threads)
+                advance(unit)
+            finished = wait(waiting, timeout=0 if todo else None, return_when=FIRST_COMPLETED).done
+            for future in finished:
                 future.result()
                 advance(waiting.pop(future))
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers < 1:
+        yield None
+        return
     # spawn: forking a process that runs torch threads may deadlock
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         yield pool
     except BrokenProcessPool:
         raise CheckpointError(
-            f"compress: one of {workers} workers was killed, most likely for memory; finished parts are kept. "
-            "Run again with --resume and fewer --workers."
+            "compress: a worker was killed, most likely for memory; finished parts are kept. "
+            "Run again with --resume and fewer --workers; a script of your own needs `if __name__ == '__main__':`."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_surgery.checkpoint.companions import copy_companions
+from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.index import TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME, SUFFIXES, TensorRecord
@@ -100,6 +100,7 @@ def decompress(
     """
     started = time.perf_counter()
     code = _dtype_code(dtype)
+    check_apart(source, out)
     checkpoint = open_compressed(source)
     entries = _Entries(checkpoint, code, threads, progress).all()
     failures: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -311,6 +312,16 @@ def test_a_quantised_source_is_refused(tmp_path: Path, source: Path) -> None:
         compress(tmp_path / "out", tmp_path / "again", FIFTH)
 
 
+@pytest.mark.parametrize("out", [".", "inside", ".."])
+def test_the_source_is_never_overwritten(source: Path, out: str) -> None:
+    before = contents(source)
+    with pytest.raises(CheckpointError, match="overlaps the source"):
+        compress(source, source / out, FIFTH, overwrite=True)
+    with pytest.raises(CheckpointError, match="overlaps the source"):
+        decompress(source, source / out, overwrite=True)
+    assert contents(source) == before
+
+
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_shard_out_of_range(tmp_path: Path, source: Path, shard: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="out of range; 0/n to n-1/n"):
@@ -323,11 +334,12 @@ def test_a_killed_worker_is_reported_and_its_work_resumed(
     from spectral_surgery.workflows import compress as module
 
     monkeypatch.setattr(module, "run_unit", _die)
-    with pytest.raises(CheckpointError, match=r"one of 2 workers was killed, .*--resume and fewer --workers"):
+    with pytest.raises(CheckpointError, match=r"a worker was killed, .*--resume and fewer --workers"):
         compress(source, tmp_path / "out", FIFTH, workers=2)
     monkeypatch.undo()
     assert compress(source, tmp_path / "out", FIFTH, resume=True) is not None
 
 
 def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
