@@ -1,0 +1,60 @@
+"""spectral-surgery bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from spectral_surgery.cli import output
+
+CHECK_FAILED = 3
+
+
+@click.command("bench")
+@click.argument("cases", nargs=-1, metavar="[CASE]...")
+@click.option("--quick", is_flag=True, help="Smaller inputs where a case has them.")
+@click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def command(cases: tuple[str, ...], quick: bool, file: Path | None, as_json: bool, quiet: bool) -> None:
+    """Measure: each case first checks its results, then times them beside what else a user could pick.
+
+    A case whose check fails prints FAILED and no numbers, and the exit code is 3. `spectral-surgery methods` lists the
+    cases.
+
+    \b
+    Example:
+      spectral-surgery bench coding rate
+    """
+    from spectral_surgery.bench import CASES
+    from spectral_surgery.bench.runner import run_cases
+
+    with output.progress(quiet=quiet, unit=" cases") as progress:
+        results = run_cases(list(cases) or list(CASES), quick=quick, progress=progress)
+    if file:
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        output.print_json("bench", {"results": results})
+    else:
+        for result in results:
+            click.echo(_text(result))
+    if any(result["status"] != "ok" for result in results):
+        click.get_current_context().exit(CHECK_FAILED)
+
+
+def _text(result: dict[str, object]) -> str:
+    title = f"\n{result['case']}: {result.get('help', '')}"
+    if result["status"] != "ok":
+        return f"{title}\nFAILED: {result.get('reason', '')}"
+    rows = result["rows"]
+    blocks: list[list[dict[str, object]]] = []
+    for row in rows if isinstance(rows, list) else []:
+        if blocks and blocks[-1][0].keys() == row.keys():
+            blocks[-1].append(row)
+        else:
+            blocks.append([row])
+    stamp = result.get("stamp", {})
+    stamped = ", ".join(f"{key} {value}" for key, value in stamp.items()) if isinstance(stamp, dict) else ""
+    return "\n\n".join([title, *map(output.table, blocks), stamped])

@@ -1,0 +1,23 @@
+"""spectral-surgery completion."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def command(shell: str) -> None:
+    """Print the script that completes commands and options in a shell.
+
+    \b
+    Example:
+      eval "$(spectral-surgery completion bash)"
+    """
+    from spectral_surgery.cli import cli
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise click.UsageError(f"{shell}: this version of click has no completion for it.")
+    click.echo(kind(cli, {}, "spectral-surgery", "_SPECTRAL_SURGERY_COMPLETE").source())

@@ -1,0 +1,188 @@
+"""spectral-surgery compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spectral_surgery.cli import output, shared
+
+if TYPE_CHECKING:
+    from spectral_surgery.checkpoint.plan import CompressOptions, Plan
+    from spectral_surgery.workflows.compress import CompressReport
+
+_SHOWN = 12  # tensors listed in text; --json lists all
+
+
+@click.command("compress")
+@shared.source_argument
+@shared.out_argument
+@click.option("--sparsity", "--density", "density", type=float, help="Fraction of coefficients KEPT: 0.2 keeps 20 %.")
+@click.option("--bits", type=float, help="Stored bits per weight, 0.5 to 8, every byte counted.")
+@click.option("--max-error", type=float, help="Relative error of every tensor, at the fewest bits.")
+@click.option(
+    "--transform", default="dct", show_default=True, help="A transform (see methods), or auto: the best of each part."
+)
+@click.option("--tile", type=int, default=64, show_default=True, help="Side of the transform tiles.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Compress only tensors that match; repeatable.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Copy tensors that match; repeatable.")
+@click.option("--min-weights", type=int, default=4096, show_default=True, help="Copy smaller tensors.")
+@click.option(
+    "--copy-nonfinite", is_flag=True, help="Copy tensors with NaN or infinite values instead of refusing them."
+)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@shared.threads_option
+@click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
+@click.option("--resume", is_flag=True, help="Go on with unfinished work of the same source and options.")
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@shared.writing_options
+@shared.output_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    source: str,
+    out: Path,
+    density: float | None,
+    bits: float | None,
+    max_error: float | None,
+    transform: str,
+    tile: int,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    min_weights: int,
+    copy_nonfinite: bool,
+    workers: int,
+    threads: int | None,
+    shard: str | None,
+    resume: bool,
+    revision: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
+
+    Exactly one of --sparsity, --bits and --max-error says how small or how exact. OUT appears at the end, whole; a run
+    that was cut off goes on with --resume. The bytes do not depend on workers, threads or interruptions.
+
+    \b
+    Example:
+      spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2
+      spectral-surgery compress ./model ./model-small --sparsity 0.2 --dry-run
+    """
+    asked = {"density": density, "bits": bits, "max_error": max_error}
+    given = {kind: value for kind, value in asked.items() if value is not None}
+    if len(given) != 1:
+        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
+    part = shared.shard_of(shard)
+
+    from spectral_surgery.checkpoint.plan import CompressOptions
+    from spectral_surgery.hub import resolve
+    from spectral_surgery.spectra.select import Target
+    from spectral_surgery.workflows import compress as workflow
+
+    [(kind, value)] = given.items()
+    target = Target("bits" if kind == "bits" else "density" if kind == "density" else "max_error", value)
+    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite)
+    path = resolve(source, revision=revision)
+    if dry_run:
+        _show_plan(path, options, as_json=as_json)
+        return
+    with output.progress(quiet=quiet, unit=" weights") as progress:
+        report = workflow.compress(
+            path,
+            out,
+            options,
+            workers=workers,
+            threads=shared.threads_or_all(threads, workers),
+            shard=part,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show_report(report, out, part, as_json=as_json)
+
+
+def _show_plan(path: Path, options: CompressOptions, *, as_json: bool) -> None:
+    from spectral_surgery.workflows.compress import plan_compression
+
+    index, plan = plan_compression(path, options)
+    bits = plan.predicted_bits()
+    copied = sum(index.tensors[name].nbytes for name in plan.copied)
+    body = {
+        "dry_run": True,
+        "tensors": [{"name": t.info.name, "shape": list(t.info.shape), "parts": len(t.parts)} for t in plan.tensors],
+        "skipped": [{"name": name, "reason": reason} for name, reason in plan.copied.items()],
+        "tied": plan.aliases,
+        "weights": plan.weights,
+        "predicted_bits_per_weight": bits,
+        "predicted_bytes": round(plan.weights * bits / 8) + copied,
+        "predicted_worker_bytes": plan.predicted_memory(),
+        "input_bytes": index.nbytes,
+        "files_left_out": [str(name) for name in index.skipped_files],
+    }
+    if as_json:
+        output.print_json("compress", body)
+        return
+    click.echo(
+        output.table([{"tensor": t.info.name, "shape": t.info.shape, "parts": len(t.parts)} for t in plan.tensors])
+    )
+    click.echo(
+        f"\n{len(plan.tensors)} tensors, {plan.weights:,} weights at about {bits:.2f} bits per weight: "
+        f"{output.size(index.nbytes)} -> about {output.size(plan.weights * bits / 8 + copied)}; "
+        f"memory of a worker about {output.size(plan.predicted_memory())} besides torch."
+    )
+    _show_copied(plan)
+    click.echo("Nothing was written.")
+
+
+def _show_copied(plan: Plan) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.copied.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        click.echo(f"copied, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    for alias, name in plan.aliases.items():
+        click.echo(f"tied: {alias} = {name}, stored once")
+
+
+def _show_report(report: CompressReport | None, out: Path, part: tuple[int, int], *, as_json: bool) -> None:
+    if report is None:
+        text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
+        if as_json:
+            output.print_json("compress", {"finished": False, "shard": list(part), "message": text})
+        else:
+            click.echo(f"{text} If one was lost, run the command again without --shard and with --resume.")
+        return
+    body = report.to_json()
+    if as_json:
+        output.print_json("compress", {"finished": True, **body})
+        return
+    records = sorted(report.manifest.tensors.items(), key=lambda item: -item[1].report.weights)
+    rows = [
+        {
+            "tensor": name,
+            "shape": record.shape,
+            "bits_per_weight": record.report.bits_per_weight,
+            "relative_error": record.report.relative_error,
+            "density": record.report.density,
+        }
+        for name, record in records
+    ]
+    click.echo(output.table(rows[:_SHOWN]))
+    if len(rows) > _SHOWN:
+        click.echo(f"... and {len(rows) - _SHOWN} smaller ones (--json lists all)")
+    total = report.manifest.report
+    click.echo(
+        f"\n{len(rows)} tensors: {total.bits_per_weight:.3f} bits per weight, relative error "
+        f"{total.relative_error:.4f}, "
+        f"density {total.density:.3f}; {len(report.copied)} tensors copied.\n"
+        f"{output.size(report.input_bytes)} -> {output.size(report.output_bytes)}, {report.compression_ratio:.1f}x "
+        "smaller, "
+        f"in {report.seconds:.1f} s with {output.size(report.peak_rss_bytes)} of memory at most."
+    )
+    if report.not_copied_files:
+        click.echo(f"left out, weights in other formats: {', '.join(report.not_copied_files[:5])}")

@@ -1,0 +1,65 @@
+"""spectral-surgery inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from spectral_surgery.cli import output, shared
+
+
+@click.command("inspect")
+@shared.source_argument
+@click.option("--spectrum", is_flag=True, help="Read samples of the tensors: energy curve, error at 2, 3 and 4 bits.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Save the curves; implies --spectrum."
+)
+@click.option("--include", multiple=True, metavar="GLOB", help="Look only at tensors that match; repeatable.")
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@shared.output_options
+def command(
+    source: str,
+    spectrum: bool,
+    plot: Path | None,
+    include: tuple[str, ...],
+    revision: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what a checkpoint holds and what compress would do with it, from headers alone.
+
+    With --spectrum, samples of the tensors are read too: how much energy the largest coefficients hold, and which error
+    to expect at a rate.
+
+    \b
+    Example:
+      spectral-surgery inspect ./model
+      spectral-surgery inspect ./model --plot spectrum.png
+    """
+    from spectral_surgery.hub import resolve
+    from spectral_surgery.workflows import inspect as workflow
+
+    path = resolve(source, revision=revision)
+    with output.progress(quiet=quiet, unit=" tensors") as progress:
+        found = workflow.inspect(path, spectrum=spectrum or plot is not None, include=include, progress=progress)
+    if plot is not None:
+        from spectral_surgery.workflows.plots import plot_spectra
+
+        plot_spectra(found.spectra, plot, path.name)
+    if as_json:
+        output.print_json("inspect", found.to_json())
+        return
+    if found.spectra:
+        click.echo(output.table([s.row() for s in found.spectra]))
+    else:
+        click.echo(output.table(found.tensors))
+    for alias, name in found.tied.items():
+        click.echo(f"tied: {alias} = {name}")
+    click.echo(f"\n{found.kind}: {len(found.tensors)} tensors, {output.size(found.nbytes)}")
+    for key, value in found.summary.items():
+        click.echo(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    if found.skipped_files:
+        click.echo(f"weights in other formats, not looked at: {', '.join(found.skipped_files[:5])}")
+    if plot is not None:
+        click.echo(f"plot: {plot}")

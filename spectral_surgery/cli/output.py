@@ -1,0 +1,101 @@
+"""What the user sees: tables or one JSON object on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+
+SCHEMA_VERSION = 1
+_LINES = 10  # progress lines of a run without a terminal
+
+
+class Report(Protocol):
+    """Called as work advances."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Report that ``done`` of ``total`` are finished, the last one being ``what``."""
+
+
+@contextmanager
+def progress(*, quiet: bool, unit: str = "") -> Iterator[Report]:
+    """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; always on stderr.
+
+    Args:
+        quiet: report nothing.
+        unit: what is counted.
+    """
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    bar = tqdm(disable=quiet or not terminal, leave=False, unit=unit, unit_scale=True, file=sys.stderr)
+    shown = 0
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal shown
+        if terminal:
+            bar.total = total
+            bar.set_postfix_str(what[-48:], refresh=False)
+            bar.update(done - bar.n)
+        elif not quiet and done * _LINES // max(total, 1) > shown:
+            shown = done * _LINES // max(total, 1)
+            click.echo(f"{done / total:4.0%} {what}", err=True)
+
+    with bar:
+        yield report
+
+
+def print_json(command: str, body: Mapping[str, object]) -> None:
+    """Print one JSON object on stdout.
+
+    Args:
+        command: which command it is the result of.
+        body: plain values.
+    """
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "command": command, **body}, indent=2))
+
+
+def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> str:
+    """Rows as aligned text, numbers to the right.
+
+    Args:
+        rows: values by column.
+        columns: which columns, in order; all of the first row by default.
+
+    Returns:
+        The lines, with a header; empty without rows.
+    """
+    if not rows:
+        return ""
+    names = list(columns) or list(rows[0])
+    cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(names)]
+    right = [all(isinstance(row.get(name, 0), (int, float)) for row in rows) for name in names]
+    lines = [names, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``1.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 0.1 else f"{value:.3f}"
+    if isinstance(value, (list, tuple)):
+        return " x ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,201 @@
+"""inspect: what a checkpoint holds, from headers; and what its spectra promise, from samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
+from spectral_surgery.checkpoint.manifest import FILE_NAME
+from spectral_surgery.checkpoint.plan import CompressOptions, PlannedTensor, make_plan
+from spectral_surgery.checkpoint.reader import read_flat
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.select import Magnitudes, Target, for_bits, for_density
+from spectral_surgery.workflows.progress import Progress, silent
+
+DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
+RATES = (2.0, 3.0, 4.0)
+_SAMPLE = 1 << 20  # weights read of a tensor at most
+_PLACEHOLDER = CompressOptions(Target("bits", 4.0))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the spectrum of one tensor promises, estimated on at most 2^20 of its weights.
+
+    Attributes:
+        name: tensor name.
+        weights: weights looked at.
+        energy_kept: fraction of the energy in the largest coefficients, at DENSITIES.
+        energy_kept_weights: the same for the weights themselves.
+        errors: relative error of a quantised spectrum, at RATES bits of entropy.
+        error_at_a_fifth: relative error when 20 % of the coefficients are kept.
+    """
+
+    name: str
+    weights: int
+    energy_kept: tuple[float, ...]
+    energy_kept_weights: tuple[float, ...]
+    errors: tuple[float, ...]
+    error_at_a_fifth: float
+
+    def row(self) -> dict[str, object]:
+        """Plain values for a table."""
+        kept = {f"energy in {d:.0%}": value for d, value in zip(DENSITIES, self.energy_kept, strict=True)}
+        errors = {f"error at {rate:g} bits": value for rate, value in zip(RATES, self.errors, strict=True)}
+        return {"tensor": self.name, **kept, "same, weights 20%": self.energy_kept_weights[3], **errors}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds.
+
+    Attributes:
+        kind: ``dense`` or ``compressed``.
+        tensors: name, shape, dtype, bytes and fate of each, where fate is what compress would do.
+        tied: second name -> first name.
+        nbytes: bytes of all tensors.
+        skipped_files: weights in other formats beside them.
+        summary: of a compressed folder, what its manifest says.
+        spectra: of a dense one, when asked for.
+    """
+
+    kind: str
+    tensors: tuple[dict[str, object], ...]
+    tied: dict[str, str]
+    nbytes: int
+    skipped_files: tuple[str, ...]
+    summary: dict[str, object]
+    spectra: tuple[Spectrum, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return vars(self) | {"spectra": [vars(spectrum) for spectrum in self.spectra]}
+
+
+def inspect(
+    source: Path, *, spectrum: bool = False, include: tuple[str, ...] = (), progress: Progress = silent
+) -> Inspection:
+    """Look at a checkpoint without building a model.
+
+    Args:
+        source: a folder, dense or compressed, or a .safetensors file.
+        spectrum: also read samples of the tensors and estimate what their spectra promise.
+        include: globs of tensors to look at; empty means all.
+        progress: called after each spectrum.
+
+    Returns:
+        What was found.
+
+    Raises:
+        CheckpointError: when the source is no usable checkpoint.
+        ConfigError: when spectra of a compressed folder are asked for.
+    """
+    if source.is_dir() and (source / FILE_NAME).exists():
+        if spectrum:
+            raise ConfigError(f"{source.name}: is compressed; --spectrum needs a dense one. Decompress it first.")
+        return _compressed(source)
+    index = read_index(source)
+    options = CompressOptions(_PLACEHOLDER.target, include=include)
+    try:
+        plan = make_plan(index, options)
+    except ConfigError:  # nothing to compress is an answer here, not an error
+        return Inspection("dense", _rows(index, {}), {}, index.nbytes, tuple(map(str, index.skipped_files)), {})
+    fates = plan.copied | {alias: f"tied to {name}" for alias, name in plan.aliases.items()}
+    spectra = []
+    for number, tensor in enumerate(plan.tensors if spectrum else ()):
+        spectra.append(measure(tensor))
+        progress(number + 1, len(plan.tensors), tensor.info.name)
+    skipped = tuple(map(str, index.skipped_files))
+    return Inspection("dense", _rows(index, fates), plan.aliases, index.nbytes, skipped, {}, tuple(spectra))
+
+
+def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
+    """Estimate what the spectrum of a tensor promises.
+
+    Args:
+        tensor: which one.
+        basis: transform and tile; the default is that of compress.
+
+    Returns:
+        Energy and error estimates, on rows of tiles spread over the tensor.
+
+    Raises:
+        ConfigError: when the sample is not finite.
+    """
+    basis = basis or Basis(axes=tensor.axes)
+    step = min(basis.tile, tensor.rows)
+    starts = range(0, tensor.rows, step)
+    stride = max(1, len(starts) * step * tensor.columns // _SAMPLE)
+    plain, transformed = [], []
+    for start in starts[::stride]:
+        stop = min(start + step, tensor.rows)
+        rows = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).float()
+        plain.append(rows)
+        transformed.append(basis.forward(rows.reshape(stop - start, -1)).reshape(-1))
+    weights = torch.cat(plain)
+    if not bool(torch.isfinite(weights).all()):
+        raise ConfigError(
+            f"{tensor.info.name}: has NaN or infinite values; finite weights have a spectrum. Exclude it."
+        )
+    spectrum = Magnitudes(torch.cat(transformed).numpy())
+    if not spectrum.rms:
+        return Spectrum(tensor.info.name, weights.numel(), (1.0,) * 5, (1.0,) * 5, (0.0,) * 3, 0.0)
+    fifth = spectrum.estimate(for_density(spectrum, spectrum.quantile(0.2))).distortion
+    return Spectrum(
+        tensor.info.name,
+        weights.numel(),
+        _energy_curve(spectrum),
+        _energy_curve(Magnitudes(weights.numpy())),
+        tuple(float(np.sqrt(spectrum.estimate(for_bits(spectrum, rate)).distortion)) for rate in RATES),
+        float(np.sqrt(fifth)),
+    )
+
+
+def _energy_curve(magnitudes: Magnitudes) -> tuple[float, ...]:
+    return tuple(1 - magnitudes.dropped(magnitudes.quantile(density)) for density in DENSITIES)
+
+
+def _rows(index: CheckpointIndex, fates: dict[str, str]) -> tuple[dict[str, object], ...]:
+    return tuple(
+        {
+            "name": name,
+            "shape": list(info.shape),
+            "dtype": info.dtype,
+            "bytes": info.nbytes,
+            "compress would": f"copy it: {fates[name]}" if name in fates else "compress it",
+        }
+        for name, info in index.tensors.items()
+    )
+
+
+def _compressed(source: Path) -> Inspection:
+    checkpoint = open_compressed(source)
+    manifest = checkpoint.manifest
+    rows: list[dict[str, object]] = [
+        {
+            "name": name,
+            "shape": list(record.shape),
+            "dtype": record.dtype,
+            "bytes": record.report.stored_bytes,
+            "bits_per_weight": record.report.bits_per_weight,
+            "relative_error": record.report.relative_error,
+            "transform": "+".join(sorted({part.transform for part in record.parts})),
+        }
+        for name, record in manifest.tensors.items()
+    ]
+    total = manifest.report
+    summary = {
+        "compressed_tensors": len(rows),
+        "weights": total.weights,
+        "bits_per_weight": total.bits_per_weight,
+        "relative_error": total.relative_error,
+        "density": total.density,
+        "options": manifest.options,
+    }
+    return Inspection("compressed", tuple(rows), manifest.aliases, checkpoint.index.nbytes, (), summary)

@@ -1,0 +1,161 @@
+"""The rules of the house, checked on the source: layers, sizes, and what is not written here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spectral_surgery
+
+PACKAGE = Path(spectral_surgery.__file__).parent
+LAYERS = (
+    {"errors", "registry", "options", "targets", "memory"},
+    {"transforms"},
+    {"spectra"},
+    {"ops"},
+    {"layers", "adapters", "mixers"},
+    {"surgery", "checkpoint"},
+    {"hub", "models", "integrations"},
+    {"workflows"},
+    {"bench", "cli"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MAX_FILE, MAX_FUNCTION = 400, 60
+# heavy libraries: who may import them, and never at the top of a module
+HEAVY = {
+    "transformers": ("models.py", "integrations/"),
+    "peft": ("integrations/",),
+    "huggingface_hub": ("hub.py",),
+    "triton": ("ops/",),
+    "ray": ("integrations/",),
+    "matplotlib": ("workflows/plots.py",),
+}
+BASES = {
+    *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
+    *("Group", "Command", "ParamType", "Option", "ValueError", "TypeError"),
+}
+ENVIRONMENT = ("cli/", "hub.py")
+
+Found = Iterator[str]
+
+
+def sources(root: Path) -> list[tuple[str, str]]:
+    return [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in sorted(root.rglob("*.py"))]
+
+
+def top(path: str) -> str:
+    return path.split("/", maxsplit=1)[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+
+
+def layers(path: str, tree: ast.Module) -> Found:
+    here = top(path)
+    if here in ("__init__", "__main__"):
+        return
+    for name, node in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "spectral_surgery" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != here:
+            sibling = LEVEL[parts[1]] == LEVEL[here] and LEVEL[here] > 0 and (here, parts[1]) != ("cli", "bench")
+            if LEVEL[parts[1]] > LEVEL[here] or sibling:
+                yield f"{path}:{node.lineno} imports {parts[1]}, which is not below {here}"
+
+
+def sizes(path: str, tree: ast.Module) -> Found:
+    last = max((node.end_lineno or 0 for node in ast.walk(tree) if isinstance(node, ast.stmt)), default=0)
+    if last > MAX_FILE:
+        yield f"{path} has {last} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION:
+            yield f"{path}:{node.lineno} {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines"
+
+
+def no_hidden_flow(path: str, tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.args.kwarg:
+            yield f"{path}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}"
+        if isinstance(node, ast.Global):
+            yield f"{path}:{node.lineno} global"
+        reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        if reads and not path.startswith(ENVIRONMENT):
+            yield f"{path}:{node.lineno} reads the environment"
+
+
+def bases(path: str, tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and not path.startswith("integrations/"):
+            for base in node.bases:
+                name = ast.unparse(base).split("[")[0].split(".")[-1]
+                if name not in BASES and not name.endswith("Error"):
+                    yield f"{path}:{node.lineno} {node.name} inherits from {name}"
+
+
+def heavy_libraries(path: str, tree: ast.Module) -> Found:
+    at_top = {id(node) for node in tree.body}
+    for name, node in imports(tree):
+        allowed = HEAVY.get(name.split(".")[0])
+        if allowed is not None and (not path.startswith(allowed) or id(node) in at_top):
+            yield f"{path}:{node.lineno} imports {name}"
+
+
+def errors(path: str, tree: ast.Module) -> Found:
+    for node in ast.walk(tree):
+        broad = isinstance(node, ast.ExceptHandler) and (
+            node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+        )
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")
+        if isinstance(node, ast.Assert) or broad or called:
+            yield f"{path}:{node.lineno} {type(node).__name__}"
+    yield from (f"{path} imports pickle" for name, _ in imports(tree) if name.split(".")[0] in ("pickle", "dill"))
+
+
+RULES = (layers, sizes, no_hidden_flow, bases, heavy_libraries, errors)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule) -> None:
+    found = [line for path, text in sources(PACKAGE) for line in rule(path, ast.parse(text))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "text"),
+    [
+        (layers, "spectra/x.py", "from spectral_surgery.checkpoint import index"),
+        (layers, "surgery/x.py", "import spectral_surgery.checkpoint.index"),
+        (sizes, "x.py", "pass\n" * 401),
+        (sizes, "x.py", "def f():\n" + "    pass\n" * 60),
+        (no_hidden_flow, "x.py", "def f(**options): pass"),
+        (no_hidden_flow, "x.py", "def f():\n    global a"),
+        (no_hidden_flow, "spectra/x.py", "import os\nos.environ['A']"),
+        (bases, "x.py", "class A(B): pass"),
+        (heavy_libraries, "hub.py", "import huggingface_hub"),
+        (heavy_libraries, "cli/x.py", "def f():\n    import transformers"),
+        (errors, "x.py", "assert True"),
+        (errors, "x.py", "try: pass\nexcept Exception: pass"),
+        (errors, "x.py", "eval('1')"),
+        (errors, "x.py", "import pickle"),
+    ],
+)
+def test_every_rule_can_fail(rule, path: str, text: str) -> None:
+    assert list(rule(path, ast.parse(text)))
+
+
+def test_every_op_has_a_reference() -> None:
+    ops = PACKAGE / "ops"
+    missing = [p.name for p in ops.glob("*/") if p.name != "__pycache__" and not (p / "reference.py").exists()]
+    assert not missing
+
+
+def test_every_module_is_in_a_layer() -> None:
+    known = {*LEVEL, "__init__", "__main__"}
+    assert {top(path) for path, _ in sources(PACKAGE)} <= known
