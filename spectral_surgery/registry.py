@@ -39,9 +39,7 @@ class Table(Mapping[str, T]):
         self._rows: dict[str, T] = {}
         for row in rows:
             if row.name in self._rows:
-                raise ConfigError(
-                    f"{kind} {row.name!r}: listed twice; names are unique. Rename one of the rows."
-                )
+                raise ConfigError(f"{kind} {row.name!r}: listed twice; names are unique. Rename one of the rows.")
             self._rows[row.name] = row
 
     def __getitem__(self, name: str) -> T:

@@ -28,6 +28,9 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise TargetError(f"{option} '{pattern}': matches none of {len(names)} tensors; globs over names such as {some} are accepted.")
+            raise TargetError(
+                f"{option} '{pattern}': matches none of {len(names)} tensors; globs over names such as {some} are "
+                "accepted."
+            )
         found.update(hits)
     return found

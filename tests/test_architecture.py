@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,7 @@ BASES = {
 ENVIRONMENT = ("cli/", "hub.py")
 
 Found = Iterator[str]
+Rule = Callable[[str, ast.Module], Found]
 
 
 def sources(root: Path) -> list[tuple[str, str]]:
@@ -122,7 +123,7 @@ RULES = (layers, sizes, no_hidden_flow, bases, heavy_libraries, errors)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule(rule) -> None:
+def test_rule(rule: Rule) -> None:
     found = [line for path, text in sources(PACKAGE) for line in rule(path, ast.parse(text))]
     assert not found, "\n".join(found)
 
@@ -146,7 +147,7 @@ def test_rule(rule) -> None:
         (errors, "x.py", "import pickle"),
     ],
 )
-def test_every_rule_can_fail(rule, path: str, text: str) -> None:
+def test_every_rule_can_fail(rule: Rule, path: str, text: str) -> None:
     assert list(rule(path, ast.parse(text)))
 
 

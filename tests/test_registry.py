@@ -25,7 +25,9 @@ def test_rows_by_name_in_order() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"^shape 'cirlce': unknown; known: circle, square\. Did you mean 'circle'\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^shape 'cirlce': unknown; known: circle, square\. Did you mean 'circle'\?$"
+    ):
         TABLE["cirlce"]
     with pytest.raises(ConfigError, match=r"^shape 'zzz': unknown; known: circle, square$"):
         TABLE["zzz"]

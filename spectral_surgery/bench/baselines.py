@@ -86,7 +86,7 @@ def int_groups(weight: Tensor, *, bits: int, group: int) -> BaselineResult:
         bits: Of a code.
         group: Weights that share a scale; the last group of a row may be shorter.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     top = 2**bits - 1
     groups = _blocks(weight, group)  # [O, G, group]
     low = groups.amin(-1, keepdim=True).clamp_max(0)
@@ -163,8 +163,7 @@ def svd(weight: Tensor, bits: float) -> BaselineResult:
     rank = min(math.floor(bits * weight.numel() / 8) // of_one, *weight.shape)
     if rank < 1:
         raise ConfigError(
-            f"svd: {bits:g} bits per weight cannot hold rank 1; at least "
-            f"{8 * of_one / weight.numel():.4g} is accepted."
+            f"svd: {bits:g} bits per weight cannot hold rank 1; at least {8 * of_one / weight.numel():.4g} is accepted."
         )
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = values[:rank].sqrt()
@@ -195,8 +194,7 @@ def _budgeted(method: Callable[[Tensor, float], BaselineResult]) -> Callable[...
 def _checked(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.numel():
         raise ShapeError(
-            f"baseline: the weight has shape {tuple(weight.shape)}; a non-empty matrix [O, I] is "
-            "accepted."
+            f"baseline: the weight has shape {tuple(weight.shape)}; a non-empty matrix [O, I] is accepted."
         )
     if not weight.is_floating_point():
         raise ConfigError(f"baseline: the weight is {weight.dtype}; floating ones are accepted.")
@@ -209,7 +207,7 @@ def _checked(weight: Tensor) -> Tensor:
 def _blocks(x: Tensor, size: int) -> Tensor:
     """[rows, n] to [rows, ceil(n / size), size]; zeros fill the last block, neutral to extremes."""
     short = -x.shape[1] % size
-    return torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, size))
+    return torch.nn.functional.pad(x, (0, short)).reshape(x.shape[0], -1, size)
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:

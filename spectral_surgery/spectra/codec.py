@@ -1,12 +1,14 @@
 """A matrix to its stored form and back: transform, choose, quantise, code, verify, one frame at a time.
 
 A frame is a whole number of rows of tiles with at least 2^18 coefficients, so that the tables of the entropy coder
-cost nothing, and it decodes alone. Every step works on one frame with one thread, hence the bytes do not depend on how many
+cost nothing, and it decodes alone. Every step works on one frame with one thread, hence the bytes do not depend on how
+many
 threads or processes share the work.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -128,7 +130,7 @@ class EncodingReport:
     @property
     def relative_error(self) -> float:
         """Frobenius norm of the error over that of the matrix; 0 for a zero matrix."""
-        return float(np.sqrt(self.error_energy / self.energy)) if self.energy else 0.0
+        return math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
 
     @property
     def density(self) -> float:
@@ -159,7 +161,8 @@ def encode(
         threads: frames worked on at once; the result does not depend on it.
 
     Returns:
-        The encoded matrix and the measured report. A target in bits is met within half a percent; an error target is never
+        The encoded matrix and the measured report. A target in bits is met within half a percent; an error target is
+        never
         exceeded.
 
     Raises:
@@ -208,8 +211,8 @@ def _cost(magnitudes: Magnitudes, target: Target) -> float:
     if target.kind == "max_error":
         return magnitudes.estimate(for_error(magnitudes, target.value)).entropy
     if target.kind == "bits":
-        return magnitudes.estimate(for_bits(magnitudes, target.value)).distortion ** 0.5
-    return magnitudes.estimate(for_density(magnitudes, magnitudes.quantile(target.value))).distortion ** 0.5
+        return math.sqrt(magnitudes.estimate(for_bits(magnitudes, target.value)).distortion)
+    return math.sqrt(magnitudes.estimate(for_density(magnitudes, magnitudes.quantile(target.value))).distortion)
 
 
 def frame_spans(rows: int, rows_per_frame: int) -> list[tuple[int, int]]:
@@ -238,9 +241,13 @@ class _Spectrum:
 def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, EncodingReport]:
     peak = max(parallel_map(lambda c: float(c.abs().max()), spectrum.coefficients, spectrum.threads))
     if not np.isfinite(peak):
-        raise ConfigError("encode: weight has NaN or infinite values (or overflows float32); finite values are accepted.")
+        raise ConfigError(
+            "encode: weight has NaN or infinite values (or overflows float32); finite values are accepted."
+        )
     if 0 < peak < _SMALLEST:
-        raise ConfigError(f"encode: all magnitudes are below {_SMALLEST:g}; larger ones are accepted. Rescale or exclude it.")
+        raise ConfigError(
+            f"encode: all magnitudes are below {_SMALLEST:g}; larger ones are accepted. Rescale or exclude it."
+        )
     if not peak:
         return _encode(spectrum, Quantizer(1.0, 1.0), peak)
     magnitudes = Magnitudes(_sample(spectrum.coefficients))
@@ -318,7 +325,9 @@ def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[Enc
     def verify(frame: int) -> tuple[float, float]:
         codes = encoded.codes(frame)
         if not torch.equal(codes, quantised[frame][0]):
-            raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")
+            raise CheckpointError(
+                "encode: a frame does not decode to what was encoded. This is a bug: please report it."
+            )
         values = dequantize(codes, encoded.step, encoded.offset)
         return _energy(frames[frame]), _energy(frames[frame] - values)
 

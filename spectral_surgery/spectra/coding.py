@@ -1,11 +1,14 @@
 """Integer codes of one frame, as bytes and back.
 
 A frame is a run of quantiser codes that decodes alone. Codes near zero are by far the most frequent, and zstd's Huffman
-coder spends at least one bit on every byte, so several codes share a byte: ``base ** digits`` of them fit in 256. Codes beyond
-the base saturate at its ends and what is missing goes to a short overflow list, so that rare large codes do not force a large
+coder spends at least one bit on every byte, so several codes share a byte: ``base ** digits`` of them fit in 256. Codes
+beyond
+the base saturate at its ends and what is missing goes to a short overflow list, so that rare large codes do not force a
+large
 base on all others. Two families of layouts cover all rates, and the smallest one is found by trying them on a frame:
 
-* ``packed``: every code is a digit. Codes wider than a digit are first split into raw low bit planes and a packed high part.
+* ``packed``: every code is a digit. Codes wider than a digit are first split into raw low bit planes and a packed high
+part.
 * ``bitmap``: one bit per code says whether it is zero, and only the non-zero codes become digits.
 
 Digits of one byte come from ``digits`` equal stretches of the frame, so unpacking is a few whole-array operations.
@@ -16,7 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,7 @@ import zstandard
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 
-Codes = npt.NDArray[np.signedinteger[npt.NBitBase]]
+Codes = npt.NDArray[Any]  # int8, int16 or int32
 Bytes = npt.NDArray[np.uint8]
 
 # Matches only get in the way of Huffman coding here: the smallest tables and the longest minimal match make them rare.
@@ -82,7 +85,8 @@ def choose_layout(codes: Codes) -> Layout:
         codes: [n] signed integers, typical of the frames to come.
 
     Returns:
-        The best layout; one that decodes faster wins where two differ by less than six percent of the share of codes that the
+        The best layout; one that decodes faster wins where two differ by less than six percent of the share of codes
+        that the
         other has to place one by one.
     """
     scores = {layout: len(encode_frame(codes, layout)) * _handicap(codes, layout) for layout in _candidates(codes)}
@@ -169,7 +173,7 @@ def decode_frame(frame: bytes | memoryview, count: int) -> Codes:
         CheckpointError: when the frame is damaged.
         LimitError: when it claims more data than ``count`` codes can need.
     """
-    layout, itemsize, width, sections, raw = _parse(frame, count)
+    layout, itemsize, sections, raw = _parse(frame, count)
     dtype = np.dtype(f"i{itemsize}")
     if layout.kind == "bitmap":
         bitmap = np.frombuffer(_decompress(sections.pop(0), -(-count // 8)), np.uint8)
@@ -183,7 +187,7 @@ def decode_frame(frame: bytes | memoryview, count: int) -> Codes:
     return high
 
 
-def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype: np.dtype[np.generic]) -> Codes:
+def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype: np.dtype[Any]) -> Codes:
     packed = _decompress(sections[0], -(-count // layout.digits))
     digits = _unpack(np.frombuffer(packed, np.uint8), layout)[:count]
     limit = layout.limit
@@ -208,7 +212,7 @@ def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype
     return wide
 
 
-def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, int, list[memoryview], memoryview]:
+def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, list[memoryview], memoryview]:
     view = memoryview(frame)
     damaged = "the data is damaged. Fetch the file again."
     if len(view) < _HEADER.size:
@@ -230,7 +234,7 @@ def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, int, lis
     for length in lengths:
         parts.append(view[start : start + length])
         start += length
-    return Layout(_KINDS[kind], digits, planes), itemsize, width, parts, view[start:]
+    return Layout(_KINDS[kind], digits, planes), itemsize, parts, view[start:]
 
 
 def _compress(data: Bytes) -> bytes:
@@ -242,14 +246,19 @@ def _decompress(section: memoryview, size: int) -> bytes:
         declared = zstandard.frame_content_size(section)
         if declared != size:
             raise LimitError(
-                f"spectral frame: a section declares {declared} bytes where {size} belong; only exact sizes are accepted. "
+                f"spectral frame: a section declares {declared} bytes where {size} belong; only exact sizes are "
+                "accepted. "
                 "The data is damaged or hostile: do not use it."
             )
         data = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(section)
     except zstandard.ZstdError as error:
-        raise CheckpointError(f"spectral frame: zstd says {error}; the data is damaged. Fetch the file again.") from None
+        raise CheckpointError(
+            f"spectral frame: zstd says {error}; the data is damaged. Fetch the file again."
+        ) from None
     if len(data) != size:
-        raise CheckpointError(f"spectral frame: {len(data)} bytes where {size} belong; the data is damaged. Fetch it again.")
+        raise CheckpointError(
+            f"spectral frame: {len(data)} bytes where {size} belong; the data is damaged. Fetch it again."
+        )
     return data
 
 
@@ -258,7 +267,7 @@ def _pack(digits: Bytes, layout: Layout) -> Bytes:
     padded = np.zeros(stretch * layout.digits, np.uint8)
     padded[: digits.size] = digits
     planes = padded.reshape(layout.digits, stretch)
-    packed = planes[-1].copy()
+    packed: Bytes = planes[-1].copy()
     for plane in planes[-2::-1]:  # Horner: the first stretch is the lowest digit
         packed *= np.uint8(layout.base % 256)
         packed += plane

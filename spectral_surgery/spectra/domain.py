@@ -91,7 +91,8 @@ class Domain:
         """Transform a tensor of `shape` into its spectrum, float32 (complex64 for rfft2)."""
         matrix = as_real(x).reshape(self.matrix_shape)
         if self.half_plane:
-            return torch.fft.rfft2(matrix, norm="ortho")  # [O, F]
+            spectrum: Tensor = torch.fft.rfft2(matrix, norm="ortho")  # [O, F]
+            return spectrum
         return self._tiled(tiles.forward, matrix, self.axes)
 
     def inverse(self, spectrum: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ class Domain:
         if not self.half_plane:
             return self._tiled(tiles.inverse, spectrum, self.axes).reshape(self.shape)
         whole = self._mirrored(spectrum)
-        return torch.fft.irfft2(whole, s=self.matrix_shape, norm="ortho").reshape(self.shape)
+        dense: Tensor = torch.fft.irfft2(whole, s=self.matrix_shape, norm="ortho")
+        return dense.reshape(self.shape)
 
     def freedom(self, positions: Tensor) -> Tensor:
         """Return the real degrees of freedom at positions of the spectrum, [K] int64.
@@ -120,13 +122,15 @@ class Domain:
     def from_input(self, x: Tensor) -> Tensor:
         """Transform activations so that the spectrum can multiply them: [N, I] to [N, I or F]."""
         if self.half_plane:
-            return torch.fft.rfft(x, norm="ortho").conj()
+            half: Tensor = torch.fft.rfft(x, norm="ortho")
+            return half.conj()
         return self._tiled(tiles.forward, x, (1,)) if 1 in self.axes else x
 
     def to_output(self, y: Tensor) -> Tensor:
         """Bring products with the spectrum back to space: [N, O] to [N, O], real."""
         if self.half_plane:
-            return torch.fft.ifft(y, norm="ortho").real
+            whole: Tensor = torch.fft.ifft(y, norm="ortho")
+            return whole.real
         return self._tiled(tiles.inverse, y, (1,)) if 0 in self.axes else y
 
     def _tiled(self, along: TileMap, matrix: Tensor, axes: tuple[int, ...]) -> Tensor:

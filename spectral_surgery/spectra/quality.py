@@ -97,6 +97,5 @@ def _check(where: str, reference: Tensor, actual: Tensor) -> None:
             )
     if reference.shape != actual.shape:
         raise ShapeError(
-            f"{where}: shapes {tuple(reference.shape)} and {tuple(actual.shape)} differ; "
-            "equal shapes are accepted."
+            f"{where}: shapes {tuple(reference.shape)} and {tuple(actual.shape)} differ; equal shapes are accepted."
         )

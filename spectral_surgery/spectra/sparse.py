@@ -113,9 +113,7 @@ class SparseSpectralTensor:
             )
         _require_spatial("matmul", x)
         if not x.is_floating_point():
-            raise DomainError(
-                f"matmul: x is {x.dtype}; real floating dtypes are accepted. Convert x first."
-            )
+            raise DomainError(f"matmul: x is {x.dtype}; real floating dtypes are accepted. Convert x first.")
         if x.ndim == 0 or x.shape[-1] != self.shape[1]:
             raise ShapeError(
                 f"matmul: x has shape {tuple(x.shape)}; [..., {self.shape[1]}] is accepted by a "
@@ -222,9 +220,7 @@ class SparseSpectralTensor:
         indices = torch.stack((positions // columns, positions % columns))
         # a conjugate pair contributes twice the real part of the one that is stored
         values = self.values.to(dtype) * self.domain.freedom(positions)
-        return torch.sparse_coo_tensor(
-            indices, values, (rows, columns), is_coalesced=True, check_invariants=False
-        )
+        return torch.sparse_coo_tensor(indices, values, (rows, columns), is_coalesced=True, check_invariants=False)
 
     def _require_same_domain(self, operation: str, other: object) -> SparseSpectralTensor:
         if not isinstance(other, SparseSpectralTensor):
@@ -275,9 +271,7 @@ def sst(
     """
     _require_spatial("sst", tensor)
     if tensor.dtype not in sparse_io.DTYPES.values():
-        raise ConfigError(
-            f"sst: the tensor is {tensor.dtype}; {', '.join(sparse_io.DTYPES)} are accepted."
-        )
+        raise ConfigError(f"sst: the tensor is {tensor.dtype}; {', '.join(sparse_io.DTYPES)} are accepted.")
     if not 0 < sparsity <= 1:
         raise ConfigError(
             f"sst: sparsity {sparsity} is not a fraction to keep; above 0 and up to 1 is "
@@ -317,9 +311,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return keep.nonzero().squeeze(1)
 
 
-def _keep(
-    x: Tensor, count: int, domain: Domain, stored: torch.dtype, dtype: torch.dtype
-) -> SparseSpectralTensor:
+def _keep(x: Tensor, count: int, domain: Domain, stored: torch.dtype, dtype: torch.dtype) -> SparseSpectralTensor:
     spectrum = domain.forward(x).reshape(-1)
     if domain.half_plane:
         positions = _largest_pairs(spectrum.abs(), domain, count)
@@ -344,9 +336,7 @@ def _largest_pairs(magnitudes: Tensor, domain: Domain, count: int) -> Tensor:
     return order[: max(1, int(fits.sum()))].sort().values
 
 
-def _build(
-    values: Tensor, positions: Tensor, domain: Domain, dtype: torch.dtype
-) -> SparseSpectralTensor:
+def _build(values: Tensor, positions: Tensor, domain: Domain, dtype: torch.dtype) -> SparseSpectralTensor:
     integer = torch.int32 if domain.numel < _INT32_NUMEL else torch.int64
     return SparseSpectralTensor(
         values,
@@ -362,8 +352,7 @@ def _build(
 def _require_spatial(where: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise DomainError(
-            f"{where}: got a {type(x).__name__}; a spatial tensor is accepted. "
-            "Call to_spatial() on a spectrum first."
+            f"{where}: got a {type(x).__name__}; a spatial tensor is accepted. Call to_spatial() on a spectrum first."
         )
 
 

@@ -17,8 +17,7 @@ from spectral_surgery.spectra.domain import Domain
 FORMAT = "spectral_surgery.sparse"
 FORMAT_VERSION = 1
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,13 +69,10 @@ def read(path: Path) -> Stored:
             names = sorted(file.keys())
             tensors = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); a safetensors file is accepted."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); a safetensors file is accepted.") from error
     if text is None or names != ["positions", "values"]:
         raise CheckpointError(
-            f"{path}: holds {', '.join(names) or 'nothing'}; a file written by "
-            "SparseSpectralTensor.save is accepted."
+            f"{path}: holds {', '.join(names) or 'nothing'}; a file written by SparseSpectralTensor.save is accepted."
         )
     positions, values = tensors
     domain, dtype = _parse(path, text)
@@ -93,8 +89,7 @@ def _parse(path: Path, text: str) -> tuple[Domain, torch.dtype]:
     version = header.get("version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version is {version}; {FORMAT_VERSION} is accepted. "
-            "Use the release that wrote it."
+            f"{path}: format version is {version}; {FORMAT_VERSION} is accepted. Use the release that wrote it."
         )
     shape, axes, tile = header.get("shape"), header.get("axes"), header.get("tile")
     transform, dtype = header.get("transform"), header.get("dtype")
@@ -134,9 +129,7 @@ def _check_positions(path: Path, positions: Tensor, count: int, domain: Domain) 
             f"shape ({count},) are accepted, one for each value."
         )
     if not (positions[1:] > positions[:-1]).all():
-        raise CheckpointError(
-            f"{path}: positions are not strictly increasing; sorted, unique ones are accepted."
-        )
+        raise CheckpointError(f"{path}: positions are not strictly increasing; sorted, unique ones are accepted.")
     rows, columns = domain.spectrum_shape
     if positions[0] < 0 or positions[-1] >= rows * columns:
         raise CheckpointError(
@@ -144,6 +137,4 @@ def _check_positions(path: Path, positions: Tensor, count: int, domain: Domain) 
             f"{rows * columns - 1} is accepted."
         )
     if not domain.freedom(positions).all():
-        raise CheckpointError(
-            f"{path}: a position is the conjugate of another; one of each pair is accepted."
-        )
+        raise CheckpointError(f"{path}: a position is the conjugate of another; one of each pair is accepted.")

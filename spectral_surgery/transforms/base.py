@@ -134,9 +134,7 @@ def _unrounded(device_type: str) -> AbstractContextManager[None]:
 
 
 @lru_cache(maxsize=64)
-def _basis(
-    matrix: Callable[[int], Tensor], n: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _basis(matrix: Callable[[int], Tensor], n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # a tensor made in inference mode could not serve a later backward pass
     with torch.inference_mode(False), torch.no_grad():
         return matrix(n).to(device=device, dtype=dtype)

@@ -48,9 +48,7 @@ def inverse(x: Tensor, transform: Transform, tile: int, axes: tuple[int, ...]) -
     return _apply(x, transform, transform.inverse, tile, axes)
 
 
-def _apply(
-    x: Tensor, transform: Transform, along: Along, tile: int, axes: tuple[int, ...]
-) -> Tensor:
+def _apply(x: Tensor, transform: Transform, along: Along, tile: int, axes: tuple[int, ...]) -> Tensor:
     _require_positive(tile)
     transform.require(tile, "tile")
     if x.ndim < 2:

@@ -1,4 +1,4 @@
-"""Real model families, tiny and random: what transformers saves is compressed, decompressed and loaded by transformers."""
+"""Real model families, tiny and random: what transformers saves is compressed, decompressed and loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from spectral_surgery.workflows.decompress import decompress
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 136}
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 136,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("AutoModelForMaskedLM", TEXT),
     "llama": ("AutoModelForCausalLM", TEXT | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -50,7 +56,9 @@ def test_family_round_trip(tmp_path: Path, family: str) -> None:
     config = transformers.AutoConfig.for_model(family, **settings)
     model = getattr(transformers, auto).from_config(config).eval()
     model.save_pretrained(tmp_path / "source")
-    report = compress(tmp_path / "source", tmp_path / "out", CompressOptions(Target("max_error", 0.02), min_weights=1000))
+    report = compress(
+        tmp_path / "source", tmp_path / "out", CompressOptions(Target("max_error", 0.02), min_weights=1000)
+    )
     assert report is not None
     assert report.manifest.report.relative_error <= 0.02
     assert report.manifest.report.weights > 0.9 * sum(p.numel() for p in model.parameters() if p.ndim > 1) - 1000
