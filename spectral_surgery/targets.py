@@ -29,8 +29,8 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
         if not hits:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TargetError(
-                f"{option} '{pattern}': matches none of {len(names)} tensors; globs over names such as {some} are "
-                "accepted."
+                f"{option} '{pattern}': matches none of {len(names)} tensors; "
+                f"globs over names such as {some} are accepted."
             )
         found.update(hits)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -12,6 +12,8 @@ from spectral_surgery.cli import output, shared
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions, Plan
     from spectral_surgery.workflows.compress import CompressReport
+
+Kind = Literal["density", "bits", "max_error"]
 
 _SHOWN = 12  # tensors listed in text; --json lists all
 
@@ -73,10 +75,8 @@ def command(
       spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2
       spectral-surgery compress ./model ./model-small --sparsity 0.2 --dry-run
     """
-    asked = {"density": density, "bits": bits, "max_error": max_error}
-    given = {kind: value for kind, value in asked.items() if value is not None}
-    if len(given) != 1:
-        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
+    asked: dict[Kind, float | None] = {"density": density, "bits": bits, "max_error": max_error}
+    kind, value = _only(ctx, asked)
     part = shared.shard_of(shard)
 
     from spectral_surgery.checkpoint.plan import CompressOptions
@@ -84,9 +84,7 @@ def command(
     from spectral_surgery.spectra.select import Target
     from spectral_surgery.workflows import compress as workflow
 
-    [(kind, value)] = given.items()
-    target = Target("bits" if kind == "bits" else "density" if kind == "density" else "max_error", value)
-    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite)
+    options = CompressOptions(Target(kind, value), transform, tile, include, exclude, min_weights, copy_nonfinite)
     path = resolve(source, revision=revision)
     if dry_run:
         _show_plan(path, options, as_json=as_json)
@@ -104,6 +102,13 @@ def command(
             progress=progress,
         )
     _show_report(report, out, part, as_json=as_json)
+
+
+def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, float]:
+    given = [(kind, value) for kind, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
+    return given[0]
 
 
 def _show_plan(path: Path, options: CompressOptions, *, as_json: bool) -> None:

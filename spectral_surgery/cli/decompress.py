@@ -43,24 +43,12 @@ def command(
     Example:
       spectral-surgery decompress ./model-4bit ./model-plain --verify
     """
-    from spectral_surgery.checkpoint.compressed import open_compressed
     from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import decompress as workflow
 
     path = resolve(source)
     if dry_run:
-        manifest = open_compressed(path).manifest
-        weights = manifest.report.weights
-        body = {
-            "dry_run": True,
-            "compressed_tensors": len(manifest.tensors),
-            "weights": weights,
-            "tied": manifest.aliases,
-        }
-        if as_json:
-            output.print_json("decompress", body)
-        else:
-            click.echo(f"{len(manifest.tensors)} compressed tensors with {weights:,} weights. Nothing was written.")
+        _show_plan(path, as_json=as_json)
         return
     with output.progress(quiet=quiet, unit=" tensors") as progress:
         report = workflow.decompress(
@@ -83,3 +71,15 @@ def command(
         click.echo(f"Check failed: {failure}", err=True)
     if report.failures:
         ctx.exit(CHECK_FAILED)
+
+
+def _show_plan(path: Path, *, as_json: bool) -> None:
+    from spectral_surgery.checkpoint.compressed import open_compressed
+
+    manifest = open_compressed(path).manifest
+    weights, tensors = sum(r.report.weights for r in manifest.tensors.values()), len(manifest.tensors)
+    if as_json:
+        body = {"dry_run": True, "compressed_tensors": tensors, "weights": weights, "tied": manifest.aliases}
+        output.print_json("decompress", body)
+    else:
+        click.echo(f"{tensors} compressed tensors with {weights:,} weights. Nothing was written.")

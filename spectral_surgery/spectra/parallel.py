@@ -17,8 +17,7 @@ B = TypeVar("B")
 def one_torch_thread() -> Iterator[None]:
     """Run torch operations on one thread, and on as many as before afterwards.
 
-    A product split over threads may round differently, and the idle threads of torch spin: they take the cores from
-    ours.
+    A product split over threads may round differently, and the idle threads of torch spin: they take our cores.
     """
     before = torch.get_num_threads()
     if before > 1:

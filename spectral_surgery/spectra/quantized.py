@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -149,8 +150,8 @@ def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
     spread = moments.level_square * moments.kept - moments.level**2
     offset = 0.0
     if largest <= INT8_MAX:
-        if spread > 1e-9 * moments.level**2:
-            slope = (moments.product * moments.kept - moments.magnitude * moments.level) / spread
+        slope = (moments.product * moments.kept - moments.magnitude * moments.level) / (spread or 1.0)
+        if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
             offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
         offset = _snap(offset, largest)
     numerator = moments.product + offset * moments.magnitude
@@ -160,10 +161,10 @@ def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
 
 def grid(largest: int, offset: float) -> int:
     """Finest integer grid, in parts of a step, on which every reconstruction point fits int8; 0 when none does."""
-    return int(INT8_MAX / (largest + offset)) if largest + offset <= INT8_MAX else 0
+    return INT8_MAX // (largest + max(math.ceil(offset), 0))
 
 
 def _snap(offset: float, largest: int) -> float:
     offset = min(offset, float(INT8_MAX - largest))
-    fine = grid(largest, max(offset, 0.0))
-    return round(offset * fine) / fine
+    fine = grid(largest, offset)
+    return round(offset * fine) / fine  # in the same unit interval, or at its end: on the grid of the result too

@@ -1,10 +1,9 @@
 """From a request (density, bits or error) to a quantiser (dead zone, step).
 
-A quantiser turns a coefficient c into an integer code: 0 below the dead zone, else ``sign(c) * (1 + floor((|c| -
-dead_zone) /
-step))``. Bits and error for any (dead zone, step) follow exactly from sorted magnitudes and their prefix sums, so
-choosing
-costs milliseconds and no trial encoding. By Parseval the error on coefficients is the error on weights.
+A quantiser turns a coefficient c into an integer code: 0 below the dead zone, else
+``sign(c) * (1 + floor((|c| - dead_zone) / step))``. Bits and error for any (dead zone, step) follow exactly from
+sorted magnitudes and their prefix sums, so choosing costs milliseconds and no trial encoding. By Parseval the error
+on coefficients is the error on weights.
 """
 
 from __future__ import annotations
@@ -20,10 +19,13 @@ from spectral_surgery.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
 
-_MAX_LEVELS = 4096  # codes beyond this share one level in the estimate
+_MAX_LEVELS = 4096  # priced one by one in the estimate
+_FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
+_ZERO = 1e-9  # in steps: a coefficient this small is zero even where everything is kept
 _DEAD_ZONES = (0.5, 0.54, 0.58, 0.62, 0.66, 0.7)  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
 _QUANTISATION_FLOOR = 0.01  # ...or leave one percent of error in all, where hardly anything is dropped
+_RANGES = {"density": (0.0, 1.0), "bits": (0.5, 8.0), "max_error": (1e-4, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,18 @@ class Target:
         kind: ``density`` (fraction of coefficients kept), ``bits`` (stored bits per weight) or ``max_error`` (relative
             Frobenius error).
         value: the number asked for.
+
+    Raises:
+        ConfigError: when the kind is unknown or the value out of its range.
     """
 
     kind: Literal["density", "bits", "max_error"]
     value: float
 
     def __post_init__(self) -> None:
-        low, high = {"density": (0.0, 1.0), "bits": (0.5, 8.0), "max_error": (1e-4, 1.0)}[self.kind]
+        if self.kind not in _RANGES:
+            raise ConfigError(f"target '{self.kind}': unknown; {', '.join(_RANGES)} are accepted.")
+        low, high = _RANGES[self.kind]
         inside = low <= self.value <= high and (self.kind != "density" or self.value > 0)
         if not inside:
             bracket = "(" if self.kind == "density" else "["
@@ -89,18 +96,20 @@ class Magnitudes:
 
     def estimate(self, quantizer: Quantizer) -> Estimate:
         """Entropy and error of a quantiser, with every level reconstructed at its centroid."""
-        top = self.sorted[-1]
-        levels = min(int(max(top - quantizer.dead_zone, 0.0) / quantizer.step) + 1, _MAX_LEVELS)
-        edges = quantizer.dead_zone + quantizer.step * np.arange(levels)
-        cuts = np.concatenate((np.searchsorted(self.sorted, edges), [self.sorted.size]))
+        size = self.sorted.size
+        levels = min(int(max(self.sorted[-1] - quantizer.dead_zone, 0.0) / quantizer.step) + 1, _MAX_LEVELS)
+        edges = quantizer.dead_zone + quantizer.step * np.arange(levels + 1)
+        cuts = np.searchsorted(self.sorted, edges)
         counts = np.diff(cuts)
         used = counts > 0
         sums, squares = np.diff(self._sum[cuts])[used], np.diff(self._square[cuts])[used]
         error = self._square[cuts[0]] + float((squares - sums**2 / counts[used]).sum())
-        p = np.append(counts[used], cuts[0]) / self.sorted.size
+        p = np.append(counts[used], cuts[0]) / size
         p = p[p > 0]
-        nonzero = 1 - cuts[0] / self.sorted.size
-        entropy = float(-(p * np.log2(p)).sum() + nonzero)  # one more bit for every sign
+        beyond = size - cuts[-1]  # so far out that each has a level of its own
+        error += beyond * quantizer.step**2 / 12
+        entropy = float(-(p * np.log2(p)).sum() + beyond / size * np.log2(size))
+        entropy += float(1 - cuts[0] / size)  # one more bit for every sign
         return Estimate(entropy, max(error, 0.0) / float(self._square[-1]))
 
 
@@ -121,7 +130,7 @@ def for_density(magnitudes: Magnitudes, threshold: float) -> Quantizer:
     """Widest step for coefficients at or above a threshold that adds at most 0.7 % to the error of the rest dropped."""
     limit = max(magnitudes.dropped(threshold) * _QUANTISATION_SHARE**2, _QUANTISATION_FLOOR**2)
     step = _bisect(magnitudes.rms, lambda s: magnitudes.estimate(Quantizer(threshold, s)).distortion > limit)
-    return Quantizer(threshold, step)
+    return Quantizer(max(threshold, _ZERO * step), step)
 
 
 def _solve(magnitudes: Magnitudes, ratio: float, too_coarse: Callable[[Estimate], bool]) -> Quantizer:
@@ -130,8 +139,8 @@ def _solve(magnitudes: Magnitudes, ratio: float, too_coarse: Callable[[Estimate]
 
 
 def _bisect(rms: float, too_coarse: Callable[[float], bool]) -> float:
-    low, high = np.log(rms * 1e-3), np.log(rms * 20)
-    for _ in range(22):
+    low, high = np.log(rms * _FINEST), np.log(rms * _COARSEST)
+    for _ in range(24):
         middle = (low + high) / 2
         if too_coarse(float(np.exp(middle))):
             high = middle

@@ -1,0 +1,185 @@
+"""The command line as a user meets it: output, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
+
+
+def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spectral_surgery", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | (env or {}))
+
+
+def result(*arguments: str | Path) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    body: dict[str, Any] = json.loads(done.stdout)
+    assert body["schema_version"] == 1
+    assert body["command"] == arguments[0]
+    return body
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("cli") / "source", llama_like())
+
+
+def test_the_tour(source: Path, tmp_path: Path) -> None:
+    body = result("inspect", source)
+    assert body["kind"] == "dense"
+    assert body["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    body = result("compress", source, tmp_path / "out", "--sparsity", "0.2")
+    wanted = {"bits_per_weight", "compression_ratio", "relative_error", "density", "tensors", "skipped", "seconds"}
+    assert wanted | {"peak_rss_bytes"} <= body.keys()
+    assert body["density"] == pytest.approx(0.2, abs=1e-3)
+    assert {"name", "shape", "bits_per_weight", "relative_error", "density"} <= body["tensors"][0].keys()
+    assert {"name", "reason"} == body["skipped"][0].keys()
+    assert result("inspect", tmp_path / "out")["kind"] == "compressed"
+    body = result("decompress", tmp_path / "out", tmp_path / "plain", "--verify")
+    assert body["verified"] is True
+    assert body["failures"] == []
+
+
+def test_text_output_and_progress_lines(source: Path, tmp_path: Path) -> None:
+    done = run("compress", source, tmp_path / "out", "--bits", "4")
+    assert done.returncode == 0
+    assert "3 tensors: " in done.stdout
+    assert "100% " in done.stderr
+    assert "bits_per_weight" in done.stdout.splitlines()[0]
+    done = run("decompress", tmp_path / "out", tmp_path / "plain", "--verify", "--quiet")
+    assert "6 tensors" in done.stdout
+    assert "read back and verified" in done.stdout
+    assert done.stderr == ""
+
+
+def test_dry_runs_write_nothing(source: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    body = result("compress", source, tmp_path / "out", "--bits", "3", "--dry-run")
+    assert body["predicted_bits_per_weight"] == 3
+    assert "Nothing was written" in run("compress", source, tmp_path / "out", "--max-error", "0.1", "--dry-run").stdout
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_usage_errors_exit_with_2(source: Path, tmp_path: Path) -> None:
+    for options in ((), ("--bits", "4", "--sparsity", "0.2")):
+        done = run("compress", source, tmp_path / "out", *options)
+        assert done.returncode == 2
+        assert "exactly one of --sparsity, --bits and --max-error is needed" in done.stderr
+    done = run("compress", source, tmp_path / "out", "--bits", "4", "--shard", "3/2")
+    assert done.returncode == 2
+    assert "'3/2' is not i/n" in done.stderr
+    assert run("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("inspect", "./missing"), "missing: no such file or folder"),
+        (("compress", "SOURCE", "OUT", "--bits", "40"), "bits 40: out of range; [0.5, 8] is accepted"),
+        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "dcd"), "transform 'dcd': unknown; known: "),
+        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "hadamard", "--tile", "48"), "tile 48"),
+        (
+            ("compress", "SOURCE", "OUT", "--bits", "4", "--include", "no*"),
+            "--include 'no*': matches none of 6 tensors",
+        ),
+        (("decompress", "SOURCE", "OUT"), "no spectral_surgery.json"),
+        (("methods", "nonsense"), "methods 'nonsense': unknown"),
+        (("bench", "nonsense"), "bench case 'nonsense': unknown; known: coding"),
+    ],
+)
+def test_failures_are_one_line_and_exit_with_1(
+    source: Path, tmp_path: Path, arguments: tuple[str, ...], text: str
+) -> None:
+    places = {"SOURCE": str(source), "OUT": str(tmp_path / "out")}
+    done = run(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    assert text in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_check_exits_with_3(source: Path, tmp_path: Path) -> None:
+    result("compress", source, tmp_path / "out", "--bits", "4")
+    path = tmp_path / "out" / "spectral_surgery.json"
+    body = json.loads(path.read_text())
+    record = body["tensors"]["model.layers.0.mlp.down_proj.weight"]
+    record["parts"][0]["report"]["stored_energy"] *= 2
+    path.write_text(json.dumps(body))
+    done = run("decompress", tmp_path / "out", tmp_path / "plain", "--verify")
+    assert done.returncode == 3
+    assert "Check failed: model.layers.0.mlp.down_proj.weight: squared norm" in done.stderr
+    assert not (tmp_path / "plain").exists()
+
+
+def test_ctrl_c_exits_with_130_and_resumes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {f"layers.{i}.weight": gaussian(512, 1024, seed=i) for i in range(40)})
+    command = [sys.executable, "-m", "spectral_surgery", "compress", str(source), str(tmp_path / "out"), "--bits", "3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        units = tmp_path / "out.partial" / "units"
+        while process.poll() is None and not (units.exists() and any(units.iterdir())):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "Interrupted. Finished parts of a compression are kept: run it again with --resume." in said
+    assert not (tmp_path / "out").exists()
+    assert run(*command[3:]).returncode == 1
+    assert run(*command[3:], "--resume").returncode == 0
+    assert run(*command[3:5], str(tmp_path / "again"), *command[6:]).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_options_from_the_environment_and_a_launcher(source: Path, tmp_path: Path) -> None:
+    env = {"SPECTRAL_SURGERY_COMPRESS_BITS": "5"}
+    done = run("compress", source, tmp_path / "out", "--json", "--quiet", env=env)
+    assert json.loads(done.stdout)["bits_per_weight"] == pytest.approx(5, rel=0.03)
+    for rank in ("1", "0"):
+        env = {"RANK": rank, "WORLD_SIZE": "2"}
+        done = run("compress", source, tmp_path / "shared", "--bits", "5", "--quiet", env=env)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "shared") == contents(tmp_path / "out")
+
+
+def test_help_is_quick_to_load_and_complete() -> None:
+    code = (
+        "import sys, click; from spectral_surgery.cli import cli\n"
+        "context = click.Context(cli)\n"
+        "helps = [cli.get_command(context, name).get_help(context) for name in cli.list_commands(context)]\n"
+        "sys.exit('torch' in sys.modules or not all('Example' in text for text in helps))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run("--version").stdout.startswith("spectral-surgery, version 0.")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    assert "_SPECTRAL_SURGERY_COMPLETE" in run("completion", shell).stdout
+
+
+def test_methods_lists_every_table() -> None:
+    names = {row["name"] for row in result("methods")["methods"]}
+    assert {"dct", "hadamard", "int4-g128", "coding", "workers"} <= names
+    assert len(result("methods", "dct")["methods"]) == 1
+
+
+def test_a_plot(source: Path, tmp_path: Path) -> None:
+    body = result("inspect", source, "--plot", tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    spectrum = body["spectra"][0]
+    assert spectrum["energy_kept"] == sorted(spectrum["energy_kept"])
+    assert spectrum["errors"] == sorted(spectrum["errors"], reverse=True)

@@ -1,0 +1,189 @@
+"""A matrix there and back: rates and errors as asked, measured as reported, on every shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.spectra.codec import Basis, choose_basis, encode
+from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
+from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize, grid, quantize, reconstruction
+from spectral_surgery.spectra.select import Quantizer, Target
+from spectral_surgery.transforms import TRANSFORMS
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(weight: Tensor, decoded: Tensor) -> float:
+    return float((weight.double() - decoded.double()).norm() / weight.double().norm())
+
+
+@pytest.mark.parametrize(
+    ("bits", "limit"), [(6.0, 0.02), (4.0, 0.08), (3.0, 0.16), (2.4, 0.238), (2.0, 0.315), (1.0, 0.63)]
+)
+def test_bits(bits: float, limit: float) -> None:
+    weight = gaussian(640, 512)
+    encoded, report = encode(weight, Target("bits", bits))
+    assert report.bits_per_weight == pytest.approx(bits, rel=0.006)
+    assert report.relative_error <= limit
+    assert error(weight, encoded.to_dense()) == pytest.approx(report.relative_error, rel=1e-3)
+    frames = sum(map(len, encoded.frames))
+    assert report.stored_bytes == frames + 8 * (len(encoded.frames) + 1) + 4 * 2
+
+
+def test_density() -> None:
+    weight = gaussian(640, 512)
+    encoded, report = encode(weight, Target("density", 0.2))
+    assert report.density == pytest.approx(0.2, abs=1e-5)
+    assert int((encoded.decode().codes != 0).sum()) == report.kept
+    assert report.bits_per_weight <= 1.45
+    assert report.relative_error == pytest.approx(0.595, abs=0.005)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.1, 0.01, 0.001])
+def test_an_error_limit_is_never_exceeded(limit: float) -> None:
+    weight = gaussian(300, 200)
+    encoded, report = encode(weight, Target("max_error", limit))
+    assert 0.9 * limit < report.relative_error <= limit
+    assert error(weight, encoded.to_dense()) <= limit * 1.001
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    name=st.sampled_from(list(TRANSFORMS)),
+    axes=st.sampled_from([(0, 1), (1,), (0,), ()]),
+)
+def test_every_shape_transform_and_axes(shape: tuple[int, int], name: str, axes: tuple[int, ...]) -> None:
+    weight = gaussian(*shape)
+    encoded, report = encode(weight, Target("max_error", 0.05), Basis(name, 16, axes))
+    decoded = encoded.to_dense()
+    assert decoded.shape == shape
+    assert error(weight, decoded) <= 0.05 * 1.01
+    assert report.stored_energy == pytest.approx(float(decoded.double().square().sum()), rel=1e-4)
+
+
+def test_the_bytes_do_not_depend_on_threads() -> None:
+    weight = gaussian(1500, 700)
+    before = torch.get_num_threads()
+    for torch_threads in (1, 2):
+        torch.set_num_threads(torch_threads)
+        try:
+            results = [encode(weight, Target("bits", 3.0), threads=threads)[0] for threads in (1, 2)]
+        finally:
+            torch.set_num_threads(before)
+        assert results[0].frames == results[1].frames
+        assert torch.equal(results[0].to_dense(threads=1), results[0].to_dense(threads=2))
+    assert len(results[0].frames) > 2
+
+
+def test_a_zero_matrix_costs_nothing() -> None:
+    encoded, report = encode(torch.zeros(500, 600), Target("bits", 4.0))
+    assert report.relative_error == 0
+    assert report.bits_per_weight < 0.02
+    assert not encoded.to_dense().any()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e8, 1e15])
+def test_scale_does_not_matter(scale: float) -> None:
+    weight = gaussian(200, 100)
+    report = encode(weight * scale, Target("bits", 4.0))[1]
+    assert report.relative_error == pytest.approx(encode(weight, Target("bits", 4.0))[1].relative_error, rel=0.02)
+
+
+def test_a_huge_outlier_and_a_constant() -> None:
+    weight = gaussian(256, 256)
+    weight[7, 9] = 200.0
+    encoded, report = encode(weight, Target("max_error", 0.01))
+    assert report.relative_error <= 0.01
+    assert float(encoded.to_dense()[7, 9]) == pytest.approx(200, rel=0.01)
+    report = encode(torch.full((256, 256), 0.3), Target("bits", 4.0))[1]
+    assert report.relative_error < 0.01
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind", "text"),
+    [
+        (torch.zeros(3), ShapeError, r"weight is \(3,\)"),
+        (torch.zeros(0, 3), ShapeError, "non-empty"),
+        (torch.zeros(3, 3, dtype=torch.int8), ConfigError, "weight is torch.int8"),
+        (torch.full((3, 3), float("nan")), ConfigError, "NaN or infinite"),
+        (torch.full((3, 3), float("inf")), ConfigError, "NaN or infinite"),
+        (torch.full((3, 3), 1e300, dtype=torch.float64), ConfigError, "overflows float32"),
+        (torch.full((3, 3), 1e-35), ConfigError, "all magnitudes are below 1e-30"),
+    ],
+)
+def test_weights_that_cannot_be_encoded(weight: Tensor, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        encode(weight, Target("bits", 4.0))
+
+
+def test_rows_decode_alone() -> None:
+    spectrum = encode(gaussian(300, 90), Target("bits", 4.0))[0].decode()
+    dense = spectrum.to_dense()
+    for start, stop in ((0, 1), (63, 65), (100, 100), (5, 299), (256, 300)):
+        torch.testing.assert_close(spectrum.rows(start, stop), dense[start:stop], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ShapeError, match="rows: 5:301 of 300 rows"):
+        spectrum.rows(5, 301)
+
+
+def test_dequantize_is_the_formula_also_with_a_step_per_column() -> None:
+    codes = torch.tensor([[0, 1, -2], [3, -1, 0]], dtype=torch.int8)
+    step = torch.tensor([1.0, 10.0, 100.0])
+    expected = [[0, 12.5, -225.0], [3.25, -12.5, 0]]
+    assert dequantize(codes, step, 0.25).tolist() == expected
+    spectrum = QuantizedSpectrum(codes, step, 0.25, "identity", 64, (0, 1))
+    assert spectrum.to_dense().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "quantizer", [Quantizer(0.3, 0.5), Quantizer(0.6, 1.0), Quantizer(1.28, 0.5), Quantizer(1.2, 2.0)]
+)
+def test_reconstruction_points_are_at_centroids_on_an_int8_grid(quantizer: Quantizer) -> None:
+    x = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
+    codes, moments = quantize(x, quantizer, torch.int8)
+    largest = int(codes.abs().max())
+    step, offset = reconstruction(moments, largest)
+    got = float((x - dequantize(codes, torch.tensor([step]), offset)).square().sum())
+    centroids = edges = 0.0
+    for level in range(largest + 1):
+        inside = x[codes.abs() == level].abs()
+        if inside.numel():
+            centroids += float((inside - (inside.mean() if level else 0)).square().sum())
+            edges += float(
+                (inside - (quantizer.dead_zone + (level - 1) * quantizer.step if level else 0)).square().sum()
+            )
+    assert centroids <= got <= 1.01 * centroids
+    assert got < edges
+    fine = grid(largest, offset)
+    assert fine > 0
+    assert offset * fine == pytest.approx(round(offset * fine))
+    assert (largest + offset) * fine <= 127
+
+
+def test_choose_basis() -> None:
+    phase = torch.linspace(0, 3, 256)
+    smooth = torch.outer(torch.cos(2 * phase), torch.sin(phase)) + 1e-3 * torch.randn(256, 256)
+    spiky = torch.zeros(256, 256)
+    spiky.view(-1)[:: 257 * 3] = 1.0
+    candidates = [Basis(name, 64) for name in ("dct", "identity", "hadamard")]
+    for target in (Target("bits", 2.0), Target("density", 0.1), Target("max_error", 0.2)):
+        assert choose_basis(smooth, target, candidates).transform == "dct"
+        assert choose_basis(spiky, target, candidates).transform == "identity"
+        assert choose_basis(gaussian(256, 256), target, candidates).transform == "dct"
+
+
+def test_parallel_map_keeps_order_and_thread_count() -> None:
+    before = torch.get_num_threads()
+    assert parallel_map(lambda i: i * i, list(range(20)), 3) == [i * i for i in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        parallel_map(lambda i: 1 // i, [1, 0], 2)
+    with one_torch_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

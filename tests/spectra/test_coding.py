@@ -1,0 +1,153 @@
+"""Frames: every code comes back, sizes are near the entropy, and damaged bytes are errors."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame, encode_frame, entropy
+
+LAYOUTS = [
+    *(Layout("packed", digits) for digits in (1, 2, 3, 5)),
+    *(Layout("packed", 2, planes) for planes in (1, 3, 6)),
+    *(Layout("bitmap", digits) for digits in (1, 2, 3, 4, 8)),
+]
+
+
+def codes_of(rng: np.random.Generator, n: int, scale: float, dtype: Any) -> Any:
+    limit = np.iinfo(dtype).max
+    return np.clip(rng.standard_t(1.5, n) * scale, -limit, limit).astype(dtype)
+
+
+def gaussian_codes(n: int, dead_zone: float, step: float) -> Any:
+    x = np.random.default_rng(0).standard_normal(n)
+    magnitude = np.maximum(np.floor((np.abs(x) - dead_zone) / step) + 1, 0)
+    codes = np.sign(x) * magnitude
+    return codes.astype(np.int8 if magnitude.max() <= 127 else np.int16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    limit = np.iinfo(dtype).max
+    cases = [codes_of(rng, n, scale, dtype) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 1000) for scale in (0.3, 3, 40)]
+    cases += [np.array([limit, -limit, 0, 1, -1] * 7, dtype), np.zeros(100, dtype), np.full(33, -limit, dtype)]
+    for codes in cases:
+        back = decode_frame(encode_frame(codes, layout), codes.size)
+        assert back.dtype == dtype
+        np.testing.assert_array_equal(back, codes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=70), st.sampled_from(LAYOUTS))
+def test_round_trip_of_anything(values: list[int], layout: Layout) -> None:
+    codes = np.array(values, np.int32)
+    np.testing.assert_array_equal(decode_frame(encode_frame(codes, layout), codes.size), codes)
+
+
+@pytest.mark.parametrize(
+    ("dead_zone", "step", "bits"),
+    [
+        *((0.008, 0.016, 8), (0.03, 0.06, 6), (0.15, 0.25, 4), (0.3, 0.5, 3), (0.6, 1, 2)),
+        *((0.9, 1.5, 1.4), (1.2, 2, 1), (1.45, 2.4, 0.75), (1.28, 0.5, 1.2)),
+    ],
+)
+def test_stored_bits_are_near_the_entropy(dead_zone: float, step: float, bits: float) -> None:
+    codes = gaussian_codes(1 << 18, dead_zone, step)
+    least = entropy(codes)
+    assert least == pytest.approx(bits, abs=0.15)
+    assert 8 * len(encode_frame(codes, choose_layout(codes))) / codes.size <= 1.03 * least
+
+
+def test_one_layout_alone_is_not_enough() -> None:
+    codes = gaussian_codes(1 << 18, 1.28, 0.5)
+    packed = min(len(encode_frame(codes, layout)) for layout in LAYOUTS if layout == Layout("packed", 2))
+    assert 8 * packed / codes.size > 1.1 * entropy(codes)
+    assert choose_layout(codes).kind == "bitmap"
+
+
+def test_equal_codes_give_equal_bytes() -> None:
+    codes = gaussian_codes(5000, 0.3, 0.5)
+    assert encode_frame(codes, choose_layout(codes)) == encode_frame(codes.copy(), choose_layout(codes.copy()))
+
+
+def test_only_flat_signed_integers_are_codes() -> None:
+    with pytest.raises(ConfigError, match=r"codes are float32 \(3,\)"):
+        encode_frame(np.zeros(3, np.float32), LAYOUTS[0])
+    with pytest.raises(ConfigError, match=r"codes are int8 \(3, 3\)"):
+        encode_frame(np.zeros((3, 3), np.int8), LAYOUTS[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_truncated_and_flipped_frames(layout: Layout) -> None:
+    codes = codes_of(np.random.default_rng(1), 200, 4, np.int16)
+    frame = encode_frame(codes, layout)
+    for length in range(len(frame)):
+        with pytest.raises(CheckpointError):
+            decode_frame(frame[:length], codes.size)
+    with pytest.raises(CheckpointError, match="sections do not add up"):
+        decode_frame(frame + b"\0", codes.size)
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        damaged = bytearray(frame)
+        damaged[rng.integers(len(frame))] ^= 1 << rng.integers(8)
+        try:
+            assert decode_frame(bytes(damaged), codes.size).shape == codes.shape
+        except CheckpointError:
+            continue
+
+
+def test_a_frame_for_another_count_is_refused() -> None:
+    frame = encode_frame(np.ones(100, np.int8), Layout("packed", 2))
+    with pytest.raises(LimitError, match="declares 50 bytes where 51 belong"):
+        decode_frame(frame, 101)
+
+
+def test_a_small_frame_claiming_terabytes() -> None:
+    bomb = b"\x28\xb5\x2f\xfd" + bytes([0xC0, 0x00]) + struct.pack("<Q", 1 << 42) + b"\x01\0\0"
+    assert zstandard.frame_content_size(bomb) == 1 << 42
+    frame = struct.pack("<BBBBB", 0, 1, 0, 1, 0) + struct.pack("<I", len(bomb)) + bomb
+    tracemalloc.start()
+    with pytest.raises(LimitError, match=r"declares 4398046511104 bytes where 100 belong; .*do not use it"):
+        decode_frame(frame, 100)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("header", "text"),
+    [
+        ((9, 1, 0, 1, 0), "unknown layout"),
+        ((0, 7, 0, 1, 0), "unknown layout"),
+        ((0, 1, 0, 3, 0), "unknown layout"),
+        ((0, 1, 8, 1, 0), "impossible layout"),
+        ((1, 1, 1, 1, 0), "impossible layout"),
+        ((0, 1, 0, 1, 2), "impossible layout"),
+    ],
+)
+def test_headers_that_lie(header: tuple[int, ...], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        decode_frame(struct.pack("<BBBBB", *header) + bytes(40), 10)
+
+
+def test_a_digit_out_of_range() -> None:
+    section = zstandard.ZstdCompressor().compress(bytes([226] * 5))  # 15 * 15 = 225 values only
+    frame = struct.pack("<BBBBBI", 0, 2, 0, 1, 0, len(section)) + section
+    with pytest.raises(CheckpointError, match="a digit is out of range"):
+        decode_frame(frame, 10)
+
+
+def test_an_overflow_beyond_the_code_type() -> None:
+    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes([14]), bytes([255]))]
+    frame = struct.pack("<BBBBBII", 0, 2, 0, 1, 1, *map(len, sections)) + b"".join(sections)
+    with pytest.raises(CheckpointError, match="a code exceeds int8"):
+        decode_frame(frame, 1)

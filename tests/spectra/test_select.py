@@ -1,0 +1,71 @@
+"""Choosing a quantiser: estimates against brute force, goals met, requests out of range."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.spectra.coding import entropy
+from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
+
+SAMPLE = np.random.default_rng(0).standard_normal(20_000)
+MAGNITUDES = Magnitudes(SAMPLE)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [Quantizer(0.3, 0.5), Quantizer(1.28, 0.25), Quantizer(0.05, 0.1), Quantizer(2, 3)]
+)
+def test_estimate_is_exact(quantizer: Quantizer) -> None:
+    levels = np.maximum(np.floor((np.abs(SAMPLE) - quantizer.dead_zone) / quantizer.step) + 1, 0).astype(int)
+    codes = np.sign(SAMPLE).astype(int) * levels
+    lost = sum(
+        float(np.square(np.abs(SAMPLE[levels == level]) - (level > 0) * np.abs(SAMPLE[levels == level]).mean()).sum())
+        for level in np.unique(levels)
+    )
+    got = MAGNITUDES.estimate(quantizer)
+    assert got.distortion == pytest.approx(lost / float(np.square(SAMPLE).sum()), rel=1e-9)
+    # the estimate gives both signs the same probability
+    assert got.entropy == pytest.approx(entropy(codes), abs=2e-3)
+
+
+@pytest.mark.parametrize("bits", [0.7, 1, 2, 3, 4, 6, 8])
+def test_bits(bits: float) -> None:
+    assert MAGNITUDES.estimate(for_bits(MAGNITUDES, bits)).entropy == pytest.approx(bits, rel=2e-3)
+
+
+@pytest.mark.parametrize("error", [0.02, 0.1, 0.3, 0.6])
+def test_error(error: float) -> None:
+    got = MAGNITUDES.estimate(for_error(MAGNITUDES, error))
+    assert np.sqrt(got.distortion) == pytest.approx(error, rel=2e-3)
+    assert got.entropy >= -np.log2(error)  # no scalar quantiser beats the bound
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_density(density: float) -> None:
+    threshold = MAGNITUDES.quantile(density)
+    assert np.mean(np.abs(SAMPLE) >= threshold) == pytest.approx(density, abs=1e-4)
+    floor = np.sqrt(MAGNITUDES.dropped(threshold))
+    got = np.sqrt(MAGNITUDES.estimate(for_density(MAGNITUDES, threshold)).distortion)
+    assert floor <= got <= max(1.0071 * floor, 0.0101)
+
+
+def test_more_bits_less_error() -> None:
+    errors = [MAGNITUDES.estimate(for_bits(MAGNITUDES, bits)).distortion for bits in (1, 1.5, 2, 3, 4, 5, 6)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("density", 0.0, r"density 0: out of range; \(0, 1\] is accepted"),
+        ("density", 1.1, "density 1.1"),
+        ("bits", 0.4, r"bits 0.4: out of range; \[0.5, 8\] is accepted"),
+        ("bits", 9, "bits 9"),
+        ("max_error", 0.0, "max_error 0"),
+        ("max_error", float("nan"), "max_error nan"),
+    ],
+)
+def test_requests_out_of_range(kind: str, value: float, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Target(kind, value)  # type: ignore[arg-type]
