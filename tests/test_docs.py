@@ -18,7 +18,8 @@ def undocumented(node: ast.AST, where: str) -> list[str]:
     found = []
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
-            if not ast.get_docstring(child):
+            overload = any(ast.unparse(decorator) == "overload" for decorator in child.decorator_list)
+            if not overload and not ast.get_docstring(child):
                 found.append(f"{where}:{child.lineno} {child.name}")
             if isinstance(child, ast.ClassDef):
                 found += undocumented(child, where)

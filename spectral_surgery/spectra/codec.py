@@ -322,7 +322,9 @@ def _layout(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> Layout:
 
 def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[EncodedSpectrum, EncodingReport]:
     frames, threads = spectrum.coefficients, spectrum.threads
-    quantizer = replace(quantizer, step=max(quantizer.step, peak / _MAX_CODE))
+    if quantizer.step < peak / _MAX_CODE:
+        step = peak / _MAX_CODE
+        quantizer = Quantizer(max(quantizer.dead_zone, step / 2), step)
     dtype = code_dtype(peak, quantizer)
     quantised = parallel_map(lambda c: quantize(c, quantizer, dtype), frames, threads)
     moments = reduce(add, (m for _, m in quantised))

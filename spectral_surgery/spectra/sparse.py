@@ -214,6 +214,10 @@ class SparseSpectralTensor:
         """Refuse torch.as_tensor and its like: a spectrum is not a spatial tensor."""
         _refuse("as_tensor", None)
 
+    def __dlpack_device__(self) -> NoReturn:
+        """Refuse torch.as_tensor and its like, which ask for this first."""
+        _refuse("as_tensor", None)
+
     def _coo(self, dtype: torch.dtype) -> Tensor:
         rows, columns = self.domain.spectrum_shape
         positions = self.positions.long()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
+from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis, choose_basis, encode
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize, grid, quantize, reconstruction
@@ -46,7 +47,7 @@ def test_density() -> None:
     assert report.relative_error == pytest.approx(0.595, abs=0.005)
 
 
-@pytest.mark.parametrize("limit", [0.5, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("limit", [0.5, 0.1, 0.01, 0.001, 0.0001])
 def test_an_error_limit_is_never_exceeded(limit: float) -> None:
     weight = gaussian(300, 200)
     encoded, report = encode(weight, Target("max_error", limit))
@@ -116,6 +117,8 @@ def test_a_huge_outlier_and_a_constant() -> None:
         (torch.full((3, 3), float("nan")), ConfigError, "NaN or infinite"),
         (torch.full((3, 3), float("inf")), ConfigError, "NaN or infinite"),
         (torch.full((3, 3), 1e300, dtype=torch.float64), ConfigError, "overflows float32"),
+        (torch.cat([torch.zeros(600, 500), torch.full((1, 500), float("nan"))]), ConfigError, "NaN or infinite"),
+        (torch.full((3, 3), 1e26), ConfigError, r"exceeds 1e\+25"),
         (torch.full((3, 3), 1e-35), ConfigError, "all magnitudes are below 1e-30"),
     ],
 )
@@ -169,7 +172,7 @@ def test_reconstruction_points_are_at_centroids_on_an_int8_grid(quantizer: Quant
 
 def test_choose_basis() -> None:
     phase = torch.linspace(0, 3, 256)
-    smooth = torch.outer(torch.cos(2 * phase), torch.sin(phase)) + 1e-3 * torch.randn(256, 256)
+    smooth = torch.outer(torch.cos(2 * phase), torch.sin(phase)) + 0.05 * gaussian(256, 256)
     spiky = torch.zeros(256, 256)
     spiky.view(-1)[:: 257 * 3] = 1.0
     candidates = [Basis(name, 64) for name in ("dct", "identity", "hadamard")]
@@ -187,3 +190,107 @@ def test_parallel_map_keeps_order_and_thread_count() -> None:
     with one_torch_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_smooth_matrix_gains_from_dct() -> None:
+    phase = torch.linspace(0, 3, 256)
+    smooth = torch.outer(torch.cos(2 * phase), torch.sin(phase)) + 0.05 * gaussian(256, 256)
+    errors = {name: encode(smooth, Target("bits", 1.0), Basis(name))[1].relative_error for name in ("dct", "identity")}
+    assert errors["dct"] < 0.1 * errors["identity"]
+
+
+def test_choose_basis_leaves_bad_values_to_encode() -> None:
+    weight = torch.full((70, 70), float("nan"))
+    candidates = [Basis("dct"), Basis("identity")]
+    assert choose_basis(weight, Target("bits", 2.0), candidates) == candidates[0]
+    assert choose_basis(torch.zeros(70, 70), Target("density", 0.2), candidates) == candidates[0]
+    assert choose_basis(weight, Target("bits", 2.0), candidates[1:]) == candidates[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (130, 67), (65, 64), (257, 1023)])
+@pytest.mark.parametrize("target", [Target("bits", 4.0), Target("density", 0.2), Target("max_error", 0.1)], ids=str)
+def test_odd_shapes(shape: tuple[int, int], target: Target) -> None:
+    weight = gaussian(*shape)
+    encoded, report = encode(weight, target)
+    assert encoded.to_dense().shape == encoded.shape == shape
+    assert report.relative_error == pytest.approx(error(weight, encoded.to_dense()), rel=1e-3, abs=1e-6)
+    assert report.stored_bytes == sum(map(len, encoded.frames)) + 8 * (len(encoded.frames) + 1) + 8
+    assert torch.equal(encoded.decode().to_dense(), encoded.to_dense())
+    if target.kind == "density":
+        assert report.kept == max(1, round(0.2 * weight.numel()))
+    if target.kind == "max_error":
+        assert report.relative_error <= 0.1
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_float_type(dtype: torch.dtype) -> None:
+    weight = (50 * gaussian(100, 90)).to(dtype)
+    encoded, report = encode(weight, Target("max_error", 0.05))
+    assert encoded.to_dense().dtype == torch.float32
+    assert error(weight.to(torch.float32), encoded.to_dense()) == pytest.approx(report.relative_error, rel=1e-3)
+    assert encoded.frames == encode(weight.to(torch.float32), Target("max_error", 0.05))[0].frames
+
+
+def test_a_parameter_is_a_weight() -> None:
+    weight = gaussian(100, 90)
+    parameter = torch.nn.Parameter(weight)
+    assert encode(parameter, Target("bits", 4.0))[0].frames == encode(weight, Target("bits", 4.0))[0].frames
+    assert choose_basis(parameter, Target("bits", 4.0), [Basis(), Basis("identity")]) == Basis()
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_zeros_are_not_kept(density: float) -> None:
+    weight = gaussian(300, 300)
+    weight.view(-1)[torch.arange(90_000) % 10 > 0] = 0
+    encoded, report = encode(weight, Target("density", density), Basis("identity"))
+    assert report.density == pytest.approx(0.1, abs=0.002)
+    assert not encoded.to_dense()[weight == 0].any()
+    assert report.relative_error < 0.02
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.01, 0.001])
+def test_few_distinct_values_keep_the_error_limit(limit: float) -> None:
+    values = torch.tensor([1.0, 10.3, 17.1, -4.4])
+    weight = values[torch.randint(0, 4, (300, 300), generator=torch.Generator().manual_seed(0))]
+    assert encode(weight, Target("max_error", limit), Basis("identity"))[1].relative_error <= limit
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e8, 1e12, 1e20])
+@pytest.mark.parametrize("name", ["dct", "identity"])
+def test_outliers_cost_little(outlier: float, name: str) -> None:
+    weight = 50 * gaussian(512, 512)
+    weight[7, 9] = outlier
+    encoded, report = encode(weight, Target("bits", 4.0), Basis(name))
+    assert report.bits_per_weight <= 4.02
+    assert report.relative_error <= 0.005
+    assert float(encoded.to_dense()[7, 9]) == pytest.approx(outlier, rel=0.01)
+    assert encode(weight, Target("max_error", 0.01), Basis(name))[1].relative_error <= 0.01
+
+
+@pytest.mark.parametrize("name", ["dct", "identity"])
+@pytest.mark.parametrize("target", [Target("bits", 4.0), Target("density", 0.2), Target("max_error", 0.1)], ids=str)
+def test_constants_are_nearly_free(name: str, target: Target) -> None:
+    report = encode(torch.full((512, 512), 0.37), target, Basis(name))[1]
+    assert report.relative_error <= 0.01
+    assert report.bits_per_weight <= 0.02
+
+
+def test_reports_add_up() -> None:
+    weights = gaussian(100, 90), 3 * gaussian(64, 90, seed=1)
+    first, second = (encode(weight, Target("bits", 3.0)) for weight in weights)
+    both = first[1] + second[1]
+    decoded = torch.cat([first[0].to_dense(), second[0].to_dense()])
+    assert both.weights == 164 * 90
+    assert both.kept == first[1].kept + second[1].kept
+    assert both.bits_per_weight == 8 * (first[1].stored_bytes + second[1].stored_bytes) / both.weights
+    assert both.relative_error == pytest.approx(error(torch.cat(weights), decoded), rel=1e-3)
+
+
+def test_a_coder_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_frame = codec.encode_frame
+    monkeypatch.setattr(codec, "encode_frame", lambda codes, layout: encode_frame(codes[::-1].copy(), layout))
+    with pytest.raises(CheckpointError, match="does not decode to what was encoded"):
+        encode(gaussian(64, 64), Target("bits", 4.0))

@@ -40,7 +40,8 @@ def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
     rng = np.random.default_rng(0)
     limit = np.iinfo(dtype).max
     cases = [codes_of(rng, n, scale, dtype) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 1000) for scale in (0.3, 3, 40)]
-    cases += [np.array([limit, -limit, 0, 1, -1] * 7, dtype), np.zeros(100, dtype), np.full(33, -limit, dtype)]
+    cases += [np.array([limit, -limit, -limit - 1, 0, 1, -1] * 7, dtype), np.zeros(100, dtype)]
+    cases += [np.full(33, -limit - 1, dtype)]
     for codes in cases:
         back = decode_frame(encode_frame(codes, layout), codes.size)
         assert back.dtype == dtype
@@ -48,7 +49,7 @@ def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1), max_size=70), st.sampled_from(LAYOUTS))
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=70), st.sampled_from(LAYOUTS))
 def test_round_trip_of_anything(values: list[int], layout: Layout) -> None:
     codes = np.array(values, np.int32)
     np.testing.assert_array_equal(decode_frame(encode_frame(codes, layout), codes.size), codes)
@@ -73,6 +74,16 @@ def test_one_layout_alone_is_not_enough() -> None:
     packed = min(len(encode_frame(codes, layout)) for layout in LAYOUTS if layout == Layout("packed", 2))
     assert 8 * packed / codes.size > 1.1 * entropy(codes)
     assert choose_layout(codes).kind == "bitmap"
+
+
+@pytest.mark.parametrize("outlier", [1000, 2**30])
+def test_outliers_do_not_choose_the_layout(outlier: int) -> None:
+    codes = gaussian_codes(1 << 18, 1.28, 0.5).astype(np.int32)
+    plain = len(encode_frame(codes, choose_layout(codes)))
+    codes[:: 1 << 12] = outlier
+    assert len(encode_frame(codes, choose_layout(codes))) < 1.01 * plain
+    few = np.where(np.arange(1 << 18) % 4096 == 0, codes, 0).astype(np.int32)
+    assert len(encode_frame(few, choose_layout(few))) < 2000
 
 
 def test_equal_codes_give_equal_bytes() -> None:
@@ -151,3 +162,26 @@ def test_an_overflow_beyond_the_code_type() -> None:
     frame = struct.pack("<BBBBBII", 0, 2, 0, 1, 1, *map(len, sections)) + b"".join(sections)
     with pytest.raises(CheckpointError, match="a code exceeds int8"):
         decode_frame(frame, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "zstd says .*; the data is damaged"),
+        (b"not zstd at all", "zstd says"),
+        (zstandard.ZstdCompressor().compress(bytes(10)) + b"more", "zstd says .*unused data"),
+        (zstandard.ZstdCompressor().compress(bytes(range(10)))[:-1], "zstd says"),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10)), "declares -1 bytes where 10 belong"),
+    ],
+)
+def test_sections_zstd_refuses(data: bytes, text: str) -> None:
+    frame = struct.pack("<BBBBBI", 0, 1, 0, 1, 0, len(data)) + data
+    with pytest.raises(CheckpointError, match=text):
+        decode_frame(frame, 10)
+
+
+def test_headers_cut_short() -> None:
+    with pytest.raises(CheckpointError, match="4 bytes are too few for a header"):
+        decode_frame(bytes(4), 10)
+    with pytest.raises(CheckpointError, match="8 bytes are too few for a header"):
+        decode_frame(struct.pack("<BBBBB", 0, 1, 0, 1, 0) + bytes(3), 10)

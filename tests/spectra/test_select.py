@@ -34,7 +34,7 @@ def test_bits(bits: float) -> None:
     assert MAGNITUDES.estimate(for_bits(MAGNITUDES, bits)).entropy == pytest.approx(bits, rel=2e-3)
 
 
-@pytest.mark.parametrize("error", [0.02, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("error", [1e-4, 0.001, 0.02, 0.1, 0.3, 0.6])
 def test_error(error: float) -> None:
     got = MAGNITUDES.estimate(for_error(MAGNITUDES, error))
     assert np.sqrt(got.distortion) == pytest.approx(error, rel=2e-3)
@@ -64,8 +64,25 @@ def test_more_bits_less_error() -> None:
         ("bits", 9, "bits 9"),
         ("max_error", 0.0, "max_error 0"),
         ("max_error", float("nan"), "max_error nan"),
+        ("sparsity", 0.2, "target 'sparsity': unknown; density, bits, max_error are accepted"),
     ],
 )
 def test_requests_out_of_range(kind: str, value: float, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Target(kind, value)  # type: ignore[arg-type]
+
+
+def test_zeros_are_dropped_even_where_everything_is_kept() -> None:
+    sparse = Magnitudes(np.where(np.arange(SAMPLE.size) % 10, 0, SAMPLE))
+    quantizer = for_density(sparse, sparse.quantile(0.5))
+    assert sparse.quantile(0.5) == 0 < quantizer.dead_zone
+    assert np.sqrt(sparse.estimate(quantizer).distortion) == pytest.approx(0.01, rel=2e-3)
+
+
+def test_levels_too_many_to_price_one_by_one() -> None:
+    far = Magnitudes(np.append(SAMPLE, [1e6, -3e5]))
+    step = 0.01
+    got = far.estimate(Quantizer(step / 2, step))
+    energy = float(np.square(far.sorted).sum())
+    assert got.distortion == pytest.approx(SAMPLE.size * step**2 / 12 / energy, rel=0.02)
+    assert got.entropy == pytest.approx(MAGNITUDES.estimate(Quantizer(step / 2, step)).entropy, abs=0.01)
