@@ -143,16 +143,16 @@ def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
         largest: largest code.
 
     Returns:
-        (step, offset); the offset is a multiple of ``1 / grid(largest, offset)``, zero where codes exceed int8.
+        (step, offset); the offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
     """
     if not moments.kept:
         return 1.0, 0.0
     spread = moments.level_square * moments.kept - moments.level**2
+    slope = (moments.product * moments.kept - moments.magnitude * moments.level) / (spread or 1.0)
     offset = 0.0
+    if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
+        offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
     if largest <= INT8_MAX:
-        slope = (moments.product * moments.kept - moments.magnitude * moments.level) / (spread or 1.0)
-        if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
-            offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
         offset = _snap(offset, largest)
     numerator = moments.product + offset * moments.magnitude
     denominator = moments.level_square + 2 * offset * moments.level + offset**2 * moments.kept

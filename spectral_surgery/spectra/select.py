@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 _MAX_LEVELS = 4096  # priced one by one in the estimate
 _FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
-_ZERO = 1e-9  # in steps: a coefficient this small is zero even where everything is kept
+_ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
 _DEAD_ZONES = (0.5, 0.54, 0.58, 0.62, 0.66, 0.7)  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
 _QUANTISATION_FLOOR = 0.01  # ...or leave one percent of error in all, where hardly anything is dropped
