@@ -17,7 +17,7 @@ from spectral_surgery.spectra.select import Magnitudes, Target, for_density, for
 from spectral_surgery.targets import matching
 from spectral_surgery.transforms import TRANSFORMS
 
-PART_WEIGHTS = 1 << 24  # a part is what one worker holds in memory: 64 MiB of float32 coefficients
+PART_WEIGHTS = 1 << 23  # a part is what one worker holds in memory: 32 MiB of float32 coefficients
 BYTES_PER_WEIGHT = 22  # measured peak while encoding a part: input, coefficients, codes, frames and temporaries
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 AUTO = "auto"
