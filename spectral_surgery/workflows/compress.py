@@ -161,7 +161,7 @@ def compress(
         workshop.folder.mkdir(parents=True, exist_ok=True)
         with hold(partial, exclusive=alone, wait=not alone):
             _run(workshop, plan, plan.shard(*shard), workers=workers, threads=threads, progress=progress)
-            if not all(is_done(workshop, unit) for unit in plan.units):
+            if not alone and not all(is_done(workshop, unit) for unit in plan.units):
                 return None
         with hold(partial, exclusive=True, wait=True):
             if not workshop.folder.exists():
