@@ -1,11 +1,18 @@
-"""Which tensors or modules an operation applies to: glob patterns over dotted names."""
+"""Which tensors or modules an operation applies to: globs over tensor names, PEFT's rules over module names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
-from spectral_surgery.errors import TargetError
+from spectral_surgery.errors import ConfigError, TargetError
+
+ALL_LINEAR = "all-linear"
+
+V = TypeVar("V")
 
 
 def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> set[str]:
@@ -34,3 +41,115 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
             )
         found.update(hits)
     return found
+
+
+@dataclass(frozen=True)
+class ModuleTargets:
+    """Which modules of a model carry an adapter, in PEFT's terms.
+
+    Attributes:
+        target_modules: names or ends of names; one string is a regular expression over whole names, or all-linear;
+            None leaves the choice to the architecture.
+        exclude_modules: never these, in the same terms.
+        layers_to_transform: only these layer numbers; applies to names, not to a regular expression.
+        layers_pattern: names of the lists the layer numbers count in: ``layers``, ``h``.
+        modules_to_save: modules trained and stored whole, such as a classifier.
+        bias: which biases are trained: none, all, or ``<method>_only`` for those of the modules with an adapter.
+        fan_in_fan_out: whether the base stores weights as [I, O]; a note for PEFT, we look at the module itself.
+    """
+
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: for an unknown bias, or a regular expression that is none.
+        """
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise ConfigError(f"bias '{self.bias}': unknown; none, all and <method>_only are accepted.")
+        for pattern in (self.target_modules, self.exclude_modules):
+            if isinstance(pattern, str):
+                _compiled(pattern)
+
+    def matches(self, name: str) -> bool:
+        """Whether the module called ``name`` is meant; all-linear means every one that is asked about."""
+        if _named_by(self.exclude_modules, name) or self.saves(name):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            return True
+        if not _named_by(self.target_modules, name):
+            return False
+        exact = isinstance(self.target_modules, str) or name in (self.target_modules or ())
+        return exact or self.layers_to_transform is None or self._layer(name) in self.layers_to_transform
+
+    def saves(self, name: str) -> bool:
+        """Whether the module is, or is inside, one of modules_to_save."""
+        return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in self.modules_to_save)
+
+    def select(self, names: Iterable[str]) -> list[str]:
+        """The modules meant, of those that can carry an adapter.
+
+        Args:
+            names: dotted names of all modules that can.
+
+        Returns:
+            The names matched, in order.
+
+        Raises:
+            TargetError: when there is none.
+        """
+        names = list(names)
+        found = [name for name in names if self.matches(name)]
+        if not found:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise TargetError(
+                f"target_modules {self.target_modules!r}: matches none of {len(names)} modules that can carry an"
+                f" adapter; ends of names such as {some}, a regular expression or all-linear are accepted."
+            )
+        return found
+
+    def _layer(self, name: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        for pattern in patterns:
+            if match := re.match(pattern, name):
+                return int(match.group(1))
+        return None
+
+
+def pattern_value(patterns: Mapping[str, V], name: str, default: V) -> V:
+    """The value of the first pattern that matches the end of a module name, as PEFT's ``*_pattern`` settings mean it.
+
+    Args:
+        patterns: value by regular expression over the end of a dotted name.
+        name: dotted module name.
+        default: when none matches.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(?:.*\.)?{pattern}$", name):
+            return value
+    return default
+
+
+def _named_by(pattern: tuple[str, ...] | str | None, name: str) -> bool:
+    if pattern is None:
+        return False
+    if isinstance(pattern, str):
+        return _compiled(pattern).fullmatch(name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in pattern)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"target_modules '{pattern}': is no regular expression ({error}); one, a list of names or all-linear is"
+            " accepted."
+        ) from None

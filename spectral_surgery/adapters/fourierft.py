@@ -1,0 +1,126 @@
+"""FourierFT: ΔW = scaling * Re ifft2(F), F a spectrum with a few trained real entries at fixed places.
+
+Source: arXiv 2405.03003; places, tensors and setting names as in PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.adapters.base import AdapterMethod
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.ops.fourier_delta import delta_weight, fourier_delta
+from spectral_surgery.targets import pattern_value
+
+AUTO_STD = 3e-3  # of the entries of ΔW that scaling="auto" gives coefficients ~ N(0, 1)
+
+
+@dataclass(frozen=True)
+class FourierFTConfig:
+    """Settings of FourierFT."""
+
+    n_frequency: int = field(default=1000, metadata={"help": "Trained coefficients of a layer."})
+    scaling: float | Literal["auto"] = field(
+        default=150.0, metadata={"help": "Factor of ΔW; auto fits it to the shapes of the layers."}
+    )
+    random_loc_seed: int = field(default=777, metadata={"help": "Seed of the places, the same for every layer."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "true: start at zero, the base unchanged; false: N(0, 1), as PEFT does."}
+    )
+    n_frequency_pattern: Mapping[str, int] = field(
+        default_factory=dict, metadata={"help": "n_frequency by layer name pattern."}
+    )
+
+    def for_layer(self, name: str) -> FourierFTConfig:
+        """The settings of one layer, patterns resolved."""
+        n_frequency = pattern_value(self.n_frequency_pattern, name, self.n_frequency)
+        return replace(self, n_frequency=n_frequency, n_frequency_pattern={})
+
+
+class FourierFT(nn.Module):
+    """A FourierFT update of an [O, I] weight."""
+
+    def __init__(self, config: FourierFTConfig, out_features: int, in_features: int) -> None:
+        """Place n_frequency coefficients.
+
+        Raises:
+            ConfigError: when n_frequency does not fit the layer, or scaling is still "auto".
+        """
+        super().__init__()
+        count = out_features * in_features
+        if not 0 < config.n_frequency <= count:
+            raise ConfigError(
+                f"n_frequency {config.n_frequency}: 1 to {count} is accepted for a layer of"
+                f" {out_features} x {in_features}. Change n_frequency, or n_frequency_pattern for some layers."
+            )
+        if config.scaling == "auto":
+            raise ConfigError("scaling 'auto': not resolved; a number is accepted here. Use the method's resolve.")
+        self.shape = (out_features, in_features)
+        self.scaling = float(config.scaling)
+        start = torch.zeros if config.init_weights else torch.randn
+        self.spectrum = nn.Parameter(start(config.n_frequency))
+        places = random_positions(count, config.n_frequency, config.random_loc_seed)
+        self.register_buffer("positions", places, persistent=False)
+        self.positions: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual of x [..., I]: [..., O] in its dtype."""
+        return fourier_delta(x.float(), self.spectrum, self.positions, self.shape[0], self.scaling).to(x.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """[O, I] float32."""
+        return delta_weight(self.spectrum.float(), self.positions, self.shape, self.scaling)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of delta_weight: [..., I] float32."""
+        return nn.functional.embedding(ids, self.delta_weight())
+
+
+@lru_cache(maxsize=32)
+def random_positions(count: int, n_frequency: int, seed: int) -> Tensor:
+    """The places PEFT draws: row * I + column in an [O, I] spectrum.
+
+    Args:
+        count: O * I.
+        n_frequency: how many.
+        seed: of a CPU generator.
+
+    Returns:
+        [n_frequency] int64, all different; shared, not to be written to.
+    """
+    with torch.device("cpu"):
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return drawn[:n_frequency].clone()
+
+
+def auto_scaling(config: FourierFTConfig, shapes: list[tuple[int, int]]) -> FourierFTConfig:
+    """Settings whose scaling is a number: coefficients ~ N(0, 1) make entries of ΔW of about AUTO_STD.
+
+    One number serves all layers, since the files hold one: the geometric mean over them.
+
+    Args:
+        config: with scaling a number or "auto".
+        shapes: [O, I] of the target layers.
+    """
+    if config.scaling != "auto":
+        return config
+    logs = [math.log(AUTO_STD * rows * columns / math.sqrt(config.n_frequency / 2)) for rows, columns in shapes]
+    return replace(config, scaling=math.exp(sum(logs) / len(logs)))
+
+
+FOURIERFT = AdapterMethod(
+    name="fourierft",
+    config=FourierFTConfig,
+    build=FourierFT,
+    peft_type="FOURIERFT",
+    source="arXiv 2405.03003",
+    file_names={"spectrum": "fourierft_spectrum"},
+    resolve=auto_scaling,
+)

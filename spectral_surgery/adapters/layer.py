@@ -1,0 +1,150 @@
+"""A module that carries adapters: its own output plus that of every active adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.adapters.base import Adapter
+from spectral_surgery.errors import ConfigError
+
+Kind = Literal["linear", "conv", "embedding"]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How a module uses its weight; None when it cannot carry an adapter.
+
+    Any module with in_features and out_features maps [..., I] to [..., O]: Linear, quantised linears, SpectralLinear.
+    """
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv2d):
+        return "conv"
+    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' transposed linear
+    is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return "linear" if is_conv1d or is_linear else None
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of the weight of a module for which `kind_of` is not None; a convolution is [O, I * kh * kw]."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.weight[0].numel()
+    if type(module).__name__ == "Conv1D":
+        rows, columns = cast(Tensor, module.weight).shape
+        return columns, rows
+    return int(cast(int, module.out_features)), int(cast(int, module.in_features))
+
+
+class AdaptedLayer(nn.Module):
+    """base(x) plus the sum of weight * adapter(x) over the active adapters.
+
+    Attributes:
+        base_layer: the module as it was; never changed here.
+        adapters: by name.
+        active: weight by name of the adapters in use; order is kept.
+        enabled: False to be the base alone.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """Wrap a module.
+
+        Raises:
+            ConfigError: when it is of a kind that cannot carry an adapter.
+        """
+        super().__init__()
+        kind = kind_of(base_layer)
+        if kind is None:
+            raise ConfigError(
+                f"{type(base_layer).__name__}: cannot carry an adapter; Linear, Conv1D, Conv2d, Embedding and modules"
+                " with in_features and out_features are accepted. Choose other target_modules."
+            )
+        self.kind: Kind = kind
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: dict[str, float] = {}
+        self.enabled = True
+
+    @property
+    def weight(self) -> Any:
+        """The weight of the base, which callers ask for its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the base."""
+        return self.base_layer.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return shape_of(self.base_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the base with its active adapters, in the dtype of the base's output."""
+        y: Tensor
+        if not (self.enabled and self.active):
+            y = self.base_layer(x)
+            return y
+        fused = self._fused(x)
+        if fused is not None:
+            return fused
+        y = self.base_layer(x)
+        for name, weight in self.active.items():
+            residual = self._residual(cast(Adapter, self.adapters[name]), x)
+            y = y + (residual if weight == 1 else weight * residual).to(y.dtype)
+        return y
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters."""
+        return list(self.adapters)
+
+    def add(self, name: str, adapter: nn.Module) -> None:
+        """Put an adapter on, on the device of the base; it is not in use yet."""
+        tensor = next((t for t in (*self.base_layer.parameters(), *self.base_layer.buffers())), None)
+        self.adapters[name] = adapter if tensor is None else adapter.to(tensor.device)
+
+    def drop(self, name: str) -> None:
+        """Take an adapter off."""
+        del self.adapters[name]
+        self.active.pop(name, None)
+
+    def set_active(self, weights: Mapping[str, float]) -> None:
+        """Choose the adapters in use.
+
+        Args:
+            weights: factor by name.
+
+        Raises:
+            ConfigError: for a name that is not here.
+        """
+        for name in weights:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise ConfigError(f"adapter '{name}': not on this layer; {known} are.")
+        self.active = dict(weights)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        # one adapter on a plain linear may be cheaper inside the weight than beside it; it knows when
+        (name, weight), *others = self.active.items()
+        fused = getattr(self.adapters[name], "fused_linear", None)
+        if fused is None or others or weight != 1 or type(self.base_layer) is not nn.Linear:
+            return None
+        return cast("Tensor | None", fused(x, self.base_layer.weight, self.base_layer.bias))
+
+    def _residual(self, adapter: Adapter, x: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return cast(Tensor, cast(nn.Module, adapter)(x))
+        if self.kind == "embedding":
+            return adapter.rows(x)
+        base = cast(nn.Conv2d, self.base_layer)
+        if base.padding_mode != "zeros":
+            x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        padding = base.padding if base.padding_mode == "zeros" else 0
+        delta = adapter.delta_weight().reshape(base.weight.shape).to(x.dtype)
+        return torch.conv2d(x, delta, None, base.stride, padding, base.dilation, base.groups)

@@ -1,0 +1,1 @@
+"""Computing with spectra: one folder for each operation, a plain reference in each."""

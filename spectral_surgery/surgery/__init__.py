@@ -1,0 +1,1 @@
+"""Operations on live models; nothing here opens a file."""
