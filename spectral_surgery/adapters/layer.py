@@ -40,6 +40,51 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return int(cast(int, module.out_features)), int(cast(int, module.in_features))
 
 
+def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor:
+    """What an adapter adds to the output of a module.
+
+    Args:
+        kind: of the module.
+        base: the module.
+        adapter: an `Adapter` of its shape.
+        x: its input: [..., I], [B, C, H, W], or ids.
+
+    Returns:
+        Like the output of base; float32 for embeddings.
+
+    Raises:
+        NotMergeableError: for a convolution or an embedding, when the adapter has no one weight update.
+    """
+    own = cast(Adapter, adapter)
+    if kind == "linear":
+        return cast(Tensor, adapter(x))
+    if kind == "embedding":
+        return own.rows(x)
+    conv = cast(nn.Conv2d, base)
+    if conv.padding_mode != "zeros":
+        x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    padding = conv.padding if conv.padding_mode == "zeros" else 0
+    delta = own.delta_weight().reshape(conv.weight.shape).to(x.dtype)
+    return torch.conv2d(x, delta, None, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
+    """Output of a plain linear with one adapter inside its weight, where the adapter knows that to be cheaper.
+
+    Args:
+        base: any module.
+        adapter: an `Adapter` of its shape.
+        x: [..., I].
+
+    Returns:
+        [..., O], or None to take the sum of both outputs.
+    """
+    own = getattr(adapter, "fused_linear", None)
+    if own is None or type(base) is not nn.Linear:
+        return None
+    return cast("Tensor | None", own(x, base.weight, base.bias))
+
+
 class AdaptedLayer(nn.Module):
     """base(x) plus the sum of weight * adapter(x) over the active adapters.
 
@@ -48,6 +93,7 @@ class AdaptedLayer(nn.Module):
         adapters: by name.
         active: weight by name of the adapters in use; order is kept.
         enabled: False to be the base alone.
+        merged: what undoes the merge while the active adapters are inside the weight of the base.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -68,6 +114,7 @@ class AdaptedLayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: dict[str, float] = {}
         self.enabled = True
+        self.merged: object | None = None
 
     @property
     def weight(self) -> Any:
@@ -87,7 +134,9 @@ class AdaptedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Output of the base with its active adapters, in the dtype of the base's output."""
         y: Tensor
-        if not (self.enabled and self.active):
+        if self.merged is not None and not self.enabled:
+            raise ConfigError("disabled: the adapters are merged into the weight; unmerge the model first.")
+        if self.merged is not None or not (self.enabled and self.active):
             y = self.base_layer(x)
             return y
         fused = self._fused(x)
@@ -95,8 +144,8 @@ class AdaptedLayer(nn.Module):
             return fused
         y = self.base_layer(x)
         for name, weight in self.active.items():
-            residual = self._residual(cast(Adapter, self.adapters[name]), x)
-            y = y + (residual if weight == 1 else weight * residual).to(y.dtype)
+            own = residual(self.kind, self.base_layer, self.adapters[name], x)
+            y = y + (own if weight == 1 else weight * own).to(y.dtype)
         return y
 
     @property
@@ -110,7 +159,12 @@ class AdaptedLayer(nn.Module):
         self.adapters[name] = adapter if tensor is None else adapter.to(tensor.device)
 
     def drop(self, name: str) -> None:
-        """Take an adapter off."""
+        """Take an adapter off.
+
+        Raises:
+            ConfigError: when it is merged.
+        """
+        self._check_not_merged()
         del self.adapters[name]
         self.active.pop(name, None)
 
@@ -121,30 +175,22 @@ class AdaptedLayer(nn.Module):
             weights: factor by name.
 
         Raises:
-            ConfigError: for a name that is not here.
+            ConfigError: for a name that is not here, or while merged.
         """
+        self._check_not_merged()
         for name in weights:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise ConfigError(f"adapter '{name}': not on this layer; {known} are.")
         self.active = dict(weights)
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        # one adapter on a plain linear may be cheaper inside the weight than beside it; it knows when
-        (name, weight), *others = self.active.items()
-        fused = getattr(self.adapters[name], "fused_linear", None)
-        if fused is None or others or weight != 1 or type(self.base_layer) is not nn.Linear:
-            return None
-        return cast("Tensor | None", fused(x, self.base_layer.weight, self.base_layer.bias))
+    def _check_not_merged(self) -> None:
+        if self.merged is not None:
+            raise ConfigError(
+                f"adapters {', '.join(self.active)}: are merged into the weight; a model with adapters beside it is"
+                " accepted. Unmerge it first."
+            )
 
-    def _residual(self, adapter: Adapter, x: Tensor) -> Tensor:
-        if self.kind == "linear":
-            return cast(Tensor, cast(nn.Module, adapter)(x))
-        if self.kind == "embedding":
-            return adapter.rows(x)
-        base = cast(nn.Conv2d, self.base_layer)
-        if base.padding_mode != "zeros":
-            x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-        padding = base.padding if base.padding_mode == "zeros" else 0
-        delta = adapter.delta_weight().reshape(base.weight.shape).to(x.dtype)
-        return torch.conv2d(x, delta, None, base.stride, padding, base.dilation, base.groups)
+    def _fused(self, x: Tensor) -> Tensor | None:
+        (name, weight), *others = self.active.items()
+        return None if others or weight != 1 else fused(self.base_layer, self.adapters[name], x)

@@ -42,20 +42,23 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
     targets = spec.targets
     if targets.target_modules is None:
         fitting = (ends for ends in _DEFAULT_TARGETS if _all_match(ends, modules))
-        chosen = next(fitting, None)
-        if chosen is None:
+        usual = next(fitting, None)
+        if usual is None:
             some = ", ".join(list(modules)[:3])
             raise TargetError(
                 f"target_modules: not given, and no usual names are among {some}, ...; ends of names, a regular"
                 " expression or all-linear are accepted. Use --target-modules."
             )
-        targets = replace(targets, target_modules=chosen)
+        targets = replace(targets, target_modules=usual)
     if targets.target_modules == ALL_LINEAR:
         heads = _head_names(model)
         linear = [name for name, module in modules.items() if kind_of(module) == "linear" and name not in heads]
         targets = replace(targets, target_modules=tuple(targets.select(linear)))
     everything = dict(candidates(model, everything=True))
-    shapes = [shape_of(everything[name]) for name in targets.select(everything)]
+    chosen = [everything[name] for name in targets.select(everything)]
+    shapes = [shape_of(module) for module in chosen]
+    transposed = all(type(module).__name__ == "Conv1D" for module in chosen)
+    targets = replace(targets, fan_in_fan_out=transposed)
     return replace(spec, targets=targets, config=spec.method.resolve(spec.config, shapes))
 
 
