@@ -1,0 +1,157 @@
+"""FouRA: a low-rank update between transforms, ΔW = alpha / r * T_outᵀ B diag(m) A T_in, with m chosen by token or 1.
+
+Source: arXiv 2406.08798. The transform is orthonormal and fixed, so (A T_in) and (T_outᵀ B) are the factors of a LoRA:
+transforming the r rows of A and columns of B gives the same result as transforming every token, and costs less as
+soon as there are more tokens than that. It is done so in training too; gradients pass through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.adapters.base import AdapterMethod
+from spectral_surgery.adapters.low_rank import BASES
+from spectral_surgery.adapters.rank_gate import RankGate
+from spectral_surgery.errors import ConfigError, NotMergeableError
+from spectral_surgery.targets import pattern_value
+from spectral_surgery.transforms.base import as_real
+
+
+@dataclass(frozen=True)
+class FouraConfig:
+    """Settings of FouRA."""
+
+    r: int = field(default=8, metadata={"help": "Rank; of complex factors for dft, which are worth 2 r real ones."})
+    alpha: float = field(default=16.0, metadata={"help": "ΔW is scaled by alpha / r."})
+    transform: Literal["dct", "hartley", "dft"] = field(
+        default="dct", metadata={"help": "dct; hartley, the real form of the DFT; or dft, with complex factors."}
+    )
+    use_gate: bool = field(
+        default=False, metadata={"help": "Choose components for each token; freeze the gate before merging."}
+    )
+    gate_threshold: float = field(
+        default=0.5, metadata={"help": "Share of the even entropy, 0 to 1, below which a component is closed."}
+    )
+    gate_sharpness: float = field(default=4.0, metadata={"help": "Slope of the surrogate gradient of the gate."})
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name pattern."})
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, metadata={"help": "alpha by layer name pattern."})
+
+    def for_layer(self, name: str) -> FouraConfig:
+        """The settings of one layer, patterns resolved."""
+        return replace(
+            self,
+            r=pattern_value(self.rank_pattern, name, self.r),
+            alpha=pattern_value(self.alpha_pattern, name, self.alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+
+
+class Foura(nn.Module):
+    """A FouRA update of an [O, I] weight; zero at the start. Per token it costs r (O + I) multiplications."""
+
+    def __init__(self, config: FouraConfig, out_features: int, in_features: int) -> None:
+        """Draw A, and set B to zero.
+
+        Raises:
+            ConfigError: when a setting does not fit the layer.
+        """
+        super().__init__()
+        self.basis = BASES[config.transform]
+        largest = min(out_features, in_features) // self.basis.parts
+        if not 0 < config.r <= largest:
+            raise ConfigError(
+                f"r {config.r}: 1 to {largest} is accepted for {config.transform} and a layer of {out_features} x"
+                f" {in_features}. Change r, or rank_pattern for some layers."
+            )
+        self.shape = (out_features, in_features)
+        self.r = config.r
+        self.scaling = config.alpha / config.r
+        self.A = nn.Parameter(torch.empty(self.basis.down_shape(config.r, in_features)))
+        self.B = nn.Parameter(torch.zeros(self.basis.up_shape(config.r, out_features)))
+        bound = 1 / math.sqrt(in_features * self.basis.parts)  # as LoRA; the parts of a complex number share a variance
+        nn.init.uniform_(self.A, -bound, bound)
+        self.gate: RankGate | None = None
+        if config.use_gate:
+            self.gate = RankGate(config.r, config.gate_threshold, config.gate_sharpness)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual of x [..., I]: [..., O] in its dtype."""
+        a, b = as_real(self.A), as_real(self.B)
+        inputs = x.to(a.dtype)
+        if inputs.numel() // self.shape[1] < self.r * self.basis.parts:
+            return self._transform_tokens(inputs, a, b).to(x.dtype)
+        low = nn.functional.linear(inputs, self.basis.fold_down(a, self.shape[1]))  # [..., R]
+        low = low * (self._mask(low) * self.scaling)
+        return nn.functional.linear(low, self.basis.fold_up(b, self.shape[0])).to(x.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """[O, I] float32.
+
+        Raises:
+            NotMergeableError: while the gate is dynamic.
+        """
+        down, up = self.lora_factors()
+        return up @ down
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of delta_weight: [..., I] float32.
+
+        Raises:
+            NotMergeableError: while the gate is dynamic.
+        """
+        down, up = self.lora_factors()
+        return nn.functional.embedding(ids, up) @ down
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The same update as a LoRA of rank R, r or for dft 2 r, with nothing left out of the factors.
+
+        Returns:
+            A [R, I] and B [O, R] float32, with ΔW = B A; columns of B are zero for components closed by the gate.
+
+        Raises:
+            NotMergeableError: while the gate is dynamic.
+        """
+        if self.gate is not None and not self.gate.is_frozen:
+            raise NotMergeableError(
+                "foura: the gate depends on the input, so no one weight update has its effect; a frozen gate or none"
+                " is accepted. Call freeze_gate() after training, or train with use_gate false."
+            )
+        down = self.basis.fold_down(as_real(self.A), self.shape[1])
+        up = self.basis.fold_up(as_real(self.B), self.shape[0])
+        return down, up * (self._mask(down.new_zeros(len(down))) * self.scaling)
+
+    def freeze_gate(self) -> None:
+        """Make the gate one mask for all tokens: the components that most tokens opened. No gate stays none.
+
+        Raises:
+            ConfigError: when the gate has seen no tokens in training mode.
+        """
+        if self.gate is not None:
+            self.gate.freeze()
+
+    def _transform_tokens(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # the definition, and the cheaper way for a few tokens
+        low = self.basis.down(x, a)
+        return self.basis.up(low * (self._mask(low) * self.scaling), b, self.shape[0])
+
+    def _mask(self, low: Tensor) -> Tensor:
+        if self.gate is None:
+            return torch.ones((), dtype=low.dtype, device=low.device)
+        mask = self.gate(self.basis.magnitudes(low))
+        return torch.cat([mask] * self.basis.parts, -1)
+
+
+FOURA = AdapterMethod(
+    name="foura",
+    config=FouraConfig,
+    build=Foura,
+    peft_type="FOURA",
+    source="arXiv 2406.08798",
+)

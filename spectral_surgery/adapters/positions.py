@@ -1,0 +1,61 @@
+"""Places of trained coefficients in a spectrum, as a buffer that is stored with them and checked when it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import CheckpointError, ConfigError
+
+
+def check_count(n_frequency: int, most: int, shape: tuple[int, int]) -> None:
+    """Refuse a number of coefficients that a layer does not have.
+
+    Args:
+        n_frequency: asked for.
+        most: there are.
+        shape: (O, I) of the layer.
+
+    Raises:
+        ConfigError: when it is not in 1 .. most.
+    """
+    if not 0 < n_frequency <= most:
+        raise ConfigError(
+            f"n_frequency {n_frequency}: 1 to {most} is accepted for a layer of {shape[0]} x {shape[1]}."
+            " Change n_frequency, or n_frequency_pattern for some layers."
+        )
+
+
+def register_positions(module: nn.Module, positions: Tensor, shape: tuple[int, int]) -> None:
+    """Give a module the buffer ``positions``: int32, or int64 for 2^31 places and more.
+
+    Args:
+        module: to hold it; loading a state dict with other places than increasing ones of the spectrum raises
+            CheckpointError.
+        positions: [K] integers, row * I + column, strictly increasing.
+        shape: (O, I) of the spectrum.
+
+    Raises:
+        CheckpointError: when they are none.
+    """
+    count = shape[0] * shape[1]
+
+    def check(module: nn.Module, _: Any = None) -> None:
+        stored = module.get_buffer("positions")
+        if not stored.is_meta:
+            _check(stored, count)
+
+    module.register_buffer("positions", positions.to(torch.int32 if count < 1 << 31 else torch.int64))
+    check(module)
+    module.register_load_state_dict_post_hook(check)  # type: ignore[no-untyped-call]
+
+
+def _check(positions: Tensor, count: int) -> None:
+    increasing = bool((positions[1:] > positions[:-1]).all())
+    if not (increasing and int(positions[0]) >= 0 and int(positions[-1]) < count):
+        raise CheckpointError(
+            f"positions: {positions[:4].tolist()}... are not increasing places of a spectrum; 0 to {count - 1}, each at"
+            " most once and in order, are accepted. Write the adapter again."
+        )
