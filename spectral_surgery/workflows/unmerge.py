@@ -1,0 +1,141 @@
+"""unmerge: the base of a merged checkpoint, bit for bit, or a refusal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import zstandard
+from torch import Tensor
+
+from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.checkpoint.adapter_files import read_adapter
+from spectral_surgery.checkpoint.companions import check_apart, copy_companions
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.merge_record import (
+    FOLDER,
+    MergedTensor,
+    MergeRecord,
+    adapter_folder,
+    read_data,
+    read_record,
+)
+from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
+from spectral_surgery.errors import UnmergeError
+from spectral_surgery.surgery.merge import total_delta
+from spectral_surgery.surgery.undo import Undo, digest, unmerge_weight
+from spectral_surgery.workflows.progress import Progress, silent
+
+_PIECE = 1 << 24  # bytes of a copied tensor at a time
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """What an unmerge did.
+
+    Attributes:
+        restored: tensors whose bits were restored and checked.
+        dropped: tensors that the base does not have.
+        seconds: wall time.
+    """
+
+    restored: tuple[str, ...]
+    dropped: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {"restored": list(self.restored), "dropped": list(self.dropped), "seconds": self.seconds}
+
+
+def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> UnmergeReport:
+    """Write the checkpoint that `merge` started from; every restored tensor has the checksum it had then.
+
+    Args:
+        merged: a folder that merge wrote.
+        out: folder to create.
+        overwrite: replace an existing folder.
+        progress: called after each tensor.
+
+    Returns:
+        The report.
+
+    Raises:
+        UnmergeError: when nothing was merged, or a tensor or the record was changed since; nothing is written then.
+        CheckpointError: when the folder is damaged, or out is taken.
+    """
+    started = time.perf_counter()
+    check_apart(merged, out)
+    record = read_record(merged)
+    index = read_index(merged)
+    missing = [name for name in record.tensors if name not in index.tensors]
+    if missing:
+        raise UnmergeError(
+            f"{merged}: {', '.join(missing)} was merged into and is missing; the folder that merge wrote is accepted."
+        )
+    used = sorted({number for tensor in record.tensors.values() for number, _ in tensor.sources})
+    work = _Work(record, index, {number: read_adapter(adapter_folder(merged, number)) for number in used}, progress)
+    plain = replace(index, other_files=tuple(path for path in index.other_files if path.parts[0] != FOLDER))
+    with publishing(out, overwrite=overwrite) as folder:
+        write_checkpoint(folder, work.entries())
+        copy_companions(plain, folder, plain.config)
+    dropped = tuple(name for name, tensor in record.tensors.items() if tensor.base is None)
+    restored = tuple(name for name in record.tensors if name not in dropped)
+    return UnmergeReport(restored, dropped, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Work:
+    record: MergeRecord
+    index: CheckpointIndex
+    states: dict[int, AdapterState]
+    progress: Progress
+
+    def entries(self) -> list[Entry]:
+        """Of the base."""
+        kept = [name for name in self.index.tensors if not self._is_added(name)]
+        return [self._entry(name, place, len(kept)) for place, name in enumerate(kept, 1)]
+
+    def _is_added(self, name: str) -> bool:
+        return name in self.record.tensors and self.record.tensors[name].base is None
+
+    def _entry(self, as_name: str, place: int, count: int) -> Entry:
+        name = self.record.aliases.get(as_name, as_name)
+        info = self.index.tensors[as_name]
+        tensor = self.record.tensors.get(name)
+
+        def chunks() -> Iterator[memoryview | bytearray]:
+            if tensor is None:
+                for start in range(0, info.nbytes, _PIECE):
+                    yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
+            else:
+                yield tensor_bytes(self._base(info, tensor))
+            self.progress(place, count, as_name)
+
+        return Entry(as_name, info.dtype, info.shape, chunks)
+
+    def _base(self, info: TensorInfo, tensor: MergedTensor) -> Tensor:
+        merged, data = read_tensor(info), read_data(self.index.root, tensor)
+        if not tensor.sources:
+            return _whole(merged, tensor, data, info.name)
+        rows, columns = info.shape[0], info.numel // max(info.shape[0], 1)
+        shape = (columns, rows) if tensor.transposed else (rows, columns)
+        parts = [(self.states[n].build(layer, *shape), self.record.weights[n]) for n, layer in tensor.sources]
+        delta = total_delta(parts, info.shape, transposed=tensor.transposed)
+        undo = Undo(tensor.step, data, tensor.base or "", tensor.merged)
+        return unmerge_weight(merged, delta, undo, info.name)
+
+
+def _whole(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Tensor:
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=merged.nbytes)
+    except zstandard.ZstdError:
+        raw = b""
+    base = torch.frombuffer(bytearray(raw), dtype=merged.dtype) if raw else merged[:0]
+    if digest(merged) != tensor.merged or base.numel() != merged.numel() or digest(base) != tensor.base:
+        raise UnmergeError(f"{name}: was changed after the merge, or the record was; untouched ones are accepted.")
+    return base.reshape(merged.shape)
