@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from spectral_surgery.integrations.after_import import when_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -90,3 +92,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# PEFT has to know our methods before it reads an adapter, and importing this package does not import PEFT.
+when_imported("peft", f"{__name__}.integrations.peft_plugin", "register")

@@ -1,0 +1,1 @@
+"""Plug-ins of other libraries: adapter methods for PEFT."""

@@ -1,0 +1,148 @@
+"""A layer with adapters of one of our methods, as PEFT wants its layers: what does not depend on PEFT's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.adapters.base import Adapter, AdapterMethod
+from spectral_surgery.adapters.layer import Kind, fused, kind_of, residual, shape_of
+from spectral_surgery.errors import ConfigError, NotMergeableError
+
+
+class MethodLayer(nn.Module):
+    """base(x) plus the active adapters; combined with PEFT's BaseTunerLayer by `peft_plugin.layer_class`.
+
+    The adapters are in a ModuleDict called ``<method>_adapter``, so that PEFT's names of tensors are those of our files
+    once it has taken the name of the adapter out.
+    """
+
+    method: AdapterMethod[Any]
+    # of BaseTunerLayer
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    disable_adapters: bool
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        """Wrap a module, or a layer of another PEFT method.
+
+        Raises:
+            ConfigError: when it is of a kind that cannot carry an adapter.
+        """
+        super().__init__()
+        self.base_layer = base_layer
+        kind = kind_of(self.get_base_layer())
+        if kind is None:
+            raise ConfigError(
+                f"{type(base_layer).__name__}: cannot carry an adapter of {self.method.name}; Linear, Conv1D, Conv2d,"
+                " Embedding and modules with in_features and out_features are accepted. Choose other target_modules."
+            )
+        self.kind: Kind = kind
+        self.out_features, self.in_features = shape_of(self.get_base_layer())
+        setattr(self, f"{self.method.name}_adapter", nn.ModuleDict())
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = adapter_name
+        self.merged_adapters = []
+        self._unmerged: Tensor | None = None
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """By name."""
+        return cast(nn.ModuleDict, getattr(self, f"{self.method.name}_adapter"))
+
+    def update_layer(self, adapter_name: str, config: Any, *, inference_mode: bool) -> None:
+        """Add a fresh adapter.
+
+        Args:
+            adapter_name: its name.
+            config: the method's settings for this layer.
+            inference_mode: whether it is frozen.
+
+        Raises:
+            ConfigError: when a setting does not fit the layer.
+        """
+        self.adapters[adapter_name] = self.method.build(config, self.out_features, self.in_features)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Output of the base with its active adapters, in the dtype of the base's output."""
+        if self.disable_adapters and self.merged_adapters:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged_adapters else self.active_adapters
+        active = [self.adapters[name] for name in names if name in self.adapters]
+        y: Tensor | None = fused(self.base_layer, active[0], x) if len(active) == 1 else None
+        if y is not None:
+            return y
+        y = cast(Tensor, self.base_layer(x, *args))
+        for adapter in active:
+            y = y + residual(self.kind, self.get_base_layer(), adapter, x).to(y.dtype)
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The weight update, oriented and shaped like the weight of the base, float32.
+
+        Raises:
+            NotMergeableError: when the adapter has no one weight update.
+        """
+        delta = cast(Adapter, self.adapters[adapter]).delta_weight()
+        base = self.get_base_layer()
+        transposed = self.kind == "linear" and not hasattr(base, "in_features")  # transformers' Conv1D
+        return (delta.T if transposed else delta).reshape(cast(Tensor, base.weight).shape)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the weight of the base: in float32, with one cast; the weight as it was is kept.
+
+        Args:
+            safe_merge: refuse a sum that is not finite.
+            adapter_names: which; None for the active ones. Those that are merged already are left out.
+
+        Raises:
+            NotMergeableError: for a quantised base, an adapter without one weight update, or a sum that is not finite.
+        """
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        weight = cast(nn.Parameter, self.get_base_layer().weight)
+        if names and not weight.is_floating_point():
+            raise NotMergeableError(
+                f"{type(self.get_base_layer()).__name__}: its weight is {weight.dtype}; floating-point weights are"
+                " accepted for merging. Load the base without quantization."
+            )
+        with torch.no_grad():
+            updates = [self.get_delta_weight(name).to(weight.device) for name in names]
+            merged = sum(updates, weight.float()).to(weight.dtype) if updates else weight
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise NotMergeableError(
+                f"adapters {', '.join(names)}: merging them gives NaN or infinity; finite sums are accepted."
+            )
+        if names:
+            self._unmerged = weight.data if self._unmerged is None else self._unmerged
+            weight.data = merged
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the weight as it was before merging, bit for bit."""
+        if self._unmerged is not None:
+            weight = cast(nn.Parameter, self.get_base_layer().weight)
+            weight.data = self._unmerged.to(weight.device)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may turn the adapter into a LoRA: for linear layers that store weights as [O, I]."""
+        del adapter_name
+        return self.kind == "linear" and hasattr(self.get_base_layer(), "in_features")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # the device alone: PEFT would also cast to the dtype of the base, which rounds what is computed in float32
+        weight = getattr(self.get_base_layer(), "weight", None)
+        target = device if device is not None or weight is None else weight.device
+        adapter = self.adapters[adapter_name]
+        if target is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
+            adapter.to(target)
