@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.errors import SpectralSurgeryError
     from spectral_surgery.hub import resolve
+    from spectral_surgery.integrations.peft_accelerate import accelerate_peft
     from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
     from spectral_surgery.spectra.quality import bits_per_weight, energy_kept, relative_error, snr_db
     from spectral_surgery.spectra.quantized import QuantizedSpectrum
@@ -43,6 +44,7 @@ _HOMES = {
     "SpectralSurgeryError": "errors",
     "TRANSFORMS": "transforms",
     "Target": "spectra.select",
+    "accelerate_peft": "integrations.peft_accelerate",
     "bits_per_weight": "spectra.quality",
     "compress": "workflows.compress",
     "decompress": "workflows.decompress",
@@ -70,6 +72,7 @@ __all__ = [
     "SparseSpectralTensor",
     "SpectralSurgeryError",
     "Target",
+    "accelerate_peft",
     "bits_per_weight",
     "compress",
     "decompress",
