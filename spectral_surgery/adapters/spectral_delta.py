@@ -24,8 +24,8 @@ from spectral_surgery.transforms.fast import FAST
 
 # steps of forming ΔW, per weight, and of its product, per weight and token, in those of one multiply-add of a GEMM;
 # then of the operator, per token: of a transform, per point, and of the spectrum, per coefficient. Measured on a CPU.
-_FORM, _PRODUCT = 1000, 1
-_TRANSFORM, _COEFFICIENT = 800, 20
+_FORM, _PRODUCT = 1200, 1
+_TRANSFORM, _COEFFICIENT = 800, 40
 
 
 @dataclass(frozen=True)

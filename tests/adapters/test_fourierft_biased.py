@@ -1,0 +1,119 @@
+"""The sampler of FourierFT's frequency bias, and that its places are stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from spectral_surgery.adapters import METHODS
+from spectral_surgery.adapters.fourierft import FourierFTConfig
+from spectral_surgery.adapters.fourierft_biased import (
+    Band,
+    FourierFTBiased,
+    FourierFTBiasedConfig,
+    basis_functions,
+    draw,
+)
+from spectral_surgery.errors import CheckpointError, ConfigError
+
+
+@pytest.mark.parametrize(("center", "total"), [(0, 124005), (100, 168894), (200, 249747), (350, 293858), (480, 105874)])
+def test_sampling_weights_sum_to_the_papers(center: int, total: int) -> None:
+    band = Band(center / 768, 200 / 768)
+    weights = band.log_weights(torch.arange(768), (768, 768)).exp()
+    assert round(weights.double().sum().item()) == pytest.approx(total, abs=1)
+    assert weights[0, 0] == (1 if center == 0 else 0)
+    assert weights.max() <= 1
+
+
+def test_sampling_weights_are_the_formula() -> None:
+    weights = Band(0.2, 0.1).log_weights(torch.tensor([3, 9]), (10, 8)).exp()
+    for row, j in enumerate((3, -1)):
+        for column in range(8):
+            d = math.hypot(j / 10, (column - 8 if column > 4 else column) / 8)
+            expected = math.exp(-(((d**2 - 0.04) / (d * 0.1)) ** 2)) if d else 0
+            assert weights[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (7, 8), (6, 9), (7, 9), (1, 4)])
+def test_every_basis_function_can_be_drawn_once(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    functions = set()
+    for j in range(rows):
+        for k in range(columns):
+            functions.add(frozenset([(j, k), (-j % rows, -k % columns)]))
+    assert basis_functions(shape) == len(functions)
+    places = draw(shape, len(functions), Band(0.1, 0.2), 0).tolist()
+    drawn = {frozenset([(p // columns, p % columns), (-(p // columns) % rows, -p % columns)]) for p in places}
+    assert drawn == functions
+    with pytest.raises(ConfigError, match=f"n_frequency {len(functions) + 1}: 1 to {len(functions)} is accepted"):
+        draw(shape, len(functions) + 1, Band(0.1, 0.2), 0)
+
+
+def test_places_follow_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, band = (96, 128), Band(0.25, 0.1)
+    weights = band.log_weights(torch.arange(96), shape).exp().flatten()
+    counts = torch.zeros(weights.numel())
+    for seed in range(300):
+        places = draw(shape, 20, band, seed)
+        assert (places[1:] > places[:-1]).all()
+        counts[places] += 1
+    p = torch.stack([counts, weights])
+    rings = (torch.hypot(torch.fft.fftfreq(96)[:, None], torch.fft.fftfreq(128)).flatten() * 20).long()
+    shares = torch.zeros(2, int(rings.max()) + 1).index_add(1, rings, p / p.sum(1, keepdim=True))
+    torch.testing.assert_close(shares[0], shares[1], rtol=0, atol=0.02)
+    monkeypatch.setattr("spectral_surgery.adapters.fourierft_biased._BLOCK", 1000)
+    draw.cache_clear()
+    assert len(draw(shape, 20, band, 0).unique()) == 20
+    draw.cache_clear()
+
+
+def test_places_depend_on_the_seed_alone() -> None:
+    band = Band(0.0, 0.26)
+    first = draw((20, 30), 50, band, 1).clone()
+    draw.cache_clear()
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        assert torch.equal(draw((20, 30), 50, band, 1), first)
+    assert not torch.equal(draw((20, 30), 50, band, 2), first)
+
+
+def test_places_are_stored() -> None:
+    config = FourierFTBiasedConfig(n_frequency=9)
+    adapter = FourierFTBiased(config, 12, 20)
+    assert set(adapter.state_dict()) == {"spectrum", "positions"}
+    other = torch.arange(9, dtype=torch.int32)
+    adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other})
+    spectrum = torch.zeros(240)
+    spectrum[:9] = 1
+    expected = torch.fft.ifft2(spectrum.reshape(12, 20)).real * 150
+    torch.testing.assert_close(adapter.delta_weight(), expected)
+    with pytest.raises(CheckpointError, match=r"positions: .* are not increasing places of a spectrum; 0 to 239"):
+        adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other + 235})
+
+
+def test_auto_scaling_is_that_of_fourierft() -> None:
+    shapes = [(12, 20), (40, 20)]
+    biased = METHODS["fourierft_biased"].resolve(FourierFTBiasedConfig(n_frequency=9, scaling="auto"), shapes)
+    plain = METHODS["fourierft"].resolve(FourierFTConfig(n_frequency=9, scaling="auto"), shapes)
+    assert biased.scaling == plain.scaling
+    assert biased == FourierFTBiasedConfig(n_frequency=9, scaling=biased.scaling)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"n_frequency": 0}, "n_frequency 0: 1 to 122 is accepted for a layer of 12 x 20"),
+        ({"n_frequency": -1}, "n_frequency -1: 1 to 122"),
+        ({"n_frequency": 123}, "n_frequency 123: 1 to 122"),
+        ({"scaling": "auto"}, "scaling 'auto': not resolved; .* Use the method's resolve"),
+        ({"center_frequency": -0.1}, "center_frequency -0.1: negative; 0 or more"),
+        ({"bandwidth": 0.0}, "bandwidth 0: not positive; above 0 is accepted. Use 0.26"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        FourierFTBiased(FourierFTBiasedConfig(**{"n_frequency": 9, **changes}), 12, 20)

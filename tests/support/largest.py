@@ -1,0 +1,33 @@
+"""How large the largest tensor is that a computation makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Most:
+    numel: int = 0
+
+
+@contextmanager
+def largest_tensor() -> Iterator[Most]:
+    """Watch every operator, those of a backward pass included."""
+    most = Most()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            most.numel = max(most.numel, *sizes) if sizes else most.numel
+            return result
+
+    with Watch():
+        yield most
