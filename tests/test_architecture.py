@@ -18,7 +18,7 @@ LAYERS = (
     {"ops"},
     {"layers", "adapters", "mixers"},
     {"surgery", "checkpoint"},
-    {"hub", "models", "integrations"},
+    {"hub", "cards", "models", "integrations"},
     {"workflows"},
     {"bench", "cli"},
 )
@@ -28,7 +28,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 HEAVY = {
     "transformers": ("models.py", "integrations/"),
     "peft": ("integrations/",),
-    "huggingface_hub": ("hub.py",),
+    "huggingface_hub": ("hub/", "cards.py"),
     "triton": ("ops/",),
     "ray": ("integrations/",),
     "matplotlib": ("workflows/plots.py",),
@@ -37,7 +37,7 @@ BASES = {
     *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
     *("Group", "Command", "ParamType", "Option", "ValueError", "TypeError"),
 }
-ENVIRONMENT = ("cli/", "hub.py")
+ENVIRONMENT = ("cli/",)
 
 Found = Iterator[str]
 Rule = Callable[[str, ast.Module], Found]
@@ -82,7 +82,8 @@ def sizes(path: str, tree: ast.Module) -> Found:
 
 def no_hidden_flow(path: str, tree: ast.Module) -> Found:
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.args.kwarg:
+        demanded = path.startswith("integrations/")  # hosts call their hooks with whatever they have
+        if isinstance(node, ast.FunctionDef) and node.args.kwarg and not demanded:
             yield f"{path}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}"
         if isinstance(node, ast.Global):
             yield f"{path}:{node.lineno} global"
@@ -139,7 +140,7 @@ def test_rule(rule: Rule) -> None:
         (no_hidden_flow, "x.py", "def f():\n    global a"),
         (no_hidden_flow, "spectra/x.py", "import os\nos.environ['A']"),
         (bases, "x.py", "class A(B): pass"),
-        (heavy_libraries, "hub.py", "import huggingface_hub"),
+        (heavy_libraries, "hub/x.py", "import huggingface_hub"),
         (heavy_libraries, "cli/x.py", "def f():\n    import transformers"),
         (errors, "x.py", "assert True"),
         (errors, "x.py", "try: pass\nexcept Exception: pass"),

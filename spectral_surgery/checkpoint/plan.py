@@ -162,12 +162,13 @@ class Plan:
         return mine
 
 
-def make_plan(index: CheckpointIndex, options: CompressOptions) -> Plan:
+def make_plan(index: CheckpointIndex, options: CompressOptions, *, compare: bool = True) -> Plan:
     """Decide what happens to every tensor.
 
     Args:
         index: headers of the checkpoint.
         options: what was asked.
+        compare: find tied tensors, for which some are read; otherwise none is taken to be tied.
 
     Returns:
         The plan.
@@ -179,7 +180,7 @@ def make_plan(index: CheckpointIndex, options: CompressOptions) -> Plan:
     names = list(index.tensors)
     included = matching(names, options.include, option="--include") if options.include else None
     excluded = matching(names, options.exclude, option="--exclude")
-    aliases = find_tied(index)
+    aliases = find_tied(index) if compare else {}
     tensors, copied = [], {}
     for name, info in index.tensors.items():
         if name in aliases:

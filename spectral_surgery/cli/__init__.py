@@ -11,7 +11,19 @@ from spectral_surgery import __version__
 from spectral_surgery.errors import SpectralSurgeryError
 
 INTERRUPTED = 130
-_COMMANDS = ("inspect", "compress", "decompress", "merge", "unmerge", "methods", "demo", "bench", "completion")
+_COMMANDS = (
+    "inspect",
+    "compress",
+    "decompress",
+    "merge",
+    "unmerge",
+    "push",
+    "pull",
+    "methods",
+    "demo",
+    "bench",
+    "completion",
+)
 
 
 class _LazyGroup(click.Group):

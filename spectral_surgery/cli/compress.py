@@ -11,6 +11,7 @@ from spectral_surgery.cli import output, shared
 
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions, Plan
+    from spectral_surgery.hub import Found
     from spectral_surgery.workflows.compress import CompressReport
 
 Kind = Literal["density", "bits", "max_error"]
@@ -38,7 +39,8 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @click.option("--resume", is_flag=True, help="Go on with unfinished work of the same source and options.")
-@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@shared.hub_options
+@shared.push_option
 @shared.writing_options
 @shared.output_options
 @click.pass_context
@@ -59,7 +61,6 @@ def command(
     threads: int | None,
     shard: str | None,
     resume: bool,
-    revision: str | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -75,20 +76,20 @@ def command(
       spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2
       spectral-surgery compress ./model ./model-small --sparsity 0.2 --dry-run
     """
-    asked: dict[Kind, float | None] = {"density": density, "bits": bits, "max_error": max_error}
-    kind, value = _only(ctx, asked)
+    kind, value = _only(ctx, {"density": density, "bits": bits, "max_error": max_error})
     part = shared.shard_of(shard)
-
     from spectral_surgery.checkpoint.plan import CompressOptions
-    from spectral_surgery.hub import resolve
     from spectral_surgery.spectra.select import Target
     from spectral_surgery.workflows import compress as workflow
 
     options = CompressOptions(Target(kind, value), transform, tile, include, exclude, min_weights, copy_nonfinite)
-    path = resolve(source, revision=revision)
+    access = shared.hub_access(quiet=quiet)
     if dry_run:
-        _show_plan(path, options, as_json=as_json)
+        with access.outline(source) as found:
+            _show_plan(found, options, as_json=as_json)
         return
+    access.prepare()
+    path, origin = access.resolve(source)
     with output.progress(quiet=quiet, unit=" weights") as progress:
         report = workflow.compress(
             path,
@@ -99,9 +100,10 @@ def command(
             shard=part,
             resume=resume,
             overwrite=overwrite,
+            origin=origin,
             progress=progress,
         )
-    _show_report(report, out, part, as_json=as_json)
+    _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
 
 
 def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, float]:
@@ -111,10 +113,10 @@ def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, fl
     return given[0]
 
 
-def _show_plan(path: Path, options: CompressOptions, *, as_json: bool) -> None:
+def _show_plan(found: Found, options: CompressOptions, *, as_json: bool) -> None:
     from spectral_surgery.workflows.compress import plan_compression
 
-    index, plan = plan_compression(path, options)
+    index, plan = plan_compression(found.path, options, compare=found.whole)
     bits = plan.predicted_bits()
     copied = sum(index.tensors[name].nbytes for name in plan.copied)
     body = {
@@ -154,7 +156,9 @@ def _show_copied(plan: Plan) -> None:
         click.echo(f"tied: {alias} = {name}, stored once")
 
 
-def _show_report(report: CompressReport | None, out: Path, part: tuple[int, int], *, as_json: bool) -> None:
+def _show_report(
+    report: CompressReport | None, out: Path, part: tuple[int, int], pushed: dict[str, object], *, as_json: bool
+) -> None:
     if report is None:
         text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
         if as_json:
@@ -162,7 +166,7 @@ def _show_report(report: CompressReport | None, out: Path, part: tuple[int, int]
         else:
             click.echo(f"{text} If one was lost, run the command again without --shard and with --resume.")
         return
-    body = report.to_json()
+    body = report.to_json() | pushed
     if as_json:
         output.print_json("compress", {"finished": True, **body})
         return

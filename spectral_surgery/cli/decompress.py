@@ -19,6 +19,8 @@ CHECK_FAILED = 3
     "--verify", is_flag=True, help="Read the result back and check it; exit with 3 and publish nothing if wrong."
 )
 @shared.threads_option
+@shared.hub_options
+@shared.push_option
 @shared.writing_options
 @shared.output_options
 @click.pass_context
@@ -43,13 +45,15 @@ def command(
     Example:
       spectral-surgery decompress ./model-4bit ./model-plain --verify
     """
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import decompress as workflow
 
-    path = resolve(source)
+    access = shared.hub_access(quiet=quiet)
     if dry_run:
-        _show_plan(path, as_json=as_json)
+        with access.outline(source) as found:
+            _show_plan(found.path, as_json=as_json)
         return
+    access.prepare()
+    path, _ = access.resolve(source)
     with output.progress(quiet=quiet, unit=" tensors") as progress:
         report = workflow.decompress(
             path,
@@ -60,8 +64,9 @@ def command(
             overwrite=overwrite,
             progress=progress,
         )
+    pushed = {} if report.failures else access.pushed(out)
     if as_json:
-        output.print_json("decompress", report.to_json())
+        output.print_json("decompress", report.to_json() | pushed)
     elif not report.failures:
         checked = ", read back and verified" if report.verified else ""
         click.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -16,33 +17,39 @@ from spectral_surgery.cli import output, shared
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Save the curves; implies --spectrum."
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Look only at tensors that match; repeatable.")
-@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@shared.hub_options
 @shared.output_options
 def command(
     source: str,
     spectrum: bool,
     plot: Path | None,
     include: tuple[str, ...],
-    revision: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Show what a checkpoint holds and what compress would do with it, from headers alone.
 
-    With --spectrum, samples of the tensors are read too: how much energy the largest coefficients hold, and which error
-    to expect at a rate.
+    Of a Hub repository only the headers are fetched. With --spectrum, samples of the tensors are read too: how much
+    energy the largest coefficients hold, and which error to expect at a rate.
 
     \b
     Example:
       spectral-surgery inspect ./model
+      spectral-surgery inspect org/name
       spectral-surgery inspect ./model --plot spectrum.png
     """
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import inspect as workflow
 
-    path = resolve(source, revision=revision)
-    with output.progress(quiet=quiet, unit=" tensors") as progress:
-        found = workflow.inspect(path, spectrum=spectrum or plot is not None, include=include, progress=progress)
+    spectrum = spectrum or plot is not None
+    access = shared.hub_access(quiet=quiet)
+    with ExitStack() as stack:
+        progress = stack.enter_context(output.progress(quiet=quiet, unit=" tensors"))
+        if spectrum:
+            path, whole = access.resolve(source)[0], True
+        else:
+            outline = stack.enter_context(access.outline(source))
+            path, whole = outline.path, outline.whole
+        found = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
     if plot is not None:
         from spectral_surgery.workflows.plots import plot_spectra
 

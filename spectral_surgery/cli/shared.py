@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from spectral_surgery.hub import Found
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -28,6 +34,89 @@ def output_options(function: F) -> F:
     """How results are shown: --json and --quiet."""
     function = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
     return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(function)
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """What the options about the Hub say.
+
+    Attributes:
+        revision: branch, tag or commit.
+        token: access token, None for the one that is logged in.
+        push: repository to push the result to.
+    """
+
+    revision: str | None
+    token: str | None
+    push: str | None
+
+    def resolve(self, source: str) -> tuple[Path, str | None]:
+        """Fetch a source where need be: its path, and the repository it comes from."""
+        from spectral_surgery import hub
+
+        repository = hub.remote(source)
+        path = hub.resolve(source, revision=self.revision, token=self.token)
+        return path, repository.name if repository else None
+
+    def outline(self, source: str) -> AbstractContextManager[Found]:
+        """A source to read headers of."""
+        from spectral_surgery import hub
+
+        return hub.outline(source, revision=self.revision, token=self.token)
+
+    def prepare(self) -> None:
+        """Find out before the work whether its result can be pushed; creates the repository."""
+        if self.push:
+            from spectral_surgery import hub
+
+            hub.prepare(hub.to_push(self.push), token=self.token)
+
+    def pushed(self, out: Path) -> dict[str, object]:
+        """Push the result of a command; what --json adds, empty when nothing was asked."""
+        if not self.push:
+            return {}
+        from spectral_surgery.workflows.push import push
+
+        report = push(out, self.push, token=self.token)
+        click.echo(f"Pushed: {report.url}", err=True)
+        return {"pushed": report.to_json()}
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    ctx.meta[f"{__name__}.{parameter.name}"] = value
+
+
+def hub_options(function: F) -> F:
+    """Where a repository is read: --revision and --token; `hub_access` has them."""
+    function = click.option(
+        "--token",
+        expose_value=False,
+        callback=_remember,
+        metavar="TOKEN",
+        help="Access token for the Hub; HF_TOKEN keeps it out of the list of processes.",
+    )(function)
+    return click.option(
+        "--revision", expose_value=False, callback=_remember, help="Branch, tag or commit of a Hub repository."
+    )(function)
+
+
+def push_option(function: F) -> F:
+    """--push: what a command that produces a folder does with it in the end; `hub_access` has it."""
+    return click.option(
+        "--push",
+        expose_value=False,
+        callback=_remember,
+        metavar="REPO",
+        help="Then push OUT to this repository on the Hub.",
+    )(function)
+
+
+def hub_access(*, quiet: bool) -> HubAccess:
+    """The options of the running command about the Hub."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+    meta = click.get_current_context().meta
+    return HubAccess(*(meta.get(f"{__name__}.{name}") for name in ("revision", "token", "push")))
 
 
 def writing_options(function: F) -> F:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+from spectral_surgery import cards
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
+from spectral_surgery.checkpoint.compressed import open_compressed
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
@@ -22,6 +24,7 @@ from spectral_surgery.checkpoint.units import Workshop, is_done, join, run_unit,
 from spectral_surgery.checkpoint.writer import partial_folder, publishing, write_checkpoint, writing_to
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
 
 _UNITS = "units"
@@ -83,12 +86,13 @@ class CompressReport:
         }
 
 
-def plan_compression(source: Path, options: CompressOptions) -> tuple[CheckpointIndex, Plan]:
+def plan_compression(source: Path, options: CompressOptions, *, compare: bool = True) -> tuple[CheckpointIndex, Plan]:
     """Read the headers of a checkpoint and decide what compressing it does; nothing is written.
 
     Args:
         source: a checkpoint folder or a .safetensors file.
         options: what is asked.
+        compare: read tensors that may be tied; without, as for an outline of a remote checkpoint, none is taken to be.
 
     Returns:
         The index and the plan.
@@ -104,7 +108,7 @@ def plan_compression(source: Path, options: CompressOptions) -> tuple[Checkpoint
         raise CheckpointError(
             f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
         )
-    return index, make_plan(index, options)
+    return index, make_plan(index, options, compare=compare)
 
 
 def compress(
@@ -117,13 +121,13 @@ def compress(
     shard: tuple[int, int] = (0, 1),
     resume: bool = False,
     overwrite: bool = False,
+    origin: str | None = None,
     progress: Progress = silent,
 ) -> CompressReport | None:
     """Compress a checkpoint into a new folder.
 
     The folder appears at the end, whole. Until then finished parts wait in ``<out>.partial``, from which ``resume``
-    goes on. The
-    bytes do not depend on workers, threads, shards or interruptions.
+    goes on. The bytes do not depend on workers, threads, shards or interruptions.
 
     Args:
         source: a checkpoint folder or a .safetensors file.
@@ -131,10 +135,10 @@ def compress(
         options: what is asked.
         workers: processes on this machine; they import the calling script, which needs a ``__main__`` guard.
         threads: frames at once in each worker.
-        shard: (index, count) of this machine among several that share a file system; the last one to finish joins the
-            parts.
+        shard: (index, count) of this machine among several that share a file system; the last to finish joins parts.
         resume: go on with unfinished work of the same source and options.
         overwrite: replace an existing folder, and discard unfinished work.
+        origin: the Hub repository that source is a copy of, for the model card.
         progress: called after each part.
 
     Returns:
@@ -166,7 +170,7 @@ def compress(
         with hold(partial, exclusive=True, wait=True):
             if not workshop.folder.exists():
                 return None  # another shard finished in the meantime and joined everything
-            return _finish(workshop, plan, index, out, overwrite=overwrite, started=started)
+            return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
 
 
 def _run(workshop: Workshop, plan: Plan, units: list[Unit], *, workers: int, threads: int, progress: Progress) -> None:
@@ -213,7 +217,14 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _finish(
-    workshop: Workshop, plan: Plan, index: CheckpointIndex, out: Path, *, overwrite: bool, started: float
+    workshop: Workshop,
+    plan: Plan,
+    index: CheckpointIndex,
+    out: Path,
+    *,
+    overwrite: bool,
+    origin: str | None,
+    started: float,
 ) -> CompressReport:
     entries, manifest, copied = join(workshop, plan, index)
     with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
@@ -222,6 +233,8 @@ def _finish(
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         marked = dict(index.config) | {"quantization_config": _quantization_config(plan.options)}
         copy_companions(index, folder, marked)
+        facts = compressed_facts(open_compressed(folder), origin)
+        cards.write_derived(folder, facts)
         (folder / LOCK_FILE).unlink(missing_ok=True)
         shutil.rmtree(workshop.folder)
         output = sum(path.stat().st_size for path in [*files, folder / FILE_NAME])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from spectral_surgery import cards
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.index import TensorInfo, read_index
@@ -18,6 +19,7 @@ from spectral_surgery.checkpoint.reader import DTYPES, read_flat
 from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.workflows.facts import decompressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
 
 _PIECE = 1 << 22  # elements of a copied tensor converted or compared at a time
@@ -108,6 +110,8 @@ def decompress(
         with publishing(out, overwrite=overwrite) as folder:
             write_checkpoint(folder, entries)
             copy_companions(checkpoint.index, folder, _plain_config(checkpoint, dtype), without=FILE_NAME)
+            facts = decompressed_facts(checkpoint.manifest, checkpoint.index, dtype)
+            cards.write_derived(folder, facts)
             wrong = _verify(checkpoint, folder, code) if verify else []
             if wrong:
                 raise _NotVerifiedError(wrong)

@@ -79,7 +79,12 @@ class Inspection:
 
 
 def inspect(
-    source: Path, *, spectrum: bool = False, include: tuple[str, ...] = (), progress: Progress = silent
+    source: Path,
+    *,
+    spectrum: bool = False,
+    include: tuple[str, ...] = (),
+    compare: bool = True,
+    progress: Progress = silent,
 ) -> Inspection:
     """Look at a checkpoint without building a model.
 
@@ -87,6 +92,7 @@ def inspect(
         source: a folder, dense or compressed, or a .safetensors file.
         spectrum: also read samples of the tensors and estimate what their spectra promise.
         include: globs of tensors to look at; empty means all.
+        compare: read tensors that may be tied; without, as for an outline of a remote checkpoint, none is taken to be.
         progress: called after each spectrum.
 
     Returns:
@@ -103,7 +109,7 @@ def inspect(
     index = read_index(source)
     options = CompressOptions(_PLACEHOLDER.target, include=include)
     try:
-        plan = make_plan(index, options)
+        plan = make_plan(index, options, compare=compare)
     except ConfigError:  # nothing to compress is an answer here, not an error
         return Inspection("dense", _rows(index, {}), {}, index.nbytes, tuple(map(str, index.skipped_files)), {})
     fates = plan.copied | {alias: f"tied to {name}" for alias, name in plan.aliases.items()}

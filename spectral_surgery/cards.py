@@ -1,0 +1,281 @@
+"""Model cards: the part we write is marked, and all around it belongs to people.
+
+A card is a README.md: metadata (YAML between ``---``) and Markdown. Ours stands between two comments; the first of them
+carries a hash of everything outside, as it was when we made the card, so that a later edit shows.
+
+Source: https://huggingface.co/docs/hub/model-cards; metadata are read and written by huggingface_hub's ModelCard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectral_surgery import __version__
+from spectral_surgery.errors import ConfigError
+
+FILE_NAME = "README.md"
+TAG = "spectral-surgery"
+
+_BEGIN = "<!-- spectral-surgery:begin {} -->"
+_SIGNED = re.compile(r"<!-- spectral-surgery:begin \w+ -->")
+_END = "<!-- spectral-surgery:end -->"
+_SECTION = re.compile(r"<!-- spectral-surgery:begin (\w+) -->.*?<!-- spectral-surgery:end -->\n?", re.DOTALL)
+_METADATA = re.compile(r"\s*---\n.*?\n---[ \t]*(?:\n|$)", re.DOTALL)
+# what stays true of a model made from another one; results of measurements, for example, do not
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets", "tags")
+_OURS = ("base_model", "base_model_relation", "library_name", "tags")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HEADING = "## The card of the model it was made from"
+_SHOWN = 40  # rows of a table
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says.
+
+    Attributes:
+        title: heading.
+        summary: a paragraph.
+        command: the command that makes these bytes again; empty when it is not known.
+        usage: Markdown that says how to load it.
+        rows: a table of what was measured.
+        totals: lines of "what: how much" above it.
+        base_model: repository of the model it was made from, if known.
+        relation: how, in the Hub's words: quantized, adapter, merge or finetune.
+        library_name: what loads it.
+        tags: besides ours.
+        versions: of what made it, by name.
+    """
+
+    title: str
+    summary: str
+    command: str
+    usage: str
+    rows: Sequence[Mapping[str, object]] = ()
+    totals: Mapping[str, str] | None = None
+    base_model: str | None = None
+    relation: str | None = None
+    library_name: str | None = None
+    tags: tuple[str, ...] = ()
+    versions: Mapping[str, str] | None = None
+
+    def metadata(self) -> dict[str, object]:
+        """Metadata of a card, without what is not known."""
+        known = {
+            "base_model": self.base_model,
+            "base_model_relation": self.relation if self.base_model else None,
+            "library_name": self.library_name,
+            "tags": [TAG, *self.tags],
+        }
+        return {key: value for key, value in known.items() if value}
+
+
+def write_derived(folder: Path, facts: Facts) -> None:
+    """Turn the card that was copied into a new folder from its source into a card of its own; see `derived`.
+
+    Args:
+        folder: of the new model; a card there is that of the model it was made from.
+        facts: about the new one.
+    """
+    path = folder / FILE_NAME
+    source = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
+    path.write_bytes(derived(source, facts).encode())
+
+
+def derived(source: str | None, facts: Facts) -> str:
+    """The card of a model made from another one.
+
+    Args:
+        source: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
+            follows ours. Metadata that cannot be read are left where they are.
+        facts: about the new one.
+
+    Returns:
+        The text of the card.
+    """
+    from huggingface_hub import ModelCardData
+
+    text = _unix(source or "").removeprefix("\ufeff")
+    try:
+        old, body = metadata(text), _METADATA.sub("", text, count=1)
+    except ConfigError:  # hours of work must not fail on somebody else's card
+        old, body = {}, text
+    kept = {key: old[key] for key in _INHERITED if old.get(key)}
+    new = facts.metadata()
+    if "base_model" not in new and old.get("base_model"):
+        new["base_model"] = old["base_model"]
+    tags = [*_listed(old.get("tags")), *_listed(new["tags"])]
+    data = ModelCardData(**{**new, **kept, "tags": list(dict.fromkeys(tags))})
+    front = f"---\n{data.to_yaml()}\n---\n\n"
+    body = _SECTION.sub("", body).strip("\n")
+    heading = "" if body.startswith(_HEADING) or not body else f"{_HEADING}\n\n"
+    rest = f"\n{heading}{body}\n" if body else ""
+    return front + _section(facts, _hash(_unsigned(front + rest))) + rest
+
+
+def refreshed(text: str, facts: Facts) -> str:
+    """A card with our section as it should be, and every other byte as it was.
+
+    Args:
+        text: the card. Without a section of ours, one is put below the metadata.
+        facts: what the section says. Metadata are added where the card has none; those it has stay.
+
+    Returns:
+        The text of the card.
+
+    Raises:
+        ConfigError: when the metadata of the card are no YAML.
+    """
+    return _placed(text, _section(facts, "new"), facts.metadata())
+
+
+def transplanted(text: str, donor: str) -> str:
+    """A card with the section of another one; see `refreshed`."""
+    section = _SECTION.search(_unix(donor))
+    known = {key: value for key, value in metadata(donor).items() if key in _OURS}
+    return _placed(text, section.group(0) if section else "", known)
+
+
+def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
+    from huggingface_hub import ModelCardData
+
+    ending = "\r\n" if "\r\n" in text else "\n"
+    unix = _unix(text)
+    old = metadata(unix)
+    missing: dict[str, Any] = {key: value for key, value in new.items() if key not in old}
+    if "base_model" in old:
+        missing.pop("base_model_relation", None)  # of a base that somebody else named
+    front = _METADATA.match(unix)
+    head, body = (unix[: front.end()], unix[front.end() :]) if front else ("", unix)
+    if missing:
+        lines = ModelCardData(**missing).to_yaml()
+        head = f"{head.rstrip().removesuffix('---')}{lines}\n---\n" if head else f"---\n{lines}\n---\n\n"
+    found = _SECTION.search(body)
+    before, after = (body[: found.start()], body[found.end() :]) if found else ("\n" if head else "", body)
+    signature = "edited" if is_edited(unix) else _hash(_unsigned(head + before + after))
+    signed = _SIGNED.sub(_BEGIN.format(signature), section, count=1)
+    return (head + before + signed + after).replace("\n", ending)
+
+
+def reconciled(here: str, there: str | None) -> str | None:
+    """Which of two cards to build on, when one is in a folder and one on the Hub.
+
+    Args:
+        here: the card in the folder.
+        there: the card on the Hub, if any.
+
+    Returns:
+        The one that a person has edited; the one here when neither was, or when their texts agree; None when both
+        were edited and differ.
+    """
+    if there is None or _outside(here) == _outside(there) or not is_edited(there):
+        return here
+    return None if is_edited(here) else there
+
+
+def has_section(text: str) -> bool:
+    """Whether a part of the card is ours."""
+    return _SECTION.search(_unix(text)) is not None
+
+
+def is_edited(text: str) -> bool:
+    """Whether a person has written the card, or changed it outside our section."""
+    section = _SECTION.search(_unix(text))
+    return section is None or section.group(1) != _hash(_outside(text))
+
+
+def metadata(text: str) -> dict[str, Any]:
+    """Metadata of a card.
+
+    Raises:
+        ConfigError: when they are no YAML mapping.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    if not _METADATA.match(_unix(text)):
+        return {}
+    try:
+        found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (YAMLError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{FILE_NAME}: the metadata cannot be read ({reason}); YAML of keys and values between two lines of --- is "
+            "accepted. Correct or remove them."
+        ) from None
+    return found
+
+
+def read_card(folder: Path) -> str | None:
+    """The card of a folder, None without one.
+
+    Raises:
+        ConfigError: when it is no UTF-8 text.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{FILE_NAME}: is no UTF-8 text ({error.reason}); UTF-8 is accepted. Convert it.") from None
+
+
+def as_repository(name: object) -> str | None:
+    """A name that can be a base_model: ``org/name``, and no path of somebody's disk."""
+    fits = isinstance(name, str) and _REPOSITORY.fullmatch(name) and not Path(name).exists()
+    return str(name) if fits else None
+
+
+def _listed(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _section(facts: Facts, signature: str) -> str:
+    parts = [_BEGIN.format(signature), f"# {facts.title}", facts.summary]
+    if facts.command:
+        parts.append(f"```bash\n{facts.command}\n```")
+    parts += ["## How to load it", facts.usage]
+    if facts.totals or facts.rows:
+        parts.append("## Measured when it was made")
+    if facts.totals:
+        parts.append("\n".join(f"- {what}: {value}" for what, value in facts.totals.items()))
+    if facts.rows:
+        parts.append(_table(facts.rows[:_SHOWN]))
+    if len(facts.rows) > _SHOWN:
+        parts.append(f"and {len(facts.rows) - _SHOWN} more.")
+    versions = {"spectral-surgery": __version__, **(facts.versions or {})}
+    parts.append("Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    return "\n\n".join(parts) + f"\n{_END}\n"
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    names = list(rows[0])
+    cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *cells])
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _outside(text: str) -> str:
+    return _unsigned(_SECTION.sub("", _unix(text), count=1))
+
+
+def _unsigned(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n")

@@ -1,0 +1,29 @@
+"""The Hugging Face Hub: every SOURCE may be a repository, every result can be pushed.
+
+The only importer of huggingface_hub besides the model cards; it is imported inside functions, since that takes half a
+second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are its own.
+"""
+
+from spectral_surgery.hub.download import Found, fetch, needed, outline, resolve
+from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
+from spectral_surgery.hub.repository import Repository, remote, to_push
+from spectral_surgery.hub.upload import Uploaded, prepare, read_text, refuse_tokens, upload
+
+__all__ = [
+    "Found",
+    "Listing",
+    "RemoteFile",
+    "Repository",
+    "Uploaded",
+    "fetch",
+    "list_files",
+    "needed",
+    "outline",
+    "prepare",
+    "read_text",
+    "refuse_tokens",
+    "remote",
+    "resolve",
+    "to_push",
+    "upload",
+]

@@ -1,0 +1,120 @@
+"""Failures of the Hub in one line each, without secrets, and calls that are tried again."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from spectral_surgery.errors import HubError, SpectralSurgeryError
+
+T = TypeVar("T")
+
+TRIES = 4
+_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_LONGEST_WAIT = 300.0  # seconds
+_TOKEN = re.compile(r"\bhf_\w+")
+_QUERY = re.compile(r"\?\S+")  # the signature of a presigned address
+_CREDENTIALS = "Give --token, set HF_TOKEN, or run `hf auth login`."
+_STATUS = {
+    401: f"the token is missing or refused (401); one that opens it is accepted. {_CREDENTIALS}",
+    403: "not permitted (403); a token with the right to do this is accepted. Use another token or repository.",
+    404: "not found (404); an existing repository is accepted. Check the name.",
+    409: "changed while it was written to (409); one writer at a time is accepted. Run the command again.",
+    416: "shorter than the Hub says (416); whole files are accepted. Upload it again.",
+    429: "too many requests (429); a slower pace is accepted. Wait some minutes and run the command again.",
+}
+
+
+class UnansweredError(HubError):
+    """No answer came at all, so that the cache is the next best."""
+
+
+@contextmanager
+def reaching(where: object) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError about ``where``."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    transport = HfHubHTTPError.__mro__[1]  # the HTTPError of whichever HTTP library it uses
+    try:
+        yield
+    except SpectralSurgeryError:
+        raise
+    except (transport, OSError, EntryNotFoundError, HFValidationError, ValueError, RuntimeError) as error:
+        unanswered = isinstance(error, (transport, OSError)) and _response(error) is None
+        raise (UnansweredError if unanswered else HubError)(f"{where}: {explain(error)}") from None
+
+
+def retrying(call: Callable[[], T], tries: int = TRIES) -> T:
+    """Call, and again when the Hub was busy or broken for a moment; waits as long as it asks for."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return call()
+        except (HfHubHTTPError, EntryNotFoundError, RuntimeError) as error:
+            response = _response(error)
+            if attempt == tries or getattr(response, "status_code", None) not in _PASSING:
+                raise
+            asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
+            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, _LONGEST_WAIT))
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, what is accepted and what to do, in one line without tokens or signatures."""
+    from huggingface_hub import errors
+
+    chain = [error, *_causes(error)]
+    for kind, text in (
+        (errors.GatedRepoError, f"is gated; an account with access is accepted. Ask on its page, then: {_CREDENTIALS}"),
+        (
+            errors.RevisionNotFoundError,
+            "has no such revision; a branch, tag or commit is accepted. Check @revision or --revision.",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            "no such repository, or a private one that the token does not open; org/name of a model is accepted. "
+            f"Check the name. {_CREDENTIALS}",
+        ),
+        (
+            errors.OfflineModeIsEnabled,
+            "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; what was fetched before is accepted. "
+            "Unset HF_HUB_OFFLINE once.",
+        ),
+        (errors.RemoteEntryNotFoundError, "has no such file; files it lists are accepted. Check the path."),
+    ):
+        if any(isinstance(one, kind) for one in chain):
+            return text
+    status = getattr(_response(error), "status_code", 0)
+    if status >= 500:
+        return f"the Hub failed ({status}); a working one is accepted. Wait a while and run the command again."
+    if status in _STATUS:
+        return _STATUS[status]
+    reason = clean(next((str(one) for one in reversed(chain) if str(one).strip()), type(error).__name__))
+    if "xet" in " ".join(map(str, chain)).lower():
+        return f"cannot store by Xet ({reason}); a Hub with Xet is accepted. For one without, set HF_HUB_DISABLE_XET=1."
+    return (
+        f"cannot be reached or used ({reason}); a path, org/name or hf://org/name is accepted. "
+        "Check the name, the network and HF_ENDPOINT."
+    )
+
+
+def clean(text: str) -> str:
+    """The first line of a text, without tokens and the queries of addresses."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return _TOKEN.sub("hf_...", _QUERY.sub("", lines[0] if lines else ""))[:200]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while (cause := error.__cause__) is not None:
+        yield cause
+        error = cause
+
+
+def _response(error: BaseException) -> object | None:
+    found = (getattr(one, "response", None) for one in (error, *_causes(error)))
+    return next((response for response in found if response is not None), None)

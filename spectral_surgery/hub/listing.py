@@ -1,0 +1,125 @@
+"""What a repository holds, and the beginning of its files, without downloading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from spectral_surgery.errors import HubError
+from spectral_surgery.hub.failures import reaching, retrying
+from spectral_surgery.hub.repository import Repository, is_safe
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository.
+
+    Attributes:
+        size: bytes.
+        sha256: of its content, when the Hub keeps it as a large file; otherwise None.
+        blob_id: SHA-1 of its git blob; of a large file, that of its pointer.
+    """
+
+    size: int
+    sha256: str | None
+    blob_id: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All files of a repository at one commit.
+
+    Attributes:
+        repository: where.
+        commit: hash.
+        files: by path relative to the repository's own ``path``.
+    """
+
+    repository: Repository
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+    def inside(self, name: str) -> str:
+        """Path of one of the files in the whole repository."""
+        return str(PurePosixPath(self.repository.path, name))
+
+
+def list_files(repository: Repository, token: str | None = None) -> Listing:
+    """List a repository; one request.
+
+    Args:
+        repository: which one.
+        token: instead of the one that is logged in.
+
+    Returns:
+        Commit and files; of a repository with a path, the files below it, or the file itself.
+
+    Raises:
+        HubError: when it cannot be read, or lists paths that lead out of it.
+    """
+    from huggingface_hub import HfApi
+
+    with reaching(repository):
+        info = retrying(
+            lambda: HfApi(token=token).model_info(
+                repository.name, revision=repository.revision, files_metadata=True, token=token
+            )
+        )
+    files = {}
+    for entry in info.siblings or []:
+        if not is_safe(entry.rfilename):
+            raise HubError(f"{repository}: lists {entry.rfilename!r}, which leads out of it. Do not trust this Hub.")
+        path = PurePosixPath(entry.rfilename)
+        if str(path) == repository.path:
+            files[path.name] = _remote_file(entry)
+        elif path.is_relative_to(repository.path):
+            files[str(path.relative_to(repository.path))] = _remote_file(entry)
+    if not files and repository.path:
+        raise HubError(f"{repository}: has no such file or folder; files it lists are accepted. Check the path.")
+    return Listing(repository, str(info.sha), files)
+
+
+def _remote_file(entry: object) -> RemoteFile:
+    lfs = getattr(entry, "lfs", None)
+    return RemoteFile(
+        int(getattr(entry, "size", 0) or 0), lfs.sha256 if lfs else None, str(getattr(entry, "blob_id", "") or "")
+    )
+
+
+def first_bytes(listing: Listing, name: str, start: int, stop: int, token: str | None) -> bytes:
+    """Read a range near the beginning of a remote file.
+
+    Args:
+        listing: from which commit.
+        name: one of its files.
+        start: first byte.
+        stop: end of the range; not beyond the file.
+        token: instead of the one that is logged in.
+
+    Returns:
+        ``stop - start`` bytes. A server without ranges is read from the start, and no further than stop.
+
+    Raises:
+        HubError: when the file cannot be read that far.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    if stop <= start:
+        return b""
+    url = hf_hub_url(listing.repository.name, listing.inside(name), revision=listing.commit)
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with reaching(listing.repository), http_stream_backoff("GET", url, headers=headers, timeout=30.0) as response:
+        if response.status_code >= 400:
+            response.read()
+        hf_raise_for_status(response)
+        skip = 0 if response.status_code == 206 else start
+        data = bytearray()
+        for piece in response.iter_bytes(1 << 16):
+            data += piece
+            if len(data) >= skip + stop - start:
+                break
+    if len(data) < skip + stop - start:
+        raise HubError(f"{listing.repository}: {name} ended after {len(data)} bytes; whole files are accepted. Retry.")
+    return bytes(data[skip : skip + stop - start])

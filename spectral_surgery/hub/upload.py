@@ -1,0 +1,138 @@
+"""One commit with all of a folder, or none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectral_surgery.errors import HubError
+from spectral_surgery.hub.failures import TRIES, reaching, retrying
+from spectral_surgery.hub.listing import Listing
+from spectral_surgery.hub.repository import Repository
+
+_SEARCHED = 10 << 20  # bytes of a file that may be text
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What a push did.
+
+    Attributes:
+        commit: hash of the commit that holds the files.
+        url: its address, or that of the pull request.
+        changed: whether there was anything to commit.
+    """
+
+    commit: str
+    url: str
+    changed: bool
+
+
+def prepare(
+    repository: Repository, *, private: bool = False, create_pr: bool = False, token: str | None = None
+) -> None:
+    """Create a repository and a branch where they are missing; fails early where pushing would fail late.
+
+    Args:
+        repository: which one, and at which branch.
+        private: visibility, should it be new.
+        create_pr: it must exist already, and nobody has to be able to write to it.
+        token: instead of the one that is logged in.
+
+    Raises:
+        HubError: when it cannot be written to.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with reaching(repository):
+        if create_pr:
+            return
+        retrying(lambda: api.create_repo(repository.name, private=private or None, exist_ok=True))
+        revision = repository.revision
+        if revision and not revision.startswith("refs/"):
+            retrying(lambda: api.create_branch(repository.name, branch=revision, exist_ok=True))
+
+
+def read_text(listing: Listing, name: str, token: str | None = None) -> str | None:
+    """Text of a small remote file as it is at the listed commit; None when there is none.
+
+    Raises:
+        HubError: when it cannot be read, or is no text.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if name not in listing.files:
+        return None
+    repository = listing.repository
+    with reaching(repository):
+        path = retrying(
+            lambda: hf_hub_download(repository.name, listing.inside(name), revision=listing.commit, token=token)
+        )
+        return Path(path).read_bytes().decode("utf-8")
+
+
+def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
+    """Refuse to publish the access token itself.
+
+    Args:
+        files: content by name.
+        token: instead of the one that is logged in.
+
+    Raises:
+        HubError: when one of the smaller files holds it.
+    """
+    from huggingface_hub import get_token
+
+    secret = (token or get_token() or "").encode()
+    for name, content in files.items():
+        small = isinstance(content, bytes) or content.stat().st_size <= _SEARCHED
+        if secret and small and secret in (content if isinstance(content, bytes) else content.read_bytes()):
+            raise HubError(f"{name}: holds your access token; files without it are accepted. Remove it, and renew it.")
+
+
+def upload(
+    listing: Listing,
+    files: Mapping[str, Path | bytes],
+    *,
+    delete: Iterable[str] = (),
+    message: str,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> Uploaded:
+    """Upload files as one commit; content the Hub has already is not sent again, and no change makes no commit.
+
+    Large files are stored before the commit, so an upload that was cut off goes on with the ones still missing.
+
+    Args:
+        listing: of the repository as it is.
+        files: content by path.
+        delete: paths to remove in the same commit.
+        message: first line of the commit.
+        create_pr: open a pull request instead of committing to the branch.
+        token: instead of the one that is logged in.
+
+    Returns:
+        The commit.
+
+    Raises:
+        HubError: when it cannot be uploaded or committed.
+    """
+    from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+    repository = listing.repository
+
+    def commit() -> CommitInfo:  # operations are used up by an attempt
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return HfApi(token=token, library_name="spectral-surgery").create_commit(
+            repository.name,
+            [*additions, *(CommitOperationDelete(name) for name in delete)],
+            commit_message=message,
+            revision=repository.revision,
+            create_pr=create_pr,
+        )
+
+    with reaching(repository):
+        done = retrying(commit, tries=1 if create_pr else TRIES)  # every attempt would open another pull request
+    return Uploaded(str(done.oid), str(done.pr_url or done.commit_url), done.oid != listing.commit)

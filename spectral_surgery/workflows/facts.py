@@ -1,0 +1,227 @@
+"""What the cards of our results say, from the files themselves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+
+from spectral_surgery.cards import Facts, as_repository
+from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
+from spectral_surgery.checkpoint.header import DTYPE_BITS
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
+from spectral_surgery.checkpoint.merge_record import MergeRecord
+from spectral_surgery.checkpoint.plan import CompressOptions
+
+HERE = "THIS_FOLDER"  # until it has a place on the Hub
+_TARGETS = {"density": "sparsity", "bits": "bits", "max_error": "max-error"}
+_LIBRARIES = ("torch", "zstandard")
+
+_LOAD_COMPRESSED = """\
+```bash
+pip install spectral-surgery
+spectral-surgery decompress {here} ./plain
+```
+
+`./plain` is an ordinary checkpoint for every other tool. Do not give this repository itself to a tool that does not
+know the format `spectral_surgery`: transformers alone warns, and starts from random weights."""
+
+_LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModel{task}
+
+model = PeftModel.from_pretrained(AutoModel{task}.from_pretrained("{base}"), "{here}")
+```"""
+
+_LOAD_PLAIN = "As the model it was made from, by its name or folder: this is an ordinary safetensors checkpoint."
+
+
+def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Facts:
+    """Facts about a compressed checkpoint.
+
+    Args:
+        checkpoint: which one.
+        origin: repository it was made from; None asks its configuration.
+
+    Returns:
+        Totals, the table of its tensors, and the command that makes the same bytes.
+    """
+    manifest, index = checkpoint.manifest, checkpoint.index
+    origin = origin or as_repository(index.config.get("_name_or_path"))
+    total = manifest.report
+    stored = {f"{name}.{suffix}" for name in manifest.tensors for suffix in SUFFIXES}
+    copied = [info for name, info in index.tensors.items() if name not in stored]
+    original = sum(r.report.weights * DTYPE_BITS[r.dtype] // 8 for r in manifest.tensors.values())
+    rows = [
+        {
+            "tensor": f"`{name}`",
+            "shape": " x ".join(map(str, record.shape)),
+            "bits per weight": record.report.bits_per_weight,
+            "relative error": record.report.relative_error,
+            "bytes": record.report.stored_bytes,
+        }
+        for name, record in manifest.tensors.items()
+    ]
+    totals = {
+        "compressed": f"{len(rows)} tensors, {total.weights:,} weights, {original:,} -> {total.stored_bytes:,} bytes",
+        "bits per weight": f"{total.bits_per_weight:.4g}, every stored byte counted",
+        "relative error": f"{total.relative_error:.4g}, the norm of the error over that of the weights",
+        "density": f"{total.density:.4g}, the fraction of coefficients kept",
+        "copied bit for bit": f"{len(copied)} tensors, {sum(info.nbytes for info in copied):,} bytes",
+    }
+    return Facts(
+        f"{_name(origin)}, compressed in the frequency domain",
+        f"{_linked(origin)} as entropy-coded spectra, made by spectral-surgery from files, without a forward pass.",
+        compress_command(manifest.options, origin),
+        _LOAD_COMPRESSED.format(here=HERE),
+        sorted(rows, key=lambda row: -int(str(row["bytes"]))),
+        totals,
+        origin,
+        "quantized",
+        _library(index),
+        ("compressed",),
+        _versions(),
+    )
+
+
+def decompressed_facts(manifest: Manifest, index: CheckpointIndex, dtype: str | None) -> Facts:
+    """Facts about a plain checkpoint made from a compressed one.
+
+    Args:
+        manifest: of the compressed one.
+        index: headers of the compressed one.
+        dtype: floating tensors were stored in it, if given.
+    """
+    total = manifest.report
+    totals = {
+        "tensors decoded": f"{len(manifest.tensors)}, {total.weights:,} weights",
+        "relative error": f"{total.relative_error:.4g} of them, from compressing; the others have their original bits",
+    }
+    return Facts(
+        "Decompressed checkpoint",
+        "A plain checkpoint decoded from entropy-coded spectra by spectral-surgery.",
+        shlex.join(["spectral-surgery", "decompress", "COMPRESSED", "OUT", *(["--dtype", dtype] if dtype else [])]),
+        _LOAD_PLAIN,
+        totals=totals,
+        library_name=_library(index),
+        versions=_versions(),
+    )
+
+
+def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts:
+    """Facts about an adapter in PEFT's format.
+
+    Args:
+        config: its adapter_config.json.
+        index: headers of its tensors.
+    """
+    method, named = str(config.get("peft_type")), config.get("base_model_name_or_path")
+    base = as_repository(named)
+    task = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
+    settings = {key: config[key] for key in sorted(config) if isinstance(config[key], int | float) and config[key]}
+    rows = [
+        {"tensor": f"`{name}`", "shape": " x ".join(map(str, info.shape)), "bytes": info.nbytes}
+        for name, info in index.tensors.items()
+    ]
+    totals = {
+        "tensors": f"{len(rows)}, {sum(info.numel for info in index.tensors.values()):,} parameters, "
+        f"{index.nbytes:,} bytes",
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()) or "the defaults of the method",
+    }
+    return Facts(
+        f"{method} adapter for {_name(base)}",
+        f"An adapter of the method {method} in the format of PEFT, for {_linked(base)}.",
+        "",
+        _LOAD_ADAPTER.format(task=task.get(str(config.get("task_type")), ""), base=base or "BASE_MODEL", here=HERE),
+        rows,
+        totals,
+        base,
+        "adapter",
+        "peft",
+        (method.lower(),),
+        {},
+    )
+
+
+def merged_facts(record: MergeRecord, index: CheckpointIndex) -> Facts:
+    """Facts about a checkpoint with adapters merged into it.
+
+    Args:
+        record: of the merge.
+        index: headers of the result.
+    """
+    base = as_repository(index.config.get("_name_or_path"))
+    adapters = [f"ADAPTER_{number + 1}" for number in range(len(record.weights))]
+    weights = ["--weights", ",".join(f"{weight:g}" for weight in record.weights)]
+    command = ["spectral-surgery", "merge", base or "BASE", *adapters, "OUT"]
+    changed = [index.tensors[name] for name in record.tensors if name in index.tensors]
+    totals = {
+        "adapters": f"{len(adapters)}, with factors {', '.join(f'{weight:g}' for weight in record.weights)}",
+        "changed": f"{len(changed)} of {len(index.tensors)} tensors, {sum(info.nbytes for info in changed):,} of "
+        f"{index.nbytes:,} bytes",
+        "undo": "`spectral-surgery unmerge` gives back the base, bit for bit",
+    }
+    return Facts(
+        f"{_name(base)}, with adapters merged",
+        f"{_linked(base)} with {len(adapters)} adapters added to its weights in float32, each sum rounded once.",
+        shlex.join(command + (weights if set(record.weights) != {1.0} else [])),
+        _LOAD_PLAIN,
+        totals=totals,
+        base_model=base,
+        relation="merge",
+        library_name=_library(index),
+        tags=("merge",),
+    )
+
+
+def plain_facts(index: CheckpointIndex) -> Facts:
+    """Facts about any other checkpoint, such as a merged one."""
+    rows = sorted({info.dtype for info in index.tensors.values()})
+    totals = {
+        "tensors": f"{len(index.tensors)}, {sum(info.numel for info in index.tensors.values()):,} parameters, "
+        f"{index.nbytes:,} bytes, {', '.join(rows)}"
+    }
+    return Facts(
+        "Checkpoint",
+        "A checkpoint pushed by spectral-surgery.",
+        "",
+        _LOAD_PLAIN,
+        totals=totals,
+        base_model=as_repository(index.config.get("_name_or_path")),
+        library_name=_library(index),
+    )
+
+
+def compress_command(options: Mapping[str, object], origin: str | None) -> str:
+    """The command that makes the same bytes: what the manifest says, without paths of anybody's machine."""
+    words = ["spectral-surgery", "compress", origin or "SOURCE", "OUT"]
+    defaults = {f.name: f.default for f in fields(CompressOptions) if f.default is not MISSING}
+    for key, value in options.items():
+        if key == "target" and isinstance(value, Mapping):
+            words += [f"--{_TARGETS.get(str(value['kind']), value['kind'])}", str(value["value"]).removesuffix(".0")]
+        elif isinstance(value, list | tuple):
+            words += [word for item in value for word in (f"--{key}", str(item))]
+        elif value is True:
+            words.append(f"--{key.replace('_', '-')}")
+        elif value != defaults.get(key):
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _library(index: CheckpointIndex) -> str | None:
+    return "transformers" if "model_type" in index.config else None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def _name(origin: str | None) -> str:
+    return origin.rpartition("/")[2] if origin else "A checkpoint"
+
+
+def _linked(origin: str | None) -> str:
+    return f"[{origin}](https://huggingface.co/{origin})" if origin else "a checkpoint"
