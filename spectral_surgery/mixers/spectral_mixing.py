@@ -1,0 +1,140 @@
+"""SpectralMixing: one learned complex filter for each channel.
+
+Source: the idea of SpectralMixingLayer in FFT-Tensor; here all frequencies take part, the start is the identity, and a
+filter keeps its meaning when the length changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
+from spectral_surgery.mixers.cache import MixerCache, last_tokens
+from spectral_surgery.mixers.components import FourierTransform, InverseFourierTransform, interpolate
+from spectral_surgery.mixers.run import run_bidirectional, run_causal
+from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
+
+
+@dataclass(frozen=True)
+class SpectralMixingConfig:
+    """Settings of SpectralMixing."""
+
+    bins: int = field(
+        default=129, metadata={"help": "Frequencies at which the filter is learned; n reach about n tokens either way."}
+    )
+
+
+@dataclass(frozen=True)
+class CausalSpectralMixingConfig:
+    """Settings of the causal SpectralMixing."""
+
+    kernel_length: int = field(default=256, metadata={"help": "Tokens an output sees, its own included."})
+
+
+class SpectralMixing(nn.Module):
+    """A circular convolution over time; the identity at the start."""
+
+    is_causal = False
+
+    def __init__(self, config: SpectralMixingConfig, width: int) -> None:
+        """Start at gain 1 and bias 0.
+
+        Raises:
+            ConfigError: when bins is less than 2.
+        """
+        super().__init__()
+        require_range("bins", config.bins, 2)
+        self.width = width
+        self.transform, self.inverse = FourierTransform(), InverseFourierTransform()
+        self.filter = nn.Parameter(_all_pass(config.bins, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
+        """As `Mixer.__call__`."""
+        return run_bidirectional(self.mix, self.width, x, mask, cache)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D] float32."""
+        length = x.shape[1]
+        gain = torch.view_as_complex(interpolate(wide(self.filter), length, dim=0))  # [F, D]
+        mixed: Tensor = self.inverse(self.transform(x) * gain, length)
+        return mixed + wide(self.bias)
+
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+        """It cannot decode.
+
+        Raises:
+            CausalityError: always.
+        """
+        refuse_cache("spectral_mixing")
+
+
+class CausalSpectralMixing(nn.Module):
+    """A causal convolution whose kernel is learned as its spectrum; the identity at the start."""
+
+    is_causal = True
+
+    def __init__(self, config: CausalSpectralMixingConfig, width: int) -> None:
+        """Start at gain 1 and bias 0.
+
+        Raises:
+            ConfigError: when kernel_length is less than 1.
+        """
+        super().__init__()
+        require_range("kernel_length", config.kernel_length, 1)
+        self.width, self.kernel_length = width, config.kernel_length
+        self.filter = nn.Parameter(_all_pass(config.kernel_length // 2 + 1, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
+        """As `Mixer.__call__`."""
+        return run_causal(self, x, mask, cache)
+
+    def kernel(self) -> Tensor:
+        """[D, L] float32: entry s weighs the token s places back."""
+        kernel: Tensor = torch.fft.irfft(torch.view_as_complex(wide(self.filter)), n=self.kernel_length, dim=0).T
+        return kernel
+
+    def mix(self, x: Tensor, lengths: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
+        """As `CausalCore.mix`; [B, T, D] float32."""
+        if cache is not None:
+            cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
+        y = causal_fft_conv(wide(x).permute(2, 0, 1), self.kernel())  # [D, B, T]
+        return y.permute(1, 2, 0) + wide(self.bias)
+
+    def step(self, x: Tensor, cache: MixerCache) -> Tensor:
+        """As `CausalCore.step`; [B, D] float32."""
+        history = cache.push("inputs", x).transpose(1, 2).unsqueeze(-1)  # [B, D, L, 1]
+        return causal_fft_conv_step(history, cache.shared["kernel"]).squeeze(-1) + wide(self.bias)
+
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:
+        """As `Mixer.new_cache`: the last L tokens, and the kernel as it is now."""
+        inputs = torch.zeros(batch, self.kernel_length, self.width, device=device, dtype=dtype)
+        lengths = torch.zeros(batch, dtype=torch.int64)
+        return MixerCache(lengths, {"inputs": inputs}, {"kernel": self.kernel().to(device)})
+
+
+def _all_pass(bins: int, width: int) -> Tensor:
+    """[bins, D, 2]: real part 1, imaginary part 0."""
+    return torch.tensor([1.0, 0.0]).repeat(bins, width, 1)
+
+
+SPECTRAL_MIXING = MixerMethod(
+    name="spectral_mixing",
+    config=SpectralMixingConfig,
+    build=SpectralMixing,
+    is_causal=False,
+    counterpart="causal_spectral_mixing",
+    source="SpectralMixingLayer of FFT-Tensor, corrected",
+)
+CAUSAL_SPECTRAL_MIXING = MixerMethod(
+    name="causal_spectral_mixing",
+    config=CausalSpectralMixingConfig,
+    build=CausalSpectralMixing,
+    is_causal=True,
+    counterpart="spectral_mixing",
+    source="long convolution, as in Hyena, arXiv 2302.10866",
+)
