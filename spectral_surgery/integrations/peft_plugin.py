@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -114,10 +114,11 @@ def config_class(name: str) -> type[Any]:
                 value = getattr(self, own)
                 setattr(self, own, set(value) if isinstance(value, list) else value)
 
+    hints = get_type_hints(method.config)
     settings = [
         (
             item.name,
-            item.type,
+            hints[item.name],
             field(default=item.default, metadata=item.metadata)
             if item.default_factory is dataclasses.MISSING
             else field(default_factory=item.default_factory, metadata=item.metadata),
