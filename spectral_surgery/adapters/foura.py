@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterMethod
-from spectral_surgery.adapters.low_rank import BASES
+from spectral_surgery.adapters.low_rank import BASES, LowRankBasis
 from spectral_surgery.adapters.rank_gate import RankGate
 from spectral_surgery.errors import ConfigError, NotMergeableError
 from spectral_surgery.targets import pattern_value
@@ -63,7 +63,7 @@ class Foura(nn.Module):
             ConfigError: when a setting does not fit the layer.
         """
         super().__init__()
-        self.basis = BASES[config.transform]
+        self.transform = config.transform
         largest = min(out_features, in_features) // self.basis.parts
         if not 0 < config.r <= largest:
             raise ConfigError(
@@ -80,6 +80,11 @@ class Foura(nn.Module):
         self.gate: RankGate | None = None
         if config.use_gate:
             self.gate = RankGate(config.r, config.gate_threshold, config.gate_sharpness)
+
+    @property
+    def basis(self) -> LowRankBasis:
+        """What the factors mean."""
+        return BASES[self.transform]
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual of x [..., I]: [..., O] in its dtype."""

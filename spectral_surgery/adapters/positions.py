@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,18 +42,16 @@ def register_positions(module: nn.Module, positions: Tensor, shape: tuple[int, i
         CheckpointError: when they are none.
     """
     count = shape[0] * shape[1]
-
-    def check(module: nn.Module, _: Any = None) -> None:
-        stored = module.get_buffer("positions")
-        if not stored.is_meta:
-            _check(stored, count)
-
     module.register_buffer("positions", positions.to(torch.int32 if count < 1 << 31 else torch.int64))
+    check = partial(_check, count=count)
     check(module)
     module.register_load_state_dict_post_hook(check)  # type: ignore[no-untyped-call]
 
 
-def _check(positions: Tensor, count: int) -> None:
+def _check(module: nn.Module, _: Any = None, *, count: int) -> None:
+    positions = module.get_buffer("positions")
+    if positions.is_meta:
+        return
     increasing = bool((positions[1:] > positions[:-1]).all())
     if not (increasing and int(positions[0]) >= 0 and int(positions[-1]) < count):
         raise CheckpointError(

@@ -47,7 +47,7 @@ def _dct(x: Tensor) -> Tensor:
     # Makhoul, A fast cosine transform in one and two dimensions, 1980: even points, then odd ones backwards
     x = as_real(x)
     n = x.shape[-1]
-    turns, _ = _turns(n, x.dtype, x.device)
+    turns, _ = _turns(n, x)
     bins = torch.fft.rfft(torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1), norm="ortho") * turns
     return torch.cat([bins.real, -bins.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
 
@@ -55,7 +55,7 @@ def _dct(x: Tensor) -> Tensor:
 def _idct(x: Tensor) -> Tensor:
     x = as_real(x)
     n = x.shape[-1]
-    _, turns = _turns(n, x.dtype, x.device)
+    _, turns = _turns(n, x)
     mirrored = torch.cat([torch.zeros_like(x[..., :1]), -x[..., n - n // 2 :].flip(-1)], -1)
     points = torch.fft.irfft(torch.complex(x[..., : n // 2 + 1], mirrored) * turns, n=n, norm="ortho")
     half = (n + 1) // 2
@@ -84,16 +84,24 @@ def _hartley_entries(k: Tensor, j: Tensor, n: int) -> Tensor:
     return (angle.cos() + angle.sin()) / math.sqrt(n)
 
 
-@lru_cache(maxsize=64)
-def _turns(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _turns(n: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the n // 2 + 1 bins, and their reciprocals."""
+    make = _new_turns if torch.compiler.is_compiling() else _kept_turns  # a compiler keeps constants itself
+    return make(n, x.dtype, x.device)
+
+
+def _new_turns(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    bins = torch.arange(n // 2 + 1, dtype=torch.float64, device=device)
+    turns = torch.polar((2 - (bins == 0).double()).sqrt(), bins * (-math.pi / (2 * n)))
+    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return turns.to(wide), (1 / turns).to(wide)
+
+
+@lru_cache(maxsize=64)
+def _kept_turns(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     # a tensor made in inference mode could not serve a later backward pass
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * n))
-        turns = torch.polar(torch.full_like(angle, math.sqrt(2)), angle)
-        turns[0] = 1
-        wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return turns.to(device=device, dtype=wide), (1 / turns).to(device=device, dtype=wide)
+    with torch.inference_mode(False), torch.no_grad():
+        return _new_turns(n, dtype, device)
 
 
 FAST = Table(
