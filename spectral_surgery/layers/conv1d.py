@@ -1,0 +1,134 @@
+"""GPT-2's Conv1D, a linear layer that stores its weight transposed, with the weight as a spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.layers.linear import autocast_input, bias_parameter, dense_linear, with_bias
+from spectral_surgery.layers.weight import Spectra, SpectralWeight, compressed
+from spectral_surgery.ops.spectral_matmul import Int8Form, transposed_form
+from spectral_surgery.spectra.codec import Basis
+
+
+class SpectralConv1D(nn.Module):
+    """Drop-in for transformers' Conv1D: y = x V + b with V [I, O].
+
+    Attributes:
+        nx: I, also ``in_features``.
+        nf: O, also ``out_features``.
+        spectrum: of V as checkpoints store it; or of Vᵀ, where codes could be laid out so.
+        transposed: whether the spectrum is that of Vᵀ.
+        bias: [O] parameter, or None.
+    """
+
+    def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None, *, transposed: bool = False) -> None:
+        """Put a layer around a weight.
+
+        Args:
+            spectrum: of V, or of Vᵀ.
+            bias: [O].
+            transposed: whether it is of Vᵀ.
+
+        Raises:
+            ShapeError: when the bias is not [O].
+        """
+        super().__init__()
+        rows, columns = spectrum.shape
+        self.nx, self.nf = (columns, rows) if transposed else (rows, columns)
+        self.in_features, self.out_features = self.nx, self.nf
+        self.spectrum, self.transposed = spectrum, transposed
+        self.bias = bias_parameter(bias, self.nf)
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv1d: nn.Module,
+        *,
+        sparsity: float | None = None,
+        bits: float | None = None,
+        max_error: float | None = None,
+        transform: str = "dct",
+        tile: int = 64,
+        resident: str = "int8",
+    ) -> Self:
+        """Compress a Conv1D; it is not changed.
+
+        Args:
+            conv1d: with ``weight`` [I, O], ``bias`` [O] or None, and ``nf``.
+            sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
+            bits: stored bits per weight.
+            max_error: relative Frobenius error of the weight.
+            transform: name in TRANSFORMS.
+            tile: side of the transform tiles.
+            resident: name in RESIDENTS.
+
+        Raises:
+            ConfigError: when it is no Conv1D, none or several targets are given, or the codes do not fit.
+        """
+        if not hasattr(conv1d, "nf") or not isinstance(getattr(conv1d, "weight", None), Tensor):
+            raise ConfigError(
+                f"SpectralConv1D: {type(conv1d).__name__} has no nf and weight; transformers' Conv1D is accepted."
+                " Use SpectralLinear for nn.Linear."
+            )
+        basis = Basis(transform, tile)
+        weight = compressed(
+            cast(Tensor, conv1d.weight).T,
+            sparsity=sparsity,
+            bits=bits,
+            max_error=max_error,
+            basis=basis,
+            resident=resident,
+        )
+        return cls(weight, cast("Tensor | None", conv1d.bias), transposed=True)
+
+    @classmethod
+    def from_quantized(
+        cls, spectra: Spectra, bias: Tensor | None = None, resident: str = "int8", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Make a layer of the spectrum of V [I, O], or of spectra of consecutive row ranges of it.
+
+        Args:
+            spectra: codes or stored frames, as checkpoints hold them.
+            bias: [O].
+            resident: name in RESIDENTS.
+            dtype: floating type that the weight counts as.
+
+        Raises:
+            ConfigError: when the codes do not fit the resident form.
+            ShapeError: when shapes do not fit each other.
+        """
+        weight = SpectralWeight.from_spectra(spectra, resident, dtype)
+        forms = weight.forms
+        turned = transposed_form(cast(Sequence[Int8Form], forms)) if isinstance(forms[0], Int8Form) else None
+        if turned is None:
+            return cls(weight, bias)
+        return cls(SpectralWeight([turned], resident, dtype), bias, transposed=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """A dense copy of V [I, O], decompressed anew on every use: writing into it changes nothing."""
+        dense = self.spectrum.to_dense()
+        return dense.T if self.transposed else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] floating to [..., O] in its dtype (under autocast: in the autocast dtype).
+
+        Raises:
+            ShapeError: when the width of x is not I.
+            ConfigError: when x is not floating.
+        """
+        matmul = self.spectrum.matmul if self.transposed else self.spectrum.matmul_transposed
+        return with_bias(autocast_input(x), matmul, self.bias)
+
+    def to_dense(self) -> nn.Linear:
+        """A linear layer of the same function, with the decompressed weight."""
+        return dense_linear(self.weight.T.contiguous(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and cost."""
+        return f"nx={self.nx}, nf={self.nf}, bits_per_weight={self.spectrum.bits_per_weight:.3g}"

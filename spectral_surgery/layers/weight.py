@@ -1,0 +1,196 @@
+"""The weight that linear layers and embeddings share: one or more resident spectra, row ranges of one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.layers.holder import FormHolder
+from spectral_surgery.ops.spectral_matmul import (
+    RESIDENTS,
+    Form,
+    Spectrum,
+    form_matmul,
+    form_matmul_transposed,
+    resident_form,
+)
+from spectral_surgery.spectra.codec import Basis, encode, rows_per_frame
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.transforms import TRANSFORMS, tiles
+
+Spectra = Spectrum | Sequence[Spectrum]
+
+
+class SpectralWeight(nn.Module):
+    """An [O, I] matrix W held as spectra of row ranges.
+
+    Attributes:
+        resident: name in RESIDENTS.
+        parts: the forms, as modules.
+    """
+
+    def __init__(self, forms: Sequence[Form], resident: str, dtype: torch.dtype = torch.float32) -> None:
+        """Hold resident forms.
+
+        Args:
+            forms: of consecutive row ranges of W.
+            resident: name in RESIDENTS, which says what the forms are.
+            dtype: floating type that W counts as; ``.half()`` and its like change it.
+
+        Raises:
+            ShapeError: when row ranges differ in their number of columns, or there is none.
+        """
+        super().__init__()
+        self.resident = resident
+        widths = sorted({form.shape[1] for form in forms})
+        if len(widths) != 1:
+            raise ShapeError(
+                f"spectra: {len(forms)} with {widths} columns; one or more of the same width are accepted."
+            )
+        self.parts = nn.ModuleList(map(FormHolder, forms))
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+        self._like: Tensor
+
+    @classmethod
+    def from_spectra(cls, spectra: Spectra, resident: str = "int8", dtype: torch.dtype = torch.float32) -> Self:
+        """Hold spectra in memory.
+
+        Args:
+            spectra: codes or stored frames, of W or of consecutive row ranges of it.
+            resident: name in RESIDENTS.
+            dtype: floating type that W counts as.
+
+        Raises:
+            ConfigError: when the codes do not fit the resident form.
+            ShapeError: when row ranges differ in their number of columns, or there is none.
+        """
+        given = spectra if isinstance(spectra, Sequence) else [spectra]
+        return cls([resident_form(spectrum, resident) for spectrum in given], resident, dtype)
+
+    @property
+    def forms(self) -> list[Form]:
+        """The resident forms, in order of rows."""
+        return [cast(FormHolder, part).form for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        forms = self.forms
+        return sum(form.shape[0] for form in forms), forms[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type that the matrix counts as."""
+        return self._like.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Resident bits per weight, every buffer counted."""
+        rows, columns = self.shape
+        return 8 * sum(cast(FormHolder, part).nbytes for part in self.parts) / (rows * columns)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """X Wᵀ: [..., I] to [..., O]; see `form_matmul`."""
+        return form_matmul(x, self.forms)
+
+    def matmul_transposed(self, x: Tensor) -> Tensor:
+        """X W: [..., O] to [..., I]; see `form_matmul_transposed`."""
+        return form_matmul_transposed(x, self.forms)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W: [...] integers to [..., I] float32, from the tiles that hold them.
+
+        Raises:
+            ShapeError: when a row is not in the matrix.
+        """
+        rows, columns = self.shape
+        flat = ids.reshape(-1).long()
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
+            raise ShapeError(
+                f"rows: {int(flat.min())} to {int(flat.max())} were asked for; 0 to {rows - 1} are accepted."
+            )
+        out = torch.empty(len(flat), columns, device=flat.device)
+        start = 0
+        for form in self.forms:
+            here = (flat >= start) & (flat < start + form.shape[0])
+            out[here] = _rows(form, flat[here] - start)
+            start += form.shape[0]
+        return out.reshape(*ids.shape, columns)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W: [O, I], computed in float32 and cast once; None for `dtype`."""
+        return torch.cat([block.to(dtype or self.dtype) for form in self.forms for block in _dense_blocks(form)])
+
+    def extra_repr(self) -> str:
+        """Resident form, transform and cost."""
+        basis = self.forms[0].basis
+        return (
+            f"resident={self.resident}, transform={basis.transform}, tile={basis.tile},"
+            f" bits_per_weight={self.bits_per_weight:.3g}"
+        )
+
+
+def compressed(
+    weight: Tensor,
+    *,
+    sparsity: float | None = None,
+    bits: float | None = None,
+    max_error: float | None = None,
+    basis: Basis | None = None,
+    resident: str = "int8",
+) -> SpectralWeight:
+    """Compress a matrix into a weight on its device.
+
+    Args:
+        weight: [O, I] floating.
+        sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
+        bits: stored bits per weight.
+        max_error: relative Frobenius error.
+        basis: transform, tile and axes.
+        resident: name in RESIDENTS.
+
+    Raises:
+        ConfigError: when none or several targets are given, or the codes do not fit the resident form.
+    """
+    RESIDENTS[resident]  # refuses unknown names before the work
+    asked = {"density": sparsity, "bits": bits, "max_error": max_error}
+    given = [(kind, value) for kind, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"from_dense: {len(given)} of sparsity, bits and max_error are given; exactly one is accepted. Use bits=4."
+        )
+    kind, value = given[0]
+    target = Target(kind, value)  # type: ignore[arg-type]  # the keys above
+    encoded, _ = encode(weight.detach().cpu(), target, basis, threads=torch.get_num_threads())
+    return SpectralWeight.from_spectra(encoded, resident, weight.dtype).to(weight.device)
+
+
+def _dense_blocks(form: Form) -> Iterator[Tensor]:
+    rows, columns = form.shape
+    height = rows_per_frame(columns, form.basis.tile)
+    for start in range(0, rows, height):
+        yield _decoded(form, start, min(start + height, rows))
+
+
+def _decoded(form: Form, start: int, stop: int) -> Tensor:
+    """Dense rows from whole tiles."""
+    levels = form.levels(torch.arange(start, stop, device=form.scale.device))
+    return form.basis.inverse(levels * form.scale)
+
+
+def _rows(form: Form, rows: Tensor) -> Tensor:
+    basis = form.basis
+    if 0 not in basis.axes:
+        return tiles.inverse(form.levels(rows) * form.scale, TRANSFORMS[basis.transform], basis.tile, basis.axes)
+    out = torch.empty(len(rows), form.shape[1], device=rows.device)
+    tile_of = rows // basis.tile
+    for tile in sorted(set(tile_of.tolist())):
+        start = tile * basis.tile
+        dense = _decoded(form, start, min(start + basis.tile, form.shape[0]))
+        here = tile_of == tile
+        out[here] = dense[rows[here] - start]
+    return out

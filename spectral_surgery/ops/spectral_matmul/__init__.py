@@ -1,0 +1,24 @@
+"""y = x Wᵀ with W a spectrum: the transforms act on the activations, never on the weight."""
+
+from __future__ import annotations
+
+from spectral_surgery.ops.spectral_matmul.form import Form
+from spectral_surgery.ops.spectral_matmul.int8 import Int8Form, transposed_form
+from spectral_surgery.ops.spectral_matmul.operator import form_matmul, form_matmul_transposed
+from spectral_surgery.ops.spectral_matmul.reference import spectral_matmul
+from spectral_surgery.ops.spectral_matmul.resident import RESIDENTS, resident_form
+from spectral_surgery.ops.spectral_matmul.source import Spectrum
+from spectral_surgery.ops.spectral_matmul.streaming import block_streaming_matmul
+
+__all__ = [
+    "RESIDENTS",
+    "Form",
+    "Int8Form",
+    "Spectrum",
+    "block_streaming_matmul",
+    "form_matmul",
+    "form_matmul_transposed",
+    "resident_form",
+    "spectral_matmul",
+    "transposed_form",
+]

@@ -1,0 +1,133 @@
+"""The stored frames themselves, decoded a block of rows at a time while others multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.ops.spectral_matmul import integer
+from spectral_surgery.ops.spectral_matmul.levels import levels_of
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, as_encoded
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.coding import decode_frame
+from spectral_surgery.spectra.parallel import one_torch_thread
+
+_BLOCK = 1 << 20  # codes decoded at a time by one thread
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CodedForm:
+    """Entropy-coded frames; see `Form`.
+
+    Attributes:
+        data: [bytes] uint8, the frames.
+        ends: [frames + 1] int64 byte offsets.
+        scale: [1] or [I] float32.
+        offset: [1] float32, shift of the reconstruction points, in steps.
+        basis: transform, tile and axes.
+        size: (O, I).
+        rows_per_frame: rows of a frame, whole tiles.
+    """
+
+    data: Tensor
+    ends: Tensor
+    scale: Tensor
+    offset: Tensor
+    basis: Basis
+    size: tuple[int, int]
+    rows_per_frame: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.size
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        operand = integer.prepare(x, accuracy)
+
+        def rows(span: Span) -> Tensor:
+            levels, parts = self._block(span, x.device)
+            y = integer.product(operand, levels)
+            return y if parts == 1 else y.div_(parts)
+
+        return torch.cat(list(_in_turn(rows, self._spans())), 1)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        operand = integer.prepare(g, accuracy, adjoint=True)
+
+        def rows(span: Span) -> Tensor:
+            levels, parts = self._block(span, g.device)
+            start = span[0] * self.rows_per_frame
+            return integer.adjoint(operand.terms(start, start + len(levels)), levels).div_(parts)
+
+        wide = torch.promote_types(operand.dtype, torch.float32)
+        out = g.new_zeros((len(g), self.size[1]), dtype=wide)
+        for part in _in_turn(rows, self._spans()):
+            out += part
+        return out
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] float32; each frame that holds one of them is decoded once."""
+        out = torch.empty((len(rows), self.size[1]), device=rows.device)
+        frames = rows // self.rows_per_frame
+        for frame in sorted(set(frames.tolist())):
+            levels, parts = self._block((frame, frame + 1), rows.device)
+            here = frames == frame
+            out[here] = levels[rows[here] - frame * self.rows_per_frame].to(torch.float32) / parts
+        return out
+
+    def _spans(self) -> list[Span]:
+        frames = len(self.ends) - 1
+        each = max(1, _BLOCK // (self.rows_per_frame * self.size[1]))
+        return [(first, min(first + each, frames)) for first in range(0, frames, each)]
+
+    def _block(self, span: Span, device: torch.device) -> tuple[Tensor, float]:
+        codes = torch.cat([self._codes(frame) for frame in range(*span)])
+        levels, parts = levels_of(codes, float(self.offset))
+        return levels.to(device), parts
+
+    def _codes(self, frame: int) -> Tensor:
+        first, last = self.ends[frame : frame + 2].tolist()
+        rows = min(self.rows_per_frame, self.size[0] - frame * self.rows_per_frame)
+        data = self.data[first:last].cpu().numpy().data
+        return torch.from_numpy(decode_frame(data, rows * self.size[1])).reshape(rows, self.size[1])
+
+
+def coded_form(spectrum: Spectrum) -> CodedForm:
+    """The stored frames of a spectrum, as they are."""
+    encoded = as_encoded(spectrum)
+    lengths = torch.tensor([0, *map(len, encoded.frames)])
+    ends = lengths.cumsum(0)
+    data = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    for frame, first, last in zip(encoded.frames, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        data[first:last] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    return CodedForm(
+        data,
+        ends,
+        encoded.step.to(torch.float32).clone(),
+        torch.tensor([encoded.offset], dtype=torch.float32),
+        encoded.basis,
+        encoded.shape,
+        encoded.rows_per_frame,
+    )
+
+
+def _in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[Tensor]:
+    """Results in order, a core working on each block: as many blocks in memory as cores."""
+    threads = min(torch.get_num_threads(), len(spans))
+    if threads < 2:
+        yield from map(function, spans)
+        return
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        for first in range(0, len(spans), 4 * threads):  # bounded: results wait to be taken
+            yield from pool.map(function, spans[first : first + 4 * threads])

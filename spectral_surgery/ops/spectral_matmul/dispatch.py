@@ -1,0 +1,73 @@
+"""Which product suits a device, a number of tokens and an accuracy: measured crossovers, no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Way = Literal["packed", "planes", "blocks"]
+
+_MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
+_PACKED_TERMS = 32
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the instruction set has.
+
+    Attributes:
+        vnni: dot products of int8 into int32; without it int8 products may saturate.
+        bfloat16: dot products of bfloat16; without them, bfloat16 products are slower than float32 ones.
+    """
+
+    vnni: bool
+    bfloat16: bool
+
+
+@lru_cache(maxsize=1)
+def processor() -> Processor:
+    """Ask torch once; what it cannot tell is taken as missing."""
+
+    def has(name: str) -> bool:
+        return bool(getattr(torch.cpu, name, bool)())
+
+    return Processor(has("_is_vnni_supported"), has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
+
+
+def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint: bool = False) -> Way:
+    """How to multiply activations by an int8 matrix.
+
+    Args:
+        device: type of the device.
+        tokens: T.
+        terms: summed per output.
+        accuracy: dtype of the activations as the caller gave them.
+        adjoint: whether outputs are columns of the matrix: torch's weight-only kernel has rows only.
+
+    Returns:
+        ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
+        ``planes``: activations as several int8 digits, exact int8 products.
+        ``blocks``: blocks of rows converted to floating point.
+    """
+    if device != "cpu" or accuracy == torch.float64:
+        return "blocks"
+    has = processor()
+    whole = not terms % _PACKED_TERMS  # torch's kernel reads beyond a row of other lengths
+    if accuracy == torch.bfloat16 and not adjoint and whole and tokens <= (16 if has.bfloat16 else 8):
+        return "packed"
+    if accuracy == torch.bfloat16 and has.bfloat16:
+        return "blocks"
+    limit = 64 if accuracy == torch.float32 else 256
+    return "planes" if has.vnni and tokens <= limit and terms <= _MAX_INT32_TERMS else "blocks"
+
+
+def block_dtype(device: str, accuracy: torch.dtype) -> torch.dtype:
+    """Floating type that ``blocks`` multiplies in."""
+    if accuracy == torch.bfloat16 and (device != "cpu" or processor().bfloat16):
+        return torch.bfloat16
+    if accuracy == torch.float16 and device != "cpu":
+        return torch.float16
+    return torch.float64 if accuracy == torch.float64 else torch.float32

@@ -1,0 +1,103 @@
+"""Half a byte a weight, where codes fit: two signed nibbles a byte, unpacked a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.ops.spectral_matmul import integer
+from spectral_surgery.ops.spectral_matmul.levels import Grid
+from spectral_surgery.ops.spectral_matmul.source import (
+    Spectrum,
+    basis_of,
+    code_blocks,
+    extremes,
+    integer_grid,
+    refuse_codes,
+)
+from spectral_surgery.spectra.codec import Basis
+
+_LOW, _HIGH = -8, 7
+_BLOCK = 1 << 20  # weights unpacked at a time: they stay in cache
+_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Int4Form:
+    """Codes as nibbles; see `Form`.
+
+    Attributes:
+        codes: [O, ceil(I / 2)] int8: the low nibbles are the first half of the columns, the high ones the rest.
+        scale: [1] or [I] float32.
+        basis: transform, tile and axes.
+        grid: [2] int8, `Grid` of the reconstruction points: parts and shift.
+        columns: I.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    grid: Tensor
+    basis: Basis
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (self.codes.shape[0], self.columns)
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        operand = integer.prepare(x, accuracy)
+        return torch.cat([integer.product(operand, levels) for _, levels in self._blocks()], 1)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        operand = integer.prepare(g, accuracy, adjoint=True)
+        wide = torch.promote_types(operand.dtype, torch.float32)
+        out = g.new_zeros((len(g), self.columns), dtype=wide)
+        for start, levels in self._blocks():
+            out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
+        return out
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] int8."""
+        return self._unpacked(self.codes[rows])
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        rows, columns = self.shape
+        height = max(1, min(_BLOCK // columns, -(-rows // _BLOCKS)))
+        for start in range(0, rows, height):
+            yield start, self._unpacked(self.codes[start : start + height])
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        half = packed.shape[1]
+        codes = packed.new_empty((len(packed), self.columns))
+        torch.bitwise_left_shift(packed, 4, out=codes[:, :half]).bitwise_right_shift_(4)  # keeps the sign
+        torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=codes[:, half:])
+        parts, shift = self.grid.tolist()
+        return Grid(parts, shift).levels(codes)
+
+
+def int4_form(spectrum: Spectrum) -> Int4Form:
+    """Nibbles of a spectrum, decoded block by block.
+
+    Raises:
+        ConfigError: when its codes do not fit 4 bits, or their offset no int8 grid.
+    """
+    grid = integer_grid(spectrum, "int4")
+    rows, columns = spectrum.shape
+    half = -(-columns // 2)
+    packed = torch.empty((rows, half), dtype=torch.int8, device=spectrum.step.device)
+    for start, codes in code_blocks(spectrum):
+        low, high = extremes(codes)
+        if low < _LOW or high > _HIGH or not grid.fits(low, high):
+            raise refuse_codes("int4", low, high, f"{_LOW} to {_HIGH}", "int8 or coded, or fewer bits")
+        part = codes.to(torch.int8)
+        block = packed[start : start + len(part)]
+        block.copy_(part[:, :half] & 15)
+        block[:, : columns - half] |= part[:, half:] << 4
+    stored = torch.tensor([grid.parts, grid.shift], dtype=torch.int8, device=packed.device)
+    return Int4Form(packed, spectrum.step.to(torch.float32) / grid.parts, stored, basis_of(spectrum), columns)

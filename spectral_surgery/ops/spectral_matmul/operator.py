@@ -1,0 +1,128 @@
+"""Y = x Wᵀ from a resident form, with a gradient to x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.ops.spectral_matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
+from spectral_surgery.ops.spectral_matmul.dispatch import block_dtype, processor
+from spectral_surgery.ops.spectral_matmul.form import Form
+
+_NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
+        ctx.form, ctx.accuracy, ctx.dtype = form, accuracy, x.dtype
+        return form.product(x, accuracy).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        with unrounded(grads[0].device.type):
+            return _Adjoint.apply(grads[0], ctx.form, ctx.accuracy), None, None
+
+
+class _Adjoint(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
+        ctx.form, ctx.accuracy = form, accuracy
+        return form.adjoint(g, accuracy).to(g.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        with unrounded(grads[0].device.type):
+            return _Product.apply(grads[0], ctx.form, ctx.accuracy), None, None
+
+
+def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
+    """Y = x Wᵀ, with the rows of W in one or more forms.
+
+    Args:
+        x: [..., I] floating.
+        forms: their rows follow each other.
+
+    Returns:
+        [..., O]: float64 for float64, else float32 or a 16-bit type, at least as exact as the dtype of x.
+
+    Raises:
+        ShapeError: when the width of x is not I.
+        ConfigError: when x is not floating.
+    """
+    flat = _checked(x, forms[0].shape[1])
+    with unrounded(x.device.type):
+        wide = flat.to(_working(flat, x.dtype))
+        parts = []
+        for number, form in enumerate(forms):
+            if not number or form.basis != forms[number - 1].basis:
+                inside = to_spectrum(wide, form.basis)
+            y = _product(inside * form.scale.to(wide.dtype), form, x.dtype)
+            parts.append(to_space(y.to(wide.dtype), form.basis))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return whole.reshape(*x.shape[:-1], whole.shape[1])
+
+
+def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
+    """Y = x V, with the rows of V, [I, O], in one or more forms: for weights that are stored transposed.
+
+    Args:
+        x: [..., I] floating.
+        forms: their rows follow each other.
+
+    Returns:
+        [..., O], as `form_matmul`.
+
+    Raises:
+        ShapeError: when the width of x is not I.
+        ConfigError: when x is not floating.
+    """
+    flat = _checked(x, sum(form.shape[0] for form in forms))
+    with unrounded(x.device.type):
+        wide = flat.to(_working(flat, x.dtype))
+        parts, start = [], 0
+        for form in forms:
+            stop = start + form.shape[0]
+            y = _adjoint(rows_to_spectrum(wide[:, start:stop], form.basis), form, x.dtype)
+            parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
+            start = stop
+        whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return whole.reshape(*x.shape[:-1], whole.shape[1])
+
+
+def _checked(x: Tensor, columns: int) -> Tensor:
+    if not x.is_floating_point():
+        raise ConfigError(f"spectral matmul: x is {x.dtype}; a floating type is accepted. Convert x first.")
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ShapeError(f"spectral matmul: x is {tuple(x.shape)}; [..., {columns}] is accepted.")
+    return x.reshape(-1, columns)
+
+
+def _product(x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Product.apply(x, form, accuracy))
+    return form.product(x, accuracy)
+
+
+def _adjoint(x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Adjoint.apply(x, form, accuracy))
+    return form.adjoint(x, accuracy)
+
+
+def unrounded(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off: it would round the operands of products to 16 bits."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _working(x: Tensor, accuracy: torch.dtype) -> torch.dtype:
+    if accuracy == torch.float64:
+        return torch.float64
+    fast = accuracy == torch.bfloat16 and len(x) > _NATIVE_TOKENS and (not x.is_cpu or processor().bfloat16)
+    return block_dtype(x.device.type, accuracy) if fast else torch.float32

@@ -1,0 +1,57 @@
+"""The ways to hold a spectrum in memory: one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spectral_surgery.ops.spectral_matmul.coded import coded_form
+from spectral_surgery.ops.spectral_matmul.form import Form
+from spectral_surgery.ops.spectral_matmul.int4 import int4_form
+from spectral_surgery.ops.spectral_matmul.int8 import int8_form
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, check
+from spectral_surgery.registry import Table
+
+
+@dataclass(frozen=True)
+class Resident:
+    """One row of RESIDENTS.
+
+    Attributes:
+        name: how users choose it.
+        build: spectrum to form; raises ConfigError when the codes do not fit.
+        help: what it costs, in one line.
+    """
+
+    name: str
+    build: Callable[[Spectrum], Form]
+    help: str
+
+
+RESIDENTS = Table(
+    "resident form",
+    (
+        Resident("int8", int8_form, "one byte a weight; the fastest"),
+        Resident("int4", int4_form, "half a byte a weight, for codes from -8 to 7; unpacked on the fly"),
+        Resident("coded", coded_form, "the stored bytes, for all codes; decoded on the fly"),
+    ),
+)
+
+
+def resident_form(spectrum: Spectrum, resident: str) -> Form:
+    """Hold a spectrum in memory.
+
+    Args:
+        spectrum: codes, or stored frames.
+        resident: name in RESIDENTS.
+
+    Returns:
+        The form.
+
+    Raises:
+        ConfigError: when the name is unknown, or the codes do not fit.
+        ShapeError: when it is not the spectrum of a non-empty matrix.
+    """
+    row = RESIDENTS[resident]
+    check(spectrum)
+    return row.build(spectrum)
