@@ -17,6 +17,7 @@ _COMMANDS = (
     "decompress",
     "merge",
     "unmerge",
+    "extract",
     "push",
     "pull",
     "methods",

@@ -102,7 +102,7 @@ def _add(plan: MergePlan, number: int) -> list[str]:
     """Find the tensors of one adapter, and say what does not fit."""
     state, wrong = plan.states[number], []
     for layer in state.layers:
-        info = _tensor_of(plan.index, f"{layer}.weight")
+        info = tensor_of(plan.index, f"{layer}.weight")
         if info is None:
             wrong.append(f"{layer}.weight is not in the base")
             continue
@@ -113,7 +113,7 @@ def _add(plan: MergePlan, number: int) -> list[str]:
         wrong += _misfit(target, state, layer)
     for name, tensor in state.extra.items():
         plain = name.replace(".base_layer.", ".")
-        known = _tensor_of(plan.index, plain)
+        known = tensor_of(plan.index, plain)
         own = known.name if known else plain
         if own in plan.replaced:
             wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
@@ -143,7 +143,7 @@ def _misfit(target: Target, state: AdapterState, layer: str) -> list[str]:
     return []
 
 
-def _tensor_of(index: CheckpointIndex, name: str) -> TensorInfo | None:
+def tensor_of(index: CheckpointIndex, name: str) -> TensorInfo | None:
     """The tensor that a model calls so: the same model with a head has one more prefix, in the file or in memory."""
     if name in index.tensors:
         return index.tensors[name]

@@ -1,0 +1,223 @@
+"""What differs between two checkpoints, and which of it an adapter can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.adapters import METHODS
+from spectral_surgery.adapters.layer import kind_of, shape_of
+from spectral_surgery.checkpoint.adapter_config import DIALECTS
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.plan import find_tied
+from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.surgery.extract import Update
+from spectral_surgery.surgery.resolve import candidates
+from spectral_surgery.surgery.skeleton import skeleton
+from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
+from spectral_surgery.workflows.merge_plan import tensor_of
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+# names of embeddings that models tie to their output layer
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
+_ABSENT = "not in BASE"
+_PIECE = 1 << 24  # bytes compared at a time
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A matrix in both checkpoints.
+
+    Attributes:
+        layer: name of its module in the tuned one.
+        base: the tensor before.
+        tuned: the tensor after.
+        shape: (O, I) of the update.
+        transposed: whether it is stored as [I, O].
+    """
+
+    layer: str
+    base: TensorInfo
+    tuned: TensorInfo
+    shape: tuple[int, int]
+    transposed: bool
+
+    def delta(self) -> Tensor:
+        """ΔW, [O, I] float32."""
+        difference = (read_tensor(self.tuned).double() - read_tensor(self.base).double()).float()
+        return (difference.T if self.transposed else difference).reshape(self.shape).contiguous()
+
+    @property
+    def update(self) -> Update:
+        """For the fit."""
+        return Update(self.layer, self.shape, self.delta)
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """Two checkpoints, compared as far as headers and small tensors tell.
+
+    Attributes:
+        base: the one before.
+        tuned: the one after.
+        pairs: matrices that may get an adapter; whether they differ is found when they are read.
+        rest: reason by name of tensors that differ and get none.
+        transposed: whether the matrices are stored as [I, O].
+    """
+
+    base: CheckpointIndex
+    tuned: CheckpointIndex
+    pairs: tuple[Pair, ...]
+    rest: dict[str, str]
+    transposed: bool
+
+
+def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets) -> ExtractPlan:
+    """Match the tensors of two checkpoints by name.
+
+    Args:
+        base: the model before.
+        tuned: the same model after fine-tuning; it may have a head more.
+        method: name of the row of METHODS; PEFT's own cannot keep embeddings in its files.
+        targets: which modules get an adapter; target_modules None for all that can.
+
+    Raises:
+        CheckpointError: when one of them is damaged, quantised or compressed, or they have nothing in common.
+        TargetError: when the targets match nothing.
+    """
+    indices = read_index(base), read_index(tuned)
+    for index in indices:
+        if "quantization_config" in index.config:
+            raise CheckpointError(
+                f"{index.root}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
+            )
+    work = _Comparison(*indices)
+    chosen = work.choose(method, targets)
+    rest = work.compare_others(chosen)
+    if not chosen and len(rest) == len(work.tuned.tensors):
+        raise CheckpointError(f"{tuned}: has no tensor in common with {base}; a model tuned from it is accepted.")
+    return ExtractPlan(*indices, tuple(chosen.values()), rest, any(pair.transposed for pair in chosen.values()))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    base: CheckpointIndex
+    tuned: CheckpointIndex
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def base_tied(self) -> dict[str, str]:
+        """Second name -> first name."""
+        return find_tied(self.base)
+
+    @cached_property
+    def tuned_tied(self) -> dict[str, str]:
+        """Second name -> first name."""
+        return find_tied(self.tuned)
+
+    def choose(self, method: str, targets: ModuleTargets) -> dict[str, Pair]:
+        """Pairs by tensor name in the tuned checkpoint."""
+        model_type = self.tuned.config.get("model_type")
+        model = skeleton(
+            {name: info.shape for name, info in self.tuned.tensors.items()},
+            model_type if isinstance(model_type, str) else None,
+        )
+        modules = dict(candidates(model, everything=True))
+        named = self._named(targets, modules)
+        pairs = {}
+        for layer, module in modules.items():
+            name = f"{layer}.weight"
+            info = tensor_of(self.base, name)
+            tuned = self.tuned.tensors[name]
+            reason = self._why_not(
+                layer, module, info, method, asked=layer in named and targets.target_modules is not None
+            )
+            if layer not in named:
+                reason = "not among the targets"
+            if reason or info is None:
+                self.why_not[name] = reason or _ABSENT
+                continue
+            pairs[name] = Pair(layer, info, tuned, shape_of(module), type(module).__name__ == "Conv1D")
+        if len({pair.transposed for pair in pairs.values()}) > 1:  # the files of an adapter say it once for all
+            for name in [name for name, pair in pairs.items() if not pair.transposed]:
+                self.why_not[name] = "stored as [O, I], where most matrices of this model are [I, O]"
+                del pairs[name]
+        return pairs
+
+    def compare_others(self, chosen: Iterable[str]) -> dict[str, str]:
+        """Reason by name of all tensors that differ beside the chosen ones."""
+        rest = {}
+        aliases, taken = self.tuned_tied, {*chosen}
+        for name, info in self.tuned.tensors.items():
+            base = tensor_of(self.base, name)
+            if name in taken or (aliases.get(name) in taken and self._tied_in_base(name, aliases[name])):
+                continue
+            if base is None and aliases.get(name) in self.base.tensors:
+                continue  # stored twice here, once there
+            if base is None:
+                rest[name] = _ABSENT
+            elif base.shape != info.shape:
+                rest[name] = _reshaped(base, info)
+            elif _differ(base, info):
+                rest[name] = self.why_not.get(name, "no matrix of a layer that can carry an adapter")
+        return rest
+
+    def _named(self, targets: ModuleTargets, modules: dict[str, nn.Module]) -> set[str]:
+        if targets.target_modules == ALL_LINEAR:
+            modules = {name: module for name, module in modules.items() if kind_of(module) == "linear"}
+        everything = replace(targets, target_modules=ALL_LINEAR) if targets.target_modules is None else targets
+        if everything.target_modules == ALL_LINEAR and targets.layers_to_transform is not None:
+            everything = replace(everything, target_modules=tuple(modules))
+        return set(everything.select(modules))
+
+    def _why_not(self, layer: str, module: nn.Module, base: TensorInfo | None, method: str, *, asked: bool) -> str:
+        """Why a matrix gets no adapter; empty when it does."""
+        name = f"{layer}.weight"
+        info = self.tuned.tensors[name]
+        if base is None:
+            return _ABSENT
+        first = self.tuned_tied.get(name, "")
+        embedding = isinstance(module, nn.Embedding) and METHODS[method].peft_type in DIALECTS
+        reasons = {
+            _reshaped(base, info): base.shape != info.shape,
+            f"{info.dtype}, where floats are needed": not {base.dtype, info.dtype} <= {*_FLOATS},
+            "empty": not info.numel,
+            "tied to another tensor in BASE, and not here": _is_tied(self.base_tied, base.name)
+            and not self._tied(name),
+            f"tied to {first}": first and self._tied_in_base(name, first),
+            "tied to the output layer, which an adapter would not reach in a live model": not asked
+            and self._tied(name),
+            f"an embedding, for which files of {method} have no form that PEFT reads": not asked and embedding,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    def _tied(self, name: str) -> bool:
+        said = self.tuned.config.get("tie_word_embeddings") is True  # and the output layer is not stored
+        return _is_tied(self.tuned_tied, name) or (said and name.split(".")[-2] in _INPUT_EMBEDDINGS)
+
+    def _tied_in_base(self, alias: str, name: str) -> bool:
+        first, second = tensor_of(self.base, alias), tensor_of(self.base, name)
+        return first is None or second is None or not _differ(first, second)
+
+
+def _reshaped(base: TensorInfo, tuned: TensorInfo) -> str:
+    return f"{list(tuned.shape)}, in BASE {list(base.shape)}"
+
+
+def _is_tied(aliases: Mapping[str, str], name: str) -> bool:
+    return name in aliases or name in aliases.values()
+
+
+def _differ(a: TensorInfo, b: TensorInfo) -> bool:
+    if a.dtype != b.dtype:
+        return not torch.equal(read_tensor(a).double(), read_tensor(b).double())
+    pieces = range(0, a.nbytes, _PIECE)
+    return any(
+        read_bytes(a, s, min(s + _PIECE, a.nbytes)) != read_bytes(b, s, min(s + _PIECE, b.nbytes)) for s in pieces
+    )

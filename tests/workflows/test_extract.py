@@ -1,0 +1,437 @@
+"""extract: the adapter turns BASE into TUNED up to the error that is reported, and bytes go where they save most."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, read_adapter
+from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.reader import read_tensor
+from spectral_surgery.cli import cli
+from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
+from spectral_surgery.surgery.extract import EXTRACTORS, Fit, Size, Update, fit
+from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.extract import ExtractOptions, ExtractReport, delta_of, extract
+from spectral_surgery.workflows.merge import merge
+from tests.support.checkpoints import gaussian, llama_like, write_folder
+from tests.support.tiny import outputs, tiny
+
+Q, DOWN, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FOURIER = ("fourierft", "fourierft_biased")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(info) for name, info in read_index(folder).tensors.items()}
+
+
+def tuned_from(
+    tensors: dict[str, Tensor], changed: tuple[str, ...] = (f"{Q}.weight", f"{DOWN}.weight")
+) -> dict[str, Tensor]:
+    """A fine-tune: low rank and some noise, in the dtype of the weights."""
+    out = dict(tensors)
+    for seed, name in enumerate(changed):
+        rows, columns = tensors[name].shape if tensors[name].dim() == 2 else (len(tensors[name]), 1)
+        low = gaussian(rows, 3, seed=seed) @ gaussian(3, columns, seed=50 + seed)
+        delta = (low + 0.02 * gaussian(rows, columns, seed=90 + seed)).reshape(tensors[name].shape)
+        out[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
+    return out
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = llama_like(torch.float32)
+    write_folder(tmp_path / "base", base)
+    write_folder(tmp_path / "tuned", tuned_from(base), shards=2)
+    return tmp_path / "base", tmp_path / "tuned", tmp_path / "out"
+
+
+def run(
+    folders: tuple[Path, Path, Path], method: str = "lora", kind: Any = "count", value: float = 4, **more: Any
+) -> ExtractReport:
+    base, tuned, out = folders
+    return extract(base, tuned, out, ExtractOptions(method, Size(kind, value), **more), overwrite=True)
+
+
+@pytest.mark.parametrize("method", EXTRACTORS)
+@pytest.mark.parametrize(("kind", "value"), [("bytes", 20000), ("count", 20), ("max_error", 0.8)])
+def test_merging_gives_the_tuned_model_up_to_the_reported_error(
+    folders: tuple[Path, Path, Path], tmp_path: Path, method: str, kind: str, value: float
+) -> None:
+    report = run(folders, method, kind, value)
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+    base, tuned, merged = (tensors_of(folder) for folder in (folders[0], folders[1], tmp_path / "merged"))
+    assert {layer.layer for layer in report.layers} == {Q, DOWN}
+    assert report.rest == {}
+    left = whole = 0.0
+    for layer in report.layers:
+        name = f"{layer.layer}.weight"
+        difference = (tuned[name] - base[name]).double()
+        error = float((merged[name] - tuned[name]).double().norm() / difference.norm())
+        assert error == pytest.approx(layer.relative_error, rel=1e-3, abs=1e-5)
+        assert layer.energy_kept == pytest.approx(1 - error**2, abs=1e-3)
+        assert layer.relative_error >= layer.floor - 1e-6
+        assert (layer.floor > 0.6) == (method in FOURIER)
+        left += float((merged[name] - tuned[name]).double().square().sum())
+        whole += float(difference.square().sum())
+        if kind == "max_error":
+            assert error <= value
+        if kind == "count":
+            assert layer.components == 20
+    assert report.relative_error == pytest.approx((left / whole) ** 0.5, rel=1e-3)
+    assert report.stored_bytes == (folders[2] / TENSOR_FILE).stat().st_size
+    if kind == "bytes":
+        assert 0.8 * value < report.stored_bytes <= value
+
+
+def updates(**deltas: Tensor) -> list[Update]:
+    return [
+        Update(name, (delta.shape[0], delta.shape[1]), lambda delta=delta: delta.clone())
+        for name, delta in deltas.items()
+    ]
+
+
+def error_of(fitted: Fit, method: str, deltas: dict[str, Tensor]) -> float:
+    from spectral_surgery.adapters.base import AdapterSpec, AdapterState
+
+    state = AdapterState(AdapterSpec(EXTRACTORS[method].method, fitted.config), fitted.layers)
+    total = 0.0
+    for name, delta in deltas.items():
+        kept = delta_of(state, name, (delta.shape[0], delta.shape[1])) if name in fitted.layers else 0
+        total += float((delta - kept).double().square().sum())
+    return total
+
+
+@pytest.mark.parametrize("method", ["spectral_delta", "lora"])
+def test_no_other_split_of_the_bytes_is_better(method: str) -> None:
+    deltas = {
+        "a": gaussian(6, 6, seed=1),
+        "b": 3 * gaussian(6, 6, seed=2) * torch.linspace(1, 0, 6),
+        "c": gaussian(6, 6, seed=3),
+    }
+    row = EXTRACTORS[method]
+    cost, budget = row.cost((6, 6), 4), 6 * row.cost((6, 6), 4) + 3
+    best = fit(row, row.method.config(), updates(**deltas), Size("bytes", budget))
+    assert sum(best.counts.values()) * cost <= budget
+    errors = []
+    for counts in product(range(7), repeat=3):
+        if sum(counts) == 6:
+            own = dict(zip(deltas, counts, strict=True))
+            energies = {name: _sorted_gains(method, delta) for name, delta in deltas.items()}
+            errors.append(sum(float(energies[name][own[name] :].sum()) for name in deltas))
+    assert error_of(best, method, deltas) == pytest.approx(min(errors), rel=1e-4)
+
+
+def _sorted_gains(method: str, delta: Tensor) -> Tensor:
+    from scipy.fft import dctn
+
+    if method == "lora":
+        return torch.linalg.svdvals(delta.double()).square()
+    spectrum = torch.from_numpy(dctn(delta.double().numpy(), norm="ortho"))
+    return spectrum.square().reshape(-1).sort(descending=True).values
+
+
+@pytest.mark.parametrize("method", ["spectral_delta", "lora", "foura", "fourierft_biased"])
+def test_an_error_target_takes_the_fewest_components(method: str) -> None:
+    deltas, row = {"a": gaussian(20, 15)}, EXTRACTORS[method]
+    reached = fit(row, row.method.config(), updates(**deltas), Size("max_error", 0.75))
+    one_less = fit(row, row.method.config(), updates(**deltas), Size("count", reached.counts["a"] - 1))
+    energy = float(deltas["a"].double().square().sum())
+    assert error_of(reached, method, deltas) <= 0.75**2 * energy < error_of(one_less, method, deltas)
+
+
+def test_foura_reaches_what_lora_reaches() -> None:
+    delta = gaussian(30, 21)
+    found = []
+    for method, settings in (("lora", {}), ("foura", {}), ("foura", {"transform": "hartley"})):
+        row = EXTRACTORS[method]
+        fitted = fit(row, row.method.config(**settings), updates(a=delta), Size("count", 5))
+        found.append(error_of(fitted, method, {"a": delta}))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (7, 5), (8, 5), (7, 6)])
+@pytest.mark.parametrize("method", FOURIER)
+def test_fourier_coefficients_are_the_least_squares_solution(method: str, shape: tuple[int, int]) -> None:
+    delta, row = gaussian(*shape), EXTRACTORS[method]
+    for count in (1, 9, row.most(shape)):
+        fitted = fit(row, row.method.config(), updates(a=delta), Size("count", count))
+        basis = []
+        for number in range(count):  # the adapter is linear in its coefficients
+            one = dict(fitted.layers["a"]) | {"spectrum": torch.eye(count)[number]}
+            state = Fit(fitted.config, {"a": one}, {}, {}, ())
+            basis.append((delta_zero(state, method, shape)).reshape(-1))
+        solution = torch.linalg.lstsq(
+            torch.stack(basis, 1).double(), delta.reshape(-1, 1).double(), driver="gelsd"
+        ).solution
+        best = float((delta.reshape(-1, 1).double() - torch.stack(basis, 1).double() @ solution).square().sum())
+        assert error_of(fitted, method, {"a": delta}) == pytest.approx(best, rel=1e-4, abs=1e-8)
+    assert best == pytest.approx(fitted.floors["a"] ** 2 * float(delta.double().square().sum()), rel=1e-4)
+
+
+def delta_zero(fitted: Fit, method: str, shape: tuple[int, int]) -> Tensor:
+    from spectral_surgery.adapters.base import AdapterSpec, AdapterState
+
+    return delta_of(AdapterState(AdapterSpec(EXTRACTORS[method].method, fitted.config), fitted.layers), "a", shape)
+
+
+def test_large_matrices_are_sketched_as_well_as_decomposed() -> None:
+    delta = gaussian(1100, 40) @ gaussian(40, 1030, seed=1) + 1e-3 * gaussian(1100, 1030, seed=2)
+    row, energies = EXTRACTORS["lora"], torch.linalg.svdvals(delta.double()).square()
+    by_count = fit(row, row.method.config(), updates(a=delta), Size("count", 20))
+    assert error_of(by_count, "lora", {"a": delta}) == pytest.approx(float(energies[20:].sum()), rel=1e-2)
+    by_error = fit(row, row.method.config(), updates(a=delta), Size("max_error", 0.3))
+    needed = int((energies.flip(0).cumsum(0).flip(0) > 0.09 * energies.sum()).sum())
+    assert by_error.counts["a"] == needed
+    capped = fit(row, row.method.config(), updates(a=delta), Size("max_error", 0.3), max_count=needed - 3)
+    assert capped.counts["a"] == needed - 3
+
+
+def test_ranks_of_layers_whose_names_end_alike() -> None:
+    deltas = {"a.q": gaussian(9, 9), "b.a.q": 9 * gaussian(9, 9, seed=1), "b.a.k": 0.1 * gaussian(9, 9, seed=2)}
+    row = EXTRACTORS["lora"]
+    fitted = fit(row, row.method.config(), updates(**deltas), Size("bytes", 8 * 72))
+    assert {name: fitted.config.for_layer(name).r for name in fitted.layers} == {
+        name: count for name, count in fitted.counts.items() if count
+    }
+    assert error_of(fitted, "lora", deltas) < sum(float(d.double().square().sum()) for d in deltas.values())
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_narrow_numbers_cost_half_and_count_in_the_error(folders: tuple[Path, Path, Path], dtype: str) -> None:
+    wide = run(folders, "lora", "count", 4)
+    narrow = run(folders, "lora", "count", 4, dtype=dtype)
+    assert all(2 * a.stored_bytes == b.stored_bytes for a, b in zip(narrow.layers, wide.layers, strict=True))
+    assert wide.relative_error < narrow.relative_error < wide.relative_error + 0.01
+
+
+@pytest.mark.parametrize("method", EXTRACTORS)
+def test_the_rest_is_listed_or_saved_whole(tmp_path: Path, method: str) -> None:
+    base = llama_like() | {f"{Q}.bias": gaussian(130, dtype=torch.bfloat16)}
+    changed = (f"{Q}.weight", f"{DOWN}.weight", f"{Q}.bias", f"{NORM}.weight", EMBED)
+    tuned = tuned_from(base, changed) | {"score.weight": gaussian(3, 96, dtype=torch.bfloat16)}
+    tuned[HEAD] = tuned[EMBED].clone()
+    folders = (write_folder(tmp_path / "base", base), write_folder(tmp_path / "tuned", tuned), tmp_path / "out")
+    listed = run(folders, method, "count", 9)
+    assert set(listed.rest) == {f"{Q}.bias", f"{NORM}.weight", EMBED, HEAD, "score.weight"}
+    assert listed.rest["score.weight"] == "not in BASE"
+    assert listed.rest[HEAD] == f"tied to {EMBED}"
+    saved = run(folders, method, "bytes", 200000, save_rest=True)
+    assert set(saved.rest.values()) == {"saved whole"}
+    assert saved.stored_bytes <= 200000
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+    merged = tensors_of(tmp_path / "merged")
+    assert all(torch.equal(merged[name], tuned[name]) for name in saved.rest)
+
+
+def test_what_no_file_of_an_adapter_can_hold(tmp_path: Path) -> None:
+    base = {
+        f"{Q}.weight": gaussian(8, 8),
+        "vit.cls": gaussian(1, 8),
+        "vit.norm.weight": gaussian(8),
+        "steps": torch.arange(3),
+    }
+    base |= {
+        "top": gaussian(3),
+        "odd.weight": gaussian(5),
+        "odd.count": torch.arange(5),
+        f"{DOWN}.weight": gaussian(8, 9),
+    }
+    tuned = {name: tensor + 1 for name, tensor in base.items()} | {f"{DOWN}.weight": gaussian(8, 10)}
+    folders = (write_folder(tmp_path / "base", base), write_folder(tmp_path / "tuned", tuned), tmp_path / "out")
+    report = run(folders, save_rest=True, value=1)
+    assert report.rest["vit.cls"] == "its module vit has others inside"
+    assert report.rest["top"] == report.rest["steps"] == "belongs to no module"
+    assert report.rest["odd.weight"] == "odd.count is I64"
+    assert report.rest["vit.norm.weight"] == "saved whole"
+    assert report.rest[f"{DOWN}.weight"] == "[8, 10], in BASE [8, 9]"
+    assert [layer.layer for layer in report.layers] == [Q]
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    base = llama_like(torch.float32) | {HEAD: gaussian(300, 96, seed=7)}  # not tied
+    folders = (
+        write_folder(tmp_path / "base", base),
+        write_folder(tmp_path / "tuned", tuned_from(base, (EMBED, f"{Q}.weight"))),
+        tmp_path / "out",
+    )
+    embed = EMBED.removesuffix(".weight")
+    assert {layer.layer for layer in run(folders, "spectral_delta").layers} == {embed, Q}
+    assert run(folders, "lora").rest == {EMBED: "an embedding, for which files of lora have no form that PEFT reads"}
+    asked = run(folders, "lora", targets=ModuleTargets(("embed_tokens",)))
+    assert [layer.layer for layer in asked.layers] == [embed]
+    assert asked.rest == {f"{Q}.weight": "not among the targets"}
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+
+
+def test_tied_weights_named_as_targets_are_changed_together(tmp_path: Path) -> None:
+    base = llama_like(torch.float32)
+    tuned = tuned_from(base, (EMBED,))
+    tuned[HEAD] = tuned[EMBED].clone()
+    folders = (write_folder(tmp_path / "base", base), write_folder(tmp_path / "tuned", tuned), tmp_path / "out")
+    report = run(folders, "lora", "count", 90, targets=ModuleTargets(("embed_tokens", "lm_head")))
+    assert [layer.layer for layer in report.layers] == ["model.embed_tokens"]
+    assert report.rest == {}
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+    torch.testing.assert_close(tensors_of(tmp_path / "merged")[HEAD], tuned[HEAD], rtol=1e-2, atol=1e-3)
+    untied = tuned | {HEAD: gaussian(300, 96, seed=9)}
+    write_folder(tmp_path / "untied", untied)
+    with pytest.raises(ConfigError, match="none of the matrices differs"):
+        run((folders[0], tmp_path / "untied", folders[2]), "lora")
+
+
+def test_transposed_weights_and_convolutions(tmp_path: Path) -> None:
+    base = {
+        "h.0.attn.c_attn.weight": gaussian(12, 36),
+        "h.0.other.weight": gaussian(12, 12),
+        "wte.weight": gaussian(20, 12),
+    }
+    tuned = tuned_from(base, ("h.0.attn.c_attn.weight", "h.0.other.weight"))
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    folders = (
+        write_folder(tmp_path / "base", base, config=config),
+        write_folder(tmp_path / "tuned", tuned, config=config),
+        tmp_path / "out",
+    )
+    report = run(folders, value=12)
+    assert [(layer.layer, layer.shape) for layer in report.layers] == [("h.0.attn.c_attn", (36, 12))]
+    assert "stored as [O, I], where" in report.rest["h.0.other.weight"]
+    spec = read_adapter(folders[2]).spec
+    assert spec.targets.fan_in_fan_out
+    assert spec.task_type == "CAUSAL_LM"
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+    name = "h.0.attn.c_attn.weight"
+    torch.testing.assert_close(tensors_of(tmp_path / "merged")[name], tuned[name])
+    conv = {"patch.weight": gaussian(6, 3, 4, 4)}
+    write_folder(tmp_path / "conv", conv)
+    write_folder(tmp_path / "conv2", {"patch.weight": conv["patch.weight"] + gaussian(6, 3, 4, 4, seed=1)})
+    assert run((tmp_path / "conv", tmp_path / "conv2", folders[2]), value=6).relative_error < 1e-5
+
+
+def test_layers_and_patterns_choose(folders: tuple[Path, Path, Path]) -> None:
+    only = run(folders, targets=ModuleTargets(None, exclude_modules=("down_proj",)))
+    assert [layer.layer for layer in only.layers] == [Q]
+    assert only.rest == {f"{DOWN}.weight": "not among the targets"}
+    assert {layer.layer for layer in run(folders, targets=ModuleTargets(None, layers_to_transform=(0,))).layers} == {
+        Q,
+        DOWN,
+    }
+    with pytest.raises(TargetError, match="matches none"):
+        run(folders, targets=ModuleTargets(("nothing",)))
+
+
+def test_peft_gives_the_outputs_of_the_merged_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base, tuned = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("q_proj.weight") or name.endswith("norm.weight"):
+                parameter.add_(gaussian(*parameter.shape, seed=len(name)))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = run((tmp_path / "base", tmp_path / "tuned", tmp_path / "out"), value=32, save_rest=True)
+    assert set(report.rest.values()) == {"saved whole"}
+    with warnings.catch_warnings():  # of the libraries, not ours
+        warnings.simplefilter("ignore")
+        found = outputs("llama", peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "out").eval())
+    torch.testing.assert_close(found, outputs("llama", tuned), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, outputs("llama", base), rtol=1e-2, atol=1e-2)
+
+
+def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, tuned, out = folders
+    other = write_folder(tmp_path / "other", {"x.weight": gaussian(4, 4)})
+    marked = write_folder(tmp_path / "marked", llama_like(), config={"quantization_config": {}})
+    broken = tensors_of(tuned)
+    broken[f"{Q}.weight"][0, 0] = torch.nan
+    nan = write_folder(tmp_path / "nan", broken)
+    for sources, options, error, match in (
+        ((base, other), {}, CheckpointError, "other: has no tensor in common with"),
+        ((base, base), {}, ConfigError, "difference: none of the matrices differs"),
+        ((base, marked), {}, CheckpointError, "marked: is quantised or compressed; a plain"),
+        ((base, nan), {}, ConfigError, r"q_proj: the difference is not finite"),
+        ((base, tuned), {"kind": "bytes", "value": 100}, ConfigError, r"bytes 100: \d+ go to names and shapes"),
+        ((base, tuned), {"kind": "bytes", "value": 1000}, ConfigError, r"bytes \d+: too few for a single component"),
+        ((base, tuned), {"kind": "max_error", "value": 3}, ConfigError, "max_error 3: out of range"),
+        (
+            (base, tuned),
+            {"method": "fourierft", "kind": "max_error", "value": 0.5},
+            ConfigError,
+            r"0\.5: out of reach of fo",
+        ),
+        ((base, tuned), {"method": "vera"}, ConfigError, "method to extract to 'vera': unknown"),
+    ):
+        with pytest.raises(error, match=match):
+            run((*sources, out), **options)
+    for method, settings, match in (
+        ("foura", {"transform": "dft"}, "transform 'dft': its factors do not reach"),
+        ("foura", {"use_gate": True}, "use_gate true: a weight update is the same"),
+        ("fourierft", {"scaling": "auto"}, "scaling auto: coefficients are divided by it"),
+        ("spectral_delta", {"scaling": 0.0}, r"scaling 0\.0: coefficients are divided by it"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run(folders, method, config=EXTRACTORS[method].method.config(**settings))
+    assert not out.exists()
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["extract", *map(str, arguments)])
+
+
+def test_command(folders: tuple[Path, Path, Path]) -> None:
+    plan = invoke(*folders, "--method", "lora", "--rank", 2, "--dry-run", "--json")
+    assert set(json.loads(plan.stdout)["layers"]) == {Q, DOWN}
+    assert (
+        "2 matrices would be compared. Nothing was written."
+        in invoke(*folders, "--method", "lora", "--rank", 2, "--dry-run").stdout
+    )
+    assert not folders[2].exists()
+    done = invoke(*folders, "--method", "fourierft", "--bytes", 9000, "-q")
+    assert "least possible error" in done.stdout
+    assert "fourierft: relative error" in done.stdout
+    more = invoke(
+        *folders,
+        "--method",
+        "foura",
+        "--rank",
+        2,
+        "-o",
+        "transform=hartley",
+        "--dtype",
+        "bfloat16",
+        "--overwrite",
+        "--json",
+        "-q",
+    )
+    body = json.loads(more.stdout)
+    assert body["unit"] == "rank"
+    assert {layer["components"] for layer in body["layers"]} == {2}
+    assert read_adapter(folders[2]).spec.config.transform == "hartley"
+    only = invoke(*folders, "--method", "lora", "--rank", 2, "--target-modules", "q_proj", "--overwrite", "-q")
+    assert f"{DOWN}.weight: differs, not covered: not among the targets" in only.stdout
+    assert "--save-rest stores those it can" in only.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((), "one of --bytes, --max-error, --rank, --n-frequency is needed; got none"),
+        (("--rank", 1, "--bytes", 9), "got --bytes, --rank"),
+        (("--n-frequency", 4), "--n-frequency: lora has none; --rank is accepted"),
+        (("--rank", 1, "--layers", "a"), "'a' is no list of numbers such as"),
+    ],
+)
+def test_wrong_usage(folders: tuple[Path, Path, Path], arguments: tuple[object, ...], match: str) -> None:
+    result = invoke(*folders, "--method", "lora", *arguments)
+    assert result.exit_code == 2
+    assert match in result.output
