@@ -162,6 +162,17 @@ def test_half_precision(autocast: bool) -> None:
         assert layer.to(torch.float32)(x).dtype == torch.float32  # PEFT gives back the dtype of its input
 
 
+def test_hooks_on_the_base_are_called() -> None:
+    model = made()
+    accelerate_peft(model)
+    expected = outputs("llama", model)
+    seen = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    assert close(outputs("llama", model), expected)
+    assert seen
+
+
 def test_copies_and_pickles() -> None:
     model = made()
     accelerate_peft(model)
