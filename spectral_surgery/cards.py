@@ -31,6 +31,8 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 _OURS = ("base_model", "base_model_relation", "library_name", "tags")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HEADING = "## The card of the model it was made from"
+_BASE_LINES = re.compile(r"^(base_model:[^\n]*|\s*- *'?base_model:[^\n]*)\n", re.MULTILINE)
+_BLANKS = 10
 _SHOWN = 40  # rows of a table
 
 
@@ -107,9 +109,10 @@ def derived(source: str | None, facts: Facts) -> str:
         old, body = {}, text
     kept = {key: old[key] for key in _INHERITED if old.get(key)}
     new = facts.metadata()
-    if "base_model" not in new and old.get("base_model"):
+    if "base_model" not in new and _is_base(old.get("base_model")):
         new["base_model"] = old["base_model"]
-    tags = [*_listed(old.get("tags")), *_listed(new["tags"])]
+    # the Hub makes tags of base models itself, and PEFT writes paths of somebody's disk into them
+    tags = [tag for tag in _listed(old.get("tags")) if not tag.startswith("base_model:")] + _listed(new["tags"])
     data = ModelCardData(**{**new, **kept, "tags": list(dict.fromkeys(tags))})
     front = f"---\n{data.to_yaml()}\n---\n\n"
     body = _SECTION.sub("", body).strip("\n")
@@ -148,16 +151,22 @@ def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
     unix = _unix(text)
     old = metadata(unix)
     missing: dict[str, Any] = {key: value for key, value in new.items() if key not in old}
-    if "base_model" in old:
-        missing.pop("base_model_relation", None)  # of a base that somebody else named
     front = _METADATA.match(unix)
     head, body = (unix[: front.end()], unix[front.end() :]) if front else ("", unix)
+    if "base_model" in old and not _is_base(old["base_model"]):  # the Hub refuses cards with such a one
+        head = _BASE_LINES.sub("", head)
+        missing |= {key: new[key] for key in ("base_model", "base_model_relation") if key in new}
+    elif "base_model" in old:
+        missing.pop("base_model_relation", None)  # of a base that somebody else named
     if missing:
         lines = ModelCardData(**missing).to_yaml()
         head = f"{head.rstrip().removesuffix('---')}{lines}\n---\n" if head else f"---\n{lines}\n---\n\n"
     found = _SECTION.search(body)
     before, after = (body[: found.start()], body[found.end() :]) if found else ("\n" if head else "", body)
-    signature = "edited" if is_edited(unix) else _hash(_unsigned(head + before + after))
+    if is_edited(unix):  # no hash fits then, neither the one that is there nor this word
+        signature = found.group(1) if found else "edited"
+    else:
+        signature = _hash(_unsigned(head + before + after))
     signed = _SIGNED.sub(_BEGIN.format(signature), section, count=1)
     return (head + before + signed + after).replace("\n", ending)
 
@@ -226,10 +235,25 @@ def read_card(folder: Path) -> str | None:
         raise ConfigError(f"{FILE_NAME}: is no UTF-8 text ({error.reason}); UTF-8 is accepted. Convert it.") from None
 
 
+def is_untouched_template(text: str) -> bool:
+    """Whether a card is the form that PEFT and transformers write, with nothing filled in."""
+    return "# Model Card for Model ID" in text and text.count("[More Information Needed]") >= _BLANKS
+
+
+def only_metadata(text: str) -> str:
+    """A card without its text."""
+    found = _METADATA.match(_unix(text))
+    return found.group(0) if found else ""
+
+
 def as_repository(name: object) -> str | None:
     """A name that can be a base_model: ``org/name``, and no path of somebody's disk."""
     fits = isinstance(name, str) and _REPOSITORY.fullmatch(name) and not Path(name).exists()
     return str(name) if fits else None
+
+
+def _is_base(value: object) -> bool:
+    return bool(_listed(value)) and all(as_repository(name) for name in _listed(value))
 
 
 def _listed(value: object) -> list[str]:

@@ -177,7 +177,7 @@ def fetch(listing: Listing, names: Iterable[str], folder: Path, *, token: str | 
     kept = set()
     for name in wanted:
         kept.add(folder / name)
-        if repository.path:
+        if listing.folder:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / listing.inside(name)).replace(folder / name)
     for path in sorted(folder.rglob("*"), reverse=True):  # children before their folder

@@ -94,7 +94,10 @@ def explain(error: BaseException) -> str:
         return f"the Hub failed ({status}); a working one is accepted. Wait a while and run the command again."
     if status in _STATUS:
         return _STATUS[status]
-    reason = clean(next((str(one) for one in reversed(chain) if str(one).strip()), type(error).__name__))
+    told = (str(one) for one in chain if not isinstance(one, RuntimeError) and str(one).strip())
+    reason = clean(next(told, type(chain[-1]).__name__))
+    if status:
+        return f"refused what was sent ({reason}); what its documentation allows is accepted. Correct it and retry."
     if "xet" in " ".join(map(str, chain)).lower():
         return f"cannot store by Xet ({reason}); a Hub with Xet is accepted. For one without, set HF_HUB_DISABLE_XET=1."
     return (
@@ -104,9 +107,9 @@ def explain(error: BaseException) -> str:
 
 
 def clean(text: str) -> str:
-    """The first line of a text, without tokens and the queries of addresses."""
+    """The first two lines of a text as one, without tokens and the queries of addresses."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return _TOKEN.sub("hf_...", _QUERY.sub("", lines[0] if lines else ""))[:200]
+    return _TOKEN.sub("hf_...", _QUERY.sub("", " ".join(lines[:2])))[:200]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -33,16 +33,18 @@ class Listing:
     Attributes:
         repository: where.
         commit: hash.
-        files: by path relative to the repository's own ``path``.
+        folder: in the repository; empty is its top.
+        files: by path relative to folder.
     """
 
     repository: Repository
     commit: str
+    folder: str
     files: Mapping[str, RemoteFile]
 
     def inside(self, name: str) -> str:
         """Path of one of the files in the whole repository."""
-        return str(PurePosixPath(self.repository.path, name))
+        return str(PurePosixPath(self.folder, name))
 
 
 def list_files(repository: Repository, token: str | None = None) -> Listing:
@@ -66,18 +68,19 @@ def list_files(repository: Repository, token: str | None = None) -> Listing:
                 repository.name, revision=repository.revision, files_metadata=True, token=token
             )
         )
-    files = {}
+    files, folder = {}, repository.path
     for entry in info.siblings or []:
         if not is_safe(entry.rfilename):
             raise HubError(f"{repository}: lists {entry.rfilename!r}, which leads out of it. Do not trust this Hub.")
         path = PurePosixPath(entry.rfilename)
         if str(path) == repository.path:
             files[path.name] = _remote_file(entry)
+            folder = str(path.parent)
         elif path.is_relative_to(repository.path):
             files[str(path.relative_to(repository.path))] = _remote_file(entry)
     if not files and repository.path:
         raise HubError(f"{repository}: has no such file or folder; files it lists are accepted. Check the path.")
-    return Listing(repository, str(info.sha), files)
+    return Listing(repository, str(info.sha), folder, files)
 
 
 def _remote_file(entry: object) -> RemoteFile:

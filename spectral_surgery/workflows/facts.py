@@ -121,7 +121,7 @@ def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts
     method, named = str(config.get("peft_type")), config.get("base_model_name_or_path")
     base = as_repository(named)
     task = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
-    settings = {key: config[key] for key in sorted(config) if isinstance(config[key], int | float) and config[key]}
+    settings = {key: config[key] for key in sorted(config) if type(config[key]) in (int, float)}
     rows = [
         {"tensor": f"`{name}`", "shape": " x ".join(map(str, info.shape)), "bytes": info.nbytes}
         for name, info in index.tensors.items()

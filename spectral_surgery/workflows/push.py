@@ -138,8 +138,8 @@ def card_text(folder: Path, checked: Checked, repository: str) -> str:
     """The card a folder should have: its own with our section in it, or a new one."""
     facts = replace(checked.facts, usage=checked.facts.usage.replace(HERE, repository))
     text = cards.read_card(folder)
-    if text is None:
-        return cards.derived(None, facts)
+    if text is None or cards.is_untouched_template(text):
+        return cards.derived(cards.only_metadata(text or ""), facts)
     if cards.has_section(text) and checked.kind == "dense":
         return text  # the command that made it knew more than its files tell
     return cards.refreshed(text, facts)
