@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectral_surgery.bench.case import BenchCase
-from spectral_surgery.bench.cases import coding, engine, rate, speed
+from spectral_surgery.bench.cases import coding, engine, rate, spectral_matmul, speed
 from spectral_surgery.registry import Table
 
 CASES = Table(
@@ -13,6 +13,9 @@ CASES = Table(
         BenchCase("rate", "bits and error on the linear weights of all-MiniLM-L6-v2, beside baselines", rate.run),
         BenchCase("tiles", "why dct and tile 64 are the defaults: every transform at 3 bits", rate.run_tiles),
         BenchCase("speed", "encode and decode of a 4096 x 4096 matrix, beside naive pipelines", speed.run),
+        BenchCase(
+            "spectral_matmul", "compressed layers beside dense ones, 1 to 512 tokens in bfloat16", spectral_matmul.run
+        ),
         BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
     ),

@@ -88,10 +88,15 @@ class SpectralWeight(nn.Module):
         return self._like.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Resident bytes, every buffer counted."""
+        return sum(cast(FormHolder, part).nbytes for part in self.parts)
+
+    @property
     def bits_per_weight(self) -> float:
         """Resident bits per weight, every buffer counted."""
         rows, columns = self.shape
-        return 8 * sum(cast(FormHolder, part).nbytes for part in self.parts) / (rows * columns)
+        return 8 * self.nbytes / (rows * columns)
 
     def matmul(self, x: Tensor) -> Tensor:
         """X Wᵀ: [..., I] to [..., O]; see `form_matmul`."""

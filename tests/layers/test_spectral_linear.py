@@ -162,7 +162,9 @@ def test_bad_input() -> None:
             SpectralLinear.from_dense(linear, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="resident form 'int5': unknown"):
         SpectralLinear.from_dense(linear, bits=4, resident="int5")
-    with pytest.raises(ConfigError, match=r"resident 'int4': codes reach .* -8 to 7 are accepted. Use int8 or coded"):
+    with pytest.raises(
+        ConfigError, match=r"resident 'int4': codes reach .* -8 to 7 are accepted at this offset. Use coded"
+    ):
         SpectralLinear.from_dense(linear, bits=5, resident="int4")
     spectrum: Any = encode(linear.weight, Target("bits", 4.0))[0]
     with pytest.raises(ShapeError, match=r"bias: is \(3,\); \(130,\) is accepted"):

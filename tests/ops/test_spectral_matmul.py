@@ -255,10 +255,9 @@ def test_ways_and_types_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
         (Processor(False, False), 1, torch.bfloat16, "packed"),
         (Processor(False, False), 9, torch.bfloat16, "blocks"),
         (Processor(True, False), 9, torch.bfloat16, "planes"),
-        (Processor(True, False), 257, torch.bfloat16, "blocks"),
+        (Processor(True, False), 5000, torch.bfloat16, "planes"),
         (Processor(True, True), 17, torch.bfloat16, "blocks"),
         (Processor(True, True), 1, torch.float32, "planes"),
-        (Processor(True, True), 65, torch.float32, "blocks"),
         (Processor(True, True), 1, torch.float64, "blocks"),
     ]:
         monkeypatch.setattr(dispatch, "processor", lambda processor=processor: processor)
@@ -312,9 +311,11 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match=r"resident form 'int3': unknown; known: int8, int4, coded"):
         op.resident_form(made(), "int3")
     wide = random_codes(40, 32, 300, torch.int16)
-    with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; -127 to 127 are accepted. Use c"):
+    with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; -127 to 127 are accepted at"):
         op.resident_form(wide, "int8")
-    with pytest.raises(ConfigError, match=r"'int4': codes reach -9 to 9; -8 to 7 are accepted. Use int8 or coded"):
+    with pytest.raises(
+        ConfigError, match=r"'int4': codes reach -9 to 9; -8 to 7 are accepted at this offset. Use coded"
+    ):
         op.resident_form(random_codes(40, 32, 9, torch.int8), "int4")
     with pytest.raises(ConfigError, match=r"'int8': an offset of 0.123456 steps is on no grid of int8; a multiple of"):
         op.resident_form(random_codes(40, 32, 9, torch.int8, offset=0.123456), "int8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +10,11 @@ from torch import Tensor
 from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.levels import levels_of
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, as_encoded
+from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.coding import decode_frame
-from spectral_surgery.spectra.parallel import one_torch_thread
 
 _BLOCK = 1 << 20  # codes decoded at a time by one thread
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class CodedForm:
             y = integer.product(operand, levels)
             return y if parts == 1 else y.div_(parts)
 
-        return torch.cat(list(_in_turn(rows, self._spans())), 1)
+        return torch.cat(list(in_turn(rows, self._spans())), 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
@@ -69,7 +66,7 @@ class CodedForm:
 
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.size[1]), dtype=wide)
-        for part in _in_turn(rows, self._spans()):
+        for part in in_turn(rows, self._spans()):
             out += part
         return out
 
@@ -89,9 +86,10 @@ class CodedForm:
         return [(first, min(first + each, frames)) for first in range(0, frames, each)]
 
     def _block(self, span: Span, device: torch.device) -> tuple[Tensor, float]:
-        codes = torch.cat([self._codes(frame) for frame in range(*span)])
-        levels, parts = levels_of(codes, float(self.offset))
-        return levels.to(device), parts
+        parts = [self._codes(frame) for frame in range(*span)]
+        codes = parts[0] if len(parts) == 1 else torch.cat(parts)
+        levels, scale = levels_of(codes, float(self.offset))
+        return levels.to(device), scale
 
     def _codes(self, frame: int) -> Tensor:
         first, last = self.ends[frame : frame + 2].tolist()
@@ -117,17 +115,3 @@ def coded_form(spectrum: Spectrum) -> CodedForm:
         encoded.shape,
         encoded.rows_per_frame,
     )
-
-
-def _in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[Tensor]:
-    """Results in order, a core working on each block: as many blocks in memory as cores."""
-    threads = min(torch.get_num_threads(), len(spans))
-    if threads < 2:
-        yield from map(function, spans)
-        return
-    with (
-        one_torch_thread(),
-        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        for first in range(0, len(spans), 4 * threads):  # bounded: results wait to be taken
-            yield from pool.map(function, spans[first : first + 4 * threads])

@@ -60,8 +60,7 @@ def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint:
         return "packed"
     if accuracy == torch.bfloat16 and has.bfloat16:
         return "blocks"
-    limit = 64 if accuracy == torch.float32 else 256
-    return "planes" if has.vnni and tokens <= limit and terms <= _MAX_INT32_TERMS else "blocks"
+    return "planes" if has.vnni and terms <= _MAX_INT32_TERMS else "blocks"
 
 
 def block_dtype(device: str, accuracy: torch.dtype) -> torch.dtype:

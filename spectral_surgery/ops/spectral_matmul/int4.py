@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +9,12 @@ from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.levels import Grid
-from spectral_surgery.ops.spectral_matmul.source import (
-    Spectrum,
-    basis_of,
-    code_blocks,
-    extremes,
-    integer_grid,
-    refuse_codes,
-)
-from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
+from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
+from spectral_surgery.spectra.codec import Basis, frame_spans
 
 _LOW, _HIGH = -8, 7
 _BLOCK = 1 << 20  # weights unpacked at a time: they stay in cache
-_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -51,26 +43,32 @@ class Int4Form:
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
         operand = integer.prepare(x, accuracy)
-        return torch.cat([integer.product(operand, levels) for _, levels in self._blocks()], 1)
+
+        def rows(span: Span) -> Tensor:
+            return integer.product(operand, self._unpacked(self.codes[slice(*span)]))
+
+        return torch.cat(list(in_turn(rows, self._spans())), 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
         operand = integer.prepare(g, accuracy, adjoint=True)
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.columns), dtype=wide)
-        for start, levels in self._blocks():
-            out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
+
+        def rows(span: Span) -> Tensor:
+            return integer.adjoint(operand.terms(*span), self._unpacked(self.codes[slice(*span)]))
+
+        for part in in_turn(rows, self._spans()):
+            out += part
         return out
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8."""
         return self._unpacked(self.codes[rows])
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def _spans(self) -> list[Span]:
         rows, columns = self.shape
-        height = max(1, min(_BLOCK // columns, -(-rows // _BLOCKS)))
-        for start in range(0, rows, height):
-            yield start, self._unpacked(self.codes[start : start + height])
+        return frame_spans(rows, max(1, _BLOCK // columns))
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         half = packed.shape[1]
@@ -87,14 +85,11 @@ def int4_form(spectrum: Spectrum) -> Int4Form:
     Raises:
         ConfigError: when its codes do not fit 4 bits, or their offset no int8 grid.
     """
-    grid = integer_grid(spectrum, "int4")
     rows, columns = spectrum.shape
     half = -(-columns // 2)
     packed = torch.empty((rows, half), dtype=torch.int8, device=spectrum.step.device)
     for start, codes in code_blocks(spectrum):
-        low, high = extremes(codes)
-        if low < _LOW or high > _HIGH or not grid.fits(low, high):
-            raise refuse_codes("int4", low, high, f"{_LOW} to {_HIGH}", "int8 or coded, or fewer bits")
+        grid = fitting_grid(spectrum, codes, "int4", (_LOW, _HIGH))
         part = codes.to(torch.int8)
         block = packed[start : start + len(part)]
         block.copy_(part[:, :half] & 15)

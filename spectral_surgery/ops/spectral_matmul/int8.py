@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import integer
-from spectral_surgery.ops.spectral_matmul.source import (
-    Spectrum,
-    basis_of,
-    code_blocks,
-    extremes,
-    integer_grid,
-    refuse_codes,
-)
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.quantized import INT8_MAX
 
 
 @dataclass(frozen=True)
@@ -58,13 +52,9 @@ def int8_form(spectrum: Spectrum) -> Int8Form:
     Raises:
         ConfigError: when its codes or their offset do not fit int8.
     """
-    grid = integer_grid(spectrum, "int8")
     levels = torch.empty(spectrum.shape, dtype=torch.int8, device=spectrum.step.device)
     for start, codes in code_blocks(spectrum):
-        low, high = extremes(codes)
-        if not grid.fits(low, high):
-            limit = (127 - max(grid.shift, 0)) // grid.parts
-            raise refuse_codes("int8", low, high, f"{-limit} to {limit}", "coded, or fewer bits")
+        grid = fitting_grid(spectrum, codes, "int8", (-INT8_MAX, INT8_MAX))
         levels[start : start + len(codes)] = grid.levels(codes.to(torch.int8))
     return Int8Form(levels, spectrum.step.to(torch.float32) / grid.parts, basis_of(spectrum))
 

@@ -13,6 +13,7 @@ from spectral_surgery.ops.spectral_matmul.dispatch import Way, block_dtype, way
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
 _BLOCKS = 4  # at least: a small matrix is not converted at once either
 _DIGIT = 256
+_TOKENS = 32  # split into digits at a time: they stay in cache
 _NOTHING = torch.empty(0)
 
 
@@ -93,11 +94,13 @@ def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows of x as ``count`` int8 digits times a unit each; the error is about 2^-8count of the peak of the row."""
     unit = x.abs().amax(1, keepdim=True).to(torch.float32).div_(127 * _DIGIT ** (count - 1))
     unit.clamp_min_(torch.finfo(torch.float32).tiny)
-    rest = (x / unit).round_().to(torch.int32)
     digits = torch.empty((count, *x.shape), dtype=torch.int8, device=x.device)
-    for digit in digits:
-        digit.copy_(rest)  # keeps the low byte, signed
-        rest.sub_(digit).bitwise_right_shift_(8)
+    for start in range(0, len(x), _TOKENS):
+        some = slice(start, start + _TOKENS)
+        rest = (x[some] / unit[some]).round_().to(torch.int32)
+        for digit in digits[:, some]:
+            digit.copy_(rest)  # keeps the low byte, signed
+            rest.sub_(digit).bitwise_right_shift_(8)
     return digits, unit
 
 

@@ -58,7 +58,9 @@ def levels_of(codes: Tensor, offset: float) -> tuple[Tensor, float]:
         (levels, parts): int8 levels in parts of a step where they fit, else float32 levels in steps (parts 1).
     """
     grid = grid_of(offset)
-    if grid is not None and codes.numel():
+    if grid == Grid(1, 0) and codes.dtype == torch.int8:
+        return codes, 1.0
+    if grid is not None:
         low, high = (int(v) for v in torch.aminmax(codes))
         if grid.fits(low, high):
             return grid.levels(codes.to(torch.int8)), float(grid.parts)

@@ -11,7 +11,7 @@ from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.ops.spectral_matmul.levels import Grid, grid_of
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, frame_spans, rows_per_frame
 from spectral_surgery.spectra.coding import choose_layout, encode_frame
-from spectral_surgery.spectra.quantized import QuantizedSpectrum
+from spectral_surgery.spectra.quantized import INT8_MAX, QuantizedSpectrum
 
 Spectrum = QuantizedSpectrum | EncodedSpectrum
 
@@ -23,17 +23,30 @@ def basis_of(spectrum: Spectrum) -> Basis:
     return Basis(spectrum.transform, spectrum.tile, spectrum.axes)
 
 
-def integer_grid(spectrum: Spectrum, resident: str) -> Grid:
-    """The grid of the reconstruction points.
+def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple[int, int]) -> Grid:
+    """The grid of the reconstruction points, once it is sure that these codes fit it and the resident form.
+
+    Args:
+        spectrum: whose offset counts.
+        codes: [r, I], of some of its rows.
+        resident: name of the form.
+        limits: smallest and largest code that the form holds.
 
     Raises:
-        ConfigError: when they are on none.
+        ConfigError: when they do not fit.
     """
+    low, high = (int(v) for v in torch.aminmax(codes))
     grid = grid_of(spectrum.offset)
-    if grid is None:
+    if low >= limits[0] and high <= limits[1] and grid is None:
         raise ConfigError(
             f"resident '{resident}': an offset of {spectrum.offset:g} steps is on no grid of int8; a multiple of 1/n,"
             " n up to 127, is accepted. Use coded."
+        )
+    if grid is None or low < limits[0] or high > limits[1] or not grid.fits(low, high):
+        most = INT8_MAX if grid is None else (INT8_MAX - max(grid.shift, 0)) // grid.parts
+        raise ConfigError(
+            f"resident '{resident}': codes reach {low} to {high}; {max(limits[0], -most)} to {min(limits[1], most)} are"
+            " accepted at this offset. Use coded, or fewer bits."
         )
     return grid
 
@@ -72,14 +85,3 @@ def check(spectrum: Spectrum) -> None:
         raise ShapeError(
             f"spectrum: shape {shape} with {steps} steps; a non-empty [O, I] with 1 or I steps is accepted."
         )
-
-
-def refuse_codes(resident: str, low: int, high: int, limit: str, remedy: str) -> ConfigError:
-    """The error for codes that do not fit a form."""
-    return ConfigError(f"resident '{resident}': codes reach {low} to {high}; {limit} are accepted. Use {remedy}.")
-
-
-def extremes(codes: Tensor) -> tuple[int, int]:
-    """Smallest and largest code."""
-    low, high = torch.aminmax(codes)
-    return int(low), int(high)

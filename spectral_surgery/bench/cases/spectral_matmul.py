@@ -1,0 +1,91 @@
+"""Layers that multiply by spectra, beside dense ones and torch's int8 kernel without any transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.bench.case import Row, require
+from spectral_surgery.bench.timing import interleaved
+from spectral_surgery.layers import SpectralLinear
+from spectral_surgery.spectra.codec import EncodedSpectrum, encode
+from spectral_surgery.spectra.select import Target
+
+TOKENS = {1: 40, 8: 30, 64: 10, 512: 5}  # rounds for each
+THREADS = 2
+EXACT, ROUNDED = 1e-5, 1e-2
+LIMITS = {("int8", 1): 0.8, ("int8", 8): 1.0, ("int8", 64): 1.6, ("int8", 512): 1.3, ("coded", 512): 1.6}
+_FORMS = (("int8", 4.0), ("int4", 2.0), ("coded", 4.0), ("coded", 3.0), ("coded", 2.0))
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def run(quick: bool) -> list[Row]:
+    """Milliseconds of one layer in bfloat16 by number of tokens, as multiples of a dense bfloat16 layer."""
+    size = 512 if quick else 4096
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        with torch.inference_mode():
+            return _measure(size)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(size: int) -> list[Row]:
+    weight = 0.02 * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    spectra = {bits: encode(weight, Target("bits", bits), threads=THREADS)[0] for bits in (2.0, 3.0, 4.0)}
+    ours = {f"{resident}, {bits:g} bits stored": check(spectra[bits], resident) for resident, bits in _FORMS}
+    nbytes = {name: layer.spectrum.nbytes for name, layer in ours.items()}
+    dense = nn.Linear(size, size, bias=False).requires_grad_(False)
+    dense.weight.copy_(spectra[4.0].to_dense())
+    half = nn.Linear(size, size, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    half.weight.copy_(dense.weight)
+    codes = spectra[4.0].decode().codes
+    ones = torch.ones(size, dtype=torch.bfloat16)
+    layers: dict[str, Layer] = {
+        **ours,
+        "dense bfloat16": half,
+        "dense float32": lambda x: dense(x.float()),
+        "torch int8 kernel alone": lambda x: torch._weight_int8pack_mm(x, codes, ones),
+    }
+    nbytes |= {"dense bfloat16": 2 * size**2, "dense float32": 4 * size**2, "torch int8 kernel alone": size**2}
+    rows = []
+    for tokens, rounds in TOKENS.items():
+        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        timings = interleaved({name: partial(layer, x) for name, layer in layers.items()}, rounds)
+        base = timings["dense bfloat16"].median
+        for name, timing in timings.items():
+            limit = LIMITS.get((name.split(",", maxsplit=1)[0], tokens))
+            ratio = timing.median / base
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "layer": name,
+                    "ms": 1e3 * timing.median,
+                    "p20": 1e3 * timing.p20,
+                    "p80": 1e3 * timing.p80,
+                    "time / bfloat16": ratio,
+                    "bytes / bfloat16": nbytes[name] / (2 * size**2),
+                    "target": f"<= {limit:g}" if limit else "",
+                    "met": ratio <= limit if limit else "",
+                }
+            )
+    return rows
+
+
+def check(spectrum: EncodedSpectrum, resident: str) -> SpectralLinear:
+    """A layer of a spectrum, once it agrees with the decompressed dense layer."""
+    layer = SpectralLinear.from_quantized(spectrum, resident=resident)
+    dense = spectrum.to_dense(threads=THREADS)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, dense.shape[1], generator=torch.Generator().manual_seed(tokens))
+        for dtype, limit in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
+            given = x.to(dtype)
+            expected = given.float() @ dense.T
+            error = float((layer(given).float() - expected).norm() / expected.norm())
+            require(error <= limit, f"{resident}: relative error {error:.2g} for {tokens} tokens in {dtype}")
+    return layer
