@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 
 _BATCH = 32
 
@@ -45,6 +46,85 @@ class SentenceEncoder:
         self.model.load_state_dict(dict(weights), strict=False)
 
 
+def load_model(
+    folder: Path, auto_class: str, *, dtype: torch.dtype | None = None, labels: Sequence[str] | int | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a local folder.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``.
+        dtype: of the weights; None for the stored one.
+        labels: classes of a classifier, or the number of its outputs.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model of that kind.
+    """
+    transformers = _transformers()
+    own: dict[str, Any] = {}
+    if isinstance(labels, int):
+        own = {"num_labels": labels}
+    elif labels is not None:
+        own = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = getattr(transformers, auto_class).from_pretrained(
+            folder, local_files_only=True, dtype=dtype or "auto", **own
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def compare_logits(
+    models: Sequence[Any], tokenizer: Any, text: str, seq_length: int, samples: int = 0
+) -> dict[str, float]:
+    """Perplexity of language models on a text, cut into sequences, and how far a second one is from the first.
+
+    Args:
+        models: one or two, on one device.
+        tokenizer: of both.
+        text: any.
+        seq_length: tokens of a sequence.
+        samples: sequences at most; 0 for all.
+
+    Returns:
+        ``perplexity_a``; of two models also ``perplexity_b``, ``kl`` (mean of KL(A || B) per token, nats) and
+        ``same_top`` (part of the tokens where both rank the same one first).
+
+    Raises:
+        ConfigError: when the text is too short.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    length = min(seq_length, len(ids))
+    if length < 2:
+        raise ConfigError("eval --text: fewer than two tokens; some text is accepted.")
+    rows = ids[: len(ids) // length * length].reshape(-1, length)[: samples or None]
+    sums = {"a": 0.0, "b": 0.0, "kl": 0.0, "top": 0.0}
+    for row in rows:
+        batch = row[None].to(next(models[0].parameters()).device)
+        with torch.inference_mode():
+            logs = [model(batch).logits[0, :-1].float().log_softmax(-1) for model in models]
+        for name, log in zip("ab", logs, strict=False):
+            sums[name] -= float(log.gather(-1, batch[0, 1:, None]).sum())
+        if len(logs) == 2:
+            sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+    tokens = rows.shape[0] * (length - 1)
+    found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
+    both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
+    return found | both
+
+
 def load_encoder(folder: Path) -> SentenceEncoder:
     """Load a sentence encoder from a local folder, in float32.
 
@@ -56,14 +136,18 @@ def load_encoder(folder: Path) -> SentenceEncoder:
 
     Raises:
         BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model.
     """
+    return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
+
+
+def _transformers() -> Any:
     try:
-        from transformers import AutoModel, AutoTokenizer
+        import transformers
         from transformers.utils import logging
     except ImportError:
         raise BackendError(
             "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
         ) from None
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    return SentenceEncoder(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return transformers

@@ -83,6 +83,7 @@ class AdapterMethod(Generic[ConfigT]):
             listed is called ``<name>_adapter.<key>``.
         resolve: (settings, shapes [O, I] of the target layers) -> settings with nothing left to be decided ("auto").
         source: paper or definition.
+        learning_rate: that AdamW usually needs; a fifth of it is too low.
     """
 
     name: str
@@ -92,6 +93,7 @@ class AdapterMethod(Generic[ConfigT]):
     source: str
     file_names: Mapping[str, str] = field(default_factory=dict)
     resolve: Callable[[ConfigT, list[tuple[int, int]]], ConfigT] = lambda config, _: config
+    learning_rate: float = 1e-3
 
     def file_name(self, key: str) -> str:
         """End of a tensor's name in adapter files.

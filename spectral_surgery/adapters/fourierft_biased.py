@@ -182,4 +182,5 @@ FOURIERFT_BIASED = AdapterMethod(
     peft_type="FOURIERFT_BIASED",
     source="arXiv 2405.03003, equation 5",
     resolve=_resolve,
+    learning_rate=5e-2,
 )

@@ -105,6 +105,7 @@ class TrainedBias(nn.Module):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        """Put the chosen copy, or the original, into the host."""
         self._enabled = value
         used = self.copies[self.chosen] if value and self.chosen is not None else self.original
         self._host[0].register_parameter("bias", cast(nn.Parameter, used))

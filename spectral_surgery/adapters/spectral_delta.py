@@ -181,4 +181,5 @@ SPECTRAL_DELTA = AdapterMethod(
     build=SpectralDelta,
     peft_type="SPECTRAL_DELTA",
     source="2-D DCT-II or Hartley transform, orthonormal; transforms/dct.py and transforms/hartley.py",
+    learning_rate=1e-2,
 )

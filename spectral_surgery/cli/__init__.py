@@ -17,6 +17,8 @@ _COMMANDS = (
     "decompress",
     "merge",
     "unmerge",
+    "train",
+    "eval",
     "extract",
     "push",
     "pull",

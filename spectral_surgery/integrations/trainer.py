@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from spectral_surgery.integrations.tasks import Features, Task
 from spectral_surgery.surgery.attach import assign, state_of
 
 CHECKPOINTS = "checkpoints"
+LOGS = "runs"  # of TensorBoard
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Job:
     train: Sequence[Features]
     held_out: Sequence[Features]
     folder: Path
-    progress: Callable[[int, int, str], None] = field(default=lambda done, total, what: None)
+    progress: Callable[[int, int, str], None]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -175,6 +176,10 @@ def _trainer(job: Job) -> Any:
         ) from None
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    model: Any = job.model
+    if job.settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()  # the embeddings are frozen, and gradients must pass the first block
     callbacks: list[Any] = [_progress_callback(job)]
     if job.settings.patience:
         callbacks.append(EarlyStoppingCallback(job.settings.patience))
@@ -189,33 +194,38 @@ def _trainer(job: Job) -> Any:
     )
     for unwanted in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
         trainer.remove_callback(unwanted)
+    if trainer.is_world_process_zero():
+        _log_to_tensorboard(trainer, job.folder / LOGS)
     return trainer
 
 
-def _arguments(job: Job) -> Any:
-    import importlib.util
+def _log_to_tensorboard(trainer: Any, folder: Path) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return  # an extra; losses are in the metrics file too
+    from transformers.integrations import TensorBoardCallback
 
+    trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder))))
+
+
+def _arguments(job: Job) -> Any:
     from transformers import TrainingArguments
-    from accelerate import PartialState
 
     settings = job.settings
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    per_process = max(
-        1, settings.batch_size // (PartialState(cpu=on_cpu).num_processes * settings.gradient_accumulation)
-    )
     when = (
         {"strategy": "steps", "steps": settings.eval_every}
         if settings.eval_every
         else {"strategy": "epoch", "steps": 500}
     )
-    logs = importlib.util.find_spec("tensorboard") is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.folder / CHECKPOINTS),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
-        per_device_train_batch_size=per_process,
-        per_device_eval_batch_size=per_process,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_ratio,
@@ -233,18 +243,18 @@ def _arguments(job: Job) -> Any:
         greater_is_better=job.task.larger_is_better,
         seed=settings.seed,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=not job.task.labelled,
         dataloader_pin_memory=not on_cpu,
-        report_to=["tensorboard"] if logs else [],
+        report_to=[],
         disable_tqdm=True,
     )
+    of_process = max(1, settings.batch_size // (arguments.world_size * settings.gradient_accumulation))
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = of_process
+    return arguments
 
 
 def _progress_callback(job: Job) -> Any:
@@ -271,6 +281,8 @@ def _trainer_class(job: Job) -> Any:
 
     class AdapterTrainer(Trainer):  # type: ignore[misc]
         """A Trainer that saves and loads adapters, trains heads at a rate of their own, and knows our losses."""
+
+        optimizer: Any
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **own: Any) -> Any:
             if job.task.loss is None:

@@ -5,7 +5,7 @@ The model's own parameters are never written: taking the adapters off gives back
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from spectral_surgery.adapters.layer import AdaptedLayer, shape_of
 from spectral_surgery.adapters.saved import BIAS_RECORD, SavedModule, TrainedBias
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.surgery.resolve import candidates, resolve
+from spectral_surgery.targets import ALL_LINEAR
 
 DEFAULT = "default"
 
@@ -110,31 +111,54 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             _replace(model, target, part.base_layer)
 
 
-def state_of(model: nn.Module, spec: AdapterSpec, name: str = DEFAULT) -> AdapterState:
+def state_of(
+    model: nn.Module, spec: AdapterSpec, name: str = DEFAULT, *, full: Callable[[Tensor], Tensor] = lambda t: t
+) -> AdapterState:
     """Copy the numbers of an adapter out of a model.
 
     Args:
         model: a model with adapters.
         spec: as returned by `inject`.
         name: of the adapter.
+        full: called on every tensor, to gather those that are sharded.
 
     Raises:
         ConfigError: when the name is on no layer.
     """
     layers = {
-        target: {key: value.detach().cpu().clone() for key, value in layer.adapters[name].state_dict().items()}
+        target: {key: _copied(value, full) for key, value in layer.adapters[name].state_dict().items()}
         for target, layer in adapted_layers(model).items()
         if name in layer.adapters
     }
     if not layers:
         raise ConfigError(f"adapter '{name}': not on this model.")
     extra = {
-        key: value.detach().cpu().clone()
+        key: _copied(value, full)
         for prefix, part in _extras(model)
         if name in part.names
         for key, value in _prefixed(prefix, part.tensors(name)).items()
     }
     return AdapterState(spec, layers, extra)
+
+
+def assign(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
+    """Set the numbers of an adapter that is on a model already.
+
+    Args:
+        model: a model with the adapter, changed in place.
+        state: its new numbers.
+        name: of the adapter.
+
+    Raises:
+        CheckpointError: when it does not fit the model.
+    """
+    layers = {target: layer for target, layer in adapted_layers(model).items() if name in layer.adapters}
+    if layers.keys() != state.layers.keys():
+        wrong = ", ".join(sorted(layers.keys() ^ state.layers.keys()))
+        raise CheckpointError(f"adapter '{name}': does not fit the model: {wrong} on one side only.")
+    for target, tensors in state.layers.items():
+        layers[target].adapters[name].load_state_dict(tensors)
+    _load_extras(model, state.extra, name)
 
 
 def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
@@ -152,6 +176,9 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
     _check_name(model, name)
     modules = dict(candidates(model, everything=True))
     wrong = [f"{target} is not in the model" for target in state.layers if target not in modules]
+    if state.spec.targets.target_modules != ALL_LINEAR:
+        absent = (own for own in modules if own not in state.layers and state.spec.targets.matches(own))
+        wrong += [f"{own} is a target and has no tensors" for own in absent]
     adapters = {}
     for target in state.layers:
         if target in modules:
@@ -176,6 +203,10 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters of a model."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _copied(tensor: Tensor, full: Callable[[Tensor], Tensor]) -> Tensor:
+    return full(tensor.detach()).cpu().clone()
 
 
 def _check_name(model: nn.Module, name: str) -> None:

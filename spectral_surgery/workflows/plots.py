@@ -53,3 +53,46 @@ def plot_spectra(spectra: Sequence[Spectrum], file: Path, title: str) -> None:
         axes.grid(alpha=0.3, which="both")
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
+
+
+def plot_training(
+    train: Sequence[tuple[int, float]],
+    held_out: Sequence[tuple[int, dict[str, float]]],
+    measure: str,
+    best_step: int,
+    file: Path,
+) -> bool:
+    """Save the course of a training as a PNG: loss of both sides, and the measure that decides.
+
+    Args:
+        train: (step, loss) of training batches.
+        held_out: (step, measures) of the held-out examples, "loss" among them.
+        measure: which of them decides.
+        best_step: marked.
+        file: where to.
+
+    Returns:
+        Whether it was: without matplotlib there is no plot.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11 if measure != "loss" else 6.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(np.atleast_1d(figure.subplots(1, 2 if measure != "loss" else 1)))
+    if train:
+        panels[0].plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training batches")
+    steps = [step for step, _ in held_out]
+    panels[0].plot(steps, [m["loss"] for _, m in held_out], "o-", color="tab:orange", label="held out")
+    panels[0].set(xlabel="step", ylabel="loss", title="loss")
+    if measure != "loss":
+        panels[1].plot(steps, [m[measure] for _, m in held_out], "o-", color="tab:orange", label="held out")
+        panels[1].set(xlabel="step", ylabel=measure, title=measure)
+    for axes in panels:
+        axes.axvline(best_step, color="black", linestyle=":", label=f"kept: step {best_step}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+    return True

@@ -17,6 +17,7 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.checkpoint.adapter_config import DIALECTS
 from spectral_surgery.checkpoint.adapter_files import CONFIG_FILE, read_adapter, write_adapter
+from spectral_surgery.errors import CheckpointError
 from spectral_surgery.surgery.attach import inject, load, state_of
 from spectral_surgery.targets import ModuleTargets
 from tests.support.tiny import MODELS, outputs, tiny
@@ -108,7 +109,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "llama",
         "lora",
-        {"target_modules": "all-linear", "rank_pattern": {"q_proj|k_proj": 2}, "alpha_pattern": {"k": 9}},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj|k_proj": 2}, "alpha_pattern": {"k_proj|x": 9}},
     ),
     ("llama", "lora", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"q_proj": 2}}),
     ("llama", "lora", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
@@ -123,7 +124,6 @@ def peft_config(method: str, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "method", "settings"), CASES)
-@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 def test_we_load_what_peft_writes(kind: str, method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = peft.get_peft_model(tiny(kind), peft_config(method, settings))
     stir(model)
@@ -133,6 +133,17 @@ def test_we_load_what_peft_writes(kind: str, method: str, settings: dict[str, An
     assert close(outputs(kind, ours), expected)
     write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "again")
     assert close(outputs(kind, theirs_from(kind, tmp_path / "again")), expected)
+
+
+def test_a_layer_without_tensors_is_refused(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny("llama"), peft_config("fourierft", {"target_modules": ["q_proj"]}))
+    model.save_pretrained(tmp_path)
+    state = read_adapter(tmp_path)
+    del state.layers["model.layers.1.self_attn.q_proj"]
+    ours = tiny("llama")
+    with pytest.raises(CheckpointError, match=r"model.layers.1.self_attn.q_proj is a target and has no tensors"):
+        load(ours, state)
+    assert torch.equal(outputs("llama", ours), outputs("llama", tiny("llama")))
 
 
 @pytest.mark.parametrize("peft_type", DIALECTS)
