@@ -1,0 +1,165 @@
+"""Quantising a matrix so that its outputs stay right: rounding errors are fed forward into later columns.
+
+What counts is tr(D H Dᵀ), with D the error of the weight and H the second moment of the inputs. In an orthonormal basis
+of the inputs, C = W Tᵀ and H' = T H Tᵀ, nothing changes, so the codes of the spectrum are chosen column by column, and
+every column takes up what its predecessors left. Source: GPTQ (arXiv 2210.17323) and its entropy-coded form, with one
+step for the matrix, in the domain of the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
+from spectral_surgery.spectra.coding import choose_layout, encode_frame
+from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
+from spectral_surgery.spectra.quantized import dequantize
+from spectral_surgery.spectra.select import Quantizer
+
+_BLOCK = 128  # columns between two updates of all the others
+_DAMPING = 0.01  # of the mean of the diagonal: directions that the text never took are not free
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of a spectrum, and what they mean: ``sign(q) (|q| + offset) step``.
+
+    Attributes:
+        values: [O, I] int32.
+        step: of the reconstruction points.
+        offset: of the reconstruction points, in steps.
+    """
+
+    values: Tensor
+    step: float
+    offset: float = 0.0
+
+    @property
+    def T(self) -> Codes:  # noqa: N802 - as tensors have it
+        """Of the transposed spectrum."""
+        return Codes(self.values.T.contiguous(), self.step, self.offset)
+
+    def coefficients(self) -> Tensor:
+        """[O, I] float32."""
+        return dequantize(self.values, torch.tensor([self.step]), self.offset)
+
+
+def feedback_factor(moment: Tensor, basis: Basis, damping: float = _DAMPING) -> Tensor:
+    """The upper Cholesky factor of the inverse of H in the domain of the codes.
+
+    Args:
+        moment: H = Xᵀ X, [I, I] of any scale, symmetric.
+        basis: of the codes.
+        damping: added to the diagonal, relative to its mean; columns that are never used get the mean.
+
+    Returns:
+        U, [I, I] float32, with H'⁻¹ = Uᵀ U.
+
+    Raises:
+        ShapeError: when H is not square.
+        ConfigError: when H is not finite, or zero.
+    """
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        raise ShapeError(f"moment: is {tuple(moment.shape)}; a square matrix is accepted.")
+    mean = float(moment.diagonal().double().mean())
+    if not mean > 0 or mean == float("inf"):
+        raise ConfigError("moment: inputs are zero or not finite; some text that reaches this layer is accepted.")
+    turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment
+    turned = turned.double() / mean
+    turned = (turned + turned.T) / 2 + damping * torch.eye(len(turned), dtype=torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(turned))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
+
+
+def feedback_codes(coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0) -> Codes:
+    """Codes of a spectrum, chosen column by column.
+
+    Args:
+        coefficients: C, [O, I] float32; not changed.
+        factor: from `feedback_factor`.
+        quantizer: dead zone and step.
+        offset: of the reconstruction points, in steps.
+
+    Returns:
+        The codes.
+    """
+    rest = coefficients.clone()
+    codes = torch.empty_like(rest, dtype=torch.int32)
+    for start in range(0, rest.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, rest.shape[1])
+        errors = torch.empty(rest.shape[0], stop - start)
+        block, own = rest[:, start:stop], factor[start:stop, start:stop]
+        for column in range(stop - start):
+            values = block[:, column]
+            level = ((values.abs() - quantizer.dead_zone) / quantizer.step).floor_().add_(1).clamp_(min=0)
+            kept = torch.copysign(level + offset * (level > 0), values)
+            codes[:, start + column] = torch.copysign(level, values).to(torch.int32)
+            error = (values - kept * quantizer.step) / own[column, column]
+            block[:, column:] -= error[:, None] * own[column, column:]
+            errors[:, column] = error
+        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+    return Codes(codes, quantizer.step, offset)
+
+
+def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
+    """Relative error of the outputs: sqrt(tr(D H Dᵀ) / tr(W H Wᵀ)); 0 for zero outputs.
+
+    Args:
+        weight: W, [O, I].
+        restored: of the same shape.
+        moment: H, [I, I].
+    """
+    difference, moment = (weight - restored).double(), moment.double()
+    whole = float(((weight.double() @ moment) * weight).sum())
+    lost = float(((difference @ moment) * difference).sum())
+    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def encode_codes(
+    coefficients: Tensor, codes: Codes, basis: Basis, *, threads: int = 1
+) -> tuple[EncodedSpectrum, EncodingReport]:
+    """Store codes that were chosen elsewhere, and measure them by decoding what is stored.
+
+    Args:
+        coefficients: [O, I] float32, what the codes stand for.
+        codes: of them.
+        basis: of the coefficients.
+        threads: frames worked on at once; the result does not depend on it.
+
+    Returns:
+        The stored form, and its report.
+    """
+    values = codes.values
+    height = rows_per_frame(values.shape[1], basis.tile)
+    spans = frame_spans(values.shape[0], height)
+    largest = int(values.abs().max()) if values.numel() else 0
+    dtype = next(d for d in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(d).max)
+    frames = [values[slice(*span)].to(dtype) for span in spans]
+    flat = [frame.reshape(-1).numpy() for frame in frames]
+    with one_torch_thread():
+        layout = choose_layout(flat[len(flat) // 2])
+        stored = tuple(parallel_map(lambda own: encode_frame(own, layout), flat, threads))
+        encoded = EncodedSpectrum(
+            stored, (values.shape[0], values.shape[1]), height, torch.tensor([codes.step]), codes.offset, basis
+        )
+
+        def measured(frame: int) -> tuple[float, float, float]:
+            if not torch.equal(encoded.codes(frame).to(torch.int32), frames[frame].to(torch.int32)):
+                raise CheckpointError("encode: a frame does not decode to what was encoded. Please report this bug.")
+            own = coefficients[slice(*spans[frame])]
+            held = dequantize(frames[frame], encoded.step, codes.offset)
+            return _energy(own), _energy(own - held), _energy(held)
+
+        energies = parallel_map(measured, range(len(frames)), threads)
+    kept = int(torch.count_nonzero(values))
+    whole, lost, stored_energy = (sum(column) for column in zip(*energies, strict=True))
+    return encoded, EncodingReport(values.numel(), encoded.stored_bytes, kept, whole, lost, stored_energy)
+
+
+def _energy(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
