@@ -20,6 +20,8 @@ _COMMANDS = (
     "train",
     "eval",
     "extract",
+    "export",
+    "inject",
     "push",
     "pull",
     "methods",

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from spectral_surgery.surgery.extract import Size
     from spectral_surgery.targets import ModuleTargets
+    from spectral_surgery.workflows.extract import LayerReport
 
 F = TypeVar("F", bound=Callable[..., object])
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 _NAME = re.compile(r"[\w.\-]+")
 
 
-def method_options(function: F) -> F:
-    """--method and -o: which adapter, and its settings."""
-    function = click.option(
+def setting_option(function: F) -> F:
+    """-o: settings of the method."""
+    return click.option(
         "-o",
         "--set",
         "settings",
@@ -26,12 +30,35 @@ def method_options(function: F) -> F:
         metavar="NAME=VALUE",
         help="Setting of the method, repeatable; `spectral-surgery methods METHOD` lists them with their defaults.",
     )(function)
+
+
+def method_options(function: F) -> F:
+    """--method and -o: which adapter, and its settings."""
     return click.option(
         "--method",
         metavar="METHOD",
         required=True,
         help="Kind of adapter; `spectral-surgery methods` lists them.",
-    )(function)
+    )(setting_option(function))
+
+
+def size_options(function: F) -> F:
+    """How large an adapter may be, and in what numbers."""
+    for option in reversed(
+        (
+            click.option(
+                "--bytes", "nbytes", type=int, metavar="N", help="Bytes of the file, spent where they save most."
+            ),
+            click.option("--max-error", type=float, help="Relative error of ΔW of every layer, such as 0.3."),
+            click.option("--rank", type=int, help="Rank of every layer: lora, foura."),
+            click.option("--n-frequency", type=int, help="Coefficients of every layer: spectral_delta, fourierft."),
+            click.option(
+                "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Stored."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
 
 
 def target_options(function: F) -> F:
@@ -81,7 +108,9 @@ def targets_of(
     modules_to_save: str | None = None,
     bias: str = "none",
 ) -> ModuleTargets:
-    """What the options of `target_options` and `trained_options` mean, ``only`` as ``<method>_only`` aside.
+    """What the options of `target_options` and `trained_options` mean.
+
+    A bias of ``only`` is left at none: the caller knows the method, and sets ``<method>_only``.
 
     Raises:
         click.BadParameter: when layers are no numbers.
@@ -94,8 +123,51 @@ def targets_of(
         exclude_modules=_names(exclude_modules),
         layers_to_transform=_numbers(layers),
         modules_to_save=tuple(modules_to_save.split(",")) if modules_to_save else (),
-        bias=bias,
+        bias="none" if bias == "only" else bias,
     )
+
+
+def size_of(
+    method: str, nbytes: int | None, max_error: float | None, rank: int | None, n_frequency: int | None
+) -> Size | None:
+    """The one of the options of `size_options` that was given, None for none.
+
+    Raises:
+        click.UsageError: when there are several, or one counts what the method does not have.
+        ConfigError: when the method is unknown, or the number out of range.
+    """
+    from spectral_surgery.surgery.extract import EXTRACTORS, Size
+
+    unit = EXTRACTORS[method].unit
+    given = {"--bytes": nbytes, "--max-error": max_error, "--rank": rank, "--n-frequency": n_frequency}
+    chosen = [(option, value) for option, value in given.items() if value is not None]
+    if not chosen:
+        return None
+    if len(chosen) > 1:
+        raise click.UsageError(f"{', '.join(option for option, _ in chosen)}: exclude each other; one is accepted.")
+    (option, value), own = chosen[0], f"--{unit.replace('_', '-')}"
+    if option in ("--rank", "--n-frequency") and option != own:
+        raise click.UsageError(f"{option}: {method} has none; {own} is accepted.")
+    if option == "--bytes":
+        return Size("bytes", value)
+    return Size("max_error" if option == "--max-error" else "count", value)
+
+
+def layer_rows(layers: Sequence[LayerReport], unit: str) -> list[dict[str, object]]:
+    """Rows of a table of layers with their errors."""
+    floors = any(layer.floor > 0 for layer in layers)
+    return [
+        {
+            "layer": layer.layer,
+            "shape": layer.shape,
+            unit: layer.components,
+            "bytes": layer.stored_bytes,
+            "relative error": layer.relative_error,
+            "energy kept": layer.energy_kept,
+        }
+        | ({"least possible error": layer.floor} if floors else {})
+        for layer in layers
+    ]
 
 
 def base_name(source: str) -> tuple[str, str | None]:

@@ -10,11 +10,8 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.surgery.extract import Size
     from spectral_surgery.workflows.extract import ExtractReport
     from spectral_surgery.workflows.extract_plan import ExtractPlan
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @click.command("extract")
@@ -22,16 +19,8 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 @click.argument("tuned", metavar="TUNED")
 @shared.out_argument
 @adapter_options.method_options
-@click.option(
-    "--bytes", "nbytes", type=int, metavar="N", help="Bytes of the adapter's file, spent where they save most."
-)
-@click.option("--max-error", type=float, help="Relative error of the difference of every layer, such as 0.3.")
-@click.option("--rank", type=int, help="Rank of every layer: lora, foura.")
-@click.option("--n-frequency", type=int, help="Coefficients of every layer: spectral_delta, fourierft.")
+@adapter_options.size_options
 @click.option("--max-rank", type=int, help="At most this rank in any layer; saves time with large models.")
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of stored numbers."
-)
 @click.option(
     "--save-rest", is_flag=True, help="Store whole what differs and carries no adapter: norms, biases, heads."
 )
@@ -74,80 +63,42 @@ def command(
     from spectral_surgery.workflows import extract as workflow
     from spectral_surgery.workflows.extract_plan import plan_extraction
 
+    size = adapter_options.size_of(method, nbytes, max_error, rank, n_frequency)
+    if size is None:
+        raise click.UsageError("one of --bytes, --max-error, --rank and --n-frequency is needed.")
     options = workflow.ExtractOptions(
         method,
-        size_of(method, nbytes, max_error, rank, n_frequency),
+        size,
         adapter_options.config_of(method, settings),
         adapter_options.targets_of(target_modules, exclude_modules, layers),
-        DTYPES[dtype],
+        adapter_options.DTYPES[dtype],
         max_rank,
         save_rest,
         *adapter_options.base_name(base),
     )
     access = shared.hub_access(quiet=quiet)
-    if not dry_run:
-        access.prepare()
     before, after = access.resolve(base)[0], access.resolve(tuned)[0]
     if dry_run:
         _show_plan(plan_extraction(before, after, method, options.targets), as_json=as_json)
         return
+    access.prepare()
     with output.progress(quiet=quiet, unit=" layers") as progress:
         report = workflow.extract(before, after, out, options, overwrite=overwrite, progress=progress)
-    pushed = access.pushed(out)
+    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+
+
+def _show_report(report: ExtractReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
     if as_json:
-        output.print_json("extract", report.to_json() | pushed)
-    else:
-        show_report(report, out)
-
-
-def size_of(
-    method: str, nbytes: int | None, max_error: float | None, rank: int | None, n_frequency: int | None
-) -> Size:
-    """The one of the four options that was given.
-
-    Raises:
-        click.UsageError: when it is not one, or counts what the method does not have.
-        ConfigError: when the method is unknown, or the number out of range.
-    """
-    from spectral_surgery.surgery.extract import EXTRACTORS, Size
-
-    unit = EXTRACTORS[method].unit
-    given = {"--bytes": nbytes, "--max-error": max_error, "--rank": rank, "--n-frequency": n_frequency}
-    chosen = [(option, value) for option, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        listed = ", ".join(option for option, _ in chosen) or "none"
-        raise click.UsageError(f"one of {', '.join(given)} is needed; got {listed}.")
-    (option, value), own = chosen[0], f"--{unit.replace('_', '-')}"
-    if option in ("--rank", "--n-frequency") and option != own:
-        raise click.UsageError(f"{option}: {method} has none; {own} is accepted.")
-    if option == "--bytes":
-        return Size("bytes", value)
-    return Size("max_error" if option == "--max-error" else "count", value)
-
-
-def show_report(report: ExtractReport, out: Path) -> None:
-    """Print a table of layers, what is not covered, and the totals."""
-    floors = any(layer.floor > 0 for layer in report.layers)
-    rows = [
-        {
-            "layer": layer.layer,
-            "shape": layer.shape,
-            report.unit: layer.components,
-            "bytes": layer.stored_bytes,
-            "relative error": layer.relative_error,
-            "energy kept": layer.energy_kept,
-        }
-        | ({"least possible error": layer.floor} if floors else {})
-        for layer in report.layers
-    ]
-    click.echo(output.table(rows))
+        output.print_json("extract", report.to_json() | more)
+        return
+    click.echo(output.table(adapter_options.layer_rows(report.layers, report.unit)))
     for name, what in report.rest.items():
         click.echo(f"{name}: {what if what == 'saved whole' else f'differs, not covered: {what}'}")
     if any(what != "saved whole" for what in report.rest.values()):
         click.echo("Not covered tensors keep the values of BASE; --save-rest stores those it can.")
     click.echo(
-        f"{report.method}: relative error {report.relative_error:.4f} of the difference of {len(rows)} matrices,"
-        f" {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"
+        f"{report.method}: relative error {report.relative_error:.4f} of the difference of {len(report.layers)}"
+        f" matrices, {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"
     )
 
 

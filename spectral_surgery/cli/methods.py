@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -14,15 +15,21 @@ from spectral_surgery.errors import ConfigError
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what can be chosen: transforms, baselines and benchmarks, with what they are and where they come from.
+    """List what can be chosen: adapters, transforms, baselines and benchmarks, and where they come from.
+
+    With the name of an adapter method, its settings for -o NAME=VALUE.
 
     \b
     Example:
       spectral-surgery methods
-      spectral-surgery methods dct
+      spectral-surgery methods fourierft
     """
+    from spectral_surgery.adapters import METHODS
+
     rows = _rows()
-    if name is not None:
+    if name in METHODS:
+        rows = _settings(METHODS[name].config)
+    elif name is not None:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
             raise ConfigError(f"methods '{name}': unknown; `spectral-surgery methods` lists the known ones.")
@@ -32,12 +39,25 @@ def command(name: str | None, as_json: bool) -> None:
         click.echo(output.table(rows))
 
 
+def _settings(config: type[Any]) -> list[Mapping[str, object]]:
+    from spectral_surgery.options import settings_of
+
+    return [
+        {"setting": own.name, "accepts": own.accepts, "default": str(own.default), "what": own.help}
+        for own in settings_of(config)
+    ]
+
+
 def _rows() -> list[Mapping[str, object]]:
+    from spectral_surgery.adapters import METHODS
     from spectral_surgery.bench import CASES
     from spectral_surgery.bench.baselines import BASELINES
     from spectral_surgery.transforms import TRANSFORMS
 
     rows: list[Mapping[str, object]] = [
+        {"kind": "adapter", "name": m.name, "what": f"PEFT type {m.peft_type}. {m.source}"} for m in METHODS.values()
+    ]
+    rows += [
         {"kind": "transform", "name": t.name, "what": f"lengths: {t.lengths}. {t.source}"} for t in TRANSFORMS.values()
     ]
     rows += [{"kind": "baseline", "name": b.name, "what": b.help} for b in BASELINES.values()]

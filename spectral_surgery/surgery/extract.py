@@ -115,7 +115,9 @@ def fit(
 
 def _check_something(counts: dict[str, int], size: Size, costs: dict[str, int]) -> None:
     if not counts:
-        raise ConfigError("difference: none of the matrices differs; two models that differ are accepted.")
+        raise ConfigError(
+            "difference: zero in every layer; models that differ, or an adapter that was trained, are accepted."
+        )
     if not any(counts.values()):
         least = min(costs.values())
         raise ConfigError(f"bytes {size.value:g}: too few for a single component; {least} or more are accepted.")

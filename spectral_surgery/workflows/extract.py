@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from spectral_surgery.workflows.extract_rest import Rest, save_rest
 from spectral_surgery.workflows.progress import Progress, silent
 
 SAVED = "saved whole"
-ENTRY_BYTES = 128  # in a header, beside the name: at least what a tensor takes there
+_ENTRY_BYTES = 128  # in a header, beside the name: at least what a tensor takes there
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def measure(
             if update.layer in state.layers:
                 delta -= delta_of(state, update.layer, update.shape)
             stored = sum(tensor.nbytes for tensor in state.layers.get(update.layer, {}).values())
-            error = math.sqrt(_energy(delta) / energy)
+            error = math.sqrt(_energy(delta) / energy) if energy else 0.0
             layer = update.layer
             reports.append(
                 LayerReport(layer, update.shape, fitted.counts[layer], stored, error, energy, fitted.floors[layer])
@@ -232,21 +232,33 @@ def _rest(plan: ExtractPlan, layers: list[str], options: ExtractOptions) -> Rest
     return save_rest(plan.tuned, plan.rest, layers, targets, options.method)
 
 
-def _room(plan: ExtractPlan, options: ExtractOptions) -> Size:
-    """The size, of a budget only what is left for the numbers of the adapters."""
-    if options.size.kind != "bytes":
-        return options.size
-    names = [f"{pair.layer}.{options.method}_adapter.positions" for pair in plan.pairs]
-    rest = _rest(plan, [pair.layer for pair in plan.pairs], options).tensors
-    header = sum(ENTRY_BYTES + len(name) for name in (*names, *names, *rest))  # two tensors for each layer
-    whole = sum(info.nbytes for info in rest.values())
-    left = int(options.size.value) - header - whole
+def room(size: Size, names: Collection[str], whole: int) -> Size:
+    """A size of which, in bytes, only what is left for the numbers of adapters.
+
+    Args:
+        size: as asked; other kinds are given back.
+        names: of all tensors in the file, as long as they may get.
+        whole: bytes of tensors that are stored as they are.
+
+    Raises:
+        ConfigError: when nothing is left.
+    """
+    if size.kind != "bytes":
+        return size
+    header = sum(_ENTRY_BYTES + len(name) for name in names)
+    left = int(size.value) - header - whole
     if left < 1:
         raise ConfigError(
-            f"bytes {options.size.value:g}: {header} go to names and shapes, {whole} to tensors saved whole;"
-            f" more than {header + whole} are accepted. Choose fewer layers or more bytes."
+            f"bytes {size.value:g}: {header} go to names and shapes, {whole} to tensors saved whole; more than"
+            f" {header + whole} are accepted. Choose fewer layers or more bytes."
         )
-    return replace(options.size, value=left)
+    return replace(size, value=left)
+
+
+def _room(plan: ExtractPlan, options: ExtractOptions) -> Size:
+    names = [f"{pair.layer}.{options.method}_adapter.positions" for pair in plan.pairs]  # at most two for each layer
+    rest = _rest(plan, [pair.layer for pair in plan.pairs], options).tensors
+    return room(options.size, [*names, *names, *rest], sum(info.nbytes for info in rest.values()))
 
 
 def _energy(tensor: Tensor) -> float:

@@ -286,7 +286,7 @@ def test_tied_weights_named_as_targets_are_changed_together(tmp_path: Path) -> N
     torch.testing.assert_close(tensors_of(tmp_path / "merged")[HEAD], tuned[HEAD], rtol=1e-2, atol=1e-3)
     untied = tuned | {HEAD: gaussian(300, 96, seed=9)}
     write_folder(tmp_path / "untied", untied)
-    with pytest.raises(ConfigError, match="none of the matrices differs"):
+    with pytest.raises(ConfigError, match="difference: zero in every layer"):
         run((folders[0], tmp_path / "untied", folders[2]), "lora")
 
 
@@ -357,7 +357,7 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path, Pat
     nan = write_folder(tmp_path / "nan", broken)
     for sources, options, error, match in (
         ((base, other), {}, CheckpointError, "other: has no tensor in common with"),
-        ((base, base), {}, ConfigError, "difference: none of the matrices differs"),
+        ((base, base), {}, ConfigError, "difference: zero in every layer"),
         ((base, marked), {}, CheckpointError, "marked: is quantised or compressed; a plain"),
         ((base, nan), {}, ConfigError, r"q_proj: the difference is not finite"),
         ((base, tuned), {"kind": "bytes", "value": 100}, ConfigError, r"bytes 100: \d+ go to names and shapes"),
@@ -425,8 +425,8 @@ def test_command(folders: tuple[Path, Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((), "one of --bytes, --max-error, --rank, --n-frequency is needed; got none"),
-        (("--rank", 1, "--bytes", 9), "got --bytes, --rank"),
+        ((), "one of --bytes, --max-error, --rank and --n-frequency is needed"),
+        (("--rank", 1, "--bytes", 9), "--bytes, --rank: exclude each other; one is accepted"),
         (("--n-frequency", 4), "--n-frequency: lora has none; --rank is accepted"),
         (("--rank", 1, "--layers", "a"), "'a' is no list of numbers such as"),
     ],

@@ -1,0 +1,115 @@
+"""spectral-surgery export."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spectral_surgery.cli import adapter_options, output, shared
+
+if TYPE_CHECKING:
+    from spectral_surgery.workflows.export import ExportPlan, ExportReport
+
+
+@click.command("export")
+@click.argument("adapter", metavar="ADAPTER")
+@shared.out_argument
+@click.option(
+    "--format",
+    "form",
+    default="lora",
+    show_default=True,
+    metavar="FORMAT",
+    help="lora, foura, spectral_delta, ...: an adapter; delta: a checkpoint with ΔW under the name of each weight.",
+)
+@click.option("--base", metavar="BASE", help="The base model, for names and shapes  [default: the one ADAPTER names]")
+@adapter_options.size_options
+@adapter_options.setting_option
+@shared.push_option
+@shared.writing_options
+@shared.output_options
+def command(
+    adapter: str,
+    out: Path,
+    form: str,
+    base: str | None,
+    settings: tuple[str, ...],
+    nbytes: int | None,
+    max_error: float | None,
+    rank: int | None,
+    n_frequency: int | None,
+    dtype: str,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write an adapter in another form: as a LoRA that every other tool reads, or as plain weight differences.
+
+    FouRA becomes a LoRA exactly, unless its gate depends on the input: freeze it first. Of fourierft and
+    spectral_delta a LoRA is the best approximation of a --rank, a --max-error or a number of --bytes, and the error is
+    measured. --base is read for headers only, and only where the adapter does not say the shapes of its layers.
+
+    \b
+    Example:
+      spectral-surgery export ./foura ./lora
+      spectral-surgery export ./fourierft ./lora --rank 16 --base ./model
+      spectral-surgery export ./adapter ./differences --format delta
+    """
+    from spectral_surgery.checkpoint.adapter_files import read_adapter
+    from spectral_surgery.workflows import export as workflow
+
+    is_delta = form == workflow.DELTA
+    size = None if is_delta else adapter_options.size_of(form, nbytes, max_error, rank, n_frequency)
+    config = None if is_delta else adapter_options.config_of(form, settings)
+    access = shared.hub_access(quiet=quiet)
+    folder = access.resolve(adapter)[0]
+    state = read_adapter(folder)
+    base = base or (state.spec.base_model if workflow.needs_base(state, form) else None)
+    with ExitStack() as stack:
+        model = stack.enter_context(access.outline(base)).path if base else None
+        if dry_run:
+            _show_plan(workflow.plan_export(folder, form, base=model, size=size), form, as_json=as_json)
+            return
+        access.prepare()
+        progress = stack.enter_context(output.progress(quiet=quiet, unit=" layers"))
+        number = adapter_options.DTYPES[dtype]
+        report = workflow.export(
+            folder,
+            out,
+            form,
+            base=model,
+            size=size,
+            config=config,
+            dtype=number,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+
+
+def _show_plan(plan: ExportPlan, form: str, *, as_json: bool) -> None:
+    shapes = {update.layer: list(update.shape) for update in plan.updates}
+    if as_json:
+        output.print_json("export", {"dry_run": True, "exact": plan.exact, "layers": shapes})
+        return
+    click.echo(output.table([{"layer": layer, "shape": shape} for layer, shape in shapes.items()]))
+    how = "exactly" if plan.exact else "approximately"
+    click.echo(f"{plan.state.spec.method.name} would become {form}, {how}. Nothing was written.")
+
+
+def _show_report(report: ExportReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
+    if as_json:
+        output.print_json("export", report.to_json() | more)
+        return
+    click.echo(output.table(adapter_options.layer_rows(report.layers, report.unit)))
+    for name in report.left_out:
+        click.echo(f"{name}: trained whole, and no difference of weights; left out")
+    how = "exact but for rounding" if report.exact else "approximate"
+    click.echo(
+        f"{report.method} as {report.form}, {how}: relative error {report.relative_error:.4g},"
+        f" {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"
+    )
