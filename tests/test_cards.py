@@ -218,7 +218,8 @@ def test_what_can_be_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_command_that_makes_the_same_bytes(options: CompressOptions, words: str) -> None:
     command = compress_command(options.to_json(), "org/base")
     assert command == f"spectral-surgery compress org/base OUT {words}"
-    assert compress_command({}, None) == "spectral-surgery compress SOURCE OUT"
+    assert compress_command({"calibration": "text of 3 words, 1f2e"}, None).endswith(" OUT --calibrate TEXT")
+    assert compress_command({"calibration": None}, None) == "spectral-surgery compress SOURCE OUT"
 
 
 def test_long_tables_are_cut() -> None:

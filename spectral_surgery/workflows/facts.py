@@ -55,6 +55,7 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     stored = {f"{name}.{suffix}" for name in manifest.tensors for suffix in SUFFIXES}
     copied = [info for name, info in index.tensors.items() if name not in stored]
     original = sum(r.report.weights * DTYPE_BITS[r.dtype] // 8 for r in manifest.tensors.values())
+    calibration = manifest.options.get("calibration")
     rows = [
         {
             "tensor": f"`{name}`",
@@ -72,6 +73,8 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
         "density": f"{total.density:.4g}, the fraction of coefficients kept",
         "copied bit for bit": f"{len(copied)} tensors, {sum(info.nbytes for info in copied):,} bytes",
     }
+    if calibration:
+        totals["codes chosen by"] = str(calibration)
     return Facts(
         f"{_name(origin)}, compressed in the frequency domain",
         f"{_linked(origin)} as entropy-coded spectra, made by spectral-surgery from files, without a forward pass.",
@@ -202,6 +205,8 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
     for key, value in options.items():
         if key == "target" and isinstance(value, Mapping):
             words += [f"--{_TARGETS.get(str(value['kind']), value['kind'])}", str(value["value"]).removesuffix(".0")]
+        elif key == "calibration":
+            words += ["--calibrate", "TEXT"] if value else []  # told by its checksum, not by its path
         elif isinstance(value, list | tuple):
             words += [word for item in value for word in (f"--{key}", str(item))]
         elif value is True:
