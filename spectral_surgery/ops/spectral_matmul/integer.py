@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -58,8 +59,7 @@ def prepare(x: Tensor, accuracy: torch.dtype, *, adjoint: bool = False) -> Opera
 def product(operand: Operand, matrix: Tensor) -> Tensor:
     """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type."""
     if matrix.dtype == torch.int8 and operand.how == "packed":
-        ones = torch.ones(len(matrix), dtype=torch.bfloat16, device=matrix.device)
-        return torch._weight_int8pack_mm(operand.x, matrix, ones)
+        return torch._weight_int8pack_mm(operand.x, matrix, _ones(len(matrix), matrix.device))
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix.T)
     x = operand.x.to(operand.dtype)
@@ -79,6 +79,12 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
     for start, stop, block in _blocks(matrix, g.dtype):
         out += g[:, start:stop] @ block
     return out
+
+
+@lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(count, dtype=torch.bfloat16, device=device)
 
 
 def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
