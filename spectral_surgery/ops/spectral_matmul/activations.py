@@ -6,11 +6,16 @@ product are transformed, a small matrix product per token, and the spectrum C mu
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.parallel import one_torch_thread
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
+
+_ONE_THREAD = 1 << 23  # multiplications; waking a second thread for fewer costs more than it does
 
 
 def to_spectrum(x: Tensor, basis: Basis) -> Tensor:
@@ -33,6 +38,10 @@ def columns_to_space(y: Tensor, basis: Basis) -> Tensor:
     return _along(y, basis, inverse=True) if 1 in basis.axes else y
 
 
+def _threads(products: int) -> AbstractContextManager[None]:
+    return one_torch_thread() if products < _ONE_THREAD else nullcontext()
+
+
 def _along(x: Tensor, basis: Basis, *, inverse: bool) -> Tensor:
     transform = TRANSFORMS[basis.transform]
     if transform is IDENTITY:
@@ -46,7 +55,8 @@ def _along(x: Tensor, basis: Basis, *, inverse: bool) -> Tensor:
         if points and transform.accepts(points):
             matrix = transform.basis(points, dtype=x.dtype, device=x.device)
             matrix = matrix if inverse else matrix.T
-            part = (part.reshape(-1, points) @ matrix).reshape(tokens, stop - start)
+            with _threads(part.numel() * points):
+                part = (part.reshape(-1, points) @ matrix).reshape(tokens, stop - start)
         if points:
             parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
