@@ -68,10 +68,10 @@ class AdaptiveSpectralFilter(nn.Module):
         require_range("mlp_hidden_dim", hidden, 1)
         require_range("init_std", init_std, 0)
         self.heads, self.bins = heads, bins
-        self.filter = nn.Parameter(torch.randn(bins, heads, 2) * init_std + torch.tensor([1.0, 0.0]))
+        self.filter = nn.Parameter(torch.randn(heads, bins, 2) * init_std + torch.tensor([1.0, 0.0]))
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, bins * heads * 2)
+        self.down = nn.Linear(hidden, heads * bins * 2)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
@@ -86,8 +86,9 @@ class AdaptiveSpectralFilter(nn.Module):
             [..., T // 2 + 1, H] complex.
         """
         hidden = nn.functional.gelu(self.up(self.norm(context.to(self.up.weight.dtype))))
-        change = torch.tanh(wide(self.down(hidden))).reshape(*context.shape[:-1], self.bins, self.heads, 2)
-        return torch.view_as_complex(interpolate(wide(self.filter) + change, length, dim=-3).contiguous())
+        change = torch.tanh(wide(self.down(hidden))).reshape(*context.shape[:-1], self.heads, self.bins, 2)
+        gain = torch.view_as_complex(interpolate(wide(self.filter) + change, length, dim=-2))  # [..., H, F]
+        return gain.transpose(-1, -2)
 
     def forward(self, spectrum: Tensor, context: Tensor, length: int) -> Tensor:
         """Multiply a spectrum by its gains.
@@ -100,8 +101,7 @@ class AdaptiveSpectralFilter(nn.Module):
         Returns:
             [B, F, D] complex.
         """
-        gain = self.gain(context, length).unsqueeze(-1)  # [B, F, H, 1]
-        return (spectrum.reshape(*spectrum.shape[:-1], self.heads, -1) * gain).flatten(-2)
+        return amplify(spectrum, self.gain(context, length))
 
 
 class ModReLU(nn.Module):
@@ -124,7 +124,7 @@ class ModReLU(nn.Module):
         super().__init__()
         require_range("heads", heads, 1)
         require_range("bins", bins, 2)
-        self.bias = nn.Parameter(torch.full((bins, heads), float(bias)))
+        self.bias = nn.Parameter(torch.full((heads, bins), float(bias)))
 
     def forward(self, z: Tensor, length: int) -> Tensor:
         """Apply it to a spectrum.
@@ -136,9 +136,42 @@ class ModReLU(nn.Module):
         Returns:
             As z.
         """
-        bias = interpolate(wide(self.bias), length, dim=0).unsqueeze(-1)  # [F, H, 1]
-        heads = z.reshape(*z.shape[:-1], bias.shape[1], -1)
-        return (heads * torch.relu(1 + bias / heads.abs().clamp_min(_SMALL))).flatten(-2)
+        return modrelu(z, self.of_length(length))
+
+    def of_length(self, length: int) -> Tensor:
+        """Biases [T // 2 + 1, H] of the frequencies of a length."""
+        return interpolate(wide(self.bias), length, dim=1).T
+
+
+def amplify(spectrum: Tensor, gain: Tensor) -> Tensor:
+    """Multiply the channels of each head by the gains of the head.
+
+    Args:
+        spectrum: [B, F, D] complex.
+        gain: [B, F, H] complex.
+
+    Returns:
+        [B, F, D] complex.
+    """
+    heads = spectrum.reshape(*spectrum.shape[:-1], gain.shape[-1], -1)
+    return (heads * gain.unsqueeze(-1)).flatten(-2)
+
+
+def modrelu(z: Tensor, bias: Tensor) -> Tensor:
+    """max(|z| + b, 0) z / |z|, and b = 0 gives z itself.
+
+    Args:
+        z: [..., F, D] complex, D a multiple of H.
+        bias: [F, H].
+
+    Returns:
+        As z.
+    """
+    parts = torch.view_as_real(z.resolve_conj()).reshape(*z.shape[:-1], bias.shape[-1], -1, 2)
+    real, imaginary = parts[..., 0], parts[..., 1]
+    magnitude = (real * real + imaginary * imaginary).clamp_min(_SMALL**2).sqrt()
+    shrunk = parts * torch.relu(1 + bias.unsqueeze(-1) / magnitude).unsqueeze(-1)
+    return torch.view_as_complex(shrunk).flatten(-2)
 
 
 def interpolate(values: Tensor, length: int, dim: int) -> Tensor:

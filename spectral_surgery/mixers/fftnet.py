@@ -17,8 +17,11 @@ from spectral_surgery.mixers.components import (
     FourierTransform,
     InverseFourierTransform,
     ModReLU,
+    amplify,
+    modrelu,
 )
 from spectral_surgery.mixers.run import run_bidirectional
+from spectral_surgery.mixers.slabs import in_slabs
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ class FFTNetMixer(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        length = x.shape[1]
-        spectrum = self.transform(x)  # [B, F, D]
-        filtered = self.filter(spectrum, wide(x).mean(1), length)
-        mixed: Tensor = self.inverse(self.activation(filtered, length), length)
-        return mixed
+        length, tokens = x.shape[1], wide(x)
+        gain, bias = self.filter.gain(tokens.mean(1), length), self.activation.of_length(length)
+
+        def mix(part: Tensor) -> Tensor:  # [B, H, n, T], some channels of every head
+            spectrum = self.transform(part.flatten(1, 2).transpose(1, 2))  # [B, F, H n]
+            mixed: Tensor = self.inverse(modrelu(amplify(spectrum, gain), bias), length)
+            return mixed.transpose(1, 2).reshape(part.shape)
+
+        channels = tokens.transpose(1, 2).reshape(len(x), self.filter.heads, -1, length)
+        return in_slabs(mix, (channels,), (2,)).flatten(1, 2).transpose(1, 2)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.

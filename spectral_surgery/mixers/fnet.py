@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
+from spectral_surgery.mixers.slabs import in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
@@ -47,10 +49,9 @@ class FNetMixer(nn.Module):
         return run_bidirectional(self.mix, self.width, x, mask, cache)
 
     def mix(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D] float32; half of it follows from the symmetry of the spectrum of real numbers."""
-        half = torch.fft.rfft2(wide(x), dim=(1, 2), norm="ortho").real  # [B, T, D // 2 + 1]
-        mirrored = half[:, :, 1 : (self.width + 1) // 2].flip((1, 2)).roll(1, 1)  # (-t, -c) for (t, c)
-        return torch.cat((half, mirrored), -1)
+        """[B, T, D] to [B, T, D] float32."""
+        y: Tensor = _FourierMix.apply(wide(x))
+        return y
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """FNet cannot decode.
@@ -59,6 +60,28 @@ class FNetMixer(nn.Module):
             CausalityError: always.
         """
         refuse_cache("fnet")
+
+
+class _FourierMix(torch.autograd.Function):
+    """Re of the two-dimensional transform, which is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
+        """[B, T, D] to [B, T, D]; half of it follows from the symmetry of the spectrum of real numbers."""
+        spectrum = torch.fft.rfft(x, norm="ortho").transpose(1, 2)  # [B, D // 2 + 1, T]
+        half = in_slabs(lambda part: torch.fft.fft(part, norm="ortho").real, (spectrum,), (1,)).transpose(1, 2)
+        known, mirrored = half.shape[2], half[:, :, 1 : (x.shape[2] + 1) // 2].flip(2)
+        y = torch.empty_like(x)
+        y[:, :, :known] = half
+        y[:, :1, known:] = mirrored[:, :1]
+        y[:, 1:, known:] = mirrored[:, 1:].flip(1)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        """The same map."""
+        y: Tensor = _FourierMix.apply(grad)
+        return y
 
 
 class CausalFNetMixer(nn.Module):

@@ -15,6 +15,7 @@ from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_rang
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import FourierTransform, InverseFourierTransform, interpolate
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
+from spectral_surgery.mixers.slabs import in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
@@ -40,7 +41,7 @@ class SpectralMixing(nn.Module):
     is_causal = False
 
     def __init__(self, config: SpectralMixingConfig, width: int) -> None:
-        """Start at gain 1 and bias 0.
+        """Start at gain 1.
 
         Raises:
             ConfigError: when bins is less than 2.
@@ -50,7 +51,6 @@ class SpectralMixing(nn.Module):
         self.width = width
         self.transform, self.inverse = FourierTransform(), InverseFourierTransform()
         self.filter = nn.Parameter(_all_pass(config.bins, width))
-        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `Mixer.__call__`."""
@@ -58,10 +58,7 @@ class SpectralMixing(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        length = x.shape[1]
-        gain = torch.view_as_complex(interpolate(wide(self.filter), length, dim=0))  # [F, D]
-        mixed: Tensor = self.inverse(self.transform(x) * gain, length)
-        return mixed + wide(self.bias)
+        return in_slabs(self._mix, (wide(x).transpose(1, 2), self.filter), (1, 0)).transpose(1, 2)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.
@@ -71,6 +68,13 @@ class SpectralMixing(nn.Module):
         """
         refuse_cache("spectral_mixing")
 
+    def _mix(self, x: Tensor, values: Tensor) -> Tensor:
+        """[B, D, T] to [B, D, T], some of the channels."""
+        length = x.shape[2]
+        gain = torch.view_as_complex(interpolate(wide(values), length, dim=1)).T  # [F, D]
+        mixed: Tensor = self.inverse(self.transform(x.transpose(1, 2)) * gain, length)
+        return mixed.transpose(1, 2)
+
 
 class CausalSpectralMixing(nn.Module):
     """A causal convolution whose kernel is learned as its spectrum; the identity at the start."""
@@ -78,7 +82,7 @@ class CausalSpectralMixing(nn.Module):
     is_causal = True
 
     def __init__(self, config: CausalSpectralMixingConfig, width: int) -> None:
-        """Start at gain 1 and bias 0.
+        """Start at gain 1.
 
         Raises:
             ConfigError: when kernel_length is less than 1.
@@ -87,7 +91,6 @@ class CausalSpectralMixing(nn.Module):
         require_range("kernel_length", config.kernel_length, 1)
         self.width, self.kernel_length = width, config.kernel_length
         self.filter = nn.Parameter(_all_pass(config.kernel_length // 2 + 1, width))
-        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `Mixer.__call__`."""
@@ -95,7 +98,7 @@ class CausalSpectralMixing(nn.Module):
 
     def kernel(self) -> Tensor:
         """[D, L] float32: entry s weighs the token s places back."""
-        kernel: Tensor = torch.fft.irfft(torch.view_as_complex(wide(self.filter)), n=self.kernel_length, dim=0).T
+        kernel: Tensor = torch.fft.irfft(torch.view_as_complex(wide(self.filter)), n=self.kernel_length)
         return kernel
 
     def mix(self, x: Tensor, lengths: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
@@ -103,12 +106,12 @@ class CausalSpectralMixing(nn.Module):
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
         y = causal_fft_conv(wide(x).permute(2, 0, 1), self.kernel())  # [D, B, T]
-        return y.permute(1, 2, 0) + wide(self.bias)
+        return y.permute(1, 2, 0)
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""
         history = cache.push("inputs", x).transpose(1, 2).unsqueeze(-1)  # [B, D, L, 1]
-        return causal_fft_conv_step(history, cache.shared["kernel"]).squeeze(-1) + wide(self.bias)
+        return causal_fft_conv_step(history, cache.shared["kernel"]).squeeze(-1)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:
         """As `Mixer.new_cache`: the last L tokens, and the kernel as it is now."""
@@ -118,8 +121,8 @@ class CausalSpectralMixing(nn.Module):
 
 
 def _all_pass(bins: int, width: int) -> Tensor:
-    """[bins, D, 2]: real part 1, imaginary part 0."""
-    return torch.tensor([1.0, 0.0]).repeat(bins, width, 1)
+    """[D, bins, 2]: real part 1, imaginary part 0."""
+    return torch.tensor([1.0, 0.0]).repeat(width, bins, 1)
 
 
 SPECTRAL_MIXING = MixerMethod(

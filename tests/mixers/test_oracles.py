@@ -52,7 +52,7 @@ def test_causal_fnet(length: int, kernel_length: int) -> None:
 def test_fftnet(length: int) -> None:
     mixer, x = random_mixer("fftnet"), tokens(2, length, WIDTH)
     gains = mixer.filter.gain(x.mean(1), length).repeat_interleave(4, -1)  # [B, F, D]
-    bias = interpolate(mixer.activation.bias, length, 0).repeat_interleave(4, -1)
+    bias = interpolate(mixer.activation.bias, length, 1).T.repeat_interleave(4, -1)
     z = (fourier(length)[: length // 2 + 1] @ x.to(torch.complex128)) * gains
     z = torch.relu(z.abs() + bias) * z / z.abs()
     z[:, 0] = z[:, 0].real.to(z.dtype)
@@ -68,7 +68,7 @@ def test_causal_fftnet(settings: dict[str, int]) -> None:
         start = t // settings["chunk"] * settings["chunk"]
         context = x[:, :start].mean(1) if start else torch.zeros(2, WIDTH)
         gain = mixer.filter.gain(context, settings["kernel_length"])
-        bias = interpolate(mixer.activation.bias, settings["kernel_length"], 0)
+        bias = interpolate(mixer.activation.bias, settings["kernel_length"], 1).T
         gain = gain * torch.relu(1 + bias / gain.abs().clamp_min(1e-3))
         kernel = torch.fft.irfft(gain, n=settings["kernel_length"], dim=1).repeat_interleave(4, -1)  # [B, L, D]
         for s in range(min(t + 1, settings["kernel_length"])):
@@ -93,13 +93,13 @@ def test_spectral_mixing_starts_as_the_identity(name: str, length: int) -> None:
 @pytest.mark.parametrize("length", [1, 6, 9, 16, 100])
 def test_spectral_mixing(length: int) -> None:
     mixer, x = random_mixer("spectral_mixing"), tokens(2, length, WIDTH)
-    half = torch.view_as_complex(interpolate(mixer.filter, length, 0)).to(torch.complex128)
+    half = torch.view_as_complex(interpolate(mixer.filter, length, 1)).T.to(torch.complex128)
     half[0] = half[0].real.to(half.dtype)
     if length % 2 == 0:
         half[-1] = half[-1].real.to(half.dtype)
     gains = torch.cat((half, half[1 : (length + 1) // 2].flip(0).conj()))
     y = fourier(length).conj() @ (gains * (fourier(length) @ x.to(torch.complex128)))
-    close(mixer(x), y.real + mixer.bias)
+    close(mixer(x), y.real)
 
 
 def test_a_filter_keeps_its_meaning_when_the_length_changes() -> None:
@@ -114,7 +114,7 @@ def test_a_filter_keeps_its_meaning_when_the_length_changes() -> None:
 
 def test_causal_spectral_mixing() -> None:
     mixer, x = random_mixer("causal_spectral_mixing"), tokens(2, 70, WIDTH)
-    kernel, y = mixer.kernel(), torch.zeros_like(x) + mixer.bias
+    kernel, y = mixer.kernel(), torch.zeros_like(x)
     for t in range(70):
         for s in range(min(t + 1, 40)):
             y[:, t] += kernel[:, s] * x[:, t - s]

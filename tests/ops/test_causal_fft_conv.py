@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import ShapeError
-from spectral_surgery.ops import causal_fft_conv as op
-from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
+from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step, slabs
 from spectral_surgery.ops.causal_fft_conv.reference import causal_conv
 
 PATHS = {"products": 1 << 20, "fft": 0}
@@ -24,7 +23,7 @@ def kernel_of(length: int, lags: int, chunk: int | None, dtype: torch.dtype = to
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(op, "PRODUCT_LAGS", PATHS[request.param])
+    monkeypatch.setattr(slabs, "PRODUCT_LAGS", PATHS[request.param])
     return str(request.param)
 
 
@@ -93,7 +92,7 @@ def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernel = draw(2, 3, 50), kernel_of(50, 20, None)
     wanted = causal_conv(x, kernel)
     for slab in (1, 100, 160, 1000):
-        monkeypatch.setattr(op, "_SLAB", slab)
+        monkeypatch.setattr(slabs, "SLAB", slab)
         torch.testing.assert_close(causal_fft_conv(x, kernel), wanted, rtol=0, atol=1e-12)
 
 
