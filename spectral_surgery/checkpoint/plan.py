@@ -42,6 +42,7 @@ class CompressOptions:
         exclude: globs of tensor names that are copied.
         min_weights: smaller tensors are copied.
         copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
+        calibration: the text that codes were chosen by, in words and a checksum.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class CompressOptions:
     exclude: tuple[str, ...] = ()
     min_weights: int = 4096
     copy_nonfinite: bool = False
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tile <= MAX_TILE:

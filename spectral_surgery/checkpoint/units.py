@@ -11,7 +11,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,9 +32,11 @@ from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTenso
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.checkpoint.writer import Entry, replace_file
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport, choose_basis, encode
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, choose_basis, encode
+from spectral_surgery.spectra.feedback import Codes, encode_codes
 from spectral_surgery.spectra.parallel import one_torch_thread
 
+UNITS = "units"  # folder of unfinished work
 PIECE = 1 << 24  # bytes of a copied tensor read at a time
 
 
@@ -106,12 +109,65 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
         encoded, report = encode(weight, options.target, basis, threads=threads)
     except ConfigError as error:
         raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
+    _save(workshop, unit, encoded, _part_record((start, stop), encoded, report))
+    return report
+
+
+def leave_codes(
+    workshop: Workshop,
+    plan: Plan,
+    tensor: PlannedTensor,
+    coefficients: Tensor,
+    codes: Codes,
+    *,
+    threads: int = 1,
+) -> None:
+    """Leave the unit files of a tensor whose codes were chosen elsewhere.
+
+    Args:
+        workshop: where to.
+        plan: the plan it belongs to.
+        tensor: which.
+        coefficients: [O, I] float32, what the codes stand for.
+        codes: of them.
+        threads: frames encoded at once.
+    """
+    basis = Basis(plan.options.transform, plan.options.tile, tensor.axes)
+    for unit in (unit for unit in plan.units if unit.tensor is tensor):
+        start, stop = tensor.parts[unit.part]
+        own = replace(codes, values=codes.values[start:stop])
+        encoded, report = encode_codes(coefficients[start:stop], own, basis, threads=threads)
+        _save(workshop, unit, encoded, _part_record((start, stop), encoded, report))
+
+
+def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Codes | None:
+    """What `leave_codes` was given, if all its unit files are there.
+
+    Returns:
+        The codes, or None.
+    """
+    parts, step = [], torch.ones(2)
+    for unit in (unit for unit in plan.units if unit.tensor is tensor):
+        done = _load(workshop, unit)
+        if done is None or done[1] is None:
+            return None
+        start, stop = tensor.parts[unit.part]
+        step = read_tensor(done[0]["step"])
+        offsets = read_tensor(done[0]["frames"]).tolist()
+        data = memoryview(read_bytes(done[0]["codes"], 0, done[0]["codes"].nbytes))
+        frames = tuple(data[a:b] for a, b in pairwise(offsets))
+        basis = Basis(done[1].transform, plan.options.tile, tensor.axes)
+        shape = (stop - start, tensor.columns)
+        encoded = EncodedSpectrum(frames, shape, done[1].rows_per_frame, step[:-1], float(step[-1]), basis)
+        parts += [encoded.codes(frame).to(torch.int32) for frame in range(len(frames))]
+    return Codes(torch.cat(parts), float(step[0]), float(step[-1]))
+
+
+def _part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
     crc = 0
     for frame in encoded.frames:
         crc = zlib.crc32(frame, crc)
-    record = PartRecord((start, stop), encoded.rows_per_frame, basis.transform, crc, report)
-    _save(workshop, unit, encoded, record)
-    return report
+    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from spectral_surgery.cli import output, shared
+from spectral_surgery.cli import calibration, output, shared
 
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions, Plan
     from spectral_surgery.hub import Found
+    from spectral_surgery.spectra.select import Target
     from spectral_surgery.workflows.compress import CompressReport
 
 Kind = Literal["density", "bits", "max_error"]
@@ -35,6 +36,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option(
     "--copy-nonfinite", is_flag=True, help="Copy tensors with NaN or infinite values instead of refusing them."
 )
+@calibration.calibration_options
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
@@ -74,15 +76,13 @@ def command(
     \b
     Example:
       spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2
+      spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./model ./model-small --sparsity 0.2 --dry-run
     """
-    kind, value = _only(ctx, {"density": density, "bits": bits, "max_error": max_error})
-    part = shared.shard_of(shard)
     from spectral_surgery.checkpoint.plan import CompressOptions
-    from spectral_surgery.spectra.select import Target
-    from spectral_surgery.workflows import compress as workflow
 
-    options = CompressOptions(Target(kind, value), transform, tile, include, exclude, min_weights, copy_nonfinite)
+    target, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
+    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite)
     access = shared.hub_access(quiet=quiet)
     if dry_run:
         with access.outline(source) as found:
@@ -91,7 +91,8 @@ def command(
     access.prepare()
     path, origin = access.resolve(source)
     with output.progress(quiet=quiet, unit=" weights") as progress:
-        report = workflow.compress(
+        report = calibration.run(
+            ctx,
             path,
             out,
             options,
@@ -106,11 +107,13 @@ def command(
     _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
 
 
-def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, float]:
+def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> Target:
+    from spectral_surgery.spectra.select import Target
+
     given = [(kind, value) for kind, value in asked.items() if value is not None]
     if len(given) != 1:
         raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
-    return given[0]
+    return Target(*given[0])
 
 
 def _show_plan(found: Found, options: CompressOptions, *, as_json: bool) -> None:

@@ -20,14 +20,12 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, Unit, make_plan
-from spectral_surgery.checkpoint.units import Workshop, is_done, join, run_unit, work_key
+from spectral_surgery.checkpoint.units import UNITS, Workshop, is_done, join, run_unit, work_key
 from spectral_surgery.checkpoint.writer import partial_folder, publishing, write_checkpoint, writing_to
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
-
-_UNITS = "units"
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def compress(
                 f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
             )
         shutil.rmtree(partial)
-    workshop = Workshop(partial / _UNITS, work_key(index, options))
+    workshop = Workshop(partial / UNITS, work_key(index, options))
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
         with hold(partial, exclusive=alone, wait=not alone):
@@ -251,7 +249,7 @@ def _finish(
 
 def _clear_leftovers(folder: Path) -> None:
     for path in folder.iterdir():  # of an attempt that was killed while joining
-        if path.name not in (_UNITS, LOCK_FILE):
+        if path.name not in (UNITS, LOCK_FILE):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -1,0 +1,241 @@
+"""compress --calibrate: codes chosen so that the outputs of a model stay right, judged on some text.
+
+The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
+already compressed; then every weight is quantised with error feedback at the asked rate, and left as a finished unit
+of the compression, which does the rest as without text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.lock import hold
+from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
+from spectral_surgery.checkpoint.publish import partial_folder, writing_to
+from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.checkpoint.units import UNITS, Workshop, finished_codes, leave_codes, work_key
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.models import load_model
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, feedback_factor, output_error
+from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density
+from spectral_surgery.surgery.blocks import Batch, blocks_in_turn, moments_of
+from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
+from spectral_surgery.workflows.examples import read_examples
+from spectral_surgery.workflows.merge_plan import tensor_of
+from spectral_surgery.workflows.progress import Progress, silent
+
+_ATTEMPTS = 6
+_TOLERANCE = 0.004  # of the asked rate
+_DENSITY_TOLERANCE = 0.0005
+_ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Text to calibrate on.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        samples: sequences at most.
+        seq_length: tokens of a sequence at most.
+    """
+
+    file: Path
+    samples: int = 512
+    seq_length: int = 256
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work."""
+        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration left in one weight: relative error of the outputs of its layer, on the text."""
+
+    name: str
+    output_error: float
+
+
+def compress_calibrated(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    data: CalibrationData,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    origin: str | None = None,
+    progress: Progress = silent,
+) -> tuple[CompressReport, list[Calibrated]]:
+    """Compress a checkpoint with text to judge by.
+
+    Args:
+        source: a checkpoint folder with a tokenizer.
+        out: folder to create.
+        options: what is asked, in bits or density.
+        data: text.
+        workers: processes for what is compressed without text, such as embeddings.
+        threads: frames at once.
+        resume: go on with unfinished work of the same source, options and text.
+        overwrite: replace an existing folder, and discard unfinished work.
+        origin: the Hub repository that source is a copy of.
+        progress: called after each weight.
+
+    Returns:
+        (the report, what was calibrated).
+
+    Raises:
+        ConfigError: when the target is an error, or there is no text.
+        CheckpointError: as `compress`, and when the model cannot be loaded.
+    """
+    if options.target.kind == "max_error":
+        raise ConfigError("--calibrate: minimises the error itself; --bits or --sparsity is accepted with it.")
+    if not data.file.is_file():
+        raise ConfigError(f"--calibrate {data.file}: no such file; a text, .csv or .jsonl file is accepted.")
+    transform = DEFAULT_TRANSFORM if options.transform == AUTO else options.transform
+    options = replace(options, transform=transform, calibration=data.digest())
+    index, plan = plan_compression(source, options)
+    partial = partial_folder(out, overwrite=overwrite)
+    if partial.exists() and not resume:
+        if not overwrite:
+            raise CheckpointError(
+                f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+            )
+        shutil.rmtree(partial)
+    workshop = Workshop(partial / UNITS, work_key(index, options))
+    with writing_to(out):
+        workshop.folder.mkdir(parents=True, exist_ok=True)
+        with hold(partial, exclusive=True, wait=False):
+            done = list(_Calibration(index, plan, workshop, threads, progress).run(source, data))
+    report = compress(
+        source, out, options, workers=workers, threads=threads, resume=True, overwrite=overwrite, origin=origin
+    )
+    return cast(CompressReport, report), done
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    index: CheckpointIndex
+    plan: Plan
+    workshop: Workshop
+    threads: int
+    progress: Progress
+
+    def run(self, source: Path, data: CalibrationData) -> Iterator[Calibrated]:
+        """Calibrate block after block."""
+        model, tokenizer = load_model(source, "AutoModel", dtype=torch.float32)
+        causal = task_of(self.index.config) == "CAUSAL_LM"
+        batches = _batches(_sequences(tokenizer, data, causal=causal))
+        planned = {tensor.info.name: tensor for tensor in self.plan.tensors}
+        count, total = 0, sum(1 for _ in self._layers("", model, planned))
+        for name, block, run in blocks_in_turn(model, batches):
+            layers = dict(self._layers(f"{name}.", block, planned))
+            with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
+                run()
+            for key, (layer, tensor) in layers.items():
+                yield self._calibrated(layer, tensor, moments[key])
+                count += 1
+                self.progress(count, total, tensor.info.name)
+
+    def _layers(
+        self, prefix: str, block: nn.Module, planned: dict[str, PlannedTensor]
+    ) -> Iterator[tuple[str, tuple[Any, PlannedTensor]]]:
+        for name, module in block.named_modules():
+            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+                continue
+            info = tensor_of(self.index, f"{prefix}{name}.weight")
+            tensor = planned.get(info.name) if info else None
+            if tensor is not None and 1 in tensor.axes and len(tensor.info.shape) == 2:
+                yield name, (module, tensor)
+
+    def _calibrated(self, layer: Any, tensor: PlannedTensor, moment: Tensor) -> Calibrated:
+        transposed = type(layer).__name__ == "Conv1D"  # stored as [I, O]
+        basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
+        weight = layer.weight.detach().float()
+        codes = finished_codes(self.workshop, self.plan, tensor)
+        if codes is None:
+            coefficients = basis.forward(weight)
+            own = coefficients.T.contiguous() if transposed else coefficients
+            found = _at_rate(own, feedback_factor(moment, basis), self.plan.options.target, basis)
+            codes = found.T if transposed else found
+            leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
+        restored = basis.inverse(codes.coefficients())
+        sides = (weight.T, restored.T) if transposed else (weight, restored)
+        done = Calibrated(tensor.info.name, output_error(*sides, moment))
+        with torch.no_grad():
+            layer.weight.copy_(restored)
+        return done
+
+
+def _at_rate(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis) -> Codes:
+    """Codes at the asked bits or density; the step is searched with the feedback in the loop."""
+    magnitudes = Magnitudes(coefficients.reshape(-1).numpy())
+    if not magnitudes.rms > 0:
+        return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)
+    if target.kind == "density":
+        return _at_density(coefficients, factor, target.value, magnitudes)
+    step, best = for_bits(magnitudes, target.value).step, (math.inf, Codes(coefficients, 1.0))
+    for _ in range(_ATTEMPTS):
+        codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step))
+        bits = encode_codes(coefficients, codes, basis)[1].bits_per_weight
+        best = min(best, (abs(bits / target.value - 1), codes), key=lambda own: own[0])
+        if best[0] <= _TOLERANCE:
+            break
+        step *= 2.0 ** (bits - target.value)
+    return best[1]
+
+
+def _at_density(coefficients: Tensor, factor: Tensor, density: float, magnitudes: Magnitudes) -> Codes:
+    low, high = 0.0, float(coefficients.abs().max())
+    threshold = magnitudes.quantile(density)
+    for _ in range(4 * _ATTEMPTS):
+        quantizer = for_density(magnitudes, threshold)
+        offset = quantizer.dead_zone / quantizer.step - 0.5  # the middle of every interval
+        codes = feedback_codes(coefficients, factor, quantizer, offset)
+        kept = torch.count_nonzero(codes.values).item() / codes.values.numel()
+        if abs(kept - density) <= _DENSITY_TOLERANCE:
+            break
+        low, high = (threshold, high) if kept > density else (low, threshold)
+        threshold = (low + high) / 2
+    return codes
+
+
+def _sequences(tokenizer: Any, data: CalibrationData, *, causal: bool) -> list[list[int]]:
+    texts = [text for example in read_examples(data.file) for text in example.texts]
+    if causal:
+        stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
+        length = min(data.seq_length, len(stream))
+        found = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)] if length else []
+    else:
+        lines = [line for text in texts for line in text.splitlines() if line.strip()][: data.samples]
+        found = tokenizer(lines, truncation=True, max_length=data.seq_length)["input_ids"] if lines else []
+    return found[: data.samples]
+
+
+def _batches(sequences: Sequence[list[int]]) -> list[Batch]:
+    """Sequences of equal length together, so that nothing is padded."""
+    batches: list[list[list[int]]] = []
+    for sequence in sorted(sequences, key=len):
+        last = batches[-1] if batches else None
+        if last and len(last[0]) == len(sequence) and (len(last) + 1) * len(sequence) <= _BATCH_TOKENS:
+            last.append(sequence)
+        else:
+            batches.append([sequence])
+    ids = [torch.tensor(batch) for batch in batches]
+    return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]
