@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.errors import SpectralSurgeryError
     from spectral_surgery.hub import resolve
+    from spectral_surgery.integrations.load import load_compressed
     from spectral_surgery.integrations.peft_accelerate import accelerate_peft
     from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
     from spectral_surgery.spectra.quality import bits_per_weight, energy_kept, relative_error, snr_db
@@ -50,6 +51,7 @@ _HOMES = {
     "decompress": "workflows.decompress",
     "encode": "spectra.codec",
     "energy_kept": "spectra.quality",
+    "load_compressed": "integrations.load",
     "open_compressed": "checkpoint.compressed",
     "read_index": "checkpoint.index",
     "relative_error": "spectra.quality",
@@ -78,6 +80,7 @@ __all__ = [
     "decompress",
     "encode",
     "energy_kept",
+    "load_compressed",
     "open_compressed",
     "read_index",
     "relative_error",
@@ -99,3 +102,5 @@ def __dir__() -> list[str]:
 
 # PEFT has to know our methods before it reads an adapter, and importing this package does not import PEFT.
 when_imported("peft", f"{__name__}.integrations.peft_plugin", "register")
+# An unknown kind of compression would load as random weights with a mere warning.
+when_imported("transformers.quantizers.auto", f"{__name__}.integrations.transformers_plugin", "register")

@@ -12,8 +12,8 @@ def test_public_names() -> None:
     expected = (
         "Basis CheckpointIndex CompressOptions CompressReport CompressedCheckpoint DecompressReport EncodedSpectrum "
         "EncodingReport QuantizedSpectrum SparseSpectralTensor SpectralSurgeryError TRANSFORMS Target accelerate_peft "
-        "bits_per_weight compress decompress encode energy_kept open_compressed read_index relative_error "
-        "resolve snr_db sst"
+        "bits_per_weight compress decompress encode energy_kept load_compressed open_compressed read_index "
+        "relative_error resolve snr_db sst"
     )
     assert " ".join(sorted(spectral_surgery.__all__)) == expected
     assert set(spectral_surgery._HOMES) == set(spectral_surgery.__all__) <= set(dir(spectral_surgery))

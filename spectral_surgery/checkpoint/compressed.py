@@ -9,8 +9,17 @@ from pathlib import Path
 
 import torch
 
+from spectral_surgery.checkpoint.companions import CONFIG_FILE
+from spectral_surgery.checkpoint.header import read_json
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest, read_manifest
+from spectral_surgery.checkpoint.manifest import (
+    FILE_NAME,
+    QUANT_METHOD,
+    SUFFIXES,
+    Manifest,
+    manifest_of,
+    read_manifest,
+)
 from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.spectra.codec import EncodedSpectrum
@@ -69,11 +78,24 @@ class CompressedCheckpoint:
         return codes, offsets, steps
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder claims to be a compressed checkpoint; nothing is checked.
+
+    Args:
+        folder: any path.
+    """
+    if (folder / FILE_NAME).exists():
+        return True
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    quantised = config.get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
+
+
 def open_compressed(folder: Path) -> CompressedCheckpoint:
     """Open a compressed folder; reads headers and the manifest, and checks that they agree.
 
     Args:
-        folder: written by compress.
+        folder: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
 
     Returns:
         The checkpoint.
@@ -81,8 +103,11 @@ def open_compressed(folder: Path) -> CompressedCheckpoint:
     Raises:
         CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says.
     """
-    manifest = read_manifest(folder)
-    index = read_index(folder)
+    if not (folder / FILE_NAME).exists() and (folder / CONFIG_FILE).exists():
+        index = read_index(folder)
+        manifest = manifest_of(index.metadata) or read_manifest(folder)
+    else:
+        manifest, index = read_manifest(folder), read_index(folder)
     for name, record in manifest.tensors.items():
         frames = sum(part.frames for part in record.parts)
         steps = {(len(record.parts), 2), (len(record.parts), record.matrix[1] + 1)}

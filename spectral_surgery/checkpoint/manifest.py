@@ -135,6 +135,29 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_manifest(body)
 
 
+def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
+    """The manifest in the header of a weight file; None when there is none.
+
+    Args:
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: when it is damaged; see `read_manifest`.
+    """
+    text = metadata.get(QUANT_METHOD)
+    if text is None:
+        return None
+    try:
+        return parse_manifest(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(
+            f"{QUANT_METHOD} in the header: cannot be read ({error}); the JSON that save_pretrained wrote is accepted."
+            " Fetch the file again."
+        ) from None
+
+
 def parse_manifest(body: object) -> Manifest:
     """Check the parsed JSON of a manifest; see `read_manifest`."""
     if not isinstance(body, dict) or body.get("quant_method") != QUANT_METHOD:

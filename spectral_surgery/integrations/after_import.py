@@ -51,7 +51,7 @@ def when_imported(library: str, home: str, name: str) -> None:
     """Call a function of this package once a library is imported; at once if it is already.
 
     Args:
-        library: a module of its own, without dots.
+        library: a module that executes code of its own; a part of a library where that is imported lazily.
         home: the module of the function, imported only then.
         name: of the function, which takes nothing. A `BackendError` becomes a warning, so that the library works.
     """

@@ -1,0 +1,103 @@
+"""load_compressed: a compressed folder as a model of transformers, in the form and the memory that are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
+from spectral_surgery.checkpoint.manifest import SUFFIXES
+from spectral_surgery.errors import BackendError, CheckpointError, LimitError
+from spectral_surgery.integrations.spectral_loading import AUTO, resident_bytes, residents_for
+
+BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them
+
+
+def load_compressed(
+    folder: Path | str,
+    resident: str = AUTO,
+    *,
+    auto_class: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    max_memory: int | None = None,
+) -> Any:
+    """Load a compressed folder without decoding its weights.
+
+    Args:
+        folder: written by compress, or by save_pretrained of a compressed model.
+        resident: ``int8``, ``int4``, ``coded``, or ``auto``: int8 where the codes fit, else coded.
+        auto_class: class of transformers, such as ``AutoModelForCausalLM``; None for the one in config.json.
+        dtype: of activations and of what is not compressed; None for the stored one.
+        device: where to, or a ``device_map`` such as ``auto``.
+        max_memory: bytes that the weights may take, with one block of decoded rows a thread; with ``auto``, as many
+            weights are int8 as fit, and the others coded.
+
+    Returns:
+        A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder is no compressed model.
+        ConfigError: when there is no such resident form, or codes do not fit it.
+        LimitError: when the weights do not fit max_memory.
+    """
+    folder = Path(folder)
+    checkpoint = open_compressed(folder)
+    residents = residents_for(checkpoint, resident)
+    if max_memory is not None:
+        residents = _within(checkpoint, residents, resident, max_memory)
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        own = getattr(transformers, auto_class or _architecture(config), None)
+        if own is None:
+            raise CheckpointError(
+                f"{folder.name}: transformers has no {auto_class or _architecture(config)}; one of its classes is"
+                " accepted. Name it with auto_class."
+            )
+        config.quantization_config = {**config.quantization_config, "resident": residents}
+        device_map = None if str(device) == "cpu" else device
+        return own.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=dtype or "auto", device_map=device_map
+        ).eval()
+    except (OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder.name}: transformers cannot load it: {reason}") from None
+
+
+def _architecture(config: Any) -> str:
+    return str((config.architectures or ["AutoModel"])[0])
+
+
+def _within(checkpoint: CompressedCheckpoint, residents: dict[str, str], resident: str, limit: int) -> dict[str, str]:
+    """Resident forms that fit a limit: those that are there, or the fastest ones for as long as they fit."""
+    spectra = {f"{name}.{suffix}" for name in residents for suffix in SUFFIXES}
+    rest = sum(info.nbytes for name, info in checkpoint.index.tensors.items() if name not in spectra)
+    fixed = rest + torch.get_num_threads() * BLOCK_BYTES
+    chosen = dict.fromkeys(residents, "coded") if resident == AUTO else residents
+    needed = fixed + sum(resident_bytes(checkpoint, name, form) for name, form in chosen.items())
+    if needed > limit:
+        remedy = "Use resident coded" if set(chosen.values()) != {"coded"} else "Compress to fewer bits"
+        raise LimitError(
+            f"max_memory: {limit} bytes; {needed} are needed for the weights and a block of rows a thread, and"
+            f" accepted. {remedy}."
+        )
+    if resident == AUTO:
+        for name in chosen:
+            more = resident_bytes(checkpoint, name, AUTO) - resident_bytes(checkpoint, name, "coded")
+            if needed + more <= limit:
+                chosen[name], needed = AUTO, needed + more
+    return chosen
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise BackendError(
+            "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
+        ) from None
+    return transformers

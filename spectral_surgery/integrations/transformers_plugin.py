@@ -1,0 +1,269 @@
+"""Compressed folders in transformers: after `import spectral_surgery`, every from_pretrained loads them as they are.
+
+No dense copy of a compressed layer ever exists. `register` runs when transformers imports its list of quantisers; the
+classes that it wants are made here, and say what they do in `spectral_loading` and `spectral_saving`.
+Source: transformers 5.23, `quantizers/base.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
+from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD
+from spectral_surgery.errors import ConfigError, FormatVersionError
+from spectral_surgery.integrations import spectral_loading as loading
+from spectral_surgery.integrations import spectral_saving as saving
+from spectral_surgery.integrations.spectral_loading import AUTO, STEP, UNREAD, Loading
+
+
+def register() -> None:
+    """Make transformers know compressed folders; once more changes nothing."""
+    from transformers.quantizers import auto
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(config_class())
+        auto.register_quantizer(QUANT_METHOD)(quantizer_class())
+
+
+class Settings:
+    """How a folder was compressed, and in which form its weights are held in memory.
+
+    Attributes:
+        resident: form of all weights, or form by stored name; it is not saved.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Take what config.json says.
+
+        Raises:
+            FormatVersionError: when a newer release wrote it.
+        """
+        version = settings.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"config.json: compressed in format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade"
+                " spectral-surgery to read newer files."
+            )
+        self.__dict__.update(settings)
+        self.quant_method = QUANT_METHOD
+        self.resident: str | Mapping[str, str] = settings.get("resident", AUTO)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json should say."""
+        return {name: value for name, value in vars(self).items() if name != "resident"}
+
+
+@cache
+def config_class() -> type:
+    """The class of ``quantization_config`` in config.json."""
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    return type("SpectralSurgeryConfig", (Settings, QuantizationConfigMixin), {"__doc__": Settings.__doc__})
+
+
+class Operation:
+    """The step of transformers' loading in which a weight takes the place of its messenger."""
+
+    def __init__(self, load: Loading, *, whole: bool) -> None:
+        """Put it into a converter.
+
+        Args:
+            load: what it fills.
+            whole: nothing comes after it, so that results go by the name of the parameter.
+        """
+        self.load = load
+        self.whole = whole
+
+    def __deepcopy__(self, memo: object) -> Operation:
+        """Itself: transformers copies a converter for every parameter."""
+        return self
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **context: Any) -> dict[str, Any]:
+        """See ConversionOps of transformers."""
+        target, missing = context["full_layer_name"], context["missing_keys"]
+        if self.load.plan is None or target not in self.load.plan.sources:
+            return input_dict
+        read = {key: value if isinstance(value, list) else [value] for key, value in input_dict.items()}
+        if self.whole:
+            read = {"": next(iter(read.values()))}
+        result = self.load.fill(context["model"], target, read, missing)
+        if self.whole and result:
+            return {target: result[""]}
+        return result
+
+
+@cache
+def operation_class() -> type:
+    """`Operation` as transformers wants it."""
+    from transformers.core_model_loading import ConversionOps
+
+    return type("SpectralLoad", (Operation, ConversionOps), {})
+
+
+class Quantizer:
+    """What transformers asks while it loads and saves compressed models; see its HfQuantizer."""
+
+    load: Loading | None = None
+    pre_quantized: bool
+    quantization_config: Settings
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse to compress on the fly."""
+        if not self.pre_quantized:
+            raise ConfigError(
+                f"quantization_config: {QUANT_METHOD} for a folder that is not compressed; a compressed one is"
+                " accepted. Run `spectral-surgery compress` first."
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **context: Any) -> Any:
+        checkpoint = _open(Path(context["checkpoint_files"][0]).parent, model.config)
+        resident = self.quantization_config.resident
+        forms = loading.residents_for(checkpoint, resident) if isinstance(resident, str) else dict(resident)
+        self.load = Loading(checkpoint, forms)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), UNREAD}
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Renamings and converters for this model."""
+        if self.load is None or self.load.plan is not None:
+            return weight_conversions
+        return _conversions(self.load, weight_conversions, model)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Of a stored tensor: what its parameter has, for messengers too."""
+        del converter
+        floating = param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else True
+        return dtype if floating else None
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight that a parameter will take, for the map of devices."""
+        del model
+        return _element_size(self.load, param_name, param)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.load is not None and self.load.plan is not None:
+            _settle(self.load, self.load.plan, model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained keeps the compression."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on it."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What save_pretrained writes."""
+        if self.load is None or self.load.plan is None:
+            return None, {}
+        return saving.compressed_state(model, self.load, self.load.plan)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # configurations have its name
+        if self.load is not None:
+            saving.dequantize(model, self.load, dtype)
+        return model
+
+
+@cache
+def quantizer_class() -> type:
+    """`Quantizer` as transformers wants it."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return type("SpectralSurgeryQuantizer", (Quantizer, HfQuantizer), {"__doc__": Quantizer.__doc__})
+
+
+def _open(folder: Path, config: Any) -> CompressedCheckpoint:
+    """The folder of the files; the manifest is fetched where only weights were."""
+    name = str(getattr(config, "name_or_path", ""))
+    if not (folder / FILE_NAME).exists() and name and not Path(name).exists():
+        from transformers.utils.hub import cached_file
+
+        revision = getattr(config, "_commit_hash", None)
+        cached_file(name, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return open_compressed(folder)
+
+
+def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[Any]:
+    """The conversions of transformers, with ours where something compressed passes."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    plan = load.plan = loading.make_plan(model, load.checkpoint, conversions)
+    loading.check_used(load.checkpoint, plan)
+    operation = operation_class()
+    converted = [
+        (name, pattern) for by in plan.sources.values() for pattern, names in by.items() if pattern for name in names
+    ]
+    compressed = load.checkpoint.manifest.tensors
+    names = [name for name, _ in converted if name in compressed]
+    patterns = {pattern for _, pattern in converted}
+    ours: list[Any] = []
+    for entry in conversions:
+        if isinstance(entry, WeightConverter) and patterns & set(entry.source_patterns):
+            entry.operations.insert(0, operation(load, whole=False))
+        ours.append(entry)
+    if names:
+        others = [name for name in compressed if name not in set(names)]
+        load.renaming = WeightRenaming(loading.stripping(names, others, sorted(patterns)), r"\1")
+        ours.insert(0, load.renaming)
+    ours.append(WeightConverter(rf"\.{STEP}", "", [operation(load, whole=True)]))
+    _untie(model, plan)
+    return ours
+
+
+def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
+    """Set biases, freeze what was decoded, and keep the conversions: saving is ours alone. Errors surface here."""
+    if load.error is not None:
+        raise load.error
+    for bias in load.unset:
+        nn.init.zeros_(model.get_parameter(bias))
+    for bias, other in plan.biases.items():
+        model.get_submodule(bias.rpartition(".")[0]).bias = model.get_parameter(other)
+    model.all_tied_weights_keys |= plan.biases
+    ours = operation_class()
+    for entry in model._weight_conversions:
+        operations = getattr(entry, "operations", None)
+        if operations is not None:
+            operations[:] = [own for own in operations if not isinstance(own, ours)]
+        if operations != [] and entry is not load.renaming:
+            load.conversions.append(entry)
+    model._weight_conversions = []
+    for target in plan.sources:
+        if target not in plan.slots:
+            model.get_parameter_or_buffer(target).requires_grad_(False)
+
+
+def _untie(model: Any, plan: loading.Plan) -> None:
+    """Take ties between spectral layers, which share their weight itself, from transformers, and tell it of others."""
+    from transformers import PreTrainedModel
+
+    ours = {name for group in plan.slots.values() for name in group}
+    for prefix, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, PreTrainedModel):
+            dot = f"{prefix}." if prefix else ""
+            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+            part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
+    left = model.all_tied_weights_keys.items()
+    kept = {one: other for one, other in left if one not in ours and one not in plan.biases}
+    model.all_tied_weights_keys = {**plan.tied, **kept}
+
+
+def _element_size(load: Loading | None, name: str, parameter: Tensor) -> float:
+    """Bytes per weight that a parameter will take, for the map of devices."""
+    if load is None or load.plan is None:
+        return parameter.element_size()
+    for target, group in load.plan.slots.items():
+        if name in group:
+            stored = load.plan.sources[target][""][0]
+            total = loading.resident_bytes(load.checkpoint, stored, load.residents.get(stored, AUTO))
+            return total / parameter.numel()
+    return parameter.element_size()
