@@ -112,7 +112,8 @@ class Extractor:
 class Allocation:
     """Which components of the layers seen so far are worth their bytes.
 
-    More layers only raise the price, so what is dropped never comes back, and memory stays within the budget.
+    More layers only raise the price, so what is dropped never comes back, and memory stays within twice the budget and
+    one layer.
 
     Attributes:
         budget: bytes; None for no limit.
@@ -127,11 +128,16 @@ class Allocation:
     def add(self, name: str, expansion: Expansion, cost: int) -> None:
         """Let the components of one more layer compete."""
         self.layers[name], self.costs[name] = expansion, cost
-        if self.budget is None:
-            return
-        for own, count in zip(self.layers, self._counts(self.budget), strict=True):
-            if count < len(self.layers[own].order):
-                self.layers[own] = self.layers[own].first(count)
+        held = sum(self.costs[own] * len(self.layers[own].order) for own in self.layers)
+        if self.budget is not None and held > 2 * self.budget:
+            self.settle()
+
+    def settle(self) -> None:
+        """Drop what the budget does not pay for."""
+        if self.budget is not None and self.layers:
+            for own, count in zip(self.layers, self._counts(self.budget), strict=True):
+                if count < len(self.layers[own].order):
+                    self.layers[own] = self.layers[own].first(count)
 
     def _counts(self, budget: int) -> list[int]:
         """Components that are worth it, by layer."""

@@ -102,6 +102,7 @@ def fit(
                 raise ConfigError(_out_of_reach(extractor, update.layer, size.value, expansion.floor))
             allocation.add(update.layer, expansion, cost)
         report(update.layer)
+    allocation.settle()
     counts = {layer: len(own.gains) for layer, own in allocation.layers.items()}
     kept = {layer: count for layer, count in counts.items() if count}
     _check_something(counts, size, allocation.costs)
