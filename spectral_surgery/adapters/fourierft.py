@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.ops.fourier_delta import delta_weight, fourier_delta
+from spectral_surgery.ops.fourier_delta import Places, adapted_linear, delta_weight, fold, fourier_delta
 from spectral_surgery.targets import pattern_value
 
 AUTO_STD = 3e-3  # of the entries of ΔW that scaling="auto" gives coefficients ~ N(0, 1)
@@ -66,17 +66,42 @@ class FourierFT(nn.Module):
         self.scaling = float(config.scaling)
         start = torch.zeros if config.init_weights else torch.randn
         self.spectrum = nn.Parameter(start(config.n_frequency))
-        places = random_positions(count, config.n_frequency, config.random_loc_seed)
-        self.register_buffer("positions", places, persistent=False)
+        positions = random_positions(count, config.n_frequency, config.random_loc_seed)
+        places = _folded(self.shape, config.n_frequency, config.random_loc_seed)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("_indices", places.indices, persistent=False)
+        self.register_buffer("_factors", places.factors, persistent=False)
         self.positions: Tensor
+        self._indices: Tensor
+        self._factors: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual of x [..., I]: [..., O] in its dtype."""
-        return fourier_delta(x.float(), self.spectrum, self.positions, self.shape[0], self.scaling).to(x.dtype)
+        return fourier_delta(x, self.spectrum, self._places, self.shape[0], self.scaling).to(x.dtype)
+
+    def fused_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Output of a linear with this update, in one pass over its activations.
+
+        Args:
+            x: [..., I].
+            weight: [O, I] of the base.
+            bias: [O] of the base, or None.
+
+        Returns:
+            [..., O] in the dtype of x; None where dtypes are mixed, as under autocast, or the weight is not plain.
+        """
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype
+        if not plain or torch.is_autocast_enabled(x.device.type):
+            return None
+        return adapted_linear(x, weight, bias, self.spectrum, self._places, self.scaling)
 
     def delta_weight(self) -> Tensor:
         """[O, I] float32."""
-        return delta_weight(self.spectrum.float(), self.positions, self.shape, self.scaling)
+        return delta_weight(self.spectrum.float(), self._places, self.shape, self.scaling)
+
+    @property
+    def _places(self) -> Places:
+        return Places(self._indices, self._factors)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of delta_weight: [..., I] float32."""
@@ -98,6 +123,12 @@ def random_positions(count: int, n_frequency: int, seed: int) -> Tensor:
     with torch.device("cpu"):
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return drawn[:n_frequency].clone()
+
+
+@lru_cache(maxsize=32)
+def _folded(shape: tuple[int, int], n_frequency: int, seed: int) -> Places:
+    with torch.device("cpu"):
+        return fold(random_positions(shape[0] * shape[1], n_frequency, seed), *shape)
 
 
 def auto_scaling(config: FourierFTConfig, shapes: list[tuple[int, int]]) -> FourierFTConfig:
@@ -123,4 +154,5 @@ FOURIERFT = AdapterMethod(
     source="arXiv 2405.03003",
     file_names={"spectrum": "fourierft_spectrum"},
     resolve=auto_scaling,
+    learning_rate=5e-2,
 )

@@ -2,6 +2,81 @@
 
 from __future__ import annotations
 
-from spectral_surgery.ops.fourier_delta.reference import delta_weight, fourier_delta
+import torch
+from torch import Tensor
 
-__all__ = ["delta_weight", "fourier_delta"]
+from spectral_surgery.ops.fourier_delta.choice import Way, choose
+from spectral_surgery.ops.fourier_delta.linear import fourier_linear
+from spectral_surgery.ops.fourier_delta.places import Places, fold
+from spectral_surgery.ops.fourier_delta.weight import fourier_weight
+
+__all__ = ["Places", "adapted_linear", "delta_weight", "fold", "fourier_delta"]
+
+
+def fourier_delta(
+    x: Tensor, coefficients: Tensor, positions: Tensor | Places, out_features: int, scaling: float
+) -> Tensor:
+    """The residual x ΔWᵀ, without forming ΔW.
+
+    Args:
+        x: [..., I] any float dtype; transformed in float32, float64 as it is.
+        coefficients: [K] float.
+        positions: [K] integers, row * I + column, all different; or the same `fold`ed once and for all.
+        out_features: O.
+        scaling: factor on top of torch's 1 / (O I).
+
+    Returns:
+        [..., O] in the dtype of x (float32 under autocast).
+    """
+    places = positions if isinstance(positions, Places) else fold(positions, out_features, x.shape[-1])
+    y: Tensor = fourier_linear(x, None, None, False, coefficients, *places, out_features, x.shape[-1], scaling)
+    return y
+
+
+def delta_weight(
+    coefficients: Tensor, positions: Tensor | Places, shape: tuple[int, int], scaling: float, base: Tensor | None = None
+) -> Tensor:
+    """ΔW, or a weight with it.
+
+    Args:
+        coefficients: [K] float.
+        positions: as in `fourier_delta`.
+        shape: (O, I).
+        scaling: as in `fourier_delta`.
+        base: [O, I] to add it to, in its dtype; left as it is.
+
+    Returns:
+        [O, I] in the dtype of the base, else of the coefficients.
+    """
+    places = positions if isinstance(positions, Places) else fold(positions, *shape)
+    weight: Tensor = fourier_weight(base, coefficients, *places, *shape, scaling)
+    return weight
+
+
+def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linear
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, places: Places, scaling: float
+) -> Tensor:
+    """The output x Wᵀ + b + x ΔWᵀ, the update beside the weight or inside it, whichever is faster.
+
+    Args:
+        x: [..., I], any float dtype.
+        weight: [O, I] in the dtype of x.
+        bias: [O] or None.
+        coefficients: [K] float.
+        places: folded positions.
+        scaling: as in `fourier_delta`.
+
+    Returns:
+        [..., O] in the dtype of x.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    way = choose(x, weight, coefficients)
+    if way is Way.BESIDE:
+        beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
+        return beside
+    if way is Way.INSIDE:
+        held = delta_weight(coefficients.detach(), places, shape, scaling, weight)
+        inside: Tensor = fourier_linear(x, held, bias, True, coefficients, *places, *shape, scaling)
+        return inside
+    dense: Tensor = torch.nn.functional.linear(x, delta_weight(coefficients, places, shape, scaling, weight), bias)
+    return dense

@@ -1,0 +1,93 @@
+"""ΔW itself, and the gradient of the coefficients from one of a weight: cheaper once tokens are many.
+
+With half the columns of the spectrum, ΔW[o] is an inverse real FFT of the phases c e^{2πi r o / O}. Those of a block of
+rows are the ones of the first block turned by one factor each. ΔW[-o, -i] = ΔW[o, i], so half of the rows are mirrored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.ops.fourier_delta.places import Delta, share, unfolded_rows
+
+_BLOCK = 1 << 17  # coefficients, rows times K, that are turned at a time: they stay in the cache
+
+
+def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
+    """W + ΔW.
+
+    Args:
+        weight: [O, I], any float dtype; None for ΔW alone.
+        delta: the update.
+
+    Returns:
+        [O, I] in the dtype of the weight, else of the coefficients.
+    """
+    (rows, columns), coefficients = delta.shape, delta.coefficients
+    like = coefficients if weight is None else weight
+    out = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+    half = rows // 2 + 1
+    for start, block in _top_rows(delta):
+        stop = start + len(block)
+        _put(out[start:stop], None if weight is None else weight[start:stop], block)
+        first, last = max(start, 1), min(stop, rows - half + 1)  # rows o with a mirror image at O - o
+        if first < last:
+            image = slice(rows - last + 1, rows - first + 1)
+            mirrored = block[first - start : last - start].flip(0, 1)  # column i is at I - 1 - i, and belongs at I - i
+            _put(out[image, 1:], None if weight is None else weight[image, 1:], mirrored[:, :-1])
+            _put(out[image, 0], None if weight is None else weight[image, 0], mirrored[:, -1])
+    return out
+
+
+def coefficients_of(weight: Tensor, delta: Delta) -> Tensor:
+    """The gradient of the coefficients, given that of ΔW.
+
+    Args:
+        weight: [O, I], any float dtype.
+        delta: the update; its coefficients give the number only.
+
+    Returns:
+        [K] float32, or float64 for a float64 weight.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    order, columns = delta.places.indices[:2].unbind()
+    used, column = torch.unique(columns, return_inverse=True)
+    blocks = [torch.fft.rfft(block.to(wide))[:, used] for block in torch.split(weight, 128)]
+    spectrum = torch.fft.ifft(torch.cat(blocks).t(), norm="forward")  # [U, O]
+    values = spectrum[column, unfolded_rows(delta)].real * delta.scale
+    return torch.empty_like(values).index_copy_(0, order, values)
+
+
+def _top_rows(delta: Delta) -> Iterator[tuple[int, Tensor]]:
+    # rows 0 .. O // 2 of ΔW in blocks, each with the number of its first row
+    (rows, columns), half = delta.shape, delta.shape[0] // 2 + 1
+    wide = torch.float64 if delta.coefficients.dtype == torch.float64 else torch.float32
+    order, column, _ = delta.places.indices[:3].unbind()
+    row = unfolded_rows(delta)
+    values = delta.coefficients.take(order).to(wide) * share(column, columns) * delta.scale
+    size = min(half, max(16, _BLOCK // len(order)))
+    within = _phases(torch.zeros_like(row), rows, wide).unsqueeze(0)  # [size, K], phases of the first rows
+    while len(within) < size:
+        within = torch.cat((within, within * _phases(len(within) * row, rows, wide)))
+    for start in range(0, half, size):
+        count = min(size, half - start)
+        turned = within[:count] * (_phases(start * row, rows, wide) * values)
+        bins = turned.new_zeros(count, columns // 2 + 1).scatter_add_(1, column.expand(count, -1), turned)
+        yield start, torch.fft.irfft(bins, n=columns, norm="forward")
+
+
+def _phases(products: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    # e^{-2πi p / length}; products are reduced first, to stay exact
+    angles = (products % length).to(dtype) * (2 * math.pi / length)
+    return torch.complex(angles.cos(), -angles.sin())
+
+
+def _put(out: Tensor, weight: Tensor | None, values: Tensor) -> None:
+    if weight is None:
+        out.copy_(values)
+    else:
+        torch.add(weight, values, out=out)
