@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectral_surgery.mixers.base import MixerMethod, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import AdaptiveSpectralFilter, ModReLU
+from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_causal
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
@@ -72,8 +73,8 @@ class CausalFFTNetMixer(nn.Module):
         kernels = self.kernel(self._contexts(tokens)).transpose(1, 2)  # [B, H, J, L]
         if cache is not None:
             self._fill(cache, x, kernels, lengths)
-        signals = tokens.reshape(*x.shape[:2], self.filter.heads, -1).permute(0, 2, 3, 1)  # [B, H, D / H, T]
-        return causal_fft_conv(signals, kernels, self.chunk).permute(0, 3, 1, 2).flatten(-2)
+        heads = swap(tokens).reshape(len(x), self.filter.heads, -1, x.shape[1])  # [B, H, D / H, T]
+        return swap(causal_fft_conv(heads, kernels, self.chunk).flatten(1, 2))
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""

@@ -20,6 +20,7 @@ from spectral_surgery.mixers.components import (
     amplify,
     modrelu,
 )
+from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional
 from spectral_surgery.mixers.slabs import in_slabs
 
@@ -69,8 +70,8 @@ class FFTNetMixer(nn.Module):
             mixed: Tensor = self.inverse(modrelu(amplify(spectrum, gain), bias), length)
             return mixed.transpose(1, 2).reshape(part.shape)
 
-        channels = tokens.transpose(1, 2).reshape(len(x), self.filter.heads, -1, length)
-        return in_slabs(mix, (channels,), (2,)).flatten(1, 2).transpose(1, 2)
+        heads = swap(tokens).reshape(len(x), self.filter.heads, -1, length)
+        return swap(in_slabs(mix, (heads,), (2,)).flatten(1, 2))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.

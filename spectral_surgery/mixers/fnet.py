@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
+from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
 from spectral_surgery.mixers.slabs import in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
@@ -68,14 +69,14 @@ class _FourierMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
         """[B, T, D] to [B, T, D]; half of it follows from the symmetry of the spectrum of real numbers."""
-        spectrum = torch.fft.rfft(x, norm="ortho").transpose(1, 2)  # [B, D // 2 + 1, T]
-        half = in_slabs(lambda part: torch.fft.fft(part, norm="ortho").real, (spectrum,), (1,)).transpose(1, 2)
-        known, mirrored = half.shape[2], half[:, :, 1 : (x.shape[2] + 1) // 2].flip(2)
-        y = torch.empty_like(x)
-        y[:, :, :known] = half
-        y[:, :1, known:] = mirrored[:, :1]
-        y[:, 1:, known:] = mirrored[:, 1:].flip(1)
-        return y
+        spectrum = swap(torch.fft.rfft(x, norm="ortho"))  # [B, D // 2 + 1, T]
+        half = in_slabs(lambda part: torch.fft.fft(part, norm="ortho").real, (spectrum,), (1,))
+        known, mirrored = half.shape[1], half[:, 1 : (x.shape[2] + 1) // 2].flip(1)
+        y = half.new_empty(len(x), x.shape[2], x.shape[1])
+        y[:, :known] = half
+        y[:, known:, :1] = mirrored[..., :1]
+        y[:, known:, 1:] = mirrored[..., 1:].flip(2)
+        return swap(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
@@ -113,7 +114,7 @@ class CausalFNetMixer(nn.Module):
         """As `CausalCore.mix`; [B, T, D] float32."""
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        signals = wide(x).transpose(1, 2)  # [B, D, T]
+        signals = swap(wide(x))  # [B, D, T]
         cos, sin = self._chirp(torch.arange(x.shape[1], device=x.device), signals.dtype)  # of the sign -i
         near = torch.arange(min(x.shape[1], self.kernel_length), device=x.device)
         across, up = self._chirp(near, signals.dtype)
@@ -125,8 +126,8 @@ class CausalFNetMixer(nn.Module):
         real = by_real[:, : self.width] - by_imaginary[:, self.width :]
         imaginary = by_imaginary[:, : self.width] + by_real[:, self.width :]
         mixed = torch.complex(real * cos - imaginary * sin, real * sin + imaginary * cos)
-        y: Tensor = torch.fft.fft(mixed, dim=1, norm="ortho").real.transpose(1, 2)
-        return y
+        y: Tensor = torch.fft.fft(mixed, dim=1, norm="ortho").real
+        return swap(y)
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""

@@ -25,7 +25,7 @@ def in_slabs(function: Callable[..., Tensor], inputs: Sequence[Tensor], dims: Se
     share = max(1, SLAB * size // inputs[0].numel())
     if share >= size:
         return function(*inputs)
-    cut = [torch.split(x, share, dim) for x, dim in zip((inputs[0].contiguous(), *inputs[1:]), dims, strict=True)]
+    cut = [torch.split(x, share, dim) for x, dim in zip(inputs, dims, strict=True)]
     if torch.is_grad_enabled():
         again = [
             checkpoint(function, *parts, use_reentrant=False, preserve_rng_state=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import FourierTransform, InverseFourierTransform, interpolate
+from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
 from spectral_surgery.mixers.slabs import in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
@@ -58,7 +59,7 @@ class SpectralMixing(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        return in_slabs(self._mix, (wide(x).transpose(1, 2), self.filter), (1, 0)).transpose(1, 2)
+        return swap(in_slabs(self._mix, (swap(wide(x)), self.filter), (1, 0)))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.
@@ -105,8 +106,8 @@ class CausalSpectralMixing(nn.Module):
         """As `CausalCore.mix`; [B, T, D] float32."""
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        y = causal_fft_conv(wide(x).permute(2, 0, 1), self.kernel())  # [D, B, T]
-        return y.permute(1, 2, 0)
+        channels = swap(wide(x)).transpose(0, 1)  # [D, B, T]
+        return swap(causal_fft_conv(channels, self.kernel()).transpose(0, 1))
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""

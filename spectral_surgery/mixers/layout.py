@@ -1,0 +1,40 @@
+"""Between tokens first [B, T, D] and channels first [B, D, T], which transforms over time want."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def swap(x: Tensor) -> Tensor:
+    """Exchange the last two of three dimensions, in memory too.
+
+    Sequence by sequence, since torch transposes matrices several times faster than batches of them.
+
+    Args:
+        x: [B, M, N].
+
+    Returns:
+        [B, N, M], contiguous.
+    """
+    y: Tensor = _Swap.apply(x)
+    return y
+
+
+class _Swap(torch.autograd.Function):
+    """The transposition and its adjoint, both fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
+        """[B, M, N] to [B, N, M]."""
+        y = x.new_empty(len(x), x.shape[2], x.shape[1])
+        for target, matrix in zip(y, x, strict=True):
+            target.copy_(matrix.T)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        """[B, N, M] to [B, M, N]."""
+        return swap(grad)
