@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, SpectralSurgeryError
 
 _BATCH = 32
 
@@ -70,19 +70,98 @@ def load_model(
         own = {"num_labels": labels}
     elif labels is not None:
         own = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = getattr(transformers, auto_class).from_pretrained(
             folder, local_files_only=True, dtype=dtype or "auto", **own
         )
+    except SpectralSurgeryError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a local folder, with a padding token.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no tokenizer.
+    """
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: has no tokenizer that can be loaded: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_tokens: new tokens at most.
+        temperature: 0 for the likeliest token.
+        top_k: choose among so many tokens; 0 for all.
+        top_p: choose among the likeliest tokens of so much probability.
+        seed: of the choices.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def continue_text(
+    model: Any, tokenizer: Any, prompt: str, sampling: Sampling, emit: Callable[[str], None]
+) -> tuple[int, int]:
+    """Let a language model continue a text.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        prompt: the text, as it is.
+        sampling: how tokens are chosen.
+        emit: called with each piece of new text.
+
+    Returns:
+        (tokens of the prompt, new tokens).
+
+    Raises:
+        ConfigError: when the prompt has no tokens.
+    """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[1]:
+        raise ConfigError("generate: the prompt has no tokens; some text is accepted.")
+    streamer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # noqa: ARG005 - transformers names it
+    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        choice |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    ids = ids.to(next(model.parameters()).device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(sampling.seed)
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            **choice,
+        )
+    return ids.shape[1], tokens.shape[1] - ids.shape[1]
 
 
 def compare_logits(

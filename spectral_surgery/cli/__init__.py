@@ -24,6 +24,7 @@ _COMMANDS = (
     "inject",
     "push",
     "pull",
+    "generate",
     "methods",
     "demo",
     "bench",

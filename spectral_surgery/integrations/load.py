@@ -9,7 +9,7 @@ import torch
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.manifest import SUFFIXES
-from spectral_surgery.errors import BackendError, CheckpointError, LimitError
+from spectral_surgery.errors import BackendError, CheckpointError, LimitError, SpectralSurgeryError
 from spectral_surgery.integrations.spectral_loading import AUTO, resident_bytes, residents_for
 
 BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them
@@ -63,7 +63,9 @@ def load_compressed(
         return own.from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype or "auto", device_map=device_map
         ).eval()
-    except (OSError, AttributeError) as error:
+    except SpectralSurgeryError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder.name}: transformers cannot load it: {reason}") from None
 

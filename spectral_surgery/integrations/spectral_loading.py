@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurgeryError
+from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import RESIDENTS, resident_form
 
@@ -39,14 +40,11 @@ class Plan:
             parameters that something compressed goes into. The pattern is empty for a mere renaming.
         slots: parameter -> all parameters tied to it, itself first: those whose module becomes a spectral layer.
         aliases: second name -> first name, parameters of equal bytes that the files hold once.
-        biases: bias of a layer of ours -> the parameter that it is tied to. transformers ties it by looking at the
-            dense weight, so it is left to us.
     """
 
     sources: dict[str, dict[str, list[str]]]
     slots: dict[str, tuple[str, ...]]
     aliases: dict[str, str]
-    biases: dict[str, str]
 
     @property
     def tied(self) -> dict[str, str]:
@@ -81,13 +79,13 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     tensors = checkpoint.manifest.tensors
     stored = {f"{name}.{suffix}" for name in tensors for suffix in SUFFIXES}
     names = [*tensors, *(name for name in checkpoint.index.tensors if name not in stored)]
-    stored_in: dict[str, dict[str, list[str]]] = {}
+    sources: dict[str, dict[str, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = place(name)
         if target in expected:
-            stored_in.setdefault(target, {}).setdefault(pattern, []).append(name)
+            sources.setdefault(target, {}).setdefault(pattern, []).append(name)
     sources = {
-        target: by for target, by in stored_in.items() if any(name in tensors for own in by.values() for name in own)
+        target: by for target, by in sources.items() if any(name in tensors for own in by.values() for name in own)
     }
     again = {place(alias)[0]: place(name)[0] for alias, name in checkpoint.manifest.aliases.items()}
     again = {alias: name for alias, name in again.items() if alias != name and {alias, name} <= expected.keys()}
@@ -98,10 +96,7 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
         shape = tensors[by[_ANY][0]].shape if _ANY in by else None
         if shape is not None and all(_becomes_spectral(model, name, shape, alone=len(group) == 1) for name in group):
             slots[target] = group
-    ours = {f"{name.removesuffix('weight')}bias" for group in slots.values() for name in group}
-    ties = model.all_tied_weights_keys.items()
-    biases = {bias: other for bias, other in ties if bias in ours and bias not in stored_in and other in stored_in}
-    return Plan(sources, slots, again, biases)
+    return Plan(sources, slots, again)
 
 
 def _groups(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
@@ -168,6 +163,7 @@ class Loading:
         plan = cast(Plan, self.plan)
         group, by = plan.slots.get(target, ()), plan.sources[target]
         missing.difference_update(group or {target})
+        tied = cast("dict[str, str]", model.all_tied_weights_keys)
         if self.error is not None:
             return {}
         try:
@@ -179,9 +175,7 @@ class Loading:
             return {}
         for name in group:
             bias = f"{name.removesuffix('weight')}bias"
-            if bias in plan.biases:
-                missing.discard(bias)
-            elif bias in missing:
+            if bias in missing and bias not in tied:
                 self.unset.append(bias)
         return {}
 
@@ -211,10 +205,7 @@ class Loading:
                 layer.bias = module.bias  # type: ignore[assignment]  # transformers loads it
             layer._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
             parent, _, leaf = owner.rpartition(".")
-            holder = model.get_submodule(parent)
-            setattr(holder, leaf, layer)
-            if not any(True for _ in (*holder.parameters(recurse=False), *holder.buffers(recurse=False))):
-                holder._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2 initialises children's weights
+            setattr(model.get_submodule(parent), leaf, stand_in(layer))
 
 
 def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:

@@ -134,7 +134,7 @@ def dequantize(model: Any, load: Loading, dtype: torch.dtype | None) -> None:
 def _dense(layer: SpectralLayer, dtype: torch.dtype | None, done: dict[int, nn.Parameter]) -> nn.Module:
     key = id(layer.spectrum)
     if key not in done:
-        weight = layer.weight if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
+        weight = layer.weight.data if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
         done[key] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
     dense: nn.Module
     if isinstance(layer, SpectralEmbedding):

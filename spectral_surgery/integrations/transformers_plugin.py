@@ -161,6 +161,11 @@ class Quantizer:
         """Whether adapters can be trained on it."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer takes it without an adapter of PEFT: ours, norms and biases train as they are."""
+        return True
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What save_pretrained writes."""
         if self.load is None or self.load.plan is None:
@@ -221,14 +226,11 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
 
 
 def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
-    """Set biases, freeze what was decoded, and keep the conversions: saving is ours alone. Errors surface here."""
+    """Clear biases, freeze what was decoded, and keep the conversions: saving is ours alone. Errors surface here."""
     if load.error is not None:
         raise load.error
     for bias in load.unset:
         nn.init.zeros_(model.get_parameter(bias))
-    for bias, other in plan.biases.items():
-        model.get_submodule(bias.rpartition(".")[0]).bias = model.get_parameter(other)
-    model.all_tied_weights_keys |= plan.biases
     ours = operation_class()
     for entry in model._weight_conversions:
         operations = getattr(entry, "operations", None)
@@ -252,8 +254,7 @@ def _untie(model: Any, plan: loading.Plan) -> None:
             dot = f"{prefix}." if prefix else ""
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
             part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
-    left = model.all_tied_weights_keys.items()
-    kept = {one: other for one, other in left if one not in ours and one not in plan.biases}
+    kept = {one: other for one, other in model.all_tied_weights_keys.items() if one not in ours}
     model.all_tied_weights_keys = {**plan.tied, **kept}
 
 

@@ -63,3 +63,14 @@ def output(model: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
     return logits
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of one word a token, w3 to w95, for the text models of FAMILIES."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[BOS]", "[EOS]", *(f"w{number}" for number in range(3, 96))]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[PAD]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]").save_pretrained(folder)
