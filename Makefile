@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/python -m uv
 
+# without byte code every process of the tests would compile torch anew, for seconds
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test lint format bench clean
 
 setup: .venv/dev

@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import BackendError, TargetError
-from spectral_surgery.ops.fourier_delta import fourier_delta
+from spectral_surgery.ops.fourier_delta import Places, adapted_linear, fold, fourier_delta
+
+_CACHE = "_folded_places"
 
 
 def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
@@ -43,7 +46,7 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
         )
     for layer in layers:
         layer.__class__ = fast_class() if enabled else FourierFTLinear
-        vars(layer).pop("_flat_positions", None)
+        vars(layer).pop(_CACHE, None)
     return len(layers)
 
 
@@ -65,25 +68,39 @@ class FastForward:
         """Output of the base plus that of the active adapters, in the dtype of x, as PEFT has it."""
         if self.disable_adapters or self.merged:
             return cast(Tensor, super().forward(x, *args))  # type: ignore[misc]
+        names = [name for name in self.active_adapters if name in self.fourierft_spectrum]
+        if len(names) == 1 and not args and _is_plain(self.base_layer, x):
+            spectrum, scaling = self.fourierft_spectrum[names[0]], self.fourierft_scaling[names[0]]
+            base = cast(nn.Linear, self.base_layer)
+            return adapted_linear(x, base.weight, base.bias, spectrum, self._places(names[0]), scaling)
         result = cast(Tensor, self.base_layer(x, *args))
-        for name in self.active_adapters:
-            if name in self.fourierft_spectrum:
-                spectrum = self.fourierft_spectrum[name]
-                residual = fourier_delta(
-                    x.float(), spectrum.float(), self._positions(name), self.out_features, self.fourierft_scaling[name]
-                )
-                result = result + residual.to(spectrum.dtype)
+        for name in names:
+            spectrum, scaling = self.fourierft_spectrum[name], self.fourierft_scaling[name]
+            result = result + fourier_delta(
+                x.to(spectrum.dtype), spectrum, self._places(name), self.out_features, scaling
+            )
         return result.to(x.dtype)
 
-    def _positions(self, name: str) -> Tensor:
-        """[K] int64 on the device of the spectrum, row * I + column; PEFT has [2, K] on the CPU."""
-        known = vars(self).setdefault("_flat_positions", {})
+    def _places(self, name: str) -> Places:
+        """Where the coefficients are, on the device of the spectrum; PEFT has [2, K] on the CPU."""
+        known = vars(self).setdefault(_CACHE, {})
         indices, device = self.indices[name], self.fourierft_spectrum[name].device
-        source, flat = known.get(name, (None, None))
-        if source is not indices or flat.device != device:
-            flat = (indices[0] * self.in_features + indices[1]).to(device)
-            known[name] = (indices, flat)
-        return cast(Tensor, flat)
+        source, places = known.get(name, (None, None))
+        if source is not indices or places.indices.device != device:
+            positions = (indices[0] * self.in_features + indices[1]).to(device)
+            places = fold(positions, self.out_features, self.in_features)
+            known[name] = (indices, places)
+        return cast(Places, places)
+
+
+def _is_plain(base: nn.Module, x: Tensor) -> bool:
+    """Whether x Wᵀ + b is all that a module does, so that its update may be added on the way."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if type(base) is not nn.Linear or any(hooks) or "forward" in vars(base):
+        return False
+    # inside a half-precision weight an update would be rounded to that weight's steps, which PEFT does not do
+    same = type(base.weight) is nn.Parameter and base.weight.dtype == x.dtype == torch.float32
+    return same and not torch.is_autocast_enabled(x.device.type)
 
 
 @cache

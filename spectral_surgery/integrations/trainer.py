@@ -153,7 +153,7 @@ def run(job: Job, *, resume: bool) -> tuple[History, AdapterState]:
 
 
 def _measures(row: dict[str, Any]) -> dict[str, float]:
-    skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    skipped = ("eval_runtime", "eval_model_preparation_time", "eval_samples_per_second", "eval_steps_per_second")
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and k not in skipped}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +105,7 @@ def compress_calibrated(
         ConfigError: when the target is an error, or there is no text.
         CheckpointError: as `compress`, and when the model cannot be loaded.
     """
+    started = time.perf_counter()
     if options.target.kind == "max_error":
         raise ConfigError("--calibrate: minimises the error itself; --bits or --sparsity is accepted with it.")
     if not data.file.is_file():
@@ -126,7 +128,7 @@ def compress_calibrated(
     report = compress(
         source, out, options, workers=workers, threads=threads, resume=True, overwrite=overwrite, origin=origin
     )
-    return cast(CompressReport, report), done
+    return replace(cast(CompressReport, report), seconds=time.perf_counter() - started), done
 
 
 @dataclass(frozen=True)
