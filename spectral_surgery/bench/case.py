@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from spectral_surgery.errors import SpectralSurgeryError
 
@@ -23,11 +24,13 @@ class BenchCase:
         help: what it measures, in one line.
         run: (quick) to rows; raises CheckFailedError when a result is wrong. A row with an aim has ``target`` and
             ``met``.
+        plot: (rows, file) draws them, where there is something to be drawn.
     """
 
     name: str
     help: str
     run: Callable[[bool], list[Row]]
+    plot: Callable[[list[Row], Path], None] | None = None
 
 
 def require(holds: bool, what: str) -> None:

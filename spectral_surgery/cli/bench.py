@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from spectral_surgery.cli import output
+from spectral_surgery.errors import ConfigError
 
 CHECK_FAILED = 3
 
@@ -16,9 +17,14 @@ CHECK_FAILED = 3
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
 @click.option("--quick", is_flag=True, help="Smaller inputs where a case has them.")
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the times of `mixers` over length, as PNG."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def command(cases: tuple[str, ...], quick: bool, file: Path | None, as_json: bool, quiet: bool) -> None:
+def command(
+    cases: tuple[str, ...], quick: bool, file: Path | None, plot: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Measure: each case first checks its results, then times them beside what else a user could pick.
 
     A case whose check fails prints FAILED and no numbers, and the exit code is 3. `spectral-surgery methods` lists the
@@ -35,6 +41,8 @@ def command(cases: tuple[str, ...], quick: bool, file: Path | None, as_json: boo
         results = run_cases(list(cases) or list(CASES), quick=quick, progress=progress)
     if file:
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if plot:
+        _draw(results, plot)
     if as_json:
         output.print_json("bench", {"results": results})
     else:
@@ -42,6 +50,18 @@ def command(cases: tuple[str, ...], quick: bool, file: Path | None, as_json: boo
             click.echo(_text(result))
     if any(result["status"] != "ok" for result in results):
         click.get_current_context().exit(CHECK_FAILED)
+
+
+def _draw(results: list[dict[str, object]], file: Path) -> None:
+    from spectral_surgery.bench import CASES
+
+    drawn = [name for name, case in CASES.items() if case.plot]
+    for result in results:
+        draw, rows = CASES[str(result["case"])].plot, result["rows"]
+        if draw and isinstance(rows, list) and rows:
+            draw(rows, file)
+            return
+    raise ConfigError(f"--plot: nothing to draw; {', '.join(drawn)} is accepted. Name it among the cases.")
 
 
 def _text(result: dict[str, object]) -> str:

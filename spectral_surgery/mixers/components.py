@@ -167,11 +167,9 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     Returns:
         As z.
     """
-    parts = torch.view_as_real(z.resolve_conj()).reshape(*z.shape[:-1], bias.shape[-1], -1, 2)
-    real, imaginary = parts[..., 0], parts[..., 1]
-    magnitude = (real * real + imaginary * imaginary).clamp_min(_SMALL**2).sqrt()
-    shrunk = parts * torch.relu(1 + bias.unsqueeze(-1) / magnitude).unsqueeze(-1)
-    return torch.view_as_complex(shrunk).flatten(-2)
+    heads = z.reshape(*z.shape[:-1], bias.shape[-1], -1)
+    square = heads.real * heads.real + heads.imag * heads.imag
+    return (heads * torch.relu(1 + bias.unsqueeze(-1) / square.clamp_min(_SMALL**2).sqrt())).flatten(-2)
 
 
 def interpolate(values: Tensor, length: int, dim: int) -> Tensor:

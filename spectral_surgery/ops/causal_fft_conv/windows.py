@@ -24,7 +24,7 @@ def by_products(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
     Returns:
         [K, M, size].
     """
-    return torch.bmm(rows, toeplitz(kernel, rows.shape[-1], size).mT)
+    return torch.bmm(rows.contiguous(), toeplitz(kernel, rows.shape[-1], size).mT)
 
 
 def by_fft(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
