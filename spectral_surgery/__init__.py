@@ -14,6 +14,9 @@ from spectral_surgery.integrations.after_import import when_imported
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from spectral_surgery.adapters import METHODS
+    from spectral_surgery.adapters.base import AdapterSpec, AdapterState
+    from spectral_surgery.checkpoint.adapter_files import read_adapter, write_adapter
     from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
     from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
     from spectral_surgery.checkpoint.plan import CompressOptions
@@ -21,18 +24,34 @@ if TYPE_CHECKING:
     from spectral_surgery.hub import resolve
     from spectral_surgery.integrations.load import load_compressed
     from spectral_surgery.integrations.peft_accelerate import accelerate_peft
+    from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
+    from spectral_surgery.mixers import MIXERS
     from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
     from spectral_surgery.spectra.quality import bits_per_weight, energy_kept, relative_error, snr_db
     from spectral_surgery.spectra.quantized import QuantizedSpectrum
     from spectral_surgery.spectra.select import Target
     from spectral_surgery.spectra.sparse import SparseSpectralTensor, sst
+    from spectral_surgery.surgery.attach import detach, inject, state_of
+    from spectral_surgery.surgery.compress_live import compress_model
+    from spectral_surgery.targets import ModuleTargets
     from spectral_surgery.transforms import TRANSFORMS
+    from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
     from spectral_surgery.workflows.compress import CompressReport, compress
     from spectral_surgery.workflows.decompress import DecompressReport, decompress
+    from spectral_surgery.workflows.evaluate import evaluate
+    from spectral_surgery.workflows.extract import extract
+    from spectral_surgery.workflows.merge import merge
+    from spectral_surgery.workflows.pull import pull
+    from spectral_surgery.workflows.push import push
+    from spectral_surgery.workflows.train import train
+    from spectral_surgery.workflows.unmerge import unmerge
 
 # Where each public name lives; loaded when first used, so that importing the package stays light.
 _HOMES = {
+    "AdapterSpec": "adapters.base",
+    "AdapterState": "adapters.base",
     "Basis": "spectra.codec",
+    "CalibrationData": "workflows.calibrate",
     "CheckpointIndex": "checkpoint.index",
     "CompressOptions": "checkpoint.plan",
     "CompressReport": "workflows.compress",
@@ -40,29 +59,54 @@ _HOMES = {
     "DecompressReport": "workflows.decompress",
     "EncodedSpectrum": "spectra.codec",
     "EncodingReport": "spectra.codec",
+    "METHODS": "adapters",
+    "MIXERS": "mixers",
+    "ModuleTargets": "targets",
     "QuantizedSpectrum": "spectra.quantized",
     "SparseSpectralTensor": "spectra.sparse",
+    "SpectralConv1D": "layers",
+    "SpectralEmbedding": "layers",
+    "SpectralLinear": "layers",
     "SpectralSurgeryError": "errors",
     "TRANSFORMS": "transforms",
     "Target": "spectra.select",
     "accelerate_peft": "integrations.peft_accelerate",
     "bits_per_weight": "spectra.quality",
     "compress": "workflows.compress",
+    "compress_calibrated": "workflows.calibrate",
+    "compress_model": "surgery.compress_live",
     "decompress": "workflows.decompress",
+    "detach": "surgery.attach",
     "encode": "spectra.codec",
     "energy_kept": "spectra.quality",
+    "evaluate": "workflows.evaluate",
+    "extract": "workflows.extract",
+    "inject": "surgery.attach",
     "load_compressed": "integrations.load",
+    "merge": "workflows.merge",
     "open_compressed": "checkpoint.compressed",
+    "pull": "workflows.pull",
+    "push": "workflows.push",
+    "read_adapter": "checkpoint.adapter_files",
     "read_index": "checkpoint.index",
     "relative_error": "spectra.quality",
     "resolve": "hub",
     "snr_db": "spectra.quality",
     "sst": "spectra.sparse",
+    "state_of": "surgery.attach",
+    "train": "workflows.train",
+    "unmerge": "workflows.unmerge",
+    "write_adapter": "checkpoint.adapter_files",
 }
 
 __all__ = [
+    "METHODS",
+    "MIXERS",
     "TRANSFORMS",
+    "AdapterSpec",
+    "AdapterState",
     "Basis",
+    "CalibrationData",
     "CheckpointIndex",
     "CompressOptions",
     "CompressReport",
@@ -70,23 +114,41 @@ __all__ = [
     "DecompressReport",
     "EncodedSpectrum",
     "EncodingReport",
+    "ModuleTargets",
     "QuantizedSpectrum",
     "SparseSpectralTensor",
+    "SpectralConv1D",
+    "SpectralEmbedding",
+    "SpectralLinear",
     "SpectralSurgeryError",
     "Target",
     "accelerate_peft",
     "bits_per_weight",
     "compress",
+    "compress_calibrated",
+    "compress_model",
     "decompress",
+    "detach",
     "encode",
     "energy_kept",
+    "evaluate",
+    "extract",
+    "inject",
     "load_compressed",
+    "merge",
     "open_compressed",
+    "pull",
+    "push",
+    "read_adapter",
     "read_index",
     "relative_error",
     "resolve",
     "snr_db",
     "sst",
+    "state_of",
+    "train",
+    "unmerge",
+    "write_adapter",
 ]
 
 
