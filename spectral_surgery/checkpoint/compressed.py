@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from spectral_surgery.checkpoint.companions import CONFIG_FILE
+from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.header import read_json
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import (
@@ -91,23 +92,31 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
 
 
-def open_compressed(folder: Path) -> CompressedCheckpoint:
+def open_compressed(folder: Path, *, differences: bool = False) -> CompressedCheckpoint:
     """Open a compressed folder; reads headers and the manifest, and checks that they agree.
 
     Args:
         folder: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
+        differences: whether spectra may stand for differences to another checkpoint, which are no weights.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says.
+        CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says,
+            or when it holds differences and those are not expected.
     """
     if not (folder / FILE_NAME).exists() and (folder / CONFIG_FILE).exists():
         index = read_index(folder)
         manifest = manifest_of(index.metadata) or read_manifest(folder)
     else:
         manifest, index = read_manifest(folder), read_index(folder)
+    base = base_name(manifest.options)
+    if base is not None and not differences:
+        raise CheckpointError(
+            f"{folder.name}: holds differences to {base}, and no weights; a compressed model is accepted. Decompress it"
+            " with --base first."
+        )
     for name, record in manifest.tensors.items():
         frames = sum(part.frames for part in record.parts)
         steps = {(len(record.parts), 2), (len(record.parts), record.matrix[1] + 1)}

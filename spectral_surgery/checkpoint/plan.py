@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from spectral_surgery.checkpoint.difference import counterpart
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.reader import read_bytes
 from spectral_surgery.errors import ConfigError
@@ -43,6 +44,7 @@ class CompressOptions:
         min_weights: smaller tensors are copied.
         copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
         calibration: the text that codes were chosen by, in words and a checksum.
+        base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
     """
 
     target: Target
@@ -53,6 +55,7 @@ class CompressOptions:
     min_weights: int = 4096
     copy_nonfinite: bool = False
     calibration: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tile <= MAX_TILE:
@@ -85,6 +88,7 @@ class PlannedTensor:
         columns: columns of the matrix.
         axes: transformed axes; an embedding only along its features, so that a row decodes from one frame.
         parts: row ranges that are compressed one by one, cut at the experts of a fused tensor and at PART_WEIGHTS.
+        base: the tensor whose difference is compressed instead, if any.
     """
 
     info: TensorInfo
@@ -92,6 +96,7 @@ class PlannedTensor:
     columns: int
     axes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
+    base: TensorInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -164,13 +169,16 @@ class Plan:
         return mine
 
 
-def make_plan(index: CheckpointIndex, options: CompressOptions, *, compare: bool = True) -> Plan:
+def make_plan(
+    index: CheckpointIndex, options: CompressOptions, *, compare: bool = True, base: CheckpointIndex | None = None
+) -> Plan:
     """Decide what happens to every tensor.
 
     Args:
         index: headers of the checkpoint.
         options: what was asked.
         compare: find tied tensors, for which some are read; otherwise none is taken to be tied.
+        base: compress differences to the tensors of this checkpoint, where it has the same.
 
     Returns:
         The plan.
@@ -191,7 +199,7 @@ def make_plan(index: CheckpointIndex, options: CompressOptions, *, compare: bool
         if reason:
             copied[name] = reason
         else:
-            tensors.append(_planned(info, options.tile))
+            tensors.append(replace(_planned(info, options.tile), base=counterpart(base, name, info.shape)))
     if not tensors:
         reasons = "; ".join(sorted(set(copied.values())))
         raise ConfigError(

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from spectral_surgery.checkpoint.difference import read_rows
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -96,6 +97,8 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
     tensor = unit.tensor
     start, stop = tensor.parts[unit.part]
     weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
+    if tensor.base is not None:
+        weight = weight.float() - read_rows(tensor.base, (start, stop), tensor.columns)
     if not _is_finite(weight):
         if not options.copy_nonfinite:
             raise ConfigError(

@@ -65,12 +65,13 @@ def run(
     resume: bool,
     overwrite: bool,
     origin: str | None,
+    base: Path | None,
     progress: Progress,
 ) -> CompressReport | None:
     """Compress, with text where some was given.
 
     Raises:
-        click.UsageError: when --calibrate meets --shard.
+        click.UsageError: when --calibrate meets --shard or --base.
     """
     from spectral_surgery.workflows import compress as workflow
 
@@ -86,10 +87,11 @@ def run(
             resume=resume,
             overwrite=overwrite,
             origin=origin,
+            base=base,
             progress=progress,
         )
-    if shard[1] > 1:
-        raise click.UsageError("--calibrate goes through the model in order; it has no --shard.", ctx)
+    if base is not None or shard[1] > 1:
+        raise click.UsageError("--calibrate goes through a whole model in order; it has no --shard or --base.", ctx)
     from spectral_surgery.workflows.calibrate import compress_calibrated
 
     report, done = compress_calibrated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
     "--transform", default="dct", show_default=True, help="A transform (see methods), or auto: the best of each part."
 )
 @click.option("--tile", type=int, default=64, show_default=True, help="Side of the transform tiles.")
+@shared.base_option("Compress the difference to this checkpoint, which decompress needs again.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Compress only tensors that match; repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Copy tensors that match; repeatable.")
 @click.option("--min-weights", type=int, default=4096, show_default=True, help="Copy smaller tensors.")
@@ -75,18 +77,18 @@ def command(
 
     \b
     Example:
-      spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2
+      spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2 --dry-run
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
-      spectral-surgery compress ./model ./model-small --sparsity 0.2 --dry-run
+      spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
     """
     from spectral_surgery.checkpoint.plan import CompressOptions
 
     target, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
-    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite)
     access = shared.hub_access(quiet=quiet)
+    before, name = access.base()
+    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite, base=name)
     if dry_run:
-        with access.outline(source) as found:
-            _show_plan(found, options, as_json=as_json)
+        _show_plan(access.outline(source), options, before, as_json=as_json)
         return
     access.prepare()
     path, origin = access.resolve(source)
@@ -102,6 +104,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             origin=origin,
+            base=before,
             progress=progress,
         )
     _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
@@ -116,10 +119,13 @@ def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> Target:
     return Target(*given[0])
 
 
-def _show_plan(found: Found, options: CompressOptions, *, as_json: bool) -> None:
+def _show_plan(
+    outline: AbstractContextManager[Found], options: CompressOptions, base: Path | None, *, as_json: bool
+) -> None:
     from spectral_surgery.workflows.compress import plan_compression
 
-    index, plan = plan_compression(found.path, options, compare=found.whole)
+    with outline as found:
+        index, plan = plan_compression(found.path, options, compare=found.whole, base=base)
     bits = plan.predicted_bits()
     copied = sum(index.tensors[name].nbytes for name in plan.copied)
     body = {

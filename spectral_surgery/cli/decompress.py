@@ -15,6 +15,7 @@ CHECK_FAILED = 3
 @shared.source_argument
 @shared.out_argument
 @click.option("--dtype", help="Store floating tensors as float32, bfloat16, ... instead of their original dtype.")
+@shared.base_option("The checkpoint that SOURCE holds differences to.")
 @click.option(
     "--verify", is_flag=True, help="Read the result back and check it; exit with 3 and publish nothing if wrong."
 )
@@ -62,6 +63,7 @@ def command(
             verify=verify,
             threads=shared.threads_or_all(threads),
             overwrite=overwrite,
+            base=access.base()[0],
             progress=progress,
         )
     pushed = {} if report.failures else access.pushed(out)
@@ -81,7 +83,7 @@ def command(
 def _show_plan(path: Path, *, as_json: bool) -> None:
     from spectral_surgery.checkpoint.compressed import open_compressed
 
-    manifest = open_compressed(path).manifest
+    manifest = open_compressed(path, differences=True).manifest
     weights, tensors = sum(r.report.weights for r in manifest.tensors.values()), len(manifest.tensors)
     if as_json:
         body = {"dry_run": True, "compressed_tensors": tensors, "weights": weights, "tied": manifest.aliases}

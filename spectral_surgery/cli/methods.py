@@ -27,7 +27,7 @@ def command(name: str | None, as_json: bool) -> None:
     from spectral_surgery.adapters import METHODS
 
     rows = _rows()
-    if name in METHODS:
+    if name is not None and name in METHODS:
         rows = _settings(METHODS[name].config)
     elif name is not None:
         rows = [row for row in rows if row["name"] == name]

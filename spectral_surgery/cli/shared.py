@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -58,6 +58,11 @@ class HubAccess:
         path = hub.resolve(source, revision=self.revision, token=self.token)
         return path, repository.name if repository else None
 
+    def base(self) -> tuple[Path | None, str | None]:
+        """`resolve` for --base, which --revision does not mean; (None, None) without."""
+        source = click.get_current_context().meta.get(f"{__name__}.base")
+        return replace(self, revision=None).resolve(source) if source else (None, None)
+
     def outline(self, source: str) -> AbstractContextManager[Found]:
         """A source to read headers of."""
         from spectral_surgery import hub
@@ -84,6 +89,11 @@ class HubAccess:
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
     ctx.meta[f"{__name__}.{parameter.name}"] = value
+
+
+def base_option(text: str) -> Callable[[F], F]:
+    """--base: a second checkpoint; `HubAccess.base` has it."""
+    return click.option("--base", expose_value=False, callback=_remember, metavar="BASE", help=text)
 
 
 def hub_options(function: F) -> F:

@@ -78,7 +78,7 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
 
 
 def _compressed(folder: Path, progress: Progress) -> Checked:
-    checkpoint = open_compressed(folder)
+    checkpoint = open_compressed(folder, differences=True)
     records = checkpoint.manifest.tensors
     for number, (name, record) in enumerate(records.items()):
         for part in range(len(record.parts)):

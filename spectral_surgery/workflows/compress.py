@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 from spectral_surgery import cards
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.difference import describe
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
@@ -84,20 +85,38 @@ class CompressReport:
         }
 
 
-def plan_compression(source: Path, options: CompressOptions, *, compare: bool = True) -> tuple[CheckpointIndex, Plan]:
+def plan_compression(
+    source: Path,
+    options: CompressOptions,
+    *,
+    compare: bool = True,
+    base: Path | None = None,
+) -> tuple[CheckpointIndex, Plan]:
     """Read the headers of a checkpoint and decide what compressing it does; nothing is written.
 
     Args:
         source: a checkpoint folder or a .safetensors file.
         options: what is asked.
-        compare: read tensors that may be tied; without, as for an outline of a remote checkpoint, none is taken to be.
+        compare: read tensors that may be tied, and the base; without, as for an outline of a remote checkpoint, none is
+            taken to be tied.
+        base: compress differences to this checkpoint; options may name it.
 
     Returns:
         The index and the plan.
 
     Raises:
-        CheckpointError: when the source is no dense safetensors checkpoint.
+        CheckpointError: when the source or the base is no dense safetensors checkpoint.
     """
+    index = _dense(source)
+    if base is None:
+        return index, make_plan(index, replace(options, base=None), compare=compare)
+    before = _dense(base)
+    if compare:
+        options = replace(options, base=describe(before, options.base or base.resolve().name))
+    return index, make_plan(index, options, compare=compare, base=before)
+
+
+def _dense(source: Path) -> CheckpointIndex:
     index = read_index(source)
     quantised = index.config.get("quantization_config")
     if isinstance(quantised, dict):
@@ -106,7 +125,7 @@ def plan_compression(source: Path, options: CompressOptions, *, compare: bool = 
         raise CheckpointError(
             f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
         )
-    return index, make_plan(index, options, compare=compare)
+    return index
 
 
 def compress(
@@ -120,6 +139,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     origin: str | None = None,
+    base: Path | None = None,
     progress: Progress = silent,
 ) -> CompressReport | None:
     """Compress a checkpoint into a new folder.
@@ -137,6 +157,7 @@ def compress(
         resume: go on with unfinished work of the same source and options.
         overwrite: replace an existing folder, and discard unfinished work.
         origin: the Hub repository that source is a copy of, for the model card.
+        base: compress differences to this checkpoint, which decompressing needs again; errors and rates are theirs.
         progress: called after each part.
 
     Returns:
@@ -149,16 +170,13 @@ def compress(
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
     check_apart(source, out)
-    index, plan = plan_compression(source, options)
+    check_apart(base or source, out)
+    index, plan = plan_compression(source, options, base=base)
     alone = shard[1] == 1
     partial = partial_folder(out, overwrite=overwrite)
     if alone and partial.exists() and not resume:
-        if not overwrite:
-            raise CheckpointError(
-                f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
-            )
-        shutil.rmtree(partial)
-    workshop = Workshop(partial / UNITS, work_key(index, options))
+        _discard(partial, overwrite=overwrite)
+    workshop = Workshop(partial / UNITS, work_key(index, plan.options))
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
         with hold(partial, exclusive=alone, wait=not alone):
@@ -169,6 +187,14 @@ def compress(
             if not workshop.folder.exists():
                 return None  # another shard finished in the meantime and joined everything
             return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
+
+
+def _discard(partial: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise CheckpointError(
+            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+        )
+    shutil.rmtree(partial)
 
 
 def _run(workshop: Workshop, plan: Plan, units: list[Unit], *, workers: int, threads: int, progress: Progress) -> None:
@@ -231,7 +257,7 @@ def _finish(
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         marked = dict(index.config) | {"quantization_config": _quantization_config(plan.options)}
         copy_companions(index, folder, marked)
-        facts = compressed_facts(open_compressed(folder), origin)
+        facts = compressed_facts(open_compressed(folder, differences=True), origin)
         cards.write_derived(folder, facts)
         (folder / LOCK_FILE).unlink(missing_ok=True)
         shutil.rmtree(workshop.folder)

@@ -12,7 +12,8 @@ import torch
 from spectral_surgery import cards
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
-from spectral_surgery.checkpoint.index import TensorInfo, read_index
+from spectral_surgery.checkpoint.difference import check_base, counterpart, read_rows
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME, SUFFIXES, TensorRecord
 from spectral_surgery.checkpoint.plan import FLOATS
 from spectral_surgery.checkpoint.reader import DTYPES, read_flat
@@ -74,23 +75,23 @@ def decompress(
     verify: bool = False,
     threads: int = 1,
     overwrite: bool = False,
+    base: Path | None = None,
     progress: Progress = silent,
 ) -> DecompressReport:
     """Write the plain checkpoint that a compressed folder stands for.
 
     Every tensor has its original name, shape and dtype; tensors that were copied keep their bits, tied ones get both
-    names
-    back. Checksums are always verified before decoding.
+    names back. Checksums are always verified before decoding.
 
     Args:
         source: a folder written by compress.
         out: folder to create.
         dtype: store all floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``) instead of their own.
         verify: read the result back: copied tensors must be bit-equal, and decoded ones must have the norm that was
-            measured
-            when they were encoded.
+            measured when they were encoded.
         threads: frames decoded at once.
         overwrite: replace an existing folder.
+        base: the checkpoint that differences are to; None for a compressed model.
         progress: called after each tensor.
 
     Returns:
@@ -98,21 +99,21 @@ def decompress(
 
     Raises:
         ConfigError: when dtype is unknown.
-        CheckpointError: when the source is damaged or out is taken.
+        CheckpointError: when the source is damaged, out is taken, or the base is missing or another one.
     """
     started = time.perf_counter()
-    code = _dtype_code(dtype)
+    code, failures = _dtype_code(dtype), tuple[str, ...]()
     check_apart(source, out)
-    checkpoint = open_compressed(source)
-    entries = _Entries(checkpoint, code, threads, progress).all()
-    failures: tuple[str, ...] = ()
+    checkpoint = open_compressed(source, differences=True)
+    before = check_base(checkpoint.manifest.options, base, source.name)
+    work = _Entries(checkpoint, before, code, threads, progress)
+    entries = work.all()
     try:
         with publishing(out, overwrite=overwrite) as folder:
             write_checkpoint(folder, entries)
             copy_companions(checkpoint.index, folder, _plain_config(checkpoint, dtype), without=FILE_NAME)
-            facts = decompressed_facts(checkpoint.manifest, checkpoint.index, dtype)
-            cards.write_derived(folder, facts)
-            wrong = _verify(checkpoint, folder, code) if verify else []
+            cards.write_derived(folder, decompressed_facts(checkpoint.manifest, checkpoint.index, dtype))
+            wrong = _verify(work, folder) if verify else []
             if wrong:
                 raise _NotVerifiedError(wrong)
     except _NotVerifiedError as error:
@@ -140,6 +141,7 @@ def _dtype_code(dtype: str | None) -> str | None:
 @dataclass(frozen=True)
 class _Entries:
     checkpoint: CompressedCheckpoint
+    base: CheckpointIndex | None
     code: str | None
     threads: int
     progress: Progress
@@ -159,12 +161,21 @@ class _Entries:
         code = self.code or record.dtype
 
         def chunks() -> Iterator[memoryview]:
-            for part in range(len(record.parts)):
-                dense = self.checkpoint.part(name, part).to_dense(threads=self.threads)
-                yield tensor_bytes(_cast(dense, DTYPES[code]))
+            for weight, _ in self.weights(name, record):
+                yield tensor_bytes(_cast(weight, DTYPES[code]))
             self._advance(as_name)
 
         return Entry(as_name, code, record.shape, chunks)
+
+    def weights(self, name: str, record: TensorRecord) -> Iterator[tuple[torch.Tensor, float]]:
+        """Parts of a tensor, [N, I] float32, with the energy of what was decoded for each."""
+        before = counterpart(self.base, name, record.shape)
+        for number, part in enumerate(record.parts):
+            dense = self.checkpoint.part(name, number).to_dense(threads=self.threads)
+            energy = float(dense.double().square().sum()) if before is not None else 0.0
+            if before is not None:
+                dense = dense + read_rows(before, part.rows, record.matrix[1])
+            yield dense, energy
 
     def _copied(self, as_name: str, info: TensorInfo) -> Entry:
         code = self.code if self.code and info.dtype in FLOATS else info.dtype
@@ -197,11 +208,15 @@ def _plain_config(checkpoint: CompressedCheckpoint, dtype: str | None) -> dict[s
     return config
 
 
-def _verify(checkpoint: CompressedCheckpoint, folder: Path, code: str | None) -> list[str]:
+def _verify(work: _Entries, folder: Path) -> list[str]:
+    checkpoint, code = work.checkpoint, work.code
     written = read_index(folder).tensors
     failures = []
     for name, record in checkpoint.manifest.tensors.items():
         dtype = DTYPES[code or record.dtype]
+        if counterpart(work.base, name, record.shape) is not None:
+            failures += _verify_sum(work, name, written[name], dtype)
+            continue
         tolerance = max(torch.finfo(dtype).eps, 1e-5)
         energy = sum(float(piece.double().square().sum()) for piece in _pieces(written[name]))
         expected = record.report.stored_energy
@@ -215,6 +230,21 @@ def _verify(checkpoint: CompressedCheckpoint, folder: Path, code: str | None) ->
         if not all(map(_same_bits, _pieces(written[alias]), _pieces(written[name]))):
             failures.append(f"{alias}: differs from {name}, to which it is tied")
     return failures
+
+
+def _verify_sum(work: _Entries, name: str, written: TensorInfo, dtype: torch.dtype) -> list[str]:
+    """A difference is far below the rounding of a norm, so each part is decoded and added once more."""
+    record, energy, start = work.checkpoint.manifest.tensors[name], 0.0, 0
+    for weight, own in work.weights(name, record):
+        energy += own
+        expected = _cast(weight, dtype).reshape(-1)
+        if not _same_bits(read_flat(written, start, start + len(expected)), expected):
+            return [f"{name}: is not the sum of the base and the difference"]
+        start += len(expected)
+    stored = record.report.stored_energy
+    if abs(energy - stored) > 1e-4 * stored:
+        return [f"{name}: squared norm {energy:.6g} of the difference where {stored:.6g} was encoded"]
+    return []
 
 
 def _pieces(info: TensorInfo) -> Iterator[torch.Tensor]:

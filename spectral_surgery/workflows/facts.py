@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from spectral_surgery.cards import Facts, as_repository
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
+from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.header import DTYPE_BITS
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
@@ -22,7 +23,7 @@ _LIBRARIES = ("torch", "zstandard")
 _LOAD_COMPRESSED = """\
 ```bash
 pip install spectral-surgery
-spectral-surgery decompress {here} ./plain
+spectral-surgery decompress {here} ./plain{base}
 ```
 
 `./plain` is an ordinary checkpoint for every other tool. Do not give this repository itself to a tool that does not
@@ -56,6 +57,9 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     copied = [info for name, info in index.tensors.items() if name not in stored]
     original = sum(r.report.weights * DTYPE_BITS[r.dtype] // 8 for r in manifest.tensors.values())
     calibration = manifest.options.get("calibration")
+    before = base_name(manifest.options)
+    of = "differences" if before else "weights"
+    what = f"The difference of {_linked(origin)} to {before}" if before else _linked(origin)
     rows = [
         {
             "tensor": f"`{name}`",
@@ -69,7 +73,7 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     totals = {
         "compressed": f"{len(rows)} tensors, {total.weights:,} weights, {original:,} -> {total.stored_bytes:,} bytes",
         "bits per weight": f"{total.bits_per_weight:.4g}, every stored byte counted",
-        "relative error": f"{total.relative_error:.4g}, the norm of the error over that of the weights",
+        "relative error": f"{total.relative_error:.4g}, the norm of the error over that of the {of}",
         "density": f"{total.density:.4g}, the fraction of coefficients kept",
         "copied bit for bit": f"{len(copied)} tensors, {sum(info.nbytes for info in copied):,} bytes",
     }
@@ -77,9 +81,9 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
         totals["codes chosen by"] = str(calibration)
     return Facts(
         f"{_name(origin)}, compressed in the frequency domain",
-        f"{_linked(origin)} as entropy-coded spectra, made by spectral-surgery from files, without a forward pass.",
+        f"{what} as entropy-coded spectra, made by spectral-surgery from files, without a forward pass.",
         compress_command(manifest.options, origin),
-        _LOAD_COMPRESSED.format(here=HERE),
+        _LOAD_COMPRESSED.format(here=HERE, base=f" --base {before}" if before else ""),
         sorted(rows, key=lambda row: -int(str(row["bytes"]))),
         totals,
         origin,
@@ -207,6 +211,8 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
             words += [f"--{_TARGETS.get(str(value['kind']), value['kind'])}", str(value["value"]).removesuffix(".0")]
         elif key == "calibration":
             words += ["--calibrate", "TEXT"] if value else []  # told by its checksum, not by its path
+        elif key == "base":
+            words += ["--base", base_name(options) or ""] if value else []
         elif isinstance(value, list | tuple):
             words += [word for item in value for word in (f"--{key}", str(item))]
         elif value is True:

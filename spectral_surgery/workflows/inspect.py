@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.plan import CompressOptions, PlannedTensor, make_plan
@@ -181,7 +182,7 @@ def _rows(index: CheckpointIndex, fates: dict[str, str]) -> tuple[dict[str, obje
 
 
 def _compressed(source: Path) -> Inspection:
-    checkpoint = open_compressed(source)
+    checkpoint = open_compressed(source, differences=True)
     manifest = checkpoint.manifest
     rows: list[dict[str, object]] = [
         {
@@ -196,7 +197,8 @@ def _compressed(source: Path) -> Inspection:
         for name, record in manifest.tensors.items()
     ]
     total = manifest.report
-    summary = {
+    before = base_name(manifest.options)
+    summary = ({"differences_to": before} if before else {}) | {
         "compressed_tensors": len(rows),
         "weights": total.weights,
         "bits_per_weight": total.bits_per_weight,
