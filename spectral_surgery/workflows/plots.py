@@ -81,7 +81,7 @@ def plot_training(
         return False
     figure = Figure(figsize=(11 if measure != "loss" else 6.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(np.atleast_1d(figure.subplots(1, 2 if measure != "loss" else 1)))
+    panels = figure.subplots(1, 2 if measure != "loss" else 1, squeeze=False)[0]
     if train:
         panels[0].plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training batches")
     steps = [step for step, _ in held_out]
