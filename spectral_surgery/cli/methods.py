@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -15,9 +16,9 @@ from spectral_surgery.errors import ConfigError
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what can be chosen: adapters, transforms, baselines and benchmarks, and where they come from.
+    """List what can be chosen: adapters, transforms, mixers, baselines and benchmarks, and where they come from.
 
-    With the name of an adapter method, its settings for -o NAME=VALUE.
+    With the name of an adapter method or mixer, its settings for -o NAME=VALUE.
 
     \b
     Example:
@@ -25,10 +26,13 @@ def command(name: str | None, as_json: bool) -> None:
       spectral-surgery methods fourierft
     """
     from spectral_surgery.adapters import METHODS
+    from spectral_surgery.mixers import MIXERS
 
     rows = _rows()
-    if name is not None and name in METHODS:
-        rows = _settings(METHODS[name].config)
+    configs: dict[str, type[Any]] = {own.name: own.config for own in METHODS.values()}
+    configs |= {own.name: own.config for own in MIXERS.values()}
+    if name is not None and name in configs and fields(configs[name]):
+        rows = _settings(configs[name])
     elif name is not None:
         rows = [row for row in rows if row["name"] == name]
         if not rows:

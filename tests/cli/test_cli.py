@@ -175,6 +175,8 @@ def test_methods_lists_every_table() -> None:
     names = {row["name"] for row in result("methods")["methods"]}
     assert {"dct", "hadamard", "int4-g128", "coding", "workers"} <= names
     assert len(result("methods", "dct")["methods"]) == 1
+    assert [row["setting"] for row in result("methods", "hybrid")["methods"]] == ["heads", "window", "bins"]
+    assert [row["kind"] for row in result("methods", "fnet")["methods"]] == ["mixer"]
 
 
 def test_a_plot(source: Path, tmp_path: Path) -> None:
