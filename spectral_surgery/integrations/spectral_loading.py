@@ -24,6 +24,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurger
 from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import RESIDENTS, resident_form
+from spectral_surgery.spectra.parallel import parallel_map
 
 AUTO = "auto"
 STEP = SUFFIXES[2]
@@ -216,7 +217,7 @@ def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
 
 
 def spectral_weight(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralWeight:
-    """A compressed matrix in memory; one part of it at a time is read.
+    """A compressed matrix in memory; each core reads one part of it at a time.
 
     Args:
         checkpoint: the folder.
@@ -229,9 +230,11 @@ def spectral_weight(checkpoint: CompressedCheckpoint, name: str, resident: str, 
     """
     if resident == AUTO:
         return _first_that_fits(checkpoint, name, like)
-    count = len(checkpoint.manifest.tensors[name].parts)
+    parts = range(len(checkpoint.manifest.tensors[name].parts))
     try:
-        forms = [resident_form(checkpoint.part(name, part), resident) for part in range(count)]
+        forms = parallel_map(
+            lambda part: resident_form(checkpoint.part(name, part), resident), parts, torch.get_num_threads()
+        )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return SpectralWeight(forms, resident, like.dtype).to(like.device)
