@@ -27,7 +27,7 @@ demo: .venv/demo
 	$(BIN)/spectral-surgery demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 lint: .venv/dev
 	$(BIN)/ruff check .

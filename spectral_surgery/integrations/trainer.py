@@ -235,7 +235,7 @@ def _arguments(job: Job) -> Any:
         eval_steps=when["steps"],
         save_strategy=when["strategy"],
         save_steps=when["steps"],
-        logging_steps=10,
+        logging_steps=10 if settings.steps == 0 or settings.steps > 100 else 1,
         logging_first_step=True,
         save_total_limit=2,
         load_best_model_at_end=True,

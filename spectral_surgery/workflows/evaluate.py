@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.checkpoint.adapter_files import read_adapter
-from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
+from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, is_compressed, open_compressed
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
-from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.reader import DTYPES, read_flat
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.integrations.tasks import spearman
@@ -154,7 +153,7 @@ class _Dense:
     """A checkpoint, plain or compressed, read in pieces of equal size on both sides."""
 
     def __init__(self, source: Path) -> None:
-        compressed = source.is_dir() and (source / FILE_NAME).exists()
+        compressed = source.is_dir() and is_compressed(source)
         self._compressed: CompressedCheckpoint | None = open_compressed(source) if compressed else None
         self._index: CheckpointIndex = self._compressed.index if self._compressed else read_index(source)
         self.shapes = {name: info.shape for name, info in self._index.tensors.items() if info.dtype in DTYPES}

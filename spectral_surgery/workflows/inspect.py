@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.compressed import is_compressed, open_compressed
 from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
-from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.plan import CompressOptions, PlannedTensor, make_plan
 from spectral_surgery.checkpoint.reader import read_flat
 from spectral_surgery.errors import ConfigError
@@ -103,7 +102,7 @@ def inspect(
         CheckpointError: when the source is no usable checkpoint.
         ConfigError: when spectra of a compressed folder are asked for.
     """
-    if source.is_dir() and (source / FILE_NAME).exists():
+    if source.is_dir() and is_compressed(source):
         if spectrum:
             raise ConfigError(f"{source.name}: is compressed; --spectrum needs a dense one. Decompress it first.")
         return _compressed(source)

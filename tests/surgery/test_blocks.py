@@ -76,6 +76,10 @@ def test_models_without_blocks_or_text(model: Model) -> None:
     with pytest.raises(ConfigError, match="calibrate: no text"):
         next(blocks_in_turn(model, []))
     model.layers.extend([Block() for _ in range(9)])
-    model.forward = model.embed  # type: ignore[method-assign]
+
+    def embed_only(input_ids: torch.Tensor) -> torch.Tensor:
+        return model.embed(input_ids)
+
+    model.forward = embed_only  # type: ignore[method-assign]
     with pytest.raises(TargetError, match="Model: its first block was not run"):
         next(blocks_in_turn(model, BATCHES))

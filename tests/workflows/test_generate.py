@@ -120,5 +120,5 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         generate(bert, PROMPT, SHORT, Running())
     save_tokenizer(bert)
-    with pytest.raises(CheckpointError, match="transformers cannot load it: Unrecognized configuration class"):
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
         generate(bert, PROMPT, SHORT, Running())

@@ -177,7 +177,7 @@ def test_data_that_does_not_fit_says_so(tmp_path: Path, bert: Path, llama: Path,
     one.write_text("\n".join(json.dumps({"text": "red", "label": i / 7}) for i in range(9)))
     with pytest.raises(ConfigError, match="similarity: 1 text column"):
         train(bert, out, TrainData(one, task="similarity"), fourierft("query"), settings())
-    with pytest.raises(CheckpointError, match="cannot be loaded by AutoModelForCausalLM"):
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded"):
         train(tmp_path, out, TrainData(text), fourierft(), settings())
     assert not out.exists()
 
@@ -232,7 +232,11 @@ def test_spearman_gives_ties_their_mean_rank() -> None:
 
 
 def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -> None:
-    arguments = ["train", str(llama), "--data", str(text), "--seq-length", "16", "--method", "fourierft", "-o"]
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(" ".join(WORDS[i % 7] for i in range(64)))  # equal shares for both processes
+    arguments = ["train", str(llama), "--data", str(text), "--eval-data", str(held_out), "--seq-length", "16"]
+    # not q_proj, whose first gradients are mere rounding here, of which Adam makes full steps
+    arguments += ["--target-modules", "v_proj,down_proj", "--method", "fourierft", "-o"]
     arguments += ["n_frequency=40", "-o", "scaling=20", "--steps", "6", "--batch-size", "4", "--eval-every", "6"]
     arguments += ["--lr", "0.05", "--device", "cpu", "--json", "-q"]
     one = [sys.executable, "-m", "spectral_surgery", *arguments[:2], str(tmp_path / "one"), *arguments[2:]]
@@ -244,10 +248,12 @@ def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         reports.append(json.loads(done.stdout))
-    assert reports[1]["after"]["loss"] == pytest.approx(reports[0]["after"]["loss"], rel=1e-4)
-    assert reports[1]["after"]["loss"] < reports[1]["before"]["loss"]
+    assert reports[1]["before"]["loss"] == pytest.approx(reports[0]["before"]["loss"], rel=1e-5)
     curves = [[loss for _, loss in report["train_loss"]] for report in reports]
+    # rounding differs between one batch and two halves; where a gradient is all rounding, Adam makes it a full step
+    assert curves[1][:3] == pytest.approx(curves[0][:3], rel=1e-5)
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert reports[1]["after"]["loss"] < reports[1]["before"]["loss"]
     a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
     assert {name: tensors["spectrum"].shape for name, tensors in b.layers.items()} == {
         name: tensors["spectrum"].shape for name, tensors in a.layers.items()
