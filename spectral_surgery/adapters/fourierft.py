@@ -96,8 +96,9 @@ class FourierFT(nn.Module):
         return adapted_linear(x, weight, bias, self.spectrum, self._places, self.scaling)
 
     def delta_weight(self) -> Tensor:
-        """[O, I] float32."""
-        return delta_weight(self.spectrum.float(), self._places, self.shape, self.scaling)
+        """[O, I] float32; float64 where the module is, for merging."""
+        wide = torch.promote_types(self.spectrum.dtype, torch.float32)
+        return delta_weight(self.spectrum.to(wide), self._places, self.shape, self.scaling)
 
     @property
     def _places(self) -> Places:
