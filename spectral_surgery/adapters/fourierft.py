@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.ops.fourier_delta import Places, adapted_linear, delta_weight, fold, fourier_delta
+from spectral_surgery.ops.fourier_delta import Places, adapted_linear, delta_rows, delta_weight, fold, fourier_delta
 from spectral_surgery.targets import pattern_value
 
 AUTO_STD = 3e-3  # of the entries of ΔW that scaling="auto" gives coefficients ~ N(0, 1)
@@ -106,7 +106,7 @@ class FourierFT(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of delta_weight: [..., I] float32."""
-        return nn.functional.embedding(ids, self.delta_weight())
+        return delta_rows(ids, self.spectrum.float(), self._places, self.shape, self.scaling)
 
 
 @lru_cache(maxsize=32)

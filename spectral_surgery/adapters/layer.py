@@ -80,9 +80,14 @@ def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
         [..., O], or None to take the sum of both outputs.
     """
     own = getattr(adapter, "fused_linear", None)
-    if own is None or type(base) is not nn.Linear:
+    if own is None or type(base) is not nn.Linear or _is_observed(base):
         return None
     return cast("Tensor | None", own(x, base.weight, base.bias))
+
+
+def _is_observed(base: nn.Module) -> bool:
+    # its hooks, or a forward put over its own (offloading, sharding, calibration), must see the call
+    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks) or "forward" in base.__dict__
 
 
 class AdaptedLayer(nn.Module):

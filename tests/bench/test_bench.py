@@ -40,7 +40,17 @@ def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPat
 
 
 def test_names_are_those_of_the_commands() -> None:
-    assert list(bench.CASES) == ["coding", "rate", "tiles", "speed", "spectral_matmul", "mixers", "memory", "workers"]
+    assert list(bench.CASES) == [
+        "coding",
+        "rate",
+        "tiles",
+        "speed",
+        "spectral_matmul",
+        "fourierft",
+        "mixers",
+        "memory",
+        "workers",
+    ]
 
 
 def test_timings_are_medians_of_interleaved_calls() -> None:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.ops.fourier_delta.choice import Way, choose
+from spectral_surgery.ops.fourier_delta.dense import delta_rows as pick
 from spectral_surgery.ops.fourier_delta.linear import fourier_linear
-from spectral_surgery.ops.fourier_delta.places import Places, fold
+from spectral_surgery.ops.fourier_delta.one_row import add_row, route_of
+from spectral_surgery.ops.fourier_delta.places import Delta, Places, fold
 from spectral_surgery.ops.fourier_delta.weight import fourier_weight
 
-__all__ = ["Places", "adapted_linear", "delta_weight", "fold", "fourier_delta"]
+__all__ = ["Places", "adapted_linear", "delta_rows", "delta_weight", "fold", "fourier_delta"]
 
 
 def fourier_delta(
@@ -53,6 +55,24 @@ def delta_weight(
     return weight
 
 
+def delta_rows(ids: Tensor, coefficients: Tensor, places: Places, shape: tuple[int, int], scaling: float) -> Tensor:
+    """Some rows of ΔW, the others not formed where they are many.
+
+    Args:
+        ids: [...] int64, in 0 .. O-1.
+        coefficients: [K] float.
+        places: folded positions.
+        shape: (O, I).
+        scaling: as in `fourier_delta`.
+
+    Returns:
+        [..., I] in the dtype of the coefficients.
+    """
+    if ids.numel() >= shape[0] // 2:  # half of them are transformed for all
+        return torch.nn.functional.embedding(ids, delta_weight(coefficients, places, shape, scaling))
+    return pick(ids.reshape(-1), Delta(coefficients, places, shape, scaling)).view(*ids.shape, shape[1])
+
+
 def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linear
     x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, places: Places, scaling: float
 ) -> Tensor:
@@ -70,6 +90,11 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         [..., O] in the dtype of x.
     """
     shape = (weight.shape[0], weight.shape[1])
+    if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
+        route = None if torch.compiler.is_compiling() else route_of(places, shape)
+        if route is not None:
+            y = torch.nn.functional.linear(x, weight, bias)
+            return add_row(y, x, coefficients, route, scaling / (shape[0] * shape[1]))
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)

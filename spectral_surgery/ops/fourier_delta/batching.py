@@ -1,43 +1,32 @@
-"""vmap of operators that take leading dimensions themselves, or none at all: one call after the other."""
+"""vmap of functions that take no further leading dimension: one call after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def register_loop(operator: Any) -> None:
-    """Give an operator a vmap rule.
+def loop(
+    function: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Call a function for every index and stack the results.
 
     Args:
-        operator: made by torch.library.custom_op, with tensors as results.
-    """
-    torch.library.register_vmap(operator, loop(operator))
-
-
-def loop(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A vmap rule.
-
-    Args:
-        operator: as in `register_loop`.
+        function: gives a tensor or a tuple of tensors.
+        size: of the mapped dimension.
+        in_dims: which dimension of each argument is mapped, or None.
+        arguments: of the function.
 
     Returns:
-        (info, dimensions that are mapped, arguments) to (results, their dimensions).
+        Results, and which of their dimensions is mapped: the first.
     """
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = [operator(*each) for each in _each(info.batch_size, in_dims, arguments)]
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
-        return parts, (0,) * len(parts)
-
-    return rule
-
-
-def _each(size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    results = []
     for index in range(size):
         pairs = zip(arguments, in_dims, strict=True)
-        yield tuple(value if dim is None else value.select(dim, index) for value, dim in pairs)
+        results.append(function(*(value if dim is None else value.select(dim, index) for value, dim in pairs)))
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
+    return parts, (0,) * len(parts)

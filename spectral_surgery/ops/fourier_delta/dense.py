@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spectral_surgery.ops.fourier_delta.mix import scatter
 from spectral_surgery.ops.fourier_delta.places import Delta, share, unfolded_rows
 
-_BLOCK = 1 << 17  # coefficients, rows times K, that are turned at a time: they stay in the cache
+_BLOCK = 1 << 17  # coefficients, rows times K, that are turned at a time
 
 
 def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
@@ -43,6 +44,26 @@ def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
     return out
 
 
+def delta_rows(ids: Tensor, delta: Delta) -> Tensor:
+    """Rows of ΔW, differentiable in the coefficients.
+
+    Args:
+        ids: [N] int64, in 0 .. O-1.
+        delta: the update.
+
+    Returns:
+        [N, I] in the dtype of the coefficients.
+    """
+    (rows, columns), coefficients = delta.shape, delta.coefficients
+    order, column, _ = delta.places.indices[:3].unbind()
+    turns = torch.outer(ids, unfolded_rows(delta.places, rows)) % rows  # [N, K]
+    angles = turns.to(coefficients.dtype) * (2 * math.pi / rows)
+    values = coefficients[order] * share(column, columns).to(coefficients.dtype) * delta.scale
+    bins = scatter(torch.complex(angles.cos() * values, -angles.sin() * values), column, columns // 2 + 1)
+    picked: Tensor = torch.fft.irfft(bins, n=columns, norm="forward")
+    return picked
+
+
 def coefficients_of(weight: Tensor, delta: Delta) -> Tensor:
     """The gradient of the coefficients, given that of ΔW.
 
@@ -56,9 +77,9 @@ def coefficients_of(weight: Tensor, delta: Delta) -> Tensor:
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     order, columns = delta.places.indices[:2].unbind()
     used, column = torch.unique(columns, return_inverse=True)
-    blocks = [torch.fft.rfft(block.to(wide))[:, used] for block in torch.split(weight, 128)]
+    blocks = [torch.fft.rfft(block.to(wide))[:, used] for block in torch.split(weight, 512)]
     spectrum = torch.fft.ifft(torch.cat(blocks).t(), norm="forward")  # [U, O]
-    values = spectrum[column, unfolded_rows(delta)].real * delta.scale
+    values = spectrum[column, unfolded_rows(delta.places, delta.shape[0])].real * delta.scale
     return torch.empty_like(values).index_copy_(0, order, values)
 
 
@@ -67,23 +88,21 @@ def _top_rows(delta: Delta) -> Iterator[tuple[int, Tensor]]:
     (rows, columns), half = delta.shape, delta.shape[0] // 2 + 1
     wide = torch.float64 if delta.coefficients.dtype == torch.float64 else torch.float32
     order, column, _ = delta.places.indices[:3].unbind()
-    row = unfolded_rows(delta)
+    row = unfolded_rows(delta.places, delta.shape[0])
     values = delta.coefficients.take(order).to(wide) * share(column, columns) * delta.scale
     size = min(half, max(16, _BLOCK // len(order)))
-    within = _phases(torch.zeros_like(row), rows, wide).unsqueeze(0)  # [size, K], phases of the first rows
-    while len(within) < size:
-        within = torch.cat((within, within * _phases(len(within) * row, rows, wide)))
+    within = _phases(torch.outer(torch.arange(size, device=row.device), row), rows, wide)  # [size, K], first rows
     for start in range(0, half, size):
         count = min(size, half - start)
         turned = within[:count] * (_phases(start * row, rows, wide) * values)
-        bins = turned.new_zeros(count, columns // 2 + 1).scatter_add_(1, column.expand(count, -1), turned)
+        bins = scatter(turned, column, columns // 2 + 1)
         yield start, torch.fft.irfft(bins, n=columns, norm="forward")
 
 
 def _phases(products: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    # e^{-2πi p / length}; products are reduced first, to stay exact
-    angles = (products % length).to(dtype) * (2 * math.pi / length)
-    return torch.complex(angles.cos(), -angles.sin())
+    # e^{-2πi p / length}; products are reduced first, to stay exact; in float64, as remainders of integers are slow
+    angles = (products.double().remainder_(length) * (2 * math.pi / length)).to(dtype)
+    return torch.complex(angles.cos(), angles.sin().neg_())
 
 
 def _put(out: Tensor, weight: Tensor | None, values: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""y = x Wᵀ + b + x ΔWᵀ and its gradients as two operators of torch.
+"""y = x Wᵀ + b + x ΔWᵀ and its gradients, two operators each of whose gradients is made of the two again.
 
-Registered with torch.library, so that autograd, torch.func, vmap, torch.compile, autocast and checkpointing see one
-opaque, differentiable operator each. The gradient of either is made of the two again: all orders exist. Forward-mode
-differentiation does not, and torch says so.
+So gradients of all orders exist, but for forward mode, which torch refuses. The work is inside operators of
+torch.library, which torch.compile takes as they are and autocast keeps in float32; around them are autograd functions,
+since torch.func cannot differentiate such an operator itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spectral_surgery.ops.fourier_delta.batching import loop, register_loop
+from spectral_surgery.ops.fourier_delta.batching import loop
 from spectral_surgery.ops.fourier_delta.operator import add_backward, add_forward
 from spectral_surgery.ops.fourier_delta.places import SCHEMA, Delta, Places
 
@@ -23,7 +23,7 @@ from spectral_surgery.ops.fourier_delta.places import SCHEMA, Delta, Places
     mutates_args=(),
     schema=f"(Tensor x, Tensor? weight, Tensor? bias, bool fused, {SCHEMA}) -> Tensor",
 )
-def fourier_linear(  # noqa: PLR0917 - operators of torch take tensors and numbers only
+def linear_op(  # noqa: PLR0917 - operators of torch take tensors and numbers only
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -67,7 +67,7 @@ def fourier_linear(  # noqa: PLR0917 - operators of torch take tensors and numbe
     mutates_args=(),
     schema=f"(Tensor dy, Tensor? x, Tensor? weight, bool want_dx, bool fused, {SCHEMA}) -> (Tensor, Tensor)",
 )
-def fourier_linear_backward(  # noqa: PLR0917
+def linear_backward_op(  # noqa: PLR0917
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -80,7 +80,7 @@ def fourier_linear_backward(  # noqa: PLR0917
     in_features: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `fourier_linear`.
+    """Gradients of `linear_op`.
 
     Args:
         dy: [..., O].
@@ -110,84 +110,111 @@ def fourier_linear_backward(  # noqa: PLR0917
     return dx, coefficients.new_empty(0) if gradient is None else gradient.to(coefficients.dtype)
 
 
-@fourier_linear.register_fake
+@linear_op.register_fake
 def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], arguments[6])
 
 
-@fourier_linear_backward.register_fake
+@linear_backward_op.register_fake
 def _(dy: Tensor, x: Tensor | None, _: Tensor | None, want_dx: bool, *rest: Any) -> tuple[Tensor, Tensor]:
     coefficients, in_features = rest[1], rest[5]
     dx = dy.new_empty(*dy.shape[:-1], in_features) if want_dx else dy.new_empty(0)
     return dx, coefficients.new_empty(0) if x is None else torch.empty_like(coefficients)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    x, weight, _, ctx.fused, *delta = inputs
-    _, needs_weight, _, _, needs_coefficients = ctx.needs_input_grad[:5]
-    ctx.save_for_backward(x if needs_weight or needs_coefficients else None, weight, *delta[:3])
-    ctx.rest = delta[3:]
+for _device in ("cpu", "cuda"):
+    linear_op.register_autocast(_device, torch.float32)
+    linear_backward_op.register_autocast(_device, torch.float32)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *tensors = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _, needs_coefficients = ctx.needs_input_grad[:5]
-    delta = (*tensors, *ctx.rest)
-    of_x, of_coefficients = None, None
-    if needs_x or needs_coefficients:
-        known = x if needs_coefficients else None
-        of_x, of_coefficients = fourier_linear_backward(dy, known, weight, needs_x, ctx.fused, *delta)
-    return (
-        of_x if needs_x else None,
-        _product(dy, x) if needs_weight else None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
-        None,
-        of_coefficients if needs_coefficients else None,
-        *[None] * 5,
-    )
+class _Linear(torch.autograd.Function):
+    """`linear_op` with its gradients."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return linear_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        x, weight, _, ctx.fused, *delta = inputs
+        _, needs_weight, _, _, needs_coefficients = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(x if needs_weight or needs_coefficients else None, weight, *delta[:3])
+        ctx.rest = delta[3:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *tensors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _, needs_coefficients = ctx.needs_input_grad[:5]
+        of_x, of_coefficients = None, None
+        if needs_x or needs_coefficients:
+            known = x if needs_coefficients else None
+            delta = (*tensors, *ctx.rest)
+            of_x, of_coefficients = fourier_linear_backward(dy, known, weight, needs_x, ctx.fused, *delta)
+        return (
+            of_x if needs_x else None,
+            _product(dy, x) if needs_weight else None,
+            dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None,
+            None,
+            of_coefficients if needs_coefficients else None,
+            *[None] * 5,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            return fourier_linear(x.movedim(in_dims[0], 0), *rest), 0
+        return loop(fourier_linear, info.batch_size, in_dims, (x, *rest))
 
 
-def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    del output
-    dy, x, weight, ctx.want_dx, ctx.fused, *delta = inputs
-    ctx.save_for_backward(dy, x, weight, *delta[:3])
-    ctx.rest = delta[3:]
+class _LinearBackward(torch.autograd.Function):
+    """`linear_backward_op` with its gradients: dx = dy W + dy ΔW(c) and dc = D(x, dy) are linear in each argument."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return linear_backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        del output
+        dy, x, weight, ctx.want_dx, ctx.fused, *delta = inputs
+        ctx.save_for_backward(dy, x, weight, *delta[:3])
+        ctx.rest = delta[3:]
+
+    @staticmethod
+    def backward(ctx: Any, vector_x: Tensor, vector_c: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, weight, coefficients, *places = ctx.saved_tensors
+        rest = (*places, *ctx.rest)
+        needs_dy, needs_x, needs_weight, _, _, needs_coefficients = ctx.needs_input_grad[:6]
+        grads: list[Tensor | None] = [None] * 11
+        if needs_dy:
+            parts = [fourier_linear(vector_x, weight, None, ctx.fused, coefficients, *rest)] if ctx.want_dx else []
+            parts += [fourier_linear(x, None, None, False, vector_c, *rest)] if x is not None else []
+            grads[0] = sum(parts[1:], parts[0])
+        if needs_x and x is not None:
+            grads[1] = fourier_linear_backward(dy, None, None, True, False, vector_c, *rest)[0]
+        if needs_weight and ctx.want_dx:
+            grads[2] = _product(dy, vector_x)
+        if needs_coefficients and ctx.want_dx:
+            grads[5] = fourier_linear_backward(dy, vector_x, None, False, False, coefficients, *rest)[1]
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return loop(fourier_linear_backward, info.batch_size, in_dims, arguments)
 
 
-def _backward_backward(ctx: Any, vector_x: Tensor, vector_c: Tensor) -> tuple[Tensor | None, ...]:
-    # dx = dy W + dy ΔW(c) and dc = D(x, dy) are linear in each argument
-    dy, x, weight, coefficients, *places = ctx.saved_tensors
-    rest = (*places, *ctx.rest)
-    needs_dy, needs_x, needs_weight, _, _, needs_coefficients = ctx.needs_input_grad[:6]
-    grads: list[Tensor | None] = [None] * 11
-    if needs_dy:
-        parts = [fourier_linear(vector_x, weight, None, ctx.fused, coefficients, *rest)] if ctx.want_dx else []
-        parts += [fourier_linear(x, None, None, False, vector_c, *rest)] if x is not None else []
-        grads[0] = sum(parts[1:], parts[0])
-    if needs_x and x is not None:
-        grads[1] = fourier_linear_backward(dy, None, None, True, False, vector_c, *rest)[0]
-    if needs_weight and ctx.want_dx:
-        grads[2] = _product(dy, vector_x)
-    if needs_coefficients and ctx.want_dx:
-        grads[5] = fourier_linear_backward(dy, vector_x, None, False, False, coefficients, *rest)[1]
-    return tuple(grads)
+def fourier_linear(*arguments: Any) -> Tensor:
+    """`linear_op`, differentiable."""
+    y: Tensor = _Linear.apply(*arguments)
+    return y
+
+
+def fourier_linear_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`linear_backward_op`, differentiable."""
+    gradients: tuple[Tensor, Tensor] = _LinearBackward.apply(*arguments)
+    return gradients
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])
-
-
-def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
-    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
-        return fourier_linear(x.movedim(in_dims[0], 0), *rest), 0
-    return loop(fourier_linear)(info, in_dims, x, *rest)
-
-
-fourier_linear.register_autograd(_backward, setup_context=_remember)
-fourier_linear_backward.register_autograd(_backward_backward, setup_context=_remember_backward)
-torch.library.register_vmap(fourier_linear, _forward_vmap)
-register_loop(fourier_linear_backward)
-for _device in ("cpu", "cuda"):
-    fourier_linear.register_autocast(_device, torch.float32)
-    fourier_linear_backward.register_autocast(_device, torch.float32)

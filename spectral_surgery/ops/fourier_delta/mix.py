@@ -1,42 +1,70 @@
-"""From the bins of one spectrum to those of another: gather, multiply, scatter; and the sums its gradient needs."""
+"""From the bins of one spectrum to those of another: gather, multiply, scatter.
+
+On a GPU one Triton kernel does the three; everywhere else, and where Triton is missing, operators of torch.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from spectral_surgery.ops.fourier_delta import triton
+
+
+def take(spectrum: Tensor, source: Tensor) -> Tensor:
+    """Bins of every row.
+
+    Args:
+        spectrum: [T, F] complex.
+        source: [K] int64.
+
+    Returns:
+        [T, K] complex.
+    """
+    return spectrum.gather(1, source.expand(len(spectrum), -1))
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Values times weights, in place.
+
+    Args:
+        values: [T, K] complex; overwritten.
+        weights: [K, 2] real factors of the real and the imaginary parts.
+    """
+    torch.view_as_real(values).mul_(weights)
+    return values
+
+
+def scatter(values: Tensor, target: Tensor, bins: int) -> Tensor:
+    """Sums of values by bin.
+
+    Args:
+        values: [T, K] complex.
+        target: [K] int64, the bin each is added to.
+        bins: F.
+
+    Returns:
+        [T, F] complex.
+    """
+    sums = values.new_zeros(len(values), bins)
+    if values.is_cuda:  # has no scatter_add of complex numbers
+        return sums.index_add_(1, target, values)
+    return sums.scatter_add_(1, target.expand(len(values), -1), values)
+
 
 def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
-    """Sums of weighted bins.
+    """`take`, multiply, then `scatter`.
 
     Args:
         spectrum: [T, F] complex.
         source: [K] int64, bins to take.
-        target: [K] int64, where to add them.
-        weights: [K, 2] real factors of the real and the imaginary parts.
+        target: [K] int64, increasing, where to add them.
+        weights: [K, 2] real.
         bins: of the result.
 
     Returns:
         [T, bins] complex.
     """
-    rows = len(spectrum)
-    taken = spectrum.gather(1, source.expand(rows, -1))
-    torch.view_as_real(taken).mul_(weights)
-    return taken.new_zeros(rows, bins).scatter_add_(1, target.expand(rows, -1), taken)
-
-
-def dot(one: Tensor, one_bins: Tensor, other: Tensor, other_bins: Tensor) -> Tensor:
-    """Sums over rows of products of bins, real and imaginary parts apart.
-
-    Args:
-        one: [T, F] complex.
-        one_bins: [K] int64.
-        other: [T, G] complex.
-        other_bins: [K] int64.
-
-    Returns:
-        [K, 2] real.
-    """
-    rows = len(one)
-    products = torch.view_as_real(one.gather(1, one_bins.expand(rows, -1)))
-    return products.mul_(torch.view_as_real(other.gather(1, other_bins.expand(rows, -1)))).sum(0)
+    if spectrum.is_cuda and triton.available():
+        return triton.mix(spectrum, source, target, weights, bins)
+    return scatter(weighted(take(spectrum, source), weights), target, bins)

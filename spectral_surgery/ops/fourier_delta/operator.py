@@ -1,4 +1,4 @@
-"""The residual by real FFTs of the activations: no [O, I] array, a few rows at a time.
+"""The residual by real FFTs of the activations: no [O, I] array, some rows at a time.
 
 Source: the definition in `reference`, with the inverse transforms of ΔW moved to x and y.
 """
@@ -11,35 +11,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_surgery.ops.fourier_delta import short_dft
-from spectral_surgery.ops.fourier_delta.mix import dot, mix
-from spectral_surgery.ops.fourier_delta.places import Delta, factor
+from spectral_surgery.ops.fourier_delta.mix import mix, scatter, take, weighted
+from spectral_surgery.ops.fourier_delta.places import Delta
 
-_ROWS, _BLOCK = 128, 1 << 18  # of activations transformed at a time on a CPU, to stay in its cache; less for many K
-_SHORT_FACTOR = 256  # the tables of a length with a larger factor would be large
+_BLOCK = 1 << 19  # numbers that are transformed at a time on a CPU, to stay in its cache
 
 
 class Route(NamedTuple):
     """How the bins of what comes in reach those of what goes out.
 
     Attributes:
-        order: [K] int64, the coefficients; None when they are in their own order.
+        order: [K] int64, of the coefficients.
         source: [K] int64, bins of what comes in.
         target: [K] int64, bins of what goes out.
-        factors: [K, 2].
+        factors: [K, 2] of the real and the imaginary parts.
+        weights: [K, 2] the same with the coefficients.
         length: features that go out.
     """
 
-    order: Tensor | None
+    order: Tensor
     source: Tensor
     target: Tensor
     factors: Tensor
+    weights: Tensor
     length: int
-
-
-def precision(x: Tensor) -> torch.dtype:
-    """In which activations are transformed: float64 stays, all others take float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
@@ -50,14 +45,9 @@ def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
         x: [T, I], any float dtype.
         delta: the update.
     """
-    indices, factors = delta.places
-    if _is_short(x, delta):
-        route = Route(None, indices[6], indices[7], factors[2], delta.shape[0])
-    else:
-        route = Route(indices[0], indices[1], indices[2], factors[0], delta.shape[0])
-    weights = _weights(route, delta, x)
+    route = _route(delta, x, 0)
     for rows in _blocks(x, delta):
-        _add(y[rows], _analysis(x[rows], route), route, weights, delta)
+        _add(y[rows], _spectrum(x[rows]), route, delta.scale)
 
 
 def add_backward(dx: Tensor | None, x: Tensor | None, dy: Tensor, delta: Delta) -> Tensor | None:
@@ -70,52 +60,52 @@ def add_backward(dx: Tensor | None, x: Tensor | None, dy: Tensor, delta: Delta) 
         delta: the update.
 
     Returns:
-        [K] in the precision of dy, or None.
+        [K] in the precision of the transforms, or None.
     """
-    indices, factors = delta.places
-    if _is_short(dy, delta):
-        route = Route(None, indices[7], indices[6], factors[2], delta.shape[1])
-    else:
-        route = Route(indices[3], indices[4], indices[5], factors[1], delta.shape[1])
-    weights = _weights(route, delta, dy)
-    sums = torch.zeros_like(weights)
+    if dx is None and x is None:
+        return None
+    route = _route(delta, dy, 1)
+    sums = torch.zeros_like(route.weights)
     for rows in _blocks(dy, delta):
-        spectrum = _analysis(dy[rows], route)
-        if x is not None:
-            sums += dot(spectrum, route.source, _analysis(x[rows], route), route.target)
+        spectrum = _spectrum(dy[rows])
+        taken = None if x is None else take(spectrum, route.source)  # [t, K]
+        if x is not None and taken is not None:
+            products = torch.view_as_real(take(_spectrum(x[rows]), route.target))
+            sums += products.mul_(torch.view_as_real(taken)).sum(0)
         if dx is not None:
-            _add(dx[rows], spectrum, route, weights, delta)
+            _add(dx[rows], spectrum, route, delta.scale, taken)
     if x is None:
         return None
     gradient = (sums * route.factors.sign()).sum(-1) * delta.scale
-    return gradient if route.order is None else torch.empty_like(gradient).index_copy_(0, route.order, gradient)
+    return torch.empty_like(gradient).index_copy_(0, route.order, gradient)
 
 
-def _weights(route: Route, delta: Delta, x: Tensor) -> Tensor:
-    coefficients = delta.coefficients if route.order is None else delta.coefficients.take(route.order)
-    return coefficients.to(precision(x)).unsqueeze(1) * route.factors
-
-
-def _is_short(x: Tensor, delta: Delta) -> bool:
-    return len(x) == 1 and not x.is_cuda and max(factor(n) for n in delta.shape) <= _SHORT_FACTOR
+def _route(delta: Delta, x: Tensor, way: int) -> Route:
+    order, source, target = delta.places.indices[3 * way : 3 * way + 3].unbind()
+    factors = delta.places.factors[way]
+    weights = delta.coefficients.take(order).to(_precision(x)).unsqueeze(1) * factors
+    return Route(order, source, target, factors, weights, delta.shape[way])
 
 
 def _blocks(x: Tensor, delta: Delta) -> Iterator[slice]:
-    size = len(x) or 1 if x.is_cuda else max(8, min(_ROWS, _BLOCK // len(delta.coefficients)))
+    widest = max(*delta.shape, 2 * len(delta.coefficients))
+    size = max(1, len(x) if x.is_cuda else _BLOCK // widest)
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
-def _analysis(x: Tensor, route: Route) -> Tensor:
-    x = x.to(precision(x))
-    return short_dft.spectrum(x) if route.order is None else torch.fft.rfft(x)
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _add(out: Tensor, spectrum: Tensor, route: Route, weights: Tensor, delta: Delta) -> None:
-    length = route.length
-    if route.order is None:
-        bins = mix(spectrum, route.source, route.target, weights, short_dft.bins(length))
-        residual = short_dft.real_sum(bins, length, weights.dtype)
+def _spectrum(x: Tensor) -> Tensor:
+    spectrum: Tensor = torch.fft.rfft(x.to(_precision(x)))
+    return spectrum
+
+
+def _add(out: Tensor, spectrum: Tensor, route: Route, scale: float, taken: Tensor | None = None) -> None:
+    bins = route.length // 2 + 1
+    if taken is None:
+        mixed = mix(spectrum, route.source, route.target, route.weights, bins)
     else:
-        bins = mix(spectrum, route.source, route.target, weights, length // 2 + 1)
-        residual = torch.fft.irfft(bins, n=length, norm="forward")
-    out.add_(residual, alpha=delta.scale)
+        mixed = scatter(weighted(taken, route.weights), route.target, bins)
+    out.add_(torch.fft.irfft(mixed, n=route.length, norm="forward"), alpha=scale)

@@ -7,28 +7,26 @@ in the half that an inverse real FFT reads, is mirrored, at the price of a conju
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# the arguments of an operator of torch that make a Delta
+SCHEMA = "Tensor coefficients, Tensor indices, Tensor factors, int out_features, int in_features, float scaling"
 
 
 class Places(NamedTuple):
     """Folded places of K coefficients.
 
     Attributes:
-        indices: [8, K] int64. Rows 0-2 for x -> y: order of the coefficients, bin of x, bin of y, sorted by the last;
-            3-5 for dy -> dx: order, bin of dy, bin of dx, sorted likewise; 6-7 for `short_dft`: bin of x, bin of y.
-        factors: [3, K, 2] float32: what to multiply the real and the imaginary part by, for each of the three.
+        indices: [6, K] int64. Rows 0-2 for x -> y: order of the coefficients, bin of x, bin of y, sorted by the last;
+            3-5 for dy -> dx: order, bin of dy, bin of dx, sorted likewise.
+        factors: [2, K, 2] float32: what to multiply the real and the imaginary part by, for each of the two.
     """
 
     indices: Tensor
     factors: Tensor
-
-
-# the arguments of an operator that make a Delta
-SCHEMA = "Tensor coefficients, Tensor indices, Tensor factors, int out_features, int in_features, float scaling"
 
 
 class Delta(NamedTuple):
@@ -64,55 +62,41 @@ def fold(positions: Tensor, out_features: int, in_features: int) -> Places:
         Places on the device of the positions.
     """
     positions = positions.long()
-    rows, columns = positions // in_features, positions % in_features
-    row, column, sign = _halves(rows, columns, (out_features, out_features), (in_features, in_features))
+    rows, columns = positions // in_features, -positions % in_features
+    row, column, sign = halves(rows, columns, (out_features, out_features), (in_features, in_features))
     into_y, into_x = row.argsort(stable=True), column.argsort(stable=True)
-    short_row, short_column, short_sign = _halves(
-        rows, columns, (out_features, factor(out_features)), (in_features, factor(in_features))
+    y_factors, x_factors = share(row, out_features)[into_y], share(column, in_features)[into_x]
+    return Places(
+        torch.stack((into_y, column[into_y], row[into_y], into_x, row[into_x], column[into_x])),
+        torch.stack((_parts(y_factors, sign[into_y]), _parts(x_factors, sign[into_x]))),
     )
-    indices = torch.stack(
-        (into_y, column[into_y], row[into_y], into_x, row[into_x], column[into_x], short_column, short_row)
-    )
-    factors = torch.stack(
-        (
-            _parts(sign * share(row, out_features))[into_y],
-            _parts(sign * share(column, in_features))[into_x],
-            _parts(short_sign),
-        )
-    )
-    return Places(indices, factors)
 
 
-def unfolded_rows(delta: Delta) -> Tensor:
-    """Rows of the spectrum, [K] int64, to go with the bins of x and in the order of `Places.indices[0]`."""
-    row = delta.places.indices[2]
-    return torch.where(delta.places.factors[0, :, 1] < 0, -row % delta.shape[0], row)
-
-
-@lru_cache(maxsize=256)
-def factor(length: int) -> int:
-    """The divisor a of a length next to its square root, from above: `short_dft` splits it into a and length / a."""
-    root = next(b for b in range(int(length**0.5), 0, -1) if length % b == 0)
-    return length // root
-
-
-def _halves(
+def halves(
     rows: Tensor, columns: Tensor, out_split: tuple[int, int], in_split: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # bins of the halves, and -1 where the row had to be mirrored; a split (n, a) keeps k with k mod a <= a / 2
+    """Fold frequencies into the halves that are kept; a split (n, a) keeps k with k mod a <= a / 2.
+
+    Args:
+        rows: [K] int64, frequencies of y.
+        columns: [K] int64, frequencies of x.
+        out_split: of O.
+        in_split: of I.
+
+    Returns:
+        rows, columns, and [K] float32 signs, -1 where a row was mirrored alone.
+    """
     (out_features, out_first), (in_features, in_first) = out_split, in_split
-    columns = -columns % in_features
-    flip = columns % in_first > in_first // 2
-    columns = torch.where(flip, -columns % in_features, columns)
-    rows = torch.where(flip, -rows % out_features, rows)
+    both = columns % in_first > in_first // 2
+    rows, columns = torch.where(both, -rows % out_features, rows), torch.where(both, -columns % in_features, columns)
     mirrored = rows % out_first > out_first // 2
-    rows = torch.where(mirrored, -rows % out_features, rows)
-    sign = 1.0 - 2.0 * mirrored.float()
-    return _bin(rows, out_first), _bin(columns, in_first), sign
+    return torch.where(mirrored, -rows % out_features, rows), columns, 1.0 - 2.0 * mirrored.float()
 
 
-def _bin(frequencies: Tensor, first: int) -> Tensor:
-    return frequencies // first * (first // 2 + 1) + frequencies % first
+def unfolded_rows(places: Places, out_features: int) -> Tensor:
+    """Rows of the spectrum, [K] int64, to go with the bins of x and in the order of ``indices[0]``."""
+    row = places.indices[2]
+    return torch.where(places.factors[0, :, 1] < 0, -row % out_features, row)
 
 
 def share(bins: Tensor, length: int) -> Tensor:
@@ -128,5 +112,5 @@ def share(bins: Tensor, length: int) -> Tensor:
     return torch.where((bins == 0) | (2 * bins == length), 1.0, 0.5)
 
 
-def _parts(signs: Tensor) -> Tensor:
-    return torch.stack((signs.abs(), signs), -1)
+def _parts(factors: Tensor, signs: Tensor) -> Tensor:
+    return torch.stack((factors, factors * signs), -1)

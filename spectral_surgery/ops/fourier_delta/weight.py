@@ -1,4 +1,4 @@
-"""W + ΔW as a differentiable operator of torch."""
+"""W + ΔW and the gradient of its coefficients; like `linear`, operators of torch inside autograd functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.ops.fourier_delta.batching import register_loop
+from spectral_surgery.ops.fourier_delta.batching import loop
 from spectral_surgery.ops.fourier_delta.dense import coefficients_of, merged_weight
 from spectral_surgery.ops.fourier_delta.places import SCHEMA, Delta, Places
 
@@ -15,7 +15,7 @@ from spectral_surgery.ops.fourier_delta.places import SCHEMA, Delta, Places
 @torch.library.custom_op(
     "spectral_surgery::fourier_weight", mutates_args=(), schema=f"(Tensor? weight, {SCHEMA}) -> Tensor"
 )
-def fourier_weight(  # noqa: PLR0917 - operators of torch take tensors and numbers only
+def weight_op(  # noqa: PLR0917 - operators of torch take tensors and numbers only
     weight: Tensor | None,
     coefficients: Tensor,
     indices: Tensor,
@@ -44,7 +44,7 @@ def fourier_weight(  # noqa: PLR0917 - operators of torch take tensors and numbe
 @torch.library.custom_op(
     "spectral_surgery::fourier_weight_backward", mutates_args=(), schema=f"(Tensor gradient, {SCHEMA}) -> Tensor"
 )
-def fourier_weight_backward(  # noqa: PLR0917
+def weight_backward_op(  # noqa: PLR0917
     gradient: Tensor,
     coefficients: Tensor,
     indices: Tensor,
@@ -53,7 +53,7 @@ def fourier_weight_backward(  # noqa: PLR0917
     in_features: int,
     scaling: float,
 ) -> Tensor:
-    """The gradient of the coefficients of `fourier_weight`.
+    """The gradient of the coefficients of `weight_op`.
 
     Args:
         gradient: [O, I], that of its result.
@@ -71,37 +71,69 @@ def fourier_weight_backward(  # noqa: PLR0917
     return coefficients_of(gradient, delta).to(coefficients.dtype)
 
 
-@fourier_weight.register_fake
+@weight_op.register_fake
 def _(weight: Tensor | None, coefficients: Tensor, *rest: Any) -> Tensor:
     return (coefficients if weight is None else weight).new_empty(rest[2], rest[3])
 
 
-@fourier_weight_backward.register_fake
+@weight_backward_op.register_fake
 def _(gradient: Tensor, coefficients: Tensor, *_: Any) -> Tensor:
     del gradient
     return torch.empty_like(coefficients)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    _, *delta = inputs
-    ctx.save_for_backward(*delta[:3])
-    ctx.rest = delta[3:]
+class _Weight(torch.autograd.Function):
+    """`weight_op` with its gradients."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return weight_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        _, *delta = inputs
+        ctx.save_for_backward(*delta[:3])
+        ctx.rest = delta[3:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needs_weight, needs_coefficients = ctx.needs_input_grad[:2]
+        delta = (*ctx.saved_tensors, *ctx.rest)
+        of_coefficients = fourier_weight_backward(gradient, *delta) if needs_coefficients else None
+        return (gradient if needs_weight else None, of_coefficients, *[None] * 5)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return loop(fourier_weight, info.batch_size, in_dims, arguments)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    needs_weight, needs_coefficients = ctx.needs_input_grad[:2]
-    delta = (*ctx.saved_tensors, *ctx.rest)
-    of_coefficients = fourier_weight_backward(gradient, *delta) if needs_coefficients else None
-    return (gradient if needs_weight else None, of_coefficients, *[None] * 5)
+class _WeightBackward(torch.autograd.Function):
+    """`weight_backward_op` with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return weight_backward_op(*arguments)
+
+    setup_context = _Weight.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
+        _, *places = ctx.saved_tensors
+        return (fourier_weight(None, vector, *places, *ctx.rest), *[None] * 6)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return loop(fourier_weight_backward, info.batch_size, in_dims, arguments)
 
 
-def _backward_backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
-    _, *places = ctx.saved_tensors
-    return (fourier_weight(None, vector, *places, *ctx.rest), *[None] * 6)
+def fourier_weight(*arguments: Any) -> Tensor:
+    """`weight_op`, differentiable."""
+    weight: Tensor = _Weight.apply(*arguments)
+    return weight
 
 
-fourier_weight.register_autograd(_backward, setup_context=_remember)
-fourier_weight_backward.register_autograd(_backward_backward, setup_context=_remember)
-register_loop(fourier_weight)
-register_loop(fourier_weight_backward)
+def fourier_weight_backward(*arguments: Any) -> Tensor:
+    """`weight_backward_op`, differentiable."""
+    gradient: Tensor = _WeightBackward.apply(*arguments)
+    return gradient
