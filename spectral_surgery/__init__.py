@@ -33,13 +33,18 @@ if TYPE_CHECKING:
     from spectral_surgery.spectra.sparse import SparseSpectralTensor, sst
     from spectral_surgery.surgery.attach import detach, inject, state_of
     from spectral_surgery.surgery.compress_live import compress_model
+    from spectral_surgery.surgery.kept import freeze_spectra, kept_spectra, train_kept, unfreeze_spectra
     from spectral_surgery.targets import ModuleTargets
     from spectral_surgery.transforms import TRANSFORMS
     from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
     from spectral_surgery.workflows.compress import CompressReport, compress
+    from spectral_surgery.workflows.compress_heal import compress_healed
     from spectral_surgery.workflows.decompress import DecompressReport, decompress
+    from spectral_surgery.workflows.distill import DistillSettings
     from spectral_surgery.workflows.evaluate import evaluate
     from spectral_surgery.workflows.extract import extract
+    from spectral_surgery.workflows.heal import HealReport, heal
+    from spectral_surgery.workflows.heal_model import HealData
     from spectral_surgery.workflows.merge import merge
     from spectral_surgery.workflows.pull import pull
     from spectral_surgery.workflows.push import push
@@ -57,8 +62,11 @@ _HOMES = {
     "CompressReport": "workflows.compress",
     "CompressedCheckpoint": "checkpoint.compressed",
     "DecompressReport": "workflows.decompress",
+    "DistillSettings": "workflows.distill",
     "EncodedSpectrum": "spectra.codec",
     "EncodingReport": "spectra.codec",
+    "HealData": "workflows.heal_model",
+    "HealReport": "workflows.heal",
     "METHODS": "adapters",
     "MIXERS": "mixers",
     "ModuleTargets": "targets",
@@ -74,6 +82,7 @@ _HOMES = {
     "bits_per_weight": "spectra.quality",
     "compress": "workflows.compress",
     "compress_calibrated": "workflows.calibrate",
+    "compress_healed": "workflows.compress_heal",
     "compress_model": "surgery.compress_live",
     "decompress": "workflows.decompress",
     "detach": "surgery.attach",
@@ -81,7 +90,10 @@ _HOMES = {
     "energy_kept": "spectra.quality",
     "evaluate": "workflows.evaluate",
     "extract": "workflows.extract",
+    "freeze_spectra": "surgery.kept",
+    "heal": "workflows.heal",
     "inject": "surgery.attach",
+    "kept_spectra": "surgery.kept",
     "load_compressed": "integrations.load",
     "merge": "workflows.merge",
     "open_compressed": "checkpoint.compressed",
@@ -95,6 +107,8 @@ _HOMES = {
     "sst": "spectra.sparse",
     "state_of": "surgery.attach",
     "train": "workflows.train",
+    "train_kept": "surgery.kept",
+    "unfreeze_spectra": "surgery.kept",
     "unmerge": "workflows.unmerge",
     "write_adapter": "checkpoint.adapter_files",
 }
@@ -112,8 +126,11 @@ __all__ = [
     "CompressReport",
     "CompressedCheckpoint",
     "DecompressReport",
+    "DistillSettings",
     "EncodedSpectrum",
     "EncodingReport",
+    "HealData",
+    "HealReport",
     "ModuleTargets",
     "QuantizedSpectrum",
     "SparseSpectralTensor",
@@ -126,6 +143,7 @@ __all__ = [
     "bits_per_weight",
     "compress",
     "compress_calibrated",
+    "compress_healed",
     "compress_model",
     "decompress",
     "detach",
@@ -133,7 +151,10 @@ __all__ = [
     "energy_kept",
     "evaluate",
     "extract",
+    "freeze_spectra",
+    "heal",
     "inject",
+    "kept_spectra",
     "load_compressed",
     "merge",
     "open_compressed",
@@ -147,6 +168,8 @@ __all__ = [
     "sst",
     "state_of",
     "train",
+    "train_kept",
+    "unfreeze_spectra",
     "unmerge",
     "write_adapter",
 ]

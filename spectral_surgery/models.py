@@ -85,6 +85,37 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
+    """Build a model without weights: parameters are on the meta device, buffers are real.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        auto_class: class of transformers that knows the architecture.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model of that kind.
+    """
+    transformers = _transformers()
+    tokenizer = load_tokenizer(folder)
+    from accelerate import init_empty_weights
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+        model.tie_weights()
+    except SpectralSurgeryError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
+    return model.eval().requires_grad_(requires_grad=False), tokenizer
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a local folder, with a padding token.
 

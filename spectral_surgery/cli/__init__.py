@@ -15,6 +15,7 @@ _COMMANDS = (
     "inspect",
     "compress",
     "decompress",
+    "heal",
     "merge",
     "unmerge",
     "train",

@@ -1,17 +1,21 @@
-"""Options of compress that bring text in: --calibrate and what belongs to it."""
+"""Options of compress that bring text in: --calibrate, --heal and what belongs to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.workflows.calibrate import CalibrationData
     from spectral_surgery.workflows.compress import CompressReport
+    from spectral_surgery.workflows.distill import DistillSettings
+    from spectral_surgery.workflows.heal_model import HealData
     from spectral_surgery.workflows.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -23,34 +27,38 @@ def _collect(ctx: click.Context, parameter: click.Parameter, value: Any) -> None
     ctx.meta.setdefault(_KEY, {})[parameter.name] = value
 
 
-def calibration_options(function: F) -> F:
-    """--calibrate, --samples and --seq-length; they do not reach the signature of the command."""
-    function = click.option(
-        "--seq-length",
-        type=click.IntRange(2),
-        default=256,
-        show_default=True,
-        help="Tokens of a sequence of --calibrate.",
-        expose_value=False,
-        callback=_collect,
-    )(function)
-    function = click.option(
-        "--samples",
-        type=click.IntRange(1),
-        default=512,
-        show_default=True,
-        help="Sequences of --calibrate at most.",
-        expose_value=False,
-        callback=_collect,
-    )(function)
-    return click.option(
+_setting = partial(click.option, expose_value=False, callback=_collect)
+_OPTIONS = (
+    _setting(
         "--calibrate",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Choose codes so that outputs on this text stay right; needs the tokenizer and memory for the model.",
-        expose_value=False,
-        callback=_collect,
-    )(function)
+    ),
+    _setting("--samples", type=click.IntRange(1), default=512, show_default=True, help="Sequences of --calibrate."),
+    _setting(
+        "--seq-length",
+        type=click.IntRange(2),
+        default=256,
+        show_default=True,
+        help="Tokens of a sequence of --calibrate and --heal.",
+    ),
+    _setting(
+        "--heal",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Then train the kept coefficients on this text until the model does what SOURCE does; see heal.",
+    ),
+    _setting("--steps", type=click.IntRange(1), help="Of --heal  [default: 400]"),
+    _setting("--minutes", type=click.FloatRange(0, min_open=True), help="Of --heal, in place of --steps."),
+)
+
+
+def calibration_options(function: F) -> F:
+    """--calibrate, --heal and what belongs to them; they do not reach the signature of the command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
 
 
 def run(
@@ -71,45 +79,42 @@ def run(
     """Compress, with text where some was given.
 
     Raises:
-        click.UsageError: when --calibrate meets --shard or --base.
+        click.UsageError: when --calibrate or --heal meets --shard or --base.
     """
     from spectral_surgery.workflows import compress as workflow
 
-    data = _data(ctx)
-    if data is None:
-        return workflow.compress(
-            source,
-            out,
-            options,
-            workers=workers,
-            threads=threads,
-            shard=shard,
-            resume=resume,
-            overwrite=overwrite,
-            origin=origin,
-            base=base,
-            progress=progress,
-        )
+    data, healing = _data(ctx), _healing(ctx)
+    common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
+    common |= {"origin": origin, "progress": progress}
+    if data is None and healing is None:
+        return workflow.compress(source, out, options, shard=shard, base=base, **common)
     if base is not None or shard[1] > 1:
-        raise click.UsageError("--calibrate goes through a whole model in order; it has no --shard or --base.", ctx)
+        raise click.UsageError(
+            "--calibrate and --heal go through a whole model; they have no --shard or --base. Run heal under torchrun.",
+            ctx,
+        )
+    if healing is not None:
+        from spectral_surgery.workflows.compress_heal import compress_healed
+
+        report, healed = compress_healed(source, out, options, *healing, calibration=data, **common)
+        course = healed.course
+        click.echo(
+            f"{healed.trained[1]:,} coefficients trained, step {course.best_step} of {course.step} kept: held-out loss"
+            f" {course.held_out[0][1]:.4f} -> {course.best:.4f}",
+            err=True,
+        )
+        return report
     from spectral_surgery.workflows.calibrate import compress_calibrated
 
-    report, done = compress_calibrated(
-        source,
-        out,
-        options,
-        data,
-        workers=workers,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        origin=origin,
-        progress=progress,
-    )
+    report, done = compress_calibrated(source, out, options, cast("CalibrationData", data), **common)
     worst = max(done, key=lambda own: own.output_error, default=None)
     if worst is not None:
         click.echo(
             f"{len(done)} weights calibrated; largest error of outputs {worst.output_error:.4f}, {worst.name}", err=True
+        )
+    if any(not own.block for own in done):
+        click.echo(
+            "the model has no list of blocks: it was calibrated as a whole, on the inputs of the original", err=True
         )
     return report
 
@@ -121,3 +126,14 @@ def _data(ctx: click.Context) -> CalibrationData | None:
     from spectral_surgery.workflows.calibrate import CalibrationData
 
     return CalibrationData(own["calibrate"], own["samples"], own["seq_length"])
+
+
+def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
+    own = ctx.meta.get(_KEY, {})
+    if own.get("heal") is None:
+        return None
+    from spectral_surgery.cli.heal import settings_of
+    from spectral_surgery.workflows.heal_model import HealData
+
+    given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
+    return HealData(own["heal"], seq_length=own["seq_length"] if given else 0), settings_of(own, ctx)

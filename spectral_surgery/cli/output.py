@@ -37,6 +37,8 @@ def progress(*, quiet: bool, unit: str = "") -> Iterator[Report]:
 
     def report(done: int, total: int, what: str) -> None:
         nonlocal shown
+        if done * _LINES // max(total, 1) < shown:  # the next stage of the same command
+            shown = 0
         if terminal:
             bar.total = total
             bar.set_postfix_str(what[-48:], refresh=False)

@@ -7,7 +7,7 @@ and again, after these were changed, for what the next block will be given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -17,10 +17,25 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError, TargetError
 
 Batch = dict[str, Tensor]
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, the hidden states first
+
+
+def _all_there(prefix: str, without: str) -> AbstractContextManager[None]:  # noqa: ARG001 - nothing to do
+    return nullcontext()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the first block
     pass
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Whether a model has a list of blocks."""
+    return any(isinstance(module, nn.ModuleList) and len(module) for module in model.modules())
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -38,30 +53,43 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def blocks_in_turn(
-    model: nn.Module, batches: Sequence[Batch]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    holding: Callable[[str, str], AbstractContextManager[None]] = _all_there,
+    keep: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> Iterator[tuple[str, nn.Module, Callable[[], list[Tensor]]]]:
     """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
+
+    A model without a list of blocks is one block, with the empty name, that is run from its beginning.
 
     Args:
         model: in eval mode; a block may be changed while it is the turn's.
         batches: arguments of the model by name.
+        holding: has the parameters of one prefix (all, if empty) without those of another in memory meanwhile.
+        keep: puts activations away until they are needed.
 
     Yields:
         (name of the block, the block, a function that runs it on all samples and returns its outputs).
 
     Raises:
-        TargetError: when the model has no blocks.
         ConfigError: when there is no sample.
     """
     if not batches:
         raise ConfigError("calibrate: no text; some is accepted.")
-    prefix, blocks = find_blocks(model)
-    inputs = [_captured(model, blocks[0], batch) for batch in batches]
+    prefix, blocks = find_blocks(model) if has_blocks(model) else ("", nn.ModuleList())
+    if not len(blocks):
+        with holding("", ""):
+            yield "", model, partial(_run_whole, model, batches)
+        return
+    with holding("", f"{prefix}."):
+        inputs = [captured_inputs(model, blocks[0], batch) for batch in batches]
     for number, block in enumerate(blocks):
-        yield f"{prefix}.{number}", block, partial(_run, block, inputs)
-        if number + 1 < len(blocks):
-            outputs = _run(block, inputs)
-            inputs = [((out, *args[1:]), named) for out, (args, named) in zip(outputs, inputs, strict=True)]
+        name = f"{prefix}.{number}"
+        with holding(f"{name}.", ""):
+            yield name, block, partial(run_block, block, inputs)
+            if number + 1 < len(blocks):
+                inputs = with_hidden(inputs, run_block(block, inputs, keep))
 
 
 @contextmanager
@@ -102,8 +130,18 @@ def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _captured(model: nn.Module, first: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def captured_inputs(model: nn.Module, first: nn.Module, batch: Batch) -> Arguments:
+    """What a model gives to its first block; nothing after that is run.
+
+    Args:
+        model: in eval mode.
+        first: the block.
+        batch: arguments of the model by name.
+
+    Raises:
+        TargetError: when the block is not run.
+    """
+    seen: list[Arguments] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.append((args, named))
@@ -111,7 +149,7 @@ def _captured(model: nn.Module, first: nn.Module, batch: Batch) -> tuple[tuple[A
 
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(**batch)
     except _Reached:
         pass
@@ -120,17 +158,31 @@ def _captured(model: nn.Module, first: nn.Module, batch: Batch) -> tuple[tuple[A
     if not seen:
         raise TargetError(f"{type(model).__name__}: its first block was not run; a transformer is accepted.")
     args, named = seen[0]
+    named = {key: value for key, value in named.items() if key not in _CACHES}  # they would grow with every run
     if not args:  # the hidden states came by name
         name = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
-        named = dict(named)
         args = (named.pop(name),)
     return args, named
 
 
-def _run(block: nn.Module, inputs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
-    with torch.inference_mode():
-        return [_hidden(block(*args, **named)) for args, named in inputs]
+def with_hidden(inputs: Sequence[Arguments], hidden: Sequence[Tensor]) -> list[Arguments]:
+    """The arguments of the next block: its hidden states, and the rest as it was."""
+    return [((own, *args[1:]), named) for own, (args, named) in zip(hidden, inputs, strict=True)]
 
 
-def _hidden(output: Any) -> Tensor:
+def run_block(
+    block: nn.Module, inputs: Sequence[Arguments], keep: Callable[[Tensor], Tensor] = _as_it_is
+) -> list[Tensor]:
+    """Hidden states that a block gives for all samples; no gradients."""
+    with torch.no_grad():
+        return [keep(hidden_of(block(*args, **named))) for args, named in inputs]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
     return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)
+
+
+def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    with torch.no_grad():
+        return [hidden_of(model(**batch, return_dict=False)) for batch in batches]

@@ -11,7 +11,8 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,21 +27,21 @@ from spectral_surgery.checkpoint.publish import partial_folder, writing_to
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import UNITS, Workshop, finished_codes, leave_codes, work_key
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, feedback_factor, output_error
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density
-from spectral_surgery.surgery.blocks import Batch, blocks_in_turn, moments_of
+from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
-from spectral_surgery.workflows.examples import read_examples
+from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 
 _ATTEMPTS = 6
 _TOLERANCE = 0.004  # of the asked rate
 _DENSITY_TOLERANCE = 0.0005
 _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
-_BATCH_TOKENS = 4096
+_IN_MEMORY = 256 << 20  # bytes of activations; more go to a file
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,17 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration left in one weight: relative error of the outputs of its layer, on the text."""
+    """What calibration left in one weight.
+
+    Attributes:
+        name: of the tensor.
+        output_error: relative error of the outputs of its layer, on the text.
+        block: of the model that it was calibrated with; empty when the model has no list of blocks.
+    """
 
     name: str
     output_error: float
+    block: str
 
 
 def compress_calibrated(
@@ -141,19 +149,24 @@ class _Calibration:
 
     def run(self, source: Path, data: CalibrationData) -> Iterator[Calibrated]:
         """Calibrate block after block."""
-        model, tokenizer = load_model(source, "AutoModel", dtype=torch.float32)
+        lazy = load_lazily(source, self.index, "AutoModel")
+        model, tokenizer = lazy.model, lazy.tokenizer
         causal = task_of(self.index.config) == "CAUSAL_LM"
-        batches = _batches(_sequences(tokenizer, data, causal=causal))
+        sequences = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+        check_vocabulary(sequences, model.get_input_embeddings().num_embeddings, data.file)
+        batches, shelf = equal_lengths(sequences), Shelf(_IN_MEMORY, self.workshop.folder)
         planned = {tensor.info.name: tensor for tensor in self.plan.tensors}
         count, total = 0, sum(1 for _ in self._layers("", model, planned))
-        for name, block, run in blocks_in_turn(model, batches):
-            layers = dict(self._layers(f"{name}.", block, planned))
-            with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
-                run()
-            for key, (layer, tensor) in layers.items():
-                yield self._calibrated(layer, tensor, moments[key])
-                count += 1
-                self.progress(count, total, tensor.info.name)
+        with closing(shelf):
+            for name, block, run in blocks_in_turn(model, batches, holding=lazy.holding, keep=shelf.put):
+                layers = dict(self._layers(f"{name}." if name else "", block, planned))
+                with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
+                    run()
+                for key, (layer, tensor) in layers.items():
+                    if key in moments:  # a layer that no sample reached is compressed without text
+                        yield self._calibrated(name, layer, tensor, moments[key])
+                    count += 1
+                    self.progress(count, total, tensor.info.name)
 
     def _layers(
         self, prefix: str, block: nn.Module, planned: dict[str, PlannedTensor]
@@ -166,7 +179,7 @@ class _Calibration:
             if tensor is not None and 1 in tensor.axes and len(tensor.info.shape) == 2:
                 yield name, (module, tensor)
 
-    def _calibrated(self, layer: Any, tensor: PlannedTensor, moment: Tensor) -> Calibrated:
+    def _calibrated(self, block: str, layer: Any, tensor: PlannedTensor, moment: Tensor) -> Calibrated:
         transposed = type(layer).__name__ == "Conv1D"  # stored as [I, O]
         basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
         weight = layer.weight.detach().float()
@@ -179,7 +192,7 @@ class _Calibration:
             leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
         restored = basis.inverse(codes.coefficients())
         sides = (weight.T, restored.T) if transposed else (weight, restored)
-        done = Calibrated(tensor.info.name, output_error(*sides, moment))
+        done = Calibrated(tensor.info.name, output_error(*sides, moment), block)
         with torch.no_grad():
             layer.weight.copy_(restored)
         return done
@@ -216,28 +229,3 @@ def _at_density(coefficients: Tensor, factor: Tensor, density: float, magnitudes
         low, high = (threshold, high) if kept > density else (low, threshold)
         threshold = (low + high) / 2
     return codes
-
-
-def _sequences(tokenizer: Any, data: CalibrationData, *, causal: bool) -> list[list[int]]:
-    texts = [text for example in read_examples(data.file) for text in example.texts]
-    if causal:
-        stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-        length = min(data.seq_length, len(stream))
-        found = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)] if length else []
-    else:
-        lines = [line for text in texts for line in text.splitlines() if line.strip()][: data.samples]
-        found = tokenizer(lines, truncation=True, max_length=data.seq_length)["input_ids"] if lines else []
-    return found[: data.samples]
-
-
-def _batches(sequences: Sequence[list[int]]) -> list[Batch]:
-    """Sequences of equal length together, so that nothing is padded."""
-    batches: list[list[list[int]]] = []
-    for sequence in sorted(sequences, key=len):
-        last = batches[-1] if batches else None
-        if last and len(last[0]) == len(sequence) and (len(last) + 1) * len(sequence) <= _BATCH_TOKENS:
-            last.append(sequence)
-        else:
-            batches.append([sequence])
-    ids = [torch.tensor(batch) for batch in batches]
-    return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]

@@ -79,9 +79,11 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     }
     if calibration:
         totals["codes chosen by"] = str(calibration)
+    if manifest.options.get("healing"):
+        totals["kept coefficients trained on"] = str(manifest.options["healing"])
     return Facts(
         f"{_name(origin)}, compressed in the frequency domain",
-        f"{what} as entropy-coded spectra, made by spectral-surgery from files, without a forward pass.",
+        f"{what} as entropy-coded spectra, made by spectral-surgery.",
         compress_command(manifest.options, origin),
         _LOAD_COMPRESSED.format(here=HERE, base=f" --base {before}" if before else ""),
         sorted(rows, key=lambda row: -int(str(row["bytes"]))),
@@ -211,6 +213,8 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
             words += [f"--{_TARGETS.get(str(value['kind']), value['kind'])}", str(value["value"]).removesuffix(".0")]
         elif key == "calibration":
             words += ["--calibrate", "TEXT"] if value else []  # told by its checksum, not by its path
+        elif key == "healing":
+            words += ["--heal", "TEXT"]
         elif key == "base":
             words += ["--base", base_name(options) or ""] if value else []
         elif isinstance(value, list | tuple):

@@ -1,0 +1,122 @@
+"""A weight that is trained in its kept spectrum: positions are frozen, and the quantiser is in the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ShapeError
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.quantized import QuantizedSpectrum
+
+_FINER = 4 / 3
+_WIDE = 0.5  # steps of offset: coefficients were kept by a threshold, and not by rounding
+
+
+class KeptSpectrum(nn.Module):
+    """A parametrization (torch.nn.utils.parametrize): values [K] of the kept coefficients to the weight.
+
+    Values are coefficients in units of their root mean square. The weight is computed from quantised values, and its
+    gradient goes to the values as if they had not been rounded (straight-through), so that what is stored is what was
+    trained. A coefficient that is trained to zero stays in training; one that was zero at the start is never touched.
+
+    Attributes:
+        shape: of the weight.
+        start: values [K] that the training starts from.
+    """
+
+    def __init__(
+        self, spectra: Sequence[QuantizedSpectrum], shape: Sequence[int], original: Tensor | None = None
+    ) -> None:
+        """Freeze positions and steps.
+
+        Args:
+            spectra: of consecutive row ranges of the weight, seen as a matrix.
+            shape: of the weight.
+            original: the weight that the codes were rounded from: training starts there, with finer steps where a
+                threshold had chosen what to keep. Without, it starts at what is stored.
+
+        Raises:
+            ShapeError: when the spectra do not have as many coefficients as the weight.
+        """
+        super().__init__()
+        self.shape = tuple(shape)
+        if sum(math.prod(own.shape) for own in spectra) != math.prod(self.shape):
+            sizes = [list(own.shape) for own in spectra]
+            raise ShapeError(f"KeptSpectrum: spectra of {sizes} for a weight of {list(self.shape)}; equal sizes fit.")
+        self._grids = [_trainable(own, finer=original is not None) for own in spectra]
+        self._scales: list[float] = []
+        starts, row = [], 0
+        for part, own in enumerate(spectra):
+            stored = own.coefficients().reshape(-1)
+            positions = stored.nonzero()[:, 0]
+            values = stored[positions]
+            if original is not None:
+                rows = original.reshape(-1, own.shape[1])[row : row + own.shape[0]]
+                values = Basis(own.transform, own.tile, own.axes).forward(rows.cpu()).reshape(-1)[positions]
+            row += own.shape[0]
+            self._scales.append(float(values.square().mean().sqrt()) if len(values) else 1.0)
+            starts.append(values / self._scales[-1])
+            self.register_buffer(f"positions_{part}", positions)
+            self.register_buffer(f"steps_{part}", self._grids[part].step.expand(own.shape).reshape(-1)[positions])
+        self.start = torch.cat(starts)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[K] float32 to the weight, in float32; autocast does not reach it."""
+        with torch.autocast(values.device.type, enabled=False):
+            return torch.cat([self._rows(part, own) for part, own in enumerate(self._split(values))]).reshape(
+                self.shape
+            )
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The values that training starts from, whatever the weight is."""
+        return self.start.to(weight.device)
+
+    def spectra(self, values: Tensor) -> list[QuantizedSpectrum]:
+        """The spectra that values [K] stand for, one for each row range."""
+        found = []
+        for part, own in enumerate(self._split(values.detach())):
+            grid = self._grids[part]
+            codes = torch.zeros(math.prod(grid.shape), dtype=torch.int32)
+            codes[self._positions(part).cpu()] = self._codes(part, own).cpu().to(torch.int32)
+            found.append(replace(grid, codes=codes.reshape(grid.shape)))
+        return found
+
+    def _rows(self, part: int, values: Tensor) -> Tensor:
+        grid = self._grids[part]
+        codes = self._codes(part, values.detach())
+        stored = (codes + codes.sign() * grid.offset) * self.get_buffer(f"steps_{part}")
+        exact = values * self._scales[part]
+        quantised = exact + (stored - exact.detach())
+        flat = values.new_zeros(math.prod(grid.shape)).index_copy(0, self._positions(part), quantised)
+        return Basis(grid.transform, grid.tile, grid.axes).inverse(flat.reshape(grid.shape))
+
+    def _codes(self, part: int, values: Tensor) -> Tensor:
+        """Integers, as floats: the nearest of the points that can be stored, zero among them."""
+        offset = self._grids[part].offset
+        levels = values.abs() * self._scales[part] / self.get_buffer(f"steps_{part}")
+        nearest = (levels - offset).round_().clamp_(min=1.0)
+        return torch.where(levels < (1 + offset) / 2, 0.0, nearest).copysign(values)
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(values, [len(self._positions(part)) for part in range(len(self._grids))])
+
+    def _positions(self, part: int) -> Tensor:
+        return self.get_buffer(f"positions_{part}")
+
+
+def _trainable(spectrum: QuantizedSpectrum, *, finer: bool) -> QuantizedSpectrum:
+    """The grid that a spectrum is trained on: without codes to speak of, and with levels below its dead zone.
+
+    A spectrum that was kept by a threshold has coarse steps, since its error is that of what was dropped; once trained,
+    it gains from finer ones.
+    """
+    step, offset = spectrum.step.float(), spectrum.offset
+    if finer and offset >= _WIDE:
+        step, offset = step / _FINER, offset * _FINER
+    empty = torch.zeros(1, dtype=torch.int8).expand(spectrum.shape)
+    return replace(spectrum, codes=empty, step=step, offset=offset - round(offset))

@@ -1,0 +1,94 @@
+"""compress --heal: compress a checkpoint, then heal it, as one work that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.manifest import FILE_NAME
+from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions
+from spectral_surgery.checkpoint.publish import partial_folder
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
+from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
+from spectral_surgery.workflows.distill import DistillSettings
+from spectral_surgery.workflows.heal import HealReport, heal
+from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.progress import Progress, silent
+
+
+def compress_healed(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    data: HealData,
+    settings: DistillSettings,
+    *,
+    calibration: CalibrationData | None = None,
+    workers: int = 1,
+    threads: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    origin: str | None = None,
+    progress: Progress = silent,
+) -> tuple[CompressReport, HealReport]:
+    """Compress a checkpoint, with or without text, and heal the result.
+
+    What is compressed and not yet healed waits in ``<out>.unhealed``.
+
+    Args:
+        source: a checkpoint folder with a tokenizer.
+        out: folder to create.
+        options: what is asked.
+        data: text to heal on.
+        settings: how to heal.
+        calibration: text to choose codes by.
+        workers: processes that compress.
+        threads: frames at once.
+        resume: go on with unfinished work of the same source, options and text.
+        overwrite: replace an existing folder, and discard unfinished work.
+        origin: the Hub repository that source is a copy of.
+        progress: called as the work advances.
+
+    Returns:
+        The report of both together, and that of healing.
+
+    Raises:
+        CheckpointError: as `compress` and `heal`, and when unfinished work is of other options.
+        ConfigError: as `compress_calibrated` and `heal`.
+    """
+    started = time.perf_counter()
+    if calibration is not None and options.transform == AUTO:
+        options = replace(options, transform=DEFAULT_TRANSFORM)
+    partial_folder(out, overwrite=overwrite)
+    stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
+    common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
+    if resume and (stage / FILE_NAME).exists():
+        _check_same(stage, options)
+    elif calibration is None:
+        compress(source, stage, options, workers=workers, threads=threads, **common)
+    else:
+        compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)
+    healed = heal(stage, source, out, data, settings, threads=threads, **common)
+    shutil.rmtree(stage)
+    return _report(source, out, options, healed, time.perf_counter() - started), healed
+
+
+def _report(source: Path, out: Path, options: CompressOptions, healed: HealReport, seconds: float) -> CompressReport:
+    index, plan = plan_compression(source, options)
+    size = sum(file.stat().st_size for file in (*out.glob("*.safetensors"), out / FILE_NAME))
+    left_out = tuple(str(path) for path in index.skipped_files)
+    return CompressReport(healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out)
+
+
+def _check_same(stage: Path, options: CompressOptions) -> None:
+    there = {key: value for key, value in open_compressed(stage).manifest.options.items() if key != "calibration"}
+    asked = json.loads(json.dumps(options.to_json()))
+    if there != {key: value for key, value in asked.items() if key != "calibration"}:
+        raise CheckpointError(f"{stage.name}: holds work of other options. Use --overwrite to discard it.")

@@ -1,0 +1,286 @@
+"""Distillation: some parameters of a student are trained until its outputs are those of its teacher.
+
+Batches are a function of the step, and unfinished work is on the disk after every evaluation, so that a run that was
+cut off ends as one that was not. Several processes take different batches and average their gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, distributed, nn
+
+from spectral_surgery.errors import CheckpointError, ConfigError
+
+Batch = dict[str, Tensor]
+Outputs = Any
+Loss = Callable[[Outputs, Outputs, Batch], Tensor]
+_TIMED = 5  # steps that say how many fit into the asked minutes
+_SHARE = 0.93  # of them; evaluations and saving take the rest
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How to distil.
+
+    Attributes:
+        steps: optimizer steps; 0 for as many as the minutes allow.
+        minutes: wall time to aim at when steps is 0.
+        learning_rate: of Adam, in units of the parameters.
+        warmup_steps: over which the rate rises; then it falls as a cosine to a twentieth.
+        eval_every: steps between evaluations on held-out batches.
+        patience: evaluations without improvement before stopping; 0 for never.
+        max_grad_norm: gradients are cut to it.
+        bf16: autocast to bfloat16.
+        seed: of the batches.
+    """
+
+    steps: int = 400
+    minutes: float = 0.0
+    learning_rate: float = 0.015
+    warmup_steps: int = 20
+    eval_every: int = 50
+    patience: int = 4
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: when the learning rate is not positive, or there are neither steps nor minutes.
+        """
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning-rate {self.learning_rate}: a positive number is accepted.")
+        if self.steps < 1 and not self.minutes > 0:
+            raise ConfigError(f"--steps {self.steps}: 1 or more is accepted, or --minutes.")
+
+
+@dataclass
+class Course:
+    """How a distillation went.
+
+    Attributes:
+        steps: planned.
+        step: done.
+        train: (step, mean loss since the last evaluation).
+        held_out: (step, loss); step 0 is before training.
+        best_step: the step whose parameters were kept.
+        seconds: of all runs together.
+    """
+
+    steps: int = 0
+    step: int = 0
+    train: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> float:
+        """The least held-out loss."""
+        return min((loss for _, loss in self.held_out), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Everything a distillation needs.
+
+    Attributes:
+        run: calls a model on a batch: (model, batch) to outputs.
+        loss: (outputs of the student, of the teacher, batch) to a scalar.
+        student: its parameters that require gradients are trained.
+        teacher: frozen.
+        batch: of a step, counted from 0, and a process.
+        held_out: batches that nothing is trained on.
+        state_file: unfinished work; None to keep none.
+        key: what decides the result: work of another key is not taken up.
+    """
+
+    run: Callable[[nn.Module, Batch], Outputs]
+    loss: Loss
+    student: nn.Module
+    teacher: nn.Module
+    batch: Callable[[int, int], Batch]
+    held_out: Sequence[Batch]
+    state_file: Path | None = None
+    key: str = ""
+
+
+def distill(work: Distillation, settings: DistillSettings, progress: Callable[[int, int, str], None]) -> Course:
+    """Train the student; its parameters end as they were when the held-out loss was least.
+
+    Args:
+        work: models, data and loss.
+        settings: how.
+        progress: called after each step.
+
+    Returns:
+        How it went.
+
+    Raises:
+        ConfigError: when the loss is not finite.
+        CheckpointError: when unfinished work is there, but of another run.
+    """
+    return _Run(work, settings, progress).all()
+
+
+class _Run:
+    def __init__(
+        self, work: Distillation, settings: DistillSettings, progress: Callable[[int, int, str], None]
+    ) -> None:
+        self.work, self.settings, self.progress = work, settings, progress
+        self.parameters = {name: p for name, p in work.student.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.course = Course()
+        self.rank, self.world = _place()
+
+    def all(self) -> Course:
+        before = time.perf_counter()
+        if not self._resumed():
+            self.course.held_out.append((0, self._held_out()))
+            self.course.steps = self.settings.steps or self._steps_in(self.settings.minutes)
+        earlier, losses = self.course.seconds, []
+        while self.course.step < self.course.steps and not self._stopped():
+            losses.append(self._step())
+            self.course.step += 1
+            self.progress(self.course.step, self.course.steps, f"loss {losses[-1]:.4f}")
+            if self.course.step % self.settings.eval_every == 0 or self.course.step == self.course.steps:
+                self._evaluate(losses)
+                losses = []
+                self.course.seconds = earlier + time.perf_counter() - before
+                self._save()
+        with torch.no_grad():
+            for name, own in self.parameters.items():
+                own.copy_(self.best[name])
+        return self.course
+
+    def _step(self) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self._rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self.work.batch(self.course.step, self.rank))
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = self._mean(loss.detach())
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"distil: the loss is {value} at step {self.course.step + 1}; finite losses are accepted."
+                " Lower the learning rate, or check the text."
+            )
+        if self.world > 1:
+            self._average_gradients()
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        return value
+
+    def _rate(self) -> float:
+        warm = (self.course.step + 1) / max(self.settings.warmup_steps, 1)
+        done = self.course.step / max(self.course.steps, 1)
+        return min(warm, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        device = next(iter(self.parameters.values())).device
+        batch = {name: own.to(device) for name, own in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bf16):
+            with torch.no_grad():
+                wanted = self.work.run(self.work.teacher, batch)
+            return self.work.loss(self.work.run(self.work.student, batch), wanted, batch)
+
+    def _held_out(self) -> float:
+        with torch.no_grad():
+            total = sum((self._loss(batch).float() for batch in self.work.held_out), torch.zeros(()))
+        return float(total) / max(len(self.work.held_out), 1)
+
+    def _evaluate(self, losses: Sequence[float]) -> None:
+        own = self._held_out()
+        if own < self.course.best:
+            self.course.best_step = self.course.step
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.course.held_out.append((self.course.step, own))
+        self.course.train.append((self.course.step, sum(losses) / max(len(losses), 1)))
+
+    def _stopped(self) -> bool:
+        since = sum(1 for step, _ in self.course.held_out if step > self.course.best_step)
+        return bool(self.settings.patience) and since >= self.settings.patience
+
+    def _steps_in(self, minutes: float) -> int:
+        start = time.perf_counter()
+        for step in range(_TIMED):
+            self._loss(self.work.batch(step, self.rank)).backward()  # type: ignore[no-untyped-call]
+        seconds = torch.tensor((time.perf_counter() - start) / _TIMED)
+        return max(_TIMED, int(60 * _SHARE * minutes / self._mean(seconds)))
+
+    def _mean(self, value: Tensor) -> float:
+        if self.world > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+            value /= self.world
+        return float(value)
+
+    def _average_gradients(self) -> None:
+        given = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in given])
+        distributed.all_reduce(flat)
+        flat /= self.world
+        for grad, own in zip(given, torch.split(flat, [grad.numel() for grad in given]), strict=True):
+            grad.copy_(own.view_as(grad))
+
+    def _save(self) -> None:
+        if self.work.state_file is None or self.rank:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, own in self.parameters.items():
+            tensors |= {f"now.{name}": own.detach(), f"best.{name}": self.best[name]}
+            state = self.optimizer.state.get(own, {})  # none where no gradient ever came
+            tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
+        body = {"key": self.work.key, "course": json.dumps(asdict(self.course))}
+        fresh = self.work.state_file.with_suffix(".new")
+        fresh.write_bytes(save({key: own.cpu().contiguous() for key, own in tensors.items()}, body))
+        fresh.replace(self.work.state_file)
+
+    def _resumed(self) -> bool:
+        file = self.work.state_file
+        if file is None or not file.exists():
+            return False
+        try:
+            with safe_open(file, "pt") as state:
+                metadata = state.metadata() or {}
+                tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: unfinished work cannot be read ({error}). Use --overwrite.") from None
+        if metadata.get("key") != self.work.key:
+            raise CheckpointError(f"{file}: is of other models, text or settings. Use --overwrite to discard it.")
+        self.course = _course(json.loads(metadata["course"]))
+        with torch.no_grad():
+            for name, own in self.parameters.items():
+                own.copy_(tensors[f"now.{name}"])
+                self.best[name].copy_(tensors[f"best.{name}"])
+                moments = {
+                    key: tensors[f"{key}.{name}"].to(own.device) for key in _MOMENTS if f"{key}.{name}" in tensors
+                }
+                if moments:
+                    self.optimizer.state[own] = {"step": torch.tensor(float(self.course.step)), **moments}
+        return True
+
+
+def _course(body: Mapping[str, Any]) -> Course:
+    pairs = {key: [(int(step), float(loss)) for step, loss in body[key]] for key in ("train", "held_out")}
+    return Course(**{**body, **pairs})
+
+
+def _place() -> tuple[int, int]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

@@ -1,0 +1,323 @@
+"""Training the kept coefficients of a model: all of it at once, or block after block."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.recode import Encoded
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.models import load_model
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.feedback import Codes, encode_codes
+from spectral_surgery.spectra.quantized import QuantizedSpectrum
+from spectral_surgery.surgery.blocks import Arguments, captured_inputs, find_blocks, hidden_of, run_block, with_hidden
+from spectral_surgery.surgery.kept import kept_spectra, train_kept
+from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
+from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
+from spectral_surgery.workflows.merge_plan import tensor_of
+from spectral_surgery.workflows.objectives import Objective
+from spectral_surgery.workflows.progress import Progress
+from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, padded, read_sequences
+
+_HELD_PART, _HELD_MOST = 0.05, 64
+_BLOCK_SEQUENCES = 512  # that wait between two blocks
+_IN_MEMORY = 256 << 20  # bytes of activations; more go to files
+
+
+@dataclass(frozen=True)
+class HealData:
+    """Text to heal on.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        batch_size: sequences of a step and process; 0 for what is usual for the model.
+        seq_length: tokens of a sequence at most; 0 for what is usual for the model.
+    """
+
+    file: Path
+    batch_size: int = 0
+    seq_length: int = 0
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work.
+
+        Raises:
+            ConfigError: when the file cannot be read.
+        """
+        if not self.file.is_file():
+            raise ConfigError(f"{self.file}: no such file; a text, .csv or .jsonl file is accepted.")
+        return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What is healed, with what, and where unfinished work is kept.
+
+    Attributes:
+        checkpoint: the compressed one.
+        index: of the teacher.
+        teacher: its folder.
+        data: text.
+        device: models run on it.
+        folder: for unfinished work.
+        key: of this very work.
+        threads: frames encoded at once.
+    """
+
+    checkpoint: CompressedCheckpoint
+    index: CheckpointIndex
+    teacher: Path
+    data: HealData
+    device: str
+    folder: Path
+    key: str
+    threads: int
+
+    @property
+    def rounded(self) -> bool:
+        """Whether codes are the original's coefficients, rounded: they were neither chosen by text nor trained."""
+        options = self.checkpoint.manifest.options
+        return not options.get("calibration") and not options.get("healing")
+
+    def spectra(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
+        """The compressed tensor behind each parameter, and its spectra; parameters without one are left out.
+
+        Args:
+            names: of parameters, with shapes.
+        """
+        found = {}
+        manifest = self.checkpoint.manifest
+        for name, shape in names.items():
+            info = tensor_of(self.index, name)
+            own = manifest.aliases.get(info.name, info.name) if info else ""
+            record = manifest.tensors.get(own)
+            if record is None or record.shape != shape:
+                continue
+            parts = [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
+            if all(part.step.numel() == 1 for part in parts):
+                found[name] = own, parts
+        return found
+
+    def encoded(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Encoded]:
+        """The stored form of a trained weight, with its distance from the original."""
+        record = self.checkpoint.manifest.tensors[tensor]
+        matrix = original.detach().cpu().float().reshape(record.matrix)
+        found = []
+        for own, part in zip(spectra, record.parts, strict=True):
+            basis = Basis(own.transform, own.tile, own.axes)
+            codes = Codes(own.codes, float(own.step), own.offset)
+            found.append(encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads))
+        return found
+
+    def sequences(self, tokenizer: Any, model: Any, objective: Objective) -> tuple[list[list[int]], list[list[int]]]:
+        """Token sequences to train on, and those held out.
+
+        Raises:
+            ConfigError: when there are too few, or the model does not know their tokens.
+        """
+        causal = objective.name == "tokens"
+        length = self.data.seq_length or objective.seq_length
+        length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+        found = read_sequences(tokenizer, self.data.file, length=length, causal=causal)
+        if len(found) < 2:
+            raise ConfigError(
+                f"{self.data.file}: gives {len(found)} sequence of up to {length} tokens; two or more are needed. Give"
+                " more text, or a smaller --seq-length."
+            )
+        check_vocabulary(found, model.get_input_embeddings().num_embeddings, self.data.file)
+        if not causal:
+            random.Random(0).shuffle(found)  # noqa: S311 - no secret; files are often sorted
+        held = min(max(1, round(len(found) * _HELD_PART)), _HELD_MOST if causal else 4 * _HELD_MOST)
+        return found[:-held], found[-held:]
+
+
+@dataclass
+class Healed:
+    """What came out of it.
+
+    Attributes:
+        course: how it went; of blocks, the sums and means.
+        replaced: the parts of every trained tensor.
+        coefficients: trained.
+        blocks: held-out error of each block before and after.
+    """
+
+    course: Course = field(default_factory=Course)
+    replaced: dict[str, list[Encoded]] = field(default_factory=dict)
+    coefficients: int = 0
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+    """Train all weights together, end to end.
+
+    Args:
+        place: what and where.
+        objective: what the student takes over.
+        settings: how.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError: when nothing can be trained.
+        ConfigError: when the text does not do, or the loss is not finite.
+    """
+    teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32)
+    teacher.requires_grad_(requires_grad=False).to(place.device)
+    student = copy.deepcopy(teacher)
+    spectra = place.spectra({name: tuple(own.shape) for name, own in student.named_parameters()})
+    if not spectra:
+        raise CheckpointError("heal: no compressed tensor is a parameter of the model; nothing can be trained.")
+    values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
+    train, held = place.sequences(tokenizer, teacher, objective)
+    size = min(place.data.batch_size or objective.batch_size, len(train))
+
+    def batch(step: int, rank: int) -> Batch:
+        return padded(tokenizer, [train[i] for i in _chosen(settings.seed, step, rank, len(train), size)])
+
+    held = sorted(held, key=len)
+    batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
+    work = Distillation(
+        objective.run, objective.loss, student, teacher, batch, batches, place.folder / "all.safetensors", place.key
+    )
+    healed = Healed(distill(work, settings, progress), coefficients=sum(own.numel() for own in values))
+    for name, own in kept_spectra(student).items():
+        tensor = spectra[name][0]
+        healed.replaced[tensor] = place.encoded(tensor, own, teacher.get_parameter(name))
+    return healed
+
+
+def heal_blocks(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+    """Train block after block, each on what the healed blocks before it give, until it gives what the original gives.
+
+    Args:
+        place: what and where.
+        objective: says how long sequences are.
+        settings: of each block.
+        progress: called after each step of each block.
+
+    Raises:
+        CheckpointError: when nothing can be trained.
+        ConfigError: when the text does not do, or a loss is not finite.
+        TargetError: when the model has no list of blocks.
+    """
+    lazy = load_lazily(place.teacher, place.index, "AutoModel")
+    train, held = place.sequences(lazy.tokenizer, lazy.model, objective)
+    prefix, blocks = find_blocks(lazy.model)
+    tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
+    batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
+    first, healed = len(batches[0]), Healed()
+    with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
+        with lazy.holding("", f"{prefix}."):
+            given = [captured_inputs(lazy.model, blocks[0], own) for part in batches for own in part]
+        wanted = given
+        for number, block in enumerate(blocks):
+            name = f"{prefix}.{number}"
+            with lazy.holding(f"{name}."):
+                targets = run_block(block, wanted, shelf.put)
+                told = _stage(progress, number, len(blocks))
+                turn = _Turn(name, block, given, targets, first)
+                _heal_block(place, turn, settings, told, healed)
+                outputs = run_block(turn.block, given, shelf.put)
+            given, wanted = with_hidden(given, outputs), with_hidden(wanted, targets)
+    if not healed.replaced:
+        raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
+    sides = list(zip(*healed.blocks.values(), strict=True))
+    before, after = (sum(side) / len(side) for side in sides)
+    healed.course.held_out = [(0, before), (healed.course.step, after)]
+    healed.course.best_step = healed.course.step
+    return healed
+
+
+@dataclass
+class _Turn:
+    """A block, what it is given, and what it should give; the first samples are to train on."""
+
+    name: str
+    block: nn.Module
+    given: Sequence[Arguments]
+    targets: Sequence[Tensor]
+    train: int
+
+
+def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed) -> None:
+    """Heal the block of a turn, which holds the healed one afterwards."""
+    name, block, first = turn.name, turn.block, turn.train
+    spectra = place.spectra({f"{name}.{own}": tuple(p.shape) for own, p in block.named_parameters()})
+    if not spectra:
+        return
+    turn.block = student = copy.deepcopy(block)
+    inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
+    values = train_kept(student, inside, rounded=place.rounded)
+
+    def batch(step: int, rank: int) -> Batch:
+        return {"place": torch.tensor(_chosen(settings.seed, step, rank, first, 1)[0])}
+
+    work = Distillation(
+        lambda module, own: module(own["place"]),
+        lambda own, wanted, _: (own - wanted).square().sum() / wanted.square().sum(),
+        _Fed(student, turn.given),
+        _Known(turn.targets),
+        batch,
+        [{"place": torch.tensor(i)} for i in range(first, len(turn.given))],
+        place.folder / f"{name}.safetensors",
+        f"{place.key} {name}",
+    )
+    course = distill(work, settings, progress)
+    originals = dict(block.named_parameters())
+    for own, parts in kept_spectra(student).items():
+        tensor = spectra[f"{name}.{own}"][0]
+        healed.replaced[tensor] = place.encoded(tensor, parts, originals[own])
+    healed.blocks[name] = (course.held_out[0][1], course.best)
+    healed.coefficients += sum(own.numel() for own in values)
+    healed.course.train += [(healed.course.step + step, loss) for step, loss in course.train]
+    healed.course.step += course.step
+    healed.course.steps += course.steps
+    healed.course.seconds += course.seconds
+
+
+class _Fed(nn.Module):
+    """A block with the arguments of every sample."""
+
+    def __init__(self, block: nn.Module, given: Sequence[Arguments]) -> None:
+        super().__init__()
+        self.block, self._given = block, given
+
+    def forward(self, place: Tensor) -> Tensor:
+        args, named = self._given[int(place)]
+        return hidden_of(self.block(*args, **named))
+
+
+class _Known(nn.Module):
+    """The outputs of a block, instead of a block."""
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, place: Tensor) -> Tensor:
+        return self._outputs[int(place)]
+
+
+def _stage(progress: Progress, number: int, count: int) -> Progress:
+    def report(done: int, total: int, what: str) -> None:
+        progress(number * total + done, count * total, f"block {number + 1}, {what}")
+
+    return report
+
+
+def _chosen(seed: int, step: int, rank: int, count: int, size: int) -> list[int]:
+    """Which samples a step of a process takes; the same in every run."""
+    generator = torch.Generator().manual_seed((seed << 40) + (step << 12) + rank)
+    return torch.randperm(count, generator=generator)[:size].tolist()

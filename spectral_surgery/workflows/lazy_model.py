@@ -1,0 +1,129 @@
+"""A model whose weights are on the disk until their block has its turn: the memory of one block, whatever the depth."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
+from spectral_surgery.checkpoint.reader import read_tensor
+from spectral_surgery.models import load_model, load_outline
+from spectral_surgery.surgery.blocks import has_blocks
+from spectral_surgery.workflows.merge_plan import tensor_of
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """A model in float32 that reads its weights when they are needed.
+
+    Attributes:
+        model: a transformers model; parameters that are not needed now are on the meta device.
+        tokenizer: its tokenizer.
+        tensors: where each parameter is stored; empty when all of them are in memory for good.
+    """
+
+    model: Any
+    tokenizer: Any
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model had to be loaded at once."""
+        return not self.tensors
+
+    @contextmanager
+    def holding(self, prefix: str = "", without: str = "") -> Iterator[None]:
+        """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards.
+
+        Args:
+            prefix: of their names; empty for all.
+            without: prefix of those that are left out, if any.
+        """
+        names = [own for own in self.tensors if own.startswith(prefix) and not (without and own.startswith(without))]
+        read: dict[str, nn.Parameter] = {}
+        for name in names:  # tied parameters are one tensor of the file
+            key = self.tensors[name].name
+            if key not in read:
+                read[key] = nn.Parameter(read_tensor(self.tensors[name]).float(), requires_grad=False)
+            self._put(name, read[key])
+        try:
+            yield
+        finally:
+            for name in names:
+                shape = self.tensors[name].shape
+                self._put(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        self.model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyModel:
+    """Load a model without its weights, where every parameter is a tensor of the checkpoint.
+
+    Args:
+        folder: a plain checkpoint with a tokenizer.
+        index: of the same.
+        auto_class: class of transformers.
+
+    Returns:
+        The model; with all its weights where it has no list of blocks, or stores parameters in another form than it
+        computes with, as fused experts are.
+
+    Raises:
+        CheckpointError: when the folder has no model of that kind.
+    """
+    outline, tokenizer = load_outline(folder, auto_class)
+    outline.config.use_cache = False
+    tensors: dict[str, TensorInfo] = {}
+    for name, parameter in outline.named_parameters(remove_duplicate=False):
+        info = tensor_of(index, name)
+        if info is not None and info.shape == tuple(parameter.shape):
+            tensors[name] = info
+    tied = {id(outline.get_parameter(name)): info for name, info in tensors.items()}
+    everything = dict(outline.named_parameters(remove_duplicate=False))
+    tensors |= {name: tied[id(p)] for name, p in everything.items() if name not in tensors and id(p) in tied}
+    if tensors.keys() == everything.keys() and has_blocks(outline):
+        return LazyModel(outline, tokenizer, tensors)
+    model, tokenizer = load_model(folder, auto_class, dtype=torch.float32)
+    model.config.use_cache = False
+    return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, {})
+
+
+class Shelf:
+    """Tensors in memory up to a limit, and in a file beyond it."""
+
+    def __init__(self, limit: int, folder: Path | None = None) -> None:
+        """Start empty.
+
+        Args:
+            limit: bytes kept in memory.
+            folder: for the files; None for the folder of temporary files.
+        """
+        self._limit, self._used = limit, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="activations-", dir=folder)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The same tensor, now perhaps a view of a file; it lasts as long as the shelf."""
+        self._used += tensor.nbytes
+        if self._used <= self._limit or not tensor.numel():
+            return tensor
+        file = tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False)  # noqa: SIM115 - only its name
+        file.close()
+        stored = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return stored.reshape(tensor.shape).copy_(tensor)
+
+    def put_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`put` for each."""
+        return [self.put(tensor) for tensor in tensors]
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._folder.cleanup()

@@ -1,0 +1,117 @@
+"""What a student is asked to take over from its teacher, for each kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectral_surgery.registry import Table
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of OBJECTIVES.
+
+    Attributes:
+        name: of the row.
+        summary: one line for a table.
+        auto_class: class of transformers that loads such models.
+        run: (model, batch) to its outputs.
+        loss: (outputs of the student, of the teacher, batch) to a scalar.
+        batch_size: usual sequences of a step.
+        seq_length: usual tokens of a sequence at most.
+    """
+
+    name: str
+    summary: str
+    auto_class: str
+    run: Callable[[nn.Module, Batch], Any]
+    loss: Callable[[Any, Any, Batch], Tensor]
+    batch_size: int
+    seq_length: int
+
+
+def objective_of(task: str | None) -> Objective:
+    """The row for a task_type; embeddings for what has no task of its own.
+
+    Args:
+        task: in PEFT's words, as CAUSAL_LM.
+    """
+    return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task or "", "embeddings")]
+
+
+def _plain(model: nn.Module, batch: Batch) -> Any:
+    return model(**batch, use_cache=False)
+
+
+def _with_hidden(model: nn.Module, batch: Batch) -> Any:
+    return model(**batch, output_hidden_states=True)
+
+
+def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """KL(teacher || student), nats per token."""
+    divergence = functional.kl_div(
+        student.logits.float().log_softmax(-1),
+        teacher.logits.float().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    )
+    mask = batch["attention_mask"]
+    return (divergence.sum(-1) * mask).sum() / mask.sum()
+
+
+def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
+    mask = batch["attention_mask"][..., None]
+    pooled = [(own.hidden_states[-1] * mask).sum(1) / mask.sum(1) for own in (student, teacher)]
+    return (1 - functional.cosine_similarity(*pooled)).mean() + _hidden(student, teacher, mask)
+
+
+def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """KL of the classes (squared error of a single score) + mean relative squared error of the hidden states."""
+    if teacher.logits.shape[-1] == 1:
+        own = functional.mse_loss(student.logits, teacher.logits)
+    else:
+        own = functional.kl_div(
+            student.logits.float().log_softmax(-1),
+            teacher.logits.float().log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    return own + _hidden(student, teacher, batch["attention_mask"][..., None])
+
+
+def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))
+    pooler = getattr(teacher, "pooler_output", None)
+    errors = [((own - wanted) * mask).square().sum() / (wanted * mask).square().sum() for own, wanted in states]
+    if pooler is not None:
+        errors.append((student.pooler_output - pooler).square().sum() / pooler.square().sum())
+    return torch.stack(errors).mean()
+
+
+OBJECTIVES: Table[Objective] = Table(
+    "objective",
+    (
+        Objective("tokens", "distributions of the next token", "AutoModelForCausalLM", _plain, _tokens, 8, 256),
+        Objective(
+            "classes",
+            "distributions of the class, and hidden states",
+            "AutoModelForSequenceClassification",
+            _with_hidden,
+            _classes,
+            48,
+            128,
+        ),
+        Objective(
+            "embeddings", "sentence embeddings, and hidden states", "AutoModel", _with_hidden, _embeddings, 48, 128
+        ),
+    ),
+)
