@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.calibrate import CalibrationData
     from spectral_surgery.workflows.compress import CompressReport
     from spectral_surgery.workflows.progress import Progress
+    from spectral_surgery.workflows.team import Team
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -59,7 +60,7 @@ def run(
     out: Path,
     options: CompressOptions,
     *,
-    workers: int,
+    workers: Team,
     threads: int,
     shard: tuple[int, int],
     resume: bool,

@@ -71,12 +71,13 @@ class HubAccess:
 
         return hub.outline(source, revision=self.revision, token=self.token)
 
-    def prepare(self) -> None:
-        """Find out before the work whether its result can be pushed; creates the repository."""
+    def prepare(self) -> HubAccess:
+        """Find out before the work whether its result can be pushed; creates the repository. Gives itself back."""
         if self.push:
             from spectral_surgery import hub
 
             hub.prepare(hub.to_push(self.push), private=self.private, token=self.token)
+        return self
 
     def pushed(self, out: Path) -> dict[str, object]:
         """Push the result of a command; what --json adds, empty when nothing was asked."""

@@ -35,6 +35,7 @@ from spectral_surgery.workflows.compress import CompressReport, compress, plan_c
 from spectral_surgery.workflows.examples import read_examples
 from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.team import Team
 
 _ATTEMPTS = 6
 _TOLERANCE = 0.004  # of the asked rate
@@ -77,7 +78,7 @@ def compress_calibrated(
     options: CompressOptions,
     data: CalibrationData,
     *,
-    workers: int = 1,
+    workers: int | Team = 1,
     threads: int = 1,
     resume: bool = False,
     overwrite: bool = False,
