@@ -180,7 +180,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:
-    """Everything the compressed checkpoint consists of, once all units are done.
+    """Everything the compressed checkpoint consists of, once all units were written or found intact by this run.
 
     Args:
         workshop: where the unit files are.
@@ -202,7 +202,7 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
     for tensor in plan.tensors:
         parts = []
         for unit in units[tensor.info.name]:
-            done = _load(workshop, unit)
+            done = _load(workshop, unit, verify=False)
             if done is None:
                 raise CheckpointError(
                     f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
@@ -267,7 +267,9 @@ def _save(workshop: Workshop, unit: Unit, encoded: EncodedSpectrum | None, recor
     replace_file(workshop.path(unit), save(tensors, metadata))
 
 
-def _load(workshop: Workshop, unit: Unit) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
+def _load(
+    workshop: Workshop, unit: Unit, *, verify: bool = True
+) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
     path = workshop.path(unit)
     if not path.exists():
         return None
@@ -279,6 +281,7 @@ def _load(workshop: Workshop, unit: Unit) -> tuple[dict[str, TensorInfo], PartRe
         return None
     body = json.loads(index.metadata["record"])
     record = parse_part(body) if body else None
-    if record and zlib.crc32(read_bytes(index.tensors["codes"], 0, index.tensors["codes"].nbytes)) != record.crc32:
+    codes = index.tensors.get("codes")
+    if record and (codes is None or (verify and zlib.crc32(read_bytes(codes, 0, codes.nbytes)) != record.crc32)):
         return None
     return index.tensors, record

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.distill import DistillSettings
     from spectral_surgery.workflows.heal_model import HealData
     from spectral_surgery.workflows.progress import Progress
+    from spectral_surgery.workflows.team import Team
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -67,7 +68,7 @@ def run(
     out: Path,
     options: CompressOptions,
     *,
-    workers: int,
+    workers: Team,
     threads: int,
     shard: tuple[int, int],
     resume: bool,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from spectral_surgery.cli import calibration, output, shared
+from spectral_surgery.workflows.team import team
 
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions, Plan
     from spectral_surgery.hub import Found
-    from spectral_surgery.spectra.select import Target
     from spectral_surgery.workflows.compress import CompressReport
 
 Kind = Literal["density", "bits", "max_error"]
@@ -81,24 +81,23 @@ def command(
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
     """
-    from spectral_surgery.checkpoint.plan import CompressOptions
-
-    target, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
+    chosen, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
+    own = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
     access = shared.hub_access(quiet=quiet)
     before, name = access.base()
-    options = CompressOptions(target, transform, tile, include, exclude, min_weights, copy_nonfinite, base=name)
+    globs = (include, exclude)
+    options = _options(chosen, transform, tile, globs, min_weights, copy_nonfinite=copy_nonfinite, base=name)
     if dry_run:
         _show_plan(access.outline(source), options, before, as_json=as_json)
         return
-    access.prepare()
-    path, origin = access.resolve(source)
+    path, origin = access.prepare().resolve(source)
     with output.progress(quiet=quiet, unit=" weights") as progress:
         report = calibration.run(
             ctx,
             path,
             out,
             options,
-            workers=workers,
+            workers=own,
             threads=shared.threads_or_all(threads, workers),
             shard=part,
             resume=resume,
@@ -110,13 +109,27 @@ def command(
     _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
 
 
-def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> Target:
-    from spectral_surgery.spectra.select import Target
-
+def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, float]:
     given = [(kind, value) for kind, value in asked.items() if value is not None]
     if len(given) != 1:
         raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
-    return Target(*given[0])
+    return given[0]
+
+
+def _options(
+    target: tuple[Kind, float],
+    transform: str,
+    tile: int,
+    globs: tuple[tuple[str, ...], tuple[str, ...]],
+    min_weights: int,
+    *,
+    copy_nonfinite: bool,
+    base: str | None,
+) -> CompressOptions:
+    from spectral_surgery.checkpoint.plan import CompressOptions
+    from spectral_surgery.spectra.select import Target
+
+    return CompressOptions(Target(*target), transform, tile, *globs, min_weights, copy_nonfinite, base=base)
 
 
 def _show_plan(

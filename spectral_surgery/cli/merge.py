@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 from spectral_surgery.cli import output, shared
 
 if TYPE_CHECKING:
+    from spectral_surgery.workflows.merge import MergeReport
     from spectral_surgery.workflows.merge_plan import MergePlan
 
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @shared.out_argument
 @click.option("--weights", help="Factor of each adapter, separated by commas  [default: 1 for each]")
+@shared.hub_options
+@shared.push_option
 @shared.writing_options
 @shared.output_options
 def command(
@@ -33,26 +37,36 @@ def command(
     """Add adapters to the weights of BASE, tensor by tensor, without building the model.
 
     Updates are added in float32 and cast once. A lossless record beside the weights lets `unmerge` give back BASE bit
-    for bit. Adapters are PEFT folders: FourierFT, LoRA, and the other methods of this tool.
+    for bit. Adapters are PEFT folders: FourierFT, LoRA, and the other methods of this tool. --revision is that of BASE.
 
     \b
     Example:
       spectral-surgery merge ./model ./adapter ./model-merged
       spectral-surgery merge ./model ./style ./task ./both --weights 0.5,1
+      spectral-surgery merge org/model org/adapter ./merged --push org/model-merged --private
     """
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import merge as workflow
     from spectral_surgery.workflows.merge_plan import plan_merge
 
     factors = _numbers(weights)
-    root, folders = resolve(base), [resolve(adapter) for adapter in adapters]
+    access = shared.hub_access(quiet=quiet)
+    if not dry_run:
+        access.prepare()
+    others = replace(access, revision=None)
+    (root, origin), folders = access.resolve(base), [others.resolve(adapter)[0] for adapter in adapters]
     if dry_run:
         _show_plan(plan_merge(root, folders, factors), as_json=as_json)
         return
     with output.progress(quiet=quiet, unit=" tensors") as progress:
-        report = workflow.merge(root, folders, out, weights=factors, overwrite=overwrite, progress=progress)
+        report = workflow.merge(
+            root, folders, out, weights=factors, overwrite=overwrite, origin=origin, progress=progress
+        )
+    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+
+
+def _show_report(report: MergeReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
     if as_json:
-        output.print_json("merge", report.to_json())
+        output.print_json("merge", report.to_json() | more)
         return
     rows = [{"tensor": name, "update / weight": size} for name, size in report.layers.items()]
     click.echo(output.table(rows))

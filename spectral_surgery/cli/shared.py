@@ -44,11 +44,13 @@ class HubAccess:
         revision: branch, tag or commit.
         token: access token, None for the one that is logged in.
         push: repository to push the result to.
+        private: whether that one is private, should it be new.
     """
 
     revision: str | None
     token: str | None
     push: str | None
+    private: bool = False
 
     def resolve(self, source: str) -> tuple[Path, str | None]:
         """Fetch a source where need be: its path, and the repository it comes from."""
@@ -69,12 +71,13 @@ class HubAccess:
 
         return hub.outline(source, revision=self.revision, token=self.token)
 
-    def prepare(self) -> None:
-        """Find out before the work whether its result can be pushed; creates the repository."""
+    def prepare(self) -> HubAccess:
+        """Find out before the work whether its result can be pushed; creates the repository. Gives itself back."""
         if self.push:
             from spectral_surgery import hub
 
-            hub.prepare(hub.to_push(self.push), token=self.token)
+            hub.prepare(hub.to_push(self.push), private=self.private, token=self.token)
+        return self
 
     def pushed(self, out: Path) -> dict[str, object]:
         """Push the result of a command; what --json adds, empty when nothing was asked."""
@@ -111,7 +114,14 @@ def hub_options(function: F) -> F:
 
 
 def push_option(function: F) -> F:
-    """--push: what a command that produces a folder does with it in the end; `hub_access` has it."""
+    """--push and --private: what becomes of the folder a command has made; `hub_access` has them."""
+    function = click.option(
+        "--private",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember,
+        help="With --push: make the repository private, should it be new.",
+    )(function)
     return click.option(
         "--push",
         expose_value=False,
@@ -126,7 +136,10 @@ def hub_access(*, quiet: bool) -> HubAccess:
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     meta = click.get_current_context().meta
-    return HubAccess(*(meta.get(f"{__name__}.{name}") for name in ("revision", "token", "push")))
+    revision, token, push, private = (meta.get(f"{__name__}.{n}") for n in ("revision", "token", "push", "private"))
+    if private and not push:
+        raise click.UsageError("--private: says how --push makes a repository; it is accepted with that alone.")
+    return HubAccess(revision, token, push, bool(private))
 
 
 def writing_options(function: F) -> F:

@@ -57,6 +57,8 @@ _setting = partial(click.option, expose_value=False, callback=_collect)
 @_setting("--bf16", is_flag=True, help="Compute in bfloat16.")
 @_setting("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @_setting("--device", help="cpu or cuda  [default: what is there]")
+@shared.hub_options
+@shared.push_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
 @click.option("--overwrite", is_flag=True, help="Discard what is in OUT.")
 @shared.output_options
@@ -80,16 +82,16 @@ def command(
     """Train an adapter for the model BASE on a file of text, and write it to OUT in PEFT's format.
 
     Beside the adapter: metrics.json, loss.png, checkpoints and TensorBoard logs. The adapter kept is the one that did
-    best on held-out examples. Runs under torchrun and accelerate launch.
+    best on held-out examples. Runs under torchrun and accelerate launch. --push leaves the checkpoints here.
 
     \b
     Example:
       spectral-surgery train ./model ./adapter --data notes.txt --method fourierft
       spectral-surgery train ./encoder ./adapter --data pairs.csv --task similarity --method lora -o r=8
+      spectral-surgery train org/model ./adapter --data notes.txt --method lora --push org/adapter --private
     """
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.adapters.base import AdapterSpec
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import train as workflow
 
     row = METHODS[method]
@@ -104,14 +106,18 @@ def command(
             f" {row.learning_rate:g}.",
             err=True,
         )
-    spec = AdapterSpec(row, config, targets, base_model=base)
-    path = resolve(base)
+    access, is_main = shared.hub_access(quiet=quiet), shared.shard_of(None)[0] == 0
+    name, revision = adapter_options.base_name(base)
+    spec = AdapterSpec(row, config, targets, name, access.revision or revision)
+    if is_main:
+        access.prepare()
+    path = access.resolve(base)[0]
     with output.progress(quiet=quiet, unit=" steps") as progress:
         report = workflow.train(
             path, out, _data(options), spec, how, resume=resume, overwrite=overwrite, progress=progress
         )
     if report.history.is_main:
-        _show(report, out, as_json=as_json)
+        _show(report, out, as_json=as_json, more=access.pushed(out))
 
 
 def _data(options: dict[str, Any]) -> Any:
@@ -137,9 +143,9 @@ def _settings(options: dict[str, Any], usual: float) -> Any:
     return TrainSettings(**given | {"learning_rate": options["learning_rate"] or usual})
 
 
-def _show(report: TrainReport, out: Path, *, as_json: bool) -> None:
+def _show(report: TrainReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
     if as_json:
-        output.print_json("train", report.to_json())
+        output.print_json("train", report.to_json() | more)
         return
     names = sorted({*report.before, *report.after} - {"epoch"})
     rows = [

@@ -12,6 +12,8 @@ from spectral_surgery.cli import output, shared
 @click.command("unmerge")
 @click.argument("merged", metavar="MERGED")
 @shared.out_argument
+@shared.hub_options
+@shared.push_option
 @shared.writing_options
 @shared.output_options
 def command(merged: str, out: Path, dry_run: bool, overwrite: bool, as_json: bool, quiet: bool) -> None:
@@ -21,10 +23,12 @@ def command(merged: str, out: Path, dry_run: bool, overwrite: bool, as_json: boo
     Example:
       spectral-surgery unmerge ./model-merged ./model-again
     """
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows import unmerge as workflow
 
-    path = resolve(merged)
+    access = shared.hub_access(quiet=quiet)
+    if not dry_run:
+        access.prepare()
+    path = access.resolve(merged)[0]
     if dry_run:
         from spectral_surgery.checkpoint.merge_record import read_record
 
@@ -36,8 +40,9 @@ def command(merged: str, out: Path, dry_run: bool, overwrite: bool, as_json: boo
         return
     with output.progress(quiet=quiet, unit=" tensors") as progress:
         report = workflow.unmerge(path, out, overwrite=overwrite, progress=progress)
+    pushed = access.pushed(out)
     if as_json:
-        output.print_json("unmerge", report.to_json())
+        output.print_json("unmerge", report.to_json() | pushed)
     else:
         dropped = f", {len(report.dropped)} added by the merge dropped" if report.dropped else ""
         click.echo(

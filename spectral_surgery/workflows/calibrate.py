@@ -36,6 +36,7 @@ from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
+from spectral_surgery.workflows.team import Team
 
 _ATTEMPTS = 6
 _TOLERANCE = 0.004  # of the asked rate
@@ -85,7 +86,7 @@ def compress_calibrated(
     options: CompressOptions,
     data: CalibrationData,
     *,
-    workers: int = 1,
+    workers: int | Team = 1,
     threads: int = 1,
     resume: bool = False,
     overwrite: bool = False,

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from spectral_surgery.cards import Facts, as_repository, metadata, read_card
-from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.compressed import is_compressed, open_compressed
 from spectral_surgery.checkpoint.header import named, read_json
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
-from spectral_surgery.checkpoint.manifest import FILE_NAME, QUANT_METHOD
+from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.merge_record import is_merged, read_record
 from spectral_surgery.checkpoint.plan import FLOATS
 from spectral_surgery.checkpoint.reader import read_flat
@@ -66,8 +66,7 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
     if (folder / ADAPTER_CONFIG).exists():
         return _adapter(folder)
     index = read_index(folder)
-    quantised = index.config.get("quantization_config")
-    if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
+    if is_compressed(folder):
         raise CheckpointError(
             f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; a complete folder is "
             "accepted. Compress again, or fetch it again."

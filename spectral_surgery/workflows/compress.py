@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 from spectral_surgery import cards
@@ -27,6 +24,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.team import Team, team
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def compress(
     out: Path,
     options: CompressOptions,
     *,
-    workers: int = 1,
+    workers: int | Team = 1,
     threads: int = 1,
     shard: tuple[int, int] = (0, 1),
     resume: bool = False,
@@ -151,14 +149,15 @@ def compress(
         source: a checkpoint folder or a .safetensors file.
         out: folder to create.
         options: what is asked.
-        workers: processes on this machine; they import the calling script, which needs a ``__main__`` guard.
+        workers: processes on this machine, which import the calling script: it needs a ``__main__`` guard; or a team
+            that was started before.
         threads: frames at once in each worker.
         shard: (index, count) of this machine among several that share a file system; the last to finish joins parts.
         resume: go on with unfinished work of the same source and options.
         overwrite: replace an existing folder, and discard unfinished work.
         origin: the Hub repository that source is a copy of, for the model card.
         base: compress differences to this checkpoint, which decompressing needs again; errors and rates are theirs.
-        progress: called after each part.
+        progress: called as parts are done.
 
     Returns:
         The report; None when parts of other shards are still missing.
@@ -173,71 +172,41 @@ def compress(
     check_apart(base or source, out)
     index, plan = plan_compression(source, options, base=base)
     alone = shard[1] == 1
-    partial = partial_folder(out, overwrite=overwrite)
-    if alone and partial.exists() and not resume:
-        _discard(partial, overwrite=overwrite)
-    workshop = Workshop(partial / UNITS, work_key(index, plan.options))
+    aside = partial_folder(out, overwrite=overwrite)
+    if alone and aside.exists() and not resume:
+        _discard(aside, overwrite=overwrite)
+    workshop = Workshop(aside / UNITS, work_key(index, plan.options))
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
-        with hold(partial, exclusive=alone, wait=not alone):
-            _run(workshop, plan, plan.shard(*shard), workers=workers, threads=threads, progress=progress)
+        with hold(aside, exclusive=alone, wait=not alone), _team(workers) as own:
+            _run(workshop, plan, plan.shard(*shard), own, threads=threads, progress=progress)
             if not alone and not all(is_done(workshop, unit) for unit in plan.units):
                 return None
-        with hold(partial, exclusive=True, wait=True):
+        with hold(aside, exclusive=True, wait=True):
             if not workshop.folder.exists():
                 return None  # another shard finished in the meantime and joined everything
             return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
 
 
-def _discard(partial: Path, *, overwrite: bool) -> None:
+def _team(workers: int | Team) -> AbstractContextManager[Team]:
+    return team(workers) if isinstance(workers, int) else nullcontext(workers)
+
+
+def _discard(aside: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(
-            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+            f"{aside.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
         )
-    shutil.rmtree(partial)
+    shutil.rmtree(aside)
 
 
-def _run(workshop: Workshop, plan: Plan, units: list[Unit], *, workers: int, threads: int, progress: Progress) -> None:
-    weights, done = sum(unit.weights for unit in units), 0
-
-    def advance(unit: Unit) -> None:
-        nonlocal done
-        done += unit.weights
-        progress(done, weights, unit.tensor.info.name)
-
-    todo = deque(units)  # largest first
-    waiting: dict[Future[object], Unit] = {}
-    with _pool(workers - 1) as pool:
-        while todo or waiting:
-            while pool and todo and len(waiting) < 2 * (workers - 1):
-                unit = todo.popleft()
-                waiting[pool.submit(run_unit, workshop, unit, plan.options, threads)] = unit
-            if todo:  # this process is one of the workers, and the only one until the others have started
-                unit = todo.pop()
-                run_unit(workshop, unit, plan.options, threads)
-                advance(unit)
-            finished = wait(waiting, timeout=0 if todo else None, return_when=FIRST_COMPLETED).done
-            for future in finished:
-                future.result()
-                advance(waiting.pop(future))
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    if workers < 1:
-        yield None
-        return
-    # spawn: forking a process that runs torch threads may deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise CheckpointError(
-            "compress: a worker was killed, most likely for memory; finished parts are kept. "
-            "Run again with --resume and fewer --workers; a script of your own needs `if __name__ == '__main__':`."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _run(workshop: Workshop, plan: Plan, units: list[Unit], own: Team, *, threads: int, progress: Progress) -> None:
+    weights = list(accumulate(unit.weights for unit in units))  # largest first
+    last = -1
+    for last in own.share(partial(run_unit, workshop, options=plan.options, threads=threads), units):
+        progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may still be at earlier ones
+    if last + 1 < len(units):
+        progress(weights[-1], weights[-1], units[-1].tensor.info.name)
 
 
 def _finish(

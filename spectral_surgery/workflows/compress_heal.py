@@ -21,6 +21,7 @@ from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import HealReport, heal
 from spectral_surgery.workflows.heal_model import HealData
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.team import Team
 
 
 def compress_healed(
@@ -31,7 +32,7 @@ def compress_healed(
     settings: DistillSettings,
     *,
     calibration: CalibrationData | None = None,
-    workers: int = 1,
+    workers: int | Team = 1,
     threads: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -49,7 +50,7 @@ def compress_healed(
         data: text to heal on.
         settings: how to heal.
         calibration: text to choose codes by.
-        workers: processes that compress.
+        workers: processes that compress, or a team of them.
         threads: frames at once.
         resume: go on with unfinished work of the same source, options and text.
         overwrite: replace an existing folder, and discard unfinished work.

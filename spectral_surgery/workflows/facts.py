@@ -15,10 +15,12 @@ from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
 from spectral_surgery.checkpoint.merge_record import MergeRecord
 from spectral_surgery.checkpoint.plan import CompressOptions
+from spectral_surgery.checkpoint.task import task_of
 
 HERE = "THIS_FOLDER"  # until it has a place on the Hub
 _TARGETS = {"density": "sparsity", "bits": "bits", "max_error": "max-error"}
 _LIBRARIES = ("torch", "zstandard")
+_AUTO = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
 
 _LOAD_COMPRESSED = """\
 ```bash
@@ -26,8 +28,22 @@ pip install spectral-surgery
 spectral-surgery decompress {here} ./plain{base}
 ```
 
-`./plain` is an ordinary checkpoint for every other tool. Do not give this repository itself to a tool that does not
-know the format `spectral_surgery`: transformers alone warns, and starts from random weights."""
+`./plain` is an ordinary checkpoint for every other tool."""
+
+_LOAD_DIRECTLY = """With transformers, compressed in memory too:
+
+```python
+import spectral_surgery  # teaches transformers the format
+from transformers import AutoModel{task}
+
+model = AutoModel{task}.from_pretrained("{here}")
+```
+
+Without the import, `trust_remote_code=True` does the same, unless the model brings code of its own. Without both,
+transformers warns that it does not know the format `spectral_surgery`, and starts from random weights.
+
+To get the plain checkpoint back:
+"""
 
 _LOAD_ADAPTER = """\
 ```python
@@ -85,7 +101,7 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
         f"{_name(origin)}, compressed in the frequency domain",
         f"{what} as entropy-coded spectra, made by spectral-surgery.",
         compress_command(manifest.options, origin),
-        _LOAD_COMPRESSED.format(here=HERE, base=f" --base {before}" if before else ""),
+        _usage(index, before),
         sorted(rows, key=lambda row: -int(str(row["bytes"]))),
         totals,
         origin,
@@ -129,7 +145,6 @@ def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts
     """
     method, named = str(config.get("peft_type")), config.get("base_model_name_or_path")
     base = as_repository(named)
-    task = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
     settings = {key: config[key] for key in sorted(config) if type(config[key]) in (int, float)}
     rows = [
         {"tensor": f"`{name}`", "shape": " x ".join(map(str, info.shape)), "bytes": info.nbytes}
@@ -144,7 +159,7 @@ def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts
         f"{method} adapter for {_name(base)}",
         f"An adapter of the method {method} in the format of PEFT, for {_linked(base)}.",
         "",
-        _LOAD_ADAPTER.format(task=task.get(str(config.get("task_type")), ""), base=base or "BASE_MODEL", here=HERE),
+        _LOAD_ADAPTER.format(task=_AUTO.get(str(config.get("task_type")), ""), base=base or "BASE_MODEL", here=HERE),
         rows,
         totals,
         base,
@@ -155,14 +170,15 @@ def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts
     )
 
 
-def merged_facts(record: MergeRecord, index: CheckpointIndex) -> Facts:
+def merged_facts(record: MergeRecord, index: CheckpointIndex, origin: str | None = None) -> Facts:
     """Facts about a checkpoint with adapters merged into it.
 
     Args:
         record: of the merge.
         index: headers of the result.
+        origin: repository of the base; None asks the configuration.
     """
-    base = as_repository(index.config.get("_name_or_path"))
+    base = origin or as_repository(index.config.get("_name_or_path"))
     adapters = [f"ADAPTER_{number + 1}" for number in range(len(record.weights))]
     weights = ["--weights", ",".join(f"{weight:g}" for weight in record.weights)]
     command = ["spectral-surgery", "merge", base or "BASE", *adapters, "OUT"]
@@ -224,6 +240,13 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
         elif value != defaults.get(key):
             words += [f"--{key.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def _usage(index: CheckpointIndex, base: str | None) -> str:
+    back = _LOAD_COMPRESSED.format(here=HERE, base=f" --base {base}" if base else "")
+    if base or _library(index) is None:
+        return back  # differences are no model, and other libraries do not ask us
+    return _LOAD_DIRECTLY.format(here=HERE, task=_AUTO.get(task_of(index.config) or "", "")) + "\n" + back
 
 
 def _library(index: CheckpointIndex) -> str | None:

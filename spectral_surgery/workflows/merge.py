@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ import torch
 import zstandard
 from torch import Tensor
 
+from spectral_surgery import cards
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
-from spectral_surgery.checkpoint.index import TensorInfo
+from spectral_surgery.checkpoint.index import TensorInfo, read_index
 from spectral_surgery.checkpoint.merge_record import (
     DATA_FILE,
     FOLDER,
@@ -29,6 +31,7 @@ from spectral_surgery.errors import NotMergeableError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.surgery.merge import total_delta
 from spectral_surgery.surgery.undo import digest, merge_weight
+from spectral_surgery.workflows.facts import merged_facts
 from spectral_surgery.workflows.merge_plan import MergePlan, Target, plan_merge, without_extra
 from spectral_surgery.workflows.progress import Progress, silent
 
@@ -77,6 +80,7 @@ def merge(
     *,
     weights: Sequence[float] | None = None,
     overwrite: bool = False,
+    origin: str | None = None,
     progress: Progress = silent,
 ) -> MergeReport:
     """Write the checkpoint in which the adapters are part of the weights; no model is built.
@@ -89,6 +93,7 @@ def merge(
         out: folder to create.
         weights: factor of each adapter; None for 1.
         overwrite: replace an existing folder.
+        origin: the Hub repository that base is a copy of, for the model card.
         progress: called after each tensor.
 
     Returns:
@@ -115,6 +120,9 @@ def merge(
                 write_adapter(without_extra(state), adapter_folder(folder, number))
         record = MergeRecord(plan.weights, work.tensors, plan.aliases)
         (folder / FOLDER / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        if (folder / cards.FILE_NAME).is_file():
+            shutil.copyfile(folder / cards.FILE_NAME, folder / FOLDER / cards.FILE_NAME)  # for unmerge
+        cards.write_derived(folder, merged_facts(record, read_index(folder), origin))
     return MergeReport(
         work.sizes,
         tuple(sorted(plan.replaced)),

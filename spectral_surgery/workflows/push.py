@@ -12,6 +12,7 @@ from spectral_surgery import __version__, cards, hub
 from spectral_surgery.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.errors import ConfigError, HubError
+from spectral_surgery.integrations.trainer import CHECKPOINTS
 from spectral_surgery.workflows.check import Checked, check_folder
 from spectral_surgery.workflows.facts import HERE
 from spectral_surgery.workflows.progress import Progress, silent
@@ -97,7 +98,7 @@ def push(
     if revision and create_pr:
         raise ConfigError("--create-pr: opens a pull request to the default branch; no --revision is accepted with it.")
     checked = check_folder(folder, progress=progress)
-    files: dict[str, Path | bytes] = {str(path): folder / path for path in visible_files(folder)}
+    files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder, checked)}
     here = card_text(folder, checked, target.name)
     files[cards.FILE_NAME] = here.encode()
     hub.refuse_tokens(files, token)
@@ -124,6 +125,12 @@ def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None
             "accepted. Merge both into the one on the Hub, and remove the one here."
         )
     return kept if kept == here else cards.transplanted(kept, here)
+
+
+def _published(folder: Path, checked: Checked) -> list[Path]:
+    """Files to publish: of a training, not the states of optimizers, which are for going on here."""
+    found = visible_files(folder)
+    return [path for path in found if path.parts[0] != CHECKPOINTS] if checked.kind == "adapter" else found
 
 
 def visible_files(folder: Path) -> list[Path]:

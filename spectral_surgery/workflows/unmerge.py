@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from spectral_surgery import cards
 from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.checkpoint.adapter_files import read_adapter
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
@@ -83,9 +85,18 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
     with publishing(out, overwrite=overwrite) as folder:
         write_checkpoint(folder, work.entries())
         copy_companions(plain, folder, plain.config)
+        _restore_card(merged, folder)
     dropped = tuple(name for name, tensor in record.tensors.items() if tensor.base is None)
     restored = tuple(name for name in record.tensors if name not in dropped)
     return UnmergeReport(restored, dropped, time.perf_counter() - started)
+
+
+def _restore_card(merged: Path, folder: Path) -> None:
+    kept, card = merged / FOLDER / cards.FILE_NAME, folder / cards.FILE_NAME
+    if kept.is_file():
+        shutil.copyfile(kept, card)
+    elif cards.has_section(cards.read_card(folder) or ""):
+        card.unlink()  # the base had none
 
 
 @dataclass(frozen=True)

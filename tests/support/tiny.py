@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon")
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,14 @@ def outputs(kind: str, model: nn.Module) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids).logits
     return logits
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of WORDS, for models of 12 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)

@@ -26,6 +26,7 @@ from spectral_surgery.workflows.compress import compress, plan_compression
 from spectral_surgery.workflows.decompress import decompress
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 
+ROOT = Path(__file__).parents[2]
 FIFTH = CompressOptions(Target("density", 0.2))
 
 
@@ -340,6 +341,51 @@ def test_a_killed_worker_is_reported_and_its_work_resumed(
     assert compress(source, tmp_path / "out", FIFTH, resume=True) is not None
 
 
-def _die(*_: object) -> None:
+def _die(workshop: units.Workshop, *_: object, **__: object) -> None:
+    died = workshop.folder / "died"
     if multiprocessing.parent_process():
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    while not died.exists():  # the other one gets its turn
+        time.sleep(0.01)
+
+
+_RUN_TWO = """
+import multiprocessing, sys
+from pathlib import Path
+from spectral_surgery.checkpoint.plan import CompressOptions
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.compress import compress
+if __name__ == "__main__":
+    def say(done, total, what):
+        print(multiprocessing.active_children()[0].pid, flush=True)
+    compress(Path(sys.argv[1]), Path(sys.argv[2]), CompressOptions(Target("bits", 3.0)), workers=2, progress=say)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {f"layers.{i}.weight": gaussian(384, 512, seed=i) for i in range(12)})
+    script = tmp_path / "run.py"  # workers import it
+    script.write_text(_RUN_TWO)
+    command = [sys.executable, str(script), str(source), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    gone = time.monotonic() + 60
+    while _runs(worker) and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not _runs(worker)
+    options = CompressOptions(Target("bits", 3.0))
+    assert not (tmp_path / "out").exists()
+    compress(source, tmp_path / "out", options, resume=True)
+    compress(source, tmp_path / "expected", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # nobody may be there to ask how it ended

@@ -25,19 +25,9 @@ pytest.importorskip("accelerate")
 from spectral_surgery.integrations.tasks import spearman
 from spectral_surgery.integrations.trainer import TrainSettings
 from spectral_surgery.workflows.train import TrainData, train
+from tests.support.tiny import WORDS, save_tokenizer
 
-WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
