@@ -13,7 +13,7 @@ from spectral_surgery.errors import ShapeError
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 
-_FINER = 4 / 3
+_FINER = 1.2
 _WIDE = 0.5  # steps of offset: coefficients were kept by a threshold, and not by rounding
 
 

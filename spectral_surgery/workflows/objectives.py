@@ -100,7 +100,7 @@ def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
 OBJECTIVES: Table[Objective] = Table(
     "objective",
     (
-        Objective("tokens", "distributions of the next token", "AutoModelForCausalLM", _plain, _tokens, 8, 256),
+        Objective("tokens", "distributions of the next token", "AutoModelForCausalLM", _plain, _tokens, 4, 256),
         Objective(
             "classes",
             "distributions of the class, and hidden states",
