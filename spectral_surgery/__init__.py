@@ -189,3 +189,8 @@ def __dir__() -> list[str]:
 when_imported("peft", f"{__name__}.integrations.peft_plugin", "register")
 # An unknown kind of compression would load as random weights with a mere warning.
 when_imported("transformers.quantizers.auto", f"{__name__}.integrations.transformers_plugin", "register")
+# Folders of FFTNet models are found by the Auto classes.
+when_imported(
+    "transformers.models.auto.configuration_auto", f"{__name__}.integrations.fftnet_models", "register_config"
+)
+when_imported("transformers.models.auto.modeling_auto", f"{__name__}.integrations.fftnet_models", "register_models")
