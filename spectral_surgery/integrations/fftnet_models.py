@@ -81,10 +81,10 @@ def _config() -> Any:
             chunk: tokens after which the filters of a causal model adapt to what has been seen.
             dropout: in training.
             layer_norm: whether there are norms.
-            sinusoidal_positions: whether positions are added to the embeddings.
+            sinusoidal_positions: whether positions are added to the embeddings, scaled by initializer_range.
             modrelu_bias: at the start.
             init_std: spread of the filters around 1 at the start.
-            initializer_range: spread of linear layers at the start.
+            initializer_range: spread of embeddings and linear layers at the start.
             is_causal: set by the class of the model.
         """
 
@@ -154,9 +154,7 @@ def _base() -> Any:
 
         @torch.no_grad()
         def _init_weights(self, module: nn.Module) -> None:
-            if isinstance(module, nn.Embedding):
-                init.normal_(module.weight, std=self.config.d_model**-0.5)
-            elif isinstance(module, ModReLU):
+            if isinstance(module, ModReLU):
                 init.constant_(module.bias, self.config.modrelu_bias)
             elif isinstance(module, AdaptiveSpectralFilter):
                 spread = torch.randn_like(module.filter) * self.config.init_std
@@ -217,9 +215,9 @@ def _model() -> Any:
             check_ids(input_ids, attention_mask, self.config.vocab_size)
             seen = None if memory is None else memory.lengths
             at = places(input_ids, attention_mask, seen, self.config.max_seq_length)
-            x = self.embed_tokens(input_ids) * self.config.d_model**0.5
-            if self.config.sinusoidal_positions:
-                x = x + sinusoids(at, self.config.d_model).to(x.dtype)
+            x = self.embed_tokens(input_ids)
+            if self.config.sinusoidal_positions:  # about as strong as fresh embeddings
+                x = x + self.config.initializer_range * sinusoids(at, self.config.d_model).to(x.dtype)
             if use_cache and memory is None:
                 memory = empty_cache(self.blocks, x)
             run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None

@@ -177,21 +177,26 @@ def train_from_scratch(
     trained = []
     for row, folder in zip(rows, folders, strict=True):
         set_seed(settings.seed)
-        job = Job(row.build(sizes, vocabulary), tokenizer, _TASK, settings, parts[0], parts[1], folder, progress)
-        history = train_whole(job, resume=resume)
-        model: Any = job.model
-        trained.append(
-            Trained(row.name, folder, model.num_parameters(), history, judge(model, parts[2], settings.batch_size))
-        )
-        if history.is_main:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        model = row.build(sizes, vocabulary)
+        job = Job(model, tokenizer, _TASK, settings, parts[0], parts[1], folder, progress)
+        trained.append(_trained(row.name, job, parts[2], resume=resume))
     known = unigram(parts[0], parts[2], vocabulary["vocab_size"])
     counts = (len(parts[0]), len(parts[1]), len(parts[2]))
     report = ScratchReport(tuple(trained), known, vocabulary["vocab_size"], counts)
     if report.is_main:
         _write(report, {"settings": asdict(settings), "sizes": asdict(sizes)})
     return report
+
+
+def _trained(start: str, job: Job, test: list[Features], *, resume: bool) -> Trained:
+    """Train one model, judge and save it."""
+    history = train_whole(job, resume=resume)
+    model: Any = job.model
+    measures = judge(model, test, job.settings.batch_size)
+    if history.is_main:
+        model.save_pretrained(job.folder)
+        job.tokenizer.save_pretrained(job.folder)
+    return Trained(start, job.folder, model.num_parameters(), history, measures)
 
 
 def contiguous(texts: Sequence[str], fractions: Sequence[float]) -> list[list[str]]:
