@@ -184,7 +184,8 @@ def train_from_scratch(
     counts = (len(parts[0]), len(parts[1]), len(parts[2]))
     report = ScratchReport(tuple(trained), known, vocabulary["vocab_size"], counts)
     if report.is_main:
-        _write(report, {"settings": asdict(settings), "sizes": asdict(sizes)})
+        of_data = asdict(data) | {"file": str(data.file)}
+        _write(report, {"data": of_data, "settings": asdict(settings), "sizes": asdict(sizes)})
     return report
 
 

@@ -70,6 +70,7 @@ def test_two_models_learn_and_write_everything_down(tmp_path: Path, text: Path) 
     written = json.loads((out / "metrics.json").read_text())
     assert [own["test"] for own in written["models"]] == [ours.test, control.test]
     assert written["unigram"] == report.unigram
+    assert (written["data"]["file"], written["data"]["seq_length"]) == (str(text), 16)
     assert json.loads((out / "control/metrics.json").read_text())["models"] == [control.to_json()]
     found = generate(out, "the cat", Sampling(max_tokens=100, temperature=0.8, top_k=5), Running())
     assert found.prompt_tokens + found.tokens == 24  # as far as the model reads
