@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.errors import SpectralSurgeryError
     from spectral_surgery.hub import resolve
+    from spectral_surgery.integrations.fftnet_models import (
+        FFTNetConfig,
+        FFTNetForCausalLM,
+        FFTNetForMaskedLM,
+        FFTNetForSequenceClassification,
+        FFTNetModel,
+    )
     from spectral_surgery.integrations.load import load_compressed
     from spectral_surgery.integrations.peft_accelerate import accelerate_peft
     from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.pull import pull
     from spectral_surgery.workflows.push import push
     from spectral_surgery.workflows.train import train
+    from spectral_surgery.workflows.train_from_scratch import train_from_scratch
     from spectral_surgery.workflows.unmerge import unmerge
 
 # Where each public name lives; loaded when first used, so that importing the package stays light.
@@ -65,6 +73,11 @@ _HOMES = {
     "DistillSettings": "workflows.distill",
     "EncodedSpectrum": "spectra.codec",
     "EncodingReport": "spectra.codec",
+    "FFTNetConfig": "integrations.fftnet_models",
+    "FFTNetForCausalLM": "integrations.fftnet_models",
+    "FFTNetForMaskedLM": "integrations.fftnet_models",
+    "FFTNetForSequenceClassification": "integrations.fftnet_models",
+    "FFTNetModel": "integrations.fftnet_models",
     "HealData": "workflows.heal_model",
     "HealReport": "workflows.heal",
     "METHODS": "adapters",
@@ -107,6 +120,7 @@ _HOMES = {
     "sst": "spectra.sparse",
     "state_of": "surgery.attach",
     "train": "workflows.train",
+    "train_from_scratch": "workflows.train_from_scratch",
     "train_kept": "surgery.kept",
     "unfreeze_spectra": "surgery.kept",
     "unmerge": "workflows.unmerge",
@@ -129,6 +143,11 @@ __all__ = [
     "DistillSettings",
     "EncodedSpectrum",
     "EncodingReport",
+    "FFTNetConfig",
+    "FFTNetForCausalLM",
+    "FFTNetForMaskedLM",
+    "FFTNetForSequenceClassification",
+    "FFTNetModel",
     "HealData",
     "HealReport",
     "ModuleTargets",
@@ -168,6 +187,7 @@ __all__ = [
     "sst",
     "state_of",
     "train",
+    "train_from_scratch",
     "train_kept",
     "unfreeze_spectra",
     "unmerge",
@@ -189,3 +209,8 @@ def __dir__() -> list[str]:
 when_imported("peft", f"{__name__}.integrations.peft_plugin", "register")
 # An unknown kind of compression would load as random weights with a mere warning.
 when_imported("transformers.quantizers.auto", f"{__name__}.integrations.transformers_plugin", "register")
+# Folders of FFTNet models are found by the Auto classes.
+when_imported(
+    "transformers.models.auto.configuration_auto", f"{__name__}.integrations.fftnet_models", "register_config"
+)
+when_imported("transformers.models.auto.modeling_auto", f"{__name__}.integrations.fftnet_models", "register_models")

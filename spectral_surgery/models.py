@@ -168,14 +168,19 @@ def continue_text(
         emit: called with each piece of new text.
 
     Returns:
-        (tokens of the prompt, new tokens).
+        (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
 
     Raises:
-        ConfigError: when the prompt has no tokens.
+        ConfigError: when the prompt has no tokens, or as many as the model can read.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise ConfigError("generate: the prompt has no tokens; some text is accepted.")
+    context = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + sampling.max_tokens
+    if ids.shape[1] >= context:
+        raise ConfigError(
+            f"generate: the prompt has {ids.shape[1]} tokens; at most {context - 1} are accepted by this model. Cut it."
+        )
     streamer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # noqa: ARG005 - transformers names it
     choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -187,7 +192,7 @@ def continue_text(
         tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=min(sampling.max_tokens, context - ids.shape[1]),
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
             **choice,

@@ -40,8 +40,20 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"spectral_surgery.cli.{cmd_name}").command
-        return command
+        return _load(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "train" and any(arg.partition("=")[0] == "--init" for arg in rest):
+            command = _load("train_from_scratch")  # no model to start from, hence other arguments and options
+        return name, command, rest
+
+
+def _load(name: str) -> click.Command:
+    command: click.Command = importlib.import_module(f"spectral_surgery.cli.{name}").command
+    return command
 
 
 @click.group(

@@ -84,6 +84,9 @@ def command(
     Beside the adapter: metrics.json, loss.png, checkpoints and TensorBoard logs. The adapter kept is the one that did
     best on held-out examples. Runs under torchrun and accelerate launch. --push leaves the checkpoints here.
 
+    Without BASE, --init fftnet and --init transformer train a whole language model from nothing; their options are in
+    `spectral-surgery train --init fftnet --help`.
+
     \b
     Example:
       spectral-surgery train ./model ./adapter --data notes.txt --method fourierft

@@ -1,9 +1,10 @@
-"""Training adapters with transformers' Trainer: only the adapter is saved, and saved complete under DDP and FSDP2."""
+"""Training with transformers' Trainer; adapters are saved alone, and complete under DDP and FSDP2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,9 @@ class Job:
     """A training run, ready to start.
 
     Attributes:
-        model: with the adapter on it.
+        model: with the adapter on it, if there is one.
         tokenizer: of the model.
         task: row of TASKS.
-        spec: of the adapter, every choice made.
         settings: how to train.
         train: encoded examples.
         held_out: encoded examples.
@@ -101,7 +101,6 @@ class Job:
     model: nn.Module
     tokenizer: Any
     task: Task
-    spec: AdapterSpec
     settings: TrainSettings
     train: Sequence[Features]
     held_out: Sequence[Features]
@@ -115,11 +114,12 @@ def whole(tensor: Tensor) -> Tensor:
     return gather() if callable(gather) else tensor
 
 
-def run(job: Job, *, resume: bool) -> tuple[History, AdapterState]:
-    """Train, and return the adapter that did best on the held-out examples.
+def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterState]:
+    """Train an adapter, and return the one that did best on the held-out examples.
 
     Args:
         job: what to train.
+        spec: of the adapter, every choice made.
         resume: go on from the last checkpoint in the folder, if there is one.
 
     Returns:
@@ -128,8 +128,26 @@ def run(job: Job, *, resume: bool) -> tuple[History, AdapterState]:
     Raises:
         BackendError: when transformers or accelerate is missing.
     """
-    trainer = _trainer(job)
-    checkpoint = _last_checkpoint(job.folder) if resume else None
+    trainer = make_trainer(job, partial(_trainer_class, spec=spec))
+    history, folder = course(job, trainer, "adapter_config.json", resume=resume)
+    trainer.accelerator.wait_for_everyone()
+    state = read_adapter(folder) if folder else state_of(job.model, spec, full=whole)
+    return history, AdapterState(spec, state.layers, state.extra)
+
+
+def course(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:
+    """Let a Trainer train.
+
+    Args:
+        job: what it was made of.
+        trainer: from `make_trainer`.
+        file: that a complete checkpoint has.
+        resume: go on from the last checkpoint in the folder, if there is one.
+
+    Returns:
+        (what happened, checkpoint that did best on the held-out examples); None when there is no checkpoint.
+    """
+    checkpoint = _last_checkpoint(job.folder, file) if resume else None
     before = trainer.evaluate() if checkpoint is None else None
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = trainer.state.log_history
@@ -137,19 +155,16 @@ def run(job: Job, *, resume: bool) -> tuple[History, AdapterState]:
     if before is not None and (not held_out or held_out[0][0] != 0):
         held_out.insert(0, (0, _measures(before)))
     best = trainer.state.best_model_checkpoint
-    folder = Path(best) if best else _last_checkpoint(job.folder)
-    trainer.accelerator.wait_for_everyone()
-    state = read_adapter(folder) if folder else state_of(job.model, job.spec, full=whole)
-    best_step = int(folder.name.rpartition("-")[2]) if folder else trainer.state.global_step
+    folder = Path(best) if best else _last_checkpoint(job.folder, file)
     history = History(
         tuple((row["step"], row["loss"]) for row in log if "loss" in row),
         tuple(held_out),
-        best_step,
+        int(folder.name.rpartition("-")[2]) if folder else trainer.state.global_step,
         trainer.state.global_step,
         float(result.metrics["train_runtime"]),
         trainer.is_world_process_zero(),
     )
-    return history, AdapterState(job.spec, state.layers, state.extra)
+    return history, folder
 
 
 def _measures(row: dict[str, Any]) -> dict[str, float]:
@@ -157,16 +172,23 @@ def _measures(row: dict[str, Any]) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and k not in skipped}
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written completely: its adapter can be read."""
+def _last_checkpoint(folder: Path, file: str) -> Path | None:
+    """The newest checkpoint that was written completely: it has the file."""
     steps = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [
-        path for path in steps if (path / "adapter_config.json").exists() and (path / "trainer_state.json").exists()
-    ]
+    complete = [path for path in steps if (path / file).exists() and (path / "trainer_state.json").exists()]
     return complete[-1] if complete else None
 
 
-def _trainer(job: Job) -> Any:
+def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
+    """A Trainer that is ready to start.
+
+    Args:
+        job: what to train.
+        class_of: the Trainer to use for it.
+
+    Raises:
+        BackendError: when transformers or accelerate is missing.
+    """
     try:
         import accelerate  # noqa: F401 - the Trainer needs it, and says so less clearly
         from transformers import EarlyStoppingCallback
@@ -183,7 +205,7 @@ def _trainer(job: Job) -> Any:
     callbacks: list[Any] = [_progress_callback(job)]
     if job.settings.patience:
         callbacks.append(EarlyStoppingCallback(job.settings.patience))
-    trainer = _trainer_class(job)(
+    trainer = class_of(job)(
         model=job.model,
         args=_arguments(job),
         data_collator=lambda features: job.task.collate(job.tokenizer, features),
@@ -276,7 +298,7 @@ def _progress_callback(job: Job) -> Any:
     return Report()
 
 
-def _trainer_class(job: Job) -> Any:
+def _trainer_class(job: Job, spec: AdapterSpec) -> Any:
     from transformers import Trainer
 
     class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -301,7 +323,7 @@ def _trainer_class(job: Job) -> Any:
             return self.optimizer
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            state = state_of(self.accelerator.unwrap_model(self.model), job.spec, full=whole)  # all processes gather
+            state = state_of(self.accelerator.unwrap_model(self.model), spec, full=whole)  # all processes gather
             if self.args.should_save:
                 write_adapter(state, Path(output_dir or self.args.output_dir))
 

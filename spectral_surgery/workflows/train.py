@@ -136,19 +136,19 @@ def train(
         CheckpointError: when the model cannot be loaded, or out is taken.
         TargetError: when no module matches.
     """
-    _check_out(out, resume=resume, overwrite=overwrite)
+    check_out(out, resume=resume, overwrite=overwrite)
     train_on, held_out = _examples(data, settings.seed)
     task = TASKS[data.task] if data.task else _guess(train_on)
     classes = _classes(task, train_on, held_out)
-    _seed(settings.seed)
+    set_seed(settings.seed)
     dtype = torch.bfloat16 if settings.bf16 and task.name == "causal-lm" else torch.float32
     labels = None if not task.labelled or task.loss else (classes or 1)
     model, tokenizer = load_model(base, task.auto_class, dtype=dtype, labels=labels)
     spec = replace(spec, task_type=spec.task_type or task.task_type, targets=_with_head(spec, model, task))
     spec = inject(model, spec)
     features = [_encode(task, tokenizer, own, classes, data.seq_length) for own in (train_on, held_out)]
-    job = Job(model, tokenizer, task, spec, settings, features[0], features[1], out, progress)
-    history, state = run(job, resume=resume)
+    job = Job(model, tokenizer, task, settings, features[0], features[1], out, progress)
+    history, state = run(job, spec, resume=resume)
     trained, everything = trainable_parameters(model)
     if history.is_main:
         write_adapter(state, out)
@@ -162,7 +162,17 @@ def train(
     return report
 
 
-def _check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Accept a folder to train in, and discard old checkpoints in it where that is asked for.
+
+    Args:
+        out: the folder.
+        resume: it may be in use.
+        overwrite: it may be in use, and its checkpoints go.
+
+    Raises:
+        CheckpointError: when it is not empty and nothing was said.
+    """
     if not out.exists() or not any(out.iterdir()) or resume:
         return
     if not overwrite:
@@ -227,7 +237,8 @@ def _encode(
     return [feature | {"labels": label} for feature, label in zip(features, labels, strict=True)]
 
 
-def _seed(seed: int) -> None:
+def set_seed(seed: int) -> None:
+    """Make everything random repeatable."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,0 +1,80 @@
+"""Tokenizers for models that start from nothing: byte-level BPE learned from the text, or one of tiktoken's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectral_surgery.errors import BackendError, ConfigError
+
+END = "<|endoftext|>"
+_BYTES = 256
+
+
+def learn_bpe(text: str, vocabulary: int) -> Any:
+    """Learn a byte-level BPE, which can write any text.
+
+    Args:
+        text: to learn from.
+        vocabulary: tokens at most: the 256 bytes, one that ends a text, and merges as far as the text has any.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        ConfigError: when the vocabulary is too small.
+    """
+    if vocabulary <= _BYTES:
+        raise ConfigError(
+            f"--vocab-size {vocabulary}: at least {_BYTES + 1} is accepted, the bytes and an end of text."
+        )
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        raise BackendError(
+            "--tokenizer: transformers is not installed; it is needed to learn one. pip install 'spectral-surgery[hf]'"
+        ) from None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+
+
+def tiktoken_named(name: str) -> Any:
+    """One of tiktoken's encodings, as a tokenizer that transformers saves and loads without tiktoken.
+
+    Args:
+        name: as tiktoken knows it: gpt2, cl100k_base, ...
+
+    Returns:
+        A tokenizer of transformers; special tokens may have other numbers than in tiktoken.
+
+    Raises:
+        BackendError: when tiktoken or transformers is not installed.
+        ConfigError: when tiktoken does not know the name.
+    """
+    try:
+        import tiktoken
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        raise BackendError(
+            f"--tokenizer tiktoken:{name}: tiktoken and transformers are not both installed. pip install tiktoken"
+            " 'spectral-surgery[hf]'"
+        ) from None
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ConfigError(f"--tokenizer tiktoken:{name}: unknown; tiktoken: and {known} are accepted.") from None
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END])
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # they are here, not in a file
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END, eos_token=END, pad_token=END)
