@@ -139,7 +139,7 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
         return own.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto").eval()
     except SpectralSurgeryError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from None
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,11 +25,11 @@ from spectral_surgery.surgery.blocks import Batch
 from spectral_surgery.surgery.distill import DistillSettings, LayerFit, SwappedPair, distill
 from spectral_surgery.surgery.families import FAMILIES
 from spectral_surgery.surgery.swap import SwapSpec, resolved, shared_copy, swap_attention
-from spectral_surgery.workflows.batches import batches_of, sequences_of
 from spectral_surgery.workflows.evaluate import EvalData, is_causal, judge
-from spectral_surgery.workflows.examples import Example, read_examples, split
+from spectral_surgery.workflows.examples import read_examples
 from spectral_surgery.workflows.facts import swapped_facts
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 
 METRICS_FILE = "metrics.json"
 _HELD_OUT = 0.05  # of the text to distil on
@@ -177,32 +177,25 @@ def swap(
     partial_folder(out, overwrite=overwrite)
     plan = plan_swap(source, spec)
     judged_on = judged_on or EvalData()
-    texts = _checked(plan, data, judged_on)
-    model = load_whole(plan.index.root, dtype=torch.float32)
-    tokenizer = load_tokenizer(plan.index.root) if texts or judged_on != EvalData() else None
-    student = shared_copy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        swapped = swap_attention(student, plan.record.mixer, plan.record.layers, plan.record.settings)
-    if plan.causal:
-        first = next(iter(swapped.values())).projected
-        require_causal(first, first.width, plan.record.mixer)
+    _check_text(plan, data, judged_on)
+    pair = _pair(plan, seed)
+    tokenizer = load_tokenizer(plan.index.root) if data or judged_on.text or judged_on.sts else None
     fits: list[LayerFit] = []
     if data is not None:
         training = training or DistillSettings(seed=seed)
-        batches, held_out = _batches(tokenizer, texts, data, training.seed, causal=plan.causal)
-        fits = distill(SwappedPair(model, student, swapped), batches, held_out, training, progress)
+        batches, held_out = _batches(tokenizer, data, pair, training.seed, causal=plan.causal)
+        fits = distill(pair, batches, held_out, training, progress)
     dtype = _stored_dtype(plan.index)
-    for layer in swapped.values():  # judged as they will be read
+    for layer in pair.swapped.values():  # judged as they will be read
         layer.to(dtype).float()
-    measures = _measured(model, student, tokenizer, judged_on, plan)
+    measures = _measured(pair, tokenizer, judged_on, plan)
     report = SwapReport(plan, tuple(fits), training if data else None, measures, time.perf_counter() - started)
-    _write(out, student, report, dtype, overwrite=overwrite)
+    _write(out, pair.student, report, dtype, overwrite=overwrite)
     return report
 
 
-def _checked(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -> list[Example]:
-    """The text to train on, after all that can be wrong with text was ruled out before hours of work."""
+def _check_text(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -> None:
+    """Refuse text that cannot be read or does not fit, before hours of work."""
     given = {"--distill": data.file if data else None, "--text": judged_on.text, "--sts": judged_on.sts}
     named = [option for option, file in given.items() if file is not None]
     kind = str(plan.index.config.get("model_type"))
@@ -210,28 +203,42 @@ def _checked(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -> l
         raise ConfigError(f"{named[0]}: text, and {kind} takes images; a model of text is accepted with it.")
     if judged_on.sts is not None and plan.causal:
         raise ConfigError(f"--sts: embeddings of sentences, and {kind} predicts tokens; --text is accepted with it.")
-    read = {option: read_examples(file) for option, file in given.items() if file is not None}
-    return read.get("--distill", [])
+    for file in given.values():
+        if file is not None:
+            read_examples(file)
 
 
 def _batches(
-    tokenizer: Any, texts: Sequence[Example], data: DistillData, seed: int, *, causal: bool
+    tokenizer: Any, data: DistillData, pair: SwappedPair, seed: int, *, causal: bool
 ) -> tuple[list[Batch], list[Batch]]:
-    """What to train on, and what is held out."""
-    length = data.seq_length
-    train_on, held_out = (
-        sequences_of(tokenizer, [text for own in part for text in own.texts], data.samples, length, causal=causal)
-        for part in split(texts, _HELD_OUT, seed)
-    )
-    return batches_of(train_on, _BATCH_TOKENS), batches_of(held_out[:_HELD_OUT_SEQUENCES], _BATCH_TOKENS)
+    """What to train on, and what is held out: of one long text the end, else a random choice."""
+    found = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    check_vocabulary(found, cast(Any, pair.teacher).get_input_embeddings().num_embeddings, data.file)
+    if not causal:
+        found = random.Random(seed).sample(found, len(found))  # noqa: S311 - no secret
+    held = min(max(1, round(_HELD_OUT * len(found))), _HELD_OUT_SEQUENCES)
+    return equal_lengths(found[:-held], _BATCH_TOKENS), equal_lengths(found[-held:], _BATCH_TOKENS)
 
 
-def _measured(model: Any, student: Any, tokenizer: Any, data: EvalData, plan: SwapPlan) -> dict[str, float]:
+def _pair(plan: SwapPlan, seed: int) -> SwappedPair:
+    """The model before and after, which share what is not swapped."""
+    model = load_whole(plan.index.root, dtype=torch.float32)
+    student = shared_copy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        swapped = swap_attention(student, plan.record.mixer, plan.record.layers, plan.record.settings)
+    if plan.causal:
+        first = next(iter(swapped.values())).projected
+        require_causal(first, first.width, plan.record.mixer)
+    return SwappedPair(model, student, swapped)
+
+
+def _measured(pair: SwappedPair, tokenizer: Any, data: EvalData, plan: SwapPlan) -> dict[str, float]:
     if data.text is None and data.sts is None:
         return {}
     causal = is_causal(plan.index.config)
-    models = [model, student] if causal else [model.base_model, student.base_model]
-    return judge(models, tokenizer, data, causal=causal)
+    models = [cast(Any, pair.teacher), cast(Any, pair.student)]
+    return judge(models if causal else [own.base_model for own in models], tokenizer, data, causal=causal)
 
 
 def _write(out: Path, student: Any, report: SwapReport, dtype: torch.dtype, *, overwrite: bool) -> None:
