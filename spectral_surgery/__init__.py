@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from spectral_surgery.surgery.attach import detach, inject, state_of
     from spectral_surgery.surgery.compress_live import compress_model
     from spectral_surgery.surgery.kept import freeze_spectra, kept_spectra, train_kept, unfreeze_spectra
+    from spectral_surgery.surgery.swap import swap_attention
     from spectral_surgery.targets import ModuleTargets
     from spectral_surgery.transforms import TRANSFORMS
     from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.merge import merge
     from spectral_surgery.workflows.pull import pull
     from spectral_surgery.workflows.push import push
+    from spectral_surgery.workflows.swap import swap
     from spectral_surgery.workflows.train import train
     from spectral_surgery.workflows.train_from_scratch import train_from_scratch
     from spectral_surgery.workflows.unmerge import unmerge
@@ -119,6 +121,8 @@ _HOMES = {
     "snr_db": "spectra.quality",
     "sst": "spectra.sparse",
     "state_of": "surgery.attach",
+    "swap": "workflows.swap",
+    "swap_attention": "surgery.swap",
     "train": "workflows.train",
     "train_from_scratch": "workflows.train_from_scratch",
     "train_kept": "surgery.kept",
@@ -186,6 +190,8 @@ __all__ = [
     "snr_db",
     "sst",
     "state_of",
+    "swap",
+    "swap_attention",
     "train",
     "train_from_scratch",
     "train_kept",

@@ -30,16 +30,18 @@ class SentenceEncoder:
 
     def embed(self, sentences: Sequence[str]) -> Tensor:
         """Sentence embeddings, mean-pooled over tokens and normalised: [N, D] float32."""
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # equal lengths need little padding
         parts = []
         for start in range(0, len(sentences), _BATCH):
-            batch = self.tokenizer(
-                list(sentences[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt"
-            )
+            own = [sentences[i] for i in order[start : start + _BATCH]]
+            batch = self.tokenizer(own, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
                 hidden = self.model(**batch).last_hidden_state  # [B, T, D]
             mask = batch["attention_mask"].unsqueeze(-1)
             parts.append((hidden * mask).sum(1) / mask.sum(1))
-        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+        found = torch.cat(parts)
+        found = torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+        return torch.nn.functional.normalize(found, dim=-1)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace parameters by name, in place."""
@@ -114,6 +116,65 @@ def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
     return model.eval().requires_grad_(requires_grad=False), tokenizer
+
+
+def load_whole(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+    """Load a model with the class that its config.json names, so that every tensor of the folder has its place.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: of the weights; None for the stored one.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model that transformers knows.
+    """
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        own = _class_of(transformers, config, folder)
+        return own.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto").eval()
+    except SpectralSurgeryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from None
+
+
+def outline_model(folder: Path) -> Any:
+    """A model without numbers, on the meta device, from the config.json of a folder.
+
+    Args:
+        folder: a Hugging Face folder; only its configuration is read.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when transformers does not know the configuration.
+    """
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return _class_of(transformers, config, folder)(config).eval()
+    except SpectralSurgeryError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: has no configuration that transformers knows: {reason}") from None
+
+
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a model as transformers does, under the names and in the shards that it reads.
+
+    Args:
+        model: of transformers; cast in place.
+        folder: exists; a configuration is written too.
+        dtype: of the files.
+    """
+    model.to(dtype).save_pretrained(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -254,6 +315,18 @@ def load_encoder(folder: Path) -> SentenceEncoder:
         CheckpointError: when the folder has no model.
     """
     return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
+
+
+def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
+    """The class that a configuration names."""
+    name = str((config.architectures or ["none"])[0])
+    own = getattr(transformers, name, None)
+    if own is None:
+        raise CheckpointError(
+            f"{folder}: config.json names the class {name}; one that transformers has is accepted. Name it in"
+            " architectures."
+        )
+    return own
 
 
 def _transformers() -> Any:

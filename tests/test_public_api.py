@@ -15,10 +15,10 @@ def test_public_names() -> None:
         "FFTNetForCausalLM FFTNetForMaskedLM FFTNetForSequenceClassification FFTNetModel HealData HealReport "
         "METHODS MIXERS ModuleTargets QuantizedSpectrum SparseSpectralTensor SpectralConv1D SpectralEmbedding "
         "SpectralLinear SpectralSurgeryError TRANSFORMS Target accelerate_peft bits_per_weight compress "
-        "compress_calibrated compress_healed compress_model decompress detach encode energy_kept evaluate extract "
-        "freeze_spectra heal inject kept_spectra load_compressed merge open_compressed pull push read_adapter "
-        "read_index relative_error resolve snr_db sst state_of train train_from_scratch train_kept "
-        "unfreeze_spectra unmerge write_adapter"
+        "compress_calibrated compress_healed compress_model decompress detach encode energy_kept evaluate "
+        "extract freeze_spectra heal inject kept_spectra load_compressed merge open_compressed pull push "
+        "read_adapter read_index relative_error resolve snr_db sst state_of swap swap_attention train "
+        "train_from_scratch train_kept unfreeze_spectra unmerge write_adapter"
     )
     assert " ".join(sorted(spectral_surgery.__all__)) == expected
     assert set(spectral_surgery._HOMES) == set(spectral_surgery.__all__) <= set(dir(spectral_surgery))

@@ -10,6 +10,7 @@ from pathlib import Path
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.manifest import QUANT_METHOD
 from spectral_surgery.checkpoint.shim import SHIM, SHIM_FILE, is_shim, with_shim, without_shim
+from spectral_surgery.checkpoint.swap_record import SWAP_METHOD
 from spectral_surgery.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -29,7 +30,7 @@ def check_apart(source: Path, out: Path) -> None:
 def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:
     """Copy every file that holds no weights, and write the configuration.
 
-    A configuration of a compressed checkpoint gets the shim, see `shim`; any other loses it.
+    A configuration that only this package understands gets the shim, see `shim`; any other loses it.
 
     Args:
         index: the checkpoint they come from.
@@ -44,9 +45,9 @@ def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, o
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(index.root / name, target)
     quantised = config.get("quantization_config")
-    compressed = isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
-    config = with_shim(config) if compressed else without_shim(config)
-    if compressed and is_shim(config["auto_map"]):
+    ours = isinstance(quantised, dict) and quantised.get("quant_method") in (QUANT_METHOD, SWAP_METHOD)
+    config = with_shim(config) if ours else without_shim(config)
+    if ours and is_shim(config["auto_map"]):
         (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
     if index.config and config != index.config:
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

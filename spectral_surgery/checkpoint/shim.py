@@ -1,4 +1,4 @@
-"""A few lines of Python in a compressed folder, for users who do not import this package.
+"""A few lines of Python in a compressed or swapped folder, for users who do not import this package.
 
 transformers meets an unknown ``quant_method`` with a warning and random weights. With ``trust_remote_code=True`` it
 runs the file that ``auto_map`` in config.json names, and that file imports this package; transformers says so where it
@@ -17,7 +17,7 @@ _CLASSES = (
 )
 _AUTO_MAP = {f"AutoModel{task}": f"{_MODULE}.AutoModel{task}" for task in _CLASSES}
 
-SHIM = '''"""Loads this folder, which spectral_surgery compressed; importing that package teaches transformers how."""
+SHIM = '''"""Loads this folder, which spectral_surgery made; importing that package teaches transformers how."""
 
 import spectral_surgery  # noqa: F401
 import transformers

@@ -23,6 +23,7 @@ _COMMANDS = (
     "extract",
     "export",
     "inject",
+    "swap",
     "push",
     "pull",
     "generate",

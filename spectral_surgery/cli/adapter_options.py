@@ -121,10 +121,25 @@ def targets_of(
     return ModuleTargets(
         target_modules=_names(target_modules),
         exclude_modules=_names(exclude_modules),
-        layers_to_transform=_numbers(layers),
+        layers_to_transform=None if layers is None else numbers_of(layers),
         modules_to_save=tuple(modules_to_save.split(",")) if modules_to_save else (),
         bias="none" if bias == "only" else bias,
     )
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers of layers from a text such as 0,1,8-11.
+
+    Raises:
+        click.BadParameter: when it is none.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise click.BadParameter(f"'{text}' is no list of numbers such as 0,1,8-11.", param_hint="--layers")
+        found.extend(range(int(first), int(last or first) + 1))
+    return tuple(found)
 
 
 def size_of(
@@ -183,15 +198,3 @@ def _names(text: str | None) -> tuple[str, ...] | str | None:
         return text
     parts = text.split(",")
     return tuple(parts) if all(_NAME.fullmatch(part) for part in parts) else text
-
-
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise click.BadParameter(f"'{text}' is no list of numbers such as 0,1,8-11.", param_hint="--layers")
-        found.extend(range(int(first), int(last or first) + 1))
-    return tuple(found)

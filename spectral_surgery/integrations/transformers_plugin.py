@@ -21,13 +21,15 @@ from spectral_surgery.checkpoint.shim import is_shim
 from spectral_surgery.errors import ConfigError, FormatVersionError
 from spectral_surgery.integrations import spectral_loading as loading
 from spectral_surgery.integrations import spectral_saving as saving
+from spectral_surgery.integrations import swap_plugin
 from spectral_surgery.integrations.spectral_loading import AUTO, STEP, UNREAD, Loading
 
 
 def register() -> None:
-    """Make transformers know compressed folders; once more changes nothing."""
+    """Make transformers know compressed and swapped folders; once more changes nothing."""
     from transformers.quantizers import auto
 
+    swap_plugin.register()
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(config_class())
         auto.register_quantizer(QUANT_METHOD)(quantizer_class())

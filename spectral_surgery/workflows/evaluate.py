@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,13 +182,30 @@ class _Dense:
 
 
 def _judge(a: Path, b: Path | None, data: EvalData, adapter: Path | None, device: str) -> dict[str, float]:
-    causal = data.text is not None and _is_causal(a)
+    causal = data.text is not None and is_causal(read_index(a).config)
     auto_class = "AutoModelForCausalLM" if causal else "AutoModel"
     model, tokenizer = load_model(a, auto_class, dtype=torch.float32)
     other = load_model(b, auto_class, dtype=torch.float32)[0] if b is not None else None
     if other is not None and adapter is not None:
         load(other, read_adapter(adapter))
-    models = [own.to(device) for own in (model, other) if own is not None]
+    return judge([own.to(device) for own in (model, other) if own is not None], tokenizer, data, causal=causal)
+
+
+def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
+    """Judge one or two models on text.
+
+    Args:
+        models: in eval mode, on one device.
+        tokenizer: of both.
+        data: text.
+        causal: whether they are language models with their heads, and --text is for perplexity; else encoders.
+
+    Returns:
+        Measures by name, those of the models ending in ``_a`` and ``_b``.
+
+    Raises:
+        ConfigError: when the text cannot be read, or does not fit.
+    """
     measures: dict[str, float] = {}
     if data.text is not None and causal:
         text = " ".join(example.texts[0] for example in read_examples(data.text))
@@ -201,13 +218,18 @@ def _judge(a: Path, b: Path | None, data: EvalData, adapter: Path | None, device
     return measures
 
 
-def _is_causal(folder: Path) -> bool:
-    architectures = read_index(folder).config.get("architectures")
+def is_causal(config: Mapping[str, object]) -> bool:
+    """Whether a model predicts the next token.
+
+    Args:
+        config: content of config.json.
+    """
+    architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _cosines(models: list[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:
+def _cosines(models: Sequence[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:
     if len(models) < 2:
         raise ConfigError(
             "eval --text: one sentence encoder has nothing to be compared with; a second one is accepted."
@@ -216,7 +238,7 @@ def _cosines(models: list[Any], tokenizer: Any, lines: list[str]) -> dict[str, f
     return {"cosine": float((first * second).sum(-1).mean())}
 
 
-def _spearman(models: list[Any], tokenizer: Any, data: EvalData) -> dict[str, float]:
+def _spearman(models: Sequence[Any], tokenizer: Any, data: EvalData) -> dict[str, float]:
     if data.sts is None:
         return {}
     pairs = read_examples(data.sts)[: data.samples or None]

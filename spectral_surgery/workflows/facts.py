@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib.metadata import version
+from typing import Any
 
 from spectral_surgery.cards import Facts, as_repository
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
@@ -52,6 +53,17 @@ from transformers import AutoModel{task}
 
 model = PeftModel.from_pretrained(AutoModel{task}.from_pretrained("{base}"), "{here}")
 ```"""
+
+_LOAD_SWAPPED = """\
+```python
+import spectral_surgery  # teaches transformers to rebuild the new layers
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{here}")
+```
+
+Without that import transformers warns, and gives the replaced layers random attention. With
+`trust_remote_code=True` the import is done by a file in this folder."""
 
 _LOAD_PLAIN = "As the model it was made from, by its name or folder: this is an ordinary safetensors checkpoint."
 
@@ -199,6 +211,51 @@ def merged_facts(record: MergeRecord, index: CheckpointIndex, origin: str | None
         relation="merge",
         library_name=_library(index),
         tags=("merge",),
+    )
+
+
+def swapped_facts(index: CheckpointIndex, report: Mapping[str, Any]) -> Facts:
+    """Facts about a checkpoint with mixers in place of attention.
+
+    Args:
+        index: headers of the original.
+        report: `SwapReport.to_json`.
+    """
+    base = as_repository(index.config.get("_name_or_path"))
+    layers, training = ",".join(map(str, report["layers"])), report["training"]
+    words = ["spectral-surgery", "swap", base or "SOURCE", "OUT", "--mixer", str(report["mixer"]), "--layers", layers]
+    for name, value in report["settings"].items():
+        words += ["-o", f"{name}={value}"]
+    if training:
+        words += ["--distill", "TEXT", "--steps", str(training["steps"])]
+        words += ["--end-to-end-steps", str(training["end_to_end_steps"])]
+        words += ["--learning-rate", str(training["learning_rate"]), "--seed", str(training["seed"])]
+    totals = {
+        "layers": f"{layers}, now {report['mixer']}",
+        "parameters": f"{report['parameters']['before']:,} -> {report['parameters']['after']:,}",
+    }
+    if report["causal"]:
+        totals["causal"] = "replacing later tokens changes no earlier output of a new layer, bit for bit"
+    for name, value in report["measures"].items():
+        of = {"a": " of the original", "b": " of this model"}.get(name.rpartition("_")[2], "")
+        totals[f"{name.removesuffix('_a').removesuffix('_b')}{of}"] = f"{value:.4f}"
+    rows = [
+        {"layer": fit["layer"], "relative error of its outputs": fit["after"], "before training": fit["before"]}
+        for fit in report["layer_errors"]
+    ]
+    return Facts(
+        f"{_name(base)}, with a spectral mixer for attention",
+        f"{_linked(base)} with the attention of layer {layers} replaced by the token mixer"
+        f" {report['mixer']}. All other weights are those of the original.",
+        shlex.join(words),
+        _LOAD_SWAPPED.format(here=HERE),
+        rows,
+        totals,
+        base,
+        "finetune",
+        _library(index),
+        ("swapped",),
+        {"torch": version("torch")},
     )
 
 
