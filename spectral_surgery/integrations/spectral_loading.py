@@ -23,7 +23,7 @@ from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurgeryError
 from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
-from spectral_surgery.ops.spectral_matmul import RESIDENTS, resident_form
+from spectral_surgery.ops.spectral_matmul import RESIDENTS, Form, resident_form
 from spectral_surgery.spectra.parallel import parallel_map
 
 AUTO = "auto"
@@ -217,7 +217,7 @@ def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
 
 
 def spectral_weight(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralWeight:
-    """A compressed matrix in memory; each core reads one part of it at a time.
+    """A compressed matrix in memory; each core reads a part, and then they decode the frames of each together.
 
     Args:
         checkpoint: the folder.
@@ -230,11 +230,13 @@ def spectral_weight(checkpoint: CompressedCheckpoint, name: str, resident: str, 
     """
     if resident == AUTO:
         return _first_that_fits(checkpoint, name, like)
-    parts = range(len(checkpoint.manifest.tensors[name].parts))
+    parts, threads = range(len(checkpoint.manifest.tensors[name].parts)), torch.get_num_threads()
+    forms: list[Form] = []
     try:
-        forms = parallel_map(
-            lambda part: resident_form(checkpoint.part(name, part), resident), parts, torch.get_num_threads()
-        )
+        for first in parts[::threads]:
+            some = parts[first : first + threads]
+            spectra = parallel_map(lambda part: checkpoint.part(name, part), some, threads)
+            forms += [resident_form(spectrum, resident, threads) for spectrum in spectra]
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return SpectralWeight(forms, resident, like.dtype).to(like.device)
