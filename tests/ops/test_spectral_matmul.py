@@ -238,19 +238,6 @@ def test_forms_cost_what_they_say() -> None:
     assert pickle.loads(pickle.dumps(coded)).shape == (256, 256)
 
 
-@pytest.mark.parametrize("resident", op.RESIDENTS)
-def test_forms_are_the_same_with_any_number_of_threads(resident: str) -> None:
-    encoded = made((700, 1024))
-    assert len(encoded.frames) == 3
-    one, several = (op.resident_form(encoded, resident, threads) for threads in (1, 3))
-    x = noise(4, 1024)
-    assert torch.equal(op.form_matmul(x, [one]), op.form_matmul(x, [several]))
-    wide = random_codes(700, 1024, 300, torch.int16)
-    if resident != "coded":
-        with pytest.raises(ConfigError, match=f"resident '{resident}': codes reach"):
-            op.resident_form(wide, resident, 3)
-
-
 @pytest.mark.parametrize("offset", [0.0, 0.5, -0.5, 1.75, 25 / 14, 1 / 63])
 def test_levels_are_the_reconstruction_points(offset: float) -> None:
     grid = levels.grid_of(float(torch.tensor(offset)))  # as a file holds it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from spectral_surgery.ops.spectral_matmul.source import Spectrum, as_encoded
 from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.coding import decode_frame
-from spectral_surgery.spectra.parallel import parallel_map
 
 _BLOCK = 1 << 20  # codes decoded at a time by one thread
 
@@ -100,23 +98,14 @@ class CodedForm:
         return torch.from_numpy(decode_frame(data, rows * self.size[1])).reshape(rows, self.size[1])
 
 
-def coded_form(spectrum: Spectrum, threads: int = 1) -> CodedForm:
-    """The stored frames of a spectrum, as they are.
-
-    Args:
-        spectrum: codes or frames.
-        threads: frames copied at once.
-    """
+def coded_form(spectrum: Spectrum) -> CodedForm:
+    """The stored frames of a spectrum, as they are."""
     encoded = as_encoded(spectrum)
     lengths = torch.tensor([0, *map(len, encoded.frames)])
     ends = lengths.cumsum(0)
     data = torch.empty(int(ends[-1]), dtype=torch.uint8)
-    view = data.numpy()
-
-    def copy(number: int) -> None:
-        view[ends[number] : ends[number + 1]] = np.frombuffer(encoded.frames[number], np.uint8)
-
-    parallel_map(copy, range(len(encoded.frames)), threads)
+    for frame, first, last in zip(encoded.frames, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        data[first:last] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
     return CodedForm(
         data,
         ends,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import integer, triton
 from spectral_surgery.ops.spectral_matmul.levels import Grid
-from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, fill_blocks, fitting_grid
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
 from spectral_surgery.spectra.codec import Basis, frame_spans
 
@@ -81,12 +81,8 @@ class Int4Form:
         return Grid(parts, shift).levels(codes)
 
 
-def int4_form(spectrum: Spectrum, threads: int = 1) -> Int4Form:
+def int4_form(spectrum: Spectrum) -> Int4Form:
     """Nibbles of a spectrum, decoded block by block.
-
-    Args:
-        spectrum: codes or frames.
-        threads: blocks decoded at once.
 
     Raises:
         ConfigError: when its codes do not fit 4 bits, or their offset no int8 grid.
@@ -94,15 +90,11 @@ def int4_form(spectrum: Spectrum, threads: int = 1) -> Int4Form:
     rows, columns = spectrum.shape
     half = -(-columns // 2)
     packed = torch.empty((rows, half), dtype=torch.int8, device=spectrum.step.device)
-
-    def fill(start: int, stop: int, codes: Tensor) -> Grid:
+    for start, codes in code_blocks(spectrum):
         grid = fitting_grid(spectrum, codes, "int4", (_LOW, _HIGH))
         part = codes.to(torch.int8)
-        block = packed[start:stop]
+        block = packed[start : start + len(part)]
         block.copy_(part[:, :half] & 15)
         block[:, : columns - half] |= part[:, half:] << 4
-        return grid
-
-    grid = fill_blocks(spectrum, fill, threads)
     stored = torch.tensor([grid.parts, grid.shift], dtype=torch.int8, device=packed.device)
     return Int4Form(packed, spectrum.step.to(torch.float32) / grid.parts, stored, basis_of(spectrum), columns)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import integer
-from spectral_surgery.ops.spectral_matmul.levels import Grid
-from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, fill_blocks, fitting_grid
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.quantized import INT8_MAX
 
@@ -47,24 +46,16 @@ class Int8Form:
         return self.codes[rows]
 
 
-def int8_form(spectrum: Spectrum, threads: int = 1) -> Int8Form:
+def int8_form(spectrum: Spectrum) -> Int8Form:
     """Levels of a spectrum, decoded block by block.
-
-    Args:
-        spectrum: codes or frames.
-        threads: blocks decoded at once.
 
     Raises:
         ConfigError: when its codes or their offset do not fit int8.
     """
     levels = torch.empty(spectrum.shape, dtype=torch.int8, device=spectrum.step.device)
-
-    def fill(start: int, stop: int, codes: Tensor) -> Grid:
+    for start, codes in code_blocks(spectrum):
         grid = fitting_grid(spectrum, codes, "int8", (-INT8_MAX, INT8_MAX))
-        levels[start:stop] = grid.levels(codes.to(torch.int8))
-        return grid
-
-    grid = fill_blocks(spectrum, fill, threads)
+        levels[start : start + len(codes)] = grid.levels(codes.to(torch.int8))
     return Int8Form(levels, spectrum.step.to(torch.float32) / grid.parts, basis_of(spectrum))
 
 

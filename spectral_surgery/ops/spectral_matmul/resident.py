@@ -19,12 +19,12 @@ class Resident:
 
     Attributes:
         name: how users choose it.
-        build: (spectrum, threads) to form; raises ConfigError when the codes do not fit.
+        build: spectrum to form; raises ConfigError when the codes do not fit.
         help: what it costs, in one line.
     """
 
     name: str
-    build: Callable[[Spectrum, int], Form]
+    build: Callable[[Spectrum], Form]
     help: str
 
 
@@ -38,13 +38,12 @@ RESIDENTS = Table(
 )
 
 
-def resident_form(spectrum: Spectrum, resident: str, threads: int = 1) -> Form:
+def resident_form(spectrum: Spectrum, resident: str) -> Form:
     """Hold a spectrum in memory.
 
     Args:
         spectrum: codes, or stored frames.
         resident: name in RESIDENTS.
-        threads: frames decoded at once.
 
     Returns:
         The form.
@@ -55,4 +54,4 @@ def resident_form(spectrum: Spectrum, resident: str, threads: int = 1) -> Form:
     """
     row = RESIDENTS[resident]
     check(spectrum)
-    return row.build(spectrum, threads)
+    return row.build(spectrum)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.ops.spectral_matmul.levels import Grid, grid_of
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, frame_spans, rows_per_frame
 from spectral_surgery.spectra.coding import choose_layout, encode_frame
-from spectral_surgery.spectra.parallel import parallel_map
 from spectral_surgery.spectra.quantized import INT8_MAX, QuantizedSpectrum
 
 Spectrum = QuantizedSpectrum | EncodedSpectrum
@@ -52,42 +51,15 @@ def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple
     return grid
 
 
-def block_spans(spectrum: Spectrum) -> Sequence[tuple[int, int]]:
-    """First row and end of blocks of rows, each about one frame."""
+def code_blocks(spectrum: Spectrum) -> Iterator[tuple[int, Tensor]]:
+    """First row and codes [r, I] of blocks of rows, each about one frame."""
+    if isinstance(spectrum, EncodedSpectrum):
+        for frame in range(len(spectrum.frames)):
+            yield frame * spectrum.rows_per_frame, spectrum.codes(frame)
+        return
     rows, columns = spectrum.shape
-    if isinstance(spectrum, EncodedSpectrum):
-        return frame_spans(rows, spectrum.rows_per_frame)
-    return frame_spans(rows, rows_per_frame(columns, spectrum.tile))
-
-
-def block_codes(spectrum: Spectrum, number: int) -> Tensor:
-    """Codes [r, I] of one of the blocks."""
-    if isinstance(spectrum, EncodedSpectrum):
-        return spectrum.codes(number)
-    start, stop = block_spans(spectrum)[number]
-    return spectrum.codes[start:stop]
-
-
-def fill_blocks(spectrum: Spectrum, fill: Callable[[int, int, Tensor], Grid], threads: int) -> Grid:
-    """Give the codes of every block to a function, several at once.
-
-    Args:
-        spectrum: codes or frames.
-        fill: (first row, end, codes) to the grid of the codes; it raises where they do not fit. The first block comes
-            alone, so that not all of them are decoded in vain.
-        threads: calls at once.
-
-    Returns:
-        The grid, which depends on the spectrum alone.
-    """
-    spans = block_spans(spectrum)
-
-    def one(number: int) -> Grid:
-        return fill(*spans[number], block_codes(spectrum, number))
-
-    grid = one(0)
-    parallel_map(one, range(1, len(spans)), threads)
-    return grid
+    for start, stop in frame_spans(rows, rows_per_frame(columns, spectrum.tile)):
+        yield start, spectrum.codes[start:stop]
 
 
 def as_encoded(spectrum: Spectrum) -> EncodedSpectrum:
