@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_surgery.bench.baselines import BASELINES
 from spectral_surgery.bench.weights import checkpoint_folder
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.models import SentenceEncoder, load_encoder
+from spectral_surgery.spectra.baselines import BASELINES
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.compress import CompressReport, compress
 from spectral_surgery.workflows.decompress import decompress

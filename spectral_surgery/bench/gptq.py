@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_surgery.bench.baselines import BaselineResult
 from spectral_surgery.errors import ShapeError
+from spectral_surgery.spectra.baselines import BaselineResult
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import feedback_factor
 

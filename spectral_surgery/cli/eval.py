@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import output, shared
 
+if TYPE_CHECKING:
+    from spectral_surgery.workflows.evaluate import EvalReport
+
 CHECK_FAILED = 3
-_SHOWN = 10
+_SHOWN = 10  # tensors
 _FILE = click.Path(path_type=Path)
 
 
 @click.command("eval")
 @click.argument("a", metavar="A")
-@click.argument("b", metavar="[B]", required=False)
+@click.argument("b", metavar="[B]...", nargs=-1)
 @click.option("--adapter", help="Put this adapter on B; without B, compare A without and with it.")
 @click.option("--text", type=_FILE, help="Perplexity and KL of language models, cosine of sentence encoders, on it.")
 @click.option("--sts", type=_FILE, help="CSV of sentence pairs and scores: rank correlation of sentence encoders.")
+@click.option(
+    "--baseline",
+    metavar="NAME,...",
+    help="Judge A as baselines would leave it, too: int8, nf4, int4, int3, int2, prune, svd (see `methods`).",
+)
+@click.option("--bits", type=float, help="Bits per weight of prune and svd  [default: those of each compressed B]")
 @click.option("--samples", type=click.IntRange(0), default=0, help="Sequences, lines or pairs at most  [default: all]")
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
@@ -28,10 +39,12 @@ _FILE = click.Path(path_type=Path)
 def command(
     ctx: click.Context,
     a: str,
-    b: str | None,
+    b: tuple[str, ...],
     adapter: str | None,
     text: Path | None,
     sts: Path | None,
+    baseline: str | None,
+    bits: float | None,
     samples: int,
     seq_length: int,
     max_error: float | None,
@@ -41,20 +54,25 @@ def command(
 ) -> None:
     """Compare two checkpoints, plain or compressed: tensors by their relative error and, with text, as models.
 
+    With several B, or with baselines, a table of all of them: bits per weight, bytes, error and measures on the text.
+
     \b
     Example:
       spectral-surgery eval ./model ./model-4bit
       spectral-surgery eval ./model ./model-4bit --text notes.txt
+      spectral-surgery eval ./model ./model-4bit ./model-3bit --text notes.txt --baseline int8,nf4,int4,prune
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
     from spectral_surgery.hub import resolve
-    from spectral_surgery.workflows.evaluate import EvalData, evaluate
+    from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
 
-    with output.progress(quiet=quiet, unit=" tensors") as progress:
+    names = tuple(name.strip() for name in baseline.split(",") if name.strip()) if baseline else ()
+    with output.progress(quiet=quiet) as progress:
         report = evaluate(
             resolve(a),
-            resolve(b) if b else None,
+            resolve(b[0]) if b else None,
             EvalData(text, sts, samples, seq_length),
+            beside=Beside(tuple(map(resolve, b[1:])), names, bits),
             adapter=resolve(adapter) if adapter else None,
             device=device,
             progress=progress,
@@ -62,16 +80,23 @@ def command(
     if as_json:
         output.print_json("eval", report.to_json())
     else:
-        if report.tensors:
-            click.echo(output.table([vars(tensor) for tensor in report.tensors[:_SHOWN]]))
-            more = f", the {_SHOWN} worst above" if len(report.tensors) > _SHOWN else ""
-            click.echo(
-                f"{len(report.tensors)} tensors differ{more}; relative error {report.relative_error:.4f} together"
-            )
-        if b:
-            click.echo(f"{report.equal} tensors are equal; {len(report.only_in_one)} are in one checkpoint only")
-        if report.measures:
-            click.echo(output.table([{"measure": key, "value": value} for key, value in report.measures.items()]))
+        click.echo("\n".join(_shown(report, compared=bool(b))))
     if max_error is not None and report.relative_error > max_error:
         click.echo(f"Check failed: relative error {report.relative_error:.4f} is above {max_error:g}", err=True)
         ctx.exit(CHECK_FAILED)
+
+
+def _shown(report: EvalReport, *, compared: bool) -> Iterator[str]:
+    if report.models:
+        rows = [row.to_json() for row in report.models]
+        columns = dict.fromkeys(name for row in rows for name in row)  # the first is compared with none
+        yield output.table(rows, list(columns))
+        return
+    if report.tensors:
+        yield output.table([vars(tensor) for tensor in report.tensors[:_SHOWN]])
+        more = f", the {_SHOWN} worst above" if len(report.tensors) > _SHOWN else ""
+        yield f"{len(report.tensors)} tensors differ{more}; relative error {report.relative_error:.4f} together"
+    if compared:
+        yield f"{report.equal} tensors are equal; {len(report.only_in_one)} are in one checkpoint only"
+    if report.measures:
+        yield output.table([{"measure": key, "value": value} for key, value in report.measures.items()])

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurgeryError
+from spectral_surgery.integrations.ahead import Ahead
 from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
-from spectral_surgery.ops.spectral_matmul import RESIDENTS, resident_form
-from spectral_surgery.spectra.parallel import parallel_map
+from spectral_surgery.ops.spectral_matmul import RESIDENTS, Form, resident_form
 
 AUTO = "auto"
 STEP = SUFFIXES[2]
 UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
+Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
 _ANY = ""  # the pattern of a tensor that is renamed at most
 
 
@@ -136,6 +137,7 @@ class Loading:
         unset: biases that are in no file.
         conversions: of transformers alone, that were used; what save_pretrained reverts.
         renaming: ours, by which messengers reach converters of transformers.
+        ahead: the forms of matrices, made on all cores before they are installed.
         error: the first one. transformers would go on and report it as one of many; it is raised in the end.
     """
 
@@ -145,6 +147,7 @@ class Loading:
     unset: list[str] = field(default_factory=list)
     conversions: list[Any] = field(default_factory=list)
     renaming: Any = None
+    ahead: Ahead[Resident] | None = None
     error: SpectralSurgeryError | None = None
 
     def fill(
@@ -197,7 +200,7 @@ class Loading:
             if is_conv1d(module):
                 layer = _conv1d(self.checkpoint, name, resident, like)
             else:
-                weight = weight or spectral_weight(self.checkpoint, name, resident, like)
+                weight = weight or self._weight(name, like)
                 if isinstance(module, nn.Embedding):
                     layer = SpectralEmbedding(weight, module.padding_idx)
                 else:
@@ -208,6 +211,23 @@ class Loading:
             parent, _, leaf = owner.rpartition(".")
             setattr(model.get_submodule(parent), leaf, stand_in(layer))
 
+    def begin(self, model: nn.Module) -> None:
+        """Expect what the plan will install, in the order in which transformers asks for it."""
+        plan = cast(Plan, self.plan)
+        names = [
+            plan.sources[target][_ANY][0]
+            for target in plan.slots
+            if not is_conv1d(model.get_submodule(target.rpartition(".")[0]))
+        ]
+        self.ahead = Ahead(self._forms, names, torch.get_num_threads())
+
+    def _forms(self, name: str) -> Resident:
+        return resident_forms(self.checkpoint, name, self.residents.get(name, AUTO))
+
+    def _weight(self, name: str, like: Tensor) -> SpectralWeight:
+        forms, resident = self.ahead.take(name) if self.ahead else self._forms(name)
+        return SpectralWeight(forms, resident, like.dtype).to(like.device)
+
 
 def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
     """A compressed tensor as it was: float32, in its original shape."""
@@ -216,35 +236,28 @@ def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
     return torch.cat(parts).reshape(record.shape)
 
 
-def spectral_weight(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralWeight:
-    """A compressed matrix in memory; each core reads one part of it at a time.
+def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -> Resident:
+    """A compressed matrix in memory; one part of it is read at a time.
 
     Args:
         checkpoint: the folder.
         name: of a matrix in the manifest.
         resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded.
-        like: a tensor of the wanted dtype and device.
+
+    Returns:
+        Its forms, and the name in RESIDENTS.
 
     Raises:
         ConfigError: when the codes do not fit the resident form.
     """
-    if resident == AUTO:
-        return _first_that_fits(checkpoint, name, like)
     parts = range(len(checkpoint.manifest.tensors[name].parts))
+    wanted = "int8" if resident == AUTO else resident
     try:
-        forms = parallel_map(
-            lambda part: resident_form(checkpoint.part(name, part), resident), parts, torch.get_num_threads()
-        )
+        return [resident_form(checkpoint.part(name, part), wanted) for part in parts], wanted
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    return SpectralWeight(forms, resident, like.dtype).to(like.device)
-
-
-def _first_that_fits(checkpoint: CompressedCheckpoint, name: str, like: Tensor) -> SpectralWeight:
-    try:
-        return spectral_weight(checkpoint, name, "int8", like)
-    except ConfigError:
-        return spectral_weight(checkpoint, name, "coded", like)
+        if resident != AUTO:
+            raise ConfigError(f"{name}: {error}") from None
+    return resident_forms(checkpoint, name, "coded")
 
 
 def _conv1d(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralConv1D:

@@ -209,6 +209,7 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
 
     plan = load.plan = loading.make_plan(model, load.checkpoint, conversions)
     loading.check_used(load.checkpoint, plan)
+    load.begin(model)
     operation = operation_class()
     converted = [
         (name, pattern) for by in plan.sources.values() for pattern, names in by.items() if pattern for name in names
@@ -232,6 +233,8 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
 
 def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
     """Clear biases, freeze what was decoded, and keep the conversions: saving is ours alone. Errors surface here."""
+    if load.ahead is not None:
+        load.ahead.close()
     if load.error is not None:
         raise load.error
     for bias in load.unset:

@@ -25,9 +25,9 @@ from spectral_surgery.surgery.blocks import Batch
 from spectral_surgery.surgery.families import FAMILIES
 from spectral_surgery.surgery.fit_layers import FitSettings, LayerFit, SwappedPair, distill
 from spectral_surgery.surgery.swap import SwapSpec, resolved, shared_copy, swap_attention
-from spectral_surgery.workflows.evaluate import EvalData, is_causal, judge
 from spectral_surgery.workflows.examples import read_examples
 from spectral_surgery.workflows.facts import swapped_facts
+from spectral_surgery.workflows.judge import EvalData, is_causal, judge
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 

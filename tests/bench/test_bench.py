@@ -11,7 +11,7 @@ from spectral_surgery import bench
 from spectral_surgery.bench import case as case_module
 from spectral_surgery.bench import runner, timing, weights
 from spectral_surgery.bench.case import BenchCase, CheckFailedError, require
-from spectral_surgery.bench.cases import coding, engine, rate, speed
+from spectral_surgery.bench.cases import coding, engine, rate, spectral_matmul, speed
 from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.registry import Table
 from spectral_surgery.spectra.select import Target
@@ -67,6 +67,13 @@ def test_rows_on_a_small_matrix() -> None:
     assert rate.measure({"w": matrix()}, Target("bits", 3.0)).bits_per_weight == pytest.approx(3, rel=0.01)
     assert len(speed.naive_pipeline(matrix(128, 128))) > 1000
     assert speed.fft_top(matrix(10, 10), 0.2).numel() == 20
+
+
+def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
+    rows = spectral_matmul.on_device(64, torch.device("cpu"))
+    found = {(row["layer"], row["tokens"]) for row in rows}
+    assert found == {(name, tokens) for name in ("int8", "int4", "dense bfloat16") for tokens in (1, 8, 64, 512)}
+    assert all(float(str(row["ms"])) > 0 for row in rows)
 
 
 def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_surgery.bench.baselines import int_groups
 from spectral_surgery.bench.gptq import gptq
 from spectral_surgery.errors import ShapeError
+from spectral_surgery.spectra.baselines import int_groups
 from spectral_surgery.spectra.feedback import output_error
 
 

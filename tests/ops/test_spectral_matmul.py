@@ -273,7 +273,10 @@ def test_ways_and_types_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.way("cpu", tokens, 4096, accuracy, adjoint=True) != "packed"
         assert dispatch.way("cpu", tokens, 200_000, torch.float32) == "blocks"  # int32 would overflow
         assert dispatch.way("cpu", 1, 40, torch.bfloat16) != "packed"  # torch reads beyond such rows
-        assert dispatch.way("cuda", tokens, 4096, accuracy) == "blocks"
+        for installed in (True, False):
+            monkeypatch.setattr(dispatch.triton, "available", lambda installed=installed: installed)
+            kernel = installed and accuracy != torch.float64
+            assert dispatch.way("cuda", tokens, 4096, accuracy) == ("triton" if kernel else "blocks")
     assert dispatch.block_dtype("cpu", torch.bfloat16) == torch.bfloat16
     assert dispatch.block_dtype("cpu", torch.float16) == torch.float32
     assert dispatch.block_dtype("cuda", torch.float16) == torch.float16

@@ -95,13 +95,17 @@ def generate(folder: Path, nbytes: int) -> Path:
     return folder
 
 
-def run_command(*arguments: str) -> dict[str, object]:
+def run_command(*arguments: str, quiet: bool = True) -> dict[str, object]:
     """Run the command line in a process of its own; its JSON.
+
+    Args:
+        arguments: the command and what it is given.
+        quiet: with ``--quiet``, which commands that show progress have.
 
     Raises:
         CheckFailedError: when it fails.
     """
-    command = [sys.executable, "-m", "spectral_surgery", *arguments, "--json", "--quiet"]
+    command = [sys.executable, "-m", "spectral_surgery", *arguments, "--json", *(["--quiet"] if quiet else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     require(done.returncode == 0, f"{arguments[0]} failed: {done.stderr.strip()[-300:]}")
     body: dict[str, object] = json.loads(done.stdout)

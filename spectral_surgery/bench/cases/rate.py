@@ -8,9 +8,9 @@ from operator import add
 
 from torch import Tensor
 
-from spectral_surgery.bench.baselines import BASELINES
 from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.weights import linear_weights
+from spectral_surgery.spectra.baselines import BASELINES
 from spectral_surgery.spectra.codec import Basis, EncodingReport, encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.transforms import TRANSFORMS

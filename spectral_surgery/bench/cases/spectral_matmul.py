@@ -20,17 +20,21 @@ EXACT, ROUNDED = 1e-5, 1e-2
 LIMITS = {("int8", 1): 0.8, ("int8", 8): 1.0, ("int8", 64): 1.6, ("int8", 512): 1.3, ("coded", 512): 1.6}
 _FORMS = (("int8", 4.0), ("int4", 2.0), ("coded", 4.0), ("coded", 3.0), ("coded", 2.0))
 
+_REPEATS = 20
+_CPU = torch.device("cpu")
+
 Layer = Callable[[Tensor], Tensor]
 
 
 def run(quick: bool) -> list[Row]:
-    """Milliseconds of one layer in bfloat16 by number of tokens, as multiples of a dense bfloat16 layer."""
+    """Milliseconds of one layer in bfloat16 by number of tokens, as multiples of a dense layer; on a GPU too."""
     size = 512 if quick else 4096
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         with torch.inference_mode():
-            return _measure(size)
+            rows = _measure(size)
+            return rows + on_device(size, torch.device("cuda")) if torch.cuda.is_available() else rows
     finally:
         torch.set_num_threads(before)
 
@@ -77,15 +81,49 @@ def _measure(size: int) -> list[Row]:
     return rows
 
 
-def check(spectrum: EncodedSpectrum, resident: str) -> SpectralLinear:
+def check(spectrum: EncodedSpectrum, resident: str, device: torch.device = _CPU) -> SpectralLinear:
     """A layer of a spectrum, once it agrees with the decompressed dense layer."""
-    layer = SpectralLinear.from_quantized(spectrum, resident=resident)
+    layer = SpectralLinear.from_quantized(spectrum, resident=resident).to(device)
     dense = spectrum.to_dense(threads=THREADS)
     for tokens in TOKENS:
         x = torch.randn(tokens, dense.shape[1], generator=torch.Generator().manual_seed(tokens))
         for dtype, limit in ((torch.float32, EXACT), (torch.bfloat16, ROUNDED)):
             given = x.to(dtype)
             expected = given.float() @ dense.T
-            error = float((layer(given).float() - expected).norm() / expected.norm())
+            error = float((layer(given.to(device)).float().cpu() - expected).norm() / expected.norm())
             require(error <= limit, f"{resident}: relative error {error:.2g} for {tokens} tokens in {dtype}")
     return layer
+
+
+def on_device(size: int, device: torch.device) -> list[Row]:
+    """The resident forms of a GPU, where int8 and int4 should beat dense bfloat16 at one token."""
+    weight = 0.02 * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    forms = [("int8", encode(weight, Target("bits", 4.0))[0]), ("int4", encode(weight, Target("bits", 2.0))[0])]
+    layers: dict[str, nn.Module] = {name: check(spectrum, name, device) for name, spectrum in forms}
+    layers["dense bfloat16"] = nn.Linear(size, size, bias=False, dtype=torch.bfloat16, device=device)
+    rows: list[Row] = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(device)
+        timings = interleaved({name: partial(_repeated, layer, x) for name, layer in layers.items()}, 10)
+        base = timings["dense bfloat16"].median
+        rows += [
+            {
+                "device": device.type,
+                "tokens": tokens,
+                "layer": name,
+                "ms": 1e3 * timing.median / _REPEATS,
+                "time / bfloat16": timing.median / base,
+                "target": "< 1" if tokens == 1 and name != "dense bfloat16" else "",
+                "met": timing.median < base if tokens == 1 and name != "dense bfloat16" else "",
+            }
+            for name, timing in timings.items()
+        ]
+    return rows
+
+
+def _repeated(layer: nn.Module, x: Tensor) -> None:
+    """Many calls for one wait: a GPU works on while the next call is prepared."""
+    for _ in range(_REPEATS):
+        layer(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

@@ -8,7 +8,9 @@ from typing import Literal
 
 import torch
 
-Way = Literal["packed", "planes", "blocks"]
+from spectral_surgery.ops.spectral_matmul import triton
+
+Way = Literal["packed", "planes", "blocks", "triton"]
 
 _MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
 _PACKED_TERMS = 32
@@ -51,7 +53,10 @@ def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint:
         ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
         ``planes``: activations as several int8 digits, exact int8 products.
         ``blocks``: blocks of rows converted to floating point.
+        ``triton``: a kernel that converts in registers, on GPUs.
     """
+    if device == "cuda" and accuracy != torch.float64 and triton.available():
+        return "triton"
     if device != "cpu" or accuracy == torch.float64:
         return "blocks"
     has = processor()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_surgery.ops.spectral_matmul import integer
+from spectral_surgery.ops.spectral_matmul import integer, triton
 from spectral_surgery.ops.spectral_matmul.levels import Grid
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
@@ -43,6 +43,8 @@ class Int4Form:
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
         operand = integer.prepare(x, accuracy)
+        if operand.how == "triton":
+            return triton.packed_product(operand.x, self.codes, self.grid)
 
         def rows(span: Span) -> Tensor:
             return integer.product(operand, self._unpacked(self.codes[slice(*span)]))

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from spectral_surgery.ops.spectral_matmul import triton
 from spectral_surgery.ops.spectral_matmul.dispatch import Way, block_dtype, way
 
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
@@ -62,6 +63,8 @@ def product(operand: Operand, matrix: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(operand.x, matrix, _ones(len(matrix), matrix.device))
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix.T)
+    if matrix.dtype == torch.int8 and operand.how == "triton":
+        return triton.product(operand.x, matrix, operand.dtype)
     x = operand.x.to(operand.dtype)
     out = x.new_empty((len(x), len(matrix)))
     for start, stop, block in _blocks(matrix, x.dtype):
@@ -73,6 +76,8 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
     """G M: [T, r] and M [r, I], int8 or float32, to [T, I] float32 or float64."""
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix)
+    if matrix.dtype == torch.int8 and operand.how == "triton":
+        return triton.product(operand.x, matrix.T, torch.float32)
     g = operand.x.to(operand.dtype)
     wide = torch.promote_types(g.dtype, torch.float32)  # sums over blocks keep their bits
     out = g.new_zeros((len(g), matrix.shape[1]), dtype=wide)

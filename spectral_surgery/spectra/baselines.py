@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -56,12 +57,14 @@ class Baseline:
             them. Raises ShapeError for what is not a matrix, and ConfigError for a weight that is
             not floating and finite or a rate that is missing or too low.
         help: What it stores, in one line.
+        budgeted: Whether it needs a rate.
     """
 
     name: str
     label: str
     apply: Callable[[Tensor, float | None], BaselineResult]
     help: str
+    budgeted: bool = False
 
 
 def int8_rows(weight: Tensor) -> BaselineResult:
@@ -269,12 +272,26 @@ BASELINES = Table(
             "magnitude pruning",
             _budgeted(prune),
             "the largest weights in bfloat16 and a bitmap, at the bits per weight given",
+            budgeted=True,
         ),
         Baseline(
             "svd",
             "truncated SVD",
             _budgeted(svd),
             "two bfloat16 factors, at the bits per weight given",
+            budgeted=True,
         ),
     ),
 )
+
+# what people call them when they do not care about groups
+SHORT_NAMES = MappingProxyType({"int4": "int4-g128", "int3": "int3-g128", "int2": "int2-g64", "pruning": "prune"})
+
+
+def baseline(name: str) -> Baseline:
+    """A row of BASELINES by its name or short name.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    return BASELINES[SHORT_NAMES.get(name, name)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_surgery.bench.baselines import BASELINES
 from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.spectra.baselines import BASELINES
 
 
 def matrix(rows: int = 512, columns: int = 1024) -> torch.Tensor:
