@@ -1,4 +1,4 @@
-"""Fine-tune a sentence encoder with FourierFT, FouRA and LoRA at equal steps, then merge and unmerge the result.
+"""Fine-tune a sentence encoder with FourierFT, FouRA and LoRA at equal steps, then merge, unmerge and export them.
 
     python examples/sts_adapters.py --train stsb_train.csv --dev stsb_dev.csv --out ./sts
 
@@ -16,20 +16,24 @@ import torch
 
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
+from spectral_surgery.checkpoint.adapter_files import read_adapter
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.cli.output import progress, size, table
 from spectral_surgery.integrations.trainer import TrainSettings
+from spectral_surgery.models import load_encoder
+from spectral_surgery.surgery.attach import load
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.export import export
 from spectral_surgery.workflows.merge import merge
 from spectral_surgery.workflows.train import TrainData, train
 from spectral_surgery.workflows.unmerge import unmerge
 
 # settings, learning rate
 RUNS = {
-    "fourierft": ({"n_frequency": 700, "scaling": 150.0}, 3e-2),
-    "foura": ({"r": 8, "alpha": 16.0, "use_gate": False}, 1e-3),
-    "lora": ({"r": 8, "lora_alpha": 16.0}, 1e-3),
+    "fourierft": ({"n_frequency": 700, "scaling": 50.0, "init_weights": True}, 2e-2),
+    "foura": ({"r": 8, "alpha": 16.0, "use_gate": False}, 2e-4),
+    "lora": ({"r": 8, "lora_alpha": 16.0}, 2e-4),
 }
 
 
@@ -71,6 +75,17 @@ def main() -> None:
         equal = all(torch.equal(read_tensor(info), read_tensor(after[key])) for key, info in before.items())
         share = done.undo_bytes / done.merged_bytes
         print(f"{name}: merged, record for unmerge {share:.1%} of the weights; unmerged: bits equal is {equal}\n")
+    if "foura" in options.methods:
+        as_lora = options.out / "foura-as-lora"
+        export(options.out / "foura", as_lora, "lora", base=model, overwrite=True)
+        sides = [embeddings(model, folder) for folder in (options.out / "foura", as_lora)]
+        print(f"FouRA exported as LoRA: embeddings differ by {float((sides[0] - sides[1]).abs().max()):.1e} at most")
+
+
+def embeddings(model: Path, adapter: Path) -> torch.Tensor:
+    encoder = load_encoder(model)
+    load(encoder.model, read_adapter(adapter))
+    return encoder.embed(["A man is playing a guitar.", "The stock market fell today.", "Two dogs run on the beach."])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from spectral_surgery.surgery.swap import swap_attention
     from spectral_surgery.targets import ModuleTargets
     from spectral_surgery.transforms import TRANSFORMS
-    from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
+    from spectral_surgery.workflows.calibrate import compress_calibrated
     from spectral_surgery.workflows.compress import CompressReport, compress
     from spectral_surgery.workflows.compress_heal import compress_healed
     from spectral_surgery.workflows.decompress import DecompressReport, decompress
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.extract import extract
     from spectral_surgery.workflows.heal import HealReport, heal
     from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.layer_moments import CalibrationData
     from spectral_surgery.workflows.merge import merge
     from spectral_surgery.workflows.pull import pull
     from spectral_surgery.workflows.push import push
@@ -66,7 +67,7 @@ _HOMES = {
     "AdapterSpec": "adapters.base",
     "AdapterState": "adapters.base",
     "Basis": "spectra.codec",
-    "CalibrationData": "workflows.calibrate",
+    "CalibrationData": "workflows.layer_moments",
     "CheckpointIndex": "checkpoint.index",
     "CompressOptions": "checkpoint.plan",
     "CompressReport": "workflows.compress",

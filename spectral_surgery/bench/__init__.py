@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectral_surgery.bench.case import BenchCase
-from spectral_surgery.bench.cases import adapters, coding, engine, mixers, rate, spectral_matmul, speed
+from spectral_surgery.bench.cases import adapters, coding, engine, generate, mixers, rate, spectral_matmul, speed, text
 from spectral_surgery.registry import Table
 
 CASES = Table(
@@ -16,9 +16,11 @@ CASES = Table(
         BenchCase(
             "spectral_matmul", "compressed layers beside dense ones, 1 to 512 tokens in bfloat16", spectral_matmul.run
         ),
+        BenchCase("generate", "text from a compressed model: tokens/s and memory beside dense bfloat16", generate.run),
         BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", adapters.run),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", mixers.run, mixers.plot),
         BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
+        BenchCase("text", "peak memory of calibrate and block-wise heal, for models of different depth", text.run),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
     ),
 )

@@ -12,10 +12,10 @@ from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
-    from spectral_surgery.workflows.calibrate import CalibrationData
     from spectral_surgery.workflows.compress import CompressReport
     from spectral_surgery.workflows.distill import DistillSettings
     from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.layer_moments import CalibrationData
     from spectral_surgery.workflows.progress import Progress
     from spectral_surgery.workflows.team import Team
 
@@ -124,7 +124,7 @@ def _data(ctx: click.Context) -> CalibrationData | None:
     own = ctx.meta.get(_KEY, {})
     if own.get("calibrate") is None:
         return None
-    from spectral_surgery.workflows.calibrate import CalibrationData
+    from spectral_surgery.workflows.layer_moments import CalibrationData
 
     return CalibrationData(own["calibrate"], own["samples"], own["seq_length"])
 

@@ -27,8 +27,9 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--baseline",
     metavar="NAME,...",
-    help="Judge A as baselines would leave it, too: int8, nf4, int4, int3, int2, prune, svd (see `methods`).",
+    help="Judge A as baselines would leave it, too: int8, nf4, int4, int3, int2, prune, svd, gptq4, gptq3, gptq2.",
 )
+@click.option("--calibrate", type=_FILE, help="Text for the baselines that need some, 512 sequences of it: GPTQ.")
 @click.option("--bits", type=float, help="Bits per weight of prune and svd  [default: those of each compressed B]")
 @click.option("--samples", type=click.IntRange(0), default=0, help="Sequences, lines or pairs at most  [default: all]")
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
@@ -44,6 +45,7 @@ def command(
     text: Path | None,
     sts: Path | None,
     baseline: str | None,
+    calibrate: Path | None,
     bits: float | None,
     samples: int,
     seq_length: int,
@@ -61,10 +63,12 @@ def command(
       spectral-surgery eval ./model ./model-4bit
       spectral-surgery eval ./model ./model-4bit --text notes.txt
       spectral-surgery eval ./model ./model-4bit ./model-3bit --text notes.txt --baseline int8,nf4,int4,prune
+      spectral-surgery eval ./model ./model-3bit --text test.txt --baseline gptq3,gptq4 --calibrate train.txt
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
     from spectral_surgery.hub import resolve
     from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
+    from spectral_surgery.workflows.layer_moments import CalibrationData
 
     names = tuple(name.strip() for name in baseline.split(",") if name.strip()) if baseline else ()
     with output.progress(quiet=quiet) as progress:
@@ -72,7 +76,7 @@ def command(
             resolve(a),
             resolve(b[0]) if b else None,
             EvalData(text, sts, samples, seq_length),
-            beside=Beside(tuple(map(resolve, b[1:])), names, bits),
+            beside=Beside(tuple(map(resolve, b[1:])), names, bits, CalibrationData(calibrate) if calibrate else None),
             adapter=resolve(adapter) if adapter else None,
             device=device,
             progress=progress,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -84,7 +85,13 @@ def plain_cost(index: CheckpointIndex, matrices: Matrices, relative_error: float
 
 
 def write_baseline(
-    index: CheckpointIndex, matrices: Matrices, baseline: Baseline, bits: float | None, folder: Path
+    index: CheckpointIndex,
+    matrices: Matrices,
+    baseline: Baseline,
+    bits: float | None,
+    folder: Path,
+    *,
+    made: Mapping[str, BaselineResult] = MappingProxyType({}),
 ) -> Cost:
     """Write a checkpoint whose matrices are decoded from a baseline, in float32.
 
@@ -94,6 +101,7 @@ def write_baseline(
         baseline: what to do with each; a matrix of each expert by itself.
         bits: per weight, for a baseline that needs a rate.
         folder: an empty folder.
+        made: tensors that were quantised elsewhere, by name; the baseline is for the others.
 
     Raises:
         ConfigError: when the baseline cannot have the rate, or a weight is not finite; the tensor is named.
@@ -108,9 +116,9 @@ def write_baseline(
 
         def chunks() -> Iterator[memoryview]:
             weight = read_tensor(info).float()
-            nbytes = 0
+            nbytes, ours = 0, made.get(name)
             for block in _blocks(weight, matrices.shapes[name]):
-                result = _applied(info.name, baseline, block, bits)
+                result = ours or _applied(info.name, baseline, block, bits)
                 nbytes += result.stored_bytes
                 if name not in stored:
                     lost.append(float((block - result.weight).double().square().sum()))

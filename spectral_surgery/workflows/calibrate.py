@@ -7,62 +7,35 @@ of the compression, which does the rest as without text.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.lock import hold
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
 from spectral_surgery.checkpoint.publish import partial_folder, writing_to
-from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import UNITS, Workshop, finished_codes, leave_codes, work_key
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, feedback_factor, output_error
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density
-from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
-from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
-from spectral_surgery.workflows.merge_plan import tensor_of
+from spectral_surgery.workflows.layer_moments import CalibrationData, LayerMoment, layer_moments
 from spectral_surgery.workflows.progress import Progress, silent
-from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 from spectral_surgery.workflows.team import Team
 
 _ATTEMPTS = 6
 _TOLERANCE = 0.004  # of the asked rate
 _DENSITY_TOLERANCE = 0.0005
 _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
-_IN_MEMORY = 256 << 20  # bytes of activations; more go to a file
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Text to calibrate on.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        samples: sequences at most.
-        seq_length: tokens of a sequence at most.
-    """
-
-    file: Path
-    samples: int = 512
-    seq_length: int = 256
-
-    def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work."""
-        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
-        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
 
 
 @dataclass(frozen=True)
@@ -150,53 +123,25 @@ class _Calibration:
 
     def run(self, source: Path, data: CalibrationData) -> Iterator[Calibrated]:
         """Calibrate block after block."""
-        lazy = load_lazily(source, self.index, "AutoModel")
-        model, tokenizer = lazy.model, lazy.tokenizer
-        causal = task_of(self.index.config) == "CAUSAL_LM"
-        sequences = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
-        check_vocabulary(sequences, model.get_input_embeddings().num_embeddings, data.file)
-        batches, shelf = equal_lengths(sequences), Shelf(_IN_MEMORY, self.workshop.folder)
-        planned = {tensor.info.name: tensor for tensor in self.plan.tensors}
-        count, total = 0, sum(1 for _ in self._layers("", model, planned))
-        with closing(shelf):
-            for name, block, run in blocks_in_turn(model, batches, holding=lazy.holding, keep=shelf.put):
-                layers = dict(self._layers(f"{name}." if name else "", block, planned))
-                with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
-                    run()
-                for key, (layer, tensor) in layers.items():
-                    if key in moments:  # a layer that no sample reached is compressed without text
-                        yield self._calibrated(name, layer, tensor, moments[key])
-                    count += 1
-                    self.progress(count, total, tensor.info.name)
+        planned = {own.info.name: own for own in self.plan.tensors if 1 in own.axes}
+        folder = self.workshop.folder
+        for turn in layer_moments(source, self.index, data, planned, folder=folder, progress=self.progress):
+            yield self._calibrated(turn, planned[turn.tensor])
 
-    def _layers(
-        self, prefix: str, block: nn.Module, planned: dict[str, PlannedTensor]
-    ) -> Iterator[tuple[str, tuple[Any, PlannedTensor]]]:
-        for name, module in block.named_modules():
-            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
-                continue
-            info = tensor_of(self.index, f"{prefix}{name}.weight")
-            tensor = planned.get(info.name) if info else None
-            if tensor is not None and 1 in tensor.axes and len(tensor.info.shape) == 2:
-                yield name, (module, tensor)
-
-    def _calibrated(self, block: str, layer: Any, tensor: PlannedTensor, moment: Tensor) -> Calibrated:
-        transposed = type(layer).__name__ == "Conv1D"  # stored as [I, O]
+    def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
-        weight = layer.weight.detach().float()
+        weight = turn.layer.weight.detach().float()
         codes = finished_codes(self.workshop, self.plan, tensor)
         if codes is None:
             coefficients = basis.forward(weight)
-            own = coefficients.T.contiguous() if transposed else coefficients
-            found = _at_rate(own, feedback_factor(moment, basis), self.plan.options.target, basis)
-            codes = found.T if transposed else found
+            own = coefficients.T.contiguous() if turn.transposed else coefficients
+            found = _at_rate(own, feedback_factor(turn.moment, basis), self.plan.options.target, basis)
+            codes = found.T if turn.transposed else found
             leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
         restored = basis.inverse(codes.coefficients())
-        sides = (weight.T, restored.T) if transposed else (weight, restored)
-        done = Calibrated(tensor.info.name, output_error(*sides, moment), block)
-        with torch.no_grad():
-            layer.weight.copy_(restored)
-        return done
+        sides = (weight.T, restored.T) if turn.transposed else (weight, restored)
+        turn.put(restored)
+        return Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
 
 
 def _at_rate(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis) -> Codes:

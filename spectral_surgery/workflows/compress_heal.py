@@ -15,11 +15,12 @@ from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOp
 from spectral_surgery.checkpoint.publish import partial_folder
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
+from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import HealReport, heal
 from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.layer_moments import CalibrationData
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
 

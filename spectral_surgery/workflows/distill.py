@@ -162,6 +162,7 @@ class _Run:
                 self._evaluate(losses)
                 losses = []
                 self.course.seconds = earlier + time.perf_counter() - before
+                self._plan_again()
                 self._save()
         with torch.no_grad():
             for name, own in self.parameters.items():
@@ -224,6 +225,12 @@ class _Run:
         spent = time.perf_counter() - start
         each = torch.tensor(spent / _TIMED / _SHARE + judging / self.settings.eval_every)
         return max(_TIMED, int((seconds - spent) / self._mean(each)))
+
+    def _plan_again(self) -> None:
+        """Fit what is left into the minutes: the first steps were a rough measure."""
+        if not self.settings.steps and self.course.step < self.course.steps:
+            each = self._mean(torch.tensor(self.course.seconds)) / self.course.step
+            self.course.steps = self.course.step + max(0, int((60 * self.settings.minutes) / each) - self.course.step)
 
     def _mean(self, value: Tensor) -> float:
         if self.world > 1:

@@ -28,6 +28,7 @@ from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import source_digest
 from spectral_surgery.checkpoint.writer import Entry, write_checkpoint
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.distill import Course, DistillSettings
 from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.heal_model import HealData, Healed, Workplace, heal_blocks, heal_whole
@@ -51,6 +52,7 @@ class HealReport:
         trained: weights, and coefficients in them.
         untrained: compressed tensors that no parameter of the model (or of its blocks) holds, left as they were.
         seconds: wall time.
+        peak_rss_bytes: largest resident memory of this process so far.
         blocks: of block-wise healing, the held-out relative error of every block before and after.
     """
 
@@ -60,6 +62,7 @@ class HealReport:
     trained: tuple[int, int]
     untrained: tuple[str, ...]
     seconds: float
+    peak_rss_bytes: int
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
@@ -79,6 +82,7 @@ class HealReport:
             "relative_error": total.relative_error,
             "density": total.density,
             "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
         }
 
 
@@ -151,7 +155,9 @@ def _result(
     entries, manifest = recoded(checkpoint, replaced, told)
     untrained = tuple(name for name in checkpoint.manifest.tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
-    return entries, HealReport(manifest, objective, course, trained, untrained, seconds, healed.blocks)
+    return entries, HealReport(
+        manifest, objective, course, trained, untrained, seconds, peak_rss_bytes(), healed.blocks
+    )
 
 
 def _write(

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, is_compressed, open_compressed
-from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.spectra.baselines import Baseline, baseline
-from spectral_surgery.workflows.baseline_checkpoint import Cost, matrices_of, plain_cost, write_baseline
+from spectral_surgery.spectra.baselines import Baseline, BaselineResult, baseline
+from spectral_surgery.workflows.baseline_checkpoint import Cost, Matrices, matrices_of, plain_cost, write_baseline
 from spectral_surgery.workflows.distance import Distance, distance
+from spectral_surgery.workflows.gptq_baseline import BITS, gptq_weights
 from spectral_surgery.workflows.judge import EvalData, Judge
+from spectral_surgery.workflows.layer_moments import CalibrationData
 from spectral_surgery.workflows.progress import Progress, silent
 
 Measures = dict[str, float]
+_NEAREST = {"gptq4": "int4", "gptq3": "int3", "gptq2": "int2"}  # for what is in no block, such as embeddings
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Beside:
         others: more checkpoints like B.
         baselines: names in BASELINES, or short ones; made of A, of the matrices that the compressed ones compress.
         bits: per weight, of baselines that need a rate; None for the rate of each compressed checkpoint.
+        calibration: text for baselines that need some: gptq4, gptq3, gptq2.
     """
 
     others: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = ()
     bits: float | None = None
+    calibration: CalibrationData | None = None
 
     @property
     def given(self) -> bool:
@@ -97,7 +102,9 @@ def model_table(
     for label, own, bits in asked:  # first: what they refuse is known before the long part
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as name:
             folder, index = Path(name), read_index(a)
-            cost = write_baseline(index, matrices_of(index, compressed[0] if compressed else None), own, bits, folder)
+            matrices = matrices_of(index, compressed[0] if compressed else None)
+            made = _calibrated(a, index, matrices, label, beside)
+            cost = write_baseline(index, matrices, own, bits, folder, made=made)
             found.append(judge.measures(folder) if judge else {})
         beside_rows.append(ModelRow(label, cost, _own(found[-1])))
         done += 1
@@ -114,6 +121,15 @@ def model_table(
     first = ModelRow(a.name, _cost(a, compressed, 0.0), of_a)
     measures = pairs[0] if pairs else {f"{name}_a": value for name, value in of_a.items()}
     return (first, *rows, *beside_rows), distances[0] if distances else Distance(), measures
+
+
+def _calibrated(
+    a: Path, index: CheckpointIndex, matrices: Matrices, label: str, beside: Beside
+) -> dict[str, BaselineResult]:
+    """What a calibrated baseline makes of the layers in blocks; nothing for other baselines."""
+    if label not in BITS or beside.calibration is None:
+        return {}
+    return gptq_weights(a, index, matrices.shapes, beside.calibration, BITS[label])
 
 
 def _own(pair: Measures) -> Measures:
@@ -133,6 +149,11 @@ def _asked(beside: Beside, compressed: list[CompressedCheckpoint]) -> Iterator[t
     """Label, baseline and rate of each row; one of each rate where a rate is needed."""
     rates = [beside.bits] if beside.bits else [own.manifest.report.bits_per_weight for own in compressed]
     for name in beside.baselines:
+        if name in BITS:
+            if beside.calibration is None:
+                raise ConfigError(f"eval --baseline {name}: needs text to calibrate on. Give some with --calibrate.")
+            yield name, baseline(_NEAREST[name]), None
+            continue
         own = baseline(name)
         if not own.budgeted:
             yield own.label, own, None

@@ -107,11 +107,11 @@ OBJECTIVES: Table[Objective] = Table(
             "AutoModelForSequenceClassification",
             _with_hidden,
             _classes,
-            48,
+            24,
             128,
         ),
         Objective(
-            "embeddings", "sentence embeddings, and hidden states", "AutoModel", _with_hidden, _embeddings, 48, 128
+            "embeddings", "sentence embeddings, and hidden states", "AutoModel", _with_hidden, _embeddings, 24, 128
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from spectral_surgery import bench
 from spectral_surgery.bench import case as case_module
-from spectral_surgery.bench import runner, timing, weights
+from spectral_surgery.bench import language_model, runner, timing, weights
 from spectral_surgery.bench.case import BenchCase, CheckFailedError, require
-from spectral_surgery.bench.cases import coding, engine, rate, spectral_matmul, speed
+from spectral_surgery.bench.cases import coding, engine, generate, rate, spectral_matmul, speed
 from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.models import load_tokenizer
 from spectral_surgery.registry import Table
 from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.decompress import decompress
 
 
 def matrix(rows: int = 300, columns: int = 200) -> torch.Tensor:
@@ -46,9 +49,11 @@ def test_names_are_those_of_the_commands() -> None:
         "tiles",
         "speed",
         "spectral_matmul",
+        "generate",
         "fourierft",
         "mixers",
         "memory",
+        "text",
         "workers",
     ]
 
@@ -74,6 +79,21 @@ def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
     found = {(row["layer"], row["tokens"]) for row in rows}
     assert found == {(name, tokens) for name in ("int8", "int4", "dense bfloat16") for tokens in (1, 8, 64, 512)}
     assert all(float(str(row["ms"])) > 0 for row in rows)
+
+
+def test_a_generating_model_that_differs_fails_the_check(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    size = generate.TINY
+    ways = generate.prepare(tmp_path, size)
+    decompress(ways["coded"].folder, tmp_path / "exact", dtype="float32")
+    exact = generate.Way(tmp_path / "exact")
+    models = generate.check(exact, ways, size)
+    assert list(models) == list(ways)
+    timings = generate._speeds(models, load_tokenizer(ways["coded"].folder), size)
+    assert all(timing.median > 0 for timing in timings.values())
+    other = language_model.write_model(tmp_path / "other", replace(size, layers=2))
+    with pytest.raises(CheckFailedError, match=r"another in bfloat16: relative error .* of the logits"):
+        generate.check(exact, {"another": generate.Way(other)}, size)
 
 
 def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from spectral_surgery.workflows.decompress import decompress
 pytest.importorskip("transformers")
 
 from spectral_surgery.models import load_model
-from spectral_surgery.workflows.calibrate import CalibrationData, compress_calibrated
+from spectral_surgery.workflows.calibrate import compress_calibrated
+from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_train import WORDS, save_tokenizer
 
 KINDS = {

@@ -187,4 +187,4 @@ def test_commands(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     text.write_text("text")
     wrong = invoke("compress", tuned, tmp_path / "no", *options, "--calibrate", text)
     assert wrong.exit_code == 2
-    assert "it has no --shard or --base" in wrong.output
+    assert "they have no --shard or --base" in wrong.output

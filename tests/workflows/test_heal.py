@@ -23,11 +23,11 @@ from spectral_surgery.workflows.decompress import decompress
 pytest.importorskip("transformers")
 
 from spectral_surgery.models import load_model
-from spectral_surgery.workflows.calibrate import CalibrationData
 from spectral_surgery.workflows.compress_heal import compress_healed
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
 from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_calibrate import KINDS, save_model
 from tests.workflows.test_train import WORDS
 

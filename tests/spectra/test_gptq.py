@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_surgery.bench.gptq import gptq
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.spectra.baselines import int_groups
 from spectral_surgery.spectra.feedback import output_error
+from spectral_surgery.spectra.gptq import gptq
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

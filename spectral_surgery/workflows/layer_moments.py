@@ -1,0 +1,123 @@
+"""The linear layers of a checkpoint in the order in which a model runs them, with what they are given on some text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
+from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
+from spectral_surgery.workflows.merge_plan import tensor_of
+from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
+
+_IN_MEMORY = 256 << 20  # bytes of activations; more go to a file
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Text to calibrate on.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        samples: sequences at most.
+        seq_length: tokens of a sequence at most.
+    """
+
+    file: Path
+    samples: int = 512
+    seq_length: int = 256
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work."""
+        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
+
+
+@dataclass(frozen=True)
+class LayerMoment:
+    """A layer in its turn.
+
+    Attributes:
+        block: name of its block; empty when the model has no list of blocks.
+        layer: nn.Linear, or Conv1D of transformers.
+        tensor: name of its weight in the checkpoint.
+        moment: H = Xᵀ X of its inputs, [I, I] float32.
+    """
+
+    block: str
+    layer: Any
+    tensor: str
+    moment: Tensor
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as [I, O]."""
+        return type(self.layer).__name__ == "Conv1D"
+
+    def put(self, weight: Tensor) -> None:
+        """Give the layer another weight, of the shape it is stored in, for the blocks after it to be judged with."""
+        with torch.no_grad():
+            self.layer.weight.copy_(weight)
+
+
+def layer_moments(
+    source: Path,
+    index: CheckpointIndex,
+    data: CalibrationData,
+    names: Container[str],
+    *,
+    folder: Path | None = None,
+    progress: Progress = silent,
+) -> Iterator[LayerMoment]:
+    """Visit the layers in blocks, one block in memory at a time; layers that no sample reaches are left out.
+
+    All layers of a block are seen with the blocks before it as they were left, see `LayerMoment.put`.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        index: of it.
+        data: text.
+        names: of the tensors wanted.
+        folder: for activations that do not fit into memory; None for the folder of temporary files.
+        progress: called after each layer.
+
+    Raises:
+        ConfigError: when there is no text, or the model does not know its tokens.
+        CheckpointError: when the model cannot be loaded.
+    """
+    lazy = load_lazily(source, index, "AutoModel")
+    causal = task_of(index.config) == "CAUSAL_LM"
+    sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
+    count, total = 0, sum(1 for _ in _layers(index, names, "", lazy.model))
+    with closing(Shelf(_IN_MEMORY, folder)) as shelf:
+        batches = equal_lengths(sequences)
+        for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
+            layers = dict(_layers(index, names, f"{block}." if block else "", module))
+            with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
+                run()
+            for key, (layer, tensor) in layers.items():
+                if key in moments:
+                    yield LayerMoment(block, layer, tensor, moments[key])
+                count += 1
+                progress(count, total, tensor)
+
+
+def _layers(
+    index: CheckpointIndex, names: Container[str], prefix: str, block: nn.Module
+) -> Iterator[tuple[str, tuple[Any, str]]]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            info = tensor_of(index, f"{prefix}{name}.weight")
+            if info is not None and info.name in names and len(info.shape) == 2:
+                yield name, (module, info.name)
