@@ -140,8 +140,9 @@ class _Calibration:
             leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
         restored = basis.inverse(codes.coefficients())
         sides = (weight.T, restored.T) if turn.transposed else (weight, restored)
+        done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
         turn.put(restored)
-        return Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
+        return done
 
 
 def _at_rate(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis) -> Codes:

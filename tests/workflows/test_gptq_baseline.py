@@ -39,8 +39,8 @@ def test_layers_of_blocks_are_quantised_as_they_are_stored(tmp_path: Path, kind:
         assert made.weight.shape == original.shape
         assert 0 < float((made.weight - original).norm() / original.norm()) < 0.3
         assert 4 < 8 * made.stored_bytes / original.numel() < 4.5
-        levels = len(made.weight.T[0].unique()) if kind == "gpt2" else len(made.weight[0].unique())
-        assert levels <= 16
+        rows = made.weight.T if kind == "gpt2" else made.weight
+        assert len(rows[0, :128].unique()) <= 16  # the levels of a group
 
 
 def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) -> None:
