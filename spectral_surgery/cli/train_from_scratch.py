@@ -87,6 +87,8 @@ def _all(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
 @_all(_TRAINING)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
 @click.option("--overwrite", is_flag=True, help="Discard what is in OUT.")
+@shared.hub_options
+@shared.push_option
 @shared.output_options
 @click.pass_obj
 def command(
@@ -116,6 +118,9 @@ def command(
     length = options["seq_length"]
     options |= {name: options[name] or length for name in ("max_seq_length", "kernel_length")}
     other = next(name for name in STARTS if name != start)
+    access = shared.hub_access(quiet=quiet)
+    if shared.shard_of(None)[0] == 0:
+        access.prepare()
     with output.progress(quiet=quiet, unit=" steps") as progress:
         report = workflow.train_from_scratch(
             *(start, out, _data(options), _sizes(options), _settings(options)),
@@ -125,7 +130,7 @@ def command(
             progress=progress,
         )
     if report.is_main:
-        _show(report, as_json=as_json)
+        _show(report, access.pushed(out), as_json=as_json)
 
 
 def _of(kind: Any, options: dict[str, Any]) -> Any:
@@ -156,9 +161,9 @@ def _settings(options: dict[str, Any]) -> Any:
     return _of(TrainSettings, options | {"head_learning_rate": options["learning_rate"]})
 
 
-def _show(report: ScratchReport, *, as_json: bool) -> None:
+def _show(report: ScratchReport, pushed: dict[str, object], *, as_json: bool) -> None:
     if as_json:
-        output.print_json("train", report.to_json())
+        output.print_json("train", report.to_json() | pushed)
         return
     rows: list[dict[str, object]] = [
         {

@@ -16,6 +16,8 @@ from spectral_surgery.integrations.trainer import CHECKPOINTS
 from spectral_surgery.workflows.check import Checked, check_folder
 from spectral_surgery.workflows.facts import HERE
 from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.train import METRICS_FILE
+from spectral_surgery.workflows.train_from_scratch import CONTROL
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _WHAT = {"compressed": "compressed checkpoint", "adapter": "adapter", "dense": "checkpoint"}
@@ -98,7 +100,7 @@ def push(
     if revision and create_pr:
         raise ConfigError("--create-pr: opens a pull request to the default branch; no --revision is accepted with it.")
     checked = check_folder(folder, progress=progress)
-    files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder, checked)}
+    files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder)}
     here = card_text(folder, checked, target.name)
     files[cards.FILE_NAME] = here.encode()
     hub.refuse_tokens(files, token)
@@ -127,10 +129,11 @@ def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None
     return kept if kept == here else cards.transplanted(kept, here)
 
 
-def _published(folder: Path, checked: Checked) -> list[Path]:
-    """Files to publish: of a training, not the states of optimizers, which are for going on here."""
+def _published(folder: Path) -> list[Path]:
+    """Files to publish: of a training, not the states of optimizers, nor the model it was compared with."""
     found = visible_files(folder)
-    return [path for path in found if path.parts[0] != CHECKPOINTS] if checked.kind == "adapter" else found
+    trained = (folder / METRICS_FILE).exists()
+    return [path for path in found if path.parts[0] not in (CHECKPOINTS, CONTROL)] if trained else found
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -138,6 +138,20 @@ def test_a_trained_adapter_is_loaded_by_name(hub: LoopbackHub, client: Client, l
     assert python(hub, tmp_path / "home", "-c", script + check) == "2\n"
 
 
+def test_a_model_from_nothing_is_pushed_without_its_control(
+    hub: LoopbackHub, client: Client, llama: Path, tmp_path: Path
+) -> None:
+    small = ("--d-model", "16", "--num-layers", "1", "--heads", "4", "--steps", "2", "--seq-length", "16")
+    small += ("--vocab-size", "280", "--device", "cpu", "--control", "--data", llama.parent / "long.txt")
+    (llama.parent / "long.txt").write_text("To be, or not to be, that is the question. " * 100)
+    done = client.result("train", "--init", "fftnet", tmp_path / "a", *small, "--push", "me/fftnet")
+    assert (tmp_path / "a" / "control" / "config.json").exists()
+    names = {name.partition("/")[0] for name in done["pushed"]["files"]}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not {"control", "checkpoints"} & names
+    assert set(done["pushed"]["files"]) <= set(hub.contents("me/fftnet"))
+
+
 def test_the_example_of_an_adapter(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     hub.seed("org/llama", llama)
     arguments = ("examples/train_push_load.py", "org/llama", llama.parent / "text.txt", tmp_path / "out", "me/adapter")
