@@ -103,8 +103,13 @@ def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
     """
     transformers = _transformers()
     tokenizer = load_tokenizer(folder)
-    from accelerate import init_empty_weights
-
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise BackendError(
+            "accelerate: not installed; it is needed to build models without weights. pip install"
+            " 'spectral-surgery[hf]'"
+        ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
-from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest, PartRecord
-from spectral_surgery.checkpoint.units import copy_entry
+from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
+from spectral_surgery.checkpoint.units import copy_entry, part_record
 from spectral_surgery.checkpoint.writer import Entry
 from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
 
@@ -34,20 +33,13 @@ def recoded(
     records = dict(checkpoint.manifest.tensors)
     for name, parts in replaced.items():
         record = records[name]
-        own = [_part(before, *part) for before, part in zip(record.parts, parts, strict=True)]
+        own = [part_record(before.rows, *part) for before, part in zip(record.parts, parts, strict=True)]
         records[name] = replace(record, parts=tuple(own))
         entries |= {entry.name: entry for entry in _entries(name, [encoded for encoded, _ in parts])}
     manifest = checkpoint.manifest
     return list(entries.values()), Manifest(
         records, manifest.aliases, dict(manifest.options) | dict(options), manifest.source
     )
-
-
-def _part(before: PartRecord, encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
-    crc = 0
-    for frame in encoded.frames:
-        crc = zlib.crc32(frame, crc)
-    return PartRecord(before.rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
 
 
 def _entries(name: str, parts: Sequence[EncodedSpectrum]) -> list[Entry]:

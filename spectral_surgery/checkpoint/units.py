@@ -112,7 +112,7 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
         encoded, report = encode(weight, options.target, basis, threads=threads)
     except ConfigError as error:
         raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
-    _save(workshop, unit, encoded, _part_record((start, stop), encoded, report))
+    _save(workshop, unit, encoded, part_record((start, stop), encoded, report))
     return report
 
 
@@ -140,7 +140,7 @@ def leave_codes(
         start, stop = tensor.parts[unit.part]
         own = replace(codes, values=codes.values[start:stop])
         encoded, report = encode_codes(coefficients[start:stop], own, basis, threads=threads)
-        _save(workshop, unit, encoded, _part_record((start, stop), encoded, report))
+        _save(workshop, unit, encoded, part_record((start, stop), encoded, report))
 
 
 def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Codes | None:
@@ -166,7 +166,8 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
     return Codes(torch.cat(parts), float(step[0]), float(step[-1]))
 
 
-def _part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
+def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
+    """What the manifest says of encoded rows."""
     crc = 0
     for frame in encoded.frames:
         crc = zlib.crc32(frame, crc)

@@ -179,6 +179,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     spectra = place.spectra({name: tuple(own.shape) for name, own in student.named_parameters()})
     if not spectra:
         raise CheckpointError("heal: no compressed tensor is a parameter of the model; nothing can be trained.")
+    _put_rest(place, student, spectra, objective.auto_class)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
     train, held = place.sequences(tokenizer, teacher, objective)
     size = min(place.data.batch_size or objective.batch_size, len(train))
@@ -198,6 +199,18 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     return healed
 
 
+def _put_rest(place: Workplace, student: Any, trained: Mapping[str, tuple[str, object]], auto_class: str) -> None:
+    """Give a student what is stored where it is not trained, as fused experts are not: that is what will run."""
+    if place.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
+        return
+    stored = load_model(place.checkpoint.index.root, auto_class, dtype=torch.float32)[0]
+    stored.dequantize()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name not in trained:
+                parameter.copy_(stored.get_parameter(name))
+
+
 def heal_blocks(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
     """Train block after block, each on what the healed blocks before it give, until it gives what the original gives.
 
@@ -208,11 +221,15 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
         progress: called after each step of each block.
 
     Raises:
-        CheckpointError: when nothing can be trained.
+        CheckpointError: when nothing can be trained, or the model has no list of blocks that can be read one by one.
         ConfigError: when the text does not do, or a loss is not finite.
-        TargetError: when the model has no list of blocks.
     """
     lazy = load_lazily(place.teacher, place.index, "AutoModel")
+    if lazy.whole:
+        raise CheckpointError(
+            "heal --blocks: the model stores parameters in another form than it computes with, such as fused experts;"
+            " other models are accepted. Heal it without --blocks."
+        )
     train, held = place.sequences(lazy.tokenizer, lazy.model, objective)
     prefix, blocks = find_blocks(lazy.model)
     tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
@@ -220,8 +237,9 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     first, healed = len(batches[0]), Healed()
     with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
         with lazy.holding("", f"{prefix}."):
+            wanted = [captured_inputs(lazy.model, blocks[0], own) for part in batches for own in part]
+            _put_stored(place, lazy.model, f"{prefix}.")
             given = [captured_inputs(lazy.model, blocks[0], own) for part in batches for own in part]
-        wanted = given
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
@@ -238,6 +256,14 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     healed.course.held_out = [(0, before), (healed.course.step, after)]
     healed.course.best_step = healed.course.step
     return healed
+
+
+def _put_stored(place: Workplace, model: nn.Module, without: str) -> None:
+    """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
+    outside = {name: own for name, own in model.named_parameters() if not name.startswith(without)}
+    with torch.no_grad():
+        for name, (_, parts) in place.spectra({name: tuple(own.shape) for name, own in outside.items()}).items():
+            outside[name].copy_(torch.cat([part.to_dense() for part in parts]).reshape(outside[name].shape))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
@@ -92,11 +93,13 @@ def layer_moments(
         progress: called after each layer.
 
     Raises:
-        ConfigError: when there is no text, or the model does not know its tokens.
+        ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
         CheckpointError: when the model cannot be loaded.
     """
-    lazy = load_lazily(source, index, "AutoModel")
-    causal = task_of(index.config) == "CAUSAL_LM"
+    task = task_of(index.config)
+    if task == "SEQ_2_SEQ_LM":
+        raise ConfigError("calibrate: the model has an encoder and a decoder; models of one of them are accepted.")
+    lazy, causal = load_lazily(source, index, "AutoModel"), task == "CAUSAL_LM"
     sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
     check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
     count, total = 0, sum(1 for _ in _layers(index, names, "", lazy.model))

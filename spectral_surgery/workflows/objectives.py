@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.registry import Table
 
 Batch = dict[str, Tensor]
@@ -43,7 +44,12 @@ def objective_of(task: str | None) -> Objective:
 
     Args:
         task: in PEFT's words, as CAUSAL_LM.
+
+    Raises:
+        ConfigError: for encoder-decoder models, which a text alone does not run.
     """
+    if task == "SEQ_2_SEQ_LM":
+        raise ConfigError("heal: the model has an encoder and a decoder; models of one of them are accepted.")
     return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task or "", "embeddings")]
 
 

@@ -23,13 +23,14 @@ from spectral_surgery.workflows.decompress import decompress
 pytest.importorskip("transformers")
 
 from spectral_surgery.models import load_model
+from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress_heal import compress_healed
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
 from spectral_surgery.workflows.heal_model import HealData
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_calibrate import KINDS, save_model
-from tests.workflows.test_train import WORDS
+from tests.workflows.test_train import WORDS, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FILES = ("model.safetensors", "spectral_surgery.json")
@@ -246,6 +247,55 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, text: Path) -> None
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match=r"has token 1\d where the model knows 12; a tokenizer of this very model"):
         heal(tmp_path / "sparse", source, tmp_path / "out", HealData(text, 16, 16), FEW)
+
+
+def save_other(kind: str, folder: Path) -> Path:
+    import transformers
+
+    sizes = {"vocab_size": 12, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if kind == "moe":
+        moe = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **moe, head_dim=32))
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.data.mul_(20)  # so that they matter
+    elif kind == "classes":
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3))
+    else:
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=12, d_model=64, d_ff=96, num_layers=1, num_heads=2, d_kv=32)
+        )
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_what_is_not_trained_counts_as_it_is_stored(tmp_path: Path, text: Path) -> None:
+    source = save_other("moe", tmp_path / "model")
+    compress(source, tmp_path / "experts", CompressOptions(Target("bits", 1.0)))
+    report = heal(tmp_path / "experts", source, tmp_path / "out", HealData(text, 16, 16), FEW)
+    assert len(report.untrained) == 12  # experts, which the model fuses
+    with_experts = report.course.held_out[0][1]
+    compress(source, tmp_path / "rest", CompressOptions(Target("bits", 1.0), exclude=("*experts*",)))
+    report = heal(tmp_path / "rest", source, tmp_path / "other", HealData(text, 16, 16), FEW)
+    assert report.course.held_out[0][1] < 0.9 * with_experts
+    with pytest.raises(CheckpointError, match="heal --blocks: the model stores parameters in another form"):
+        heal(tmp_path / "experts", source, tmp_path / "no", HealData(text, 16, 16), FEW, blocks=True)
+
+
+def test_classifiers_heal_and_encoder_decoders_are_refused(tmp_path: Path, text: Path) -> None:
+    source = save_other("classes", tmp_path / "model")
+    compress(source, tmp_path / "sparse", SPARSE)
+    report = heal(tmp_path / "sparse", source, tmp_path / "out", HealData(text, 16, 16), MANY)
+    assert report.objective == "classes"
+    assert report.course.best < report.course.held_out[0][1]
+    t5 = save_other("t5", tmp_path / "t5")
+    compress(t5, tmp_path / "t5-sparse", SPARSE)
+    with pytest.raises(ConfigError, match="heal: the model has an encoder and a decoder; models of one of them"):
+        heal(tmp_path / "t5-sparse", t5, tmp_path / "no", HealData(text, 16, 16), FEW)
+    with pytest.raises(ConfigError, match="calibrate: the model has an encoder and a decoder; models of one"):
+        compress_calibrated(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), CalibrationData(text, 8, 16))
 
 
 def run(*words: object) -> tuple[int, str]:
