@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,10 @@ def load_model(
     elif labels is not None:
         own = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     tokenizer = load_tokenizer(folder)
-    try:
+    with _loading(folder, auto_class):
         model = getattr(transformers, auto_class).from_pretrained(
             folder, local_files_only=True, dtype=dtype or "auto", **own
         )
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
@@ -110,16 +106,11 @@ def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
             "accelerate: not installed; it is needed to build models without weights. pip install"
             " 'spectral-surgery[hf]'"
         ) from None
-    try:
+    with _loading(folder, auto_class):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
             model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
         model.tie_weights()
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
     return model.eval().requires_grad_(requires_grad=False), tokenizer
 
 
@@ -180,6 +171,18 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
         dtype: of the files.
     """
     model.to(dtype).save_pretrained(folder)
+
+
+@contextmanager
+def _loading(folder: Path, auto_class: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder that it cannot load into one line."""
+    try:
+        yield
+    except SpectralSurgeryError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
 
 
 def load_tokenizer(folder: Path) -> Any:

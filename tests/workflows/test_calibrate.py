@@ -42,14 +42,8 @@ def save_model(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
+def write_text(file: Path) -> Path:
+    """Two hundred lines of words in random order."""
     generator = torch.Generator().manual_seed(0)
     lines = [
         " ".join(WORDS[i] for i in torch.randint(0, 10, (int(n),), generator=generator))
@@ -57,6 +51,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     file.write_text("\n".join(lines))
     return file
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def hidden(folder: Path) -> torch.Tensor:

@@ -29,8 +29,8 @@ from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
 from spectral_surgery.workflows.heal_model import HealData
 from spectral_surgery.workflows.layer_moments import CalibrationData
-from tests.workflows.test_calibrate import KINDS, save_model
-from tests.workflows.test_train import WORDS, save_tokenizer
+from tests.workflows.test_calibrate import KINDS, save_model, write_text
+from tests.workflows.test_train import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FILES = ("model.safetensors", "spectral_surgery.json")
@@ -42,14 +42,7 @@ SPARSE = CompressOptions(Target("density", 0.2))
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = torch.Generator().manual_seed(0)
-    lines = [
-        " ".join(WORDS[i] for i in torch.randint(0, 10, (int(n),), generator=generator))
-        for n in torch.randint(3, 9, (200,), generator=generator)
-    ]
-    file.write_text("\n".join(lines))
-    return file
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
