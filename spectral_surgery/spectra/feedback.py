@@ -21,6 +21,7 @@ from spectral_surgery.spectra.quantized import dequantize
 from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
+_COLUMNS = 512  # of H in double precision at once
 _DAMPING = 0.01  # of the mean of the diagonal: directions that the text never took are not free
 
 
@@ -69,11 +70,12 @@ def feedback_factor(moment: Tensor, basis: Basis, damping: float = _DAMPING) -> 
     if not mean > 0 or mean == float("inf"):
         raise ConfigError("moment: inputs are zero or not finite; some text that reaches this layer is accepted.")
     turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment
-    turned = turned.double() / mean
-    turned = (turned + turned.T) / 2 + damping * torch.eye(len(turned), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(turned))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    reversed_ = turned.flip(0, 1).double().div_(mean)  # H' = R Rᵀ with R upper, which is what Cholesky gives of this
+    reversed_.diagonal().add_(damping)
+    root = torch.linalg.cholesky(reversed_)  # reads the lower triangle only
+    identity = torch.eye(len(root), dtype=torch.float64, out=reversed_)
+    inverse: Tensor = torch.linalg.solve_triangular(root, identity, upper=False, out=identity)
+    return inverse.float().flip(0, 1)
 
 
 def feedback_codes(coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0) -> Codes:
@@ -114,9 +116,12 @@ def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
         restored: of the same shape.
         moment: H, [I, I].
     """
-    difference, moment = (weight - restored).double(), moment.double()
-    whole = float(((weight.double() @ moment) * weight).sum())
-    lost = float(((difference @ moment) * difference).sum())
+    difference, weight = (weight - restored).double(), weight.double()
+    whole = lost = 0.0
+    for start in range(0, len(moment), _COLUMNS):
+        own, columns = moment[:, start : start + _COLUMNS].double(), slice(start, start + _COLUMNS)
+        whole += float(((weight @ own) * weight[:, columns]).sum())
+        lost += float(((difference @ own) * difference[:, columns]).sum())
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 

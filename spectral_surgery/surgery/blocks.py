@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,15 +19,34 @@ from spectral_surgery.errors import ConfigError, TargetError
 
 Batch = dict[str, Tensor]
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, the hidden states first
+Held = Callable[[], Tensor]  # activations that wait, perhaps on the disk, until they are called for
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a block is given for some sequences.
+
+    Attributes:
+        hidden: hidden states, [B, T, D].
+        args: the other arguments that are given by place.
+        named: those that are given by name.
+    """
+
+    hidden: Held
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def through(self, block: nn.Module) -> Tensor:
+        """The hidden states that a block gives."""
+        return hidden_of(block(self.hidden(), *self.args, **self.named))
 
 
 def _all_there(prefix: str, without: str) -> AbstractContextManager[None]:  # noqa: ARG001 - nothing to do
     return nullcontext()
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+def _in_memory(tensor: Tensor) -> Held:
+    return lambda: tensor
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the first block
@@ -57,8 +77,8 @@ def blocks_in_turn(
     batches: Sequence[Batch],
     *,
     holding: Callable[[str, str], AbstractContextManager[None]] = _all_there,
-    keep: Callable[[Tensor], Tensor] = _as_it_is,
-) -> Iterator[tuple[str, nn.Module, Callable[[], list[Tensor]]]]:
+    keep: Callable[[Tensor], Held] = _in_memory,
+) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor]]]]:
     """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
 
     A model without a list of blocks is one block, with the empty name, that is run from its beginning.
@@ -70,7 +90,7 @@ def blocks_in_turn(
         keep: puts activations away until they are needed.
 
     Yields:
-        (name of the block, the block, a function that runs it on all samples and returns its outputs).
+        (name of the block, the block, a function that runs it on one sample after the other and yields its outputs).
 
     Raises:
         ConfigError: when there is no sample.
@@ -83,13 +103,13 @@ def blocks_in_turn(
             yield "", model, partial(_run_whole, model, batches)
         return
     with holding("", f"{prefix}."):
-        inputs = [captured_inputs(model, blocks[0], batch) for batch in batches]
+        inputs = [captured_inputs(model, blocks[0], batch, keep) for batch in batches]
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
         with holding(f"{name}.", ""):
-            yield name, block, partial(run_block, block, inputs)
+            yield name, block, partial(outputs_of, block, inputs)
             if number + 1 < len(blocks):
-                inputs = with_hidden(inputs, run_block(block, inputs, keep))
+                inputs = next_inputs(block, inputs, keep)
 
 
 @contextmanager
@@ -114,8 +134,9 @@ def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
                 leaders[name] = last[1] if last is not None and last[0] is x else name
             if leaders[name] == name:
                 flat = x.detach().reshape(-1, x.shape[-1]).float()
-                own = flat.T @ flat
-                found[name] = found[name] + own if name in found else own
+                if name not in found:
+                    found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+                found[name].addmm_(flat.T, flat)
                 last = (x, name)
 
         return see
@@ -130,18 +151,21 @@ def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def captured_inputs(model: nn.Module, first: nn.Module, batch: Batch) -> Arguments:
+def captured_inputs(
+    model: nn.Module, first: nn.Module, batch: Batch, keep: Callable[[Tensor], Held] = _in_memory
+) -> Sample:
     """What a model gives to its first block; nothing after that is run.
 
     Args:
         model: in eval mode.
         first: the block.
         batch: arguments of the model by name.
+        keep: puts the hidden states away.
 
     Raises:
         TargetError: when the block is not run.
     """
-    seen: list[Arguments] = []
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.append((args, named))
@@ -162,20 +186,21 @@ def captured_inputs(model: nn.Module, first: nn.Module, batch: Batch) -> Argumen
     if not args:  # the hidden states came by name
         name = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
         args = (named.pop(name),)
-    return args, named
+    return Sample(keep(args[0]), args[1:], named)
 
 
-def with_hidden(inputs: Sequence[Arguments], hidden: Sequence[Tensor]) -> list[Arguments]:
-    """The arguments of the next block: its hidden states, and the rest as it was."""
-    return [((own, *args[1:]), named) for own, (args, named) in zip(hidden, inputs, strict=True)]
+def next_inputs(
+    block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = _in_memory
+) -> list[Sample]:
+    """The arguments of the next block: the hidden states that this one gives, and the rest as it was."""
+    return [replace(sample, hidden=keep(own)) for sample, own in zip(inputs, outputs_of(block, inputs), strict=True)]
 
 
-def run_block(
-    block: nn.Module, inputs: Sequence[Arguments], keep: Callable[[Tensor], Tensor] = _as_it_is
-) -> list[Tensor]:
-    """Hidden states that a block gives for all samples; no gradients."""
-    with torch.no_grad():
-        return [keep(hidden_of(block(*args, **named))) for args, named in inputs]
+@torch.no_grad()
+def outputs_of(block: nn.Module, inputs: Sequence[Sample]) -> Iterator[Tensor]:
+    """Hidden states that a block gives for one sample after the other; no gradients."""
+    for sample in inputs:
+        yield sample.through(block)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -183,6 +208,7 @@ def hidden_of(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)
 
 
-def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    with torch.no_grad():
-        return [hidden_of(model(**batch, return_dict=False)) for batch in batches]
+@torch.no_grad()
+def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield hidden_of(model(**batch, return_dict=False))

@@ -22,7 +22,7 @@ from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import Codes, encode_codes
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
-from spectral_surgery.surgery.blocks import Arguments, captured_inputs, find_blocks, hidden_of, run_block, with_hidden
+from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
 from spectral_surgery.surgery.kept import kept_spectra, train_kept
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
@@ -33,7 +33,7 @@ from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths
 
 _HELD_PART, _HELD_MOST = 0.05, 64
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
-_IN_MEMORY = 256 << 20  # bytes of activations; more go to files
+_IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 
 
 @dataclass(frozen=True)
@@ -237,18 +237,18 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     first, healed = len(batches[0]), Healed()
     with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
         with lazy.holding("", f"{prefix}."):
-            wanted = [captured_inputs(lazy.model, blocks[0], own) for part in batches for own in part]
+            wanted = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
             _put_stored(place, lazy.model, f"{prefix}.")
-            given = [captured_inputs(lazy.model, blocks[0], own) for part in batches for own in part]
+            given = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
-                targets = run_block(block, wanted, shelf.put)
+                wanted = next_inputs(block, wanted, shelf.put)
                 told = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, given, targets, first)
+                turn = _Turn(name, block, given, [own.hidden for own in wanted], first)
                 _heal_block(place, turn, settings, told, healed)
-                outputs = run_block(turn.block, given, shelf.put)
-            given, wanted = with_hidden(given, outputs), with_hidden(wanted, targets)
+                given = next_inputs(turn.block, given, shelf.put)
+                del turn  # and the trained block with it, before the next one is read
     if not healed.replaced:
         raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
     sides = list(zip(*healed.blocks.values(), strict=True))
@@ -272,8 +272,8 @@ class _Turn:
 
     name: str
     block: nn.Module
-    given: Sequence[Arguments]
-    targets: Sequence[Tensor]
+    given: Sequence[Sample]
+    targets: Sequence[Held]
     train: int
 
 
@@ -316,24 +316,23 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
 class _Fed(nn.Module):
     """A block with the arguments of every sample."""
 
-    def __init__(self, block: nn.Module, given: Sequence[Arguments]) -> None:
+    def __init__(self, block: nn.Module, given: Sequence[Sample]) -> None:
         super().__init__()
         self.block, self._given = block, given
 
     def forward(self, place: Tensor) -> Tensor:
-        args, named = self._given[int(place)]
-        return hidden_of(self.block(*args, **named))
+        return self._given[int(place)].through(self.block)
 
 
 class _Known(nn.Module):
     """The outputs of a block, instead of a block."""
 
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Held]) -> None:
         super().__init__()
         self._outputs = outputs
 
     def forward(self, place: Tensor) -> Tensor:
-        return self._outputs[int(place)]
+        return self._outputs[int(place)]()
 
 
 def _stage(progress: Progress, number: int, count: int) -> Progress:

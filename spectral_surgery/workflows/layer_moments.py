@@ -21,7 +21,8 @@ from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 
-_IN_MEMORY = 256 << 20  # bytes of activations; more go to a file
+_IN_MEMORY = 32 << 20  # bytes of activations; more go to files
+_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,12 @@ def layer_moments(
     check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
     count, total = 0, sum(1 for _ in _layers(index, names, "", lazy.model))
     with closing(Shelf(_IN_MEMORY, folder)) as shelf:
-        batches = equal_lengths(sequences)
+        batches = equal_lengths(sequences, _TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
             layers = dict(_layers(index, names, f"{block}." if block else "", module))
             with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
-                run()
+                for _ in run():
+                    pass
             for key, (layer, tensor) in layers.items():
                 if key in moments:
                     yield LayerMoment(block, layer, tensor, moments[key])

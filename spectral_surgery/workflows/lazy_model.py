@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyMo
 
 
 class Shelf:
-    """Tensors in memory up to a limit, and in a file beyond it."""
+    """Tensors in memory up to a limit, and in files beyond it; each lasts as long as what `put` returned for it."""
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         """Start empty.
@@ -110,20 +111,36 @@ class Shelf:
         self._limit, self._used = limit, 0
         self._folder = tempfile.TemporaryDirectory(prefix="activations-", dir=folder)
 
-    def put(self, tensor: Tensor) -> Tensor:
-        """The same tensor, now perhaps a view of a file; it lasts as long as the shelf."""
-        self._used += tensor.nbytes
-        if self._used <= self._limit or not tensor.numel():
-            return tensor
-        file = tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False)  # noqa: SIM115 - only its name
-        file.close()
-        stored = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        return stored.reshape(tensor.shape).copy_(tensor)
+    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Put a tensor away; call what is returned to have it.
 
-    def put_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """`put` for each."""
-        return [self.put(tensor) for tensor in tensors]
+        A file is mapped for as long as somebody uses the tensor read from it: what only waits takes no memory.
+        """
+        if self._used + tensor.nbytes > self._limit and tensor.numel():
+            return self._filed(tensor)
+
+        def held() -> Tensor:
+            return tensor
+
+        self._used += tensor.nbytes
+        weakref.finalize(held, self._forget, tensor.nbytes)
+        return held
 
     def close(self) -> None:
         """Give the room back."""
         self._folder.cleanup()
+
+    def _filed(self, tensor: Tensor) -> Callable[[], Tensor]:
+        file = tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False)  # noqa: SIM115 - only its name
+        file.close()
+        size, dtype, shape = tensor.numel(), tensor.dtype, tensor.shape
+        torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape).copy_(tensor)
+
+        def held() -> Tensor:
+            return torch.from_file(file.name, size=size, dtype=dtype).reshape(shape)
+
+        weakref.finalize(held, Path(file.name).unlink, missing_ok=True)
+        return held
+
+    def _forget(self, nbytes: int) -> None:
+        self._used -= nbytes
