@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectral_surgery.errors import TargetError
 from spectral_surgery.layers import SpectralWeight
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
+from spectral_surgery.layers.rounded import Rounded
 from spectral_surgery.layers.trainable import TrainableWeight
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 
@@ -56,6 +58,37 @@ def train_kept(
             holder.original = values
             del kept.start
         found.append(cast(nn.Parameter, values))
+    return found
+
+
+def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Train biases and scales of norms too, as they will be stored; they take no more room than before.
+
+    Args:
+        model: changed in place; `train_kept` comes first, since it freezes them.
+        dtypes: that each is stored in, by parameter name.
+
+    Raises:
+        TargetError: when the model has no such parameter.
+    """
+    everywhere = dict(model.named_parameters())
+    for name, dtype in dtypes.items():
+        if name not in everywhere:
+            raise TargetError(f"{name}: is no parameter of {type(model).__name__}; see named_parameters().")
+        path, _, leaf = name.rpartition(".")
+        module, vector = model.get_submodule(path), everywhere[name]
+        parametrize.register_parametrization(module, leaf, Rounded(vector, dtype))
+        cast(Any, module.parametrizations)[leaf].original.requires_grad_()
+
+
+def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
+    """The vectors of a model after `train_vectors`, by parameter name, in the dtypes that they are stored in."""
+    found = {}
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for leaf, holder in cast(Any, module.parametrizations).items():
+                if isinstance(holder[0], Rounded):
+                    found[f"{path}.{leaf}" if path else leaf] = holder[0].stored(holder.original)
     return found
 
 

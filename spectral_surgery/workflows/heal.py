@@ -103,6 +103,8 @@ def heal(
 ) -> HealReport:
     """Train the kept coefficients of a compressed checkpoint by distillation from its original.
 
+    Biases and scales of norms, which are stored as they are, are trained with them.
+
     Under torch.distributed, processes take different batches, and the first one writes.
 
     Args:
@@ -152,7 +154,7 @@ def _result(
 ) -> tuple[list[Entry], HealReport]:
     course, replaced = healed.course, healed.replaced
     told = {"healing": f"{data.digest()}, step {course.best_step} of {course.steps}"}
-    entries, manifest = recoded(checkpoint, replaced, told)
+    entries, manifest = recoded(checkpoint, replaced, healed.vectors, told)
     untrained = tuple(name for name in checkpoint.manifest.tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
     return entries, HealReport(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
-from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
+from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
 from spectral_surgery.checkpoint.recode import Encoded
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.models import load_model
@@ -23,7 +24,7 @@ from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import Codes, encode_codes
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
-from spectral_surgery.surgery.kept import kept_spectra, train_kept
+from spectral_surgery.surgery.kept import kept_spectra, train_kept, train_vectors, trained_vectors
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
@@ -31,6 +32,7 @@ from spectral_surgery.workflows.objectives import Objective
 from spectral_surgery.workflows.progress import Progress
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, padded, read_sequences
 
+_TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
 _HELD_PART, _HELD_MOST = 0.05, 64
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
 _IN_MEMORY = 32 << 20  # bytes of activations; more go to files
@@ -110,6 +112,21 @@ class Workplace:
                 found[name] = own, parts
         return found
 
+    def vectors(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+        """The biases and scales of norms that are stored as they are, by parameter name.
+
+        Args:
+            names: of parameters, with shapes.
+        """
+        found = {}
+        for name, shape in names.items():
+            info = tensor_of(self.index, name)
+            if info is not None and len(shape) == 1 and info.shape == shape:
+                own = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
+                if own is not None and own.dtype in _TRAINED and own.shape == shape:
+                    found[name] = own
+        return found
+
     def encoded(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Encoded]:
         """The stored form of a trained weight, with its distance from the original."""
         record = self.checkpoint.manifest.tensors[tensor]
@@ -150,12 +167,14 @@ class Healed:
     Attributes:
         course: how it went; of blocks, the sums and means.
         replaced: the parts of every trained tensor.
+        vectors: trained biases and scales.
         coefficients: trained.
         blocks: held-out error of each block before and after.
     """
 
     course: Course = field(default_factory=Course)
     replaced: dict[str, list[Encoded]] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     coefficients: int = 0
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -181,6 +200,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         raise CheckpointError("heal: no compressed tensor is a parameter of the model; nothing can be trained.")
     _put_rest(place, student, spectra, objective.auto_class)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
+    vectors = _train_vectors(place, student)
     train, held = place.sequences(tokenizer, teacher, objective)
     size = min(place.data.batch_size or objective.batch_size, len(train))
 
@@ -196,6 +216,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     for name, own in kept_spectra(student).items():
         tensor = spectra[name][0]
         healed.replaced[tensor] = place.encoded(tensor, own, teacher.get_parameter(name))
+    healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
     return healed
 
 
@@ -258,11 +279,25 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     return healed
 
 
+def _train_vectors(place: Workplace, student: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
+    shapes = {f"{prefix}{name}": tuple(own.shape) for name, own in student.named_parameters()}
+    found = {name.removeprefix(prefix): info for name, info in place.vectors(shapes).items()}
+    with torch.no_grad():
+        for name, info in found.items():
+            student.get_parameter(name).copy_(read_tensor(info))
+    train_vectors(student, {name: _TRAINED[info.dtype] for name, info in found.items()})
+    return {name: info.name for name, info in found.items()}
+
+
 def _put_stored(place: Workplace, model: nn.Module, without: str) -> None:
     """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
     outside = {name: own for name, own in model.named_parameters() if not name.startswith(without)}
+    shapes = {name: tuple(own.shape) for name, own in outside.items()}
     with torch.no_grad():
-        for name, (_, parts) in place.spectra({name: tuple(own.shape) for name, own in outside.items()}).items():
+        for name, info in place.vectors(shapes).items():
+            outside[name].copy_(read_tensor(info))
+        for name, (_, parts) in place.spectra(shapes).items():
             outside[name].copy_(torch.cat([part.to_dense() for part in parts]).reshape(outside[name].shape))
 
 
@@ -286,6 +321,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     turn.block = student = copy.deepcopy(block)
     inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
     values = train_kept(student, inside, rounded=place.rounded)
+    vectors = _train_vectors(place, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:
         return {"place": torch.tensor(_chosen(settings.seed, step, rank, first, 1)[0])}
@@ -305,6 +341,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     for own, parts in kept_spectra(student).items():
         tensor = spectra[f"{name}.{own}"][0]
         healed.replaced[tensor] = place.encoded(tensor, parts, originals[own])
+    healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
     healed.blocks[name] = (course.held_out[0][1], course.best)
     healed.coefficients += sum(own.numel() for own in values)
     healed.course.train += [(healed.course.step + step, loss) for step, loss in course.train]

@@ -13,7 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.checkpoint.plan import CompressOptions
+from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.cli import cli
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.select import Target
@@ -105,6 +107,22 @@ def test_what_is_stored_is_what_was_trained(tmp_path: Path, sparse: Path, bert: 
     ids = torch.arange(2, 12)[None]
     with torch.inference_mode():
         torch.testing.assert_close(stored(ids).last_hidden_state, trained(ids).last_hidden_state, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_biases_and_norms_are_healed_and_nothing_else_that_is_copied(
+    tmp_path: Path, bert: Path, text: Path, blocks: bool
+) -> None:
+    compress(bert, tmp_path / "sparse", CompressOptions(Target("density", 0.2), include=("*encoder*",)))
+    heal(tmp_path / "sparse", bert, tmp_path / "out", HealData(text, 16, 16), FEW, blocks=blocks)
+    before, after = (open_compressed(tmp_path / name).index.tensors for name in ("sparse", "out"))
+    assert before.keys() == after.keys()
+    copied = [name for name in before if not name.endswith(SUFFIXES)]
+    changed = {name for name in copied if not torch.equal(read_tensor(before[name]), read_tensor(after[name]))}
+    inside = "encoder.layer" if blocks else ""  # the embeddings' norm is in no block
+    assert changed >= {name for name in copied if "LayerNorm" in name and inside in name}
+    assert all(len(before[name].shape) == 1 for name in changed)
+    assert all(before[name].dtype == after[name].dtype for name in copied)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:

@@ -12,22 +12,27 @@ from spectral_surgery.bench.cases.engine import run_command
 from spectral_surgery.bench.language_model import Size, prompt, write_model
 
 DEPTHS = (4, 12)
-BESIDES = 500_000_000  # bytes: Python, torch, activations
+BESIDES = 500_000_000  # bytes: Python, torch, transformers, activations
 COPIES = 6  # of a block in float32
 _FULL, _QUICK = Size(1024, 2816, 1, 8192), Size(256, 704, 1, 1024)
+_TINY = Size(64, 128, 1, 128)  # what Python and the libraries take
 _TOKENS = 16_384
 
 
 def run(quick: bool) -> list[Row]:
     """Peak memory of calibrating and of block-wise healing, for a model and one of three times its depth."""
     rows: list[Row] = []
-    for depth in DEPTHS:
+    alone: dict[str, float] = {}
+    for size in (_TINY, *(replace(_QUICK if quick else _FULL, layers=depth) for depth in DEPTHS)):
         with tempfile.TemporaryDirectory() as scratch:
-            rows += _rows(Path(scratch), replace(_QUICK if quick else _FULL, layers=depth))
+            peaks = _peaks(Path(scratch), size)
+        alone = alone or peaks
+        rows += [_row(command, size, peak, alone[command]) for command, peak in peaks.items() if size is not _TINY]
     return rows
 
 
-def _rows(scratch: Path, size: Size) -> list[Row]:
+def _peaks(scratch: Path, size: Size) -> dict[str, float]:
+    """Peak memory in bytes of each command."""
     source, sparse = write_model(scratch / "source", size), scratch / "sparse"
     text = scratch / "text.txt"
     text.write_text(prompt(_TOKENS, size.words), encoding="utf-8")
@@ -43,18 +48,23 @@ def _rows(scratch: Path, size: Size) -> list[Row]:
         "heal", str(sparse), str(source), str(scratch / "healed"), "--data", str(text), "--blocks", *few
     )
     require(int(str(healed["trained_weights"])) == 7 * size.layers, "heal --blocks left weights out")
-    return [_row("compress --calibrate", size, calibrated), _row("heal --blocks", size, healed)]
+    return {
+        command: float(str(body["peak_rss_bytes"]))
+        for command, body in (("compress --calibrate", calibrated), ("heal --blocks", healed))
+    }
 
 
-def _row(command: str, size: Size, body: dict[str, object]) -> Row:
+def _row(command: str, size: Size, peak: float, alone: float) -> Row:
     block = 4 * (4 * size.hidden**2 + 3 * size.hidden * size.inner)
-    peak, limit = int(str(body["peak_rss_bytes"])), COPIES * block + BESIDES
+    limit = COPIES * block + BESIDES
     return {
         "command": command,
         "blocks": size.layers,
         "model in float32, MB": (size.layers * block + 4 * size.words * size.hidden) / 1e6,
         "a block, MB": block / 1e6,
+        "of a tiny model, MB": alone / 1e6,
         "peak memory, MB": peak / 1e6,
+        "beyond the tiny one, in blocks": (peak - alone) / block,
         "target": f"<= {limit / 1e6:.0f}",
         "met": peak <= limit,
     }
