@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class CompressOptions:
         copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
         calibration: the text that codes were chosen by, in words and a checksum.
         base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
+        allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed.
     """
 
     target: Target
@@ -56,6 +58,7 @@ class CompressOptions:
     copy_nonfinite: bool = False
     calibration: str | None = None
     base: str | None = None
+    allocation: Literal["even", "slope"] = "even"
 
     def __post_init__(self) -> None:
         if not 1 <= self.tile <= MAX_TILE:
@@ -89,6 +92,7 @@ class PlannedTensor:
         axes: transformed axes; an embedding only along its features, so that a row decodes from one frame.
         parts: row ranges that are compressed one by one, cut at the experts of a fused tensor and at PART_WEIGHTS.
         base: the tensor whose difference is compressed instead, if any.
+        target: asked of this tensor; None for that of the options.
     """
 
     info: TensorInfo
@@ -97,6 +101,7 @@ class PlannedTensor:
     axes: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
     base: TensorInfo | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,14 @@ class Plan:
     def weights(self) -> int:
         """Number of weights to compress."""
         return sum(tensor.info.numel for tensor in self.tensors)
+
+    def with_targets(self, targets: Mapping[str, Target]) -> Plan:
+        """The same plan, with targets of their own for some tensors.
+
+        Args:
+            targets: by name of the tensor.
+        """
+        return replace(self, tensors=tuple(replace(own, target=targets.get(own.info.name)) for own in self.tensors))
 
     def predicted_bits(self) -> float:
         """Stored bits per weight to expect: as asked, or as of Gaussian coefficients."""

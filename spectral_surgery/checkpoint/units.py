@@ -108,8 +108,9 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
         _save(workshop, unit, None, None)
         return None
     try:
-        basis = choose_basis(weight, options.target, options.candidates(tensor.axes))
-        encoded, report = encode(weight, options.target, basis, threads=threads)
+        target = tensor.target or options.target
+        basis = choose_basis(weight, target, options.candidates(tensor.axes))
+        encoded, report = encode(weight, target, basis, threads=threads)
     except ConfigError as error:
         raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
     _save(workshop, unit, encoded, part_record((start, stop), encoded, report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -45,6 +46,13 @@ _OPTIONS = (
         help="Tokens of a sequence of --calibrate and --heal.",
     ),
     _setting(
+        "--allocation",
+        type=click.Choice(["even", "slope"]),
+        default="slope",
+        show_default=True,
+        help="Of --calibrate: more bits where one more helps more on the text, or the same for every tensor.",
+    ),
+    _setting(
         "--heal",
         type=click.Path(path_type=Path),
         metavar="FILE",
@@ -85,6 +93,8 @@ def run(
     from spectral_surgery.workflows import compress as workflow
 
     data, healing = _data(ctx), _healing(ctx)
+    if data is not None:
+        options = replace(options, allocation=ctx.meta[_KEY]["allocation"])
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
     if data is None and healing is None:

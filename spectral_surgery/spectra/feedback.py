@@ -22,7 +22,7 @@ from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
 _COLUMNS = 512  # of H in double precision at once
-_DAMPING = 0.01  # of the mean of the diagonal: directions that the text never took are not free
+DAMPING = 0.01  # of the mean of the diagonal: directions that the text never took are not free
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Codes:
         return dequantize(self.values, torch.tensor([self.step]), self.offset)
 
 
-def feedback_factor(moment: Tensor, basis: Basis, damping: float = _DAMPING) -> Tensor:
+def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the inverse of H in the domain of the codes.
 
     Args:
@@ -76,6 +76,23 @@ def feedback_factor(moment: Tensor, basis: Basis, damping: float = _DAMPING) -> 
     identity = torch.eye(len(root), dtype=torch.float64, out=reversed_)
     inverse: Tensor = torch.linalg.solve_triangular(root, identity, upper=False, out=identity)
     return inverse.float().flip(0, 1)
+
+
+def feedback_noise(moment: Tensor, basis: Basis) -> float:
+    """What errors of variance one leave in the squared outputs when they are fed forward, a weight.
+
+    Args:
+        moment: H = Xᵀ X, [I, I].
+        basis: of the codes.
+
+    Returns:
+        The mean over columns of the part of H' that those before it do not predict.
+
+    Raises:
+        ShapeError, ConfigError: as `feedback_factor`.
+    """
+    diagonal = feedback_factor(moment, basis).diagonal().double()
+    return float(diagonal.pow(-2).mean() * moment.diagonal().double().mean())
 
 
 def feedback_codes(coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0) -> Codes:

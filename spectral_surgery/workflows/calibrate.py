@@ -7,35 +7,27 @@ of the compression, which does the rest as without text.
 
 from __future__ import annotations
 
-import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import Any, cast
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.lock import hold
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
 from spectral_surgery.checkpoint.publish import partial_folder, writing_to
 from spectral_surgery.checkpoint.units import UNITS, Workshop, finished_codes, leave_codes, work_key
-from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, feedback_factor, output_error
-from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density
-from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
+from spectral_surgery.spectra.feedback import feedback_factor, output_error
+from spectral_surgery.spectra.feedback_rate import codes_at
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.allocate import spread_targets
+from spectral_surgery.workflows.compress import CompressReport, compress, discard, plan_compression
 from spectral_surgery.workflows.layer_moments import CalibrationData, LayerMoment, layer_moments
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
-
-_ATTEMPTS = 6
-_TOLERANCE = 0.004  # of the asked rate
-_DENSITY_TOLERANCE = 0.0005
-_ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
 
 
 @dataclass(frozen=True)
@@ -96,20 +88,19 @@ def compress_calibrated(
     options = replace(options, transform=transform, calibration=data.digest())
     index, plan = plan_compression(source, options)
     partial = partial_folder(out, overwrite=overwrite)
-    if partial.exists() and not resume:
-        if not overwrite:
-            raise CheckpointError(
-                f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
-            )
-        shutil.rmtree(partial)
+    if not resume:
+        discard(partial, overwrite=overwrite)
     workshop = Workshop(partial / UNITS, work_key(index, options))
+    targets: dict[str, Target] = {}
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
         with hold(partial, exclusive=True, wait=False):
-            done = list(_Calibration(index, plan, workshop, threads, progress).run(source, data))
-    report = compress(
-        source, out, options, workers=workers, threads=threads, resume=True, overwrite=overwrite, origin=origin
-    )
+            if options.allocation == "slope":
+                targets = spread_targets(source, index, plan, data, workshop)
+            own = _Calibration(index, plan.with_targets(targets), workshop, threads, progress)
+            done = list(own.run(source, data))
+    common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
+    report = compress(source, out, options, resume=True, targets=targets, **common)
     return replace(cast(CompressReport, report), seconds=time.perf_counter() - started), done
 
 
@@ -135,7 +126,8 @@ class _Calibration:
         if codes is None:
             coefficients = basis.forward(weight)
             own = coefficients.T.contiguous() if turn.transposed else coefficients
-            found = _at_rate(own, feedback_factor(turn.moment, basis), self.plan.options.target, basis)
+            target = tensor.target or self.plan.options.target
+            found = codes_at(own, feedback_factor(turn.moment, basis), target, basis)
             codes = found.T if turn.transposed else found
             leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
         restored = basis.inverse(codes.coefficients())
@@ -143,36 +135,3 @@ class _Calibration:
         done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
         turn.put(restored)
         return done
-
-
-def _at_rate(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis) -> Codes:
-    """Codes at the asked bits or density; the step is searched with the feedback in the loop."""
-    magnitudes = Magnitudes(coefficients.reshape(-1).numpy())
-    if not magnitudes.rms > 0:
-        return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)
-    if target.kind == "density":
-        return _at_density(coefficients, factor, target.value, magnitudes)
-    step, best = for_bits(magnitudes, target.value).step, (math.inf, Codes(coefficients, 1.0))
-    for _ in range(_ATTEMPTS):
-        codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step))
-        bits = encode_codes(coefficients, codes, basis)[1].bits_per_weight
-        best = min(best, (abs(bits / target.value - 1), codes), key=lambda own: own[0])
-        if best[0] <= _TOLERANCE:
-            break
-        step *= 2.0 ** (bits - target.value)
-    return best[1]
-
-
-def _at_density(coefficients: Tensor, factor: Tensor, density: float, magnitudes: Magnitudes) -> Codes:
-    low, high = 0.0, float(coefficients.abs().max())
-    threshold = magnitudes.quantile(density)
-    for _ in range(4 * _ATTEMPTS):
-        quantizer = for_density(magnitudes, threshold)
-        offset = quantizer.dead_zone / quantizer.step - 0.5  # the middle of every interval
-        codes = feedback_codes(coefficients, factor, quantizer, offset)
-        kept = torch.count_nonzero(codes.values).item() / codes.values.numel()
-        if abs(kept - density) <= _DENSITY_TOLERANCE:
-            break
-        low, high = (threshold, high) if kept > density else (low, threshold)
-        threshold = (low + high) / 2
-    return codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +23,7 @@ from spectral_surgery.checkpoint.units import UNITS, Workshop, is_done, join, ru
 from spectral_surgery.checkpoint.writer import partial_folder, publishing, write_checkpoint, writing_to
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team, team
@@ -138,25 +140,25 @@ def compress(
     overwrite: bool = False,
     origin: str | None = None,
     base: Path | None = None,
+    targets: Mapping[str, Target] | None = None,
     progress: Progress = silent,
 ) -> CompressReport | None:
-    """Compress a checkpoint into a new folder.
+    """Compress a checkpoint into a new folder, which appears at the end, whole.
 
-    The folder appears at the end, whole. Until then finished parts wait in ``<out>.partial``, from which ``resume``
-    goes on. The bytes do not depend on workers, threads, shards or interruptions.
+    The bytes do not depend on workers, threads, shards or interruptions.
 
     Args:
         source: a checkpoint folder or a .safetensors file.
         out: folder to create.
         options: what is asked.
-        workers: processes on this machine, which import the calling script: it needs a ``__main__`` guard; or a team
-            that was started before.
+        workers: processes, which import the calling script: it needs a ``__main__`` guard; or a team of them.
         threads: frames at once in each worker.
-        shard: (index, count) of this machine among several that share a file system; the last to finish joins parts.
+        shard: (index, count) of this machine among those that share a file system; the last to finish joins parts.
         resume: go on with unfinished work of the same source and options.
         overwrite: replace an existing folder, and discard unfinished work.
         origin: the Hub repository that source is a copy of, for the model card.
         base: compress differences to this checkpoint, which decompressing needs again; errors and rates are theirs.
+        targets: of tensors that are asked for something else, by name.
         progress: called as parts are done.
 
     Returns:
@@ -166,15 +168,14 @@ def compress(
         CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
     """
     started = time.perf_counter()
-    if not 0 <= shard[0] < shard[1]:
-        raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
+    _check(options, shard)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, options, base=base)
-    alone = shard[1] == 1
+    plan, alone = plan.with_targets(targets or {}), shard[1] == 1
     aside = partial_folder(out, overwrite=overwrite)
-    if alone and aside.exists() and not resume:
-        _discard(aside, overwrite=overwrite)
+    if alone and not resume:
+        discard(aside, overwrite=overwrite)
     workshop = Workshop(aside / UNITS, work_key(index, plan.options))
     with writing_to(out):
         workshop.folder.mkdir(parents=True, exist_ok=True)
@@ -183,16 +184,34 @@ def compress(
             if not alone and not all(is_done(workshop, unit) for unit in plan.units):
                 return None
         with hold(aside, exclusive=True, wait=True):
-            if not workshop.folder.exists():
-                return None  # another shard finished in the meantime and joined everything
+            if not workshop.folder.exists():  # another shard joined everything
+                return None
             return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
+
+
+def _check(options: CompressOptions, shard: tuple[int, int]) -> None:
+    if not 0 <= shard[0] < shard[1]:
+        raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
+    if options.allocation != "even" and options.calibration is None:
+        raise ConfigError(f"allocation {options.allocation}: needs text to measure on; without any, even is accepted.")
 
 
 def _team(workers: int | Team) -> AbstractContextManager[Team]:
     return team(workers) if isinstance(workers, int) else nullcontext(workers)
 
 
-def _discard(aside: Path, *, overwrite: bool) -> None:
+def discard(aside: Path, *, overwrite: bool) -> None:
+    """Clear unfinished work away, if there is any.
+
+    Args:
+        aside: where it is.
+        overwrite: whether that is allowed.
+
+    Raises:
+        CheckpointError: when it is not.
+    """
+    if not aside.exists():
+        return
     if not overwrite:
         raise CheckpointError(
             f"{aside.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."

@@ -16,13 +16,13 @@ from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
-from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
+from spectral_surgery.workflows.lazy_model import LazyModel, Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 
-_IN_MEMORY = 32 << 20  # bytes of activations; more go to files
-_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
+IN_MEMORY = 32 << 20  # bytes of activations; more go to files
+BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,12 @@ def layer_moments(
         ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
         CheckpointError: when the model cannot be loaded.
     """
-    task = task_of(index.config)
-    if task == "SEQ_2_SEQ_LM":
-        raise ConfigError("calibrate: the model has an encoder and a decoder; models of one of them are accepted.")
-    lazy, causal = load_lazily(source, index, "AutoModel"), task == "CAUSAL_LM"
-    sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
-    check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
-    count, total = 0, sum(1 for _ in _layers(index, names, "", lazy.model))
-    with closing(Shelf(_IN_MEMORY, folder)) as shelf:
-        batches = equal_lengths(sequences, _TOKENS)
+    lazy, sequences = model_and_text(source, index, data)
+    count, total = 0, sum(1 for _ in layers_of(index, names, "", lazy.model))
+    with closing(Shelf(IN_MEMORY, folder)) as shelf:
+        batches = equal_lengths(sequences, BATCH_TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
-            layers = dict(_layers(index, names, f"{block}." if block else "", module))
+            layers = dict(layers_of(index, names, f"{block}." if block else "", module))
             with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
                 for _ in run():
                     pass
@@ -118,9 +113,38 @@ def layer_moments(
                 progress(count, total, tensor)
 
 
-def _layers(
+def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) -> tuple[LazyModel, list[list[int]]]:
+    """The model to calibrate, and token sequences to calibrate it on.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        index: of it.
+        data: text.
+
+    Raises:
+        ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
+        CheckpointError: when the model cannot be loaded.
+    """
+    task = task_of(index.config)
+    if task == "SEQ_2_SEQ_LM":
+        raise ConfigError("calibrate: the model has an encoder and a decoder; models of one of them are accepted.")
+    lazy, causal = load_lazily(source, index, "AutoModel"), task == "CAUSAL_LM"
+    sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
+    return lazy, sequences
+
+
+def layers_of(
     index: CheckpointIndex, names: Container[str], prefix: str, block: nn.Module
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """The linear layers of a block: (name in the block, (the layer, name of its weight in the checkpoint)).
+
+    Args:
+        index: of the checkpoint.
+        names: of the tensors wanted.
+        prefix: of the names of the block's modules, with its dot.
+        block: part of a model.
+    """
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             info = tensor_of(index, f"{prefix}{name}.weight")

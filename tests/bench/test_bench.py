@@ -54,6 +54,8 @@ def test_names_are_those_of_the_commands() -> None:
         "mixers",
         "memory",
         "text",
+        "calibrate",
+        "learned_bases",
         "workers",
     ]
 
