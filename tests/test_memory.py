@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from spectral_surgery.memory import peak_rss_bytes
+import pytest
+
+from spectral_surgery import memory
+from spectral_surgery.memory import peak_rss_bytes, peak_rss_growth
 
 
 def test_the_peak_is_ours_and_not_that_of_who_started_us() -> None:
@@ -13,3 +17,18 @@ def test_the_peak_is_ours_and_not_that_of_who_started_us() -> None:
     code = "from spectral_surgery.memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 150 << 20
+
+
+def test_growth_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def call(size: int) -> int:
+        ballast = bytearray(size)
+        ballast[::4096] = b"x" * len(ballast[::4096])
+        return len(ballast)
+
+    if memory._RESET.exists():
+        for size in (100 << 20, 30 << 20):  # the smaller one after the larger one
+            result, grown = peak_rss_growth(lambda size=size: call(size))
+            assert result == size
+            assert grown == pytest.approx(size, rel=0.2)
+    monkeypatch.setattr(memory, "_RESET", tmp_path / "nowhere")
+    assert peak_rss_growth(lambda: call(1)) == (1, None)

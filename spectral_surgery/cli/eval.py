@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectral_surgery.workflows.evaluate import EvalReport
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 CHECK_FAILED = 3
 _SHOWN = 10  # tensors
 _FILE = click.Path(path_type=Path)
+_PNG = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("eval")
@@ -27,10 +29,14 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--baseline",
     metavar="NAME,...",
-    help="Judge A as baselines would leave it, too: int8, nf4, int4, int3, int2, prune, svd, gptq4, gptq3, gptq2.",
+    help="Judge A as baselines would leave it, too: int8, int4, int3, int2, nf4, hqq4, hqq3, hqq2, gptq4, gptq3, gptq2,"
+    " prune, wanda, sparsegpt, svd, or all.",
 )
-@click.option("--calibrate", type=_FILE, help="Text for the baselines that need some, 512 sequences of it: GPTQ.")
-@click.option("--bits", type=float, help="Bits per weight of prune and svd  [default: those of each compressed B]")
+@click.option(
+    "--calibrate", type=_FILE, help="Text for baselines that need some, 512 sequences: gptq, wanda, sparsegpt."
+)
+@click.option("--bits", type=float, help="Of prune, wanda, sparsegpt and svd  [default: those of each compressed B]")
+@click.option("--plot", type=_PNG, metavar="FILE.png", help="Draw what each model lost over its bits per weight.")
 @click.option("--samples", type=click.IntRange(0), default=0, help="Sequences, lines or pairs at most  [default: all]")
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
@@ -47,6 +53,7 @@ def command(
     baseline: str | None,
     calibrate: Path | None,
     bits: float | None,
+    plot: Path | None,
     samples: int,
     seq_length: int,
     max_error: float | None,
@@ -56,7 +63,8 @@ def command(
 ) -> None:
     """Compare two checkpoints, plain or compressed: tensors by their relative error and, with text, as models.
 
-    With several B, or with baselines, a table of all of them: bits per weight, bytes, error and measures on the text.
+    With several B, or with baselines, a table of all of them: bits per weight, bytes, error, measures on the text, and
+    of baselines the seconds and the memory that they took to make. --plot draws it.
 
     \b
     Example:
@@ -64,12 +72,15 @@ def command(
       spectral-surgery eval ./model ./model-4bit --text notes.txt
       spectral-surgery eval ./model ./model-4bit ./model-3bit --text notes.txt --baseline int8,nf4,int4,prune
       spectral-surgery eval ./model ./model-3bit --text test.txt --baseline gptq3,gptq4 --calibrate train.txt
+      spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
     from spectral_surgery.hub import resolve
     from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
     from spectral_surgery.workflows.layer_moments import CalibrationData
 
+    if plot is not None:
+        _check_plot(plot, table=len(b) > 1 or baseline is not None)
     names = tuple(name.strip() for name in baseline.split(",") if name.strip()) if baseline else ()
     with output.progress(quiet=quiet) as progress:
         report = evaluate(
@@ -85,9 +96,29 @@ def command(
         output.print_json("eval", report.to_json())
     else:
         click.echo("\n".join(_shown(report, compared=bool(b))))
+    if plot is not None:
+        _draw(report, plot)
     if max_error is not None and report.relative_error > max_error:
         click.echo(f"Check failed: relative error {report.relative_error:.4f} is above {max_error:g}", err=True)
         ctx.exit(CHECK_FAILED)
+
+
+def _check_plot(plot: Path, *, table: bool) -> None:
+    """Before the long part: there is something to draw, something to draw with, and a place for it."""
+    from spectral_surgery.workflows.plots import require_matplotlib
+
+    if not table:
+        raise ConfigError("eval --plot: one model or two; several B or --baseline is accepted, whose table is drawn.")
+    if not plot.parent.is_dir():
+        raise ConfigError(f"eval --plot: {plot.parent} is no folder; a file in an existing one is accepted. Create it.")
+    require_matplotlib()
+
+
+def _draw(report: EvalReport, plot: Path) -> None:
+    from spectral_surgery.workflows.plots import plot_rate_distortion
+
+    plot_rate_distortion(report.models, plot, report.models[0].model)
+    click.echo(f"plot: {plot}", err=True)
 
 
 def _shown(report: EvalReport, *, compared: bool) -> Iterator[str]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, is_compressed, open_compressed
-from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
+from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.spectra.baselines import Baseline, BaselineResult, baseline
-from spectral_surgery.workflows.baseline_checkpoint import Cost, Matrices, matrices_of, plain_cost, write_baseline
+from spectral_surgery.memory import peak_rss_growth
+from spectral_surgery.spectra.baselines import BASELINES, Baseline, baseline
+from spectral_surgery.workflows.baseline_checkpoint import Cost, matrices_of, plain_cost, write_baseline
+from spectral_surgery.workflows.calibrated_baseline import calibrated_weights
 from spectral_surgery.workflows.distance import Distance, distance
-from spectral_surgery.workflows.gptq_baseline import BITS, gptq_weights
 from spectral_surgery.workflows.judge import EvalData, Judge
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from spectral_surgery.workflows.progress import Progress, silent
 
 Measures = dict[str, float]
-_NEAREST = {"gptq4": "int4", "gptq3": "int3", "gptq2": "int2"}  # for what is in no block, such as embeddings
+ALL = "all"  # of the baselines
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Beside:
 
     Attributes:
         others: more checkpoints like B.
-        baselines: names in BASELINES, or short ones; made of A, of the matrices that the compressed ones compress.
+        baselines: names in BASELINES, or short ones, or `all`; made of A, of the matrices that the compressed ones
+            compress.
         bits: per weight, of baselines that need a rate; None for the rate of each compressed checkpoint.
-        calibration: text for baselines that need some: gptq4, gptq3, gptq2.
+        calibration: text for baselines that need some, such as gptq4.
     """
 
     others: tuple[Path, ...] = ()
@@ -52,22 +56,53 @@ class ModelRow:
         model: name of the folder, or the baseline.
         cost: what it takes and what it lost.
         measures: on the text: perplexity, kl, same_top; cosine; spearman. The first model is compared with none.
+        family: what it shares with the same method at other rates; empty for a plain checkpoint.
+        short: name of the folder, or short name of the baseline.
+        seconds: that it took to make, where it was made for this table.
+        peak_bytes: resident memory that it took to make at the peak, beyond what was there; where it was measured.
     """
 
     model: str
     cost: Cost
     measures: Measures
+    family: str = ""
+    short: str = ""
+    seconds: float | None = None
+    peak_bytes: int | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Plain values."""
+        """Plain values; what was not measured is left out."""
         cost = self.cost
+        made = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
         return {
             "model": self.model,
             "bits_per_weight": cost.bits_per_weight,
             "bytes": cost.nbytes,
             "relative_error": cost.relative_error,
             **self.measures,
+            **{name: value for name, value in made.items() if value is not None},
         }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A baseline to make, at a rate where it needs one."""
+
+    own: Baseline
+    bits: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.own.label if self.bits is None else f"{self.own.label}, {self.bits:.3g} bits"
+
+    def make(self, a: Path, beside: Beside, compressed: CompressedCheckpoint | None, folder: Path) -> Cost:
+        """Write what it leaves of A into an empty folder."""
+        index = read_index(a)
+        matrices, own, made = matrices_of(index, compressed), self.own, {}
+        if own.calibrated and beside.calibration is not None:
+            made = calibrated_weights(a, index, matrices.shapes, beside.calibration, own, bits=self.bits)
+            own = baseline(own.without_inputs)  # for the rest, such as embeddings
+        return write_baseline(index, matrices, own, self.bits, folder, made=made)
 
 
 def model_table(
@@ -99,37 +134,30 @@ def model_table(
     judge = Judge(a, data, device) if data.given else None
     total, done = len(asked) + len(others), 0
     beside_rows, found = [], []
-    for label, own, bits in asked:  # first: what they refuse is known before the long part
+    for one in asked:  # first: what they refuse is known before the long part
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as name:
-            folder, index = Path(name), read_index(a)
-            matrices = matrices_of(index, compressed[0] if compressed else None)
-            made = _calibrated(a, index, matrices, label, beside)
-            cost = write_baseline(index, matrices, own, bits, folder, made=made)
-            found.append(judge.measures(folder) if judge else {})
-        beside_rows.append(ModelRow(label, cost, _own(found[-1])))
+            started = time.perf_counter()
+            make = partial(one.make, a, beside, compressed[0] if compressed else None, Path(name))
+            cost, peak = peak_rss_growth(make)
+            seconds = time.perf_counter() - started
+            found.append(judge.measures(Path(name)) if judge else {})
+        row = ModelRow(one.label, cost, _own(found[-1]), one.own.family, one.own.name, seconds, peak)
+        beside_rows.append(row)
         done += 1
-        progress(done, total, label)
+        progress(done, total, one.label)
     rows, distances, pairs = [], [], []
     for path in others:
         distances.append(distance(a, path, silent))
         pairs.append(judge.measures(path) if judge else {})
-        rows.append(ModelRow(path.name, _cost(path, compressed, distances[-1].relative_error), _own(pairs[-1])))
+        cost = _cost(path, compressed, distances[-1].relative_error)
+        rows.append(ModelRow(path.name, cost, _own(pairs[-1]), _family(path), path.name))
         done += 1
         progress(done, total, path.name)
     either = (pairs + found)[0]
     of_a = {name.removesuffix("_a"): value for name, value in either.items() if name.endswith("_a")}
-    first = ModelRow(a.name, _cost(a, compressed, 0.0), of_a)
+    first = ModelRow(a.name, _cost(a, compressed, 0.0), of_a, short=a.name)
     measures = pairs[0] if pairs else {f"{name}_a": value for name, value in of_a.items()}
     return (first, *rows, *beside_rows), distances[0] if distances else Distance(), measures
-
-
-def _calibrated(
-    a: Path, index: CheckpointIndex, matrices: Matrices, label: str, beside: Beside
-) -> dict[str, BaselineResult]:
-    """What a calibrated baseline makes of the layers in blocks; nothing for other baselines."""
-    if label not in BITS or beside.calibration is None:
-        return {}
-    return gptq_weights(a, index, matrices.shapes, beside.calibration, BITS[label])
 
 
 def _own(pair: Measures) -> Measures:
@@ -145,19 +173,25 @@ def _cost(path: Path, compressed: list[CompressedCheckpoint], relative_error: fl
     return plain_cost(index, matrices_of(index, compressed[0] if compressed else None), relative_error)
 
 
-def _asked(beside: Beside, compressed: list[CompressedCheckpoint]) -> Iterator[tuple[str, Baseline, float | None]]:
-    """Label, baseline and rate of each row; one of each rate where a rate is needed."""
+def _family(path: Path) -> str:
+    """How a compressed checkpoint was made; empty for a plain one."""
+    if not is_compressed(path):
+        return ""
+    options = open_compressed(path).manifest.options
+    words = [word for name, word in (("calibration", "calibrated"), ("healing", "healed")) if options.get(name)]
+    return " and ".join(words) or "data-free"
+
+
+def _asked(beside: Beside, compressed: list[CompressedCheckpoint]) -> Iterator[_Asked]:
+    """The baselines; one of each rate where a rate is needed, except of those that are too low for it."""
     rates = [beside.bits] if beside.bits else [own.manifest.report.bits_per_weight for own in compressed]
     for name in beside.baselines:
-        if name in BITS:
-            if beside.calibration is None:
-                raise ConfigError(f"eval --baseline {name}: needs text to calibrate on. Give some with --calibrate.")
-            yield name, baseline(_NEAREST[name]), None
-            continue
-        own = baseline(name)
-        if not own.budgeted:
-            yield own.label, own, None
-            continue
-        if not rates:
-            raise ConfigError(f"eval --baseline {name}: no rate to meet; a compressed B or --bits is accepted.")
-        yield from ((f"{own.label}, {bits:.3g} bits", own, bits) for bits in rates)
+        for own in BASELINES.values() if name == ALL else (baseline(name),):
+            if own.calibrated and beside.calibration is None:
+                raise ConfigError(
+                    f"eval --baseline {own.name}: needs text to calibrate on. Give some with --calibrate."
+                )
+            if own.budgeted and not rates:
+                raise ConfigError(f"eval --baseline {own.name}: no rate to meet; a compressed B or --bits is accepted.")
+            held = [bits for bits in rates if bits > own.above] or rates  # if none does, it says so itself
+            yield from (_Asked(own, bits) for bits in held) if own.budgeted else (_Asked(own),)

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from spectral_surgery import bench
+from spectral_surgery import bench, memory
 from spectral_surgery.bench import peak
 from spectral_surgery.bench.case import CheckFailedError
 from spectral_surgery.bench.cases import mixers as case
@@ -105,8 +105,8 @@ def test_nothing_to_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     call = lambda: torch.ones(1 << 22).mul(2).sum()  # noqa: E731
-    if peak._RESET.exists():
+    if memory._RESET.exists():
         call()
         assert peak.peak_bytes(call, cpu) == pytest.approx(2 * 4 * (1 << 22), rel=0.2)
-    monkeypatch.setattr(peak, "_RESET", tmp_path / "nowhere")
+    monkeypatch.setattr(memory, "_RESET", tmp_path / "nowhere")
     assert peak.peak_bytes(call, cpu) is None

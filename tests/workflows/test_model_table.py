@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from click import Context, Option
 from click.testing import CliRunner
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.cli import cli
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.models import compare_logits, load_model
-from spectral_surgery.spectra.baselines import BASELINES
-from spectral_surgery.workflows.baseline_checkpoint import matrices_of, write_baseline
-from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
+from spectral_surgery.spectra.baselines import BASELINES, SHORT_NAMES
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.baseline_checkpoint import Cost, matrices_of, write_baseline
+from spectral_surgery.workflows.compress import compress
+from spectral_surgery.workflows.evaluate import Beside, EvalData, ModelRow, evaluate
+from spectral_surgery.workflows.plots import plot_rate_distortion
 from tests.support.checkpoints import write_folder
 from tests.support.compressed import compressed_folder, save_tokenizer
 
@@ -59,6 +65,79 @@ def test_the_table_of_a_model_compressed_and_as_baselines_leave_it(folder: Path)
     shown = run(cli, ["eval", *arguments]).stdout
     assert "int4 g128" in shown
     assert "perplexity" in shown.splitlines()[0]
+    assert shown.splitlines()[0].endswith("seconds  peak_bytes")
+    for made in (int8, int4, pruned):  # here; the others were not
+        assert made["seconds"] > 0
+        assert made["peak_bytes"] >= 0
+    assert not {"seconds", "peak_bytes"} & (dense.keys() | ours.keys())
+
+
+def test_the_plot_of_the_table(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["eval", str(folder / "source"), str(folder / "compressed"), "-q", "--plot"]
+    text = ["--text", str(folder / "text.txt"), "--seq-length", "12"]
+    done = CliRunner().invoke(cli, [*arguments, str(tmp_path / "x.png"), *text, "--baseline", "int8,hqq4,hqq3,prune"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for more, why in (
+        (["x.png"], "one model or two; several B or --baseline is accepted"),
+        ([str(tmp_path / "no" / "x.png"), "--baseline", "int8"], "no is no folder; a file in an existing one is"),
+    ):
+        with pytest.raises(ConfigError, match=f"eval --plot: .*{why}"):
+            CliRunner().invoke(cli, [*arguments, *more], standalone_mode=False, catch_exceptions=False)
+
+
+def test_rates_that_hold_no_bitmap_are_left_out(folder: Path, tmp_path: Path) -> None:
+    tiny = tmp_path / "tiny"
+    compress(folder / "source", tiny, CompressOptions(Target("bits", 0.9)))
+    beside = Beside((tiny,), ("svd", "prune"))
+    report = evaluate(folder / "source", folder / "compressed", EvalData(), beside=beside)
+    assert [row.short for row in report.models] == ["source", "compressed", "tiny", "svd", "svd", "prune"]
+    with pytest.raises(ConfigError, match=r"prune: 0\.\d+ bits per weight cannot hold a bitmap"):
+        evaluate(folder / "source", tiny, EvalData(), beside=Beside(baselines=("prune",)))
+
+
+def test_points_of_the_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Text
+
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    rows = [
+        ModelRow("dense", Cost(32.0, 1, 0.0), {"perplexity": 9.0}, short="dense"),
+        ModelRow("GPTQ int3", Cost(3.1, 1, 0.2), {"kl": 0.02}, "gptq", "gptq3"),
+        ModelRow("GPTQ int4", Cost(4.1, 1, 0.1), {"kl": 0.01}, "gptq", "gptq4"),
+        ModelRow("model-3bit", Cost(3.0, 1, 0.2), {"kl": 0.01}, "calibrated", "model-3bit"),
+        ModelRow("prune, 4 bits", Cost(4.0, 1, 0.3), {"kl": 0.4}, "prune", "prune"),
+        ModelRow("prune, 3 bits", Cost(3.0, 1, 0.4), {"kl": 0.0}, "prune", "prune"),  # has no place
+    ]
+    plot_rate_distortion(rows, tmp_path / "x.png", "a model")
+    (axes,) = drawn
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "GPTQ": [[3.1, 0.02], [4.1, 0.01]],
+        "spectral_surgery, calibrated": [[3.0, 0.01]],
+        "magnitude pruning": [[4.0, 0.4]],
+    }
+    assert sorted(text.get_text() for text in axes.texts) == ["gptq3", "gptq4", "model-3bit", "prune"]
+    renderer = axes.figure.canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the line to its point
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    for measure, name, value in (("cosine", "1 - cosine", 0.25), ("spearman", "relative error", 0.2)):
+        plot_rate_distortion([ModelRow("b", Cost(3.0, 1, 0.2), {measure: 0.75}, "", "b")], tmp_path / "x.png", "")
+        assert drawn[-1].get_ylabel().startswith(name)
+        assert drawn[-1].lines[0].get_ydata()[0] == value
+    with pytest.raises(ConfigError, match=r"--plot: no model differs from the first; compressed models or baselines"):
+        plot_rate_distortion(rows[:1], tmp_path / "x.png", "a model")
+
+
+def test_help_names_every_baseline() -> None:
+    command = cli.get_command(Context(cli), "eval")
+    assert command is not None
+    shown = str(
+        next(option.help for option in command.params if isinstance(option, Option) and option.name == "baseline")
+    )
+    short = {name: short for short, name in SHORT_NAMES.items()}
+    assert all(name in shown or short[name] in shown for name in BASELINES)
 
 
 def test_a_baseline_is_judged_by_the_weights_that_it_leaves(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""eval beside GPTQ: calibrated on the same text, block by block, its bytes counted."""
+"""eval beside GPTQ, Wanda and SparseGPT: calibrated on the same text, block by block, its bytes counted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.spectra.baselines import BASELINES
+from spectral_surgery.workflows.calibrated_baseline import calibrated_weights
 from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
-from spectral_surgery.workflows.gptq_baseline import gptq_weights
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_calibrate import KINDS, save_model
 from tests.workflows.test_train import WORDS
@@ -32,7 +33,7 @@ def test_layers_of_blocks_are_quantised_as_they_are_stored(tmp_path: Path, kind:
     source = save_model(kind, tmp_path / "model")
     index = read_index(source)
     wide = {name: info for name, info in index.tensors.items() if len(info.shape) == 2}
-    found = gptq_weights(source, index, wide, CalibrationData(text, 32, 16), 4)
+    found = calibrated_weights(source, index, wide, CalibrationData(text, 32, 16), BASELINES["gptq4"])
     assert len(found) == {"llama": 14, "bert": 12, "gpt2": 8}[kind]
     for name, made in found.items():
         original = read_tensor(index.tensors[name]).float()
@@ -48,13 +49,31 @@ def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) 
     data, text_to_calibrate = EvalData(text=text), CalibrationData(text, 64, 16)
     report = evaluate(source, None, data, beside=Beside((), ("gptq3", "int3"), None, text_to_calibrate))
     rows = {row.model: row for row in report.models}
-    own, nearest = rows["gptq3"], rows["int3 g128"]
+    own, nearest = rows["GPTQ int3 g128"], rows["int3 g128"]
     assert own.cost.bits_per_weight == pytest.approx(nearest.cost.bits_per_weight, rel=0.01)
     assert own.cost.relative_error > nearest.cost.relative_error  # of weights; what counts is outputs
     assert own.measures["cosine"] > 0.9
 
 
-def test_gptq_without_text_is_refused(tmp_path: Path, text: Path) -> None:
+def test_pruning_with_inputs_is_better_than_without_at_the_same_bytes(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    with pytest.raises(ConfigError, match="eval --baseline gptq4: needs text to calibrate on"):
-        evaluate(source, None, EvalData(text=text), beside=Beside((), ("gptq4",)))
+    beside = Beside((), ("sparsegpt", "prune", "wanda"), 6.0, CalibrationData(text, 64, 16))
+    report = evaluate(source, None, EvalData(text=text), beside=beside)
+    _, surgery, magnitude, wanda = report.models
+    assert surgery.cost.nbytes == magnitude.cost.nbytes == wanda.cost.nbytes
+    assert surgery.measures["cosine"] > magnitude.measures["cosine"]
+    assert surgery.cost.relative_error > wanda.cost.relative_error > magnitude.cost.relative_error
+
+
+@pytest.mark.parametrize("name", ["gptq4", "wanda", "sparsegpt", "all"])
+def test_without_text_it_is_refused(tmp_path: Path, text: Path, name: str) -> None:
+    source = save_model("bert", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"eval --baseline \w+: needs text to calibrate on. Give some with --calib"):
+        evaluate(source, None, EvalData(text=text), beside=Beside((), (name,), 4.0))
+
+
+def test_a_rate_that_is_too_low_is_refused_by_the_name_of_the_tensor(tmp_path: Path, text: Path) -> None:
+    source = save_model("bert", tmp_path / "model")
+    beside = Beside((), ("wanda",), 1.0, CalibrationData(text, 8, 16))
+    with pytest.raises(ConfigError, match=r"layer.0.attention.self.\w+.weight: wanda: 1 bits per weight cannot hold"):
+        evaluate(source, None, EvalData(), beside=beside)
