@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from spectral_surgery.bench.case import BenchCase
-from spectral_surgery.bench.cases import adapters, coding, engine, generate, mixers, rate, spectral_matmul, speed, text
+from spectral_surgery.bench.cases import (
+    adapters,
+    coding,
+    engine,
+    generate,
+    hub,
+    mixers,
+    rate,
+    spectral_matmul,
+    speed,
+    text,
+)
 from spectral_surgery.registry import Table
 
 CASES = Table(
@@ -21,6 +32,7 @@ CASES = Table(
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", mixers.run, mixers.plot),
         BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
         BenchCase("text", "peak memory of calibrate and block-wise heal, for models of different depth", text.run),
+        BenchCase("hub", "bytes that push, pull and inspect move, with the real client and a Hub here", hub.run),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
     ),
 )

@@ -54,6 +54,7 @@ def test_names_are_those_of_the_commands() -> None:
         "mixers",
         "memory",
         "text",
+        "hub",
         "workers",
     ]
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 from tests.support.hub_client import ROOT, Client
-from tests.support.loopback_hub import TOKEN, LoopbackHub
 from tests.support.tiny import WORDS, save_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
