@@ -48,7 +48,10 @@ def test_round_trip(client: Client, tmp_path: Path) -> None:
     assert there == here
     client.result("decompress", "me/small", tmp_path / "plain")
     client.result("decompress", tmp_path / "out", tmp_path / "direct")
-    assert contents(tmp_path / "plain") == contents(tmp_path / "direct")
+    plain, direct = contents(tmp_path / "plain"), contents(tmp_path / "direct")
+    assert b"spectral-surgery decompress me/small OUT\n" in plain["README.md"]
+    assert plain.pop("README.md").replace(b"me/small", b"COMPRESSED") == direct.pop("README.md")
+    assert plain == direct
 
 
 def test_a_push_is_one_commit_and_the_next_one_none(hub: LoopbackHub, client: Client, compressed: Path) -> None:

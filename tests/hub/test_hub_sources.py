@@ -213,6 +213,10 @@ def test_the_cache_serves_when_offline_or_unreachable(
         assert done.code == 1
         assert "org/other: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it" in done.stderr
         assert done.stderr.count("\n") == 1
+        for arguments in (("push", folder, "me/x", "--quiet"), ("pull", "org/cached", tmp_path / "x")):
+            done = offline(*arguments)
+            assert done.code == 1
+            assert f"{arguments[1] if arguments[0] == 'pull' else 'me/x'}: is not asked, since HF_HUB" in done.stderr
     assert not hub.log
     hub.fail(" ", cut_after=0, times=-1)  # no answer to anything
     assert client.result("inspect", "org/cached", "--spectrum") == expected

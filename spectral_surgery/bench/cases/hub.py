@@ -183,24 +183,30 @@ def remote_headers(bench: Bench, sizes: Sizes) -> Row:
 def token(bench: Bench) -> Row:
     """Look for the access token in all that the commands of this case, and some that fail, wrote anywhere."""
     hub, scratch = bench.hub, bench.scratch / "token"
-    given = {"HF_TOKEN": None, "HF_DEBUG": "1"}
+    debug: dict[str, str | None] = {"HF_DEBUG": "1"}
+    alone = debug | {"HF_TOKEN": None}  # so that --token is all there is
     source = checkpoint(scratch / "source", 200_000, 1)
     hub.seed("org/private", source, private=True)
     secret = ("--token", TOKEN)
-    for arguments in (
+    working: tuple[tuple[object, ...], ...] = (
         ("compress", "org/private", scratch / "out", "--bits", "4", *secret, "--push", "me/token"),
         ("inject", "org/private", scratch / "adapter", "--method", "lora", "-o", "r=2", "--target-modules", "proj"),
         ("push", scratch / "out", "me/token", *secret, "--revision", "other"),
         ("pull", "me/token", scratch / "pulled", *secret),
         ("decompress", "me/token", scratch / "plain", *secret),
         ("inspect", "org/private", *secret),
-    ):
-        own = given if TOKEN in arguments else {"HF_DEBUG": "1"}
-        require(bench.run(*arguments, environment=own).code == 0, f"{arguments[0]} failed: {bench.said[-1][-300:]}")
+    )
+    for arguments in working:
+        done = bench.run(*arguments, environment=alone if TOKEN in arguments else debug)
+        require(done.code == 0, f"{arguments[0]} failed: {done.stderr.strip()[-300:]}")
     hub.fail("/commit/", 403, times=-1)
     (scratch / "out" / "notes.txt").write_text("new", encoding="utf-8")
-    for arguments in (("inspect", "org/missing", *secret), ("push", scratch / "out", "me/token", *secret)):
-        require(bench.run(*arguments, environment=given).code == 1, f"{arguments[0]} did not fail")
+    failing: tuple[tuple[object, ...], ...] = (
+        ("inspect", "org/missing", *secret),
+        ("push", scratch / "out", "me/token", *secret),
+    )
+    for arguments in failing:
+        require(bench.run(*arguments, environment=alone).code == 1, f"{arguments[0]} did not fail")
     used = sum(record.authorized for record in hub.log)
     require(used > 0, "no command used the token")
     texts = [*bench.said, *(record.line for record in hub.log)]
