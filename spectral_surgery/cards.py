@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from spectral_surgery.errors import ConfigError
 
 FILE_NAME = "README.md"
 TAG = "spectral-surgery"
+COMPRESSED = "compressed"
 
 _BEGIN = "<!-- spectral-surgery:begin {} -->"
 _SIGNED = re.compile(r"<!-- spectral-surgery:begin \w+ -->")
@@ -111,8 +112,12 @@ def derived(source: str | None, facts: Facts) -> str:
     new = facts.metadata()
     if "base_model" not in new and _is_base(old.get("base_model")):
         new["base_model"] = old["base_model"]
+        new |= {"base_model_relation": facts.relation} if facts.relation else {}
     # the Hub makes tags of base models itself, and PEFT writes paths of somebody's disk into them
-    tags = [tag for tag in _listed(old.get("tags")) if not tag.startswith("base_model:")] + _listed(new["tags"])
+    tags = [tag for tag in _listed(old.get("tags")) if not tag.startswith("base_model:")]
+    if has_section(text):
+        tags = [tag for tag in tags if tag != COMPRESSED]  # said of that checkpoint by us
+    tags += _listed(new["tags"])
     data = ModelCardData(**{**new, **kept, "tags": list(dict.fromkeys(tags))})
     front = f"---\n{data.to_yaml()}\n---\n\n"
     body = _SECTION.sub("", body).strip("\n")
@@ -142,6 +147,11 @@ def transplanted(text: str, donor: str) -> str:
     section = _SECTION.search(_unix(donor))
     known = {key: value for key, value in metadata(donor).items() if key in _OURS}
     return _placed(text, section.group(0) if section else "", known)
+
+
+def with_section(text: str, change: Callable[[str], str]) -> str:
+    """A card with our section changed, and every other byte as it was."""
+    return _SECTION.sub(lambda found: change(found.group(0)), text, count=1)
 
 
 def _placed(text: str, section: str, new: Mapping[str, object]) -> str:

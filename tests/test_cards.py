@@ -222,7 +222,23 @@ def test_the_command_that_makes_the_same_bytes(options: CompressOptions, words: 
     assert compress_command({"calibration": None}, None) == "spectral-surgery compress SOURCE OUT"
 
 
+def test_what_is_made_from_a_compressed_checkpoint_is_not_called_compressed() -> None:
+    plain = Facts("Plain", "S", "", "U", relation="quantized")
+    data = front(cards.derived(cards.derived(BASE, FACTS), plain))
+    assert data["tags"] == ["text", "yes", "spectral-surgery"]
+    assert (data["base_model"], data["base_model_relation"]) == ("org/base", "quantized")
+    theirs = "---\ntags: [compressed]\n---\nText"
+    assert front(cards.derived(theirs, plain))["tags"] == ["compressed", "spectral-surgery"]
+
+
 def test_long_tables_are_cut() -> None:
     make: Callable[[int], Facts] = lambda n: Facts("T", "S", "", "U", [{"tensor": str(i)} for i in range(n)])  # noqa: E731
     assert "and 60 more." in cards.derived(None, make(100))
     assert "more." not in cards.derived(None, make(40))
+
+
+def test_our_section_can_be_changed_alone() -> None:
+    assert cards.with_section(EDITED, str.upper).count("A MODEL.") == 1
+    changed = cards.with_section(EDITED, lambda section: section.replace("A model.", "Another."))
+    assert changed == EDITED.replace("A model.", "Another.")
+    assert cards.with_section("Mine", str.upper) == "Mine"

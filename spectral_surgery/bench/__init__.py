@@ -9,6 +9,7 @@ from spectral_surgery.bench.cases import (
     coding,
     engine,
     generate,
+    hub,
     learned_bases,
     mixers,
     rate,
@@ -37,6 +38,7 @@ CASES = Table(
         BenchCase(
             "learned_bases", "the eigenbasis of the inputs, bytes counted, beside the calibrated dct", learned_bases.run
         ),
+        BenchCase("hub", "bytes that push, pull and inspect move, with the real client and a Hub here", hub.run),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
     ),
 )

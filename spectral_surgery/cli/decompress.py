@@ -54,7 +54,7 @@ def command(
             _show_plan(found.path, as_json=as_json)
         return
     access.prepare()
-    path, _ = access.resolve(source)
+    path, origin = access.resolve(source)
     with output.progress(quiet=quiet, unit=" tensors") as progress:
         report = workflow.decompress(
             path,
@@ -64,6 +64,7 @@ def command(
             threads=shared.threads_or_all(threads),
             overwrite=overwrite,
             base=access.base()[0],
+            origin=origin,
             progress=progress,
         )
     pushed = {} if report.failures else access.pushed(out)

@@ -41,6 +41,7 @@ _PNG = click.Path(dir_okay=False, path_type=Path)
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
+@shared.hub_options
 @shared.output_options
 @click.pass_context
 def command(
@@ -64,7 +65,7 @@ def command(
     """Compare two checkpoints, plain or compressed: tensors by their relative error and, with text, as models.
 
     With several B, or with baselines, a table of all of them: bits per weight, bytes, error, measures on the text, and
-    of baselines the seconds and the memory that they took to make. --plot draws it.
+    of baselines the seconds and the memory that they took to make. --plot draws it. --revision is that of A.
 
     \b
     Example:
@@ -75,20 +76,21 @@ def command(
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
-    from spectral_surgery.hub import resolve
     from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
     from spectral_surgery.workflows.layer_moments import CalibrationData
 
     if plot is not None:
         _check_plot(plot, table=len(b) > 1 or baseline is not None)
     names = tuple(name.strip() for name in baseline.split(",") if name.strip()) if baseline else ()
+    access = shared.hub_access(quiet=quiet)
+    paths = [access.others().resolve(source)[0] for source in b]
     with output.progress(quiet=quiet) as progress:
         report = evaluate(
-            resolve(a),
-            resolve(b[0]) if b else None,
+            access.resolve(a)[0],
+            paths[0] if paths else None,
             EvalData(text, sts, samples, seq_length),
-            beside=Beside(tuple(map(resolve, b[1:])), names, bits, CalibrationData(calibrate) if calibrate else None),
-            adapter=resolve(adapter) if adapter else None,
+            beside=Beside(tuple(paths[1:]), names, bits, CalibrationData(calibrate) if calibrate else None),
+            adapter=access.others().resolve(adapter)[0] if adapter else None,
             device=device,
             progress=progress,
         )

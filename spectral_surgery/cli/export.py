@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The base model, for names and shapes  [default: the one ADAPTER names]")
 @adapter_options.size_options
 @adapter_options.setting_option
+@shared.hub_options
 @shared.push_option
 @shared.writing_options
 @shared.output_options
@@ -52,6 +53,7 @@ def command(
     FouRA becomes a LoRA exactly, unless its gate depends on the input: freeze it first. Of fourierft and
     spectral_delta a LoRA is the best approximation of a --rank, a --max-error or a number of --bytes, and the error is
     measured. --base is read for headers only, and only where the adapter does not say the shapes of its layers.
+    --revision is that of ADAPTER.
 
     \b
     Example:
@@ -70,7 +72,7 @@ def command(
     state = read_adapter(folder)
     base = base or (state.spec.base_model if workflow.needs_base(state, form) else None)
     with ExitStack() as stack:
-        model = stack.enter_context(access.outline(base)).path if base else None
+        model = stack.enter_context(access.others().outline(base)).path if base else None
         if dry_run:
             _show_plan(workflow.plan_export(folder, form, base=model, size=size), form, as_json=as_json)
             return
@@ -86,6 +88,7 @@ def command(
             config=config,
             dtype=number,
             overwrite=overwrite,
+            origin=adapter_options.base_name(base)[0] if base else None,
             progress=progress,
         )
     _show_report(report, out, as_json=as_json, more=access.pushed(out))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     "--save-rest", is_flag=True, help="Store whole what differs and carries no adapter: norms, biases, heads."
 )
 @adapter_options.target_options
+@shared.hub_options
 @shared.push_option
 @shared.writing_options
 @shared.output_options
@@ -54,6 +55,7 @@ def command(
     spectral_delta keeps the largest coefficients of a complete basis, lora and foura the largest singular values, with
     the same error at the same rank. fourierft reaches half of all matrices: its error stays near 0.7. --bytes are
     shared by the layers so that the last one saves the same everywhere. Errors are measured on what is written.
+    --revision is that of BASE.
 
     \b
     Example:
@@ -66,6 +68,8 @@ def command(
     size = adapter_options.size_of(method, nbytes, max_error, rank, n_frequency)
     if size is None:
         raise click.UsageError("one of --bytes, --max-error, --rank and --n-frequency is needed.")
+    access = shared.hub_access(quiet=quiet)
+    name, revision = adapter_options.base_name(base)
     options = workflow.ExtractOptions(
         method,
         size,
@@ -74,10 +78,10 @@ def command(
         adapter_options.DTYPES[dtype],
         max_rank,
         save_rest,
-        *adapter_options.base_name(base),
+        name,
+        access.revision or revision,
     )
-    access = shared.hub_access(quiet=quiet)
-    before, after = access.resolve(base)[0], access.resolve(tuned)[0]
+    before, after = access.resolve(base)[0], access.others().resolve(tuned)[0]
     if dry_run:
         _show_plan(plan_extraction(before, after, method, options.targets), as_json=as_json)
         return

@@ -63,7 +63,7 @@ def command(
     """Train the kept coefficients of COMPRESSED until it does what TEACHER, its original, does; write OUT.
 
     The result is of the same format and about the same size. Positions and steps stay as they are, and the quantiser is
-    in the loop, so what is stored is what was trained. Runs under torchrun.
+    in the loop, so what is stored is what was trained. Runs under torchrun. --revision is that of COMPRESSED.
 
     \b
     Example:
@@ -79,7 +79,7 @@ def command(
     if first:
         access.prepare()
     path, _ = access.resolve(compressed)
-    original, origin = access.resolve(teacher)
+    original, origin = access.others().resolve(teacher)
     with output.progress(quiet=quiet or not first, unit=" steps") as progress:
         report = workflow.heal(
             path,

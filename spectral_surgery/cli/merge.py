@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ def command(
     access = shared.hub_access(quiet=quiet)
     if not dry_run:
         access.prepare()
-    others = replace(access, revision=None)
+    others = access.others()
     (root, origin), folders = access.resolve(base), [others.resolve(adapter)[0] for adapter in adapters]
     if dry_run:
         _show_plan(plan_merge(root, folders, factors), as_json=as_json)

@@ -60,10 +60,14 @@ class HubAccess:
         path = hub.resolve(source, revision=self.revision, token=self.token)
         return path, repository.name if repository else None
 
+    def others(self) -> HubAccess:
+        """Access to the sources of a command that --revision does not mean."""
+        return replace(self, revision=None)
+
     def base(self) -> tuple[Path | None, str | None]:
         """`resolve` for --base, which --revision does not mean; (None, None) without."""
         source = click.get_current_context().meta.get(f"{__name__}.base")
-        return replace(self, revision=None).resolve(source) if source else (None, None)
+        return self.others().resolve(source) if source else (None, None)
 
     def outline(self, source: str) -> AbstractContextManager[Found]:
         """A source to read headers of."""

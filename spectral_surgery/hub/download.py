@@ -190,6 +190,7 @@ def fetch(listing: Listing, names: Iterable[str], folder: Path, *, token: str | 
 def _listed_or_cached(repository: Repository, token: str | None) -> Listing | Path:
     """The listing, or what the cache has when there is no answer."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -202,6 +203,11 @@ def _listed_or_cached(repository: Repository, token: str | None) -> Listing | Pa
         # what we fetched is a part of the repository on purpose
         folder = getattr(error, "snapshot_path", None)
     if folder is None or not Path(folder, repository.path).exists():
+        if HF_HUB_OFFLINE:
+            raise HubError(
+                f"{repository}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; what was fetched before is"
+                " accepted. Unset HF_HUB_OFFLINE once."
+            )
         raise unanswered
     return Path(folder, repository.path)
 

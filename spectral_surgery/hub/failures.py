@@ -82,8 +82,8 @@ def explain(error: BaseException) -> str:
         ),
         (
             errors.OfflineModeIsEnabled,
-            "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; what was fetched before is accepted. "
-            "Unset HF_HUB_OFFLINE once.",
+            "is not asked, since HF_HUB_OFFLINE is set; reading what is in the cache is accepted with it. "
+            "Unset HF_HUB_OFFLINE.",
         ),
         (errors.RemoteEntryNotFoundError, "has no such file; files it lists are accepted. Check the path."),
     ):

@@ -18,11 +18,13 @@ from spectral_surgery.checkpoint.merge_record import is_merged, read_record
 from spectral_surgery.checkpoint.plan import FLOATS
 from spectral_surgery.checkpoint.reader import read_flat
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.workflows.facts import adapter_facts, compressed_facts, merged_facts, plain_facts
+from spectral_surgery.workflows.adapter_facts import adapter_facts
+from spectral_surgery.workflows.facts import compressed_facts, merged_facts, plain_facts
 from spectral_surgery.workflows.progress import Progress, silent
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+METRICS_FILE = "metrics.json"  # of train
 _PIECE = 1 << 22  # elements
 
 Kind = Literal["compressed", "adapter", "dense"]
@@ -36,11 +38,13 @@ class Checked:
         kind: compressed checkpoint, adapter, or any other checkpoint.
         index: its headers.
         facts: what its card should say.
+        complete: whether the facts are all that is known; else the command that made the folder may have said more.
     """
 
     kind: Kind
     index: CheckpointIndex
     facts: Facts
+    complete: bool
 
 
 def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
@@ -71,9 +75,8 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
             f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; a complete folder is "
             "accepted. Compress again, or fetch it again."
         )
-    return Checked(
-        "dense", index, merged_facts(read_record(folder), index) if is_merged(folder) else plain_facts(index)
-    )
+    facts = merged_facts(read_record(folder), index) if is_merged(folder) else plain_facts(index)
+    return Checked("dense", index, facts, complete=False)
 
 
 def _compressed(folder: Path, progress: Progress) -> Checked:
@@ -84,7 +87,7 @@ def _compressed(folder: Path, progress: Progress) -> Checked:
             checkpoint.part(name, part)  # compares the checksum
         progress(number + 1, len(records), name)
     origin = as_repository(metadata(read_card(folder) or "").get("base_model"))
-    return Checked("compressed", checkpoint.index, compressed_facts(checkpoint, origin))
+    return Checked("compressed", checkpoint.index, compressed_facts(checkpoint, origin), complete=True)
 
 
 def _adapter(folder: Path) -> Checked:
@@ -107,4 +110,5 @@ def _adapter(folder: Path) -> Checked:
             raise CheckpointError(
                 f"{folder.name}: {name} has NaN or infinite values; finite ones are accepted. Train the adapter again."
             )
-    return Checked("adapter", index, adapter_facts(config, index))
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
+    return Checked("adapter", index, adapter_facts(config, index, metrics), complete=bool(metrics))

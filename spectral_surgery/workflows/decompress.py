@@ -76,6 +76,7 @@ def decompress(
     threads: int = 1,
     overwrite: bool = False,
     base: Path | None = None,
+    origin: str | None = None,
     progress: Progress = silent,
 ) -> DecompressReport:
     """Write the plain checkpoint that a compressed folder stands for.
@@ -92,6 +93,7 @@ def decompress(
         threads: frames decoded at once.
         overwrite: replace an existing folder.
         base: the checkpoint that differences are to; None for a compressed model.
+        origin: the Hub repository that source is a copy of, for the model card.
         progress: called after each tensor.
 
     Returns:
@@ -105,16 +107,14 @@ def decompress(
     code, failures = _dtype_code(dtype), tuple[str, ...]()
     check_apart(source, out)
     checkpoint = open_compressed(source, differences=True)
-    before = check_base(checkpoint.manifest.options, base, source.name)
-    work = _Entries(checkpoint, before, code, threads, progress)
+    work = _Entries(checkpoint, check_base(checkpoint.manifest.options, base, source.name), code, threads, progress)
     entries = work.all()
     try:
         with publishing(out, overwrite=overwrite) as folder:
             write_checkpoint(folder, entries)
             copy_companions(checkpoint.index, folder, _plain_config(checkpoint, dtype), without=FILE_NAME)
-            cards.write_derived(folder, decompressed_facts(checkpoint.manifest, checkpoint.index, dtype))
-            wrong = _verify(work, folder) if verify else []
-            if wrong:
+            cards.write_derived(folder, decompressed_facts(checkpoint.manifest, checkpoint.index, dtype, origin))
+            if verify and (wrong := _verify(work, folder)):
                 raise _NotVerifiedError(wrong)
     except _NotVerifiedError as error:
         failures = error.failures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery import cards
 from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.adapters.foura import Foura
 from spectral_surgery.adapters.lora import Lora
+from spectral_surgery.cards import as_repository
 from spectral_surgery.checkpoint.adapter_files import read_adapter, write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
@@ -26,6 +29,7 @@ from spectral_surgery.spectra.quality import relative_error
 from spectral_surgery.surgery.extract import EXTRACTORS, Extractor, Fit, Size, Update, fit
 from spectral_surgery.surgery.merge import total_delta
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.adapter_facts import delta_facts, made_facts, setting_words, size_words
 from spectral_surgery.workflows.extract import LayerReport, Steps, delta_of, measure, room
 from spectral_surgery.workflows.merge_plan import Target, tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
@@ -89,6 +93,7 @@ def export(
     config: Any = None,
     dtype: str = "F32",
     overwrite: bool = False,
+    origin: str | None = None,
     progress: Progress = silent,
 ) -> ExportReport:
     """Write an adapter in another form.
@@ -105,6 +110,7 @@ def export(
         config: settings of the new method; None for its defaults.
         dtype: of the stored floats: F32, BF16 or F16.
         overwrite: replace an existing folder.
+        origin: the Hub repository of base, for the model card; None for the one the adapter names.
         progress: called after each layer.
 
     Returns:
@@ -120,17 +126,30 @@ def export(
     plan = plan_export(adapter, form, base=base, size=size)
     state, updates = plan.state, plan.updates
     work = _Work(state, updates, dtype, Steps(len(updates) if form == DELTA else 2 * len(updates), progress))
+    known = as_repository(origin) or as_repository(state.spec.base_model)
     with publishing(out, overwrite=overwrite) as folder:
         if plan.index is not None and form == DELTA:
             layers, unit, left_out = _write_deltas(folder, work, plan.index), "weights", tuple(sorted(state.extra))
+            facts = delta_facts(state.spec, read_index(folder), layers, known, _command(form, dtype, known or "BASE"))
         else:
             fitted = _converted(work, form, size, config)
             fresh = _as_method(state, form, fitted)
             layers, unit, left_out = measure(fresh, updates, fitted, work.steps.advance), EXTRACTORS[form].unit, ()
             write_adapter(fresh, folder)
+            command = _command(form, dtype, None if base is None else known or "BASE", size, config)
+            source = f"an adapter of the method {state.spec.method.name}"
+            facts = made_facts(fresh.spec, read_index(folder), layers, unit, command=command, source=source)
+        cards.write_derived(folder, facts)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     seconds = time.perf_counter() - started
     return ExportReport(state.spec.method.name, form, unit, layers, plan.exact, left_out, stored, seconds)
+
+
+def _command(form: str, dtype: str, base: str | None, size: Size | None = None, config: Any = None) -> str:
+    """The command that makes the same again, without paths of anybody's machine."""
+    words = ["spectral-surgery", "export", "ADAPTER", "OUT", "--format", form, *(["--base", base] if base else [])]
+    words += size_words(size, "" if form == DELTA else EXTRACTORS[form].unit, dtype)
+    return shlex.join(words + ([] if config is None else setting_words(config)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spectral_surgery import cards
 from spectral_surgery.adapters.base import Adapter, AdapterSpec, AdapterState
 from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
+from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.publish import publishing
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
 from spectral_surgery.checkpoint.task import task_of
@@ -22,6 +25,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.surgery.extract import EXTRACTORS, Fit, Size, Update, fit
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.adapter_facts import made_facts, setting_words, size_words, target_words
 from spectral_surgery.workflows.extract_plan import ExtractPlan, plan_extraction
 from spectral_surgery.workflows.extract_rest import Rest, save_rest
 from spectral_surgery.workflows.progress import Progress, silent
@@ -179,11 +183,29 @@ def extract(
     state = AdapterState(spec, fitted.layers, {name: read_tensor(info) for name, info in rest.tensors.items()})
     layers = measure(state, updates, fitted, steps.advance)
     with publishing(out, overwrite=overwrite) as folder:
-        write_adapter(state, folder)
-        stored = (folder / TENSOR_FILE).stat().st_size
+        stored = _write(folder, state, layers, options)
     seconds = time.perf_counter() - started
     left = {name: rest.missing.get(name, SAVED) for name in plan.rest} if options.save_rest else plan.rest
     return ExtractReport(options.method, extractor.unit, layers, left, stored, seconds, peak_rss_bytes())
+
+
+def _write(folder: Path, state: AdapterState, layers: Sequence[LayerReport], options: ExtractOptions) -> int:
+    """Write the adapter and its card; the bytes of its tensors."""
+    write_adapter(state, folder)
+    index, unit = read_index(folder), EXTRACTORS[options.method].unit
+    source = "the difference of two checkpoints"
+    cards.write_derived(folder, made_facts(state.spec, index, layers, unit, command=_command(options), source=source))
+    return (folder / TENSOR_FILE).stat().st_size
+
+
+def _command(options: ExtractOptions) -> str:
+    """The command that makes the same again, without paths of anybody's machine."""
+    base = cards.as_repository(options.base_model) or "BASE"
+    words = ["spectral-surgery", "extract", base, "TUNED", "OUT", "--method", options.method]
+    words += size_words(options.size, EXTRACTORS[options.method].unit, options.dtype)
+    words += ([] if options.config is None else setting_words(options.config)) + target_words(options.targets)
+    words += ["--max-rank", str(options.max_count)] if options.max_count else []
+    return shlex.join(words + (["--save-rest"] if options.save_rest else []))
 
 
 def measure(

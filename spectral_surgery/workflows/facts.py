@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import version
 from typing import Any
 
-from spectral_surgery.cards import Facts, as_repository
+from spectral_surgery.cards import COMPRESSED, Facts, as_repository
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.header import DTYPE_BITS
@@ -21,7 +21,7 @@ from spectral_surgery.checkpoint.task import task_of
 HERE = "THIS_FOLDER"  # until it has a place on the Hub
 _TARGETS = {"density": "sparsity", "bits": "bits", "max_error": "max-error"}
 _LIBRARIES = ("torch", "zstandard")
-_AUTO = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
+AUTO = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
 
 _LOAD_COMPRESSED = """\
 ```bash
@@ -45,14 +45,6 @@ transformers warns that it does not know the format `spectral_surgery`, and star
 
 To get the plain checkpoint back:
 """
-
-_LOAD_ADAPTER = """\
-```python
-from peft import PeftModel
-from transformers import AutoModel{task}
-
-model = PeftModel.from_pretrained(AutoModel{task}.from_pretrained("{base}"), "{here}")
-```"""
 
 _LOAD_SWAPPED = """\
 ```python
@@ -87,7 +79,7 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     calibration = manifest.options.get("calibration")
     before = base_name(manifest.options)
     of = "differences" if before else "weights"
-    what = f"The difference of {_linked(origin)} to {before}" if before else _linked(origin)
+    what = f"The difference of {linked(origin)} to {before}" if before else linked(origin)
     rows = [
         {
             "tensor": f"`{name}`",
@@ -110,7 +102,7 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     if manifest.options.get("healing"):
         totals["kept coefficients trained on"] = str(manifest.options["healing"])
     return Facts(
-        f"{_name(origin)}, compressed in the frequency domain",
+        f"{short_name(origin)}, compressed in the frequency domain",
         f"{what} as entropy-coded spectra, made by spectral-surgery.",
         compress_command(manifest.options, origin),
         _usage(index, before),
@@ -119,19 +111,25 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
         origin,
         "quantized",
         _library(index),
-        ("compressed",),
+        (COMPRESSED,),
         _versions(),
     )
 
 
-def decompressed_facts(manifest: Manifest, index: CheckpointIndex, dtype: str | None) -> Facts:
+def decompressed_facts(
+    manifest: Manifest, index: CheckpointIndex, dtype: str | None, origin: str | None = None
+) -> Facts:
     """Facts about a plain checkpoint made from a compressed one.
 
     Args:
         manifest: of the compressed one.
         index: headers of the compressed one.
         dtype: floating tensors were stored in it, if given.
+        origin: repository of the compressed one, if it has one.
     """
+    before = base_name(manifest.options)
+    command = ["spectral-surgery", "decompress", origin or "COMPRESSED", "OUT"]
+    command += [*(["--dtype", dtype] if dtype else []), *(["--base", before] if before else [])]
     total = manifest.report
     totals = {
         "tensors decoded": f"{len(manifest.tensors)}, {total.weights:,} weights",
@@ -140,45 +138,12 @@ def decompressed_facts(manifest: Manifest, index: CheckpointIndex, dtype: str | 
     return Facts(
         "Decompressed checkpoint",
         "A plain checkpoint decoded from entropy-coded spectra by spectral-surgery.",
-        shlex.join(["spectral-surgery", "decompress", "COMPRESSED", "OUT", *(["--dtype", dtype] if dtype else [])]),
+        shlex.join(command),
         _LOAD_PLAIN,
         totals=totals,
+        relation="quantized",
         library_name=_library(index),
         versions=_versions(),
-    )
-
-
-def adapter_facts(config: Mapping[str, object], index: CheckpointIndex) -> Facts:
-    """Facts about an adapter in PEFT's format.
-
-    Args:
-        config: its adapter_config.json.
-        index: headers of its tensors.
-    """
-    method, named = str(config.get("peft_type")), config.get("base_model_name_or_path")
-    base = as_repository(named)
-    settings = {key: config[key] for key in sorted(config) if type(config[key]) in (int, float)}
-    rows = [
-        {"tensor": f"`{name}`", "shape": " x ".join(map(str, info.shape)), "bytes": info.nbytes}
-        for name, info in index.tensors.items()
-    ]
-    totals = {
-        "tensors": f"{len(rows)}, {sum(info.numel for info in index.tensors.values()):,} parameters, "
-        f"{index.nbytes:,} bytes",
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()) or "the defaults of the method",
-    }
-    return Facts(
-        f"{method} adapter for {_name(base)}",
-        f"An adapter of the method {method} in the format of PEFT, for {_linked(base)}.",
-        "",
-        _LOAD_ADAPTER.format(task=_AUTO.get(str(config.get("task_type")), ""), base=base or "BASE_MODEL", here=HERE),
-        rows,
-        totals,
-        base,
-        "adapter",
-        "peft",
-        (method.lower(),),
-        {},
     )
 
 
@@ -202,8 +167,8 @@ def merged_facts(record: MergeRecord, index: CheckpointIndex, origin: str | None
         "undo": "`spectral-surgery unmerge` gives back the base, bit for bit",
     }
     return Facts(
-        f"{_name(base)}, with adapters merged",
-        f"{_linked(base)} with {len(adapters)} adapters added to its weights in float32, each sum rounded once.",
+        f"{short_name(base)}, with adapters merged",
+        f"{linked(base)} with {len(adapters)} adapters added to its weights in float32, each sum rounded once.",
         shlex.join(command + (weights if set(record.weights) != {1.0} else [])),
         _LOAD_PLAIN,
         totals=totals,
@@ -244,8 +209,8 @@ def swapped_facts(index: CheckpointIndex, report: Mapping[str, Any]) -> Facts:
         for fit in report["layer_errors"]
     ]
     return Facts(
-        f"{_name(base)}, with a spectral mixer for attention",
-        f"{_linked(base)} with the attention of layer {layers} replaced by the token mixer"
+        f"{short_name(base)}, with a spectral mixer for attention",
+        f"{linked(base)} with the attention of layer {layers} replaced by the token mixer"
         f" {report['mixer']}. All other weights are those of the original.",
         shlex.join(words),
         _LOAD_SWAPPED.format(here=HERE),
@@ -303,7 +268,7 @@ def _usage(index: CheckpointIndex, base: str | None) -> str:
     back = _LOAD_COMPRESSED.format(here=HERE, base=f" --base {base}" if base else "")
     if base or _library(index) is None:
         return back  # differences are no model, and other libraries do not ask us
-    return _LOAD_DIRECTLY.format(here=HERE, task=_AUTO.get(task_of(index.config) or "", "")) + "\n" + back
+    return _LOAD_DIRECTLY.format(here=HERE, task=AUTO.get(task_of(index.config) or "", "")) + "\n" + back
 
 
 def _library(index: CheckpointIndex) -> str | None:
@@ -314,9 +279,11 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _name(origin: str | None) -> str:
+def short_name(origin: str | None) -> str:
+    """A repository without its owner, for headings."""
     return origin.rpartition("/")[2] if origin else "A checkpoint"
 
 
-def _linked(origin: str | None) -> str:
+def linked(origin: str | None) -> str:
+    """A repository as a link in Markdown."""
     return f"[{origin}](https://huggingface.co/{origin})" if origin else "a checkpoint"

@@ -13,10 +13,9 @@ from spectral_surgery.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.errors import ConfigError, HubError
 from spectral_surgery.integrations.trainer import CHECKPOINTS
-from spectral_surgery.workflows.check import Checked, check_folder
+from spectral_surgery.workflows.check import METRICS_FILE, Checked, check_folder
 from spectral_surgery.workflows.facts import HERE
 from spectral_surgery.workflows.progress import Progress, silent
-from spectral_surgery.workflows.train import METRICS_FILE
 from spectral_surgery.workflows.train_from_scratch import CONTROL
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -150,8 +149,8 @@ def card_text(folder: Path, checked: Checked, repository: str) -> str:
     text = cards.read_card(folder)
     if text is None or cards.is_untouched_template(text):
         return cards.derived(cards.only_metadata(text or ""), facts)
-    if cards.has_section(text) and checked.kind == "dense":
-        return text  # the command that made it knew more than its files tell
+    if cards.has_section(text) and not checked.complete:
+        return cards.with_section(text, lambda section: section.replace(HERE, repository))
     return cards.refreshed(text, facts)
 
 

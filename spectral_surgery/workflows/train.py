@@ -21,11 +21,11 @@ from spectral_surgery.integrations.tasks import TASKS, Features, Task
 from spectral_surgery.integrations.trainer import CHECKPOINTS, History, Job, TrainSettings, run
 from spectral_surgery.models import load_model
 from spectral_surgery.surgery.attach import inject, trainable_parameters
+from spectral_surgery.workflows.check import METRICS_FILE
 from spectral_surgery.workflows.examples import Example, read_examples, split
 from spectral_surgery.workflows.plots import plot_training
 from spectral_surgery.workflows.progress import Progress, silent
 
-METRICS_FILE = "metrics.json"
 PLOT_FILE = "loss.png"
 _HEADS = ("score", "classifier", "pre_classifier", "qa_outputs")
 
@@ -49,6 +49,11 @@ class TrainData:
     columns: tuple[str, ...] = ()
     task: str | None = None
     seq_length: int = 256
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for the file of metrics, which may be published: no paths of this machine."""
+        kept = {"columns": list(self.columns), "seq_length": self.seq_length}
+        return kept | ({"eval_data": True} if self.eval_file else {"eval_fraction": self.eval_fraction})
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def train(
     counts = (len(features[0]), len(features[1]))
     report = TrainReport(task.name, task.best, history, trained, everything, size, counts)
     if history.is_main:
-        settled = {"settings": asdict(settings), "method": spec.method.name, **report.to_json()}
+        settled = {"settings": asdict(settings), "method": spec.method.name, "data": data.to_json(), **report.to_json()}
         replace_file(out / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
         plot_training(history.train, history.held_out, task.best, history.best_step, out / PLOT_FILE)
     return report

@@ -24,10 +24,11 @@ from spectral_surgery.integrations.tasks import TASKS, Features
 from spectral_surgery.integrations.text_tokenizers import learn_bpe, tiktoken_named
 from spectral_surgery.integrations.trainer import History, Job, TrainSettings
 from spectral_surgery.models import load_tokenizer
+from spectral_surgery.workflows.check import METRICS_FILE
 from spectral_surgery.workflows.examples import Example, read_examples
 from spectral_surgery.workflows.plots import plot_training
 from spectral_surgery.workflows.progress import Progress, silent
-from spectral_surgery.workflows.train import METRICS_FILE, PLOT_FILE, check_out, set_seed
+from spectral_surgery.workflows.train import PLOT_FILE, check_out, set_seed
 
 CONTROL = "control"  # folder of the second model
 TIKTOKEN = "tiktoken:"

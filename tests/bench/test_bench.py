@@ -56,6 +56,7 @@ def test_names_are_those_of_the_commands() -> None:
         "text",
         "calibrate",
         "learned_bases",
+        "hub",
         "workers",
     ]
 

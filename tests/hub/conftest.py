@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub, serving
 from tests.support.hub_client import Client, running
-from tests.support.loopback_hub import TOKEN, LoopbackHub, serving
 
 
 @pytest.fixture(scope="session")

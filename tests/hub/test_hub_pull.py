@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from spectral_surgery.bench.loopback_hub import LoopbackHub
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 from tests.support.hub_client import Client
-from tests.support.loopback_hub import LoopbackHub
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from spectral_surgery.bench.case import CheckFailedError
+from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 from tests.support.hub_client import Client, running
-from tests.support.loopback_hub import TOKEN, LoopbackHub
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,10 @@ def test_round_trip(client: Client, tmp_path: Path) -> None:
     assert there == here
     client.result("decompress", "me/small", tmp_path / "plain")
     client.result("decompress", tmp_path / "out", tmp_path / "direct")
-    assert contents(tmp_path / "plain") == contents(tmp_path / "direct")
+    plain, direct = contents(tmp_path / "plain"), contents(tmp_path / "direct")
+    assert b"spectral-surgery decompress me/small OUT\n" in plain["README.md"]
+    assert plain.pop("README.md").replace(b"me/small", b"COMPRESSED") == direct.pop("README.md")
+    assert plain == direct
 
 
 def test_a_push_is_one_commit_and_the_next_one_none(hub: LoopbackHub, client: Client, compressed: Path) -> None:
@@ -114,8 +118,8 @@ def test_a_killed_push_goes_on(hub: LoopbackHub, client: Client, tmp_path: Path)
     folder = shards(tmp_path / "folder")
     with running(tmp_path / "killed", hub.endpoint, HF_TOKEN=TOKEN) as victim:
         hub.fail("PUT /lfs/", times=2)  # let two files through
-        hub.fail("PUT /lfs/", cut_after=1000, on_hit=lambda: os.kill(victim.process.pid, signal.SIGKILL))
-        with pytest.raises((AssertionError, BrokenPipeError)):
+        hub.fail("PUT /lfs/", cut_after=1000, on_hit=lambda: os.kill(victim.pid, signal.SIGKILL))
+        with pytest.raises(CheckFailedError, match="the client died"):
             victim("push", folder, "me/killed")
     assert hub.contents("me/killed") == {}
     client.result("push", folder, "me/killed")

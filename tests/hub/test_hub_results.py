@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 from tests.support.hub_client import ROOT, Client
-from tests.support.loopback_hub import TOKEN, LoopbackHub
 from tests.support.tiny import WORDS, save_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -102,9 +103,35 @@ def test_adapters_that_are_made_and_not_trained(hub: LoopbackHub, client: Client
         assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
         assert front["library_name"] == "peft"
         assert f'"me/{command}")' in text
+    delta = ("--format", "delta", "--base", "org/base", "--push", "me/delta")
+    assert client.result("export", "me/extract", tmp_path / "delta", *delta)["pushed"]["kind"] == "dense"
+    front, text = card_of(hub, "me/delta")
+    assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
+    assert "spectral-surgery export ADAPTER OUT --format delta --base org/base\n" in text
+    assert 'resolve("me/delta")' in text
     done = client("inject", "org/base", tmp_path / "x", *settings, "--private")
     assert done.code == 2
     assert "--private: says how --push makes a repository; it is accepted with that alone." in done.stderr
+
+
+def test_token_and_revision_reach_every_source(hub: LoopbackHub, client: Client, base: Path, tmp_path: Path) -> None:
+    hub.seed("org/base", base, private=True)
+    hub.repos["org/base"].refs["dev"] = hub.repos["org/base"].refs["main"]
+    tuned = {name: tensor + gaussian(*tensor.shape, seed=9) for name, tensor in llama_like(torch.float32).items()}
+    hub.seed("org/tuned", write_folder(tmp_path / "tuned", tuned), private=True)
+    given = ("--token", TOKEN, "--revision", "dev")  # which only the first source of each has
+    size = ("--method", "lora", "--target-modules", Q, "--rank", "4")
+    client.result("extract", "org/base", "org/tuned", tmp_path / "a", *size, *given, HF_TOKEN=None)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "dev")
+    hub.seed("org/lora", tmp_path / "a", private=True).refs["dev"] = hub.repos["org/lora"].refs["main"]
+    made = client.result("export", "org/lora", tmp_path / "d", "--format", "delta", *given, HF_TOKEN=None)
+    assert made["relative_error"] < 1e-6
+    body = client.result("eval", "org/base", "org/tuned", *given, HF_TOKEN=None)
+    assert body["relative_error"] > 0.1
+    assert all(record.authorized for record in hub.log)
+    done = client("eval", "org/tuned", "org/base", *given, HF_TOKEN=None)
+    assert "org/tuned@dev: has no such revision" in done.stderr
 
 
 def python(hub: LoopbackHub, home: Path, *arguments: object) -> str:
@@ -133,6 +160,8 @@ def test_a_trained_adapter_is_loaded_by_name(hub: LoopbackHub, client: Client, l
     assert not [name for name in done["pushed"]["files"] if name.startswith("checkpoints")]
     front, card = card_of(hub, "me/adapter")
     assert (front["base_model"], front["library_name"]) == ("org/llama", "peft")
+    assert f"| loss | {done['before']['loss']:.4g} | {done['after']['loss']:.4g} |\n" in card
+    assert "spectral-surgery train org/llama OUT --data DATA --method lora --task causal-lm -o r=2 " in card
     script = card.split("```python\n")[1].split("```")[0]  # as the card says, and without importing us
     check = "import sys; assert 'spectral_surgery' not in sys.modules; print(model.peft_config['default'].r)"
     assert python(hub, tmp_path / "home", "-c", script + check) == "2\n"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from spectral_surgery.bench.loopback_hub import LoopbackHub
 from spectral_surgery.errors import HubError
 from spectral_surgery.hub import Repository, remote, to_push
 from tests.support.checkpoints import llama_like, write_folder
 from tests.support.hub_client import Client, running
-from tests.support.loopback_hub import LoopbackHub
 
 CARD = "---\nlicense: mit\nlanguage: en\n---\n# Base\n"
 
@@ -121,8 +121,8 @@ def test_a_compressed_repository_is_inspected_from_its_manifest(
 
 
 def test_compress_fetches_only_what_it_needs(hub: LoopbackHub, client: Client, folder: Path, tmp_path: Path) -> None:
-    hub.seed("org/base", folder)
-    client.result("compress", "org/base", tmp_path / "a", "--bits", "4")
+    hub.seed("org/lean", folder)
+    client.result("compress", "org/lean", tmp_path / "a", "--bits", "4")
     client.result("compress", folder, tmp_path / "b", "--bits", "4")
     fetched = {r.line.rpartition("/")[2] for r in hub.log if r.line.startswith("GET") and r.status == 200}
     assert {"config.json", "tokenizer.json", "model-00001-of-00002.safetensors"} <= fetched
@@ -130,9 +130,9 @@ def test_compress_fetches_only_what_it_needs(hub: LoopbackHub, client: Client, f
     for name in ("model.safetensors", "spectral_surgery.json", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "base_model: org/base\n" in card
+    assert "base_model: org/lean\n" in card
     assert "license: mit\n" in card
-    assert "spectral-surgery compress org/base OUT --bits 4\n" in card
+    assert "spectral-surgery compress org/lean OUT --bits 4\n" in card
 
 
 def test_revisions_folders_and_files(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
@@ -213,6 +213,10 @@ def test_the_cache_serves_when_offline_or_unreachable(
         assert done.code == 1
         assert "org/other: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it" in done.stderr
         assert done.stderr.count("\n") == 1
+        for arguments in (("push", folder, "me/x", "--quiet"), ("pull", "org/cached", tmp_path / "x")):
+            done = offline(*arguments)
+            assert done.code == 1
+            assert f"{arguments[1] if arguments[0] == 'pull' else 'me/x'}: is not asked, since HF_HUB" in done.stderr
     assert not hub.log
     hub.fail(" ", cut_after=0, times=-1)  # no answer to anything
     assert client.result("inspect", "org/cached", "--spectrum") == expected
