@@ -73,7 +73,7 @@ class CompressedCheckpoint:
             raise LimitError(
                 f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again."
             )
-        steps = read_tensor(step)
+        steps = read_tensor(step).float()
         if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
         return codes, offsets, steps
@@ -120,9 +120,9 @@ def open_compressed(folder: Path, *, differences: bool = False) -> CompressedChe
     for name, record in manifest.tensors.items():
         frames = sum(part.frames for part in record.parts)
         steps = {(len(record.parts), 2), (len(record.parts), record.matrix[1] + 1)}
-        _check(index, f"{name}.spectral_codes", "U8", None)
-        _check(index, f"{name}.spectral_frames", "I64", {(frames + 1,)})
-        _check(index, f"{name}.spectral_step", "F32", steps)
+        _check(index, f"{name}.spectral_codes", ("U8",), None)
+        _check(index, f"{name}.spectral_frames", ("I64",), {(frames + 1,)})
+        _check(index, f"{name}.spectral_step", ("F32", "BF16"), steps)
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors and name not in index.tensors:
             raise CheckpointError(
@@ -132,12 +132,12 @@ def open_compressed(folder: Path, *, differences: bool = False) -> CompressedChe
 
 
 def _check(
-    index: CheckpointIndex, name: str, dtype: str, shapes: set[tuple[int]] | set[tuple[int, int]] | None
+    index: CheckpointIndex, name: str, dtypes: tuple[str, ...], shapes: set[tuple[int]] | set[tuple[int, int]] | None
 ) -> None:
     info = index.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{name}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
-    if info.dtype != dtype or (shapes is not None and info.shape not in shapes):
+    if info.dtype not in dtypes or (shapes is not None and info.shape not in shapes):
         raise CheckpointError(
             f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "
             "both must come from one run. Fetch both again."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
-from spectral_surgery.checkpoint.units import copy_entry, part_record
+from spectral_surgery.checkpoint.units import copy_entry, part_record, step_entry
 from spectral_surgery.checkpoint.writer import Entry, tensor_entry
 from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
 
@@ -56,5 +56,5 @@ def _entries(name: str, parts: Sequence[EncodedSpectrum]) -> list[Entry]:
     return [
         Entry(codes, "U8", (sum(lengths),), lambda: (frame for part in parts for frame in part.frames)),
         Entry(frames, "I64", tuple(offsets.shape), lambda: [offsets.numpy().tobytes()]),
-        Entry(step, "F32", tuple(steps.shape), lambda: [steps.numpy().tobytes()]),
+        step_entry(step, steps),
     ]

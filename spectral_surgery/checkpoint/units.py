@@ -31,7 +31,7 @@ from spectral_surgery.checkpoint.manifest import (
 )
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTensor, Unit
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
-from spectral_surgery.checkpoint.writer import Entry, replace_file
+from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, choose_basis, encode
 from spectral_surgery.spectra.feedback import Codes, encode_codes
@@ -164,7 +164,8 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
         shape = (stop - start, tensor.columns)
         encoded = EncodedSpectrum(frames, shape, done[1].rows_per_frame, step[:-1], float(step[-1]), basis)
         parts += [encoded.codes(frame).to(torch.int32) for frame in range(len(frames))]
-    return Codes(torch.cat(parts), float(step[0]), float(step[-1]))
+    one = step.numel() == 2
+    return Codes(torch.cat(parts), float(step[0]) if one else 1.0, float(step[-1]), None if one else step[:-1])
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
@@ -230,6 +231,12 @@ def copy_entry(info: TensorInfo) -> Entry:
     return Entry(info.name, info.dtype, info.shape, chunks)
 
 
+def step_entry(name: str, steps: Tensor) -> Entry:
+    """Steps and offset of each part, [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing."""
+    half = steps.bfloat16()
+    return tensor_entry(name, half if steps.shape[1] > 2 and torch.equal(half.float(), steps) else steps)
+
+
 def _record(tensor: PlannedTensor, parts: list[PartRecord], tile: int) -> TensorRecord:
     return TensorRecord(
         tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, tuple(parts)
@@ -251,7 +258,7 @@ def _entries(tensor: PlannedTensor, files: list[dict[str, TensorInfo]]) -> list[
     return [
         Entry(codes, "U8", (int(joined[-1]),), chunks),
         Entry(frames, "I64", tuple(joined.shape), lambda: [joined.numpy().tobytes()]),
-        Entry(step, "F32", tuple(steps.shape), lambda: [steps.numpy().tobytes()]),
+        step_entry(step, steps),
     ]
 
 

@@ -28,6 +28,7 @@ from spectral_surgery.transforms import TRANSFORMS, tiles
 FloatArray = npt.NDArray[np.float32]
 
 FRAME_SIZE = 1 << 18  # coefficients: smaller frames pay for their tables, larger ones delay the first row
+COLUMN_STEP_BITS = 16  # of each of many steps, stored in bfloat16
 _SAMPLE = 1 << 17
 _ATTEMPTS = 6
 _BITS_TOLERANCE = 0.004
@@ -78,7 +79,8 @@ class EncodedSpectrum:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the frames, their 64-bit offsets, the steps and the offset."""
-        return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + 4 * (self.step.numel() + 1)
+        bits = 32 if self.step.numel() == 1 else COLUMN_STEP_BITS
+        return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + bits * (self.step.numel() + 1) // 8
 
     def codes(self, frame: int) -> Tensor:
         """[rows, I] codes of one frame."""

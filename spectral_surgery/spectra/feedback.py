@@ -17,7 +17,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
 from spectral_surgery.spectra.coding import choose_layout, encode_frame
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
-from spectral_surgery.spectra.quantized import dequantize
+from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize
 from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
@@ -33,20 +33,44 @@ class Codes:
         values: [O, I] int32.
         step: of the reconstruction points.
         offset: of the reconstruction points, in steps.
+        columns: [I] float32, the step of each column as a multiple of ``step``; None for one step.
     """
 
     values: Tensor
     step: float
     offset: float = 0.0
+    columns: Tensor | None = None
+
+    @property
+    def steps(self) -> Tensor:
+        """[1] float32; or [I], numbers of bfloat16, which is how they are stored."""
+        return _steps(self.step, self.columns)
 
     @property
     def T(self) -> Codes:  # noqa: N802 - as tensors have it
-        """Of the transposed spectrum."""
+        """Of the transposed spectrum.
+
+        Raises:
+            ShapeError: when every column has its own step: rows have none.
+        """
+        if self.columns is not None:
+            raise ShapeError("transpose: every column has its own step; codes with one step are accepted.")
         return Codes(self.values.T.contiguous(), self.step, self.offset)
 
     def coefficients(self) -> Tensor:
         """[O, I] float32."""
-        return dequantize(self.values, torch.tensor([self.step]), self.offset)
+        return dequantize(self.values, self.steps, self.offset)
+
+
+def codes_of(spectrum: QuantizedSpectrum) -> Codes:
+    """The codes of a spectrum."""
+    one = spectrum.step.numel() == 1
+    step = float(spectrum.step) if one else 1.0
+    return Codes(spectrum.codes.to(torch.int32), step, spectrum.offset, None if one else spectrum.step)
+
+
+def _steps(step: float, columns: Tensor | None) -> Tensor:
+    return torch.tensor([step]) if columns is None else (step * columns).bfloat16().float()
 
 
 def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> Tensor:
@@ -95,7 +119,26 @@ def feedback_noise(moment: Tensor, basis: Basis) -> float:
     return float(diagonal.pow(-2).mean() * moment.diagonal().double().mean())
 
 
-def feedback_codes(coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0) -> Codes:
+def step_shape(factor: Tensor, power: float) -> Tensor:
+    """Steps of columns relative to each other: what a column loses weighs as much as in any other.
+
+    A step s in column j costs s² / U_jj² in the outputs, and saves log s bits. With a coder of its own for each column,
+    steps in proportion to U_jj were the best; with one coder for all, a lower power is.
+
+    Args:
+        factor: from `feedback_factor`.
+        power: of U_jj.
+
+    Returns:
+        [I] float32, with geometric mean 1.
+    """
+    logs = factor.diagonal().log() * power
+    return (logs - logs.mean()).exp()
+
+
+def feedback_codes(
+    coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0, columns: Tensor | None = None
+) -> Codes:
     """Codes of a spectrum, chosen column by column.
 
     Args:
@@ -103,26 +146,28 @@ def feedback_codes(coefficients: Tensor, factor: Tensor, quantizer: Quantizer, o
         factor: from `feedback_factor`.
         quantizer: dead zone and step.
         offset: of the reconstruction points, in steps.
+        columns: [I] multiples of the dead zone and step for each column; None for ones.
 
     Returns:
         The codes.
     """
-    rest = coefficients.clone()
+    rest, steps = coefficients.clone(), _steps(quantizer.step, columns).expand(coefficients.shape[1])
+    dead_zone = quantizer.dead_zone / quantizer.step
     codes = torch.empty_like(rest, dtype=torch.int32)
     for start in range(0, rest.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rest.shape[1])
         errors = torch.empty(rest.shape[0], stop - start)
         block, own = rest[:, start:stop], factor[start:stop, start:stop]
         for column in range(stop - start):
-            values = block[:, column]
-            level = ((values.abs() - quantizer.dead_zone) / quantizer.step).floor_().add_(1).clamp_(min=0)
+            values, step = block[:, column], steps[start + column]
+            level = (values.abs() / step - dead_zone).floor_().add_(1).clamp_(min=0)
             kept = torch.copysign(level + offset * (level > 0), values)
             codes[:, start + column] = torch.copysign(level, values).to(torch.int32)
-            error = (values - kept * quantizer.step) / own[column, column]
+            error = (values - kept * step) / own[column, column]
             block[:, column:] -= error[:, None] * own[column, column:]
             errors[:, column] = error
         rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Codes(codes, quantizer.step, offset)
+    return Codes(codes, quantizer.step, offset, columns)
 
 
 def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
@@ -166,9 +211,7 @@ def encode_codes(
     with one_torch_thread():
         layout = choose_layout(flat[len(flat) // 2])
         stored = tuple(parallel_map(lambda own: encode_frame(own, layout), flat, threads))
-        encoded = EncodedSpectrum(
-            stored, (values.shape[0], values.shape[1]), height, torch.tensor([codes.step]), codes.offset, basis
-        )
+        encoded = EncodedSpectrum(stored, (values.shape[0], values.shape[1]), height, codes.steps, codes.offset, basis)
 
         def measured(frame: int) -> tuple[float, float, float]:
             if not torch.equal(encoded.codes(frame).to(torch.int32), frames[frame].to(torch.int32)):

@@ -127,7 +127,8 @@ class _Calibration:
             coefficients = basis.forward(weight)
             own = coefficients.T.contiguous() if turn.transposed else coefficients
             target = tensor.target or self.plan.options.target
-            found = codes_at(own, feedback_factor(turn.moment, basis), target, basis)
+            factor = feedback_factor(turn.moment, basis)
+            found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
             codes = found.T if turn.transposed else found
             leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
         restored = basis.inverse(codes.coefficients())

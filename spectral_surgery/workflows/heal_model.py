@@ -21,7 +21,7 @@ from spectral_surgery.checkpoint.recode import Encoded
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.feedback import Codes, encode_codes
+from spectral_surgery.spectra.feedback import codes_of, encode_codes
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
 from spectral_surgery.surgery.kept import kept_spectra, train_kept, train_vectors, trained_vectors
@@ -107,9 +107,7 @@ class Workplace:
             record = manifest.tensors.get(own)
             if record is None or record.shape != shape:
                 continue
-            parts = [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
-            if all(part.step.numel() == 1 for part in parts):
-                found[name] = own, parts
+            found[name] = own, [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
         return found
 
     def vectors(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
@@ -134,7 +132,7 @@ class Workplace:
         found = []
         for own, part in zip(spectra, record.parts, strict=True):
             basis = Basis(own.transform, own.tile, own.axes)
-            codes = Codes(own.codes, float(own.step), own.offset)
+            codes = codes_of(own)
             found.append(encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads))
         return found
 
