@@ -104,7 +104,6 @@ def heal(
     """Train the kept coefficients of a compressed checkpoint by distillation from its original.
 
     Biases and scales of norms, which are stored as they are, are trained with them.
-
     Under torch.distributed, processes take different batches, and the first one writes.
 
     Args:

@@ -124,7 +124,8 @@ def test_token_and_revision_reach_every_source(hub: LoopbackHub, client: Client,
     client.result("extract", "org/base", "org/tuned", tmp_path / "a", *size, *given, HF_TOKEN=None)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "dev")
-    hub.seed("org/lora", tmp_path / "a", private=True).refs["dev"] = hub.repos["org/lora"].refs["main"]
+    lora = hub.seed("org/lora", tmp_path / "a", private=True)
+    lora.refs["dev"] = lora.refs["main"]
     made = client.result("export", "org/lora", tmp_path / "d", "--format", "delta", *given, HF_TOKEN=None)
     assert made["relative_error"] < 1e-6
     body = client.result("eval", "org/base", "org/tuned", *given, HF_TOKEN=None)
