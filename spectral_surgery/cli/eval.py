@@ -32,9 +32,8 @@ _PNG = click.Path(dir_okay=False, path_type=Path)
     help="Judge A as baselines would leave it, too: int8, int4, int3, int2, nf4, hqq4, hqq3, hqq2, gptq4, gptq3, gptq2,"
     " prune, wanda, sparsegpt, svd, or all.",
 )
-@click.option(
-    "--calibrate", type=_FILE, help="Text for baselines that need some, 512 sequences: gptq, wanda, sparsegpt."
-)
+@click.option("--calibrate", type=_FILE, help="Text for baselines that need some: gptq, wanda, sparsegpt.")
+@click.option("--calibrate-samples", type=click.IntRange(1), default=512, show_default=True, help="Sequences of it.")
 @click.option("--bits", type=float, help="Of prune, wanda, sparsegpt and svd  [default: those of each compressed B]")
 @click.option("--plot", type=_PNG, metavar="FILE.png", help="Draw what each model lost over its bits per weight.")
 @click.option("--samples", type=click.IntRange(0), default=0, help="Sequences, lines or pairs at most  [default: all]")
@@ -53,6 +52,7 @@ def command(
     sts: Path | None,
     baseline: str | None,
     calibrate: Path | None,
+    calibrate_samples: int,
     bits: float | None,
     plot: Path | None,
     samples: int,
@@ -81,7 +81,8 @@ def command(
 
     if plot is not None:
         _check_plot(plot, table=len(b) > 1 or baseline is not None)
-    names = tuple(name.strip() for name in baseline.split(",") if name.strip()) if baseline else ()
+    text_to_calibrate = CalibrationData(calibrate, calibrate_samples) if calibrate else None
+    names = tuple(name.strip() for name in (baseline or "").split(",") if name.strip())
     access = shared.hub_access(quiet=quiet)
     paths = [access.others().resolve(source)[0] for source in b]
     with output.progress(quiet=quiet) as progress:
@@ -89,17 +90,12 @@ def command(
             access.resolve(a)[0],
             paths[0] if paths else None,
             EvalData(text, sts, samples, seq_length),
-            beside=Beside(tuple(paths[1:]), names, bits, CalibrationData(calibrate) if calibrate else None),
+            beside=Beside(tuple(paths[1:]), names, bits, text_to_calibrate),
             adapter=access.others().resolve(adapter)[0] if adapter else None,
             device=device,
             progress=progress,
         )
-    if as_json:
-        output.print_json("eval", report.to_json())
-    else:
-        click.echo("\n".join(_shown(report, compared=bool(b))))
-    if plot is not None:
-        _draw(report, plot)
+    _tell(report, as_json=as_json, plot=plot, compared=bool(b))
     if max_error is not None and report.relative_error > max_error:
         click.echo(f"Check failed: relative error {report.relative_error:.4f} is above {max_error:g}", err=True)
         ctx.exit(CHECK_FAILED)
@@ -116,11 +112,16 @@ def _check_plot(plot: Path, *, table: bool) -> None:
     require_matplotlib()
 
 
-def _draw(report: EvalReport, plot: Path) -> None:
-    from spectral_surgery.workflows.plots import plot_rate_distortion
+def _tell(report: EvalReport, *, as_json: bool, plot: Path | None, compared: bool) -> None:
+    if as_json:
+        output.print_json("eval", report.to_json())
+    else:
+        click.echo("\n".join(_shown(report, compared=compared)))
+    if plot is not None:
+        from spectral_surgery.workflows.plots import plot_rate_distortion
 
-    plot_rate_distortion(report.models, plot, report.models[0].model)
-    click.echo(f"plot: {plot}", err=True)
+        plot_rate_distortion(report.models, plot, report.models[0].model)
+        click.echo(f"plot: {plot}", err=True)
 
 
 def _shown(report: EvalReport, *, compared: bool) -> Iterator[str]:

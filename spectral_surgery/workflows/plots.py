@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from spectral_surgery.workflows.inspect import DENSITIES, RATES, Spectrum
 from spectral_surgery.workflows.model_table import ModelRow
 
 # measures of a table of models, the first that there is: how it becomes a distortion, and what that is called
-_DISTORTIONS = {
+_DISTORTIONS: dict[str, tuple[Callable[[float], float], str]] = {
     "kl": (lambda kl: kl, "KL divergence from the original, nats per token"),
     "cosine": (lambda cosine: 1 - cosine, "1 - cosine of sentence embeddings with the original's"),
     "relative_error": (lambda error: error, "relative error of the weights"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.reader import read_tensor
+from spectral_surgery.cli import cli
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.baselines import BASELINES
 from spectral_surgery.workflows.calibrated_baseline import calibrated_weights
@@ -77,3 +80,15 @@ def test_a_rate_that_is_too_low_is_refused_by_the_name_of_the_tensor(tmp_path: P
     beside = Beside((), ("wanda",), 1.0, CalibrationData(text, 8, 16))
     with pytest.raises(ConfigError, match=r"layer.0.attention.self.\w+.weight: wanda: 1 bits per weight cannot hold"):
         evaluate(source, None, EvalData(), beside=beside)
+
+
+def test_the_number_of_sequences_is_that_of_the_option(tmp_path: Path, text: Path) -> None:
+    source = save_model("bert", tmp_path / "model")
+    arguments = ["--baseline", "sparsegpt", "--bits", "6", "--calibrate", str(text), "--calibrate-samples", "4", "-q"]
+    done = CliRunner().invoke(cli, ["eval", str(source), *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    errors = [json.loads(done.stdout)["models"][1]["relative_error"]]
+    for samples in (4, 80):
+        beside = Beside((), ("sparsegpt",), 6.0, CalibrationData(text, samples))
+        errors.append(evaluate(source, None, EvalData(), beside=beside).models[1].cost.relative_error)
+    assert errors[0] == errors[1] != errors[2]
