@@ -169,7 +169,7 @@ class _Measurement:
                     if key in moments:
                         noise = feedback_noise(moments[key], self._basis(tensor))
                         errors[tensor] = _power(layer.weight) * noise
-        return given, errors, {name: own / sum(power.values()) for name, own in power.items()}
+        return given, errors, {name: own / (sum(power.values()) or 1.0) for name, own in power.items()}
 
     def _backwards(self, blocks: Sequence[_Block], given: Sequence[Sequence[Sample]]) -> tuple[dict[str, float], float]:
         """By tensor, the mean square of the gradient with regard to an output of the layer; the cost of what enters.
