@@ -80,10 +80,12 @@ class EncodedSpectrum:
         """Bytes of the frames, their 64-bit offsets, the steps and the offset."""
         return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + 4 * (self.step.numel() + 1)
 
-    def codes(self, frame: int) -> Tensor:
-        """[rows, I] codes of one frame."""
-        start, stop = frame_spans(self.shape[0], self.rows_per_frame)[frame]
-        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1])
+    def codes(self, frame: int, out: Tensor | None = None) -> Tensor:
+        """[rows, I] codes of one frame; in ``out``, contiguous [rows, I] int8, where it is given and they are int8."""
+        start = frame * self.rows_per_frame
+        stop = min(start + self.rows_per_frame, self.shape[0])
+        place = None if out is None else out.view(-1).numpy()
+        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1], place)
         return torch.from_numpy(flat).reshape(stop - start, self.shape[1])
 
     def decode(self) -> QuantizedSpectrum:

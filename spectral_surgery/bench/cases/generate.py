@@ -6,6 +6,7 @@ first token, for which all of a model must be in memory.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ from spectral_surgery.workflows.decompress import decompress
 
 FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
 BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4
-NEW, FEW, PROMPT, ROUNDS = 32, 4, 8, 3
+NEW, FEW, PROMPT, ROUNDS = 16, 4, 8, 3
 DENSE = "dense bfloat16"
 LIMIT = 0.7  # of the dense bytes, asked for with --max-memory
 LEAST = 50_000_000  # dense bytes: blocks of rows being decoded take 16 MB whatever the model
-LOADING = 2.0  # times the dense model
+READY = 2.0  # times the dense model, to the first token
 EXACT, ROUNDED = 1e-4, 5e-2  # of logits: rounding of a layer goes through all the others
 _CLASS, _PEAK = "AutoModelForCausalLM", "peak_rss_bytes"
 
@@ -150,14 +151,15 @@ def memory(ways: Mapping[str, Way], tokenizer: Any, size: Size, rows: list[Row])
     loading = interleaved({name: partial(way.load, torch.bfloat16) for name, way in ways.items()}, ROUNDS)
     ready = interleaved({name: partial(first, way, 1) for name, way in ways.items()}, ROUNDS)
     for row, (name, way) in zip(rows, ways.items(), strict=True):
+        gc.collect()  # models refer to themselves: those before would be freed on the way, and hide what this one takes
         peak = peak_bytes(partial(first, way, FEW), torch.device("cpu"))
         row["load, s"] = loading[name].median
         row["load / dense"] = _ratio(loading, name)
         row["to the first token, s"] = ready[name].median
         row["first token / dense"] = _ratio(ready, name)
         row["peak memory, MB"] = "" if peak is None else peak / 1e6
-        row["target"] = f"load <= {LOADING:g}x" if name == "int8" else ""
-        row["met"] = _ratio(loading, name) <= LOADING if name == "int8" else ""
+        row["target"] = f"first token <= {READY:g}x" if name == "int8" else ""
+        row["met"] = _ratio(ready, name) <= READY if name == "int8" else ""
 
 
 def _ratio(timings: Mapping[str, Timing], name: str) -> float:

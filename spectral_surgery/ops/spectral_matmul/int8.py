@@ -54,9 +54,12 @@ def int8_form(spectrum: Spectrum) -> Int8Form:
         ConfigError: when its codes or their offset do not fit int8.
     """
     levels = empty_int8(spectrum.shape).to(spectrum.step.device)
-    for start, codes in code_blocks(spectrum):
+    for start, codes in code_blocks(spectrum, levels):
         grid = fitting_grid(spectrum, codes, "int8", (-INT8_MAX, INT8_MAX))
-        levels[start : start + len(codes)] = grid.levels(codes.to(torch.int8))
+        block = levels[start : start + len(codes)]
+        if codes.data_ptr() != block.data_ptr():
+            block.copy_(codes)
+        grid.levels_(block)
     return Int8Form(levels, spectrum.step.to(torch.float32) / grid.parts, basis_of(spectrum))
 
 
