@@ -28,8 +28,9 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.argument("prompt", metavar="PROMPT")
 @click.option(
     "--resident",
-    type=click.Choice(["auto", "int8", "int4", "coded"]),
-    help="How compressed weights are held: one byte, half a byte, or as stored  [default: int8 where codes fit]",
+    type=click.Choice(["auto", "int8", "int4", "coded", "streamed"]),
+    help="How compressed weights are held: one byte, half a byte, as stored, or in host memory and streamed to a GPU"
+    "  [default: int8 where codes fit]",
 )
 @click.option("--max-memory", callback=_bytes, metavar="SIZE", help="What compressed weights may take: 500MB, 2GB.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")

@@ -31,6 +31,7 @@ class Ahead(Generic[T]):
         self._depth = 2 * threads
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._ready: dict[str, Future[T]] = {}
+        self._prepare()
 
     def take(self, name: str) -> T:
         """The result for a name, whether it was expected now, later or never.
@@ -43,10 +44,13 @@ class Ahead(Generic[T]):
             if name in self._expected:
                 self._expected.remove(name)
             future = self._pool.submit(self._make, name)
+        self._prepare()
+        return future.result()
+
+    def _prepare(self) -> None:
         while self._expected and len(self._ready) < self._depth:
             following = self._expected.popleft()
             self._ready[following] = self._pool.submit(self._make, following)
-        return future.result()
 
     def close(self) -> None:
         """Give up what was not taken."""

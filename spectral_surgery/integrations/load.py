@@ -10,7 +10,8 @@ import torch
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import BackendError, CheckpointError, LimitError, SpectralSurgeryError
-from spectral_surgery.integrations.spectral_loading import AUTO, resident_bytes, residents_for
+from spectral_surgery.integrations.spectral_loading import AUTO, STREAMED, resident_bytes, residents_for
+from spectral_surgery.ops.spectral_matmul import STREAM_BYTES
 
 BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them
 
@@ -28,12 +29,13 @@ def load_compressed(
 
     Args:
         folder: written by compress, or by save_pretrained of a compressed model.
-        resident: ``int8``, ``int4``, ``coded``, or ``auto``: int8 where the codes fit, else coded.
+        resident: ``int8``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by block; coded
+            where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else coded.
         auto_class: class of transformers, such as ``AutoModelForCausalLM``; None for the one in config.json.
         dtype: of activations and of what is not compressed; None for the stored one.
         device: where to, or a ``device_map`` such as ``auto``.
-        max_memory: bytes that the weights may take, with one block of decoded rows a thread; with ``auto``, as many
-            weights are int8 as fit, and the others coded.
+        max_memory: bytes that the weights may take on the device, with the blocks of rows under way; with ``auto``, as
+            many weights are int8 as fit, and the others coded, or streamed to a GPU.
 
     Returns:
         A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
@@ -48,7 +50,7 @@ def load_compressed(
     checkpoint = open_compressed(folder)
     residents = residents_for(checkpoint, resident)
     if max_memory is not None:
-        residents = _within(checkpoint, residents, resident, max_memory)
+        residents = _within(checkpoint, residents, resident, max_memory, str(device))
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -74,22 +76,25 @@ def _architecture(config: Any) -> str:
     return str((config.architectures or ["AutoModel"])[0])
 
 
-def _within(checkpoint: CompressedCheckpoint, residents: dict[str, str], resident: str, limit: int) -> dict[str, str]:
+def _within(
+    checkpoint: CompressedCheckpoint, residents: dict[str, str], resident: str, limit: int, device: str
+) -> dict[str, str]:
     """Resident forms that fit a limit: those that are there, or the fastest ones for as long as they fit."""
     spectra = {f"{name}.{suffix}" for name in residents for suffix in SUFFIXES}
     rest = sum(info.nbytes for name, info in checkpoint.index.tensors.items() if name not in spectra)
-    fixed = rest + torch.get_num_threads() * BLOCK_BYTES
-    chosen = dict.fromkeys(residents, "coded") if resident == AUTO else residents
+    smallest = STREAMED if device.startswith("cuda") else "coded"
+    fixed = rest + (STREAM_BYTES if smallest == STREAMED else torch.get_num_threads() * BLOCK_BYTES)
+    chosen = dict.fromkeys(residents, smallest) if resident == AUTO else residents
     needed = fixed + sum(resident_bytes(checkpoint, name, form) for name, form in chosen.items())
     if needed > limit:
-        remedy = "Use resident coded" if set(chosen.values()) != {"coded"} else "Compress to fewer bits"
+        remedy = f"Use resident {smallest}" if set(chosen.values()) != {smallest} else "Compress to fewer bits"
         raise LimitError(
-            f"max_memory: {limit} bytes; {needed} are needed for the weights and a block of rows a thread, and"
+            f"max_memory: {limit} bytes; {needed} are needed for the weights and the blocks of rows under way, and"
             f" accepted. {remedy}."
         )
     if resident == AUTO:
         for name in chosen:
-            more = resident_bytes(checkpoint, name, AUTO) - resident_bytes(checkpoint, name, "coded")
+            more = resident_bytes(checkpoint, name, AUTO) - resident_bytes(checkpoint, name, smallest)
             if needed + more <= limit:
                 chosen[name], needed = AUTO, needed + more
     return chosen

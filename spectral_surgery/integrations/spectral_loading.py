@@ -3,8 +3,9 @@
 transformers renames stored names, ties parameters and decides devices and dtypes; all of that is kept. Of the three
 tensors of a spectrum it reads the smallest, the step, as a messenger: when the step of a weight arrives, on the device
 and in the dtype that the weight should have, the weight is read from the files by our own reader. A linear layer or an
-embedding becomes a layer that multiplies by the spectrum. Any other compressed tensor (convolutions, position tables,
-fused experts, subclasses with a forward of their own) is decoded into its parameter, one at a time.
+embedding becomes a layer that multiplies by the spectrum, and fused experts multiply by one spectrum each. Any other
+compressed tensor (convolutions, position tables, subclasses with a forward of their own) is decoded into its parameter,
+one at a time.
 Source: transformers 5.23, `core_model_loading.py` and `modeling_utils.py`.
 """
 
@@ -22,14 +23,16 @@ from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurgeryError
 from spectral_surgery.integrations.ahead import Ahead
+from spectral_surgery.integrations.experts import Stored, install_experts, stored_experts
 from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import RESIDENTS, Form, resident_form
 
-AUTO = "auto"
+AUTO, STREAMED = "auto", "streamed"
 STEP = SUFFIXES[2]
 UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
 Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
+_COULD_BE_CODED = (AUTO, STREAMED)
 _ANY = ""  # the pattern of a tensor that is renamed at most
 
 
@@ -41,11 +44,13 @@ class Plan:
         sources: parameter -> pattern of the converter that makes it -> stored names, in the order of transformers; only
             parameters that something compressed goes into. The pattern is empty for a mere renaming.
         slots: parameter -> all parameters tied to it, itself first: those whose module becomes a spectral layer.
+        experts: parameter -> stored names, of fused experts that are run from their codes.
         aliases: second name -> first name, parameters of equal bytes that the files hold once.
     """
 
     sources: dict[str, dict[str, list[str]]]
     slots: dict[str, tuple[str, ...]]
+    experts: dict[str, Stored]
     aliases: dict[str, str]
 
     @property
@@ -98,7 +103,9 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
         shape = tensors[by[_ANY][0]].shape if _ANY in by else None
         if shape is not None and all(_becomes_spectral(model, name, shape, alone=len(group) == 1) for name in group):
             slots[target] = group
-    return Plan(sources, slots, again)
+    found = {target: stored_experts(model, target, by, tensors, converters) for target, by in sources.items()}
+    experts = {target: stored for target, stored in found.items() if stored and target not in groups}
+    return Plan(sources, slots, experts, again)
 
 
 def _groups(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
@@ -165,12 +172,16 @@ class Loading:
             The same with steps replaced by decoded tensors; nothing when a layer of ours took the place.
         """
         plan = cast(Plan, self.plan)
-        group, by = plan.slots.get(target, ()), plan.sources[target]
+        group, by, experts = plan.slots.get(target, ()), plan.sources[target], plan.experts.get(target)
         missing.difference_update(group or {target})
         tied = cast("dict[str, str]", model.all_tied_weights_keys)
         if self.error is not None:
             return {}
         try:
+            if experts:
+                stored = [[self._taken(name) for name in names] for names in experts]
+                install_experts(model, target, stored, next(iter(tensors.values()))[0])
+                return {}
             if not group:
                 return {pattern: self._decoded(by[pattern], read) for pattern, read in tensors.items()}
             self._install(model, group, by[_ANY][0], next(iter(tensors.values()))[0])
@@ -214,18 +225,22 @@ class Loading:
     def begin(self, model: nn.Module) -> None:
         """Expect what the plan will install, in the order in which transformers asks for it."""
         plan = cast(Plan, self.plan)
-        names = [
-            plan.sources[target][_ANY][0]
-            for target in plan.slots
-            if not is_conv1d(model.get_submodule(target.rpartition(".")[0]))
-        ]
+        names: list[str] = []
+        for target, by in plan.sources.items():
+            if target in plan.experts:
+                names += [name for own in plan.experts[target] for name in own]
+            elif target in plan.slots and not is_conv1d(model.get_submodule(target.rpartition(".")[0])):
+                names.append(by[_ANY][0])
         self.ahead = Ahead(self._forms, names, torch.get_num_threads())
 
     def _forms(self, name: str) -> Resident:
         return resident_forms(self.checkpoint, name, self.residents.get(name, AUTO))
 
+    def _taken(self, name: str) -> Resident:
+        return self.ahead.take(name) if self.ahead else self._forms(name)
+
     def _weight(self, name: str, like: Tensor) -> SpectralWeight:
-        forms, resident = self.ahead.take(name) if self.ahead else self._forms(name)
+        forms, resident = self._taken(name)
         return SpectralWeight(forms, resident, like.dtype).to(like.device)
 
 
@@ -242,7 +257,8 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
     Args:
         checkpoint: the folder.
         name: of a matrix in the manifest.
-        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded.
+        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; where they do not fit what is
+            streamed, they are coded too.
 
     Returns:
         Its forms, and the name in RESIDENTS.
@@ -255,14 +271,15 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
     try:
         return [resident_form(checkpoint.part(name, part), wanted) for part in parts], wanted
     except ConfigError as error:
-        if resident != AUTO:
+        if resident not in _COULD_BE_CODED:
             raise ConfigError(f"{name}: {error}") from None
     return resident_forms(checkpoint, name, "coded")
 
 
 def _conv1d(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralConv1D:
     spectra = [checkpoint.part(name, part) for part in range(len(checkpoint.manifest.tensors[name].parts))]
-    forms = ("int8", "coded") if resident == AUTO else (resident,)
+    wanted = "int8" if resident == AUTO else resident
+    forms = (wanted, "coded") if resident in _COULD_BE_CODED else (wanted,)
     for form in forms:
         try:
             return SpectralConv1D.from_quantized(spectra, resident=form, dtype=like.dtype).to(like.device)
@@ -272,9 +289,9 @@ def _conv1d(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Te
 
 
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
-    """Bytes that a compressed tensor takes in memory, in a resident form; as ``auto``, in the larger of its two."""
+    """Bytes of a compressed tensor where it computes, in a resident form; as ``auto``, in the larger of its two."""
     report = checkpoint.manifest.tensors[name].report
-    sizes = {"int8": report.weights, "int4": (report.weights + 1) // 2, "coded": report.stored_bytes}
+    sizes = {"int8": report.weights, "int4": (report.weights + 1) // 2, "coded": report.stored_bytes, STREAMED: 0}
     return sizes.get(resident, max(sizes["int8"], sizes["coded"]))
 
 

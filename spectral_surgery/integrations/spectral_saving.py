@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.manifest import QUANT_METHOD, SUFFIXES, Manifest
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.integrations.experts import put_experts
 from spectral_surgery.integrations.spectral_loading import Loading, Plan
-from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
+from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralExperts, SpectralLinear
 
 SpectralLayer = SpectralConv1D | SpectralEmbedding | SpectralLinear
 
@@ -27,6 +28,11 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SpectralLayer):
             yield name, module
+
+
+def spectral_experts(model: nn.Module) -> dict[str, SpectralExperts]:
+    """Fused experts that are spectra, by the name of the parameter that they stand for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpectralExperts)}
 
 
 def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,10 +51,10 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
     """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    layers = dict(spectral_layers(model))
-    inside = tuple(f"{name}.spectrum." for name in layers)
+    layers, experts = dict(spectral_layers(model)), spectral_experts(model)
+    inside = (*(f"{name}.spectrum." for name in layers), *(f"{name}.experts." for name in experts))
     dense = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
-    spectra, replaced = _still_compressed(model, plan, layers)
+    spectra, replaced = _still_compressed(model, plan, layers, experts)
     dense = {name: value for name, value in dense.items() if name not in replaced and name not in plan.tied}
     names = _checkpoint_names(model, load, {*spectra, *plan.aliases, *plan.aliases.values()})
     state = _reverted(model, load, remove_tied_weights_from_state_dict(dense, model))
@@ -69,9 +75,9 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
 
 
 def _still_compressed(
-    model: nn.Module, plan: Plan, layers: Mapping[str, SpectralLayer]
+    model: nn.Module, plan: Plan, layers: Mapping[str, SpectralLayer], experts: Mapping[str, SpectralExperts]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Stored name by parameter of our layers, stored names by decoded parameter."""
+    """Stored name by parameter of our layers, stored names by parameter that was decoded or is experts."""
     spectra: dict[str, str] = {}
     decoded: dict[str, list[str]] = {}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -79,8 +85,8 @@ def _still_compressed(
         group = [name for name in plan.slots.get(target, ()) if name.removesuffix(".weight") in layers]
         if group:
             spectra[group[0]] = by[""][0]
-        elif target not in plan.slots and target in frozen:  # what may have been trained is written as it is
-            decoded[target] = [name for names in by.values() for name in names]
+        elif target in experts or (target in frozen and target not in plan.slots):
+            decoded[target] = [name for names in by.values() for name in names]  # what is trained is written as it is
     return spectra, decoded
 
 
@@ -125,6 +131,9 @@ def dequantize(model: Any, load: Loading, dtype: torch.dtype | None) -> None:
     for name, layer in list(spectral_layers(model)):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _dense(layer, dtype, done))
+    for name, experts in spectral_experts(model).items():
+        parent, _, leaf = name.rpartition(".")
+        put_experts(model.get_submodule(parent), leaf, nn.Parameter(experts.to_dense(dtype)))
     model._weight_conversions = load.conversions
     for part in model.modules():
         vars(part).pop("_tied_weights_keys", None)  # the ties of the class hold again

@@ -74,15 +74,17 @@ def config_class() -> type:
 class Operation:
     """The step of transformers' loading in which a weight takes the place of its messenger."""
 
-    def __init__(self, load: Loading, *, whole: bool) -> None:
+    def __init__(self, load: Loading, *, whole: bool, last: bool = False) -> None:
         """Put it into a converter.
 
         Args:
             load: what it fills.
             whole: nothing comes after it, so that results go by the name of the parameter.
+            last: others have come before it; what is already in its place is not set again.
         """
         self.load = load
         self.whole = whole
+        self.last = last
 
     def __deepcopy__(self, memo: object) -> Operation:
         """Itself: transformers copies a converter for every parameter."""
@@ -93,12 +95,16 @@ class Operation:
         target, missing = context["full_layer_name"], context["missing_keys"]
         if self.load.plan is None or target not in self.load.plan.sources:
             return input_dict
+        if self.last:
+            return {} if target in self.load.plan.experts else input_dict
         read = {key: value if isinstance(value, list) else [value] for key, value in input_dict.items()}
         if self.whole:
             read = {"": next(iter(read.values()))}
         result = self.load.fill(context["model"], target, read, missing)
         if self.whole and result:
             return {target: result[""]}
+        if not self.whole and not result:  # for transformers to stack and concatenate
+            return {key: [torch.empty(0, 0)] * len(value) for key, value in read.items()}
         return result
 
 
@@ -221,6 +227,7 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
     for entry in conversions:
         if isinstance(entry, WeightConverter) and patterns & set(entry.source_patterns):
             entry.operations.insert(0, operation(load, whole=False))
+            entry.operations.append(operation(load, whole=False, last=True))
         ours.append(entry)
     if names:
         others = [name for name in compressed if name not in set(names)]
@@ -248,7 +255,7 @@ def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
             load.conversions.append(entry)
     model._weight_conversions = []
     for target in plan.sources:
-        if target not in plan.slots:
+        if target not in plan.slots and target not in plan.experts:
             model.get_parameter_or_buffer(target).requires_grad_(False)
 
 
@@ -270,9 +277,10 @@ def _element_size(load: Loading | None, name: str, parameter: Tensor) -> float:
     """Bytes per weight that a parameter will take, for the map of devices."""
     if load is None or load.plan is None:
         return parameter.element_size()
-    for target, group in load.plan.slots.items():
-        if name in group:
-            stored = load.plan.sources[target][""][0]
-            total = loading.resident_bytes(load.checkpoint, stored, load.residents.get(stored, AUTO))
-            return total / parameter.numel()
+    plan = load.plan
+    stored = [own for names in plan.experts.get(name, ()) for own in names]
+    stored = stored or [plan.sources[target][""][0] for target, group in plan.slots.items() if name in group]
+    if stored:
+        residents = ((own, load.residents.get(own, AUTO)) for own in stored)
+        return sum(loading.resident_bytes(load.checkpoint, own, form) for own, form in residents) / parameter.numel()
     return parameter.element_size()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from spectral_surgery.layers.conv1d import SpectralConv1D
 from spectral_surgery.layers.embedding import SpectralEmbedding
+from spectral_surgery.layers.experts import SpectralExperts
 from spectral_surgery.layers.linear import SpectralLinear
 from spectral_surgery.layers.weight import SpectralWeight
 
-__all__ = ["SpectralConv1D", "SpectralEmbedding", "SpectralLinear", "SpectralWeight"]
+__all__ = ["SpectralConv1D", "SpectralEmbedding", "SpectralExperts", "SpectralLinear", "SpectralWeight"]

@@ -9,11 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.ops.spectral_matmul import Form
+from spectral_surgery.ops.spectral_matmul import Form, HostMatrix
 
 
 class FormHolder(nn.Module):
-    """Buffers named as the fields of a form. They keep their dtypes in ``.half()`` and its like."""
+    """Buffers named as the fields of a form. They keep their dtypes in ``.half()`` and its like.
+
+    What a form leaves in host memory is no buffer, so that it stays there; it is in the state all the same.
+    """
 
     def __init__(self, form: Form) -> None:
         """Take over the tensors of a form."""
@@ -34,8 +37,9 @@ class FormHolder(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Bytes of all buffers, and of what stays in host memory."""
+        held = [*self.buffers(), *self._rest.values()]
+        return sum(int(getattr(part, "nbytes", 0)) for part in held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
@@ -45,7 +49,24 @@ class FormHolder(nn.Module):
                 setattr(self, name, before[name].to(buffer.device))
         return self
 
+    @property
+    def _hosted(self) -> dict[str, HostMatrix]:
+        return {name: value for name, value in self._rest.items() if isinstance(value, HostMatrix)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: value.codes for name, value in self._hosted.items()}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        missing, errors = rest[2], rest[4]
+        for name, value in self._hosted.items():
+            given = state_dict.pop(prefix + name, None)
+            if given is None:
+                missing.append(prefix + name)
+            elif given.shape != value.codes.shape:
+                errors.append(f"{prefix}{name}: codes are {list(given.shape)} instead of {list(value.codes.shape)}.")
+            else:
+                self._rest[name] = HostMatrix.of(given)
         for name, buffer in self.named_buffers(recurse=False):
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and buffer.dtype == torch.uint8 and given.shape != buffer.shape:

@@ -82,10 +82,12 @@ class EncodedSpectrum:
         bits = 32 if self.step.numel() == 1 else COLUMN_STEP_BITS
         return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + bits * (self.step.numel() + 1) // 8
 
-    def codes(self, frame: int) -> Tensor:
-        """[rows, I] codes of one frame."""
-        start, stop = frame_spans(self.shape[0], self.rows_per_frame)[frame]
-        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1])
+    def codes(self, frame: int, out: Tensor | None = None) -> Tensor:
+        """[rows, I] codes of one frame; in ``out``, contiguous [rows, I] int8, where it is given and they are int8."""
+        start = frame * self.rows_per_frame
+        stop = min(start + self.rows_per_frame, self.shape[0])
+        place = None if out is None else out.view(-1).numpy()
+        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1], place)
         return torch.from_numpy(flat).reshape(stop - start, self.shape[1])
 
     def decode(self) -> QuantizedSpectrum:

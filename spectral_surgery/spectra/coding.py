@@ -158,7 +158,7 @@ def encode_frame(codes: Codes, layout: Layout) -> bytes:
     return b"".join((header, lengths, *sections, raw))
 
 
-def decode_frame(frame: bytes | memoryview, count: int) -> Codes:
+def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None) -> Codes:
     """Decode one frame; the inverse of `encode_frame`.
 
     Every size is checked against ``count`` before anything of that size is allocated.
@@ -166,9 +166,10 @@ def decode_frame(frame: bytes | memoryview, count: int) -> Codes:
     Args:
         frame: the bytes of one frame.
         count: number of codes it must hold.
+        out: [count] int8, where int8 codes are written to.
 
     Returns:
-        [count] int8, int16 or int32, as encoded.
+        [count] int8, int16 or int32, as encoded; ``out`` itself where codes are int8 and it is given.
 
     Raises:
         CheckpointError: when the frame is damaged.
@@ -176,21 +177,26 @@ def decode_frame(frame: bytes | memoryview, count: int) -> Codes:
     """
     layout, itemsize, sections, raw = _parse(frame, count)
     dtype = np.dtype(f"i{itemsize}")
+    if itemsize != 1:
+        out = None
     if layout.kind == "bitmap":
         bitmap = np.frombuffer(_decompress(sections.pop(0), -(-count // 8)), np.uint8)
         places = np.flatnonzero(np.unpackbits(bitmap, count=count).view(np.bool_))
-        high = np.zeros(count, dtype)
+        high = np.empty(count, dtype) if out is None else out
+        high.fill(0)
         high[places] = _decode_values(sections, len(places), layout, dtype)
         return high
-    high = _decode_values(sections, count, layout, dtype)
+    high = _decode_values(sections, count, layout, dtype, out)
     if layout.low_planes:
         _join_low_planes(high, raw, layout.low_planes)
     return high
 
 
-def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype: np.dtype[Any]) -> Codes:
-    packed = _decompress(sections[0], -(-count // layout.digits))
-    digits = _unpack(np.frombuffer(packed, np.uint8), layout)[:count]
+def _decode_values(
+    sections: list[memoryview], count: int, layout: Layout, dtype: np.dtype[Any], out: Codes | None = None
+) -> Codes:
+    packed = np.frombuffer(_decompress(sections[0], -(-count // layout.digits)), np.uint8)
+    digits = packed if layout.digits == 1 else _unpack(packed, layout)[:count]
     limit = layout.limit
     if digits.size and int(digits.max()) >= layout.base:
         raise CheckpointError("spectral frame: a digit is out of range; the data is damaged. Fetch the file again.")
@@ -198,7 +204,8 @@ def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype
         negative = -(digits & 1).view(np.int8)
         values = (((digits >> 1) + np.uint8(1)).view(np.int8) ^ negative) - negative  # two's complement, branch-free
     else:
-        values = np.subtract(digits, np.uint8(limit), out=digits).view(np.int8)
+        whole = np.empty(count, np.int8) if out is None else out
+        values = np.subtract(digits, np.uint8(limit), out=whole.view(np.uint8)).view(np.int8)
     if len(sections) == 1:
         return values.astype(dtype, copy=False)
     places = _rare_places(np.abs(values) == limit)
@@ -206,10 +213,10 @@ def _decode_values(sections: list[memoryview], count: int, layout: Layout, dtype
     rest = np.zeros(len(places), np.int64)
     for i, section in enumerate(sections[1:]):
         rest += np.frombuffer(_decompress(section, len(places)), np.uint8).astype(np.int64) << (8 * i)
-    whole = ends + np.sign(ends) * rest
+    wanted = ends + np.sign(ends) * rest
     wide: Codes = values.astype(dtype, copy=False)
-    wide[places] = whole  # may wrap, which the next line sees
-    if not np.array_equal(wide[places], whole):
+    wide[places] = wanted  # may wrap, which the next line sees
+    if not np.array_equal(wide[places], wanted):
         raise CheckpointError(f"spectral frame: a code exceeds {dtype}; the data is damaged. Fetch the file again.")
     return wide
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.models import load_tokenizer
 from spectral_surgery.registry import Table
 from spectral_surgery.spectra.select import Target
-from spectral_surgery.workflows.decompress import decompress
 
 
 def matrix(rows: int = 300, columns: int = 200) -> torch.Tensor:
@@ -84,19 +84,52 @@ def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
     assert all(float(str(row["ms"])) > 0 for row in rows)
 
 
+def test_rows_of_streaming_and_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = spectral_matmul.streaming(64, torch.device("cpu"))
+    names = {"streamed, 2 bits stored", "streamed, 4 bits stored", "bfloat16"}
+    assert {(row["from host memory"], row["tokens"]) for row in rows} == {(n, t) for n in names for t in (1, 64)}
+    monkeypatch.setattr(spectral_matmul, "find_spec", lambda _: None)
+    layers, skipped = spectral_matmul.bitsandbytes_layers(64)
+    assert layers == {}
+    assert skipped == [{"skipped": "bitsandbytes", "reason": "not installed; pip install bitsandbytes"}]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_layers_of_another_package_are_checked(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(torch.nn.Linear):
+        def __init__(self, *sizes: int, bias: bool, **_: object) -> None:
+            super().__init__(*sizes, bias=bias, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not runs:
+                raise NotImplementedError("no kernel")
+            return super().forward(x)
+
+    modules = SimpleNamespace(Linear4bit=Other, Linear8bitLt=Other)
+    monkeypatch.setattr(spectral_matmul, "find_spec", lambda _: True)
+    monkeypatch.setattr(spectral_matmul, "import_module", lambda _: modules)
+    layers, skipped = spectral_matmul.bitsandbytes_layers(64)
+    assert len(layers) == (2 if runs else 0)
+    assert [row["reason"] for row in skipped] == ([] if runs else ["no kernel"] * 2)
+    monkeypatch.setattr(Other, "forward", lambda self, x: 2 * torch.nn.functional.linear(x, self.weight))
+    with pytest.raises(CheckFailedError, match="bitsandbytes nf4: relative error 1"):
+        spectral_matmul.bitsandbytes_layers(64)
+
+
 def test_a_generating_model_that_differs_fails_the_check(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     size = generate.TINY
     ways = generate.prepare(tmp_path, size)
-    decompress(ways["coded"].folder, tmp_path / "exact", dtype="float32")
-    exact = generate.Way(tmp_path / "exact")
-    models = generate.check(exact, ways, size)
-    assert list(models) == list(ways)
-    timings = generate._speeds(models, load_tokenizer(ways["coded"].folder), size)
-    assert all(timing.median > 0 for timing in timings.values())
+    models = generate.check(ways, size)
+    assert list(models) == list(ways) == ["dense bfloat16", "int8", "int4, 2 bits stored", "coded"]
+    tokenizer = load_tokenizer(ways["coded"].folder)
+    rows = generate.speeds(models, tokenizer, size)
+    generate.memory(ways, tokenizer, size, rows)
+    assert [row["model"] for row in rows] == list(ways)
+    assert all(float(str(row[key])) > 0 for row in rows for key in ("tokens/s", "load, s", "to the first token, s"))
     other = language_model.write_model(tmp_path / "other", replace(size, layers=2))
     with pytest.raises(CheckFailedError, match=r"another in bfloat16: relative error .* of the logits"):
-        generate.check(exact, {"another": generate.Way(other)}, size)
+        generate.check({"another": generate.Way(other, ways["int8"].exact)}, size)
 
 
 def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

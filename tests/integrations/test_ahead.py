@@ -10,7 +10,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.integrations.ahead import Ahead
 
 
-@pytest.mark.parametrize("order", ["abcdefgh", "hgfedcba", "acegxbdfh", ""])
+@pytest.mark.parametrize("order", ["abcdefgh", "hgfedcba", "acegxbdfh"])
 def test_each_is_made_once_in_whatever_order_it_is_taken(order: str) -> None:
     made: list[str] = []
 
@@ -34,9 +34,10 @@ def test_only_a_few_are_made_ahead() -> None:
         return name
 
     ahead = Ahead(make, "abcdefghijkl", 2)
+    for _ in range(4):
+        assert done.acquire(timeout=10)  # before any is asked for
     ahead.take("a")
-    for _ in range(5):
-        assert done.acquire(timeout=10)
+    assert done.acquire(timeout=10)
     ahead.close()
     assert sorted(made) == list("abcde")
 

@@ -319,7 +319,7 @@ def test_bad_input() -> None:
             matmul(noise(2, 7), [form])
         with pytest.raises(ConfigError, match=r"x is torch.int64; a floating type is accepted. Convert x first."):
             matmul(torch.zeros(2, width, dtype=torch.long), [form])
-    with pytest.raises(ConfigError, match=r"resident form 'int3': unknown; known: int8, int4, coded"):
+    with pytest.raises(ConfigError, match=r"resident form 'int3': unknown; known: int8, int4, coded, streamed"):
         op.resident_form(made(), "int3")
     wide = random_codes(40, 32, 300, torch.int16)
     with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; -127 to 127 are accepted at"):

@@ -46,6 +46,10 @@ def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
         back = decode_frame(encode_frame(codes, layout), codes.size)
         assert back.dtype == dtype
         np.testing.assert_array_equal(back, codes)
+        out = np.full(codes.size, 99, np.int8)
+        given = decode_frame(encode_frame(codes, layout), codes.size, out)
+        np.testing.assert_array_equal(given, codes)
+        assert np.shares_memory(given, out) == (dtype == np.int8 and codes.size > 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,8 +1,12 @@
-"""Text from a compressed language model beside the dense bfloat16 one: speed in one process, memory in one for each."""
+"""Text from a compressed language model beside the dense bfloat16 one: speed, loading and memory of each way to run it.
+
+Ways take turns in one process. Loading maps a dense file and reads none of it: what is compared is also the time to the
+first token, for which all of a model must be in memory.
+"""
 
 from __future__ import annotations
 
-import shutil
+import gc
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.cases.engine import run_command
 from spectral_surgery.bench.cases.spectral_matmul import THREADS
 from spectral_surgery.bench.language_model import Size, prompt, write_model
+from spectral_surgery.bench.peak import peak_bytes
 from spectral_surgery.bench.timing import Timing, interleaved
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.plan import CompressOptions
@@ -26,12 +31,14 @@ from spectral_surgery.workflows.compress import compress
 from spectral_surgery.workflows.decompress import decompress
 
 FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
-BITS = 4.0
-NEW, PROMPT, ROUNDS = 32, 8, 5
+BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4
+NEW, FEW, PROMPT, ROUNDS = 16, 4, 8, 3
+DENSE = "dense bfloat16"
 LIMIT = 0.7  # of the dense bytes, asked for with --max-memory
 LEAST = 50_000_000  # dense bytes: blocks of rows being decoded take 16 MB whatever the model
+READY = 2.0  # times the dense model, to the first token
 EXACT, ROUNDED = 1e-4, 5e-2  # of logits: rounding of a layer goes through all the others
-_CLASS = "AutoModelForCausalLM"
+_CLASS, _PEAK = "AutoModelForCausalLM", "peak_rss_bytes"
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,13 @@ class Way:
 
     Attributes:
         folder: of it.
+        exact: folder of the dense float32 model that it must agree with.
         resident: form of compressed weights; None for a dense model.
         max_memory: bytes that they may take.
     """
 
     folder: Path
+    exact: Path
     resident: str | None = None
     max_memory: int | None = None
 
@@ -53,11 +62,6 @@ class Way:
         if self.resident is None:
             return load_model(self.folder, _CLASS, dtype=dtype)[0]
         return load_compressed(self.folder, self.resident, auto_class=_CLASS, dtype=dtype, max_memory=self.max_memory)
-
-    def arguments(self) -> list[str]:
-        """Of the command `generate`."""
-        resident = ["--resident", self.resident] if self.resident else []
-        return [*resident, *(["--max-memory", str(self.max_memory)] if self.max_memory else [])]
 
 
 def run(quick: bool) -> list[Row]:
@@ -68,41 +72,53 @@ def run(quick: bool) -> list[Row]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             ways = prepare(Path(scratch), size)
-            exact = Path(scratch) / "exact"
-            decompress(ways["coded"].folder, exact, dtype="float32")
-            models = check(Way(exact), ways, size)
-            shutil.rmtree(exact)
-            timings = _speeds(models, load_tokenizer(ways["dense bfloat16"].folder), size)
+            models = check(ways, size)
+            tokenizer = load_tokenizer(ways[DENSE].folder)
+            rows = speeds(models, tokenizer, size)
             del models
-            return _rows(ways, timings, write_model(Path(scratch) / "tiny", TINY), size)
+            memory(ways, tokenizer, size, rows)
+            if not quick:
+                _limits(ways, write_model(Path(scratch) / "tiny", TINY), size, rows)
+            return rows
     finally:
         torch.set_num_threads(before)
 
 
 def prepare(scratch: Path, size: Size) -> dict[str, Way]:
-    """A compressed model, and the dense one of the same weights."""
-    ours, dense = scratch / "compressed", scratch / "dense"
-    compress(write_model(scratch / "source", size), ours, CompressOptions(Target("bits", BITS)))
-    decompress(ours, dense)
-    nbytes = read_index(dense).nbytes
-    ways = {"dense bfloat16": Way(dense), "int8": Way(ours, "int8"), "coded": Way(ours, "coded")}
+    """Compressed models, and a dense one of the same weights."""
+    source = write_model(scratch / "source", size)
+    folders = {}
+    for bits in (BITS, NARROW):
+        ours, exact = scratch / f"{bits:g} bits", scratch / f"{bits:g} bits, exact"
+        compress(source, ours, CompressOptions(Target("bits", bits)))
+        decompress(ours, exact, dtype="float32")
+        folders[bits] = (ours, exact)
+    decompress(folders[BITS][0], scratch / "dense")
+    nbytes = read_index(scratch / "dense").nbytes
+    ways = {
+        DENSE: Way(scratch / "dense", folders[BITS][1]),
+        "int8": Way(*folders[BITS], "int8"),
+        "int4, 2 bits stored": Way(*folders[NARROW], "int4"),
+        "coded": Way(*folders[BITS], "coded"),
+    }
     if nbytes > LEAST:
         limit = int(LIMIT * nbytes)
-        ways[f"auto, --max-memory {limit / 1e6:.0f}MB"] = Way(ours, "auto", limit)
+        ways[f"auto, --max-memory {limit / 1e6:.0f}MB"] = Way(*folders[BITS], "auto", limit)
     return ways
 
 
-def check(exact: Way, ways: Mapping[str, Way], size: Size) -> dict[str, Any]:
-    """The models in bfloat16, once all logits agree with those of the decompressed model in float32."""
+def check(ways: Mapping[str, Way], size: Size) -> dict[str, Any]:
+    """The models in bfloat16, once all logits agree with those of the decompressed models in float32."""
     ids = torch.arange(1, 25).reshape(2, 12) % size.words
+    models = {}
     with torch.inference_mode():
-        expected = exact.load(torch.float32)(ids).logits
+        exact = {way.exact for way in ways.values()}
+        expected = {own: load_model(own, _CLASS, dtype=torch.float32)[0](ids).logits for own in exact}
         for name, way in ways.items():
             if way.resident is not None:
-                _require_close(name, way.load(torch.float32)(ids).logits, expected, EXACT)
-        models = {name: way.load(torch.bfloat16) for name, way in ways.items()}
-        for name, model in models.items():
-            _require_close(f"{name} in bfloat16", model(ids).logits, expected, ROUNDED)
+                _require_close(name, way.load(torch.float32)(ids).logits, expected[way.exact], EXACT)
+            models[name] = way.load(torch.bfloat16)
+            _require_close(f"{name} in bfloat16", models[name](ids).logits, expected[way.exact], ROUNDED)
     return models
 
 
@@ -111,43 +127,56 @@ def _require_close(name: str, logits: torch.Tensor, expected: torch.Tensor, limi
     require(error <= limit, f"{name}: relative error {error:.2g} of the logits")
 
 
-def _speeds(models: Mapping[str, Any], tokenizer: Any, size: Size) -> dict[str, Timing]:
-    text = prompt(PROMPT, size.words)
-
-    def write(model: Any) -> None:
-        _, tokens = continue_text(model, tokenizer, text, Sampling(NEW), lambda _: None)
-        require(tokens == NEW, f"{tokens} tokens came instead of {NEW}")
-
-    return interleaved({name: partial(write, model) for name, model in models.items()}, ROUNDS)
+def _write(model: Any, tokenizer: Any, size: Size, count: int) -> None:
+    _, tokens = continue_text(model, tokenizer, prompt(PROMPT, size.words), Sampling(count), lambda _: None)
+    require(tokens == count, f"{tokens} tokens came instead of {count}")
 
 
-def _rows(ways: Mapping[str, Way], timings: Mapping[str, Timing], tiny: Path, size: Size) -> list[Row]:
-    """Memory is that of the command, above what it takes with a model of no size."""
-    text = prompt(PROMPT, size.words)
-    imports = _memory(tiny, text, [])[0]
-    rows = []
-    dense = ways["dense bfloat16"]
-    base, dense_bytes = timings["dense bfloat16"].median, read_index(dense.folder).nbytes
-    for name, way in ways.items():
-        peak, body = _memory(way.folder, text, way.arguments())
-        above = peak - imports
-        rows.append(
-            {
-                "model": name,
-                "tokens/s": NEW / timings[name].median,
-                "speed / dense": base / timings[name].median,
-                "weights / dense": int(str(body["weight_bytes"])) / dense_bytes,
-                "load, s": float(str(body["load_seconds"])),
-                "peak memory, MB": peak / 1e6,
-                "of the model, MB": above / 1e6,
-                "target": f"< {dense_bytes / 1e6:.0f} MB" if way.max_memory else "",
-                "met": above < dense_bytes if way.max_memory else "",
-            }
-        )
-    return rows
+def speeds(models: Mapping[str, Any], tokenizer: Any, size: Size) -> list[Row]:
+    """Tokens per second."""
+    timings = interleaved({name: partial(_write, own, tokenizer, size, NEW) for name, own in models.items()}, ROUNDS)
+    base = timings[DENSE].median
+    return [
+        {"model": name, "tokens/s": NEW / timing.median, "speed / dense": base / timing.median}
+        for name, timing in timings.items()
+    ]
 
 
-def _memory(folder: Path, text: str, arguments: list[str]) -> tuple[int, dict[str, object]]:
-    """Peak memory of `generate` in a process of its own, and what it says."""
-    body = run_command("generate", str(folder), text, "--max-tokens", str(NEW), *arguments, quiet=False)
-    return int(str(body["peak_rss_bytes"])), body
+def memory(ways: Mapping[str, Way], tokenizer: Any, size: Size, rows: list[Row]) -> None:
+    """Add what it takes to load each model, and to have its first tokens, to its row."""
+
+    def first(way: Way, count: int) -> None:
+        _write(way.load(torch.bfloat16), tokenizer, size, count)
+
+    loading = interleaved({name: partial(way.load, torch.bfloat16) for name, way in ways.items()}, ROUNDS)
+    ready = interleaved({name: partial(first, way, 1) for name, way in ways.items()}, ROUNDS)
+    for row, (name, way) in zip(rows, ways.items(), strict=True):
+        gc.collect()  # models refer to themselves: those before would be freed on the way, and hide what this one takes
+        peak = peak_bytes(partial(first, way, FEW), torch.device("cpu"))
+        row["load, s"] = loading[name].median
+        row["load / dense"] = _ratio(loading, name)
+        row["to the first token, s"] = ready[name].median
+        row["first token / dense"] = _ratio(ready, name)
+        row["peak memory, MB"] = "" if peak is None else peak / 1e6
+        row["target"] = f"first token <= {READY:g}x" if name == "int8" else ""
+        row["met"] = _ratio(ready, name) <= READY if name == "int8" else ""
+
+
+def _ratio(timings: Mapping[str, Timing], name: str) -> float:
+    return timings[name].median / timings[DENSE].median
+
+
+def _limits(ways: Mapping[str, Way], tiny: Path, size: Size, rows: list[Row]) -> None:
+    """Whether the command stays below the dense bytes: its process, above what it takes with a model of no size."""
+    dense, text = read_index(ways[DENSE].folder).nbytes, prompt(PROMPT, size.words)
+    for row, way in zip(rows, ways.values(), strict=True):
+        row["of the command, MB"] = ""
+        if way.max_memory is not None:
+            limit = ["--resident", str(way.resident), "--max-memory", str(way.max_memory)]
+            peaks = [
+                int(str(run_command("generate", str(own), text, "--max-tokens", str(FEW), *more, quiet=False)[_PEAK]))
+                for own, more in ((tiny, []), (way.folder, limit))
+            ]
+            above = peaks[1] - peaks[0]
+            row["of the command, MB"] = above / 1e6
+            row["target"], row["met"] = f"< {dense / 1e6:.0f} MB", above < dense

@@ -8,11 +8,15 @@ from spectral_surgery.ops.spectral_matmul.operator import form_matmul, form_matm
 from spectral_surgery.ops.spectral_matmul.reference import spectral_matmul
 from spectral_surgery.ops.spectral_matmul.resident import RESIDENTS, resident_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum
+from spectral_surgery.ops.spectral_matmul.streamed import HostMatrix
 from spectral_surgery.ops.spectral_matmul.streaming import block_streaming_matmul
+from spectral_surgery.ops.spectral_matmul.transfers import STREAM_BYTES
 
 __all__ = [
     "RESIDENTS",
+    "STREAM_BYTES",
     "Form",
+    "HostMatrix",
     "Int8Form",
     "Spectrum",
     "block_streaming_matmul",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,13 +104,9 @@ class CodedForm:
 def coded_form(spectrum: Spectrum) -> CodedForm:
     """The stored frames of a spectrum, as they are."""
     encoded = as_encoded(spectrum)
-    lengths = torch.tensor([0, *map(len, encoded.frames)])
-    ends = lengths.cumsum(0)
-    data = torch.empty(int(ends[-1]), dtype=torch.uint8)
-    for frame, first, last in zip(encoded.frames, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        data[first:last] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+    ends = torch.tensor([0, *map(len, encoded.frames)]).cumsum(0)
     return CodedForm(
-        data,
+        _joined(encoded.frames),
         ends,
         encoded.step.to(torch.float32).clone(),
         torch.tensor([encoded.offset], dtype=torch.float32),
@@ -115,3 +114,13 @@ def coded_form(spectrum: Spectrum) -> CodedForm:
         encoded.shape,
         encoded.rows_per_frame,
     )
+
+
+def _joined(frames: Sequence[bytes | memoryview]) -> Tensor:
+    """One frame after the other, where they are if they are so in memory, as those that were just read."""
+    owner = frames[0].obj if isinstance(frames[0], memoryview) else None
+    places = [(np.frombuffer(frame, np.uint8).ctypes.data, len(frame)) for frame in frames]
+    adjacent = all(start + length == following for (start, length), (following, _) in pairwise(places))
+    if isinstance(owner, bytearray) and adjacent and sum(map(len, frames)) == len(owner):
+        return torch.frombuffer(owner, dtype=torch.uint8)
+    return torch.frombuffer(bytearray().join(frames), dtype=torch.uint8)

@@ -12,6 +12,7 @@ from spectral_surgery.ops.spectral_matmul.levels import Grid
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
 from spectral_surgery.spectra.codec import Basis, frame_spans
+from spectral_surgery.spectra.large import empty_int8
 
 _LOW, _HIGH = -8, 7
 _BLOCK = 1 << 20  # weights unpacked at a time: they stay in cache
@@ -89,7 +90,7 @@ def int4_form(spectrum: Spectrum) -> Int4Form:
     """
     rows, columns = spectrum.shape
     half = -(-columns // 2)
-    packed = torch.empty((rows, half), dtype=torch.int8, device=spectrum.step.device)
+    packed = empty_int8((rows, half)).to(spectrum.step.device)
     for start, codes in code_blocks(spectrum):
         grid = fitting_grid(spectrum, codes, "int4", (_LOW, _HIGH))
         part = codes.to(torch.int8)

@@ -11,6 +11,7 @@ from torch import Tensor
 from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.large import empty_int8
 from spectral_surgery.spectra.quantized import INT8_MAX
 
 
@@ -52,10 +53,13 @@ def int8_form(spectrum: Spectrum) -> Int8Form:
     Raises:
         ConfigError: when its codes or their offset do not fit int8.
     """
-    levels = torch.empty(spectrum.shape, dtype=torch.int8, device=spectrum.step.device)
-    for start, codes in code_blocks(spectrum):
+    levels = empty_int8(spectrum.shape).to(spectrum.step.device)
+    for start, codes in code_blocks(spectrum, levels):
         grid = fitting_grid(spectrum, codes, "int8", (-INT8_MAX, INT8_MAX))
-        levels[start : start + len(codes)] = grid.levels(codes.to(torch.int8))
+        block = levels[start : start + len(codes)]
+        if codes.data_ptr() != block.data_ptr():
+            block.copy_(codes)
+        grid.levels_(block)
     return Int8Form(levels, spectrum.step.to(torch.float32) / grid.parts, basis_of(spectrum))
 
 

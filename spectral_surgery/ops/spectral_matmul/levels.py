@@ -29,12 +29,17 @@ class Grid:
         """Whether every code from low to high has a level that int8 holds."""
         return self.parts * max(-low, high) + max(self.shift, 0) <= INT8_MAX
 
+    def levels_(self, codes: Tensor) -> Tensor:
+        """Int8 codes that fit to int8 levels, in place."""
+        if self.parts != 1:
+            codes.mul_(self.parts)
+        return codes.add_(torch.sign(codes), alpha=self.shift) if self.shift else codes
+
     def levels(self, codes: Tensor) -> Tensor:
         """Int8 codes that fit to int8 levels; the codes themselves where they are their levels."""
         if self.parts == 1 and not self.shift:
             return codes
-        levels = codes * self.parts
-        return levels.add_(torch.sign(codes), alpha=self.shift) if self.shift else levels
+        return self.levels_(codes.clone())
 
 
 @lru_cache(maxsize=1024)

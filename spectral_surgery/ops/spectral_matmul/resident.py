@@ -10,6 +10,7 @@ from spectral_surgery.ops.spectral_matmul.form import Form
 from spectral_surgery.ops.spectral_matmul.int4 import int4_form
 from spectral_surgery.ops.spectral_matmul.int8 import int8_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, check
+from spectral_surgery.ops.spectral_matmul.streamed import streamed_form
 from spectral_surgery.registry import Table
 
 
@@ -34,6 +35,7 @@ RESIDENTS = Table(
         Resident("int8", int8_form, "one byte a weight; the fastest"),
         Resident("int4", int4_form, "half a byte a weight, for codes from -8 to 7; unpacked on the fly"),
         Resident("coded", coded_form, "the stored bytes, for all codes; decoded on the fly"),
+        Resident("streamed", streamed_form, "as int4 or int8 in host memory; a GPU gets them block by block"),
     ),
 )
 

@@ -51,11 +51,18 @@ def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple
     return grid
 
 
-def code_blocks(spectrum: Spectrum) -> Iterator[tuple[int, Tensor]]:
-    """First row and codes [r, I] of blocks of rows, each about one frame."""
+def code_blocks(spectrum: Spectrum, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """First row and codes [r, I] of blocks of rows, each about one frame.
+
+    Args:
+        spectrum: codes or stored frames.
+        out: [O, I] int8 on the CPU, where stored int8 codes are decoded to.
+    """
     if isinstance(spectrum, EncodedSpectrum):
+        height = spectrum.rows_per_frame
         for frame in range(len(spectrum.frames)):
-            yield frame * spectrum.rows_per_frame, spectrum.codes(frame)
+            start = frame * height
+            yield start, spectrum.codes(frame, None if out is None else out[start : start + height])
         return
     rows, columns = spectrum.shape
     for start, stop in frame_spans(rows, rows_per_frame(columns, spectrum.tile)):

@@ -1,0 +1,98 @@
+"""The matrices of many experts, a spectrum each: an expert that no token goes to costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ShapeError
+from spectral_surgery.layers.linear import autocast_input
+from spectral_surgery.layers.weight import SpectralWeight
+
+
+class SpectralExperts(nn.Module):
+    """Stands for a fused parameter [E, O, I] of E experts; or [E, I, O], where they are stored transposed.
+
+    Attributes:
+        transposed: whether an expert multiplies by its matrix and not by the transposed one.
+        experts: the matrices, as modules.
+    """
+
+    def __init__(self, weights: Iterable[SpectralWeight], *, transposed: bool = False) -> None:
+        """Hold matrices.
+
+        Args:
+            weights: of each expert, all of one shape.
+            transposed: whether they are [I, O].
+
+        Raises:
+            ShapeError: when there is none, or shapes differ.
+        """
+        super().__init__()
+        self.transposed = transposed
+        self.experts = nn.ModuleList(weights)
+        shapes = sorted({weight.shape for weight in self.weights})
+        if len(shapes) != 1:
+            raise ShapeError(f"experts: {len(self.experts)} of shapes {shapes}; one or more of one shape are accepted.")
+
+    @property
+    def weights(self) -> list[SpectralWeight]:
+        """The matrix of each expert."""
+        return [cast(SpectralWeight, weight) for weight in self.experts]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the fused parameter: (E, O, I) or (E, I, O)."""
+        return (len(self.experts), *cast(SpectralWeight, self.experts[0]).shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type that the matrices count as."""
+        return cast(SpectralWeight, self.experts[0]).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all experts."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Multiply each row by the matrix of its expert, one expert after the other.
+
+        Args:
+            x: [S, I] floating, the rows of the first expert first.
+            counts: rows of each expert.
+
+        Returns:
+            [S, O] in the dtype of x (under autocast: in the autocast dtype).
+
+        Raises:
+            ShapeError: when the counts are not one for each expert, or do not add up to S.
+        """
+        if len(counts) != len(self.experts) or sum(counts) != len(x):
+            raise ShapeError(
+                f"experts: {len(counts)} counts that add up to {sum(counts)}; {len(self.experts)} of {len(x)} rows are"
+                " accepted."
+            )
+        x = autocast_input(x)
+        parts = [
+            (weight.matmul_transposed(rows) if self.transposed else weight.matmul(rows)).to(x.dtype)
+            for weight, rows in zip(self.weights, torch.split(x, list(counts)), strict=True)
+            if len(rows)
+        ]
+        return torch.cat(parts) if parts else x.new_empty((0, self.shape[2 if self.transposed else 1]))
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The fused parameter, decoded expert by expert; None for its `dtype`."""
+        device = self.weights[0].forms[0].scale.device
+        dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
+        for own, weight in zip(dense, self.weights, strict=True):
+            own.copy_(weight.to_dense(torch.float32))
+        return dense
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        count, rows, columns = self.shape
+        return f"{count} experts of {rows} x {columns}, transposed={self.transposed}"

@@ -1,0 +1,112 @@
+"""Levels that stay in host memory and cross the bus as they are, half a byte or one byte a weight, at every product."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.ops.spectral_matmul.form import Form
+from spectral_surgery.ops.spectral_matmul.int4 import Int4Form, int4_form
+from spectral_surgery.ops.spectral_matmul.int8 import Int8Form, int8_form
+from spectral_surgery.ops.spectral_matmul.source import Spectrum
+from spectral_surgery.ops.spectral_matmul.transfers import BUFFER_BYTES, bus
+from spectral_surgery.spectra.codec import Basis
+
+
+@dataclass(frozen=True)
+class HostMatrix:
+    """A matrix that no layer moves to its device; pinned where there is a GPU.
+
+    Attributes:
+        codes: [O, n] int8.
+    """
+
+    codes: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> HostMatrix:
+        """Bring codes to where copies to a GPU start from."""
+        codes = codes.cpu()
+        return cls(codes.pin_memory() if torch.cuda.is_available() else codes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.codes.nbytes
+
+
+@dataclass(frozen=True)
+class StreamedForm:
+    """Codes in host memory; see `Form`.
+
+    Attributes:
+        host: of an `Int4Form` or an `Int8Form`.
+        scale: [1] or [I] float32; the device of the layer.
+        grid: [2] int8 of an `Int4Form`, on that device; [0] of an `Int8Form`.
+        basis: transform, tile and axes.
+        columns: I.
+    """
+
+    host: HostMatrix
+    scale: Tensor
+    grid: Tensor
+    basis: Basis
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (len(self.host.codes), self.columns)
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        with self._blocks(x.device) as blocks:
+            return torch.cat([self._form(block).product(x, accuracy) for _, block in blocks], 1)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        out: Tensor | None = None
+        with self._blocks(g.device) as blocks:
+            for start, block in blocks:
+                part = self._form(block).adjoint(g[:, start : start + len(block)], accuracy)
+                out = part if out is None else out.add_(part)
+        return g.new_zeros((len(g), self.columns)) if out is None else out
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] int8 on the device of the rows; only these cross the bus."""
+        own = self._form(self.host.codes[rows.cpu()].to(rows.device))
+        return own.levels(torch.arange(len(rows), device=rows.device))
+
+    def _blocks(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
+        codes = self.host.codes
+        return closing(bus(device).blocks(codes, BUFFER_BYTES // codes.shape[1]))
+
+    def _form(self, codes: Tensor) -> Form:
+        if self.grid.numel():
+            return Int4Form(codes, self.scale, self.grid, self.basis, self.columns)
+        return Int8Form(codes, self.scale, self.basis)
+
+
+def streamed_form(spectrum: Spectrum) -> StreamedForm:
+    """Levels of a spectrum in host memory: 4 bits each where they fit, else 8.
+
+    Raises:
+        ConfigError: when they do not fit 8 bits, or a row is larger than a buffer.
+    """
+    form: Int4Form | Int8Form
+    try:
+        form = int4_form(spectrum)
+    except ConfigError:
+        form = int8_form(spectrum)
+    codes = form.codes
+    if codes.shape[1] > BUFFER_BYTES:
+        raise ConfigError(
+            f"resident 'streamed': a row of {codes.shape[1]} bytes; up to {BUFFER_BYTES} are accepted. Use int8."
+        )
+    grid = form.grid if isinstance(form, Int4Form) else codes.new_empty(0)
+    return StreamedForm(HostMatrix.of(codes), form.scale, grid, form.basis, form.shape[1])
