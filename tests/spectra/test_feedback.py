@@ -8,7 +8,17 @@ from torch import Tensor
 
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, feedback_factor, output_error
+from spectral_surgery.spectra.coding import entropy
+from spectral_surgery.spectra.feedback import (
+    Codes,
+    codes_of,
+    encode_codes,
+    feedback_codes,
+    feedback_factor,
+    output_error,
+    step_shape,
+)
+from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.spectra.select import Quantizer
 
 
@@ -95,3 +105,42 @@ def test_features_that_are_never_used_do_no_harm() -> None:
     codes = feedback_codes(Basis().forward(weight), feedback_factor(moment, Basis()), Quantizer(0.1, 0.2))
     assert output_error(weight, Basis().inverse(codes.coefficients()), moment) < 0.1
     assert output_error(torch.zeros(2, 64), torch.zeros(2, 64), moment) == 0
+
+
+def test_steps_of_columns_leave_less_error_at_the_same_entropy() -> None:
+    sizes, basis = torch.logspace(0, -1, 128), Basis("identity")  # features of very different size, as real ones are
+    weight, moment = torch.randn(256, 128, generator=torch.Generator().manual_seed(1)), skewed(128)
+    moment = sizes[:, None] * moment * sizes
+    coefficients, factor = basis.forward(weight), feedback_factor(moment, basis)
+    errors = {}
+    for power in (0.0, 0.6):
+        columns = step_shape(factor, power)
+        assert float(columns.log().mean()) == pytest.approx(0, abs=1e-5)
+        codes = feedback_codes(coefficients, factor, Quantizer(0.4, 0.8), 0.0, columns)
+        bits = entropy(codes.values.reshape(-1).to(torch.int16).numpy())
+        errors[power] = output_error(weight, basis.inverse(codes.coefficients()), moment) * 2**bits  # at zero bits
+    assert errors[0.6] < 0.95 * errors[0.0]
+
+
+def test_equal_columns_are_one_step() -> None:
+    coefficients, step = torch.randn(30, 150, generator=torch.Generator().manual_seed(2)), 0.25
+    factor = feedback_factor(skewed(150), Basis("identity"))
+    assert torch.equal(step_shape(factor, 0.0), torch.ones(150))
+    quantizer = Quantizer(0.55 * step, step)
+    one, many = (feedback_codes(coefficients, factor, quantizer, 0.1, own) for own in (None, torch.ones(150)))
+    assert torch.equal(one.values, many.values)
+    assert torch.equal(one.coefficients(), many.coefficients())
+    assert torch.equal(codes_of(QuantizedSpectrum(many.values, many.steps, 0.1, "dct", 64, (0, 1))).steps, many.steps)
+    with pytest.raises(ShapeError, match="transpose: every column has its own step"):
+        _ = many.T
+
+
+def test_stored_steps_of_columns_are_those_of_the_codes() -> None:
+    weight, basis = torch.randn(130, 70, generator=torch.Generator().manual_seed(4)), Basis()
+    coefficients, factor = basis.forward(weight), feedback_factor(skewed(70), basis)
+    codes = feedback_codes(coefficients, factor, Quantizer(0.3, 0.5), 1.5, step_shape(factor, 1.0))
+    assert torch.equal(codes.steps, codes.steps.bfloat16().float())
+    encoded, report = encode_codes(coefficients, codes, basis)
+    torch.testing.assert_close(encoded.to_dense(), basis.inverse(codes.coefficients()))
+    plain = encode_codes(coefficients, Codes(codes.values, 0.5, 1.5), basis)[1]
+    assert report.stored_bytes - plain.stored_bytes == 2 * 71 - 8
