@@ -238,7 +238,7 @@ def _put_labels(
     renderer, per_point = figure.canvas.get_renderer(), figure.dpi / 72
     taken = [axes.get_legend().get_window_extent(renderer)]
     for line in map(axes.transData.transform, lines):
-        taken += [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in line]
+        taken += [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in line]
         taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for a, b in pairwise(line) for x, y in np.linspace(a, b, 20)]
     for name, at, colour, bold in sorted(texts, key=lambda text: not text[3]):
         weight = "bold" if bold else "normal"
