@@ -15,6 +15,7 @@ from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError, ConfigError, FormatVersionError, LimitError
+from spectral_surgery.integrations import load as load_module
 from spectral_surgery.integrations.after_import import when_imported
 from spectral_surgery.integrations.spectral_saving import spectral_layers
 from spectral_surgery.layers import SpectralLinear, SpectralWeight
@@ -179,7 +180,7 @@ def test_saving_needs_the_folder(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "again")
 
 
-@pytest.mark.parametrize("resident", ["int8", "int4", "coded"])
+@pytest.mark.parametrize("resident", ["int8", "int4", "coded", "streamed"])
 def test_load_compressed(tmp_path: Path, resident: str) -> None:
     folder = compressed_folder("gpt2", tmp_path, bits=2.5)
     model = spectral_surgery.load_compressed(folder, resident)
@@ -195,6 +196,8 @@ def test_load_compressed_falls_back_to_coded(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"weight: resident 'int8': codes reach .* Use coded"):
         spectral_surgery.load_compressed(folder, "int8")
+    streamed = spectral_surgery.load_compressed(folder, "streamed")
+    assert {layer.spectrum.resident for _, layer in spectral_layers(streamed)} <= {"streamed", "coded"}
     with pytest.raises(ConfigError, match="resident form 'int3'"):
         spectral_surgery.load_compressed(folder, "int3")
 
@@ -211,6 +214,21 @@ def test_max_memory(folders: dict[str, Path]) -> None:
     assert {layer.spectrum.resident for _, layer in spectral_layers(model)} == {"int8", "coded"}
     held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for _, b in model.named_buffers())
     assert held < rest + half
+
+
+def test_max_memory_of_a_gpu(folders: dict[str, Path]) -> None:
+    """What does not fit it stays in host memory."""
+    checkpoint = spectral_surgery.open_compressed(folders["llama"])
+    names, weights = list(checkpoint.manifest.tensors), checkpoint.manifest.report.weights
+    rest = load_module.STREAM_BYTES + 2_000  # norms; the smallest matrix has 2048 weights
+    auto = dict.fromkeys(names, "auto")
+    chosen = load_module._within(checkpoint, auto, "auto", rest + weights // 2, "cuda:0")
+    assert set(chosen.values()) == {"auto", "streamed"}
+    assert set(load_module._within(checkpoint, auto, "auto", rest, "cuda").values()) == {"streamed"}
+    with pytest.raises(LimitError, match=r"Use resident streamed\."):
+        load_module._within(checkpoint, dict.fromkeys(names, "int8"), "int8", rest, "cuda")
+    with pytest.raises(LimitError, match=r"Compress to fewer bits\."):
+        load_module._within(checkpoint, auto, "auto", 1000, "cuda")
 
 
 def test_device_map(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -133,17 +133,30 @@ def _write(model: Any, tokenizer: Any, size: Size, count: int) -> None:
 
 
 def speeds(models: Mapping[str, Any], tokenizer: Any, size: Size) -> list[Row]:
-    """Tokens per second."""
+    """Tokens per second, and bytes."""
     timings = interleaved({name: partial(_write, own, tokenizer, size, NEW) for name, own in models.items()}, ROUNDS)
     base = timings[DENSE].median
     return [
-        {"model": name, "tokens/s": NEW / timing.median, "speed / dense": base / timing.median}
+        {
+            "model": name,
+            "tokens/s": NEW / timing.median,
+            "speed / dense": base / timing.median,
+            "weights, MB": _held(models[name]) / 1e6,
+        }
         for name, timing in timings.items()
     ]
 
 
+def _held(model: Any) -> int:
+    """Bytes of everything that a model holds."""
+    return sum({own.data_ptr(): own.nbytes for own in (*model.parameters(), *model.buffers())}.values())
+
+
 def memory(ways: Mapping[str, Way], tokenizer: Any, size: Size, rows: list[Row]) -> None:
-    """Add what it takes to load each model, and to have its first tokens, to its row."""
+    """Add what it takes to load each model, and to have its first tokens, to its row.
+
+    Peak memory is what the process grows by; what it has freed before and uses again does not count.
+    """
 
     def first(way: Way, count: int) -> None:
         _write(way.load(torch.bfloat16), tokenizer, size, count)
