@@ -48,9 +48,8 @@ _OPTIONS = (
     _setting(
         "--allocation",
         type=click.Choice(["even", "slope"]),
-        default="slope",
-        show_default=True,
-        help="Of --calibrate: more bits where one more helps more on the text, or the same for every tensor.",
+        help="Of --calibrate: more bits where one more helps more on the text, or the same for every tensor"
+        "  [default: slope of --bits, even of --sparsity]",
     ),
     _setting(
         "--heal",
@@ -94,7 +93,7 @@ def run(
 
     data, healing = _data(ctx), _healing(ctx)
     if data is not None:
-        options = replace(options, allocation=ctx.meta[_KEY]["allocation"])
+        options = replace(options, allocation=_allocation(ctx, options))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
     if data is None and healing is None:
@@ -128,6 +127,11 @@ def run(
             "the model has no list of blocks: it was calibrated as a whole, on the inputs of the original", err=True
         )
     return report
+
+
+def _allocation(ctx: click.Context, options: CompressOptions) -> Any:
+    """As asked; a kept set was worse for being spread."""
+    return ctx.meta[_KEY]["allocation"] or ("slope" if options.target.kind == "bits" else "even")
 
 
 def _data(ctx: click.Context) -> CalibrationData | None:

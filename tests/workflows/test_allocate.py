@@ -112,3 +112,7 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "spectral_surgery.json").read_text())
     assert manifest["options"]["allocation"] == "slope"
     assert "--allocation slope" in (tmp_path / "out" / "README.md").read_text()
+    arguments[2], arguments[3:5] = str(tmp_path / "sparse"), ["--sparsity", "0.3"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    manifest = json.loads((tmp_path / "sparse" / "spectral_surgery.json").read_text())
+    assert manifest["options"]["allocation"] == "even"
