@@ -46,7 +46,7 @@ class Parts:
         damping: of H, relative to its mean diagonal.
         own_inputs: blocks see what the compressed blocks before them give; else what the original ones give.
         spread: rates follow from equal slopes; else they are equal.
-        column_steps: a step per column, as long as the column is hard to predict from those before it.
+        column_steps: a step per column, where that is worth its bytes.
         refitted: one step, refitted to the outputs after the codes are chosen.
         rescaled: scales of rows and columns, refitted to the outputs.
         compensated: weights first take up what the blocks before did to the inputs, and to the residual stream.
@@ -58,7 +58,7 @@ class Parts:
     damping: float = DAMPING
     own_inputs: bool = True
     spread: bool = True
-    column_steps: bool = False
+    column_steps: bool = True
     refitted: bool = False
     rescaled: bool = False
     compensated: bool = False
@@ -209,20 +209,15 @@ def _quantised(layer: nn.Linear, seen: _Seen, bits: float, parts: Parts) -> tupl
         wanted = weight + torch.linalg.solve(_damped(seen.moment, parts.damping), seen.lack.T).T
     coefficients, moment = basis.forward(wanted), basis.forward(seen.moment)
     factor = feedback_factor(seen.moment, basis, parts.damping)
-    scale = torch.ones(len(moment))
-    if parts.column_steps:
-        scale = factor.diagonal() / factor.diagonal().log().mean().exp()
-        scale = scale.half().float()
-    used = factor / scale if parts.feedback else torch.eye(len(moment))
-    codes = codes_at(coefficients / scale, used, Target("bits", bits), basis)
-    stored = encode_codes(coefficients / scale, codes, basis)[1].stored_bytes
-    stored += 2 * len(moment) if parts.column_steps else 0
+    used = factor if parts.feedback else torch.eye(len(moment))
+    codes = codes_at(coefficients, used, Target("bits", bits), basis, column_steps=parts.column_steps)
+    stored = encode_codes(coefficients, codes, basis)[1].stored_bytes
     if parts.refitted:
-        codes = refit_step(coefficients / scale, codes, moment * scale * scale[:, None])
-    held = codes.coefficients() * scale
+        codes = refit_step(coefficients, codes, moment)
+    held = codes.coefficients()
     if parts.rescaled:
         rows, columns, held = refit_rows_and_columns(coefficients, held, moment)
-        stored += 2 * (rows.numel() + (0 if parts.column_steps else columns.numel()))
+        stored += 2 * (rows.numel() + columns.numel())
     restored = basis.inverse(held)
     layer.weight.copy_(restored)
     return stored, output_error(weight, restored, seen.moment)
