@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_UNIT = 0.1  # of the root mean square: such vectors want smaller steps than coefficients of matrices
+_UNIT = 0.2  # of the root mean square: such vectors want smaller steps than coefficients of matrices
 
 
 class Rounded(nn.Module):
