@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,13 +129,17 @@ def test_a_failed_check_exits_with_3(source: Path, tmp_path: Path) -> None:
 def test_ctrl_c_exits_with_130_and_resumes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", {f"layers.{i}.weight": gaussian(512, 1024, seed=i) for i in range(40)})
     command = [sys.executable, "-m", "spectral_surgery", "compress", str(source), str(tmp_path / "out"), "--bits", "3"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        units = tmp_path / "out.partial" / "units"
-        while process.poll() is None and not (units.exists() and any(units.iterdir())):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        said = process.stderr.read()
+    for _ in range(3):  # a machine may stall for longer than the whole work takes
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            units = tmp_path / "out.partial" / "units"
+            while process.poll() is None and not (units.exists() and any(units.iterdir())):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            said = process.stderr.read()
+        if process.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130
     assert "Interrupted. Finished parts of a compression are kept: run it again with --resume." in said
     assert not (tmp_path / "out").exists()
