@@ -34,7 +34,7 @@ from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tenso
 from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, choose_basis, encode
-from spectral_surgery.spectra.feedback import Codes, encode_codes
+from spectral_surgery.spectra.feedback import Codes, codes_of, encode_codes
 from spectral_surgery.spectra.parallel import one_torch_thread
 
 UNITS = "units"  # folder of unfinished work
@@ -164,8 +164,7 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
         shape = (stop - start, tensor.columns)
         encoded = EncodedSpectrum(frames, shape, done[1].rows_per_frame, step[:-1], float(step[-1]), basis)
         parts += [encoded.codes(frame).to(torch.int32) for frame in range(len(frames))]
-    one = step.numel() == 2
-    return Codes(torch.cat(parts), float(step[0]) if one else 1.0, float(step[-1]), None if one else step[:-1])
+    return codes_of(torch.cat(parts), step[:-1], float(step[-1]))
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:

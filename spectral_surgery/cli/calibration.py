@@ -35,7 +35,7 @@ _OPTIONS = (
         "--calibrate",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Choose codes so that outputs on this text stay right; needs the tokenizer and memory for the model.",
+        help="Choose codes so that outputs on this text stay right; needs the tokenizer, and memory for one block.",
     ),
     _setting("--samples", type=click.IntRange(1), default=512, show_default=True, help="Sequences of --calibrate."),
     _setting(

@@ -60,7 +60,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Train the kept coefficients of COMPRESSED until it does what TEACHER, its original, does; write OUT.
+    """Train the kept coefficients, biases and norms of COMPRESSED until it does what TEACHER does; write OUT.
 
     The result is of the same format and about the same size. Positions and steps stay as they are, and the quantiser is
     in the loop, so what is stored is what was trained. Runs under torchrun. --revision is that of COMPRESSED.

@@ -3,7 +3,7 @@
 What counts is tr(D H Dᵀ), with D the error of the weight and H the second moment of the inputs. In an orthonormal basis
 of the inputs, C = W Tᵀ and H' = T H Tᵀ, nothing changes, so the codes of the spectrum are chosen column by column, and
 every column takes up what its predecessors left. Source: GPTQ (arXiv 2210.17323) and its entropy-coded form, with one
-step for the matrix, in the domain of the codes.
+step for the matrix or one for each column (WaterSIC, arXiv 2603.04956), in the domain of the codes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
 from spectral_surgery.spectra.coding import choose_layout, encode_frame
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
-from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize
+from spectral_surgery.spectra.quantized import dequantize
 from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
@@ -62,11 +62,10 @@ class Codes:
         return dequantize(self.values, self.steps, self.offset)
 
 
-def codes_of(spectrum: QuantizedSpectrum) -> Codes:
-    """The codes of a spectrum."""
-    one = spectrum.step.numel() == 1
-    step = float(spectrum.step) if one else 1.0
-    return Codes(spectrum.codes.to(torch.int32), step, spectrum.offset, None if one else spectrum.step)
+def codes_of(values: Tensor, steps: Tensor, offset: float) -> Codes:
+    """Codes with the steps that are stored for them, [1] or [I]."""
+    one = steps.numel() == 1
+    return Codes(values.to(torch.int32), float(steps) if one else 1.0, offset, None if one else steps)
 
 
 def _steps(step: float, columns: Tensor | None) -> Tensor:

@@ -96,7 +96,7 @@ def measure_shares(
         ConfigError, CheckpointError: as `layer_moments`.
     """
     lazy, sequences = model_and_text(source, index, data)
-    if not has_blocks(lazy.model) or not sequences:
+    if not has_blocks(lazy.model):
         return {}
     causal = task_of(index.config) == "CAUSAL_LM"
     with closing(Shelf(IN_MEMORY, folder)) as shelf:

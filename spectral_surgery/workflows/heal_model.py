@@ -132,7 +132,7 @@ class Workplace:
         found = []
         for own, part in zip(spectra, record.parts, strict=True):
             basis = Basis(own.transform, own.tile, own.axes)
-            codes = codes_of(own)
+            codes = codes_of(own.codes, own.step, own.offset)
             found.append(encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads))
         return found
 

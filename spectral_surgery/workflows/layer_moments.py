@@ -130,6 +130,10 @@ def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) 
         raise ConfigError("calibrate: the model has an encoder and a decoder; models of one of them are accepted.")
     lazy, causal = load_lazily(source, index, "AutoModel"), task == "CAUSAL_LM"
     sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    if not any(sequences):
+        raise ConfigError(
+            f"{data.file}: the tokenizer of {source.name} finds no token in it; text that the model reads is accepted."
+        )
     check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
     return lazy, sequences
 

@@ -20,20 +20,10 @@ pytest.importorskip("transformers")
 from spectral_surgery.workflows.allocate import measure_shares
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.layer_moments import CalibrationData
-from tests.workflows.test_calibrate import save_model, write_text
+from tests.workflows.test_calibrate import save_model
 
 QUERY = "encoder.layer.1.attention.self.query.weight"
 OUTPUT = "encoder.layer.1.output.dense.weight"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("bert", tmp_path_factory.mktemp("bert") / "model")
 
 
 def rates(report: CompressReport, kind: str) -> dict[str, float]:

@@ -58,11 +58,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
 def hidden(folder: Path) -> torch.Tensor:
     model, _ = load_model(folder, "AutoModel", dtype=torch.float32)
     ids = torch.randint(2, 12, (20, 8), generator=torch.Generator().manual_seed(9))
@@ -87,11 +82,6 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
         decompress(tmp_path / name, tmp_path / f"{name}-dense", verify=True)
         errors.append(float((hidden(tmp_path / f"{name}-dense") - original).norm()))
     assert errors[1] < 0.85 * errors[0]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("bert", tmp_path_factory.mktemp("bert") / "model")
 
 
 def test_density_is_met(tmp_path: Path, bert: Path, text: Path) -> None:
@@ -138,3 +128,19 @@ def test_the_command(tmp_path: Path, bert: Path, text: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "spectral_surgery.json").read_text())
     assert manifest["options"]["calibration"].startswith("16 x 16 tokens of sha256:")
     assert CliRunner().invoke(cli, [*arguments, "--shard", "0/2"]).exit_code != 0
+
+
+def test_text_without_a_token_is_named(tmp_path: Path, text: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=12, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")  # of words, which Qwen's own tokenizer, made of bytes, does not find
+    for allocation in ("even", "slope"):
+        options = CompressOptions(Target("bits", 3.0), allocation=allocation)
+        with pytest.raises(ConfigError, match=r"text\.txt: the tokenizer of model finds no token in it"):
+            compress_calibrated(tmp_path / "model", tmp_path / "out", options, CalibrationData(text), overwrite=True)
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
 from spectral_surgery.workflows.heal_model import HealData
 from spectral_surgery.workflows.layer_moments import CalibrationData
-from tests.workflows.test_calibrate import KINDS, save_model, write_text
+from tests.workflows.test_calibrate import KINDS, save_model
 from tests.workflows.test_train import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +40,6 @@ FEW = DistillSettings(steps=12, eval_every=4, warmup_steps=2, learning_rate=0.05
 MANY = DistillSettings(steps=40, eval_every=20, warmup_steps=2, learning_rate=0.05)
 FAST = DistillSettings(steps=12, eval_every=4, warmup_steps=2, learning_rate=0.3)
 SPARSE = CompressOptions(Target("density", 0.2))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("bert", tmp_path_factory.mktemp("bert") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,13 @@ def bitsandbytes_layers(size: int) -> tuple[dict[str, Layer], list[Row]]:
             layer.load_state_dict({"weight": weight.bfloat16()})
             layer = layer.requires_grad_(False).to("cpu")
             error = float((layer(x).float() - expected).norm() / expected.norm())
-        except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, OSError) as reason:
+        except (
+            RuntimeError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            OSError,
+        ) as reason:  # builds differ in what they miss
             skipped.append({"skipped": f"{_PACKAGE} {name}", "reason": " ".join(str(reason).split())[:100]})
             continue
         require(error <= _LOSSY[name], f"{_PACKAGE} {name}: relative error {error:.2g}")
