@@ -2,13 +2,14 @@
 
 A frame is a run of quantiser codes that decodes alone. Codes near zero are by far the most frequent, and zstd's
 Huffman coder spends at least one bit on every byte, so several codes share a byte: ``base ** digits`` of them fit in
-256. Codes beyond the base saturate at its ends and what is missing goes to a short overflow list, so that rare large
-codes do not force a large base on all others. Two families of layouts cover all rates, and the smallest one is found
-by trying them on a frame:
+256. Codes beyond the base saturate at its ends, and an overflow list says where and how much is missing, so that rare
+large codes do not force a large base on all others. Three families of layouts cover all rates, and the smallest one is
+found by trying them on a frame:
 
 * ``packed``: every code is a digit. Codes wider than a digit are first split into raw low bit planes and a packed
   high part.
 * ``bitmap``: one bit per code says whether it is zero, and only the non-zero codes become digits.
+* ``gaps``: the same for sparser codes, with the lengths of the runs of zeros in place of the bits.
 
 Digits of one byte come from ``digits`` equal stretches of the frame, so unpacking is a few whole-array operations.
 """
@@ -25,9 +26,11 @@ import numpy.typing as npt
 import zstandard
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.spectra.places import Places, most_bytes, pack_places, unpack_places
 
 Codes = npt.NDArray[Any]  # int8, int16 or int32
 Bytes = npt.NDArray[np.uint8]
+Kind = Literal["packed", "bitmap", "gaps"]
 
 # Matches only get in the way of Huffman coding here: the smallest tables and the longest minimal match make them rare.
 _ZSTD = zstandard.ZstdCompressionParameters(
@@ -36,7 +39,6 @@ _ZSTD = zstandard.ZstdCompressionParameters(
 _HEADER = struct.Struct("<BBBBB")  # layout, digits per byte, low bit planes, bytes of a code, overflow bytes
 _MAX_WINDOW = 1 << 27
 _SCATTER_HANDICAP = 0.08  # codes written one by one decode ten times slower: layouts without them win near-ties
-_OVERFLOW_HANDICAP = 0.006  # looking for the codes that overflow takes as long as unpacking all of them
 
 
 @dataclass(frozen=True)
@@ -44,31 +46,38 @@ class Layout:
     """How the codes of a frame become bytes.
 
     Attributes:
-        kind: ``packed`` or ``bitmap``.
+        kind: ``packed``, ``bitmap`` or ``gaps``.
         digits: codes per byte.
         low_planes: low bits of every code stored raw (``packed`` only).
     """
 
-    kind: Literal["packed", "bitmap"]
+    kind: Kind
     digits: int
     low_planes: int = 0
 
     @property
     def base(self) -> int:
-        """Number of values a digit can take: odd and signed when packed, sign and magnitude in a bitmap."""
+        """Number of values a digit can take: odd and signed when packed, sign and magnitude of a non-zero code else."""
         return _BASES[self.kind][self.digits]
 
     @property
     def limit(self) -> int:
-        """Largest magnitude a digit holds; it also marks a code continued in the overflow list."""
+        """Largest magnitude a digit holds; what a code has beyond it goes to the overflow list."""
         return self.base // 2
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether only non-zero codes become digits."""
+        return self.kind != "packed"
 
-_BASES: dict[str, dict[int, int]] = {
+
+_SPARSE_BASES = {1: 254, 2: 16, 3: 6, 4: 4, 8: 2}
+_BASES: dict[Kind, dict[int, int]] = {
     "packed": {1: 255, 2: 15, 3: 5, 5: 3},
-    "bitmap": {1: 254, 2: 16, 3: 6, 4: 4, 8: 2},
+    "bitmap": _SPARSE_BASES,
+    "gaps": _SPARSE_BASES,
 }
-_KINDS: tuple[Literal["packed", "bitmap"], ...] = ("packed", "bitmap")
+_KINDS = tuple(_BASES)
 
 
 def entropy(codes: Codes) -> float:
@@ -86,18 +95,15 @@ def choose_layout(codes: Codes) -> Layout:
 
     Returns:
         The best layout; one that decodes faster wins where two differ by less than eight percent of the share of codes
-        that the other has to place one by one, and half a percent for having such codes at all.
+        that the other has to place one by one.
     """
     scores = {layout: len(encode_frame(codes, layout)) * _handicap(codes, layout) for layout in _candidates(codes)}
     return min(scores, key=lambda layout: scores[layout])
 
 
 def _handicap(codes: Codes, layout: Layout) -> float:
-    scattered = np.count_nonzero(np.abs(codes >> layout.low_planes) >= layout.limit)
-    handicap = _OVERFLOW_HANDICAP if scattered else 0.0
-    if layout.kind == "bitmap":
-        scattered += np.count_nonzero(codes)
-    return 1 + handicap + _SCATTER_HANDICAP * scattered / max(codes.size, 1)
+    scattered = np.count_nonzero(codes) if layout.is_sparse else 0
+    return 1 + _SCATTER_HANDICAP * scattered / max(codes.size, 1)
 
 
 def _candidates(codes: Codes) -> Iterator[Layout]:
@@ -114,8 +120,9 @@ def _candidates(codes: Codes) -> Iterator[Layout]:
         yield Layout("packed", 3)
         yield Layout("packed", 5)
     if spread < 5 and np.count_nonzero(codes) < 0.6 * codes.size:
-        for digits in _BASES["bitmap"]:
+        for digits in _SPARSE_BASES:
             yield Layout("bitmap", digits)
+            yield Layout("gaps", digits)
 
 
 def encode_frame(codes: Codes, layout: Layout) -> bytes:
@@ -138,20 +145,23 @@ def encode_frame(codes: Codes, layout: Layout) -> bytes:
     if layout.low_planes:
         high, raw = _split_low_planes(codes, layout.low_planes)
     sections: list[bytes] = []
-    if layout.kind == "bitmap":
+    if layout.is_sparse:
         significant = high != 0
-        sections.append(_compress(np.packbits(significant)))
+        packed = np.packbits(significant) if layout.kind == "bitmap" else pack_places(np.flatnonzero(significant))
+        sections.append(_compress(packed))
         high = high[significant]
     clipped = np.clip(high, -layout.limit, layout.limit)
-    if layout.kind == "bitmap":
+    if layout.is_sparse:
         digits = (2 * (np.abs(clipped) - 1) + (clipped < 0)).astype(np.uint8)
     else:
         digits = clipped.astype(np.uint8) + np.uint8(layout.limit)  # modulo 256 on purpose
     sections.append(_compress(_pack(digits, layout)))
-    rest = np.abs(high[np.abs(clipped) == layout.limit].astype(np.int64)) - layout.limit
+    beyond = np.flatnonzero(high != clipped)
     width = 0
-    if rest.any():
+    if beyond.size:
+        rest = np.abs(high[beyond].astype(np.int64)) - layout.limit
         width = 1 + (int(rest.max()).bit_length() - 1) // 8
+        sections.append(_compress(pack_places(beyond)))
         sections += [_compress((rest >> (8 * i)).astype(np.uint8)) for i in range(width)]
     header = _HEADER.pack(_KINDS.index(layout.kind), layout.digits, layout.low_planes, codes.itemsize, width)
     lengths = struct.pack(f"<{len(sections)}I", *map(len, sections))
@@ -179,9 +189,8 @@ def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None
     dtype = np.dtype(f"i{itemsize}")
     if itemsize != 1:
         out = None
-    if layout.kind == "bitmap":
-        bitmap = np.frombuffer(_decompress(sections.pop(0), -(-count // 8)), np.uint8)
-        places = np.flatnonzero(np.unpackbits(bitmap, count=count).view(np.bool_))
+    if layout.is_sparse:
+        places = _significant(sections.pop(0), count, layout)
         high = np.empty(count, dtype) if out is None else out
         high.fill(0)
         high[places] = _decode_values(sections, len(places), layout, dtype)
@@ -192,6 +201,17 @@ def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None
     return high
 
 
+def _significant(section: memoryview, count: int, layout: Layout) -> Places:
+    if layout.kind == "gaps":
+        return _decode_places(section, count)
+    bitmap = np.frombuffer(_decompress(section, -(-count // 8)), np.uint8)
+    return np.flatnonzero(np.unpackbits(bitmap, count=count).view(np.bool_))
+
+
+def _decode_places(section: memoryview, count: int) -> Places:
+    return unpack_places(np.frombuffer(_decompress(section, most_bytes(count), exactly=False), np.uint8), count)
+
+
 def _decode_values(
     sections: list[memoryview], count: int, layout: Layout, dtype: np.dtype[Any], out: Codes | None = None
 ) -> Codes:
@@ -200,34 +220,30 @@ def _decode_values(
     limit = layout.limit
     if digits.size and int(digits.max()) >= layout.base:
         raise CheckpointError("spectral frame: a digit is out of range; the data is damaged. Fetch the file again.")
-    if layout.kind == "bitmap":
+    if layout.is_sparse:
         negative = -(digits & 1).view(np.int8)
         values = (((digits >> 1) + np.uint8(1)).view(np.int8) ^ negative) - negative  # two's complement, branch-free
     else:
         whole = np.empty(count, np.int8) if out is None else out
         values = np.subtract(digits, np.uint8(limit), out=whole.view(np.uint8)).view(np.int8)
-    if len(sections) == 1:
-        return values.astype(dtype, copy=False)
-    places = _rare_places(np.abs(values) == limit)
-    ends = values[places]
-    rest = np.zeros(len(places), np.int64)
-    for i, section in enumerate(sections[1:]):
-        rest += np.frombuffer(_decompress(section, len(places)), np.uint8).astype(np.int64) << (8 * i)
-    wanted = ends + np.sign(ends) * rest
     wide: Codes = values.astype(dtype, copy=False)
-    wide[places] = wanted  # may wrap, which the next line sees
-    if not np.array_equal(wide[places], wanted):
-        raise CheckpointError(f"spectral frame: a code exceeds {dtype}; the data is damaged. Fetch the file again.")
+    if len(sections) > 1:
+        _add_overflow(wide, sections[1:])
     return wide
 
 
-def _rare_places(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Like np.flatnonzero, which looks at every flag; this looks at eight together first."""
-    size = flags.size // 8 * 8
-    words = flags[:size].view(np.uint64)
-    rows = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[rows].view(np.bool_))
-    return np.concatenate([8 * rows[inside >> 3] + (inside & 7), size + np.flatnonzero(flags[size:])])
+def _add_overflow(values: Codes, sections: list[memoryview]) -> None:
+    places = _decode_places(sections[0], len(values))
+    rest = np.zeros(len(places), np.int64)
+    for i, section in enumerate(sections[1:]):
+        rest += np.frombuffer(_decompress(section, len(places)), np.uint8).astype(np.int64) << (8 * i)
+    ends = values[places]
+    wanted = ends + np.sign(ends) * rest
+    values[places] = wanted  # may wrap, which the next line sees
+    if not np.array_equal(values[places], wanted):
+        raise CheckpointError(
+            f"spectral frame: a code exceeds {values.dtype}; the data is damaged. Fetch the file again."
+        )
 
 
 def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, list[memoryview], memoryview]:
@@ -238,9 +254,9 @@ def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, list[mem
     kind, digits, planes, itemsize, width = _HEADER.unpack_from(view)
     if kind >= len(_KINDS) or digits not in _BASES[_KINDS[kind]] or itemsize not in (1, 2, 4):
         raise CheckpointError(f"spectral frame: unknown layout {kind}/{digits}/{itemsize}; {damaged}")
-    if width > itemsize or planes >= 8 * itemsize or (planes and _KINDS[kind] == "bitmap"):
+    if width > itemsize or planes >= 8 * itemsize or (planes and _KINDS[kind] != "packed"):
         raise CheckpointError(f"spectral frame: impossible layout {kind}/{planes}/{width}; {damaged}")
-    sections = (2 if _KINDS[kind] == "bitmap" else 1) + width
+    sections = (1 if _KINDS[kind] == "packed" else 2) + (1 + width if width else 0)
     start = _HEADER.size + 4 * sections
     raw = planes * -(-count // 8)
     if len(view) < start:
@@ -259,12 +275,13 @@ def _compress(data: Bytes) -> bytes:
     return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(data.tobytes())
 
 
-def _decompress(section: memoryview, size: int) -> bytes:
+def _decompress(section: memoryview, size: int, *, exactly: bool = True) -> bytes:
     try:
         declared = zstandard.frame_content_size(section)
-        if declared != size:
+        if not (declared == size or (not exactly and 0 <= declared < size)):
+            wanted = f"{size} belong" if exactly else f"at most {size} belong"
             raise LimitError(
-                f"spectral frame: a section declares {declared} bytes where {size} belong; only exact sizes are "
+                f"spectral frame: a section declares {declared} bytes where {wanted}; only sizes that fit are "
                 "accepted. The data is damaged or hostile: do not use it."
             )
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)

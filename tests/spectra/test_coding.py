@@ -18,7 +18,7 @@ from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame,
 LAYOUTS = [
     *(Layout("packed", digits) for digits in (1, 2, 3, 5)),
     *(Layout("packed", 2, planes) for planes in (1, 3, 6)),
-    *(Layout("bitmap", digits) for digits in (1, 2, 3, 4, 8)),
+    *(Layout(kind, digits) for kind in ("bitmap", "gaps") for digits in (1, 2, 3, 4, 8)),
 ]
 
 
@@ -73,11 +73,21 @@ def test_stored_bits_are_near_the_entropy(dead_zone: float, step: float, bits: f
     assert 8 * len(encode_frame(codes, choose_layout(codes))) / codes.size <= 1.03 * least
 
 
+@pytest.mark.parametrize("density", [0.01, 0.03, 0.1])
+def test_gaps_are_near_the_entropy_where_bits_cannot_be(density: float) -> None:
+    """A byte costs zstd a bit at least, and most bytes of a sparse bitmap are zero."""
+    codes = (np.random.default_rng(0).random(1 << 18) < density).astype(np.int8)
+    least = entropy(codes) * codes.size / 8
+    assert len(encode_frame(codes, Layout("gaps", 8))) < 1.05 * least
+    if density < 0.1:
+        assert len(encode_frame(codes, Layout("bitmap", 8))) > 1.2 * least
+
+
 def test_one_layout_alone_is_not_enough() -> None:
     codes = gaussian_codes(1 << 18, 1.28, 0.5)
     packed = min(len(encode_frame(codes, layout)) for layout in LAYOUTS if layout == Layout("packed", 2))
     assert 8 * packed / codes.size > 1.1 * entropy(codes)
-    assert choose_layout(codes).kind == "bitmap"
+    assert choose_layout(codes).is_sparse
 
 
 @pytest.mark.parametrize("outlier", [1000, 2**30])
@@ -146,6 +156,7 @@ def test_a_small_frame_claiming_terabytes() -> None:
         ((0, 1, 0, 3, 0), "unknown layout"),
         ((0, 1, 8, 1, 0), "impossible layout"),
         ((1, 1, 1, 1, 0), "impossible layout"),
+        ((2, 1, 1, 1, 0), "impossible layout"),
         ((0, 1, 0, 1, 2), "impossible layout"),
     ],
 )
@@ -161,9 +172,24 @@ def test_a_digit_out_of_range() -> None:
         decode_frame(frame, 10)
 
 
+@pytest.mark.parametrize("gaps", [bytes([9]), bytes([0, 8]), bytes([255])])
+def test_a_place_beyond_the_frame(gaps: bytes) -> None:
+    sections = [zstandard.ZstdCompressor().compress(data) for data in (gaps, bytes(2))]
+    frame = struct.pack("<BBBBBII", 2, 1, 0, 1, 0, *map(len, sections)) + b"".join(sections)
+    with pytest.raises(CheckpointError, match=r"a code at place \d+ of 9; the data is damaged"):
+        decode_frame(frame, 9)
+
+
+def test_more_gaps_than_places() -> None:
+    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes(11), bytes(2))]
+    frame = struct.pack("<BBBBBII", 2, 1, 0, 1, 0, *map(len, sections)) + b"".join(sections)
+    with pytest.raises(LimitError, match="declares 11 bytes where at most 10 belong"):
+        decode_frame(frame, 10)
+
+
 def test_an_overflow_beyond_the_code_type() -> None:
-    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes([14]), bytes([255]))]
-    frame = struct.pack("<BBBBBII", 0, 2, 0, 1, 1, *map(len, sections)) + b"".join(sections)
+    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes([14]), bytes([0]), bytes([255]))]
+    frame = struct.pack("<BBBBBIII", 0, 2, 0, 1, 1, *map(len, sections)) + b"".join(sections)
     with pytest.raises(CheckpointError, match="a code exceeds int8"):
         decode_frame(frame, 1)
 
