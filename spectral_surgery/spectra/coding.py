@@ -71,7 +71,7 @@ class Layout:
         return self.kind != "packed"
 
 
-_SPARSE_BASES = {1: 254, 2: 16, 3: 6, 4: 4, 8: 2}
+_SPARSE_BASES = {1: 254, 2: 16, 3: 6, 4: 4}
 _BASES: dict[Kind, dict[int, int]] = {
     "packed": {1: 255, 2: 15, 3: 5, 5: 3},
     "bitmap": _SPARSE_BASES,
