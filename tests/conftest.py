@@ -1,0 +1,14 @@
+"""One core for each process of the tests: threads of several would wait for each other, in turns."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def pytest_configure() -> None:
+    """Set before any test starts a thread or a process."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        torch.set_num_threads(1)
