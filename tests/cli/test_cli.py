@@ -16,7 +16,8 @@ from tests.support.checkpoints import contents, gaussian, llama_like, write_fold
 from tests.support.command import run
 
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has processes ignore it
 from spectral_surgery.cli import main
 from spectral_surgery.workflows import compress
 
