@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from spectral_surgery.workflows.evaluate import evaluate
     from spectral_surgery.workflows.extract import extract
     from spectral_surgery.workflows.heal import HealReport, heal
-    from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.heal_text import HealData
     from spectral_surgery.workflows.layer_moments import CalibrationData
     from spectral_surgery.workflows.merge import merge
     from spectral_surgery.workflows.pull import pull
@@ -81,7 +81,7 @@ _HOMES = {
     "FFTNetForMaskedLM": "integrations.fftnet_models",
     "FFTNetForSequenceClassification": "integrations.fftnet_models",
     "FFTNetModel": "integrations.fftnet_models",
-    "HealData": "workflows.heal_model",
+    "HealData": "workflows.heal_text",
     "HealReport": "workflows.heal",
     "METHODS": "adapters",
     "MIXERS": "mixers",

@@ -45,6 +45,7 @@ class CompressOptions:
         min_weights: smaller tensors are copied.
         copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
         calibration: the text that codes were chosen by, in words and a checksum.
+        importance: the text that says which coefficients are kept, in words and a checksum.
         base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
         allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed.
     """
@@ -57,6 +58,7 @@ class CompressOptions:
     min_weights: int = 4096
     copy_nonfinite: bool = False
     calibration: str | None = None
+    importance: str | None = None
     base: str | None = None
     allocation: Literal["even", "slope"] = "even"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.workflows.compress import CompressReport
     from spectral_surgery.workflows.distill import DistillSettings
-    from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.heal_text import HealData
     from spectral_surgery.workflows.layer_moments import CalibrationData
     from spectral_surgery.workflows.progress import Progress
     from spectral_surgery.workflows.team import Team
@@ -48,14 +48,15 @@ _OPTIONS = (
     _setting(
         "--allocation",
         type=click.Choice(["even", "slope"]),
-        help="Of --calibrate: more bits where one more helps more on the text, or the same for every tensor"
-        "  [default: slope of --bits, even of --sparsity]",
+        help="Of --calibrate, and of --sparsity with --heal: more where one more bit or coefficient helps more on the"
+        " text, or the same for every tensor  [default: slope; even of --sparsity with --calibrate]",
     ),
     _setting(
         "--heal",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Then train the kept coefficients on this text until the model does what SOURCE does; see heal.",
+        help="Keep the coefficients that count most on this text (with --sparsity), and train them until the model does"
+        " what SOURCE does; see heal.",
     ),
     _setting("--steps", type=click.IntRange(1), help="Of --heal  [default: 400]"),
     _setting("--minutes", type=click.FloatRange(0, min_open=True), help="Of --heal, in place of --steps."),
@@ -92,8 +93,8 @@ def run(
     from spectral_surgery.workflows import compress as workflow
 
     data, healing = _data(ctx), _healing(ctx)
-    if data is not None:
-        options = replace(options, allocation=_allocation(ctx, options))
+    if data is not None or (healing is not None and options.target.kind == "density"):
+        options = replace(options, allocation=_allocation(ctx, options, calibrated=data is not None))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
     if data is None and healing is None:
@@ -129,9 +130,10 @@ def run(
     return report
 
 
-def _allocation(ctx: click.Context, options: CompressOptions) -> Any:
-    """As asked; a kept set was worse for being spread."""
-    return ctx.meta[_KEY]["allocation"] or ("slope" if options.target.kind == "bits" else "even")
+def _allocation(ctx: click.Context, options: CompressOptions, *, calibrated: bool) -> Any:
+    """As asked; a calibrated kept set was worse for being spread."""
+    even = calibrated and options.target.kind == "density"
+    return ctx.meta[_KEY]["allocation"] or ("even" if even else "slope")
 
 
 def _data(ctx: click.Context) -> CalibrationData | None:
@@ -148,7 +150,7 @@ def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
     if own.get("heal") is None:
         return None
     from spectral_surgery.cli.heal import settings_of
-    from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.heal_text import HealData
 
     given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
     return HealData(own["heal"], seq_length=own["seq_length"] if given else 0), settings_of(own, ctx)

@@ -70,7 +70,7 @@ def command(
       spectral-surgery heal ./model-20percent ./model ./model-healed --data notes.txt --minutes 5
     """
     from spectral_surgery.workflows import heal as workflow
-    from spectral_surgery.workflows.heal_model import HealData
+    from spectral_surgery.workflows.heal_text import HealData
 
     own = ctx.meta[_KEY]
     data = HealData(own["data"], own["batch_size"] or 0, own["seq_length"] or 0)

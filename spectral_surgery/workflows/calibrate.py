@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
-from spectral_surgery.checkpoint.lock import hold
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
-from spectral_surgery.checkpoint.publish import partial_folder, writing_to
-from spectral_surgery.checkpoint.units import UNITS, Workshop, finished_codes, leave_codes, work_key
+from spectral_surgery.checkpoint.units import Workshop, finished_codes, leave_codes
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import feedback_factor, output_error
 from spectral_surgery.spectra.feedback_rate import codes_at
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.allocate import spread_targets
-from spectral_surgery.workflows.compress import CompressReport, compress, discard, plan_compression
+from spectral_surgery.workflows.compress import CompressReport, choosing_codes, compress, plan_compression
 from spectral_surgery.workflows.layer_moments import CalibrationData, LayerMoment, layer_moments
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
@@ -87,18 +85,12 @@ def compress_calibrated(
     transform = DEFAULT_TRANSFORM if options.transform == AUTO else options.transform
     options = replace(options, transform=transform, calibration=data.digest())
     index, plan = plan_compression(source, options)
-    partial = partial_folder(out, overwrite=overwrite)
-    if not resume:
-        discard(partial, overwrite=overwrite)
-    workshop = Workshop(partial / UNITS, work_key(index, options))
     targets: dict[str, Target] = {}
-    with writing_to(out):
-        workshop.folder.mkdir(parents=True, exist_ok=True)
-        with hold(partial, exclusive=True, wait=False):
-            if options.allocation == "slope":
-                targets = spread_targets(source, index, plan, data, workshop)
-            own = _Calibration(index, plan.with_targets(targets), workshop, threads, progress)
-            done = list(own.run(source, data))
+    with choosing_codes(out, index, options, resume=resume, overwrite=overwrite) as workshop:
+        if options.allocation == "slope":
+            targets = spread_targets(source, index, plan, data, workshop)
+        own = _Calibration(index, plan.with_targets(targets), workshop, threads, progress)
+        done = list(own.run(source, data))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
     report = compress(source, out, options, resume=True, targets=targets, **common)
     return replace(cast(CompressReport, report), seconds=time.perf_counter() - started), done

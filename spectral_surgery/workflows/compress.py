@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -189,10 +189,36 @@ def compress(
             return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
 
 
+@contextmanager
+def choosing_codes(
+    out: Path, index: CheckpointIndex, options: CompressOptions, *, resume: bool, overwrite: bool
+) -> Iterator[Workshop]:
+    """Where codes that are chosen elsewhere are left; `compress` with resume then does the rest.
+
+    Args:
+        out: folder to create.
+        index: of the source.
+        options: what is asked.
+        resume: go on with unfinished work of the same source and options.
+        overwrite: replace an existing folder, and discard unfinished work.
+
+    Raises:
+        CheckpointError: when out is taken, or unfinished work is in the way.
+    """
+    partial = partial_folder(out, overwrite=overwrite)
+    if not resume:
+        discard(partial, overwrite=overwrite)
+    workshop = Workshop(partial / UNITS, work_key(index, options))
+    with writing_to(out):
+        workshop.folder.mkdir(parents=True, exist_ok=True)
+        with hold(partial, exclusive=True, wait=False):
+            yield workshop
+
+
 def _check(options: CompressOptions, shard: tuple[int, int]) -> None:
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
-    if options.allocation != "even" and options.calibration is None:
+    if options.allocation != "even" and options.calibration is None and options.importance is None:
         raise ConfigError(f"allocation {options.allocation}: needs text to measure on; without any, even is accepted.")
 
 

@@ -19,7 +19,8 @@ from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import HealReport, heal
-from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.heal_text import HealData
+from spectral_surgery.workflows.importance import compress_important
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
@@ -40,8 +41,9 @@ def compress_healed(
     origin: str | None = None,
     progress: Progress = silent,
 ) -> tuple[CompressReport, HealReport]:
-    """Compress a checkpoint, with or without text, and heal the result.
+    """Compress a checkpoint and heal the result.
 
+    When a density is asked for without calibration, the text that it is healed on says which coefficients are kept.
     What is compressed and not yet healed waits in ``<out>.unhealed``.
 
     Args:
@@ -66,13 +68,15 @@ def compress_healed(
         ConfigError: as `compress_calibrated` and `heal`.
     """
     started = time.perf_counter()
-    if calibration is not None and options.transform == AUTO:
+    if options.transform == AUTO and (calibration is not None or options.target.kind == "density"):
         options = replace(options, transform=DEFAULT_TRANSFORM)
     partial_folder(out, overwrite=overwrite)
     stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
     common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
     if resume and (stage / FILE_NAME).exists():
         _check_same(stage, options)
+    elif calibration is None and options.target.kind == "density":
+        compress_important(source, stage, options, data, workers=workers, threads=threads, **common)
     elif calibration is None:
         compress(source, stage, options, workers=workers, threads=threads, **common)
     else:
@@ -90,7 +94,7 @@ def _report(source: Path, out: Path, options: CompressOptions, healed: HealRepor
 
 
 def _check_same(stage: Path, options: CompressOptions) -> None:
-    there = {key: value for key, value in open_compressed(stage).manifest.options.items() if key != "calibration"}
+    there = open_compressed(stage).manifest.options
     asked = json.loads(json.dumps(options.to_json()))
-    if there != {key: value for key, value in asked.items() if key != "calibration"}:
+    if any(there[key] != value for key, value in asked.items() if key not in ("calibration", "importance")):
         raise CheckpointError(f"{stage.name}: holds work of other options. Use --overwrite to discard it.")

@@ -99,6 +99,8 @@ def compressed_facts(checkpoint: CompressedCheckpoint, origin: str | None) -> Fa
     }
     if calibration:
         totals["codes chosen by"] = str(calibration)
+    if manifest.options.get("importance"):
+        totals["coefficients kept for their importance on"] = str(manifest.options["importance"])
     if manifest.options.get("healing"):
         totals["kept coefficients trained on"] = str(manifest.options["healing"])
     return Facts(
@@ -246,15 +248,19 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
     """The command that makes the same bytes: what the manifest says, without paths of anybody's machine."""
     words = ["spectral-surgery", "compress", origin or "SOURCE", "OUT"]
     defaults = {f.name: f.default for f in fields(CompressOptions) if f.default is not MISSING}
+    if options.get("calibration") or options.get("importance"):
+        del defaults["allocation"]  # what it is without the option depends on the others
+    told = {
+        "calibration": ["--calibrate", "TEXT"],  # told by its checksum, not by its path
+        "healing": ["--heal", "TEXT"],
+        "importance": [],  # --heal chooses what is kept
+        "base": ["--base", base_name(options) or ""],
+    }
     for key, value in options.items():
         if key == "target" and isinstance(value, Mapping):
             words += [f"--{_TARGETS.get(str(value['kind']), value['kind'])}", str(value["value"]).removesuffix(".0")]
-        elif key == "calibration":
-            words += ["--calibrate", "TEXT"] if value else []  # told by its checksum, not by its path
-        elif key == "healing":
-            words += ["--heal", "TEXT"]
-        elif key == "base":
-            words += ["--base", base_name(options) or ""] if value else []
+        elif key in told:
+            words += told[key] if value else []
         elif isinstance(value, list | tuple):
             words += [word for item in value for word in (f"--{key}", str(item))]
         elif value is True:

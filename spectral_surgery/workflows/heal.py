@@ -31,7 +31,8 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.distill import Course, DistillSettings
 from spectral_surgery.workflows.facts import compressed_facts
-from spectral_surgery.workflows.heal_model import HealData, Healed, Workplace, heal_blocks, heal_whole
+from spectral_surgery.workflows.heal_model import Healed, Workplace, heal_blocks, heal_whole
+from spectral_surgery.workflows.heal_text import HealData
 from spectral_surgery.workflows.objectives import objective_of
 from spectral_surgery.workflows.plots import plot_training
 from spectral_surgery.workflows.progress import Progress, silent

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
 from spectral_surgery.checkpoint.recode import Encoded
-from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.errors import CheckpointError
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import codes_of, encode_codes
@@ -26,41 +24,16 @@ from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
 from spectral_surgery.surgery.kept import kept_spectra, train_kept, train_vectors, trained_vectors
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
+from spectral_surgery.workflows.heal_text import HealData, chosen, training_text
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
 from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.objectives import Objective
 from spectral_surgery.workflows.progress import Progress
-from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, padded, read_sequences
+from spectral_surgery.workflows.sequences import equal_lengths, padded
 
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
-_HELD_PART, _HELD_MOST = 0.05, 64
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
 _IN_MEMORY = 32 << 20  # bytes of activations; more go to files
-
-
-@dataclass(frozen=True)
-class HealData:
-    """Text to heal on.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        batch_size: sequences of a step and process; 0 for what is usual for the model.
-        seq_length: tokens of a sequence at most; 0 for what is usual for the model.
-    """
-
-    file: Path
-    batch_size: int = 0
-    seq_length: int = 0
-
-    def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work.
-
-        Raises:
-            ConfigError: when the file cannot be read.
-        """
-        if not self.file.is_file():
-            raise ConfigError(f"{self.file}: no such file; a text, .csv or .jsonl file is accepted.")
-        return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -136,27 +109,6 @@ class Workplace:
             found.append(encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads))
         return found
 
-    def sequences(self, tokenizer: Any, model: Any, objective: Objective) -> tuple[list[list[int]], list[list[int]]]:
-        """Token sequences to train on, and those held out.
-
-        Raises:
-            ConfigError: when there are too few, or the model does not know their tokens.
-        """
-        causal = objective.name == "tokens"
-        length = self.data.seq_length or objective.seq_length
-        length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
-        found = read_sequences(tokenizer, self.data.file, length=length, causal=causal)
-        if len(found) < 2:
-            raise ConfigError(
-                f"{self.data.file}: gives {len(found)} sequence of up to {length} tokens; two or more are needed. Give"
-                " more text, or a smaller --seq-length."
-            )
-        check_vocabulary(found, model.get_input_embeddings().num_embeddings, self.data.file)
-        if not causal:
-            random.Random(0).shuffle(found)  # noqa: S311 - no secret; files are often sorted
-        held = min(max(1, round(len(found) * _HELD_PART)), _HELD_MOST if causal else 4 * _HELD_MOST)
-        return found[:-held], found[-held:]
-
 
 @dataclass
 class Healed:
@@ -199,11 +151,12 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     _put_rest(place, student, spectra, objective.auto_class)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
     vectors = _train_vectors(place, student)
-    train, held = place.sequences(tokenizer, teacher, objective)
+    train, held = training_text(place.data, tokenizer, teacher, objective)
     size = min(place.data.batch_size or objective.batch_size, len(train))
+    lengths = list(map(len, train))
 
     def batch(step: int, rank: int) -> Batch:
-        return padded(tokenizer, [train[i] for i in _chosen(settings.seed, step, rank, len(train), size)])
+        return padded(tokenizer, [train[i] for i in chosen(settings.seed, step, rank, lengths, size)])
 
     held = sorted(held, key=len)
     batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
@@ -249,7 +202,7 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
             "heal --blocks: the model stores parameters in another form than it computes with, such as fused experts;"
             " other models are accepted. Heal it without --blocks."
         )
-    train, held = place.sequences(lazy.tokenizer, lazy.model, objective)
+    train, held = training_text(place.data, lazy.tokenizer, lazy.model, objective)
     prefix, blocks = find_blocks(lazy.model)
     tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
     batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
@@ -322,7 +275,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     vectors = _train_vectors(place, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:
-        return {"place": torch.tensor(_chosen(settings.seed, step, rank, first, 1)[0])}
+        return {"place": torch.tensor(chosen(settings.seed, step, rank, [1] * first, 1)[0])}
 
     work = Distillation(
         lambda module, own: module(own["place"]),
@@ -375,9 +328,3 @@ def _stage(progress: Progress, number: int, count: int) -> Progress:
         progress(number * total + done, count * total, f"block {number + 1}, {what}")
 
     return report
-
-
-def _chosen(seed: int, step: int, rank: int, count: int, size: int) -> list[int]:
-    """Which samples a step of a process takes; the same in every run."""
-    generator = torch.Generator().manual_seed((seed << 40) + (step << 12) + rank)
-    return torch.randperm(count, generator=generator)[:size].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class Objective:
         auto_class: class of transformers that loads such models.
         run: (model, batch) to its outputs.
         loss: (outputs of the student, of the teacher, batch) to a scalar.
+        project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the
+            curvature of the loss where the student is the teacher, up to a factor.
         batch_size: usual sequences of a step.
         seq_length: usual tokens of a sequence at most.
     """
@@ -35,6 +38,7 @@ class Objective:
     auto_class: str
     run: Callable[[nn.Module, Batch], Any]
     loss: Callable[[Any, Any, Batch], Tensor]
+    project: Callable[[Any, Batch, torch.Generator], Tensor]
     batch_size: int
     seq_length: int
 
@@ -103,21 +107,75 @@ def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
     return torch.stack(errors).mean()
 
 
+def _project_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Log-likelihood of tokens drawn from the model itself: the curvature of KL is the Fisher information."""
+    mask = batch["attention_mask"]
+    return (_drawn(outputs.logits, generator) * mask).sum() / mask.sum().sqrt()
+
+
+def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    mask = batch["attention_mask"][..., None]
+    pooled = functional.normalize((outputs.hidden_states[-1] * mask).sum(1) / mask.sum(1), dim=-1)
+    return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, mask, generator)
+
+
+def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    logits = outputs.logits
+    own = _noise(logits, generator) if logits.shape[-1] == 1 else _drawn(logits, generator).sum() / math.sqrt(2)
+    return own / math.sqrt(len(logits)) + _project_hidden(outputs, batch["attention_mask"][..., None], generator)
+
+
+def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> Tensor:
+    states = [own * mask for own in outputs.hidden_states]
+    if getattr(outputs, "pooler_output", None) is not None:
+        states.append(outputs.pooler_output)
+    return torch.stack([_noise(own, generator) / own.detach().norm() for own in states]).sum() / math.sqrt(len(states))
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return (x * torch.randn(x.shape, generator=generator).to(x.device)).sum()
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """[..., V] to the log-probability, [...], of one of them each, drawn at random."""
+    logs = logits.float().log_softmax(-1)
+    flat = logs.detach().exp().reshape(-1, logs.shape[-1]).cpu()
+    picked = torch.multinomial(flat, 1, generator=generator).to(logs.device)
+    return logs.gather(-1, picked.reshape(*logs.shape[:-1], 1))[..., 0]
+
+
 OBJECTIVES: Table[Objective] = Table(
     "objective",
     (
-        Objective("tokens", "distributions of the next token", "AutoModelForCausalLM", _plain, _tokens, 4, 256),
+        Objective(
+            "tokens",
+            "distributions of the next token",
+            "AutoModelForCausalLM",
+            _plain,
+            _tokens,
+            _project_tokens,
+            4,
+            256,
+        ),
         Objective(
             "classes",
             "distributions of the class, and hidden states",
             "AutoModelForSequenceClassification",
             _with_hidden,
             _classes,
+            _project_classes,
             24,
             128,
         ),
         Objective(
-            "embeddings", "sentence embeddings, and hidden states", "AutoModel", _with_hidden, _embeddings, 24, 128
+            "embeddings",
+            "sentence embeddings, and hidden states",
+            "AutoModel",
+            _with_hidden,
+            _embeddings,
+            _project_embeddings,
+            24,
+            128,
         ),
     ),
 )

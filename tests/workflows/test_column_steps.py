@@ -19,7 +19,7 @@ from spectral_surgery.integrations.load import load_compressed
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
-from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.heal_text import HealData
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_calibrate import hidden, save_model, write_text
 

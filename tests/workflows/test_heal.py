@@ -29,7 +29,7 @@ from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress_heal import compress_healed
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import heal
-from spectral_surgery.workflows.heal_model import HealData
+from spectral_surgery.workflows.heal_text import HealData
 from spectral_surgery.workflows.layer_moments import CalibrationData
 from tests.workflows.test_calibrate import KINDS, save_model
 from tests.workflows.test_train import save_tokenizer

@@ -1,0 +1,94 @@
+"""compress --sparsity --heal: the text decides what is kept, layer by layer and coefficient by coefficient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.plan import CompressOptions
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.compress import compress, plan_compression
+from spectral_surgery.workflows.compress_heal import compress_healed
+from spectral_surgery.workflows.distill import DistillSettings
+from spectral_surgery.workflows.heal_text import HealData
+from spectral_surgery.workflows.importance import compress_important, measure_importance
+from tests.support.checkpoints import contents
+from tests.support.command import run
+from tests.workflows.test_calibrate import KINDS, save_model
+
+SPARSE = CompressOptions(Target("density", 0.2), allocation="slope")
+FEW = DistillSettings(steps=4, eval_every=4, warmup_steps=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: Path) -> None:
+    source, data = save_model(kind, tmp_path / "model"), HealData(text, 16, 16)
+    found = measure_importance(source, plan_compression(source, SPARSE)[1], data)
+    report = compress_important(source, tmp_path / "out", SPARSE, data)
+    assert report.manifest.report.density == pytest.approx(0.2, abs=3e-3)
+    densities = {name: own.report.density for name, own in report.manifest.tensors.items()}
+    assert found.keys() <= densities.keys()
+    assert max(densities[name] for name in found) > 1.2 * min(densities[name] for name in found)
+    for name in densities.keys() - found.keys():  # embeddings
+        assert "emb" in name or "wte" in name or "wpe" in name or "head" in name
+        assert densities[name] == pytest.approx(0.2, abs=2e-3)
+    compress_important(source, tmp_path / "even", replace(SPARSE, allocation="even"), data)
+    for name, own in open_compressed(tmp_path / "even").manifest.tensors.items():
+        assert own.report.density == pytest.approx(0.2, abs=3e-3), name
+
+
+def test_what_is_kept_costs_the_model_more_to_lose_than_what_is_largest(tmp_path: Path, bert: Path, text: Path) -> None:
+    data = HealData(text, 16, 16)
+    found = measure_importance(bert, plan_compression(bert, SPARSE)[1], data)
+    compress_important(bert, tmp_path / "own", SPARSE, data)
+    compress(bert, tmp_path / "plain", replace(SPARSE, allocation="even"))
+    kept = {}
+    for name in ("own", "plain"):
+        checkpoint = open_compressed(tmp_path / name)
+        spectra = {tensor: checkpoint.part(tensor, 0).decode().coefficients() for tensor in found}
+        kept[name] = sum(float(own.costs(spectra[tensor]).sum()) for tensor, own in found.items())
+    assert kept["own"] > 1.02 * kept["plain"]
+
+
+def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path, text: Path) -> None:
+    options = ("--sparsity", "0.2", "--heal", text, "--steps", "2", "--seq-length", "16", "--quiet")
+    done = run("compress", bert, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    manifest = open_compressed(tmp_path / "out").manifest
+    assert str(manifest.options["importance"]).startswith("sha256:")
+    assert manifest.options["allocation"] == "slope"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "coefficients kept for their importance on" in card
+    assert all(own in card for own in ("--sparsity 0.2", "--allocation slope", "--heal TEXT"))
+    done = run("compress", bert, tmp_path / "even", *options, "--allocation", "even")
+    assert done.returncode == 0, done.stderr
+    assert open_compressed(tmp_path / "even").manifest.options["allocation"] == "even"
+    assert "--allocation even" in (tmp_path / "even" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stop", ["importance of coefficients", "encoder", "loss"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path, text: Path, stop: str) -> None:
+    data = HealData(text, 16, 16)
+
+    def interrupt(done: int, _: int, what: str) -> None:
+        if stop in what and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_healed(bert, tmp_path / "out", SPARSE, data, FEW, progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    compress_healed(bert, tmp_path / "out", SPARSE, data, FEW, resume=True)
+    compress_healed(bert, tmp_path / "straight", SPARSE, data, FEW)
+    files = ("model.safetensors", "spectral_surgery.json")
+    one, other = contents(tmp_path / "out"), contents(tmp_path / "straight")
+    assert all(one[name] == other[name] for name in files)
+
+
+def test_too_little_text_is_refused(tmp_path: Path, bert: Path) -> None:
+    (tmp_path / "short.txt").write_text("one")
+    with pytest.raises(ConfigError, match=r"short\.txt: gives 1 sequence"):
+        compress_important(bert, tmp_path / "out", SPARSE, HealData(tmp_path / "short.txt"))

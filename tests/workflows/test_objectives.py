@@ -1,0 +1,46 @@
+"""Projections have the curvature of the loss that they stand for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_surgery.workflows.objectives import OBJECTIVES
+
+TOKENS, WIDTH, PARAMETERS, DRAWS = 5, 4, 3, 6000
+
+
+def outputs(x: Tensor, maps: Tensor, base: Tensor, *, classes: int) -> Any:
+    """Of a model with three parameters: [2, T, D] states and logits that are linear in them."""
+    states = [(base[i] + maps[i] @ x).reshape(2, TOKENS, WIDTH) for i in range(3)]
+    logits = states[2] if classes == 0 else states[2][:, 0, :classes]
+    return SimpleNamespace(hidden_states=states[:2], logits=logits, pooler_output=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "factor"),
+    [("tokens", 0, 1.0), ("embeddings", 0, 0.5), ("classes", 3, 0.5), ("classes", 1, 0.5)],
+)
+def test_the_mean_square_of_gradients_is_the_curvature(name: str, classes: int, factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 2 * TOKENS * WIDTH, PARAMETERS, generator=generator) * torch.tensor([0.3, 1.0, 2.0])
+    base = torch.randn(3, 2 * TOKENS * WIDTH, generator=generator)
+    mask = torch.ones(2, TOKENS)
+    mask[1, 3:] = 0
+    batch, objective, at = {"attention_mask": mask}, OBJECTIVES[name], torch.zeros(PARAMETERS)
+    teacher = outputs(at, maps, base, classes=classes)
+
+    def loss(x: Tensor) -> Tensor:
+        return objective.loss(outputs(x, maps, base, classes=classes), teacher, batch)
+
+    wanted = torch.autograd.functional.hessian(loss, at).diagonal()  # type: ignore[no-untyped-call]
+    squares = torch.zeros(PARAMETERS)
+    for _ in range(DRAWS):
+        x = at.clone().requires_grad_()
+        value = objective.project(outputs(x, maps, base, classes=classes), batch, generator)
+        squares += torch.autograd.grad(value, x)[0].square() / DRAWS
+    torch.testing.assert_close(squares, factor * wanted, rtol=0.1, atol=0)
