@@ -47,7 +47,7 @@ class DistillSettings:
 
     steps: int = 400
     minutes: float = 0.0
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     warmup_steps: int = 20
     eval_every: int = 50
     patience: int = 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +103,25 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, text: Pat
         run(text, tmp_path / "whole")
     again = run(text, tmp_path / "whole", overwrite=True)
     assert again.models[0].test == whole.models[0].test  # the seed decides everything
+
+
+def test_two_processes_train_like_one(tmp_path: Path, text: Path) -> None:
+    options = ["train", "--init", "fftnet", "--data", str(text), "--vocab-size", "280", "--seq-length", "16"]
+    options += ["--d-model", "16", "--num-layers", "1", "--heads", "4", "--mlp-hidden-dim", "4", "--dropout", "0"]
+    options += ["--steps", "6", "--batch-size", "8", "--eval-every", "6", "--device", "cpu", "--json", "-q"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    reports = {}
+    for name, launcher in (("one", []), ("two", launch)):
+        command = [sys.executable, *launcher, "-m", "spectral_surgery", *options, str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports[name] = json.loads(done.stdout)  # of the first process only
+    curves = {name: [loss for _, loss in body["models"][0]["train_loss"]] for name, body in reports.items()}
+    assert curves["two"] == pytest.approx(curves["one"], rel=1e-3)
+    losses = {name: body["models"][0]["test"]["loss"] for name, body in reports.items()}
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-3)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two").num_parameters()
 
 
 def test_parts_follow_each_other_and_do_not_overlap() -> None:
