@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
-from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
-from spectral_surgery.checkpoint.units import copy_entry, part_record, step_entry
+from spectral_surgery.checkpoint.manifest import Manifest
+from spectral_surgery.checkpoint.parts import read_part, spectral_entries
+from spectral_surgery.checkpoint.units import copy_entry
 from spectral_surgery.checkpoint.writer import Entry, tensor_entry
-from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
-
-Encoded = tuple[EncodedSpectrum, EncodingReport]
+from spectral_surgery.errors import CheckpointError
 
 
 def recoded(
     checkpoint: CompressedCheckpoint,
-    replaced: Mapping[str, Sequence[Encoded]],
+    replaced: Mapping[str, Sequence[Path]],
+    key: str,
     copied: Mapping[str, Tensor],
     options: Mapping[str, object],
 ) -> tuple[list[Entry], Manifest]:
@@ -27,34 +27,30 @@ def recoded(
 
     Args:
         checkpoint: where all the rest comes from, bit for bit.
-        replaced: the parts of each tensor, in order, with their reports.
+        replaced: files of the parts of each tensor, in order, see `write_part`; they are read when entries are.
+        key: of these files.
         copied: other values of tensors that are not compressed.
         options: added to those of the manifest.
 
     Returns:
         Entries for the writer, in the order of the checkpoint, and the manifest.
+
+    Raises:
+        CheckpointError: when a file is missing or damaged.
     """
     entries = {name: copy_entry(info) for name, info in checkpoint.index.tensors.items()}
     records = dict(checkpoint.manifest.tensors)
-    for name, parts in replaced.items():
-        record = records[name]
-        own = [part_record(before.rows, *part) for before, part in zip(record.parts, parts, strict=True)]
-        records[name] = replace(record, parts=tuple(own))
-        entries |= {entry.name: entry for entry in _entries(name, [encoded for encoded, _ in parts])}
+    for name, files in replaced.items():
+        parts = []
+        for file in files:
+            found = read_part(file, key)
+            if found is None or found[1] is None:
+                raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
+            parts.append((found[0], found[1]))
+        records[name] = replace(records[name], parts=tuple(record for _, record in parts))
+        entries |= {entry.name: entry for entry in spectral_entries(name, [own for own, _ in parts])}
     entries |= {name: tensor_entry(name, tensor) for name, tensor in copied.items()}
     manifest = checkpoint.manifest
     return list(entries.values()), Manifest(
         records, manifest.aliases, dict(manifest.options) | dict(options), manifest.source
     )
-
-
-def _entries(name: str, parts: Sequence[EncodedSpectrum]) -> list[Entry]:
-    codes, frames, step = (f"{name}.{suffix}" for suffix in SUFFIXES)
-    lengths = [len(frame) for part in parts for frame in part.frames]
-    offsets = torch.cumsum(torch.tensor([0, *lengths]), 0)
-    steps = torch.stack([torch.cat((part.step, torch.tensor([part.offset]))) for part in parts])
-    return [
-        Entry(codes, "U8", (sum(lengths),), lambda: (frame for part in parts for frame in part.frames)),
-        Entry(frames, "I64", tuple(offsets.shape), lambda: [offsets.numpy().tobytes()]),
-        step_entry(step, steps),
-    ]

@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from spectral_surgery.checkpoint.difference import read_rows
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.manifest import (
     FORMAT_VERSION,
-    SUFFIXES,
     Manifest,
     PartRecord,
     TensorRecord,
-    parse_part,
 )
+from spectral_surgery.checkpoint.parts import part_record, read_part, spectral_entries, write_part
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTensor, Unit
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
-from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
+from spectral_surgery.checkpoint.writer import Entry
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, choose_basis, encode
 from spectral_surgery.spectra.feedback import Codes, codes_of, encode_codes
@@ -68,7 +65,7 @@ def source_digest(index: CheckpointIndex) -> str:
 
 def is_done(workshop: Workshop, unit: Unit) -> bool:
     """Whether a unit file of this very work is there and intact."""
-    return _load(workshop, unit) is not None
+    return read_part(workshop.path(unit), workshop.key) is not None
 
 
 def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
@@ -86,7 +83,7 @@ def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: 
     Raises:
         ConfigError: when the weights are not finite (and may not be copied) or cannot be encoded; the tensor is named.
     """
-    done = _load(workshop, unit)
+    done = read_part(workshop.path(unit), workshop.key)
     if done is not None:
         return done[1].report if done[1] else None
     with one_torch_thread():
@@ -105,7 +102,7 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
                 f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
                 "Repair it, or use --copy-nonfinite to pass such tensors through."
             )
-        _save(workshop, unit, None, None)
+        write_part(workshop.path(unit), workshop.key, None, None)
         return None
     try:
         target = tensor.target or options.target
@@ -113,7 +110,7 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
         encoded, report = encode(weight, target, basis, threads=threads)
     except ConfigError as error:
         raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
-    _save(workshop, unit, encoded, part_record((start, stop), encoded, report))
+    write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
     return report
 
 
@@ -141,7 +138,7 @@ def leave_codes(
         start, stop = tensor.parts[unit.part]
         own = replace(codes, values=codes.values[start:stop])
         encoded, report = encode_codes(coefficients[start:stop], own, basis, threads=threads)
-        _save(workshop, unit, encoded, part_record((start, stop), encoded, report))
+        write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
 
 
 def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Codes | None:
@@ -152,7 +149,7 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
     """
     parts, step = [], torch.ones(2)
     for unit in (unit for unit in plan.units if unit.tensor is tensor):
-        done = _load(workshop, unit)
+        done = read_part(workshop.path(unit), workshop.key)
         if done is None or done[1] is None:
             return None
         start, stop = tensor.parts[unit.part]
@@ -165,14 +162,6 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
         encoded = EncodedSpectrum(frames, shape, done[1].rows_per_frame, step[:-1], float(step[-1]), basis)
         parts += [encoded.codes(frame).to(torch.int32) for frame in range(len(frames))]
     return codes_of(torch.cat(parts), step[:-1], float(step[-1]))
-
-
-def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
-    """What the manifest says of encoded rows."""
-    crc = 0
-    for frame in encoded.frames:
-        crc = zlib.crc32(frame, crc)
-    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -204,7 +193,7 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
     for tensor in plan.tensors:
         parts = []
         for unit in units[tensor.info.name]:
-            done = _load(workshop, unit, verify=False)
+            done = read_part(workshop.path(unit), workshop.key, verify=False)
             if done is None:
                 raise CheckpointError(
                     f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
@@ -215,7 +204,7 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
             copied[tensor.info.name] = "not finite"
             continue
         records[tensor.info.name] = _record(tensor, [record for _, record in parts if record], plan.options.tile)
-        entries += _entries(tensor, [file for file, _ in parts])
+        entries += spectral_entries(tensor.info.name, [file for file, _ in parts])
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
 
@@ -230,66 +219,7 @@ def copy_entry(info: TensorInfo) -> Entry:
     return Entry(info.name, info.dtype, info.shape, chunks)
 
 
-def step_entry(name: str, steps: Tensor) -> Entry:
-    """Steps and offset of each part, [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing."""
-    half = steps.bfloat16()
-    return tensor_entry(name, half if steps.shape[1] > 2 and torch.equal(half.float(), steps) else steps)
-
-
 def _record(tensor: PlannedTensor, parts: list[PartRecord], tile: int) -> TensorRecord:
     return TensorRecord(
         tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, tuple(parts)
     )
-
-
-def _entries(tensor: PlannedTensor, files: list[dict[str, TensorInfo]]) -> list[Entry]:
-    codes, frames, step = (f"{tensor.info.name}.{suffix}" for suffix in SUFFIXES)
-    offsets = [torch.zeros(1, dtype=torch.int64)]
-    for file in files:
-        offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
-    joined = torch.cat(offsets)
-    steps = torch.stack([read_tensor(file["step"]) for file in files])
-
-    def chunks() -> Iterator[bytearray]:
-        for file in files:
-            yield read_bytes(file["codes"], 0, file["codes"].nbytes)
-
-    return [
-        Entry(codes, "U8", (int(joined[-1]),), chunks),
-        Entry(frames, "I64", tuple(joined.shape), lambda: [joined.numpy().tobytes()]),
-        step_entry(step, steps),
-    ]
-
-
-def _save(workshop: Workshop, unit: Unit, encoded: EncodedSpectrum | None, record: PartRecord | None) -> None:
-    tensors = {}
-    if encoded is not None:
-        lengths = torch.tensor([0, *map(len, encoded.frames)])
-        data = bytearray().join(encoded.frames)
-        tensors = {
-            "codes": torch.frombuffer(data, dtype=torch.uint8),
-            "frames": torch.cumsum(lengths, 0),
-            "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
-        }
-    metadata = {"key": workshop.key, "record": json.dumps(asdict(record) if record else None)}
-    replace_file(workshop.path(unit), save(tensors, metadata))
-
-
-def _load(
-    workshop: Workshop, unit: Unit, *, verify: bool = True
-) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
-    path = workshop.path(unit)
-    if not path.exists():
-        return None
-    try:
-        index = read_index(path)
-    except CheckpointError:
-        return None  # cut short by a full disk or a power failure: it is done again
-    if index.metadata.get("key") != workshop.key:
-        return None
-    body = json.loads(index.metadata["record"])
-    record = parse_part(body) if body else None
-    codes = index.tensors.get("codes")
-    if record and (codes is None or (verify and zlib.crc32(read_bytes(codes, 0, codes.nbytes)) != record.crc32)):
-        return None
-    return index.tensors, record

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.workflows.compress import CompressReport
     from spectral_surgery.workflows.distill import DistillSettings
+    from spectral_surgery.workflows.heal import HealReport
     from spectral_surgery.workflows.heal_text import HealData
     from spectral_surgery.workflows.layer_moments import CalibrationData
     from spectral_surgery.workflows.progress import Progress
@@ -48,15 +49,20 @@ _OPTIONS = (
     _setting(
         "--allocation",
         type=click.Choice(["even", "slope"]),
-        help="Of --calibrate, and of --sparsity with --heal: more where one more bit or coefficient helps more on the"
-        " text, or the same for every tensor  [default: slope; even of --sparsity with --calibrate]",
+        help="Of --calibrate and --keep important: more where one more bit or coefficient helps more, or the"
+        " same for every tensor  [default: slope; even of --sparsity with --calibrate]",
     ),
     _setting(
         "--heal",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Keep the coefficients that count most on this text (with --sparsity), and train them until the model does"
-        " what SOURCE does; see heal.",
+        help="Then train the kept coefficients on this text until the model does what SOURCE does; see heal.",
+    ),
+    _setting(
+        "--keep",
+        type=click.Choice(["important", "largest"]),
+        help="Of --sparsity with --heal: the coefficients that count most on the text, or the largest"
+        "  [default: largest of language models, else important]",
     ),
     _setting("--steps", type=click.IntRange(1), help="Of --heal  [default: 400]"),
     _setting("--minutes", type=click.FloatRange(0, min_open=True), help="Of --heal, in place of --steps."),
@@ -88,13 +94,16 @@ def run(
     """Compress, with text where some was given.
 
     Raises:
-        click.UsageError: when --calibrate or --heal meets --shard or --base.
+        click.UsageError: when --calibrate or --heal meets --shard or --base, or --keep nothing to choose from.
     """
     from spectral_surgery.workflows import compress as workflow
 
     data, healing = _data(ctx), _healing(ctx)
-    if data is not None or (healing is not None and options.target.kind == "density"):
-        options = replace(options, allocation=_allocation(ctx, options, calibrated=data is not None))
+    keep = ctx.meta[_KEY]["keep"]
+    if keep is not None and (healing is None or data is not None):
+        raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.", ctx)
+    if data is not None:
+        options = replace(options, allocation=_allocation(ctx, options, calibrated=True))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
     if data is None and healing is None:
@@ -105,15 +114,12 @@ def run(
             ctx,
         )
     if healing is not None:
-        from spectral_surgery.workflows.compress_heal import compress_healed
+        from spectral_surgery.workflows.compress_heal import compress_healed, keeps_important
 
-        report, healed = compress_healed(source, out, options, *healing, calibration=data, **common)
-        course = healed.course
-        click.echo(
-            f"{healed.trained[1]:,} coefficients trained, step {course.best_step} of {course.step} kept: held-out loss"
-            f" {course.held_out[0][1]:.4f} -> {course.best:.4f}",
-            err=True,
-        )
+        if data is None and keeps_important(source, options, keep):
+            options = replace(options, allocation=_allocation(ctx, options, calibrated=False))
+        report, healed = compress_healed(source, out, options, *healing, calibration=data, keep=keep, **common)
+        _tell(healed)
         return report
     from spectral_surgery.workflows.calibrate import compress_calibrated
 
@@ -128,6 +134,15 @@ def run(
             "the model has no list of blocks: it was calibrated as a whole, on the inputs of the original", err=True
         )
     return report
+
+
+def _tell(healed: HealReport) -> None:
+    course = healed.course
+    click.echo(
+        f"{healed.trained[1]:,} coefficients trained, step {course.best_step} of {course.step} kept: held-out loss"
+        f" {course.held_out[0][1]:.4f} -> {course.best:.4f}",
+        err=True,
+    )
 
 
 def _allocation(ctx: click.Context, options: CompressOptions, *, calibrated: bool) -> Any:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from spectral_surgery.checkpoint.compressed import open_compressed
+from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions
 from spectral_surgery.checkpoint.publish import partial_folder
-from spectral_surgery.errors import CheckpointError
+from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
@@ -22,6 +24,7 @@ from spectral_surgery.workflows.heal import HealReport, heal
 from spectral_surgery.workflows.heal_text import HealData
 from spectral_surgery.workflows.importance import compress_important
 from spectral_surgery.workflows.layer_moments import CalibrationData
+from spectral_surgery.workflows.objectives import Keep, objective_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
 
@@ -34,6 +37,7 @@ def compress_healed(
     settings: DistillSettings,
     *,
     calibration: CalibrationData | None = None,
+    keep: Keep | None = None,
     workers: int | Team = 1,
     threads: int = 1,
     resume: bool = False,
@@ -43,7 +47,6 @@ def compress_healed(
 ) -> tuple[CompressReport, HealReport]:
     """Compress a checkpoint and heal the result.
 
-    When a density is asked for without calibration, the text that it is healed on says which coefficients are kept.
     What is compressed and not yet healed waits in ``<out>.unhealed``.
 
     Args:
@@ -53,6 +56,7 @@ def compress_healed(
         data: text to heal on.
         settings: how to heal.
         calibration: text to choose codes by.
+        keep: of a density without calibration: the coefficients that count most, or the largest; None for the usual.
         workers: processes that compress, or a team of them.
         threads: frames at once.
         resume: go on with unfinished work of the same source, options and text.
@@ -68,14 +72,15 @@ def compress_healed(
         ConfigError: as `compress_calibrated` and `heal`.
     """
     started = time.perf_counter()
-    if options.transform == AUTO and (calibration is not None or options.target.kind == "density"):
+    important = calibration is None and keeps_important(source, options, keep)
+    if options.transform == AUTO and (calibration is not None or important):
         options = replace(options, transform=DEFAULT_TRANSFORM)
     partial_folder(out, overwrite=overwrite)
     stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
     common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
     if resume and (stage / FILE_NAME).exists():
         _check_same(stage, options)
-    elif calibration is None and options.target.kind == "density":
+    elif important:
         compress_important(source, stage, options, data, workers=workers, threads=threads, **common)
     elif calibration is None:
         compress(source, stage, options, workers=workers, threads=threads, **common)
@@ -84,6 +89,24 @@ def compress_healed(
     healed = heal(stage, source, out, data, settings, threads=threads, **common)
     shutil.rmtree(stage)
     return _report(source, out, options, healed, time.perf_counter() - started), healed
+
+
+def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
+    """Whether the coefficients that count most are kept, and not the largest.
+
+    Args:
+        source: a checkpoint folder.
+        options: what is asked.
+        keep: as for `compress_healed`.
+
+    Raises:
+        ConfigError: when keep is given and no density is asked for.
+    """
+    if options.target.kind != "density":
+        if keep is not None:
+            raise ConfigError(f"--keep {keep}: goes with --sparsity; with --bits and --max-error nothing is dropped.")
+        return False
+    return (keep or objective_of(task_of(read_index(source).config)).keep) == "important"
 
 
 def _report(source: Path, out: Path, options: CompressOptions, healed: HealReport, seconds: float) -> CompressReport:

@@ -253,7 +253,7 @@ def compress_command(options: Mapping[str, object], origin: str | None) -> str:
     told = {
         "calibration": ["--calibrate", "TEXT"],  # told by its checksum, not by its path
         "healing": ["--heal", "TEXT"],
-        "importance": [],  # --heal chooses what is kept
+        "importance": ["--keep", "important"],
         "base": ["--base", base_name(options) or ""],
     }
     for key, value in options.items():

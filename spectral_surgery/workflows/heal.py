@@ -102,19 +102,17 @@ def heal(
     origin: str | None = None,
     progress: Progress = silent,
 ) -> HealReport:
-    """Train the kept coefficients of a compressed checkpoint by distillation from its original.
+    """Train the kept coefficients of a compressed checkpoint, biases and scales of norms by distillation.
 
-    Biases and scales of norms, which are stored as they are, are trained with them.
     Under torch.distributed, processes take different batches, and the first one writes.
 
     Args:
         compressed: a folder written by compress.
         teacher: the checkpoint that it was made from, with a tokenizer.
         out: folder to create, of the same format, with the metrics and a plot beside.
-        data: text; a part of it is held out and decides which step is kept.
+        data: text; a held-out part decides which step is kept.
         settings: how; None for 400 steps.
-        blocks: one block of the model after the other, each until its outputs are those of the original: the memory of
-            one block, and less of a cure. Settings are then those of each block.
+        blocks: one block after the other, in the memory of one block, and less of a cure; settings are those of each.
         threads: frames encoded at once.
         device: models run on it.
         resume: go on with unfinished work of the same models, text and settings.
@@ -143,19 +141,19 @@ def heal(
     with hold(partial, exclusive=not _others(), wait=False):
         place = Workplace(checkpoint, index, teacher, data, device, partial / STATE, key, threads)
         healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, progress)
-    entries, report = _result(checkpoint, healed, data, objective.name, time.perf_counter() - started)
+        entries, report = _result(place, healed, objective.name, time.perf_counter() - started)
+        if _others():
+            distributed.barrier()  # all have read what the first one is about to clear away
     if _is_first():
         _write(out, checkpoint, entries, report, overwrite=overwrite, origin=origin)
     return report
 
 
-def _result(
-    checkpoint: CompressedCheckpoint, healed: Healed, data: HealData, objective: str, seconds: float
-) -> tuple[list[Entry], HealReport]:
-    course, replaced = healed.course, healed.replaced
-    told = {"healing": f"{data.digest()}, step {course.best_step} of {course.steps}"}
-    entries, manifest = recoded(checkpoint, replaced, healed.vectors, told)
-    untrained = tuple(name for name in checkpoint.manifest.tensors if name not in replaced)
+def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
+    course, replaced, tensors = healed.course, healed.replaced, place.checkpoint.manifest.tensors
+    told = {"healing": f"{place.data.digest()}, step {course.best_step} of {course.steps}"}
+    entries, manifest = recoded(place.checkpoint, replaced, place.key, healed.vectors, told)
+    untrained = tuple(name for name in tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
     return entries, HealReport(
         manifest, objective, course, trained, untrained, seconds, peak_rss_bytes(), healed.blocks

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
+from spectral_surgery.checkpoint.parts import part_record, write_part
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
-from spectral_surgery.checkpoint.recode import Encoded
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
@@ -98,16 +98,19 @@ class Workplace:
                     found[name] = own
         return found
 
-    def encoded(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Encoded]:
-        """The stored form of a trained weight, with its distance from the original."""
+    def leave(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Path]:
+        """Files of the parts of a trained weight, with their distance from the original; see `write_part`."""
         record = self.checkpoint.manifest.tensors[tensor]
+        number = list(self.checkpoint.manifest.tensors).index(tensor)
         matrix = original.detach().cpu().float().reshape(record.matrix)
-        found = []
+        files: list[Path] = []
         for own, part in zip(spectra, record.parts, strict=True):
             basis = Basis(own.transform, own.tile, own.axes)
             codes = codes_of(own.codes, own.step, own.offset)
-            found.append(encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads))
-        return found
+            made = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
+            files.append(self.folder / f"{number:06d}-{len(files)}-{_rank()}.part")
+            write_part(files[-1], self.key, made[0], part_record(part.rows, *made))
+        return files
 
 
 @dataclass
@@ -116,14 +119,14 @@ class Healed:
 
     Attributes:
         course: how it went; of blocks, the sums and means.
-        replaced: the parts of every trained tensor.
+        replaced: files of the parts of every trained tensor.
         vectors: trained biases and scales.
         coefficients: trained.
         blocks: held-out error of each block before and after.
     """
 
     course: Course = field(default_factory=Course)
-    replaced: dict[str, list[Encoded]] = field(default_factory=dict)
+    replaced: dict[str, list[Path]] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     coefficients: int = 0
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -166,7 +169,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     healed = Healed(distill(work, settings, progress), coefficients=sum(own.numel() for own in values))
     for name, own in kept_spectra(student).items():
         tensor = spectra[name][0]
-        healed.replaced[tensor] = place.encoded(tensor, own, teacher.get_parameter(name))
+        healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))
     healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
     return healed
 
@@ -291,7 +294,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     originals = dict(block.named_parameters())
     for own, parts in kept_spectra(student).items():
         tensor = spectra[f"{name}.{own}"][0]
-        healed.replaced[tensor] = place.encoded(tensor, parts, originals[own])
+        healed.replaced[tensor] = place.leave(tensor, parts, originals[own])
     healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
     healed.blocks[name] = (course.held_out[0][1], course.best)
     healed.coefficients += sum(own.numel() for own in values)
@@ -321,6 +324,11 @@ class _Known(nn.Module):
 
     def forward(self, place: Tensor) -> Tensor:
         return self._outputs[int(place)]()
+
+
+def _rank() -> int:
+    """Of this process: each leaves files of its own."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _stage(progress: Progress, number: int, count: int) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.registry import Table
 
 Batch = dict[str, Tensor]
+Keep = Literal["important", "largest"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Objective:
         loss: (outputs of the student, of the teacher, batch) to a scalar.
         project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the
             curvature of the loss where the student is the teacher, up to a factor.
+        keep: which coefficients healing starts with, the ``important`` or the ``largest``: what was better on the
+            models at hand.
         batch_size: usual sequences of a step.
         seq_length: usual tokens of a sequence at most.
     """
@@ -39,6 +42,7 @@ class Objective:
     run: Callable[[nn.Module, Batch], Any]
     loss: Callable[[Any, Any, Batch], Tensor]
     project: Callable[[Any, Batch, torch.Generator], Tensor]
+    keep: Keep
     batch_size: int
     seq_length: int
 
@@ -154,6 +158,7 @@ OBJECTIVES: Table[Objective] = Table(
             _plain,
             _tokens,
             _project_tokens,
+            "largest",
             4,
             256,
         ),
@@ -164,6 +169,7 @@ OBJECTIVES: Table[Objective] = Table(
             _with_hidden,
             _classes,
             _project_classes,
+            "important",
             24,
             128,
         ),
@@ -174,6 +180,7 @@ OBJECTIVES: Table[Objective] = Table(
             _with_hidden,
             _embeddings,
             _project_embeddings,
+            "important",
             24,
             128,
         ),

@@ -67,7 +67,30 @@ def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path,
     done = run("compress", bert, tmp_path / "even", *options, "--allocation", "even")
     assert done.returncode == 0, done.stderr
     assert open_compressed(tmp_path / "even").manifest.options["allocation"] == "even"
-    assert "--allocation even" in (tmp_path / "even" / "README.md").read_text()
+    card = (tmp_path / "even" / "README.md").read_text()
+    assert all(own in card for own in ("--keep important", "--allocation even"))
+
+
+def test_language_models_keep_the_largest(tmp_path: Path, text: Path) -> None:
+    source, data = save_model("llama", tmp_path / "model"), HealData(text, 16, 16)
+    plain = replace(SPARSE, allocation="even")
+    report, _ = compress_healed(source, tmp_path / "out", plain, data, FEW)
+    assert report.manifest.options["importance"] is None
+    report, _ = compress_healed(source, tmp_path / "asked", plain, data, FEW, keep="important")
+    assert report.manifest.options["importance"]
+    with pytest.raises(ConfigError, match="allocation slope: needs text to measure on"):
+        compress_healed(source, tmp_path / "slope", SPARSE, data, FEW)
+
+
+def test_what_is_kept_can_only_be_asked_for_where_something_is_dropped(tmp_path: Path, bert: Path, text: Path) -> None:
+    options = ("compress", bert, tmp_path / "out", "--keep", "largest")
+    done = run(*options, "--bits", "3", "--heal", text)
+    assert done.returncode == 1
+    assert "--keep largest: goes with --sparsity; with --bits and --max-error nothing is dropped." in done.stderr
+    for more in ((), ("--heal", text, "--calibrate", text)):
+        done = run(*options, "--sparsity", "0.2", *more)
+        assert done.returncode == 2
+        assert "--keep goes with --heal, without --calibrate" in done.stderr
 
 
 @pytest.mark.parametrize("stop", ["importance of coefficients", "encoder", "loss"])

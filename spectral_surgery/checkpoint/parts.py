@@ -1,0 +1,109 @@
+"""Encoded parts of tensors as files of their own, and the entries of a checkpoint that are joined from them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from spectral_surgery.checkpoint.index import TensorInfo, read_index
+from spectral_surgery.checkpoint.manifest import SUFFIXES, PartRecord, parse_part
+from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
+
+_PIECE = 1 << 24  # bytes of codes read at a time
+
+
+def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
+    """What the manifest says of encoded rows."""
+    crc = 0
+    for frame in encoded.frames:
+        crc = zlib.crc32(frame, crc)
+    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
+
+
+def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: PartRecord | None) -> None:
+    """Leave a part in a file, whole or not at all.
+
+    Args:
+        path: of the file.
+        key: of everything that decided its bytes.
+        encoded: the part; None where it is to be copied.
+        record: what the manifest will say of it.
+    """
+    tensors = {}
+    if encoded is not None:
+        lengths = torch.tensor([0, *map(len, encoded.frames)])
+        data = bytearray().join(encoded.frames)
+        tensors = {
+            "codes": torch.frombuffer(data, dtype=torch.uint8),
+            "frames": torch.cumsum(lengths, 0),
+            "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
+        }
+    metadata = {"key": key, "record": json.dumps(asdict(record) if record else None)}
+    replace_file(path, save(tensors, metadata))
+
+
+def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
+    """Where the tensors of a part are, and its record; None for a file that is missing, damaged or of another key.
+
+    Args:
+        path: of the file.
+        key: that it must have.
+        verify: read the codes and compare their checksum.
+    """
+    if not path.exists():
+        return None
+    try:
+        index = read_index(path)
+    except CheckpointError:
+        return None  # cut short by a full disk or a power failure: it is done again
+    if index.metadata.get("key") != key:
+        return None
+    body = json.loads(index.metadata["record"])
+    record = parse_part(body) if body else None
+    codes = index.tensors.get("codes")
+    if record and (codes is None or (verify and zlib.crc32(read_bytes(codes, 0, codes.nbytes)) != record.crc32)):
+        return None
+    return index.tensors, record
+
+
+def spectral_entries(name: str, files: Sequence[Mapping[str, TensorInfo]]) -> list[Entry]:
+    """A compressed tensor, joined from the files of its parts a piece at a time.
+
+    Args:
+        name: of the tensor.
+        files: of all its parts in order, see `read_part`.
+    """
+    codes, frames, step = (f"{name}.{suffix}" for suffix in SUFFIXES)
+    offsets = [torch.zeros(1, dtype=torch.int64)]
+    for file in files:
+        offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
+    joined = torch.cat(offsets)
+    steps = torch.stack([read_tensor(file["step"]) for file in files])
+
+    def chunks() -> Iterator[bytearray]:
+        for file in files:
+            info = file["codes"]
+            for start in range(0, info.nbytes, _PIECE):
+                yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
+
+    return [
+        Entry(codes, "U8", (int(joined[-1]),), chunks),
+        Entry(frames, "I64", tuple(joined.shape), lambda: [joined.numpy().tobytes()]),
+        _step_entry(step, steps),
+    ]
+
+
+def _step_entry(name: str, steps: Tensor) -> Entry:
+    """Steps and offset of each part, [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing."""
+    half = steps.bfloat16()
+    return tensor_entry(name, half if steps.shape[1] > 2 and torch.equal(half.float(), steps) else steps)
