@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spectral_surgery.checkpoint import parts as part_files
 from spectral_surgery.checkpoint import plan as plan_module
 from spectral_surgery.checkpoint import publish, units
 from spectral_surgery.checkpoint.plan import CompressOptions
@@ -266,7 +267,7 @@ def test_a_full_disk_publishes_nothing_and_resumes(
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(units, "replace_file", full)
+    monkeypatch.setattr(part_files, "replace_file", full)
     with pytest.raises(CheckpointError, match="no space left"):
         compress(source, tmp_path / "out", FIFTH)
     assert not (tmp_path / "out").exists()
