@@ -18,6 +18,7 @@ from spectral_surgery.checkpoint.publish import replace_file
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import Workshop, leave_codes
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.importance import Cut, Importance, cut_at
@@ -101,7 +102,7 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
         By name of the tensor, in the order of the layers; none for a layer that the text never reaches.
 
     Raises:
-        ConfigError: when there is too little text, or the model does not know its tokens.
+        ConfigError: when there is too little text, the model does not know its tokens, or weights are not finite.
         CheckpointError: when the model cannot be loaded.
     """
     index = read_index(source)
@@ -112,6 +113,8 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
     weights = {}
     for _, (layer, name) in layers_of(index, planned, "", model):
         basis = Basis(plan.options.transform, plan.options.tile, planned[name].axes)
+        if not torch.isfinite(layer.weight).all():
+            raise ConfigError(f"{name}: has NaN or infinite values; finite weights are accepted. Repair it.")
         weights[name] = layer.weight.requires_grad_(), basis
     text, _ = training_text(data, tokenizer, model, objective)
     return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}

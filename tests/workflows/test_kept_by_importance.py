@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from spectral_surgery.checkpoint.compressed import open_compressed
 from spectral_surgery.checkpoint.plan import CompressOptions
@@ -115,3 +118,21 @@ def test_too_little_text_is_refused(tmp_path: Path, bert: Path) -> None:
     (tmp_path / "short.txt").write_text("one")
     with pytest.raises(ConfigError, match=r"short\.txt: gives 1 sequence"):
         compress_important(bert, tmp_path / "out", SPARSE, HealData(tmp_path / "short.txt"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("encoder.layer.0.output.dense.weight", r"output\.dense\.weight: has NaN or infinite values"),
+        ("encoder.layer.0.output.LayerNorm.bias", "squared gradients have a mean of nan; .* Look for NaN"),
+    ],
+)
+def test_weights_that_are_not_finite(tmp_path: Path, bert: Path, text: Path, tensor: str, message: str) -> None:
+    shutil.copytree(bert, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor].view(-1)[3] = math.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        compress_important(tmp_path / "model", tmp_path / "out", SPARSE, HealData(text, 16, 16))
+    assert not (tmp_path / "out").exists()
