@@ -25,6 +25,7 @@ Batch = dict[str, Tensor]
 Outputs = Any
 Loss = Callable[[Outputs, Outputs, Batch], Tensor]
 _TIMED = 5  # steps that say how many fit into the asked minutes
+_REPLAN = 4  # steps between two looks at the clock
 _SHARE = 0.93  # of the time that the passes take; the optimizer takes the rest
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
@@ -164,6 +165,9 @@ class _Run:
                 self.course.seconds = earlier + time.perf_counter() - before
                 self._plan_again()
                 self._save()
+            elif self.course.step % _REPLAN == 0:
+                self.course.seconds = earlier + time.perf_counter() - before
+                self._plan_again(least=1)  # the last step is evaluated
         with torch.no_grad():
             for name, own in self.parameters.items():
                 own.copy_(self.best[name])
@@ -226,11 +230,12 @@ class _Run:
         each = torch.tensor(spent / _TIMED / _SHARE + judging / self.settings.eval_every)
         return max(_TIMED, int((seconds - spent) / self._mean(each)))
 
-    def _plan_again(self) -> None:
-        """Fit what is left into the minutes: the first steps were a rough measure."""
+    def _plan_again(self, least: int = 0) -> None:
+        """Fit what is left into the minutes, and so many steps: the first ones were a rough measure."""
         if not self.settings.steps and self.course.step < self.course.steps:
             each = self._mean(torch.tensor(self.course.seconds)) / self.course.step
-            self.course.steps = self.course.step + max(0, int((60 * self.settings.minutes) / each) - self.course.step)
+            left = int((60 * self.settings.minutes) / each) - self.course.step
+            self.course.steps = self.course.step + max(least, left)
 
     def _mean(self, value: Tensor) -> float:
         if self.world > 1:
