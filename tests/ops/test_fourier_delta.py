@@ -216,10 +216,11 @@ def test_a_row_takes_its_own_way_only_without_gradients(monkeypatch: pytest.Monk
             x, weight, None, torch.stack((c, c)), folded, SCALING
         )
         torch.testing.assert_close(mapped[1], y)
-        prime = fold(places(3, 521), 3, 521)  # no moderate divisors
-        calls.clear()
-        adapted_linear(draw(1, 521).float(), draw(3, 521).float(), None, c, prime, SCALING)
-        assert not calls
+        twice = torch.vmap(adapted_linear, (0, None, None, None, None, None))(
+            torch.stack((x, x)), weight, None, c, folded, SCALING
+        )
+        torch.testing.assert_close(twice[1], y)
+        assert calls == [1]  # mapped tensors have no memory of their own
     routes = len(one_row._ROUTES)
     del folded
     assert len(one_row._ROUTES) == routes - 1
@@ -331,12 +332,9 @@ def test_nothing_of_the_size_of_the_weight_is_made() -> None:
     delta = Delta(draw(100).float(), folded, (side, side), SCALING)
     x, dy = draw(tokens, side).float(), draw(tokens, side, seed=1).float()
     assert choice.choose(x, weight, delta.coefficients) is Way.BESIDE
-    route = one_row.route_of(folded, (side, side))
-    assert route is not None
     with Largest() as largest:
         operator.add_forward(torch.zeros_like(dy), x, delta)
         operator.add_backward(torch.zeros_like(x), x, dy, delta)
-        one_row.add_row(dy[:1], x[:1], delta.coefficients, route, 1.0)
     assert 0 < largest.numel < side * side // 16
 
 

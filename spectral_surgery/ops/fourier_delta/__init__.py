@@ -8,7 +8,7 @@ from torch import Tensor
 from spectral_surgery.ops.fourier_delta.choice import Way, choose
 from spectral_surgery.ops.fourier_delta.dense import delta_rows as pick
 from spectral_surgery.ops.fourier_delta.linear import fourier_linear
-from spectral_surgery.ops.fourier_delta.one_row import add_row, route_of
+from spectral_surgery.ops.fourier_delta.one_row import add_row, arrays, route_of
 from spectral_surgery.ops.fourier_delta.places import Delta, Places, fold
 from spectral_surgery.ops.fourier_delta.weight import fourier_weight
 
@@ -91,10 +91,10 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
     """
     shape = (weight.shape[0], weight.shape[1])
     if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        route = None if torch.compiler.is_compiling() else route_of(places, shape)
-        if route is not None:
+        memory = None if torch.compiler.is_compiling() else arrays(x, coefficients)
+        if memory is not None:
             y = torch.nn.functional.linear(x, weight, bias)
-            return add_row(y, x, coefficients, route, scaling / (shape[0] * shape[1]))
+            return add_row(y, *memory, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)

@@ -63,7 +63,7 @@ def fold(positions: Tensor, out_features: int, in_features: int) -> Places:
     """
     positions = positions.long()
     rows, columns = positions // in_features, -positions % in_features
-    row, column, sign = halves(rows, columns, (out_features, out_features), (in_features, in_features))
+    row, column, sign = halves(rows, columns, out_features, in_features)
     into_y, into_x = row.argsort(stable=True), column.argsort(stable=True)
     y_factors, x_factors = share(row, out_features)[into_y], share(column, in_features)[into_x]
     return Places(
@@ -72,24 +72,21 @@ def fold(positions: Tensor, out_features: int, in_features: int) -> Places:
     )
 
 
-def halves(
-    rows: Tensor, columns: Tensor, out_split: tuple[int, int], in_split: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fold frequencies into the halves that are kept; a split (n, a) keeps k with k mod a <= a / 2.
+def halves(rows: Tensor, columns: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold frequencies into the halves that are kept, up to half of a length.
 
     Args:
         rows: [K] int64, frequencies of y.
         columns: [K] int64, frequencies of x.
-        out_split: of O.
-        in_split: of I.
+        out_features: O.
+        in_features: I.
 
     Returns:
         rows, columns, and [K] float32 signs, -1 where a row was mirrored alone.
     """
-    (out_features, out_first), (in_features, in_first) = out_split, in_split
-    both = columns % in_first > in_first // 2
+    both = columns > in_features // 2
     rows, columns = torch.where(both, -rows % out_features, rows), torch.where(both, -columns % in_features, columns)
-    mirrored = rows % out_first > out_first // 2
+    mirrored = rows > out_features // 2
     return torch.where(mirrored, -rows % out_features, rows), columns, 1.0 - 2.0 * mirrored.float()
 
 
