@@ -95,7 +95,7 @@ def _config() -> Any:
             "num_attention_heads": "num_heads",
             "max_position_embeddings": "max_seq_length",
         }
-        keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+        keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
         vocab_size: int = 32000
         d_model: int = 256
@@ -119,6 +119,14 @@ def _config() -> Any:
         eos_token_id: int | None = None
 
     return _at_top(FFTNetConfig)
+
+
+@cache
+def cache_name() -> str:
+    """What transformers calls the cache, in the outputs of models and in what `generate` gives them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"  # renamed in 5.24
 
 
 @cache
@@ -190,6 +198,7 @@ def _model() -> Any:
             input_ids: Tensor,
             attention_mask: Tensor | None = None,
             *,
+            cache: FFTNetCache | None = None,
             past_key_values: FFTNetCache | None = None,
             use_cache: bool = False,
             output_hidden_states: bool = False,
@@ -201,7 +210,7 @@ def _model() -> Any:
             Args:
                 input_ids: the tokens.
                 attention_mask: [B, T], zero at padding; with a cache also [B, all tokens so far].
-                past_key_values: continue these sequences.
+                cache: continue these sequences; before transformers 5.24 it is called past_key_values.
                 use_cache: remember them.
                 output_hidden_states: return what each block gives, too.
                 return_dict: names instead of a tuple.
@@ -209,12 +218,11 @@ def _model() -> Any:
             Raises:
                 SpectralSurgeryError: when shapes or tokens do not fit, a text is too long, or an encoder gets a cache.
             """
-            memory = past_key_values
+            memory = past_key_values if cache is None else cache
             if memory is not None and attention_mask is not None:
                 attention_mask = attention_mask[:, -input_ids.shape[1] :]
             check_ids(input_ids, attention_mask, self.config.vocab_size)
-            seen = None if memory is None else memory.lengths
-            at = places(input_ids, attention_mask, seen, self.config.max_seq_length)
+            at = places(input_ids, attention_mask, getattr(memory, "lengths", None), self.config.max_seq_length)
             x = self.embed_tokens(input_ids)
             if self.config.sinusoidal_positions:  # about as strong as fresh embeddings
                 x = x + self.config.initializer_range * sinusoids(at, self.config.d_model).to(x.dtype)
@@ -224,7 +232,7 @@ def _model() -> Any:
             states = through_blocks(self.blocks, self.dropout(x), attention_mask, memory, run)
             last = self.norm(states[-1])
             hidden = (*states[:-1], last) if output_hidden_states else None
-            out = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=memory, hidden_states=hidden)
+            out = BaseModelOutputWithPast(last_hidden_state=last, hidden_states=hidden, **{cache_name(): memory})
             return out if return_dict else out.to_tuple()
 
     return _at_top(FFTNetModel)
@@ -256,6 +264,7 @@ def _causal_lm() -> Any:
             input_ids: Tensor,
             attention_mask: Tensor | None = None,
             *,
+            cache: FFTNetCache | None = None,
             past_key_values: FFTNetCache | None = None,
             labels: Tensor | None = None,
             use_cache: bool = False,
@@ -272,7 +281,7 @@ def _causal_lm() -> Any:
             states = self.model(
                 input_ids,
                 attention_mask,
-                past_key_values=past_key_values,
+                cache=past_key_values if cache is None else cache,
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
             )
@@ -280,7 +289,7 @@ def _causal_lm() -> Any:
             loss = None
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **of_loss)
-            out = CausalLMOutputWithPast(loss, logits, states.past_key_values, states.hidden_states)
+            out = CausalLMOutputWithPast(loss, logits, getattr(states, cache_name()), states.hidden_states)
             return out if return_dict else out.to_tuple()
 
     return _at_top(FFTNetForCausalLM)

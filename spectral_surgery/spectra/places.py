@@ -44,13 +44,15 @@ def unpack_places(packed: Bytes, count: int) -> Places:
     Raises:
         CheckpointError: when a place is not below ``count``.
     """
-    items = packed != _SKIP
-    ends = np.cumsum(packed + items, dtype=np.intp)  # at most 255: the sum of a byte and a flag does not wrap
+    ends = packed.astype(np.intp)  # widened first, since sums of bytes into wider numbers are slow
+    items = packed != _SKIP if packed.size and packed.max() == _SKIP else None
+    ends += 1 if items is None else items
+    np.cumsum(ends, out=ends)
     if ends.size and int(ends[-1]) > count:
         raise CheckpointError(
             f"spectral frame: a code at place {int(ends[-1])} of {count}; the data is damaged. Fetch the file again."
         )
-    if not items.all():
+    if items is not None:
         ends = ends[items]
     ends -= 1
     return ends

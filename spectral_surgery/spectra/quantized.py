@@ -15,6 +15,9 @@ from spectral_surgery.transforms import TRANSFORMS, tiles
 INT8_MAX = 127
 
 
+_SUMMED = 1 << 16  # numbers of a float32 sum
+
+
 @dataclass(frozen=True)
 class QuantizedSpectrum:
     """Integer codes of the spectrum of a matrix, in matrix order.
@@ -119,11 +122,17 @@ def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> 
     moments = Moments(
         float(kept.sum()),
         float(level.sum()),
-        float(torch.dot(flat_level, flat_level)),
-        float(torch.dot(flat_level, flat_magnitude)),
-        float(torch.dot(kept.reshape(-1), flat_magnitude)),
+        _dot(flat_level, flat_level),
+        _dot(flat_level, flat_magnitude),
+        _dot(kept.reshape(-1), flat_magnitude),
     )
     return torch.copysign(level, coefficients).to(dtype), moments
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """A dot product of float32 in parts: some processors add up a long one in few running sums, which lose digits."""
+    parts = zip(torch.split(left, _SUMMED), torch.split(right, _SUMMED), strict=True)
+    return sum(float(torch.dot(one, other)) for one, other in parts)
 
 
 def code_dtype(peak: float, quantizer: Quantizer) -> torch.dtype:

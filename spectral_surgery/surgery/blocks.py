@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError, TargetError
 
 Batch = dict[str, Tensor]
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
 Held = Callable[[], Tensor]  # activations that wait, perhaps on the disk, until they are called for
 
 

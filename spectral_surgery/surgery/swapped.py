@@ -120,5 +120,5 @@ def _from_host(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What every family passes in its own way, as `SwappedAttention.forward` takes it."""
     x = args[0] if args else named["hidden_states"]
-    cache = named.get("past_key_values")
+    cache = named.get("cache", named.get("past_key_values"))  # renamed in transformers 5.24
     return (x, named.get("attention_mask"), getattr(cache, "self_attention_cache", cache)), {}

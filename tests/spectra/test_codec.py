@@ -225,7 +225,8 @@ def test_odd_shapes(shape: tuple[int, int], target: Target) -> None:
     assert encoded.to_dense().shape == encoded.shape == shape
     assert report.relative_error == pytest.approx(error(weight, encoded.to_dense()), rel=1e-3, abs=1e-6)
     assert report.stored_bytes == sum(map(len, encoded.frames)) + 8 * (len(encoded.frames) + 1) + 8
-    assert torch.equal(encoded.decode().to_dense(), encoded.to_dense())
+    with one_torch_thread():  # frames are decoded on one, and products of several threads may round otherwise
+        assert torch.equal(encoded.decode().to_dense(), encoded.to_dense())
     if target.kind == "density":
         assert report.kept == max(1, round(0.2 * weight.numel()))
     if target.kind == "max_error":

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import CausalityError, ConfigError, TargetError
+from spectral_surgery.integrations.fftnet_models import cache_name
 from spectral_surgery.mixers import MIXERS, require_causal
 from spectral_surgery.surgery.families import FAMILIES, sites
 from spectral_surgery.surgery.fit_layers import FitSettings, SwappedPair, distill
@@ -134,12 +135,12 @@ def test_caches_that_cannot_be_followed() -> None:
     swap_attention(model, "causal_fnet", [1])
     ids = inputs_of("llama")["input_ids"]
     with pytest.raises(ConfigError, match=r"layer 1: cache with room for 40 tokens from the start; a dynamic one is"):
-        model(ids, past_key_values=StaticCache(model.config, max_cache_len=40))
+        model(ids, **{cache_name(): StaticCache(model.config, max_cache_len=40)})
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **{cache_name(): cache})
     cache.crop(-2)
     with pytest.raises(ConfigError, match=r"layer 1: cache of 10 tokens, of which the mixer has seen 12; a cache that"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{cache_name(): cache})
 
 
 def test_masks() -> None:

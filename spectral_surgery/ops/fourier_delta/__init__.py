@@ -94,7 +94,8 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         memory = None if torch.compiler.is_compiling() else arrays(x, coefficients)
         if memory is not None:
             y = torch.nn.functional.linear(x, weight, bias)
-            return add_row(y, *memory, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
+            activations, values = memory
+            return add_row(y, activations, values, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
