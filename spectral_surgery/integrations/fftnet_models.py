@@ -185,9 +185,8 @@ def _model() -> Any:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-            self.blocks = nn.ModuleList(
-                FFTNetBlock(config, is_causal=bool(config.is_causal)) for _ in range(config.num_layers)
-            )
+            blocks = [FFTNetBlock(config, is_causal=bool(config.is_causal)) for _ in range(config.num_layers)]
+            self.blocks = nn.ModuleList(blocks)
             self.norm = nn.LayerNorm(config.d_model) if config.layer_norm else nn.Identity()
             self.dropout = nn.Dropout(config.dropout)
             self.gradient_checkpointing = False
@@ -210,7 +209,8 @@ def _model() -> Any:
             Args:
                 input_ids: the tokens.
                 attention_mask: [B, T], zero at padding; with a cache also [B, all tokens so far].
-                cache: continue these sequences; before transformers 5.24 it is called past_key_values.
+                cache: continue these sequences.
+                past_key_values: the name of cache before transformers 5.24.
                 use_cache: remember them.
                 output_hidden_states: return what each block gives, too.
                 return_dict: names instead of a tuple.
