@@ -220,6 +220,10 @@ def test_a_row_takes_its_own_way_only_without_gradients(monkeypatch: pytest.Monk
             torch.stack((x, x)), weight, None, c, folded, SCALING
         )
         torch.testing.assert_close(twice[1], y)
+        weights = torch.vmap(adapted_linear, (None, 0, None, None, None, None))(
+            x, torch.stack((weight, weight)), None, c, folded, SCALING
+        )
+        torch.testing.assert_close(weights[1], y)
         assert calls == [1]  # mapped tensors have no memory of their own
     routes = len(one_row._ROUTES)
     del folded

@@ -91,11 +91,12 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
     """
     shape = (weight.shape[0], weight.shape[1])
     if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        memory = None if torch.compiler.is_compiling() else arrays(x, coefficients)
+        y = torch.nn.functional.linear(x, weight, bias)
+        memory = None if torch.compiler.is_compiling() else arrays(y, x, coefficients)
         if memory is not None:
-            y = torch.nn.functional.linear(x, weight, bias)
-            activations, values = memory
-            return add_row(y, activations, values, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
+            row, activations, values = memory
+            add_row(row, activations, values, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
+            return y if y.dtype == torch.float32 else torch.from_numpy(row).view(y.shape).to(y.dtype)
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)

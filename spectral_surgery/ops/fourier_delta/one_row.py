@@ -74,18 +74,15 @@ def route_of(places: Places, out_features: int) -> Route:
     return _ROUTES[key]
 
 
-def add_row(y: Tensor, x: Floats, coefficients: Floats, route: Route, scale: float) -> Tensor:
-    """Add the residual of a row: y + x ΔWᵀ.
+def add_row(y: Floats, x: Floats, coefficients: Floats, route: Route, scale: float) -> None:
+    """Add the residual of a row in place: y + x ΔWᵀ.
 
     Args:
-        y: [..., O], one row, any float dtype; overwritten.
+        y: [O].
         x: [I].
         coefficients: [K].
         route: as `route_of` gives it.
         scale: of ΔW's sums: scaling / (O I).
-
-    Returns:
-        y.
     """
     weights = coefficients.take(route.order)[:, None] * route.factors
     taken = np.fft.rfft(x).astype(np.complex64, copy=False).take(route.source)
@@ -95,8 +92,4 @@ def add_row(y: Tensor, x: Floats, coefficients: Floats, route: Route, scale: flo
     bins[route.target] = np.add.reduceat(taken, route.starts)
     residual = np.fft.irfft(bins, route.length, norm="forward")
     residual *= scale
-    if y.dtype != torch.float32:
-        return y.add_(torch.from_numpy(residual).view(y.shape))
-    own = y.numpy().reshape(-1)
-    own += residual
-    return y
+    y += residual
