@@ -27,6 +27,7 @@ class KeptSpectrum(nn.Module):
     Attributes:
         shape: of the weight.
         start: values [K] that the training starts from.
+        dead_zone: times the usual one, which ends halfway between zero and the first level.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class KeptSpectrum(nn.Module):
             ShapeError: when the spectra do not have as many coefficients as the weight.
         """
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.dead_zone = tuple(shape), 1.0
         if sum(math.prod(own.shape) for own in spectra) != math.prod(self.shape):
             sizes = [list(own.shape) for own in spectra]
             raise ShapeError(f"KeptSpectrum: spectra of {sizes} for a weight of {list(self.shape)}; equal sizes fit.")
@@ -82,25 +83,35 @@ class KeptSpectrum(nn.Module):
         for part, own in enumerate(self._split(values.detach())):
             grid = self._grids[part]
             codes = torch.zeros(math.prod(grid.shape), dtype=torch.int32)
-            codes[self._positions(part).cpu()] = self._codes(part, own).cpu().to(torch.int32)
+            codes[self._positions(part).cpu()] = self._codes(part, own, self.dead_zone).cpu().to(torch.int32)
             found.append(replace(grid, codes=codes.reshape(grid.shape)))
         return found
 
+    def codes(self, values: Tensor, dead_zone: float) -> list[tuple[int, Tensor]]:
+        """Weights, and codes of what is kept of them, as floats, for each row range.
+
+        Args:
+            values: [K].
+            dead_zone: as the attribute.
+        """
+        parts = enumerate(self._split(values))
+        return [(math.prod(self._grids[part].shape), self._codes(part, own, dead_zone)) for part, own in parts]
+
     def _rows(self, part: int, values: Tensor) -> Tensor:
         grid = self._grids[part]
-        codes = self._codes(part, values.detach())
+        codes = self._codes(part, values.detach(), self.dead_zone)
         stored = (codes + codes.sign() * grid.offset) * self.get_buffer(f"steps_{part}")
         exact = values * self._scales[part]
         quantised = exact + (stored - exact.detach())
         flat = values.new_zeros(math.prod(grid.shape)).index_copy(0, self._positions(part), quantised)
         return Basis(grid.transform, grid.tile, grid.axes).inverse(flat.reshape(grid.shape))
 
-    def _codes(self, part: int, values: Tensor) -> Tensor:
-        """Integers, as floats: the nearest of the points that can be stored, zero among them."""
+    def _codes(self, part: int, values: Tensor, dead_zone: float) -> Tensor:
+        """Integers, as floats: zero in the dead zone, else the nearest of the points that can be stored."""
         offset = self._grids[part].offset
         levels = values.abs() * self._scales[part] / self.get_buffer(f"steps_{part}")
         nearest = (levels - offset).round_().clamp_(min=1.0)
-        return torch.where(levels < (1 + offset) / 2, 0.0, nearest).copysign(values)
+        return torch.where(levels < dead_zone * (1 + offset) / 2, 0.0, nearest).copysign(values)
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
         return torch.split(values, [len(self._positions(part)) for part in range(len(self._grids))])

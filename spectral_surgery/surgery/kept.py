@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -92,6 +92,15 @@ def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
+    """The parametrizations of a model in training with the values of each, in every place that a weight has.
+
+    Args:
+        model: after `train_kept`.
+    """
+    return [(own, values) for _, own, values in _holders(model)]
+
+
 def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
     """The spectra that a model in training stands for now.
 
@@ -102,13 +111,10 @@ def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
         By parameter name, a spectrum for each row range; a shared weight once.
     """
     found, seen = {}, set()
-    for path, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        for leaf, holder in cast(Any, module.parametrizations).items():
-            if isinstance(holder[0], KeptSpectrum) and id(holder.original) not in seen:
-                seen.add(id(holder.original))
-                found[f"{path}.{leaf}" if path else leaf] = holder[0].spectra(holder.original)
+    for name, kept, values in _holders(model):
+        if id(values) not in seen:
+            seen.add(id(values))
+            found[name] = kept.spectra(values)
     return found
 
 
@@ -169,6 +175,14 @@ def freeze_spectra(model: nn.Module, resident: str = "coded") -> None:
     settled = {id(layer.spectrum): layer.spectrum.settled(resident) for layer in layers}
     for layer in layers:
         layer.spectrum = settled[id(layer.spectrum)]
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, KeptSpectrum, Tensor]]:
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for leaf, holder in cast(Any, module.parametrizations).items():
+                if isinstance(holder[0], KeptSpectrum):
+                    yield f"{path}.{leaf}" if path else leaf, holder[0], holder.original
 
 
 def _layers_with(model: nn.Module, kind: type[nn.Module]) -> list[Any]:

@@ -107,6 +107,7 @@ class Distillation:
         held_out: batches that nothing is trained on.
         state_file: unfinished work; None to keep none.
         key: what decides the result: work of another key is not taken up.
+        settle: sets what the student derives from its parameters, before they are judged and when they are final.
     """
 
     run: Callable[[nn.Module, Batch], Outputs]
@@ -117,6 +118,7 @@ class Distillation:
     held_out: Sequence[Batch]
     state_file: Path | None = None
     key: str = ""
+    settle: Callable[[], None] = lambda: None
 
 
 def distill(work: Distillation, settings: DistillSettings, progress: Callable[[int, int, str], None]) -> Course:
@@ -171,6 +173,7 @@ class _Run:
         with torch.no_grad():
             for name, own in self.parameters.items():
                 own.copy_(self.best[name])
+        self.work.settle()
         return self.course
 
     def _step(self) -> float:
@@ -210,6 +213,7 @@ class _Run:
         return float(total) / max(len(self.work.held_out), 1)
 
     def _evaluate(self, losses: Sequence[float]) -> None:
+        self.work.settle()
         own = self._held_out()
         if own < self.course.best:
             self.course.best_step = self.course.step
@@ -287,6 +291,7 @@ class _Run:
                 }
                 if moments:
                     self.optimizer.state[own] = {"step": torch.tensor(float(self.course.step)), **moments}
+        self.work.settle()
         return True
 
 

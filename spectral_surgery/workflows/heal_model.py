@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import codes_of, encode_codes
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
+from spectral_surgery.surgery.held_rate import HeldRate
 from spectral_surgery.surgery.kept import kept_spectra, train_kept, train_vectors, trained_vectors
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
 from spectral_surgery.workflows.heal_text import HealData, chosen, training_text
@@ -65,6 +66,11 @@ class Workplace:
         """Whether codes are the original's coefficients, rounded: they were neither chosen by text nor trained."""
         options = self.checkpoint.manifest.options
         return not options.get("calibration") and not options.get("healing")
+
+    def settle(self, student: nn.Module) -> Callable[[], None]:
+        """What holds the rate of a student that is about to be trained, where a rate was asked for."""
+        target: Any = self.checkpoint.manifest.options.get("target")
+        return HeldRate(student) if target and target["kind"] == "bits" else lambda: None
 
     def spectra(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
         """The compressed tensor behind each parameter, and its spectra; parameters without one are left out.
@@ -164,7 +170,15 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     held = sorted(held, key=len)
     batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
     work = Distillation(
-        objective.run, objective.loss, student, teacher, batch, batches, place.folder / "all.safetensors", place.key
+        objective.run,
+        objective.loss,
+        student,
+        teacher,
+        batch,
+        batches,
+        place.folder / "all.safetensors",
+        place.key,
+        place.settle(student),
     )
     healed = Healed(distill(work, settings, progress), coefficients=sum(own.numel() for own in values))
     for name, own in kept_spectra(student).items():
@@ -289,6 +303,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
         [{"place": torch.tensor(i)} for i in range(first, len(turn.given))],
         place.folder / f"{name}.safetensors",
         f"{place.key} {name}",
+        place.settle(student),
     )
     course = distill(work, settings, progress)
     originals = dict(block.named_parameters())
