@@ -14,15 +14,13 @@ from spectral_surgery.mixers.base import MixerMethod, refuse_cache, wide
 from spectral_surgery.mixers.cache import MixerCache
 from spectral_surgery.mixers.components import (
     AdaptiveSpectralFilter,
-    FourierTransform,
-    InverseFourierTransform,
     ModReLU,
     amplify,
     modrelu,
 )
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.run import run_bidirectional
-from spectral_surgery.mixers.slabs import in_slabs
+from spectral_surgery.mixers.slabs import channel_slabs
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,15 @@ class FFTNetMixer(nn.Module):
     is_causal = False
 
     def __init__(self, config: FFTNetMixerConfig, width: int) -> None:
-        """Build the four parts.
+        """Build the filter and the activation.
 
         Raises:
             ConfigError: when a setting is out of range.
         """
         super().__init__()
         self.width = width
-        self.transform = FourierTransform()
         self.filter = AdaptiveSpectralFilter(width, config.heads, config.bins, config.mlp_hidden_dim, config.init_std)
         self.activation = ModReLU(config.heads, config.bins, config.modrelu_bias)
-        self.inverse = InverseFourierTransform()
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `Mixer.__call__`."""
@@ -64,14 +60,13 @@ class FFTNetMixer(nn.Module):
         """[B, T, D] to [B, T, D] float32."""
         length, tokens = x.shape[1], wide(x)
         gain, bias = self.filter.gain(tokens.mean(1), length), self.activation.of_length(length)
+        group = self.width // self.filter.heads
 
-        def mix(part: Tensor) -> Tensor:  # [B, H, n, T], some channels of every head
-            spectrum = self.transform(part.flatten(1, 2).transpose(1, 2))  # [B, F, H n]
-            mixed: Tensor = self.inverse(modrelu(amplify(spectrum, gain), bias), length)
-            return mixed.transpose(1, 2).reshape(part.shape)
+        def mix(spectrum: Tensor, channels: slice, gain: Tensor, bias: Tensor) -> Tensor:
+            heads = slice(channels.start // group, -(-channels.stop // group))
+            return modrelu(amplify(spectrum, gain[..., heads]), bias[:, heads])
 
-        heads = swap(tokens).reshape(len(x), self.filter.heads, -1, length)
-        return swap(in_slabs(mix, (heads,), (2,)).flatten(1, 2))
+        return filtered(mix, channel_slabs(tokens, group), tokens, gain, bias)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.

@@ -31,7 +31,7 @@ class _Swap(torch.autograd.Function):
         """[B, M, N] to [B, N, M]."""
         y = x.new_empty(len(x), x.shape[2], x.shape[1])
         for target, matrix in zip(y, x, strict=True):
-            target.copy_(matrix.T)
+            target.copy_(matrix.contiguous().T)
         return y
 
     @staticmethod

@@ -1,41 +1,42 @@
-"""Long inputs a few channels at a time: temporaries stay small, forwards and backwards."""
+"""Long inputs a slab at a time: temporaries stay small.
+
+Memory is only part of the reason. An allocator gets a large temporary from the system anew each time, and touching it
+for the first time takes longer than the arithmetic does; small ones are used again, and are still in the cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 SLAB = 1 << 20  # entries of a temporary
 
 
-def in_slabs(function: Callable[..., Tensor], inputs: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
-    """Apply a function to slices of its inputs, where the first is long, and join what it gives.
-
-    In training the function is computed again in the backward pass, so that only the inputs are kept.
+def channel_slabs(x: Tensor, group: int = 1) -> list[slice]:
+    """Cut the channels of x [B, T, D] into runs.
 
     Args:
-        function: of one slice of each input; its result has the shape of the first slice.
-        inputs: the first decides how many slices there are.
-        dims: along which each input is cut, the same size in all.
+        x: what is long.
+        group: channels that belong together, D a multiple: a run is a part of one group, or some whole ones.
     """
-    dim, size = dims[0], inputs[0].shape[dims[0]]
-    share = max(1, SLAB * size // inputs[0].numel())
-    if share >= size:
-        return function(*inputs)
-    cut = [torch.split(x, share, dim) for x, dim in zip(inputs, dims, strict=True)]
-    if torch.is_grad_enabled():
-        again = [
-            checkpoint(function, *parts, use_reentrant=False, preserve_rng_state=False)
-            for parts in zip(*cut, strict=True)
-        ]
-        return torch.cat(again, dim)
-    outputs = (function(*parts) for parts in zip(*cut, strict=True))
-    first = next(outputs)
-    joined = first.new_empty(inputs[0].shape)
-    joined.narrow(dim, 0, share).copy_(first)
-    for number, y in enumerate(outputs, 1):
-        joined.narrow(dim, number * share, y.shape[dim]).copy_(y)
-    return joined
+    share = max(1, SLAB * x.shape[2] // x.numel())
+    if share >= group:
+        share -= share % group
+    else:
+        share = next(size for size in range(share, 0, -1) if group % size == 0)
+    return _runs(x.shape[2], share)
+
+
+def token_slabs(x: Tensor, count: int, multiple: int = 1) -> list[slice]:
+    """Cut some tokens of x [B, T, D] into runs.
+
+    Args:
+        x: what is long.
+        count: tokens that are cut.
+        multiple: of which runs start at a multiple.
+    """
+    share = max(1, SLAB * x.shape[1] // x.numel())
+    return _runs(count, max(share // multiple, 1) * multiple)
+
+
+def _runs(count: int, share: int) -> list[slice]:
+    return [slice(start, min(start + share, count)) for start in range(0, count, share)]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
-from spectral_surgery.mixers.components import FourierTransform, InverseFourierTransform, interpolate
+from spectral_surgery.mixers.components import interpolate
+from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
-from spectral_surgery.mixers.slabs import in_slabs
+from spectral_surgery.mixers.slabs import channel_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
@@ -50,7 +51,6 @@ class SpectralMixing(nn.Module):
         super().__init__()
         require_range("bins", config.bins, 2)
         self.width = width
-        self.transform, self.inverse = FourierTransform(), InverseFourierTransform()
         self.filter = nn.Parameter(_all_pass(config.bins, width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
@@ -59,7 +59,12 @@ class SpectralMixing(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        return swap(in_slabs(self._mix, (swap(wide(x)), self.filter), (1, 0)))
+        tokens = wide(x)
+
+        def amplify(spectrum: Tensor, channels: slice, values: Tensor) -> Tensor:
+            return spectrum * torch.view_as_complex(interpolate(values[channels], x.shape[1], dim=1)).T
+
+        return filtered(amplify, channel_slabs(tokens), tokens, wide(self.filter))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
         """It cannot decode.
@@ -68,13 +73,6 @@ class SpectralMixing(nn.Module):
             CausalityError: always.
         """
         refuse_cache("spectral_mixing")
-
-    def _mix(self, x: Tensor, values: Tensor) -> Tensor:
-        """[B, D, T] to [B, D, T], some of the channels."""
-        length = x.shape[2]
-        gain = torch.view_as_complex(interpolate(wide(values), length, dim=1)).T  # [F, D]
-        mixed: Tensor = self.inverse(self.transform(x.transpose(1, 2)) * gain, length)
-        return mixed.transpose(1, 2)
 
 
 class CausalSpectralMixing(nn.Module):

@@ -7,11 +7,11 @@ import torch
 
 from spectral_surgery.mixers import slabs
 from spectral_surgery.mixers.layout import swap
-from spectral_surgery.mixers.slabs import in_slabs
+from spectral_surgery.mixers.slabs import channel_slabs, token_slabs
 from tests.mixers.cases import BIDIRECTIONAL, WIDTH, random_mixer, tokens
 
 
-@pytest.mark.parametrize("name", BIDIRECTIONAL)
+@pytest.mark.parametrize("name", [*BIDIRECTIONAL, "causal_fnet"])
 @pytest.mark.parametrize("slab", [1, 300])
 def test_mixers_in_slabs(name: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, x = random_mixer(name), tokens(2, 33, WIDTH).requires_grad_()
@@ -26,18 +26,21 @@ def test_mixers_in_slabs(name: str, slab: int, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_slices_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs, "SLAB", 8)
-    x, y = tokens(4, 7), tokens(7, 3)
-    sizes = []
+@pytest.mark.parametrize("slab", [1, 40, 80, 130, 400, 2000])
+def test_a_run_of_channels_is_a_part_of_a_group_or_whole_ones(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "SLAB", slab)
+    runs = channel_slabs(tokens(2, 5, 36), 12)
+    assert [number for run in runs for number in range(run.start, run.stop)] == list(range(36))
+    for run in runs:
+        assert run.start // 12 == (run.stop - 1) // 12 or run.start % 12 == run.stop % 12 == 0
 
-    def product(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        sizes.append((tuple(part.shape), tuple(other.shape)))
-        return part * other.sum(1)
 
-    with torch.no_grad():
-        assert torch.equal(in_slabs(product, (x, y), (1, 0)), x * y.sum(1))
-    assert sizes == [((4, 2), (2, 3))] * 3 + [((4, 1), (1, 3))]
+@pytest.mark.parametrize("slab", [1, 40, 400, 2000])
+def test_runs_of_tokens_start_at_multiples(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "SLAB", slab)
+    runs = token_slabs(tokens(2, 33, 3), 29, multiple=6)
+    assert [number for run in runs for number in range(run.start, run.stop)] == list(range(29))
+    assert not any(run.start % 6 for run in runs)
 
 
 def test_swap() -> None:

@@ -150,10 +150,11 @@ def _call(contender: Contender, x: Tensor, passes: str) -> Callable[[], object]:
             contender.mix(x)
         _wait(x.device)
 
+    grad = torch.ones_like(x)  # made by what comes after a mixer
+
     def both() -> None:
         inputs = (x.detach().requires_grad_(), *contender.parameters)
-        y = contender.mix(inputs[0])
-        torch.autograd.grad(y, inputs, torch.ones_like(y))
+        torch.autograd.grad(contender.mix(inputs[0]), inputs, grad)
         _wait(x.device)
 
     return forward if passes == FORWARD else both
