@@ -16,6 +16,7 @@ from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import AdaptiveSpectralFilter, ModReLU
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_causal
+from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
@@ -73,8 +74,15 @@ class CausalFFTNetMixer(nn.Module):
         kernels = self.kernel(self._contexts(tokens)).transpose(1, 2)  # [B, H, J, L]
         if cache is not None:
             self._fill(cache, x, kernels, lengths)
-        heads = swap(tokens).reshape(len(x), self.filter.heads, -1, x.shape[1])  # [B, H, D / H, T]
-        return swap(causal_fft_conv(heads, kernels, self.chunk).flatten(1, 2))
+        group = self.width // self.filter.heads
+
+        def mixed(channels: slice) -> Tensor:
+            heads = slice(channels.start // group, -(-channels.stop // group))
+            signals = swap(tokens[..., channels]).reshape(len(x), heads.stop - heads.start, -1, x.shape[1])
+            return swap(causal_fft_conv(signals, kernels[:, heads], self.chunk).flatten(1, 2))
+
+        by_heads = channel_slabs(tokens, group, split=False)  # or kernels would be laid out anew for every part
+        return in_slabs(mixed, by_heads, tokens, 2)
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""

@@ -17,7 +17,7 @@ from spectral_surgery.mixers.components import interpolate
 from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
-from spectral_surgery.mixers.slabs import channel_slabs
+from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
 from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
@@ -104,8 +104,13 @@ class CausalSpectralMixing(nn.Module):
         """As `CausalCore.mix`; [B, T, D] float32."""
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        channels = swap(wide(x)).transpose(0, 1)  # [D, B, T]
-        return swap(causal_fft_conv(channels, self.kernel()).transpose(0, 1))
+        tokens, kernel = wide(x), self.kernel()
+
+        def mixed(channels: slice) -> Tensor:
+            signals = swap(tokens[..., channels]).transpose(0, 1)  # [n, B, T]
+            return swap(causal_fft_conv(signals, kernel[channels]).transpose(0, 1))
+
+        return in_slabs(mixed, channel_slabs(tokens), tokens, 2)
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""

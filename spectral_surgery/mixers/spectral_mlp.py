@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.mixers.base import Mixer, MixerMethod, require_range, require_tokens
 from spectral_surgery.mixers.cache import MixerCache
+from spectral_surgery.mixers.slabs import in_slabs, token_slabs
 from spectral_surgery.mixers.spectral_mixing import (
     CausalSpectralMixing,
     CausalSpectralMixingConfig,
@@ -68,9 +69,14 @@ class SpectralMLPBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `Mixer.__call__`."""
         require_tokens(x, self.width, mask)
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), mask, cache))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x if mask is None else torch.where(mask.bool()[..., None], x, 0)
+        mixed = self.mixer(self.mixer_norm(x), mask, cache)
+
+        def fed(tokens: slice) -> Tensor:
+            y = x[:, tokens] + self.dropout(mixed[:, tokens])
+            return y + self.dropout(self.mlp(self.mlp_norm(y)))  # type: ignore[no-any-return]
+
+        y = in_slabs(fed, token_slabs(x, x.shape[1]), mixed, 1)
+        return y if mask is None else torch.where(mask.bool()[..., None], y, 0)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:
         """As `Mixer.new_cache`: the cache of the mixer."""

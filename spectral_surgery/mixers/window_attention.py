@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spectral_surgery.mixers.base import refuse_cache, require_heads, require_range
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
+from spectral_surgery.mixers.slabs import in_slabs, token_slabs
 
 
 class WindowAttention(nn.Module):
@@ -45,10 +46,20 @@ class WindowAttention(nn.Module):
 
     def mix(self, x: Tensor, lengths: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `CausalCore.mix`; [B, T, D]."""
-        query, key, value = self.inputs(x).chunk(3, -1)
         if cache is not None:
-            cache.states["keys"] = last_tokens(key, lengths, self.window)
-            cache.states["values"] = last_tokens(value, lengths, self.window)
+            _, key, value = self.inputs(last_tokens(x, lengths, self.window)).chunk(3, -1)
+            cache.states["keys"], cache.states["values"] = key, value
+
+        def attended(tokens: slice) -> Tensor:
+            first = max(tokens.start - self.before, 0)
+            return self._attend(x[:, first : tokens.stop + self.after])[:, tokens.start - first :][
+                :, : tokens.stop - tokens.start
+            ]
+
+        return in_slabs(attended, token_slabs(x, x.shape[1]), x, 1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(x).chunk(3, -1)
         batch, tokens, size = len(x), x.shape[1], max(1, self.before)
         blocks = -(-tokens // size)
         short = blocks * size - tokens
