@@ -18,7 +18,8 @@ from spectral_surgery.cli import cli
 from spectral_surgery.mixers import MIXERS
 from spectral_surgery.registry import Table
 
-CHOSEN = ("fnet", "causal_spectral_mixing")
+CHOSEN = ("fnet", "causal_hybrid")
+ATTENTIONS = ("SDPA", "SDPA with projections", "SDPA in the same block")
 
 
 @pytest.fixture
@@ -36,19 +37,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows() -> None:
     rows = case.run(quick=True)
     times = [row for row in rows if "ms at 16" in row]
-    assert [(row["mixer"], row["causal"]) for row in times[:4]] == [
-        *(("fnet", False), ("causal_spectral_mixing", True), ("SDPA", False), ("SDPA", True))
-    ]
+    attentions = [(name, causal) for causal in (False, True) for name in ATTENTIONS]
+    named = [(row["mixer"], row["causal"]) for row in times[:8]]
+    assert named == [("fnet", False), ("causal_hybrid", True), *attentions]
     assert {row["pass"] for row in times} == {case.FORWARD, case.BOTH}
     assert all(float(str(row[f"ms at {length}"])) > 0 for row in times for length in (16, 64, 256, 1024))
     for row in times:
         exponent = float(str(row["exponent"]))
         assert 4**exponent == pytest.approx(row["ms at 256"] / row["ms at 64"])
-        assert row["met"] == ("" if row["mixer"] == "SDPA" else exponent <= 1.15)
-    ratios = [row for row in rows if "SDPA / own at 16" in row]
-    assert [row["mixer"] for row in ratios] == [*CHOSEN, *CHOSEN]
-    assert ratios[0]["SDPA / own at 64"] == pytest.approx(times[2]["ms at 64"] / times[0]["ms at 64"])
-    assert ratios[0]["met"] == (float(str(ratios[0]["SDPA / own at 1024"])) > 1)
+        assert row["met"] == ("" if row["mixer"] in ATTENTIONS else exponent <= 1.15)
+    ratios = [row for row in rows if "times faster at 16" in row]
+    beside = [("fnet", "SDPA"), ("causal_hybrid", "SDPA"), ("causal_hybrid", "SDPA with projections")]
+    assert [(row["mixer"], row["beside"]) for row in ratios] == beside * 2
+    for row, own, other in ((ratios[0], 0, 2), (ratios[1], 1, 5), (ratios[2], 1, 6)):
+        assert row["times faster at 64"] == pytest.approx(times[other]["ms at 64"] / times[own]["ms at 64"])
+    assert ratios[0]["met"] == (float(str(ratios[0]["times faster at 1024"])) > 1)
+    assert ratios[1]["met"] == ""
+    assert ratios[2]["met"] == (float(str(ratios[2]["times faster at 1024"])) > 1)
     assert sum("MB at 16" in row for row in rows) == len(times)
 
 
@@ -90,7 +95,7 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(cli, ["bench", "mixers", "--quick", "--quiet", "--plot", str(file)])
     assert done.exit_code == 0, done.output
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert "SDPA / own at 1024" in done.output
+    assert "times faster at 1024" in done.output
 
 
 def test_nothing_to_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.peak import peak_bytes
 from spectral_surgery.bench.timing import interleaved
 from spectral_surgery.mixers import MIXERS, leak
+from spectral_surgery.mixers.base import refuse_cache
+from spectral_surgery.mixers.cache import MixerCache
+from spectral_surgery.mixers.spectral_mlp import SpectralMLPBlock
 from spectral_surgery.workflows.plots import plot_lengths
 
 WIDTH, HEADS = 256, 4
@@ -27,6 +30,14 @@ EXPONENT, AHEAD_FROM = 1.15, 1024
 BUDGET = 20.0  # seconds a call may take; lengths at which it would take longer are left out
 ROUNDS, FEW_ROUNDS, SHORT = 5, 2, 0.2  # few where a call takes more than SHORT seconds
 FORWARD, BOTH = "forward", "forward + backward"
+SDPA, WITH_PROJECTIONS, IN_BLOCK = "SDPA", "SDPA with projections", "SDPA in the same block"
+LIKE = {  # what does the same work around attention; for all others that is SDPA alone
+    "spectral_mlp": IN_BLOCK,
+    "causal_spectral_mlp": IN_BLOCK,
+    "hybrid": WITH_PROJECTIONS,
+    "causal_hybrid": WITH_PROJECTIONS,
+}
+LONGEST = 8192  # of the last two
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,14 @@ class Contender:
         is_causal: SDPA comes both ways.
         mix: [1, T, D] to [1, T, D].
         parameters: trained ones.
+        longest: length up to which it is measured.
     """
 
     name: str
     is_causal: bool
     mix: Callable[[Tensor], Tensor]
     parameters: tuple[nn.Parameter, ...] = ()
+    longest: int = FAR
 
 
 @dataclass
@@ -62,21 +75,20 @@ def run(quick: bool) -> list[Row]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     contenders = [_mixer(name, width, device) for name in MIXERS]
-    contenders += [Contender("SDPA", causal, partial(attention, is_causal=causal)) for causal in (False, True)]
+    contenders += [own for causal in (False, True) for own in _attentions(width, causal, device)]
     times: list[Row] = []
     ratios: list[Row] = []
     memory: list[Row] = []
     for passes in (FORWARD, BOTH):
         curves = measure(contenders, lengths, width, passes, device)
         pairs = list(zip(contenders, curves, strict=True))
-        sdpa = {contender.is_causal: curve for contender, curve in pairs if contender.name == "SDPA"}
+        attentions = {(own.name, own.is_causal): curve for own, curve in pairs if own.name not in MIXERS}
         times += [_time_row(contender, passes, curve, lengths) for contender, curve in pairs]
         memory += [_memory_row(contender, passes, curve, lengths) for contender, curve in pairs]
-        ratios += [
-            _ratio_row(contender, passes, curve, sdpa[contender.is_causal], lengths)
-            for contender, curve in pairs
-            if contender.name != "SDPA"
-        ]
+        for contender, curve in pairs:
+            for beside in _beside(contender.name):
+                other = attentions[beside, contender.is_causal]
+                ratios.append(_ratio_row(_head(contender, passes) | {"beside": beside}, curve, other, lengths))
     return times + ratios + memory
 
 
@@ -119,7 +131,7 @@ def measure(
         calls: dict[str, Callable[[], object]] = {}
         slowest = 0.0
         for number, contender in enumerate(contenders):
-            if number in left_out:
+            if number in left_out or length > contender.longest:
                 continue
             call = _call(contender, x, passes)
             if length == lengths[0]:
@@ -131,7 +143,7 @@ def measure(
                 curves[number].peak[length] = peak
             calls[str(number)] = call
             slowest = max(slowest, seconds)
-            if seconds * (4 if contender.name == "SDPA" else 2) > BUDGET:
+            if seconds * (2 if contender.name in MIXERS else 4) > BUDGET:
                 left_out.add(number)
         timings = interleaved(calls, ROUNDS if slowest < SHORT else FEW_ROUNDS)
         for index, timing in timings.items():
@@ -144,17 +156,56 @@ def _mixer(name: str, width: int, device: torch.device) -> Contender:
     return Contender(name, MIXERS[name].is_causal, mixer, tuple(mixer.parameters()))
 
 
+def _attentions(width: int, causal: bool, device: torch.device) -> list[Contender]:
+    found = [Contender(SDPA, causal, partial(attention, is_causal=causal))]
+    layer, block = Attention(width, causal), SpectralMLPBlock(Attention(width, causal, projections=False))
+    for name, own in ((WITH_PROJECTIONS, layer), (IN_BLOCK, block)):
+        module = own.eval().to(device)
+        found.append(Contender(name, causal, module, tuple(module.parameters()), LONGEST))
+    return found
+
+
+class Attention(nn.Module):
+    """Attention of x with itself as a mixer without padding or cache."""
+
+    def __init__(self, width: int, is_causal: bool, *, projections: bool = True) -> None:
+        """Draw the projections, if any."""
+        super().__init__()
+        self.width, self.is_causal = width, is_causal
+        self.inputs = nn.Linear(width, 3 * width) if projections else None
+        self.output = nn.Linear(width, width) if projections else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: object = None) -> Tensor:  # noqa: ARG002
+        """[1, T, D] to [1, T, D]."""
+        parts = (x, x, x) if self.inputs is None else self.inputs(x).chunk(3, -1)
+        query, key, value = (part.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2) for part in parts)
+        heads = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
+        y = heads.transpose(1, 2).flatten(2)
+        return y if self.output is None else self.output(y)
+
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+        """It has none.
+
+        Raises:
+            CausalityError: always.
+        """
+        refuse_cache("attention")
+
+
 def _call(contender: Contender, x: Tensor, passes: str) -> Callable[[], object]:
     def forward() -> None:
         with torch.no_grad():
             contender.mix(x)
         _wait(x.device)
 
-    grad = torch.ones_like(x)  # made by what comes after a mixer
+    grads: list[Tensor] = []  # made by what comes after a mixer
 
     def both() -> None:
         inputs = (x.detach().requires_grad_(), *contender.parameters)
-        torch.autograd.grad(contender.mix(inputs[0]), inputs, grad)
+        y = contender.mix(inputs[0])
+        if not grads:
+            grads.append(torch.ones_like(y))
+        torch.autograd.grad(y, inputs, grads[0])
         _wait(x.device)
 
     return forward if passes == FORWARD else both
@@ -171,18 +222,25 @@ def _time_row(contender: Contender, passes: str, curve: Curve, lengths: tuple[in
     grown = NEAR in curve.ms and FAR in curve.ms
     exponent = math.log(curve.ms[FAR] / curve.ms[NEAR], FAR / NEAR) if grown else None
     row["exponent"] = "" if exponent is None else exponent
-    aimed = exponent is not None and contender.name != "SDPA"
+    aimed = exponent is not None and contender.name in MIXERS
     return row | {
         "target": f"<= {EXPONENT}" if aimed else "",
         "met": exponent <= EXPONENT if aimed and exponent is not None else "",
     }
 
 
-def _ratio_row(contender: Contender, passes: str, curve: Curve, sdpa: Curve, lengths: tuple[int, ...]) -> Row:
+def _beside(name: str) -> dict[str, None]:
+    """The attentions that a contender is compared with."""
+    return dict.fromkeys((SDPA, LIKE.get(name, SDPA))) if name in MIXERS else {}
+
+
+def _ratio_row(head: Row, own: Curve, other: Curve, lengths: tuple[int, ...]) -> Row:
     ratios = {
-        length: sdpa.ms[length] / curve.ms[length] for length in lengths if length in sdpa.ms and length in curve.ms
+        length: other.ms[length] / own.ms[length] for length in lengths if length in other.ms and length in own.ms
     }
-    row = _head(contender, passes) | {f"SDPA / own at {length}": ratios.get(length, "") for length in lengths}
+    row = head | {f"times faster at {length}": ratios.get(length, "") for length in lengths}
+    if head["beside"] != LIKE.get(str(head["mixer"]), SDPA):
+        return row | {"target": "", "met": ""}  # the mixer does more than that attention
     return row | {
         "target": f"> 1 from {AHEAD_FROM}",
         "met": all(ratio > 1 for length, ratio in ratios.items() if length >= AHEAD_FROM),
@@ -215,7 +273,7 @@ def plot(rows: list[Row], file: Path) -> None:
             if row["pass"] != passes or "exponent" not in row:
                 continue
             points = [(length, row.get(f"ms at {length}", "")) for length in LENGTHS]
-            name = f"{row['mixer']}{', causal' if row['mixer'] == 'SDPA' and row['causal'] else ''}"
+            name = f"{row['mixer']}{', causal' if row['mixer'] not in MIXERS and row['causal'] else ''}"
             grown = f"  T^{float(str(row['exponent'])):.2f}" if row["exponent"] != "" else ""
             curves[name + grown] = [(length, float(str(ms))) for length, ms in points if ms != ""]
         panels[passes] = curves
