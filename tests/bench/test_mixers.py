@@ -80,8 +80,8 @@ def test_wrong_mixers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "MIXERS", Table("mixer", rows))
     with pytest.raises(CheckFailedError, match="fnet: padding changes a sequence"):
         case.check("fnet")
-    with pytest.raises(CheckFailedError, match="causal_spectral_mixing: decoding differs from the whole"):
-        case.check("causal_spectral_mixing")
+    with pytest.raises(CheckFailedError, match="causal_hybrid: decoding differs from the whole"):
+        case.check("causal_hybrid")
     with pytest.raises(CheckFailedError, match="fnet: padding"):
         case.run(quick=True)
 
