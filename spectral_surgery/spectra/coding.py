@@ -17,6 +17,7 @@ Digits of one byte come from ``digits`` equal stretches of the frame, so unpacki
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +39,7 @@ _ZSTD = zstandard.ZstdCompressionParameters(
 )
 _HEADER = struct.Struct("<BBBBB")  # layout, digits per byte, low bit planes, bytes of a code, overflow bytes
 _MAX_WINDOW = 1 << 27
+_OF_THREAD = threading.local()  # a decompressor for each: to make one takes longer than a small section does
 _SCATTER_HANDICAP = 0.08  # codes written one by one decode ten times slower: layouts without them win near-ties
 
 
@@ -203,15 +205,11 @@ def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None
 
 
 class _Sections:
-    """The compressed sections of a frame, one after the other.
-
-    They share a decompressor, which takes longer to make than a small section takes to decompress.
-    """
+    """The compressed sections of a frame, one after the other."""
 
     def __init__(self, parts: list[memoryview]) -> None:
         self._parts = iter(parts)
         self.left = len(parts)
-        self._zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
 
     def take(self, size: int, *, exactly: bool = True) -> Bytes:
         """The next one: ``size`` bytes, or at most so many where not exactly."""
@@ -226,7 +224,7 @@ class _Sections:
                     "accepted. The data is damaged or hostile: do not use it."
                 )
             # exactly the declared size, or an error
-            return np.frombuffer(self._zstd.decompress(section, allow_extra_data=False), np.uint8)
+            return np.frombuffer(_decompressor().decompress(section, allow_extra_data=False), np.uint8)
         except zstandard.ZstdError as error:
             raise CheckpointError(
                 f"spectral frame: zstd says {error}; the data is damaged. Fetch the file again."
@@ -235,6 +233,13 @@ class _Sections:
     def places(self, count: int) -> Places:
         """The next one, as places below ``count``."""
         return unpack_places(self.take(most_bytes(count), exactly=False), count)
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_OF_THREAD, "zstd"):
+        _OF_THREAD.zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    found: zstandard.ZstdDecompressor = _OF_THREAD.zstd
+    return found
 
 
 def _significant(sections: _Sections, count: int, layout: Layout) -> Places:
@@ -252,7 +257,11 @@ def _decode_values(
     if layout.is_sparse:
         _unpack(packed, layout, digits)
         negative = -(digits & 1).view(np.int8)
-        values = (((digits >> 1) + np.uint8(1)).view(np.int8) ^ negative) - negative  # two's complement, branch-free
+        digits >>= 1
+        digits += 1
+        values = whole
+        values ^= negative  # two's complement, without branches
+        values -= negative
     else:
         _unpack(packed, layout, digits, less=layout.limit)
         values = whole
@@ -264,13 +273,13 @@ def _decode_values(
 
 def _add_overflow(values: Codes, sections: _Sections) -> None:
     places = sections.places(len(values))
-    rest = np.zeros(len(places), np.int64)
+    rest = sections.take(len(places)).astype(np.int64)
     for i in range(sections.left):
-        rest += sections.take(len(places)).astype(np.int64) << (8 * i)
-    ends = values[places]
-    wanted = ends + np.sign(ends) * rest
-    values[places] = wanted  # may wrap, which the next line sees
-    if not np.array_equal(values[places], wanted):
+        rest += sections.take(len(places)).astype(np.int64) << (8 * i + 8)
+    ends = values[places].astype(np.int64)
+    ends += np.sign(ends) * rest
+    values[places] = ends  # may wrap, which the next line sees
+    if (values[places] != ends).any():
         raise CheckpointError(
             f"spectral frame: a code exceeds {values.dtype}; the data is damaged. Fetch the file again."
         )

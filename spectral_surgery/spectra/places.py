@@ -44,15 +44,18 @@ def unpack_places(packed: Bytes, count: int) -> Places:
     Raises:
         CheckpointError: when a place is not below ``count``.
     """
-    ends = packed.astype(np.intp)  # widened first, since sums of bytes into wider numbers are slow
-    items = packed != _SKIP if packed.size and packed.max() == _SKIP else None
-    ends += 1 if items is None else items
-    np.cumsum(ends, out=ends)
-    if ends.size and int(ends[-1]) > count:
+    if not packed.size:
+        return packed.astype(np.intp)
+    items = packed != _SKIP if packed.max() == _SKIP else None
+    if items is None:  # widened before they are summed, since numpy is slow at both in one
+        places = (packed + np.uint8(1)).astype(np.intp)
+    else:
+        places = packed.astype(np.intp) + items
+    places[0] -= 1
+    np.cumsum(places, out=places)
+    if int(places[-1]) >= count:
         raise CheckpointError(
-            f"spectral frame: a code at place {int(ends[-1])} of {count}; the data is damaged. Fetch the file again."
+            f"spectral frame: a code at place {int(places[-1]) + 1} of {count}; the data is damaged."
+            " Fetch the file again."
         )
-    if items is not None:
-        ends = ends[items]
-    ends -= 1
-    return ends
+    return places if items is None else places[items]
