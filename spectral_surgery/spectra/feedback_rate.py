@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from spectral_surgery.spectra.codec import COLUMN_STEP_BITS, Basis
 from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_codes, step_shape
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits
 
-_ATTEMPTS = 6
+_ATTEMPTS, _HALVINGS = 8, 24
+_STEEPEST, _FLATTEST = 2.0, 0.05  # bits by log2 step
+_LEAP = 2.0  # of log2 step, at most
 _TOLERANCE = 0.004  # of the asked rate
 _DENSITY_TOLERANCE = 0.0005
 _FINE = 0.5  # step over dead zone
@@ -39,15 +42,31 @@ def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis,
     columns = worthwhile_steps(factor, len(coefficients)) if column_steps else None
     if target.kind == "density":
         return _at_density(coefficients, factor, target.value, columns)
-    step, best = for_bits(magnitudes, target.value).step, (math.inf, Codes(coefficients, 1.0))
-    for _ in range(_ATTEMPTS):
+
+    def made(step: float) -> tuple[Codes, float]:
         codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step), 0.0, columns)
-        bits = encode_codes(coefficients, codes, basis)[1].bits_per_weight
-        best = min(best, (abs(bits / target.value - 1), codes), key=lambda own: own[0])
-        if best[0] <= _TOLERANCE:
+        return codes, encode_codes(coefficients, codes, basis)[1].bits_per_weight
+
+    return _at_bits(made, for_bits(magnitudes, target.value).step, target.value)
+
+
+def _at_bits(made: Callable[[float], tuple[Codes, float]], step: float, bits: float) -> Codes:
+    """The codes of the step that gives the nearest rate; the slope of the rate over log2 step is learned on the way.
+
+    It is -1 where steps are fine, and next to nothing where almost all codes are zero.
+    """
+    best, found = made(step)
+    rate, slope = found, -1.0
+    for _ in range(_ATTEMPTS - 1):
+        if abs(rate / bits - 1) <= _TOLERANCE:
             break
-        step *= 2.0 ** (bits - target.value)
-    return best[1]
+        leap = min(max((bits - found) / slope, -_LEAP), _LEAP)
+        step, before = step * 2.0**leap, found
+        codes, found = made(step)
+        slope = min(max((found - before) / leap, -_STEEPEST), -_FLATTEST)
+        if abs(found - bits) < abs(rate - bits):
+            best, rate = codes, found
+    return best
 
 
 def worthwhile_steps(factor: Tensor, rows: int) -> Tensor | None:
@@ -66,7 +85,7 @@ def worthwhile_steps(factor: Tensor, rows: int) -> Tensor | None:
 def _at_density(coefficients: Tensor, factor: Tensor, density: float, columns: Tensor | None) -> Codes:
     low = high = 0.0
     threshold = float(coefficients.abs().mean())
-    for _ in range(4 * _ATTEMPTS):
+    for _ in range(_HALVINGS):
         # steps of half a threshold: the error of what is kept is fed forward too, and coarse steps let it grow
         quantizer = Quantizer(threshold, _FINE * threshold)
         codes = feedback_codes(coefficients, factor, quantizer, 1 / _FINE - 0.5, columns)  # the middle of intervals
