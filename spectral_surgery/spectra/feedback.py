@@ -22,6 +22,7 @@ from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
 _COLUMNS = 512  # of H in double precision at once
+_TRIANGLE = 256  # rows that are inverted at once
 DAMPING = 0.05  # of the mean of the diagonal: directions that the text never took are not free; measured on two models
 
 
@@ -93,12 +94,28 @@ def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> T
     if not mean > 0 or mean == float("inf"):
         raise ConfigError("moment: inputs are zero or not finite; some text that reaches this layer is accepted.")
     turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment
-    reversed_ = turned.flip(0, 1).double().div_(mean)  # H' = R Rᵀ with R upper, which is what Cholesky gives of this
-    reversed_.diagonal().add_(damping)
-    root = torch.linalg.cholesky(reversed_)  # reads the lower triangle only
-    identity = torch.eye(len(root), dtype=torch.float64, out=reversed_)
-    inverse: Tensor = torch.linalg.solve_triangular(root, identity, upper=False, out=identity)
-    return inverse.float().flip(0, 1)
+    turned = turned.flip(0, 1)  # H' = R Rᵀ with R upper, which is what Cholesky gives of this
+    root = turned.double().div_(mean)
+    del turned
+    root.diagonal().add_(damping)
+    torch.linalg.cholesky(root, out=root)
+    _invert_lower(root)
+    inverse = root.float()
+    del root
+    return inverse.flip(0, 1)
+
+
+def _invert_lower(triangle: Tensor) -> None:
+    """Invert a lower triangular matrix [n, n] with zeros above, in place: both halves, and what is between them."""
+    if len(triangle) <= _TRIANGLE:
+        identity = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+        triangle.copy_(torch.linalg.solve_triangular(triangle, identity, upper=False))
+        return
+    half = len(triangle) // 2
+    upper, between, lower = triangle[:half, :half], triangle[half:, :half], triangle[half:, half:]
+    _invert_lower(upper)
+    _invert_lower(lower)
+    torch.mm(lower, between @ upper, out=between).neg_()
 
 
 def feedback_noise(moment: Tensor, basis: Basis) -> float:

@@ -10,7 +10,9 @@ from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.coding import entropy
 from spectral_surgery.spectra.feedback import (
+    DAMPING,
     Codes,
+    _invert_lower,
     codes_of,
     encode_codes,
     feedback_codes,
@@ -35,9 +37,18 @@ def test_the_factor_is_the_inverse_in_the_domain_of_the_codes(axes: tuple[int, .
     factor = feedback_factor(moment, basis).double()
     turn = Basis("dct", 32, (1,)).forward(torch.eye(80)) if 1 in axes else torch.eye(80)  # x -> x Tᵀ
     turned = turn.double().T @ moment.double() @ turn.double() / moment.diagonal().mean()
-    expected = turned + 0.01 * torch.eye(80)
+    expected = turned + DAMPING * torch.eye(80)
     torch.testing.assert_close(torch.linalg.inv(factor.T @ factor), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(factor, factor.triu())
+
+
+@pytest.mark.parametrize("size", [1, 256, 257, 1030])
+def test_a_triangle_is_inverted_in_place(size: int) -> None:
+    root = torch.linalg.cholesky(skewed(size).double() + 0.1 * torch.eye(size, dtype=torch.float64))
+    inverse = root.clone()
+    _invert_lower(inverse)
+    torch.testing.assert_close(inverse @ root, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.equal(inverse, inverse.tril())
 
 
 @pytest.mark.parametrize("shape", [(40, 200), (130, 70)])

@@ -11,10 +11,10 @@ from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.cases.engine import run_command
 from spectral_surgery.bench.language_model import Size, prompt, write_model
 
-DEPTHS = (4, 12)
+DEPTHS, QUICK_DEPTHS = (1, 3), (4, 12)
 BESIDES = 500_000_000  # bytes: Python, torch, transformers, activations
 COPIES = 6  # of a block in float32
-_FULL, _QUICK = Size(1024, 2816, 1, 8192), Size(256, 704, 1, 1024)
+_FULL, _QUICK = Size(2048, 5632, 1, 8192), Size(256, 704, 1, 1024)  # the libraries alone are 0.8 GB
 _TINY = Size(64, 128, 1, 128)  # what Python and the libraries take
 _TOKENS = 16_384
 
@@ -23,7 +23,8 @@ def run(quick: bool) -> list[Row]:
     """Peak memory of calibrating and of block-wise healing, for a model and one of three times its depth."""
     rows: list[Row] = []
     alone: dict[str, float] = {}
-    for size in (_TINY, *(replace(_QUICK if quick else _FULL, layers=depth) for depth in DEPTHS)):
+    whole, depths = (_QUICK, QUICK_DEPTHS) if quick else (_FULL, DEPTHS)
+    for size in (_TINY, *(replace(whole, layers=depth) for depth in depths)):
         with tempfile.TemporaryDirectory() as scratch:
             peaks = _peaks(Path(scratch), size)
         alone = alone or peaks
