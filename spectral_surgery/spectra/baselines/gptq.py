@@ -10,6 +10,7 @@ from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import feedback_factor
 
 _GRID, _SHRUNK, _POWER = 100, 0.8, 2.4  # ranges tried, how far they shrink, and the norm they are judged by
+_DAMPING = 0.01  # of the mean of the diagonal, as published
 
 
 def gptq(
@@ -38,7 +39,7 @@ def gptq(
     """
     rows, columns = weight.shape
     order = moment.diagonal().argsort(descending=True, stable=True) if reorder else torch.arange(columns)
-    factor = feedback_factor(moment[order][:, order], Basis("identity", columns, ()))
+    factor = feedback_factor(moment[order][:, order], Basis("identity", columns, ()), _DAMPING)
     top = 2**bits - 1
     rest, decoded = weight[:, order], torch.empty_like(weight)
     static = [grid[:, order // group] for grid in group_grids(weight, top, group, search=search)]  # [O, I] each

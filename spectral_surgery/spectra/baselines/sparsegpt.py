@@ -11,6 +11,7 @@ from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import feedback_factor
 from spectral_surgery.spectra.sparse import largest
 
+_DAMPING = 0.01  # of the mean of the diagonal, as published
 _BLOCK = 128  # columns whose mask is chosen at once
 
 
@@ -32,7 +33,7 @@ def sparsegpt(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
     """
     kept = kept_at("sparsegpt", weight, bits)
     rows, columns = weight.shape
-    factor = feedback_factor(moment, Basis("identity", columns, ()))
+    factor = feedback_factor(moment, Basis("identity", columns, ()), _DAMPING)
     rest, decoded = weight.clone(), torch.zeros_like(weight)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
