@@ -58,6 +58,7 @@ def main(method: str, out: Path) -> None:
         write_adapter(state, out)
         (out / "losses.json").write_text(json.dumps(losses))
     if world > 1:
+        dist.barrier()  # a process that leaves while the other still writes may abort in gloo's threads
         dist.destroy_process_group()
 
 
