@@ -14,8 +14,10 @@ from torch import Tensor
 
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.slabs import channel_slabs, token_slabs
+from spectral_surgery.ops.causal_fft_conv import causal_fft_conv
 
 _BLOCK = 64  # tokens that are made together: of as many, and of the period before them
+_PRODUCTS = 512  # periods up to it are multiplied out; the matrices of longer ones would take more than they save
 
 
 def fourier_mix(x: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ def fourier_mix(x: Tensor) -> Tensor:
 def causal_fourier_mix(x: Tensor, period: int) -> Tensor:
     """y[t] = Re sum of x̂[m] e^(-2πi t m / L) / √L over m from t - L + 1 to t, x̂ the transform over channels.
 
-    Matrix products over blocks of tokens: a later token meets an exact zero, so it changes no bit of an earlier output.
+    Short periods are matrix products over blocks of tokens: a later token meets an exact zero, so it changes no bit of
+    an earlier output. Long ones are convolutions, of which the same is true.
 
     Args:
         x: [B, T, D] float32 or float64.
@@ -43,8 +46,43 @@ def causal_fourier_mix(x: Tensor, period: int) -> Tensor:
     Returns:
         As x.
     """
+    if period > _PRODUCTS:
+        return _by_chirps(x, period)
     y: Tensor = _CausalFourierMix.apply(x, period)
     return y
+
+
+def _by_chirps(x: Tensor, period: int) -> Tensor:
+    """The causal sum as a convolution between two multiplications by e^(-πi t² / L), since 2 t m = t² + m² - (t - m)².
+
+    Source: Bluestein's algorithm; for an even L.
+    """
+    width, spectrum = x.shape[2], torch.fft.rfft(x, norm="ortho")
+    signals = swap(torch.cat((spectrum.real, spectrum.imag), 2))  # [B, 2 K, T]
+    cos, sin = _chirp(torch.arange(x.shape[1], device=x.device), period, x.dtype)  # of the sign -i
+    across, up = _chirp(torch.arange(min(x.shape[1], period), device=x.device), period, x.dtype)
+    chirped = torch.cat((signals * cos, signals * sin), 1)  # [B, 4 K, T]
+    by_real, by_imaginary = (
+        causal_fft_conv(chirped, kernel.expand(len(x), -1))
+        for kernel in (across, -up)  # conjugate
+    )
+    (real_cos, real_sin), (imaginary_cos, imaginary_sin) = (own.chunk(2, 1) for own in (by_real, by_imaginary))
+    real, imaginary = real_cos - imaginary_sin, imaginary_cos + real_sin  # of sums of real and of imaginary parts
+    even = (real * cos - imaginary * sin).chunk(2, 1)[0]
+    odd = (real * sin + imaginary * cos).chunk(2, 1)[1]
+    return swap(_whole(even, -odd, 1, width)) / math.sqrt(period)
+
+
+def _chirp(places: Tensor, period: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of e^(-πi t² / L), of period L."""
+    angle = ((places % period) ** 2 % (2 * period)).double() * (math.pi / period)
+    return angle.cos().to(dtype), -angle.sin().to(dtype)
+
+
+def _whole(even: Tensor, odd: Tensor, dim: int, width: int) -> Tensor:
+    """Channels 0 to D - 1 of what the real and the imaginary part of channel k give; those of D - k differ in sign."""
+    mirrored = (even - odd).narrow(dim, 1, (width + 1) // 2 - 1).flip(dim)
+    return torch.cat((even + odd, mirrored), dim)
 
 
 class _FourierMix(torch.autograd.Function):
@@ -137,8 +175,7 @@ def _mixed(x: Tensor, matrices: Tensor, count: int) -> Tensor:
         for part, own in zip((spectrum.real, spectrum.imag), matrices, strict=True)
     ]
     even, odd = (own[:, :count] for own in sums)
-    width = x.shape[2]
-    return torch.cat((even + odd, (even - odd)[..., 1 : (width + 1) // 2].flip(2)), 2)
+    return _whole(even, odd, 2, x.shape[2])
 
 
 def _sums(tokens: Tensor, matrices: Tensor) -> Tensor:

@@ -50,6 +50,21 @@ def test_the_causal_sum_is_its_matrices(
     assert torch.autograd.gradcheck(lambda own: causal_fourier_mix(own, period), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("period", [6, 22])
+@pytest.mark.parametrize("length", [1, 5, 43])
+@pytest.mark.parametrize("width", [1, 5, 8])
+def test_long_periods_are_convolutions(period: int, length: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PRODUCTS", 0)
+    x = tokens(2, length, width, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(causal_fourier_mix(x, period), by_matrices(x, period), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda own: causal_fourier_mix(own, period), x, fast_mode=True)
+
+
+def test_a_period_far_beyond_the_sequence_takes_no_more_memory_than_the_sequence() -> None:
+    x = tokens(1, 70, 4, dtype=torch.float64)
+    torch.testing.assert_close(causal_fourier_mix(x, 1 << 20), by_matrices(x, 1 << 20), rtol=0, atol=1e-12)
+
+
 def test_gradients_of_gradients() -> None:
     x = tokens(1, 15, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradgradcheck(fourier_mix, x)
