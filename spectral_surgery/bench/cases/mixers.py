@@ -175,7 +175,7 @@ class Attention(nn.Module):
         self.inputs = nn.Linear(width, 3 * width) if projections else None
         self.output = nn.Linear(width, width) if projections else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: object = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: object = None) -> Tensor:  # noqa: ARG002 - as every mixer
         """[1, T, D] to [1, T, D]."""
         parts = (x, x, x) if self.inputs is None else self.inputs(x).chunk(3, -1)
         query, key, value = (part.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2) for part in parts)
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         y = heads.transpose(1, 2).flatten(2)
         return y if self.output is None else self.output(y)
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """It has none.
 
         Raises:
