@@ -3,7 +3,7 @@
 A card is a README.md: metadata (YAML between ``---``) and Markdown. Ours stands between two comments; the first of them
 carries a hash of everything outside, as it was when we made the card, so that a later edit shows.
 
-Source: https://huggingface.co/docs/hub/model-cards; metadata are read and written by huggingface_hub's ModelCard.
+Source: https://huggingface.co/docs/hub/model-cards; metadata are read and written as huggingface_hub's ModelCardData.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BEGIN = "<!-- spectral-surgery:begin {} -->"
 _SIGNED = re.compile(r"<!-- spectral-surgery:begin \w+ -->")
 _END = "<!-- spectral-surgery:end -->"
 _SECTION = re.compile(r"<!-- spectral-surgery:begin (\w+) -->.*?<!-- spectral-surgery:end -->\n?", re.DOTALL)
-_METADATA = re.compile(r"\s*---\n.*?\n---[ \t]*(?:\n|$)", re.DOTALL)
+_METADATA = re.compile(r"\s*---\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 # what stays true of a model made from another one; results of measurements, for example, do not
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets", "tags")
 _OURS = ("base_model", "base_model_relation", "library_name", "tags")
@@ -101,7 +101,7 @@ def derived(source: str | None, facts: Facts) -> str:
     Returns:
         The text of the card.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # repocard imports a client of the Hub, half a second
 
     text = _unix(source or "").removeprefix("\ufeff")
     try:
@@ -155,7 +155,7 @@ def with_section(text: str, change: Callable[[str], str]) -> str:
 
 
 def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # repocard imports a client of the Hub, half a second
 
     ending = "\r\n" if "\r\n" in text else "\n"
     unix = _unix(text)
@@ -214,14 +214,18 @@ def metadata(text: str) -> dict[str, Any]:
     Raises:
         ConfigError: when they are no YAML mapping.
     """
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub.repocard_data import ModelCardData
 
-    if not _METADATA.match(_unix(text)):
+    front = _METADATA.match(_unix(text))
+    if not front:
         return {}
     try:
-        found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except (YAMLError, ValueError, TypeError) as error:
+        written = yaml.safe_load(front.group(1)) or {}
+        if not isinstance(written, dict):
+            raise TypeError("it is no mapping")
+        found: dict[str, Any] = ModelCardData(**written, ignore_metadata_errors=True).to_dict()
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{FILE_NAME}: the metadata cannot be read ({reason}); YAML of keys and values between two lines of --- is "

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +34,24 @@ def test_growth_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             assert grown == pytest.approx(size, rel=0.2)
     monkeypatch.setattr(memory, "_RESET", tmp_path / "nowhere")
     assert peak_rss_growth(lambda: call(1)) == (1, None)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another allocator than glibc's")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_where_asked(kept: bool) -> None:
+    code = f"""if True:
+        import resource
+        from spectral_surgery.memory import keep_freed_memory
+
+        if {kept}:
+            keep_freed_memory()
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            buffer = bytearray(40 << 20)
+            buffer[::4096] = b"x" * len(buffer[::4096])
+            del buffer
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+    assert (int(done.stdout) < 1000) == kept  # of 10240 pages

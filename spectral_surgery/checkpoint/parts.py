@@ -19,7 +19,7 @@ from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
 
-_PIECE = 1 << 24  # bytes of codes read at a time
+_PIECE = 1 << 20  # bytes of codes read at a time: what the cache holds
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:

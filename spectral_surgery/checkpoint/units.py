@@ -35,7 +35,7 @@ from spectral_surgery.spectra.feedback import Codes, codes_of, encode_codes
 from spectral_surgery.spectra.parallel import one_torch_thread
 
 UNITS = "units"  # folder of unfinished work
-PIECE = 1 << 24  # bytes of a copied tensor read at a time
+PIECE = 1 << 20  # bytes of a copied tensor read at a time: what the cache holds
 
 
 @dataclass(frozen=True)

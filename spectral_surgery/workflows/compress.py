@@ -151,7 +151,8 @@ def compress(
         source: a checkpoint folder or a .safetensors file.
         out: folder to create.
         options: what is asked.
-        workers: processes, which import the calling script: it needs a ``__main__`` guard; or a team of them.
+        workers: processes, which import the calling script: it needs a ``__main__`` guard; or a team of them, of which
+            this is the last work.
         threads: frames at once in each worker.
         shard: (index, count) of this machine among those that share a file system; the last to finish joins parts.
         resume: go on with unfinished work of the same source and options.
@@ -248,7 +249,7 @@ def discard(aside: Path, *, overwrite: bool) -> None:
 def _run(workshop: Workshop, plan: Plan, units: list[Unit], own: Team, *, threads: int, progress: Progress) -> None:
     weights = list(accumulate(unit.weights for unit in units))  # largest first
     last = -1
-    for last in own.share(partial(run_unit, workshop, options=plan.options, threads=threads), units):
+    for last in own.share(partial(run_unit, workshop, options=plan.options, threads=threads), units, last=True):
         progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may still be at earlier ones
     if last + 1 < len(units):
         progress(weights[-1], weights[-1], units[-1].tensor.info.name)

@@ -6,7 +6,9 @@ What is taken is counted in a file, whose lock the system gives back when a proc
 
 from __future__ import annotations
 
+import atexit
 import fcntl
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from threading import Thread
 from typing import TypeVar
 
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -42,12 +45,13 @@ class Team:
     pool: ProcessPoolExecutor | None
     taken: Path
 
-    def share(self, work: Callable[[T], object], items: Sequence[T]) -> Iterator[int]:
+    def share(self, work: Callable[[T], object], items: Sequence[T], *, last: bool = False) -> Iterator[int]:
         """Do work on every item, in all processes; the caller does its part while it asks for more.
 
         Args:
             work: what to do, able to be pickled, such as a `functools.partial`.
             items: of which every process takes the next one, from the first to the last.
+            last: the others end when nothing is left to take: ending takes half a second, while the caller can go on.
 
         Yields:
             Numbers of the items that the calling process has done. Earlier ones are done, or others are at them.
@@ -58,6 +62,8 @@ class Team:
         self.taken.write_bytes(bytes(8))
         try:
             others = self._ask(work, items)
+            if last and self.pool is not None:
+                self.pool.shutdown(wait=False)
             for number in _remaining(self.taken, len(items)):
                 work(items[number])
                 yield number
@@ -120,7 +126,9 @@ def _start(loads: str) -> None:
     parent = parent_process()
     if parent is not None:
         Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    keep_freed_memory()
     import_module(loads)
+    atexit.register(gc.freeze)  # nobody needs a last search for cycles in all of torch, which takes half a second
 
 
 def _end_with(sentinel: int) -> None:
