@@ -21,7 +21,14 @@ from torch import Tensor
 from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
 from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame, encode_frame
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
-from spectral_surgery.spectra.quantized import QuantizedSpectrum, code_dtype, dequantize, quantize, reconstruction
+from spectral_surgery.spectra.quantized import (
+    Moments,
+    QuantizedSpectrum,
+    code_dtype,
+    dequantize,
+    quantize,
+    reconstruction,
+)
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
@@ -181,7 +188,7 @@ def encode(
     height = rows_per_frame(weight.shape[1], basis.tile)
     spans = frame_spans(weight.shape[0], height)
     with one_torch_thread():
-        frames = parallel_map(lambda span: basis.forward(weight[slice(*span)]), spans, threads)
+        frames = parallel_map(lambda span: _frame(basis.forward(weight[slice(*span)])), spans, threads)
         return _search(_Spectrum(frames, height, basis, threads), target)
 
 
@@ -231,8 +238,19 @@ def rows_per_frame(columns: int, tile: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Frame:
+    coefficients: Tensor  # [rows, I] float32
+    peak: float  # the largest magnitude
+    energy: float
+
+
+def _frame(coefficients: Tensor) -> _Frame:
+    return _Frame(coefficients, float(coefficients.abs().max()), _energy(coefficients))  # while the cache has it
+
+
+@dataclass(frozen=True)
 class _Spectrum:
-    coefficients: list[Tensor]  # [rows, I] float32 per frame
+    frames: list[_Frame]
     rows_per_frame: int
     basis: Basis
     threads: int
@@ -240,11 +258,11 @@ class _Spectrum:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return sum(c.shape[0] for c in self.coefficients), self.coefficients[0].shape[1]
+        return sum(len(own.coefficients) for own in self.frames), self.frames[0].coefficients.shape[1]
 
 
 def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, EncodingReport]:
-    peaks = parallel_map(lambda c: float(c.abs().max()), spectrum.coefficients, spectrum.threads)
+    peaks = [own.peak for own in spectrum.frames]
     if not all(peak <= _LARGEST for peak in peaks):  # NaN compares false, and max() may skip it
         raise ConfigError(
             f"encode: weight has NaN or infinite values (or overflows float32, or exceeds {_LARGEST:g}); "
@@ -257,7 +275,7 @@ def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, Encod
         )
     if not peak:
         return _encode(spectrum, Quantizer(1.0, 1.0), peak)
-    magnitudes = Magnitudes(_sample(spectrum.coefficients))
+    magnitudes = Magnitudes(_sample(spectrum.frames))
     if target.kind == "density":
         threshold = _exact_threshold(spectrum, magnitudes, target.value)
         return _encode(spectrum, for_density(magnitudes, threshold), peak)
@@ -289,13 +307,13 @@ def _search_bits(
     spectrum: _Spectrum, magnitudes: Magnitudes, bits: float, peak: float
 ) -> tuple[EncodedSpectrum, EncodingReport]:
     goal = bits / _EXPECTED_OVERHEAD
-    frames = spectrum.coefficients
+    frames = spectrum.frames
     layout: Layout | None = None
 
     def attempt(some: _Spectrum) -> tuple[float, tuple[EncodedSpectrum, EncodingReport]]:
         nonlocal goal, layout
         quantizer = for_bits(magnitudes, goal)
-        tried = layout or _layout(spectrum, quantizer, peak)
+        tried = layout or _layout(spectrum, quantizer, code_dtype(peak, quantizer))
         result = _encode(replace(some, layout=tried), quantizer, peak)
         ratio = result[1].bits_per_weight / bits
         goal /= ratio
@@ -304,7 +322,7 @@ def _search_bits(
         return abs(ratio - 1), result
 
     if len(frames) > 8:
-        pilot = replace(spectrum, coefficients=frames[:: len(frames) // 4])
+        pilot = replace(spectrum, frames=frames[:: len(frames) // 4])
         for _ in range(_ATTEMPTS):
             if attempt(pilot)[0] <= _BITS_TOLERANCE:
                 break
@@ -318,49 +336,46 @@ def _search_bits(
     return best
 
 
-def _layout(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> Layout:
-    middle = spectrum.coefficients[len(spectrum.coefficients) // 2]
-    codes, _ = quantize(middle, quantizer, code_dtype(peak, quantizer))
-    return choose_layout(codes.reshape(-1).numpy())
+def _layout(spectrum: _Spectrum, quantizer: Quantizer, dtype: torch.dtype) -> Layout:
+    middle = spectrum.frames[len(spectrum.frames) // 2].coefficients
+    return choose_layout(quantize(middle, quantizer, dtype)[0].reshape(-1).numpy())
 
 
 def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> tuple[EncodedSpectrum, EncodingReport]:
-    frames, threads = spectrum.coefficients, spectrum.threads
+    frames, threads = spectrum.frames, spectrum.threads
     if quantizer.step < peak / _MAX_CODE:
         step = peak / _MAX_CODE
         quantizer = Quantizer(max(quantizer.dead_zone, step / 2), step)
     dtype = code_dtype(peak, quantizer)
-    quantised = parallel_map(lambda c: quantize(c, quantizer, dtype), frames, threads)
-    moments = reduce(add, (m for _, m in quantised))
-    largest = max(int(codes.abs().max()) for codes, _ in quantised)
-    step, offset = reconstruction(moments, largest)
-    flat = [codes.reshape(-1).numpy() for codes, _ in quantised]
-    layout = spectrum.layout or choose_layout(flat[len(flat) // 2])
-    encoded = EncodedSpectrum(
-        tuple(parallel_map(lambda codes: encode_frame(codes, layout), flat, threads)),
-        spectrum.shape,
-        spectrum.rows_per_frame,
-        torch.tensor([step]),
-        offset,
-        spectrum.basis,
-    )
+    layout = spectrum.layout or _layout(spectrum, quantizer, dtype)
 
-    def verify(frame: int) -> tuple[float, float]:
-        codes = encoded.codes(frame)
-        if not torch.equal(codes, quantised[frame][0]):
+    def stored(frame: _Frame) -> tuple[bytes, Tensor, Moments]:
+        codes, sums = quantize(frame.coefficients, quantizer, dtype)
+        flat = codes.reshape(-1).numpy()
+        data = encode_frame(flat, layout)
+        if not np.array_equal(decode_frame(data, flat.size), flat):
             raise CheckpointError(
                 "encode: a frame does not decode to what was encoded. This is a bug: please report it."
             )
-        values = dequantize(codes, encoded.step, encoded.offset)
-        return _energy(frames[frame]), _energy(frames[frame] - values)
+        return data, codes, sums
 
-    energies = parallel_map(verify, range(len(frames)), threads)
+    made = parallel_map(stored, frames, threads)
+    moments = reduce(add, (sums for _, _, sums in made))
+    largest = max(int(codes.abs().max()) for _, codes, _ in made)
+    step, offset = reconstruction(moments, largest)
+    data = tuple(data for data, _, _ in made)
+    steps = torch.tensor([step])
+    encoded = EncodedSpectrum(data, spectrum.shape, spectrum.rows_per_frame, steps, offset, spectrum.basis)
+
+    def lost(frame: int) -> float:
+        return _energy(frames[frame].coefficients - dequantize(made[frame][1], steps, offset))
+
     report = EncodingReport(
         spectrum.shape[0] * spectrum.shape[1],
         encoded.stored_bytes,
         int(moments.kept),
-        energy=sum(whole for whole, _ in energies),
-        error_energy=sum(lost for _, lost in energies),
+        energy=sum(own.energy for own in frames),
+        error_energy=sum(parallel_map(lost, range(len(frames)), threads)),
         stored_energy=moments.energy(step, offset),
     )
     return encoded, report
@@ -370,13 +385,14 @@ def _energy(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _sample(frames: list[Tensor]) -> FloatArray:
-    stride = max(1, sum(f.numel() for f in frames) // _SAMPLE) | 1  # odd: does not resonate with tiles
-    return np.concatenate([f.reshape(-1)[::stride].numpy() for f in frames])
+def _sample(frames: list[_Frame]) -> FloatArray:
+    flat = [own.coefficients.reshape(-1) for own in frames]
+    stride = max(1, sum(map(len, flat)) // _SAMPLE) | 1  # odd: does not resonate with tiles
+    return np.concatenate([own[::stride].numpy() for own in flat])
 
 
 def _exact_threshold(spectrum: _Spectrum, magnitudes: Magnitudes, density: float) -> float:
-    frames = spectrum.coefficients
+    frames = [own.coefficients for own in spectrum.frames]
     keep = max(1, round(density * sum(f.numel() for f in frames)))
     low = magnitudes.quantile(min(1.0, density + 0.01)) if density < 0.99 else 0.0
     high = magnitudes.quantile(max(0.0, density - 0.01)) if density > 0.01 else float("inf")

@@ -51,7 +51,7 @@ def run_workers(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         _require_room(Path(scratch), 3 * nbytes)
         source = generate(Path(scratch) / "source", nbytes)
-        for _ in range(2):
+        for _ in range(3):
             for workers, taken in seconds.items():
                 out = Path(scratch) / f"out-{workers}"
                 shutil.rmtree(out, ignore_errors=True)
