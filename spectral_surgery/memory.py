@@ -12,24 +12,36 @@ from typing import TypeVar
 R = TypeVar("R")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT = (64 << 20, 32 << 20)  # bytes of a piece; before glibc 2.35, 32 MiB is the most
+WORTH_KEEPING, LITTLE = 64 << 20, 16 << 20  # bytes of a piece; the second where memory is short
+_MOST = 32 << 20  # bytes of a piece, before glibc 2.35
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def keep_freed_memory() -> None:
-    """Ask malloc to keep what is freed for whoever asks next, up to 128 MiB; for processes that are ours alone.
+def keep_freed_memory(piece: int = WORTH_KEEPING) -> None:
+    """Ask malloc to keep pieces that are freed for whoever asks next; for processes that are ours alone.
 
     Pages from the system cost more than the arithmetic on them, and threads wait for each other to get them: two
-    threads transform matrices 1.8 times faster so. Other allocators than glibc's, and settings of the user, are left
+    threads transform matrices 1.8 times faster so. What is kept is in the way of pieces of other sizes, though: where
+    memory is short, only smaller ones should be. Other allocators than glibc's, and settings of the user, are left
     alone.
+
+    Args:
+        piece: bytes; larger pieces go back to the system at once.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
-    for size in _KEPT:
+    for size in (piece, min(piece, _MOST)):
         if mallopt(_M_MMAP_THRESHOLD, size):
             mallopt(_M_TRIM_THRESHOLD, 2 * size)
             return
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what malloc keeps; nothing with other allocators than glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss_bytes() -> int:
@@ -52,9 +64,7 @@ def peak_rss_growth(call: Callable[[], R]) -> tuple[R, int | None]:
     """
     if not _RESET.exists():
         return call(), None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    release_freed_memory()
     _RESET.write_text("5", encoding="ascii")
     before = _status("VmRSS")
     result = call()

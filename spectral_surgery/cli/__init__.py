@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import sys
 
@@ -11,7 +9,6 @@ import click
 
 from spectral_surgery import __version__
 from spectral_surgery.errors import SpectralSurgeryError
-from spectral_surgery.memory import keep_freed_memory
 
 INTERRUPTED = 130
 _COMMANDS = (
@@ -79,8 +76,6 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; deliberate errors become one line, anything else is a bug and keeps its traceback."""
-    keep_freed_memory()
-    atexit.register(gc.freeze)  # a last search for cycles in all that torch consists of takes half a second
     try:
         code = cli.main(standalone_mode=False)
     except SpectralSurgeryError as error:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
+
 if TYPE_CHECKING:
     from spectral_surgery.checkpoint.plan import CompressOptions
     from spectral_surgery.workflows.compress import CompressReport
@@ -106,6 +108,7 @@ def run(
         options = replace(options, allocation=_allocation(ctx, options, calibrated=True))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
+    keep_freed_memory(WORTH_KEEPING if data is None else LITTLE)
     if data is None and healing is None:
         return workflow.compress(source, out, options, shard=shard, base=base, **common)
     if base is not None or shard[1] > 1:

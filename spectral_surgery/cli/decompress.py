@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.memory import keep_freed_memory
 
 CHECK_FAILED = 3
 
@@ -48,6 +49,7 @@ def command(
     """
     from spectral_surgery.workflows import decompress as workflow
 
+    keep_freed_memory()
     access = shared.hub_access(quiet=quiet)
     if dry_run:
         with access.outline(source) as found:

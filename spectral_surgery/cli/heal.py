@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.memory import LITTLE, keep_freed_memory
 
 if TYPE_CHECKING:
     from spectral_surgery.workflows.heal import HealReport
@@ -73,6 +74,8 @@ def command(
     from spectral_surgery.workflows.heal_text import HealData
 
     own = ctx.meta[_KEY]
+    if own["blocks"]:
+        keep_freed_memory(LITTLE)
     data = HealData(own["data"], own["batch_size"] or 0, own["seq_length"] or 0)
     access = shared.hub_access(quiet=quiet)
     first = join_launcher()

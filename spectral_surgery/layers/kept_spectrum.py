@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,10 @@ class KeptSpectrum(nn.Module):
             row += own.shape[0]
             self._scales.append(float(values.square().mean().sqrt()) if len(values) else 1.0)
             starts.append(values / self._scales[-1])
-            self.register_buffer(f"positions_{part}", positions)
-            self.register_buffer(f"steps_{part}", self._grids[part].step.expand(own.shape).reshape(-1)[positions])
+            self.register_buffer(f"positions_{part}", positions.to(_index_dtype(stored.numel())))
+            step = self._grids[part].step
+            steps = step if step.numel() == 1 else step.expand(own.shape).reshape(-1)[positions]
+            self.register_buffer(f"steps_{part}", steps)
         self.start = torch.cat(starts)
 
     def forward(self, values: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class KeptSpectrum(nn.Module):
         for part, own in enumerate(self._split(values.detach())):
             grid = self._grids[part]
             codes = torch.zeros(math.prod(grid.shape), dtype=torch.int32)
-            codes[self._positions(part).cpu()] = self._codes(part, own, self.dead_zone).cpu().to(torch.int32)
+            codes[self._positions(part).cpu().long()] = self._codes(part, own, self.dead_zone).cpu().to(torch.int32)
             found.append(replace(grid, codes=codes.reshape(grid.shape)))
         return found
 
@@ -103,7 +106,7 @@ class KeptSpectrum(nn.Module):
         stored = (codes + codes.sign() * grid.offset) * self.get_buffer(f"steps_{part}")
         exact = values * self._scales[part]
         quantised = exact + (stored - exact.detach())
-        flat = values.new_zeros(math.prod(grid.shape)).index_copy(0, self._positions(part), quantised)
+        flat = cast(Tensor, _Placed.apply(quantised, self._positions(part), math.prod(grid.shape)))
         return Basis(grid.transform, grid.tile, grid.axes).inverse(flat.reshape(grid.shape))
 
     def _codes(self, part: int, values: Tensor, dead_zone: float) -> Tensor:
@@ -118,6 +121,30 @@ class KeptSpectrum(nn.Module):
 
     def _positions(self, part: int) -> Tensor:
         return self.get_buffer(f"positions_{part}")
+
+
+class _Placed(torch.autograd.Function):
+    """Values [K] at positions [K] of zeros [N]. Narrow positions are kept for the way back, where torch keeps wide."""
+
+    @staticmethod
+    def forward(values: Tensor, positions: Tensor, size: int) -> Tensor:
+        """[K] to [N]."""
+        return values.new_zeros(size).index_copy_(0, positions.long(), values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG004 - torch's
+        """Keep the positions."""
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """[N] to [K]."""
+        (positions,) = ctx.saved_tensors
+        return gradient.index_select(0, positions), None, None
+
+
+def _index_dtype(size: int) -> torch.dtype:
+    return torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _trainable(spectrum: QuantizedSpectrum, *, finer: bool) -> QuantizedSpectrum:

@@ -21,7 +21,7 @@ from spectral_surgery.spectra.quantized import dequantize
 from spectral_surgery.spectra.select import Quantizer
 
 _BLOCK = 128  # columns between two updates of all the others
-_COLUMNS = 512  # of H in double precision at once
+_COLUMNS = 512  # of H, or rows of a weight, in double precision at once
 _TRIANGLE = 256  # rows that are inverted at once
 DAMPING = 0.05  # of the mean of the diagonal: directions that the text never took are not free; measured on two models
 
@@ -93,29 +93,47 @@ def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> T
     mean = float(moment.diagonal().double().mean())
     if not mean > 0 or mean == float("inf"):
         raise ConfigError("moment: inputs are zero or not finite; some text that reaches this layer is accepted.")
-    turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment
-    turned = turned.flip(0, 1)  # H' = R Rᵀ with R upper, which is what Cholesky gives of this
-    root = turned.double().div_(mean)
-    del turned
-    root.diagonal().add_(damping)
-    torch.linalg.cholesky(root, out=root)
-    _invert_lower(root)
-    inverse = root.float()
-    del root
-    return inverse.flip(0, 1)
+    turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment.float()
+    root = turned.clone() if turned.data_ptr() == moment.data_ptr() else turned
+    root.div_(mean).diagonal().add_(damping)
+    _factorize(root)
+    _invert_upper(root)
+    return root
 
 
-def _invert_lower(triangle: Tensor) -> None:
-    """Invert a lower triangular matrix [n, n] with zeros above, in place: both halves, and what is between them."""
+def _factorize(matrix: Tensor) -> None:
+    """The upper triangle R with R Rᵀ = H, in the place of H, [n, n] float32.
+
+    A panel of columns is found in double precision, from the last one to the first. What is rounded on the way is small
+    beside the damping, since no eigenvalue of H exceeds n times the mean of its diagonal.
+
+    Raises:
+        torch.linalg.LinAlgError: when H is not positive definite.
+    """
+    for stop in range(len(matrix), 0, -_TRIANGLE):
+        start = max(stop - _TRIANGLE, 0)
+        corner, above = matrix[start:stop, start:stop], matrix[:start, start:stop]
+        root = torch.linalg.cholesky(corner.double().flip(0, 1)).flip(0, 1)
+        panel = torch.linalg.solve_triangular(root.T, above.double(), upper=False, left=False)
+        corner.copy_(root)
+        above.copy_(panel)
+        for row in range(0, start, _COLUMNS):
+            end = min(row + _COLUMNS, start)
+            matrix[row:end, row:start] -= (panel[row:end] @ panel[row:].T).float()
+    matrix.triu_()
+
+
+def _invert_upper(triangle: Tensor) -> None:
+    """Invert an upper triangular matrix [n, n] with zeros below, in place: both halves, and what is between them."""
     if len(triangle) <= _TRIANGLE:
-        identity = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
-        triangle.copy_(torch.linalg.solve_triangular(triangle, identity, upper=False))
+        identity = torch.eye(len(triangle), dtype=torch.float64, device=triangle.device)
+        triangle.copy_(torch.linalg.solve_triangular(triangle.double(), identity, upper=True))
         return
     half = len(triangle) // 2
-    upper, between, lower = triangle[:half, :half], triangle[half:, :half], triangle[half:, half:]
-    _invert_lower(upper)
-    _invert_lower(lower)
-    torch.mm(lower, between @ upper, out=between).neg_()
+    upper, between, lower = triangle[:half, :half], triangle[:half, half:], triangle[half:, half:]
+    _invert_upper(upper)
+    _invert_upper(lower)
+    torch.mm(upper, between @ lower, out=between).neg_()
 
 
 def feedback_noise(moment: Tensor, basis: Basis) -> float:
@@ -194,12 +212,13 @@ def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
         restored: of the same shape.
         moment: H, [I, I].
     """
-    difference, weight = (weight - restored).double(), weight.double()
     whole = lost = 0.0
-    for start in range(0, len(moment), _COLUMNS):
-        own, columns = moment[:, start : start + _COLUMNS].double(), slice(start, start + _COLUMNS)
-        whole += float(((weight @ own) * weight[:, columns]).sum())
-        lost += float(((difference @ own) * difference[:, columns]).sum())
+    for rows, kept in zip(torch.split(weight, _COLUMNS), torch.split(restored, _COLUMNS), strict=True):
+        exact, difference = rows.double(), rows.double() - kept
+        for start in range(0, len(moment), _COLUMNS):
+            own, columns = moment[:, start : start + _COLUMNS].double(), slice(start, start + _COLUMNS)
+            whole += float(((exact @ own) * exact[:, columns]).sum())
+            lost += float(((difference @ own) * difference[:, columns]).sum())
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 

@@ -13,6 +13,7 @@ from spectral_surgery.spectra.feedback import Codes, encode_codes, feedback_code
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits
 
 _ATTEMPTS, _HALVINGS = 8, 24
+_SAMPLE = 1 << 17  # coefficients that the first step is chosen by
 _STEEPEST, _FLATTEST = 2.0, 0.05  # bits by log2 step
 _LEAP = 2.0  # of log2 step, at most
 _TOLERANCE = 0.004  # of the asked rate
@@ -36,8 +37,7 @@ def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis,
     Returns:
         The codes; all zero for a zero matrix.
     """
-    magnitudes = Magnitudes(coefficients.reshape(-1).numpy())
-    if not magnitudes.rms > 0:
+    if not torch.count_nonzero(coefficients):
         return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)
     columns = worthwhile_steps(factor, len(coefficients)) if column_steps else None
     if target.kind == "density":
@@ -47,7 +47,10 @@ def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis,
         codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step), 0.0, columns)
         return codes, encode_codes(coefficients, codes, basis)[1].bits_per_weight
 
-    return _at_bits(made, for_bits(magnitudes, target.value).step, target.value)
+    flat = coefficients.reshape(-1)
+    magnitudes = Magnitudes(flat[:: len(flat) // _SAMPLE | 1].numpy())  # odd: does not resonate with tiles
+    step = for_bits(magnitudes, target.value).step if magnitudes.rms > 0 else float(flat.abs().max())
+    return _at_bits(made, step, target.value)
 
 
 def _at_bits(made: Callable[[float], tuple[Codes, float]], step: float, bits: float) -> Codes:

@@ -110,12 +110,16 @@ def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
     Returns:
         By parameter name, a spectrum for each row range; a shared weight once.
     """
-    found, seen = {}, set()
+    return dict(each_kept_spectrum(model))
+
+
+def each_kept_spectrum(model: nn.Module) -> Iterator[tuple[str, list[QuantizedSpectrum]]]:
+    """The items of `kept_spectra`, one in memory at a time."""
+    seen = set()
     for name, kept, values in _holders(model):
         if id(values) not in seen:
             seen.add(id(values))
-            found[name] = kept.spectra(values)
-    return found
+            yield name, kept.spectra(values)
 
 
 def settle(model: nn.Module) -> None:

@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
 from spectral_surgery.checkpoint.units import Workshop, finished_codes, leave_codes
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.feedback import feedback_factor, output_error
+from spectral_surgery.spectra.feedback import Codes, feedback_factor, output_error
 from spectral_surgery.spectra.feedback_rate import codes_at
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.allocate import spread_targets
@@ -112,19 +115,25 @@ class _Calibration:
             yield self._calibrated(turn, planned[turn.tensor])
 
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
+        release_freed_memory()
         basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
         weight = turn.layer.weight.detach().float()
-        codes = finished_codes(self.workshop, self.plan, tensor)
-        if codes is None:
-            coefficients = basis.forward(weight)
-            own = coefficients.T.contiguous() if turn.transposed else coefficients
-            target = tensor.target or self.plan.options.target
-            factor = feedback_factor(turn.moment, basis)
-            found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
-            codes = found.T if turn.transposed else found
-            leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
+        codes = finished_codes(self.workshop, self.plan, tensor) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
+        del codes
+        release_freed_memory()
         sides = (weight.T, restored.T) if turn.transposed else (weight, restored)
         done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
         turn.put(restored)
         return done
+
+    def _chosen(self, turn: LayerMoment, tensor: PlannedTensor, weight: Tensor, basis: Basis) -> Codes:
+        """Codes with error feedback, which are left in the workshop too."""
+        coefficients = basis.forward(weight)
+        own = coefficients.T.contiguous() if turn.transposed else coefficients
+        target = tensor.target or self.plan.options.target
+        factor = feedback_factor(turn.moment, basis)
+        found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
+        codes = found.T if turn.transposed else found
+        leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
+        return codes

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, distributed, nn
 
+from spectral_surgery.checkpoint.writer import tensor_entry, write_file
 from spectral_surgery.errors import CheckpointError, ConfigError
 
 Batch = dict[str, Tensor]
@@ -217,7 +217,8 @@ class _Run:
         own = self._held_out()
         if own < self.course.best:
             self.course.best_step = self.course.step
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            for name, p in self.parameters.items():
+                self.best[name].copy_(p.detach())
         self.course.held_out.append((self.course.step, own))
         self.course.train.append((self.course.step, sum(losses) / max(len(losses), 1)))
 
@@ -266,7 +267,8 @@ class _Run:
             tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
         body = {"key": self.work.key, "course": json.dumps(asdict(self.course))}
         fresh = self.work.state_file.with_suffix(".new")
-        fresh.write_bytes(save({key: own.cpu().contiguous() for key, own in tensors.items()}, body))
+        entries = [tensor_entry(key, own.cpu().contiguous()) for key, own in tensors.items()]
+        write_file(fresh, entries, metadata=body)
         fresh.replace(self.work.state_file)
 
     def _resumed(self) -> bool:

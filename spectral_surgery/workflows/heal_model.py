@@ -23,7 +23,8 @@ from spectral_surgery.spectra.feedback import codes_of, encode_codes
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.surgery.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
 from spectral_surgery.surgery.held_rate import HeldRate
-from spectral_surgery.surgery.kept import kept_spectra, train_kept, train_vectors, trained_vectors
+from spectral_surgery.surgery.kept import each_kept_spectrum, train_kept, train_vectors, trained_vectors
+from spectral_surgery.surgery.recomputed import recomputed_weights
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
 from spectral_surgery.workflows.heal_text import HealData, chosen, training_text
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
@@ -104,6 +105,13 @@ class Workplace:
                     found[name] = own
         return found
 
+    def original(self, name: str) -> Tensor:
+        """A parameter that the teacher has, read once more: it had to make room for the training."""
+        info = tensor_of(self.index, name)
+        if info is None:
+            raise CheckpointError(f"{name}: is no tensor of {self.teacher.name}. Please report this bug.")
+        return read_tensor(info)
+
     def leave(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Path]:
         """Files of the parts of a trained weight, with their distance from the original; see `write_part`."""
         record = self.checkpoint.manifest.tensors[tensor]
@@ -181,7 +189,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         place.settle(student),
     )
     healed = Healed(distill(work, settings, progress), coefficients=sum(own.numel() for own in values))
-    for name, own in kept_spectra(student).items():
+    for name, own in each_kept_spectrum(student):
         tensor = spectra[name][0]
         healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))
     healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
@@ -281,14 +289,16 @@ class _Turn:
 
 
 def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed) -> None:
-    """Heal the block of a turn, which holds the healed one afterwards."""
-    name, block, first = turn.name, turn.block, turn.train
-    spectra = place.spectra({f"{name}.{own}": tuple(p.shape) for own, p in block.named_parameters()})
+    """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
+    name, first = turn.name, turn.train
+    spectra = place.spectra({f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
     if not spectra:
         return
-    turn.block = student = copy.deepcopy(block)
+    tensors = {own.removeprefix(f"{name}."): tensor for own, (tensor, _) in spectra.items()}
+    turn.block = student = copy.deepcopy(turn.block, {id(own): own for own in turn.block.parameters()})
     inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
     values = train_kept(student, inside, rounded=place.rounded)
+    del spectra, inside  # all codes of a block
     vectors = _train_vectors(place, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:
@@ -306,10 +316,8 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
         place.settle(student),
     )
     course = distill(work, settings, progress)
-    originals = dict(block.named_parameters())
-    for own, parts in kept_spectra(student).items():
-        tensor = spectra[f"{name}.{own}"][0]
-        healed.replaced[tensor] = place.leave(tensor, parts, originals[own])
+    for own, parts in each_kept_spectrum(student):
+        healed.replaced[tensors[own]] = place.leave(tensors[own], parts, place.original(f"{name}.{own}"))
     healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
     healed.blocks[name] = (course.held_out[0][1], course.best)
     healed.coefficients += sum(own.numel() for own in values)
@@ -327,7 +335,8 @@ class _Fed(nn.Module):
         self.block, self._given = block, given
 
     def forward(self, place: Tensor) -> Tensor:
-        return self._given[int(place)].through(self.block)
+        with recomputed_weights(self.block):
+            return self._given[int(place)].through(self.block)
 
 
 class _Known(nn.Module):

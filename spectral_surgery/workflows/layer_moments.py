@@ -108,7 +108,7 @@ def layer_moments(
                     pass
             for key, (layer, tensor) in layers.items():
                 if key in moments:
-                    yield LayerMoment(block, layer, tensor, moments[key])
+                    yield LayerMoment(block, layer, tensor, moments.pop(key))
                 count += 1
                 progress(count, total, tensor)
 

@@ -6,9 +6,7 @@ What is taken is counted in a file, whose lock the system gives back when a proc
 
 from __future__ import annotations
 
-import atexit
 import fcntl
-import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +126,6 @@ def _start(loads: str) -> None:
         Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     keep_freed_memory()
     import_module(loads)
-    atexit.register(gc.freeze)  # nobody needs a last search for cycles in all of torch, which takes half a second
 
 
 def _end_with(sentinel: int) -> None:

@@ -12,7 +12,8 @@ from spectral_surgery.spectra.coding import entropy
 from spectral_surgery.spectra.feedback import (
     DAMPING,
     Codes,
-    _invert_lower,
+    _factorize,
+    _invert_upper,
     codes_of,
     encode_codes,
     feedback_codes,
@@ -44,11 +45,21 @@ def test_the_factor_is_the_inverse_in_the_domain_of_the_codes(axes: tuple[int, .
 
 @pytest.mark.parametrize("size", [1, 256, 257, 1030])
 def test_a_triangle_is_inverted_in_place(size: int) -> None:
-    root = torch.linalg.cholesky(skewed(size).double() + 0.1 * torch.eye(size, dtype=torch.float64))
+    root = torch.linalg.cholesky(skewed(size).double() + 0.1 * torch.eye(size, dtype=torch.float64)).T.contiguous()
     inverse = root.clone()
-    _invert_lower(inverse)
+    _invert_upper(inverse)
     torch.testing.assert_close(inverse @ root, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
-    assert torch.equal(inverse, inverse.tril())
+    assert torch.equal(inverse, inverse.triu())
+
+
+@pytest.mark.parametrize("size", [1, 256, 700, 1100])
+def test_a_matrix_is_factorized_in_place(size: int) -> None:
+    matrix = skewed(size) / size + 0.1 * torch.eye(size)
+    root = matrix.clone()
+    _factorize(root)
+    assert torch.equal(root, root.triu())
+    error = root.double() @ root.double().T - matrix.double()
+    assert float(error.norm() / matrix.double().norm()) < 2e-7
 
 
 @pytest.mark.parametrize("shape", [(40, 200), (130, 70)])
