@@ -200,7 +200,7 @@ def feedback_codes(
             error = (values - kept * step) / own[column, column]
             block[:, column:] -= error[:, None] * own[column, column:]
             errors[:, column] = error
-        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     return Codes(codes, quantizer.step, offset, columns)
 
 

@@ -69,6 +69,7 @@ def _at_bits(made: Callable[[float], tuple[Codes, float]], step: float, bits: fl
         slope = min(max((found - before) / leap, -_STEEPEST), -_FLATTEST)
         if abs(found - bits) < abs(rate - bits):
             best, rate = codes, found
+        del codes  # one more would be in memory
     return best
 
 

@@ -51,7 +51,7 @@ def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, Squares
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def seen(gradient: Tensor) -> None:
             own = found.setdefault(name, Squares())
-            own.total += float(gradient.double().square().sum())
+            own.total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
             own.count += gradient.numel()
 
         def watch(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:

@@ -22,6 +22,7 @@ from spectral_surgery.checkpoint.plan import Plan
 from spectral_surgery.checkpoint.publish import replace_file
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import Workshop
+from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.spectra.allocation import Share, spread_bits, spread_density
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import feedback_noise
@@ -167,8 +168,9 @@ class _Measurement:
                     given.append(next_inputs(block, given[-1], self.shelf.put))
                 for key, (layer, tensor) in layers.items():
                     if key in moments:
-                        noise = feedback_noise(moments[key], self._basis(tensor))
+                        noise = feedback_noise(moments.pop(key), self._basis(tensor))
                         errors[tensor] = _power(layer.weight) * noise
+                        release_freed_memory()
         return given, errors, {name: own / (sum(power.values()) or 1.0) for name, own in power.items()}
 
     def _backwards(self, blocks: Sequence[_Block], given: Sequence[Sequence[Sample]]) -> tuple[dict[str, float], float]:
@@ -177,17 +179,20 @@ class _Measurement:
         That is what comes of an error as large as the hidden states that the first block is given.
         """
         generator = torch.Generator().manual_seed(0)
-        gradients = [probe(sample.hidden(), generator) for sample in given[-1]]
+        gradients = [self.shelf.put(probe(sample.hidden(), generator)) for sample in given[-1]]
         found: dict[str, float] = {}
         for (name, block, layers), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
             with (
                 self.lazy.holding(name, ""),
                 gradient_squares({key: layer for key, (layer, _) in layers.items()}) as squares,
             ):
-                gradients = [pull_back(block, own, gradient) for own, gradient in zip(inputs, gradients, strict=True)]
+                release_freed_memory()
+                pulled = (pull_back(block, own, after()) for own, after in zip(inputs, gradients, strict=True))
+                gradients = [self.shelf.put(own) for own in pulled]
             found |= {tensor: squares[key].mean for key, (_, tensor) in layers.items() if key in squares}
         entered = 0.0
-        for sample, gradient in zip(given[0], gradients, strict=True):
+        for sample, held in zip(given[0], gradients, strict=True):
+            gradient = held()
             squared = gradient.double().square().sum(-1) * sample.hidden().double().square().sum(-1)
             entered += float(squared.sum()) / gradient.shape[-1]
         return found, entered

@@ -133,6 +133,7 @@ class _Calibration:
         own = coefficients.T.contiguous() if turn.transposed else coefficients
         target = tensor.target or self.plan.options.target
         factor = feedback_factor(turn.moment, basis)
+        release_freed_memory()
         found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
         codes = found.T if turn.transposed else found
         leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
