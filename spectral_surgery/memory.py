@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,13 @@ def keep_freed_memory(piece: int = WORTH_KEEPING) -> None:
 
     Pages from the system cost more than the arithmetic on them, and threads wait for each other to get them: two
     threads transform matrices 1.8 times faster so. What is kept is in the way of pieces of other sizes, though: where
-    memory is short, only smaller ones should be. Other allocators than glibc's, and settings of the user, are left
-    alone.
+    memory is short, only smaller ones should be. Other allocators than glibc's are left alone.
 
     Args:
         piece: bytes; larger pieces go back to the system at once.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+    if mallopt is None:
         return
     for size in (piece, min(piece, _MOST)):
         if mallopt(_M_MMAP_THRESHOLD, size):

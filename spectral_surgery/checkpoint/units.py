@@ -30,7 +30,8 @@ from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTenso
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.checkpoint.writer import Entry
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, choose_basis, encode
+from spectral_surgery.spectra.choose import choose_basis
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
 from spectral_surgery.spectra.feedback import Codes, codes_of, encode_codes
 from spectral_surgery.spectra.parallel import one_torch_thread
 

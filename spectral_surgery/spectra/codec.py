@@ -8,7 +8,6 @@ how many threads or processes share the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -43,7 +42,6 @@ _BITS_NEAR = 0.05
 _EXPECTED_OVERHEAD = 1.014
 _SMALLEST, _LARGEST = 1e-30, 1e25  # float32 has no headroom for reciprocals of smaller numbers and sums of larger ones
 _MAX_CODE = 1 << 30
-_AUTO_MARGIN = 0.99  # another transform must leave 1 % less error (or bits) than the default
 
 
 @dataclass(frozen=True)
@@ -190,41 +188,6 @@ def encode(
     with one_torch_thread():
         frames = parallel_map(lambda span: _frame(basis.forward(weight[slice(*span)])), spans, threads)
         return _search(_Spectrum(frames, height, basis, threads), target)
-
-
-def choose_basis(weight: Tensor, target: Target, candidates: Sequence[Basis]) -> Basis:
-    """The candidate that leaves the least error at the asked rate (or costs the fewest bits at the asked error).
-
-    Args:
-        weight: [O, I]; rows of tiles are sampled evenly, about 2^20 weights.
-        target: as for `encode`.
-        candidates: the first one is kept unless another is better by more than 1 %.
-
-    Returns:
-        The winner.
-    """
-    if len(candidates) == 1:
-        return candidates[0]
-    weight = weight.detach()
-    spans = frame_spans(weight.shape[0], candidates[0].tile)
-    some = spans[:: max(1, weight.numel() // (1 << 20))]
-    best, best_cost = candidates[0], float("inf")
-    for basis in candidates:
-        sample = torch.cat([basis.forward(weight[slice(*span)]).reshape(-1) for span in some])
-        cost = _cost(Magnitudes(sample.numpy()), target)
-        if cost < best_cost * (_AUTO_MARGIN if basis is not candidates[0] else 1):
-            best, best_cost = basis, cost
-    return best
-
-
-def _cost(magnitudes: Magnitudes, target: Target) -> float:
-    if not 0 < magnitudes.rms < math.inf:  # nothing to compare; `encode` says what is wrong
-        return 0.0
-    if target.kind == "max_error":
-        return magnitudes.estimate(for_error(magnitudes, target.value)).entropy
-    if target.kind == "bits":
-        return math.sqrt(magnitudes.estimate(for_bits(magnitudes, target.value)).distortion)
-    return math.sqrt(magnitudes.estimate(for_density(magnitudes, magnitudes.quantile(target.value))).distortion)
 
 
 def frame_spans(rows: int, rows_per_frame: int) -> list[tuple[int, int]]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
 from spectral_surgery.spectra import codec
-from spectral_surgery.spectra.codec import Basis, choose_basis, encode
+from spectral_surgery.spectra.choose import choose_basis
+from spectral_surgery.spectra.codec import Basis, encode
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize, grid, quantize, reconstruction
 from spectral_surgery.spectra.select import Quantizer, Target
