@@ -11,7 +11,7 @@ from typing import TypeVar
 R = TypeVar("R")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-WORTH_KEEPING, LITTLE = 64 << 20, 16 << 20  # bytes of a piece; the second where memory is short
+WORTH_KEEPING, LITTLE = 64 << 20, 8 << 20  # bytes of a piece; the second where memory is short
 _MOST = 32 << 20  # bytes of a piece, before glibc 2.35
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

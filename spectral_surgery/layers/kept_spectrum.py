@@ -72,9 +72,8 @@ class KeptSpectrum(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[K] float32 to the weight, in float32; autocast does not reach it."""
         with torch.autocast(values.device.type, enabled=False):
-            return torch.cat([self._rows(part, own) for part, own in enumerate(self._split(values))]).reshape(
-                self.shape
-            )
+            rows = [self._rows(part, own) for part, own in enumerate(self._split(values))]
+            return (rows[0] if len(rows) == 1 else torch.cat(rows)).reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The values that training starts from, whatever the weight is."""

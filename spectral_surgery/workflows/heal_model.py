@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.parts import part_record, write_part
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.feedback import codes_of, encode_codes
@@ -35,7 +37,7 @@ from spectral_surgery.workflows.sequences import equal_lengths, padded
 
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
-_IN_MEMORY = 32 << 20  # bytes of activations; more go to files
+_IN_MEMORY = 8 << 20  # bytes of activations; more go to files
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
                 _heal_block(place, turn, settings, told, healed)
                 given = next_inputs(turn.block, given, shelf.put)
                 del turn  # and the trained block with it, before the next one is read
+                gc.collect()  # optimizers refer to themselves
     if not healed.replaced:
         raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
     sides = list(zip(*healed.blocks.values(), strict=True))
@@ -299,6 +302,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
     values = train_kept(student, inside, rounded=place.rounded)
     del spectra, inside  # all codes of a block
+    release_freed_memory()
     vectors = _train_vectors(place, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.reader import read_tensor
+from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.models import load_model, load_outline
 from spectral_surgery.surgery.blocks import has_blocks
 from spectral_surgery.workflows.merge_plan import tensor_of
@@ -60,6 +61,8 @@ class LazyModel:
             for name in names:
                 shape = self.tensors[name].shape
                 self._put(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+            read.clear()
+            release_freed_memory()
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         path, _, leaf = name.rpartition(".")
