@@ -101,8 +101,6 @@ def derived(source: str | None, facts: Facts) -> str:
     Returns:
         The text of the card.
     """
-    from huggingface_hub.repocard_data import ModelCardData  # repocard imports a client of the Hub, half a second
-
     text = _unix(source or "").removeprefix("\ufeff")
     try:
         old, body = metadata(text), _METADATA.sub("", text, count=1)
@@ -118,7 +116,7 @@ def derived(source: str | None, facts: Facts) -> str:
     if has_section(text):
         tags = [tag for tag in tags if tag != COMPRESSED]  # said of that checkpoint by us
     tags += _listed(new["tags"])
-    data = ModelCardData(**{**new, **kept, "tags": list(dict.fromkeys(tags))})
+    data = _card_data({**new, **kept, "tags": list(dict.fromkeys(tags))})
     front = f"---\n{data.to_yaml()}\n---\n\n"
     body = _SECTION.sub("", body).strip("\n")
     heading = "" if body.startswith(_HEADING) or not body else f"{_HEADING}\n\n"
@@ -155,8 +153,6 @@ def with_section(text: str, change: Callable[[str], str]) -> str:
 
 
 def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
-    from huggingface_hub.repocard_data import ModelCardData  # repocard imports a client of the Hub, half a second
-
     ending = "\r\n" if "\r\n" in text else "\n"
     unix = _unix(text)
     old = metadata(unix)
@@ -169,7 +165,7 @@ def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
     elif "base_model" in old:
         missing.pop("base_model_relation", None)  # of a base that somebody else named
     if missing:
-        lines = ModelCardData(**missing).to_yaml()
+        lines = _card_data(missing).to_yaml()
         head = f"{head.rstrip().removesuffix('---')}{lines}\n---\n" if head else f"---\n{lines}\n---\n\n"
     found = _SECTION.search(body)
     before, after = (body[: found.start()], body[found.end() :]) if found else ("\n" if head else "", body)
@@ -215,7 +211,6 @@ def metadata(text: str) -> dict[str, Any]:
         ConfigError: when they are no YAML mapping.
     """
     import yaml  # type: ignore[import-untyped]
-    from huggingface_hub.repocard_data import ModelCardData
 
     front = _METADATA.match(_unix(text))
     if not front:
@@ -224,7 +219,7 @@ def metadata(text: str) -> dict[str, Any]:
         written = yaml.safe_load(front.group(1)) or {}
         if not isinstance(written, dict):
             raise TypeError("it is no mapping")
-        found: dict[str, Any] = ModelCardData(**written, ignore_metadata_errors=True).to_dict()
+        found: dict[str, Any] = _card_data(written | {"ignore_metadata_errors": True}).to_dict()
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -232,6 +227,12 @@ def metadata(text: str) -> dict[str, Any]:
             "accepted. Correct or remove them."
         ) from None
     return found
+
+
+def _card_data(fields: Mapping[str, Any]) -> Any:
+    from huggingface_hub.repocard_data import ModelCardData  # repocard imports a client of the Hub, half a second
+
+    return ModelCardData(**fields)
 
 
 def read_card(folder: Path) -> str | None:

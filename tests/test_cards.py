@@ -232,7 +232,7 @@ def test_what_is_made_from_a_compressed_checkpoint_is_not_called_compressed() ->
 
 
 def test_long_tables_are_cut() -> None:
-    make: Callable[[int], Facts] = lambda n: Facts("T", "S", "", "U", [{"tensor": str(i)} for i in range(n)])  # noqa: E731
+    make: Callable[[int], Facts] = lambda n: Facts("T", "S", "", "U", [{"tensor": str(i)} for i in range(n)])  # noqa: E731 - on one line
     assert "and 60 more." in cards.derived(None, make(100))
     assert "more." not in cards.derived(None, make(40))
 

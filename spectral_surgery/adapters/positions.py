@@ -45,7 +45,7 @@ def register_positions(module: nn.Module, positions: Tensor, shape: tuple[int, i
     module.register_buffer("positions", positions.to(torch.int32 if count < 1 << 31 else torch.int64))
     check = partial(_check, count=count)
     check(module)
-    module.register_load_state_dict_post_hook(check)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(check)
 
 
 def _check(module: nn.Module, _: Any = None, *, count: int) -> None:

@@ -253,7 +253,7 @@ def _given(block: nn.Module, sample: Sample) -> dict[str, tuple[Tensor, Any]]:
 
 def _keep_gradient(kept: list[Tensor]) -> Callable[..., None]:
     def see(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        output.register_hook(lambda own: kept.append(own.square().sum(-1)))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda own: kept.append(own.square().sum(-1)))
 
     return see
 

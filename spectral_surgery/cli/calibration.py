@@ -108,7 +108,8 @@ def run(
         options = replace(options, allocation=_allocation(ctx, options, calibrated=True))
     common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
     common |= {"origin": origin, "progress": progress}
-    keep_freed_memory(WORTH_KEEPING if data is None else LITTLE)
+    blockwise = data is not None and healing is None  # healing has the whole model in memory
+    keep_freed_memory(LITTLE if blockwise else WORTH_KEEPING)
     if data is None and healing is None:
         return workflow.compress(source, out, options, shard=shard, base=base, **common)
     if base is not None or shard[1] > 1:

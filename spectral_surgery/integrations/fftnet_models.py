@@ -95,7 +95,7 @@ def _config() -> Any:
             "num_attention_heads": "num_heads",
             "max_position_embeddings": "max_seq_length",
         }
-        keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
+        keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers reads a plain attribute
 
         vocab_size: int = 32000
         d_model: int = 256
@@ -247,7 +247,7 @@ def _causal_lm() -> Any:
         """A language model: logits of the next token."""
 
         wants_causal = True
-        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers reads a plain attribute
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -303,7 +303,7 @@ def _masked_lm() -> Any:
         """An encoder that fills in masked tokens."""
 
         wants_causal = False
-        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers reads a plain attribute
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

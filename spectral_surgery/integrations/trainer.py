@@ -285,13 +285,13 @@ def _progress_callback(job: Job) -> Any:
     class Report(TrainerCallback):  # type: ignore[misc]
         loss = ""
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002 - as the Trainer calls it
             if logs and "loss" in logs:
                 self.loss = f"loss {logs['loss']:.4f}"
             elif logs and f"eval_{job.task.best}" in logs:
                 self.loss = f"held-out {job.task.best} {logs[f'eval_{job.task.best}']:.4f}"
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - as the Trainer calls it
             if state.is_world_process_zero:
                 job.progress(state.global_step, state.max_steps, self.loss)
 

@@ -68,7 +68,7 @@ class FFTNetMixer(nn.Module):
 
         return filtered(mix, channel_slabs(tokens, group), tokens, gain, bias)
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """It cannot decode.
 
         Raises:

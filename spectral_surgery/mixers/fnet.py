@@ -51,7 +51,7 @@ class FNetMixer(nn.Module):
         """[B, T, D] to [B, T, D] float32."""
         return fourier_mix(wide(x))
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """FNet cannot decode.
 
         Raises:

@@ -113,7 +113,7 @@ class _FourierMix(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004 - torch gives a context
         """The same map."""
         return fourier_mix(grad)
 

@@ -35,6 +35,6 @@ class _Swap(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004 - torch gives a context
         """[B, N, M] to [B, M, N]."""
         return swap(grad)

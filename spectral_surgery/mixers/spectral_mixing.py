@@ -66,7 +66,7 @@ class SpectralMixing(nn.Module):
 
         return filtered(amplify, channel_slabs(tokens), tokens, wide(self.filter))
 
-    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002
+    def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """It cannot decode.
 
         Raises:

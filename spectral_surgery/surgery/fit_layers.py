@@ -166,7 +166,7 @@ def _train(
             group["lr"] = stage.rate * _schedule(step, stage.steps)
         loss = loss_of(batches[next(order)])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         say(step + 1, loss.item())

@@ -56,7 +56,7 @@ def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, Squares
 
         def watch(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(seen)  # type: ignore[no-untyped-call]
+                output.register_hook(seen)
 
         return watch
 

@@ -181,7 +181,7 @@ class _Run:
             group["lr"] = self.settings.learning_rate * self._rate()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.work.batch(self.course.step, self.rank))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         value = self._mean(loss.detach())
         if not math.isfinite(value):
             raise ConfigError(
@@ -230,7 +230,7 @@ class _Run:
         """How many steps fit, with an evaluation that takes so long after every few of them."""
         start = time.perf_counter()
         for step in range(_TIMED):
-            self._loss(self.work.batch(step, self.rank)).backward()  # type: ignore[no-untyped-call]
+            self._loss(self.work.batch(step, self.rank)).backward()
         spent = time.perf_counter() - start
         each = torch.tensor(spent / _TIMED / _SHARE + judging / self.settings.eval_every)
         return max(_TIMED, int((seconds - spent) / self._mean(each)))

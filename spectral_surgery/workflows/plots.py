@@ -203,7 +203,7 @@ def require_matplotlib() -> None:
         BackendError: when matplotlib is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 - whether it is there
     except ImportError:
         raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
 

@@ -109,7 +109,7 @@ def test_nothing_to_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    call = lambda: torch.ones(1 << 22).mul(2).sum()  # noqa: E731
+    call = lambda: torch.ones(1 << 22).mul(2).sum()  # noqa: E731 - on one line
     if memory._RESET.exists():
         call()
         assert peak.peak_bytes(call, cpu) == pytest.approx(2 * 4 * (1 << 22), rel=0.2)

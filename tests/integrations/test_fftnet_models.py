@@ -291,7 +291,7 @@ def test_an_encoder_cannot_generate_and_a_sequence_has_an_end() -> None:
     with pytest.raises(ShapeError, match="65 tokens; at most 64"):
         model().generate(ids(1, 60), max_new_tokens=6, do_sample=False)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        fftnet_models.nothing  # noqa: B018
+        fftnet_models.nothing  # noqa: B018 - reading it is the test
 
 
 def test_a_folder_is_known_without_asking_for_the_classes(tmp_path: Path) -> None:

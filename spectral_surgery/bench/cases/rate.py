@@ -31,7 +31,7 @@ def run(quick: bool) -> list[Row]:  # noqa: ARG001 - it is quick
     return sorted(rows, key=lambda row: -float(str(row["bits_per_weight"])))
 
 
-def run_tiles(quick: bool) -> list[Row]:  # noqa: ARG001
+def run_tiles(quick: bool) -> list[Row]:  # noqa: ARG001 - as every case
     """Every transform with tiles of 32, 64 and 128 at 3 bits."""
     weights = linear_weights()
     rows: list[Row] = []

@@ -67,7 +67,7 @@ def linear_op(  # noqa: PLR0917 - operators of torch take tensors and numbers on
     mutates_args=(),
     schema=f"(Tensor dy, Tensor? x, Tensor? weight, bool want_dx, bool fused, {SCHEMA}) -> (Tensor, Tensor)",
 )
-def linear_backward_op(  # noqa: PLR0917
+def linear_backward_op(  # noqa: PLR0917 - operators of torch take tensors and numbers only
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,

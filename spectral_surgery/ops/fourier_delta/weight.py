@@ -44,7 +44,7 @@ def weight_op(  # noqa: PLR0917 - operators of torch take tensors and numbers on
 @torch.library.custom_op(
     "spectral_surgery::fourier_weight_backward", mutates_args=(), schema=f"(Tensor gradient, {SCHEMA}) -> Tensor"
 )
-def weight_backward_op(  # noqa: PLR0917
+def weight_backward_op(  # noqa: PLR0917 - operators of torch take tensors and numbers only
     gradient: Tensor,
     coefficients: Tensor,
     indices: Tensor,

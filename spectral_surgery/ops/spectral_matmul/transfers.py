@@ -48,10 +48,10 @@ class CudaTransfers:
             device: a GPU.
         """
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         self._blocks: list[Tensor] = [torch.empty(0)] * BUFFERS
-        self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]  # type: ignore[no-untyped-call]
-        self._free = [torch.cuda.Event() for _ in range(BUFFERS)]  # type: ignore[no-untyped-call]
+        self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]
+        self._free = [torch.cuda.Event() for _ in range(BUFFERS)]
         self._buffers = [torch.empty(BUFFER_BYTES, dtype=torch.int8, device=device) for _ in range(BUFFERS)]
         for buffer, free in zip(self._buffers, self._free, strict=True):
             buffer.record_stream(self._stream)  # its memory is not given to others while a copy is under way
