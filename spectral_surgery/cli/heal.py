@@ -42,7 +42,7 @@ _setting = partial(click.option, expose_value=False, callback=_collect)
 @_setting("--seed", type=int, help="Of the batches  [default: 0]")
 @_setting("--blocks", is_flag=True, help="One block after the other: little memory; --steps are those of a block.")
 @_setting("--bf16", is_flag=True, help="Compute in bfloat16.")
-@_setting("--device", default="cpu", show_default=True, help="cpu or cuda")
+@_setting("--device", default="cpu", show_default=True, help="cpu or, without --blocks, cuda")
 @click.option("--resume", is_flag=True, help="Go on with unfinished work of the same models, text and settings.")
 @shared.threads_option
 @shared.hub_options

@@ -114,7 +114,7 @@ def heal(
         settings: how; None for 400 steps.
         blocks: one block after the other, in the memory of one block, and less of a cure; settings are those of each.
         threads: frames encoded at once.
-        device: models run on it.
+        device: models run on it; blocks on the CPU.
         resume: go on with unfinished work of the same models, text and settings.
         overwrite: replace an existing folder, and discard unfinished work.
         origin: the Hub repository that the teacher is a copy of.

@@ -17,7 +17,7 @@ from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.parts import part_record, write_part
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
-from spectral_surgery.errors import CheckpointError
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
@@ -221,8 +221,10 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
 
     Raises:
         CheckpointError: when nothing can be trained, or the model has no list of blocks that can be read one by one.
-        ConfigError: when the text does not do, or a loss is not finite.
+        ConfigError: when the text does not do, a loss is not finite, or another device than the CPU is asked for.
     """
+    if place.device != "cpu":
+        raise ConfigError(f"heal --blocks --device {place.device}: blocks run on the cpu. Leave one of both out.")
     lazy = load_lazily(place.teacher, place.index, "AutoModel")
     if lazy.whole:
         raise CheckpointError(

@@ -243,6 +243,9 @@ def test_what_healing_refuses(tmp_path: Path, sparse: Path, bert: Path, text: Pa
     with pytest.raises(CheckpointError, match=r"was not made from .*llama; the checkpoint it was made from is needed"):
         heal(sparse, other, tmp_path / "out", HealData(text))
     (tmp_path / "short.txt").write_text("one line")
+    with pytest.raises(ConfigError, match=r"heal --blocks --device cuda: blocks run on the cpu\. Leave one"):
+        heal(sparse, bert, tmp_path / "out", HealData(text), FEW, blocks=True, device="cuda")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="gives 1 sequence of up to 128 tokens; two or more"):
         heal(sparse, bert, tmp_path / "out", HealData(tmp_path / "short.txt"))
     wild = DistillSettings(steps=4, learning_rate=1e37, warmup_steps=0)
