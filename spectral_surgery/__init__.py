@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from spectral_surgery.integrations.peft_accelerate import accelerate_peft
     from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
     from spectral_surgery.mixers import MIXERS
-    from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
+    from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport
+    from spectral_surgery.spectra.encode import encode
     from spectral_surgery.spectra.quality import bits_per_weight, energy_kept, relative_error, snr_db
     from spectral_surgery.spectra.quantized import QuantizedSpectrum
     from spectral_surgery.spectra.select import Target
@@ -102,7 +103,7 @@ _HOMES = {
     "compress_model": "surgery.compress_live",
     "decompress": "workflows.decompress",
     "detach": "surgery.attach",
-    "encode": "spectra.codec",
+    "encode": "spectra.encode",
     "energy_kept": "spectra.quality",
     "evaluate": "workflows.evaluate",
     "extract": "workflows.extract",

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_surgery.spectra.codec import Basis, encode
+from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.coding import choose_layout, encode_frame
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.feedback import Codes, feedback_codes, feedback_factor, output_error
 from spectral_surgery.spectra.select import Quantizer, Target
 

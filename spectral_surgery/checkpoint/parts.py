@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectral_surgery.checkpoint.index import TensorInfo, read_index
 from spectral_surgery.checkpoint.manifest import SUFFIXES, PartRecord, parse_part
-from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.checkpoint.reader import read_bytes, read_tensor, release
 from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
@@ -95,6 +95,7 @@ def spectral_entries(name: str, files: Sequence[Mapping[str, TensorInfo]]) -> li
             info = file["codes"]
             for start in range(0, info.nbytes, _PIECE):
                 yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
+            release(info.file)
 
     return [
         Entry(codes, "U8", (int(joined[-1]),), chunks),

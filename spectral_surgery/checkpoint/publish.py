@@ -10,9 +10,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from spectral_surgery.errors import CheckpointError
 
+PIECE = 1 << 17  # bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -42,6 +44,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_pieces(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
+    """Write data in small pieces: a large one makes Linux look for large pages, which takes up to five times longer."""
+    view = memoryview(data).cast("B")
+    for start in range(0, view.nbytes, PIECE):
+        file.write(view[start : start + PIECE])
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file so that at any time either its old content is there or all of the new.
 
@@ -55,7 +64,8 @@ def replace_file(path: Path, data: bytes) -> None:
     fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     with writing_to(path):
         try:
-            fresh.write_bytes(data)
+            with fresh.open("wb") as file:
+                write_pieces(file, data)
             sync(fresh)
             fresh.replace(path)
         finally:

@@ -5,7 +5,9 @@ Files are read and never mapped: mapped pages would count as resident memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -43,24 +45,42 @@ def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
         CheckpointError: when the range is not inside the tensor, or the file has shrunk since it
             was indexed.
     """
+    _check_range(info, start, stop)
+    buffer = bytearray(stop - start)
+    _fill(memoryview(buffer), info, start)
+    return buffer
+
+
+def _check_range(info: TensorInfo, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= info.nbytes:
         raise CheckpointError(
             f"{info.file}: bytes {start} to {stop} of {named([info.name])} asked for;"
             f" 0 to {info.nbytes} are accepted. Check the range."
         )
-    buffer = bytearray(stop - start)
-    view, done = memoryview(buffer), 0
+
+
+def _fill(view: memoryview, info: TensorInfo, start: int) -> None:
+    done = 0
     with reading(info.file), info.file.open("rb", buffering=0) as stream:
         stream.seek(info.start + start)
-        while done < len(buffer):
+        while done < view.nbytes:
             count = stream.readinto(view[done:])  # one call reads at most 2 GiB
             if not count:
                 raise CheckpointError(
-                    f"{info.file}: ends inside {named([info.name])}, {len(buffer) - done} bytes"
+                    f"{info.file}: ends inside {named([info.name])}, {view.nbytes - done} bytes"
                     " short; a file that does not change is accepted. Download it again."
                 )
             done += count
-    return buffer
+
+
+def release(path: Path) -> None:
+    """Give the memory back that Linux keeps a file in, once nobody reads it again.
+
+    What is written next takes that memory: to get other memory from the system takes longer than to fill it.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
@@ -84,8 +104,10 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
             f"{info.file}: {named([info.name])} is {info.dtype}, several elements to a byte;"
             f" {', '.join(DTYPES)} are accepted. Exclude it, so that it is copied."
         )
-    data = read_bytes(info, start * dtype.itemsize, stop * dtype.itemsize)
-    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
+    made = torch.empty(stop - start, dtype=dtype)
+    _fill(made.view(torch.uint8).numpy().data, info, start * dtype.itemsize)
+    return made
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

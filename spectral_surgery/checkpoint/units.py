@@ -31,7 +31,8 @@ from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tenso
 from spectral_surgery.checkpoint.writer import Entry
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.spectra.choose import choose_basis
-from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, encode
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.feedback import Codes, codes_of, encode_codes
 from spectral_surgery.spectra.parallel import one_torch_thread
 
@@ -97,20 +98,20 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
     weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
     if tensor.base is not None:
         weight = weight.float() - read_rows(tensor.base, (start, stop), tensor.columns)
-    if not _is_finite(weight):
-        if not options.copy_nonfinite:
-            raise ConfigError(
-                f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
-                "Repair it, or use --copy-nonfinite to pass such tensors through."
-            )
-        write_part(workshop.path(unit), workshop.key, None, None)
-        return None
     try:
         target = tensor.target or options.target
         basis = choose_basis(weight, target, options.candidates(tensor.axes))
         encoded, report = encode(weight, target, basis, threads=threads)
     except ConfigError as error:
-        raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
+        if _is_finite(weight):
+            raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
+        if not options.copy_nonfinite:
+            raise ConfigError(
+                f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
+                "Repair it, or use --copy-nonfinite to pass such tensors through."
+            ) from None
+        write_part(workshop.path(unit), workshop.key, None, None)
+        return None
     write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
     return report
 
@@ -167,8 +168,7 @@ def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Cod
 
 def _is_finite(weight: Tensor) -> bool:
     values = weight.float() if weight.element_size() == 1 else weight
-    total = values.sum(dtype=torch.float32)  # ten times faster than looking at each; it may overflow, so then look
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(values).all())
 
 
 def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:

@@ -27,6 +27,7 @@ from spectral_surgery.checkpoint.publish import (
     publishing,
     replace_file,
     sync,
+    write_pieces,
     writing_to,
 )
 from spectral_surgery.checkpoint.reader import CODES
@@ -241,7 +242,7 @@ def _stream(file: BinaryIO, path: Path, entry: Entry) -> None:
         written += memoryview(chunk).nbytes
         if written > entry.nbytes:
             break
-        file.write(chunk)
+        write_pieces(file, chunk)
     if written != entry.nbytes:
         raise CheckpointError(
             f"{path}: {named([entry.name])} came with {written} bytes; {entry.dtype} of shape"

@@ -18,7 +18,8 @@ from spectral_surgery.ops.spectral_matmul import (
     form_matmul_transposed,
     resident_form,
 )
-from spectral_surgery.spectra.codec import Basis, encode, rows_per_frame
+from spectral_surgery.spectra.codec import Basis, rows_per_frame
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.transforms import TRANSFORMS, tiles
 

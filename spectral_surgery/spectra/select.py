@@ -21,8 +21,9 @@ Floats = npt.NDArray[np.float64]
 
 _MAX_LEVELS = 4096  # priced one by one in the estimate
 _FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
+_HALVINGS = 20  # of that range, to a hundred-thousandth of a step
 _ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
-_DEAD_ZONES = (0.5, 0.54, 0.58, 0.62, 0.66, 0.7)  # in steps; the wider ones pay off at low rates
+_DEAD_ZONES = np.array([0.5, 0.54, 0.58, 0.62, 0.66, 0.7])  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
 _QUANTISATION_FLOOR = 0.01  # ...or leave one percent of error in all, where hardly anything is dropped
 _RANGES = {"density": (0.0, 1.0), "bits": (0.5, 8.0), "max_error": (1e-4, 1.0)}
@@ -79,7 +80,7 @@ class Magnitudes:
 
     def __init__(self, sample: npt.NDArray[Any]) -> None:
         """Sort the sample once; everything else is look-ups."""
-        self.sorted: Floats = np.sort(np.abs(sample.astype(np.float64).reshape(-1)))
+        self.sorted: Floats = np.sort(np.abs(sample.reshape(-1))).astype(np.float64)
         zero = np.zeros(1)
         self._sum = np.concatenate((zero, np.cumsum(self.sorted)))
         self._square = np.concatenate((zero, np.cumsum(np.square(self.sorted))))
@@ -96,54 +97,76 @@ class Magnitudes:
 
     def estimate(self, quantizer: Quantizer) -> Estimate:
         """Entropy and error of a quantiser, with every level reconstructed at its centroid."""
+        entropy, distortion = self.estimates(np.array([quantizer.dead_zone]), np.array([quantizer.step]))
+        return Estimate(float(entropy[0]), float(distortion[0]))
+
+    def estimates(self, dead_zones: Floats, steps: Floats) -> tuple[Floats, Floats]:
+        """Entropy and distortion of several quantisers at once: [n] dead zones and [n] steps to [n] and [n]."""
         size = self.sorted.size
-        levels = min(int(max(self.sorted[-1] - quantizer.dead_zone, 0.0) / quantizer.step) + 1, _MAX_LEVELS)
-        edges = quantizer.dead_zone + quantizer.step * np.arange(levels + 1)
+        levels = int(min(max(((self.sorted[-1] - dead_zones) / steps).max(), 0.0) + 1, _MAX_LEVELS))
+        edges = dead_zones[:, None] + steps[:, None] * np.arange(levels + 1)
         cuts = np.searchsorted(self.sorted, edges)
         counts = np.diff(cuts)
-        used = counts > 0
-        sums, squares = np.diff(self._sum[cuts])[used], np.diff(self._square[cuts])[used]
-        error = self._square[cuts[0]] + float((squares - sums**2 / counts[used]).sum())
-        p = np.append(counts[used], cuts[0]) / size
-        p = p[p > 0]
-        beyond = size - cuts[-1]  # so far out that each has a level of its own
-        error += beyond * quantizer.step**2 / 12
-        entropy = float(-(p * np.log2(p)).sum() + beyond / size * np.log2(size))
-        entropy += float(1 - cuts[0] / size)  # one more bit for every sign
-        return Estimate(entropy, max(error, 0.0) / float(self._square[-1]))
+        sums, squares = np.diff(self._sum[cuts]), np.diff(self._square[cuts])
+        beyond = size - cuts[:, -1]  # so far out that each has a level of its own
+        error = self._square[cuts[:, 0]] + (squares - sums**2 / np.maximum(counts, 1)).sum(1) + beyond * steps**2 / 12
+        p = np.concatenate((cuts[:, :1], counts), axis=1) / size
+        entropy = -(p * np.log2(np.where(p > 0, p, 1))).sum(1) + beyond / size * np.log2(size)
+        entropy += 1 - p[:, 0]  # one more bit for every sign
+        return entropy, np.maximum(error, 0.0) / self._square[-1]
 
 
-def for_bits(magnitudes: Magnitudes, entropy: float) -> Quantizer:
-    """Quantiser with the least error at a given entropy, in bits per coefficient."""
-    candidates = [_solve(magnitudes, ratio, lambda e: e.entropy <= entropy) for ratio in _DEAD_ZONES]
-    return min(candidates, key=lambda q: magnitudes.estimate(q).distortion)
+def for_bits(magnitudes: Magnitudes, entropy: float, near: Quantizer | None = None) -> Quantizer:
+    """Quantiser with the least error at a given entropy.
+
+    Args:
+        magnitudes: what is quantised.
+        entropy: bits per coefficient.
+        near: the quantiser for an entropy that differs by a few percent, whose dead zone in steps is then taken over.
+
+    Returns:
+        The quantiser.
+    """
+    ratios = _DEAD_ZONES if near is None else np.array([near.dead_zone / near.step])
+    steps = _steps(magnitudes, lambda s: ratios * s, lambda found, _: found <= entropy, len(ratios))
+    _, distortion = magnitudes.estimates(ratios * steps, steps)
+    return _quantizer(ratios, steps, int(distortion.argmin()))
 
 
 def for_error(magnitudes: Magnitudes, relative_error: float) -> Quantizer:
     """Quantiser with the least entropy at a given relative error."""
-    limit = relative_error**2
-    candidates = [_solve(magnitudes, ratio, lambda e: e.distortion > limit) for ratio in _DEAD_ZONES]
-    return min(candidates, key=lambda q: magnitudes.estimate(q).entropy)
+    limit, ratios = relative_error**2, _DEAD_ZONES
+    steps = _steps(magnitudes, lambda s: ratios * s, lambda _, distortion: distortion > limit, len(ratios))
+    entropy, _ = magnitudes.estimates(ratios * steps, steps)
+    return _quantizer(ratios, steps, int(entropy.argmin()))
 
 
 def for_density(magnitudes: Magnitudes, threshold: float) -> Quantizer:
     """Widest step for coefficients at or above a threshold that adds at most 0.7 % to the error of the rest dropped."""
     limit = max(magnitudes.dropped(threshold) * _QUANTISATION_SHARE**2, _QUANTISATION_FLOOR**2)
-    step = _bisect(magnitudes.rms, lambda s: magnitudes.estimate(Quantizer(threshold, s)).distortion > limit)
+    fixed = np.array([threshold])
+    step = float(_steps(magnitudes, lambda _: fixed, lambda _, distortion: distortion > limit, 1)[0])
     return Quantizer(max(threshold, _ZERO * step), step)
 
 
-def _solve(magnitudes: Magnitudes, ratio: float, too_coarse: Callable[[Estimate], bool]) -> Quantizer:
-    step = _bisect(magnitudes.rms, lambda s: too_coarse(magnitudes.estimate(Quantizer(ratio * s, s))))
-    return Quantizer(ratio * step, step)
+def _quantizer(ratios: Floats, steps: Floats, which: int) -> Quantizer:
+    step = float(steps[which])
+    return Quantizer(float(ratios[which]) * step, step)
 
 
-def _bisect(rms: float, too_coarse: Callable[[float], bool]) -> float:
-    low, high = np.log(rms * _FINEST), np.log(rms * _COARSEST)
-    for _ in range(24):
+def _steps(
+    magnitudes: Magnitudes,
+    dead_zones: Callable[[Floats], Floats],
+    too_coarse: Callable[[Floats, Floats], npt.NDArray[np.bool_]],
+    count: int,
+) -> Floats:
+    """For each of ``count`` dead zones the widest step that is not too coarse by its entropy and distortion."""
+    low = np.full(count, np.log(magnitudes.rms * _FINEST))
+    high = np.full(count, np.log(magnitudes.rms * _COARSEST))
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if too_coarse(float(np.exp(middle))):
-            high = middle
-        else:
-            low = middle
-    return float(np.exp(low))
+        steps = np.exp(middle)
+        coarse = too_coarse(*magnitudes.estimates(dead_zones(steps), steps))
+        low, high = np.where(coarse, low, middle), np.where(coarse, middle, high)
+    widest: Floats = np.exp(low)
+    return widest

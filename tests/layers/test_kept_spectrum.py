@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
-from spectral_surgery.spectra.codec import encode
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.surgery.kept import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra

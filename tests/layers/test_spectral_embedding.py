@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers import SpectralEmbedding, SpectralLinear
 from spectral_surgery.ops.spectral_matmul import RESIDENTS
-from spectral_surgery.spectra.codec import Basis, encode
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 IDS = torch.tensor([[0, 299, 5], [63, 64, 5]])

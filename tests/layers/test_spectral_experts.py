@@ -8,7 +8,8 @@ from torch import Tensor
 
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.layers import SpectralExperts, SpectralWeight
-from spectral_surgery.spectra.codec import EncodedSpectrum, encode
+from spectral_surgery.spectra.codec import EncodedSpectrum
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 

@@ -17,7 +17,8 @@ from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 from spectral_surgery.ops import spectral_matmul as op
 from spectral_surgery.ops.spectral_matmul import dispatch, integer, levels
 from spectral_surgery.ops.spectral_matmul.dispatch import Processor
-from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, encode
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.spectra.sparse import sst

@@ -12,7 +12,8 @@ import torch
 
 from spectral_surgery.ops import spectral_matmul as op
 from spectral_surgery.ops.spectral_matmul import triton
-from spectral_surgery.spectra.codec import Basis, encode
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -22,7 +23,8 @@ import torch
 from spectral_surgery.ops import spectral_matmul as op
 from spectral_surgery.ops.spectral_matmul import integer, triton
 from spectral_surgery.ops.spectral_matmul.int4 import Int4Form
-from spectral_surgery.spectra.codec import Basis, encode
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,8 @@ from spectral_surgery.layers import SpectralLinear
 from spectral_surgery.ops import spectral_matmul as op
 from spectral_surgery.ops.spectral_matmul import streamed, transfers
 from spectral_surgery.ops.spectral_matmul.transfers import BUFFERS, Bus, HostTransfers
-from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, encode
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

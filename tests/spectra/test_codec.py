@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
-from spectral_surgery.spectra import codec
+from spectral_surgery.spectra import encode as encoder
 from spectral_surgery.spectra.choose import choose_basis
-from spectral_surgery.spectra.codec import Basis, encode
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize, grid, quantize, reconstruction
 from spectral_surgery.spectra.select import Quantizer, Target
@@ -302,7 +303,7 @@ def test_reports_add_up() -> None:
 
 
 def test_a_coder_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_frame = codec.encode_frame
-    monkeypatch.setattr(codec, "encode_frame", lambda codes, layout: encode_frame(codes[::-1].copy(), layout))
+    encode_frame = encoder.encode_frame
+    monkeypatch.setattr(encoder, "encode_frame", lambda codes, layout: encode_frame(codes[::-1].copy(), layout))
     with pytest.raises(CheckpointError, match="does not decode to what was encoded"):
         encode(gaussian(64, 64), Target("bits", 4.0))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from spectral_surgery.spectra.codec import encode
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.surgery.held_rate import HeldRate
 from spectral_surgery.surgery.kept import kept_spectra, train_kept, trained_weights

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
-from spectral_surgery.spectra.codec import encode
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.surgery.kept import train_kept
 from spectral_surgery.surgery.recomputed import recomputed_weights

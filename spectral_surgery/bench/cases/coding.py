@@ -10,8 +10,9 @@ from torch import Tensor
 from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.timing import interleaved
 from spectral_surgery.bench.weights import linear_weights
-from spectral_surgery.spectra.codec import EncodedSpectrum, encode
+from spectral_surgery.spectra.codec import EncodedSpectrum
 from spectral_surgery.spectra.coding import decode_frame, entropy
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.parallel import one_torch_thread
 from spectral_surgery.spectra.select import Target
 

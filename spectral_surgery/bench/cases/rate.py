@@ -11,7 +11,8 @@ from torch import Tensor
 from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.weights import linear_weights
 from spectral_surgery.spectra.baselines import BASELINES
-from spectral_surgery.spectra.codec import Basis, EncodingReport, encode
+from spectral_surgery.spectra.codec import Basis, EncodingReport
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.transforms import TRANSFORMS
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.timing import interleaved
 from spectral_surgery.layers import SpectralLinear
-from spectral_surgery.spectra.codec import EncodedSpectrum, encode
+from spectral_surgery.spectra.codec import EncodedSpectrum
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 
 TOKENS = {1: 40, 8: 30, 64: 10, 512: 5}  # rounds for each

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_surgery.bench.case import Row, require
 from spectral_surgery.bench.timing import interleaved
-from spectral_surgery.spectra.codec import encode
+from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
