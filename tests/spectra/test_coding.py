@@ -17,7 +17,7 @@ from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame,
 
 LAYOUTS = [
     *(Layout("packed", digits) for digits in (1, 2, 3, 5)),
-    *(Layout("packed", 2, planes) for planes in (1, 3, 6)),
+    *(Layout("split", 2, bits) for bits in (1, 2, 3, 4, 6, 7)),
     *(Layout(kind, digits) for kind in ("bitmap", "gaps") for digits in (1, 2, 3, 4)),
 ]
 
@@ -129,6 +129,14 @@ def test_truncated_and_flipped_frames(layout: Layout) -> None:
             assert decode_frame(bytes(damaged), codes.size).shape == codes.shape
         except CheckpointError:
             continue
+
+
+def test_low_bits_belong_to_one_layout() -> None:
+    for layout, low_bits in ((Layout("packed", 2), 2), (Layout("split", 2, 2), 0)):
+        frame = bytearray(encode_frame(np.ones(100, np.int8), layout))
+        frame[2] = low_bits
+        with pytest.raises(CheckpointError, match="impossible layout"):
+            decode_frame(bytes(frame), 100)
 
 
 def test_a_frame_for_another_count_is_refused() -> None:
