@@ -8,7 +8,7 @@ from torch import Tensor
 from spectral_surgery.ops.fourier_delta.choice import Way, choose
 from spectral_surgery.ops.fourier_delta.dense import delta_rows as pick
 from spectral_surgery.ops.fourier_delta.linear import fourier_linear
-from spectral_surgery.ops.fourier_delta.one_row import add_row, arrays, route_of
+from spectral_surgery.ops.fourier_delta.one_row import row_residual
 from spectral_surgery.ops.fourier_delta.places import Delta, Places, fold
 from spectral_surgery.ops.fourier_delta.weight import fourier_weight
 
@@ -91,12 +91,12 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
     """
     shape = (weight.shape[0], weight.shape[1])
     if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        y = torch.nn.functional.linear(x, weight, bias)
-        memory = None if torch.compiler.is_compiling() else arrays(y, x, coefficients)
-        if memory is not None:
-            row, activations, values = memory
-            add_row(row, activations, values, route_of(places, shape[0]), scaling / (shape[0] * shape[1]))
-            return y if y.dtype == torch.float32 else torch.from_numpy(row).view(y.shape).to(y.dtype)
+        compiling, scale = torch.compiler.is_compiling(), scaling / (shape[0] * shape[1])
+        residual = None if compiling else row_residual(x, coefficients, places, shape[0], scale)
+        if residual is not None:
+            if x.dtype == torch.float32:
+                return torch.nn.functional.linear(x, weight, residual if bias is None else residual + bias)
+            return (torch.nn.functional.linear(x, weight, bias) + residual).to(x.dtype)
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)

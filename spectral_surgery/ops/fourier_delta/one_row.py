@@ -29,7 +29,6 @@ class Route(NamedTuple):
         factors: [K, 2] of the real and the imaginary parts.
         target: [U] bins of y, all different.
         starts: [U] the first coefficient of each.
-        length: O.
     """
 
     order: Numbers
@@ -37,59 +36,46 @@ class Route(NamedTuple):
     factors: Floats
     target: Numbers
     starts: Numbers
-    length: int
 
 
 _ROUTES: dict[int, Route] = {}  # by the identity of the indices of places, while they live
 
 
-def arrays(*tensors: Tensor) -> tuple[Floats, ...] | None:
-    """Tensors as arrays, sharing their memory where they are float32.
-
-    Args:
-        tensors: on a CPU, not float64.
-
-    Returns:
-        One flat array for each; None where one has no memory of its own, as under torch.vmap.
-    """
-    try:
-        return tuple(tensor.detach().to(torch.float32).reshape(-1).numpy() for tensor in tensors)
-    except RuntimeError:
-        return None
-
-
-def route_of(places: Places, out_features: int) -> Route:
-    """The way of a row, made at the first call and kept as long as the places.
-
-    Args:
-        places: on a CPU.
-        out_features: O.
-    """
+def route_of(places: Places) -> Route:
+    """The way of a row, made at the first call and kept as long as the places, which are on a CPU."""
     key = id(places.indices)
     if key not in _ROUTES:
         order, source, row = places.indices[:3].numpy()
         target, starts = np.unique(row, return_index=True)
-        _ROUTES[key] = Route(order, source, places.factors[0].numpy(), target, starts, out_features)
+        _ROUTES[key] = Route(order, source, places.factors[0].numpy(), target, starts)
         weakref.finalize(places.indices, _ROUTES.pop, key)
     return _ROUTES[key]
 
 
-def add_row(y: Floats, x: Floats, coefficients: Floats, route: Route, scale: float) -> None:
-    """Add the residual of a row in place: y + x ΔWᵀ.
+def row_residual(x: Tensor, coefficients: Tensor, places: Places, out_features: int, scale: float) -> Tensor | None:
+    """The residual x ΔWᵀ of one row.
 
     Args:
-        y: [O].
-        x: [I].
-        coefficients: [K].
-        route: as `route_of` gives it.
+        x: [..., I] of I elements on a CPU, any float dtype but float64.
+        coefficients: [K] float, there too.
+        places: folded positions, there too.
+        out_features: O.
         scale: of ΔW's sums: scaling / (O I).
+
+    Returns:
+        [O] float32; None where a tensor has no memory of its own, as under torch.vmap.
     """
-    weights = coefficients.take(route.order)[:, None] * route.factors
-    taken = np.fft.rfft(x).astype(np.complex64, copy=False).take(route.source)
+    try:
+        row = x.detach().float().numpy().reshape(-1)
+        values = coefficients.detach().float().numpy()
+    except RuntimeError:
+        return None
+    route = route_of(places)
+    weights = values.take(route.order)[:, None] * route.factors
+    weights *= np.float32(scale)
+    taken = np.fft.rfft(row).astype(np.complex64, copy=False).take(route.source)
     parts = taken.view(np.float32).reshape(-1, 2)
     parts *= weights
-    bins = np.zeros(route.length // 2 + 1, np.complex64)
+    bins = np.zeros(out_features // 2 + 1, np.complex64)
     bins[route.target] = np.add.reduceat(taken, route.starts)
-    residual = np.fft.irfft(bins, route.length, norm="forward")
-    residual *= scale
-    y += residual
+    return torch.from_numpy(np.fft.irfft(bins, out_features, norm="forward").astype(np.float32, copy=False))
