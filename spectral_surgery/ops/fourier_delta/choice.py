@@ -14,7 +14,6 @@ from torch import Tensor
 
 _FFT = 0.12  # of n log2 n, for one real transform of n points
 _MIX = 4.5  # of a coefficient and a token: gather, multiply, scatter; or two gathers, multiply, sum
-_TURN = 3.0  # of a coefficient and a row of ΔW
 _ADD = 0.4  # of a number added to another
 _WRITE = 3.5  # of a number of a fresh W + ΔW
 _PRODUCT = 0.02  # of a multiply-add in a matrix product
@@ -65,7 +64,7 @@ def _costs(
     into_x, into_y = (_FFT * n * math.log2(max(n, 2)) for n in (columns, rows))
     residuals = 2 if needs_x else 1
     beside = residuals * (into_x + into_y + _MIX * count + _ADD * rows)
-    write = rows / 2 * (into_x + _TURN * count) + _WRITE * rows * columns
+    write = min(count, columns / 2) * into_y + rows / 2 * into_x + _WRITE * rows * columns
     spectral = into_x + into_y + _MIX * count
     pick = rows * into_x + min(count, columns / 2) * into_y
     product = _PRODUCT * rows * columns

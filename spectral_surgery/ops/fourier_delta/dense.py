@@ -1,7 +1,7 @@
 """ΔW itself, and the gradient of the coefficients from one of a weight: cheaper once tokens are many.
 
-With half the columns of the spectrum, ΔW[o] is an inverse real FFT of the phases c e^{2πi r o / O}. Those of a block of
-rows are the ones of the first block turned by one factor each. ΔW[-o, -i] = ΔW[o, i], so half of the rows are mirrored.
+With half the columns of the spectrum, ΔW is an inverse real FFT along rows of one along the columns that have
+coefficients, which are real. ΔW[-o, -i] = ΔW[o, i], so half of the rows are mirrored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_surgery.ops.fourier_delta.mix import scatter
 from spectral_surgery.ops.fourier_delta.places import Delta, share, unfolded_rows
 
-_BLOCK = 1 << 17  # coefficients, rows times K, that are turned at a time
+_BLOCK = 128  # rows of ΔW at a time
 
 
 def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
@@ -88,21 +88,16 @@ def _top_rows(delta: Delta) -> Iterator[tuple[int, Tensor]]:
     (rows, columns), half = delta.shape, delta.shape[0] // 2 + 1
     wide = torch.float64 if delta.coefficients.dtype == torch.float64 else torch.float32
     order, column, _ = delta.places.indices[:3].unbind()
-    row = unfolded_rows(delta.places, delta.shape[0])
     values = delta.coefficients.take(order).to(wide) * share(column, columns) * delta.scale
-    size = min(half, max(16, _BLOCK // len(order)))
-    within = _phases(torch.outer(torch.arange(size, device=row.device), row), rows, wide)  # [size, K], first rows
-    for start in range(0, half, size):
-        count = min(size, half - start)
-        turned = within[:count] * (_phases(start * row, rows, wide) * values)
-        bins = scatter(turned, column, columns // 2 + 1)
+    used, place = torch.unique(column, return_inverse=True)
+    sparse = values.new_zeros(len(used), rows)
+    sparse.view(-1).index_add_(0, place * rows + unfolded_rows(delta.places, rows), values)
+    spectrum = torch.fft.rfft(sparse)  # [U, O // 2 + 1]
+    for start in range(0, half, _BLOCK):
+        stop = min(start + _BLOCK, half)
+        bins = spectrum.new_zeros(stop - start, columns // 2 + 1)
+        bins[:, used] = spectrum[:, start:stop].t()
         yield start, torch.fft.irfft(bins, n=columns, norm="forward")
-
-
-def _phases(products: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    # e^{-2πi p / length}; products are reduced first, to stay exact; in float64, as remainders of integers are slow
-    angles = (products.double().remainder_(length) * (2 * math.pi / length)).to(dtype)
-    return torch.complex(angles.cos(), angles.sin().neg_())
 
 
 def _put(out: Tensor, weight: Tensor | None, values: Tensor) -> None:

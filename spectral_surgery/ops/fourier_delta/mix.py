@@ -35,18 +35,19 @@ def weighted(values: Tensor, weights: Tensor) -> Tensor:
     return values
 
 
-def scatter(values: Tensor, target: Tensor, bins: int) -> Tensor:
+def scatter(values: Tensor, target: Tensor, bins: int, room: Tensor | None = None) -> Tensor:
     """Sums of values by bin.
 
     Args:
         values: [T, K] complex.
         target: [K] int64, the bin each is added to.
         bins: F.
+        room: [T, F'] complex, not needed any more; overwritten and returned where it has the shape.
 
     Returns:
         [T, F] complex.
     """
-    sums = values.new_zeros(len(values), bins)
+    sums = values.new_zeros(len(values), bins) if room is None or room.shape[1] != bins else room.zero_()
     if values.is_cuda:  # has no scatter_add of complex numbers
         return sums.index_add_(1, target, values)
     return sums.scatter_add_(1, target.expand(len(values), -1), values)
@@ -56,7 +57,7 @@ def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins:
     """`take`, multiply, then `scatter`.
 
     Args:
-        spectrum: [T, F] complex.
+        spectrum: [T, F] complex; may be overwritten.
         source: [K] int64, bins to take.
         target: [K] int64, increasing, where to add them.
         weights: [K, 2] real.
@@ -67,4 +68,4 @@ def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins:
     """
     if spectrum.is_cuda and triton.available():
         return triton.mix(spectrum, source, target, weights, bins)
-    return scatter(weighted(take(spectrum, source), weights), target, bins)
+    return scatter(weighted(take(spectrum, source), weights), target, bins, spectrum)

@@ -107,5 +107,5 @@ def _add(out: Tensor, spectrum: Tensor, route: Route, scale: float, taken: Tenso
     if taken is None:
         mixed = mix(spectrum, route.source, route.target, route.weights, bins)
     else:
-        mixed = scatter(weighted(taken, route.weights), route.target, bins)
+        mixed = scatter(weighted(taken, route.weights), route.target, bins, spectrum)
     out.add_(torch.fft.irfft(mixed, n=route.length, norm="forward"), alpha=scale)
