@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from spectral_surgery.errors import CheckpointError
 
-PIECE = 1 << 17  # bytes
+_PIECE = 1 << 17  # bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -47,8 +47,8 @@ def sync(path: Path) -> None:
 def write_pieces(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Write data in small pieces: a large one makes Linux look for large pages, which takes up to five times longer."""
     view = memoryview(data).cast("B")
-    for start in range(0, view.nbytes, PIECE):
-        file.write(view[start : start + PIECE])
+    for start in range(0, view.nbytes, _PIECE):
+        file.write(view[start : start + _PIECE])
 
 
 def replace_file(path: Path, data: bytes) -> None:

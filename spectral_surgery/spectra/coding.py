@@ -24,7 +24,7 @@ import numpy as np
 import zstandard
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
-from spectral_surgery.spectra.digits import Bytes, Codes, join_low, low_size, pack, split_low, unpack
+from spectral_surgery.spectra.digits import Bytes, Codes, join_low, low_size, pack, split_low, unpack, widths
 from spectral_surgery.spectra.places import Places, most_bytes, pack_places, unpack_places
 
 Kind = Literal["packed", "bitmap", "gaps", "split"]
@@ -105,7 +105,8 @@ def choose_layout(codes: Codes) -> Layout:
 def _cost(codes: Codes, layout: Layout) -> float:
     count = max(codes.size, 1)
     bits = 8 * len(encode_frame(codes, layout)) / count
-    nanoseconds = _HUFFMAN_BIT * (bits - layout.low_bits) + _APART * ((layout.digits > 1) + (layout.low_bits > 0))
+    apart = (layout.digits > 1) + len(widths(layout.low_bits))
+    nanoseconds = _HUFFMAN_BIT * (bits - layout.low_bits) + _APART * apart
     if layout.is_sparse:
         nanoseconds += _PLACED * np.count_nonzero(codes) / count
     return bits * (1 + _BYTES_PER_NANOSECOND * nanoseconds)
@@ -118,7 +119,7 @@ def _candidates(codes: Codes) -> Iterator[Layout]:
         yield Layout("packed", 1)
     if spread < 5:
         yield Layout("packed", 2)
-    for bits in range(2, 31, 2):  # an odd number of bits takes longer to put together
+    for bits in range(1, 31):
         if spread / 2**bits < 5:
             yield Layout("split", 2, bits)
             if spread / 2**bits < 1.5:

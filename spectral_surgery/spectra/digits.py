@@ -62,7 +62,7 @@ def unpack(packed: Bytes, base: int, each: int, out: Bytes, less: int = 0) -> No
 
 def low_size(count: int, bits: int) -> int:
     """Bytes of the low bits of ``count`` codes."""
-    return sum(-(-count * width // 8) for width in _widths(bits))
+    return sum(-(-count * width // 8) for width in widths(bits))
 
 
 def split_low(codes: Codes, bits: int) -> tuple[Codes, bytes]:
@@ -72,8 +72,8 @@ def split_low(codes: Codes, bits: int) -> tuple[Codes, bytes]:
     high = (codes.astype(wide) + wide.type(half)) >> bits  # centred: rounds to nearest
     low = codes + codes.dtype.type(half)  # only its low bits are used: it may wrap
     parts, place = [], 0
-    for width in _widths(bits):
-        digits = (low >> low.dtype.type(place)) & low.dtype.type((1 << width) - 1 if width < 8 * low.itemsize else -1)
+    for width in widths(bits):
+        digits = (low >> low.dtype.type(place)) & low.dtype.type((1 << width) - 1)
         parts.append(pack(digits.astype(np.uint8), 1 << width, 8 // width).tobytes())
         place += width
     return high.astype(codes.dtype), b"".join(parts)
@@ -84,7 +84,7 @@ def join_low(high: Codes, low: memoryview, bits: int) -> None:
     unsigned = high.view(f"u{high.itemsize}")  # wraps around instead of overflowing on the way
     unsigned *= unsigned.dtype.type(1 << bits)  # numpy multiplies small integers faster than it shifts them
     digits, start, place = np.empty(high.size, np.uint8), 0, 0
-    for width in _widths(bits):
+    for width in widths(bits):
         stop = start + low_size(high.size, width)
         unpack(np.frombuffer(low[start:stop], np.uint8), 1 << width, 8 // width, digits)
         unsigned += digits * unsigned.dtype.type(1 << place) if place else digits
@@ -92,6 +92,6 @@ def join_low(high: Codes, low: memoryview, bits: int) -> None:
     unsigned -= unsigned.dtype.type(1 << (bits - 1))
 
 
-def _widths(bits: int) -> list[int]:
+def widths(bits: int) -> list[int]:
     """Bits that can share a byte with others of their width, as few widths as add up."""
     return [8] * (bits // 8) + [width for width in (4, 2, 1) if bits & width]

@@ -6,6 +6,7 @@ work. Choosing looks at a sample; a rate in bits, which depends on the entropy c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -27,6 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 _SAMPLE = 1 << 17
 _ATTEMPTS = 6
 _TRIED = 1 << 16  # coefficients that layouts are tried on, in whole tiles
+_SAME_SCALE = 0.5  # of log2 of the mean square
 _PILOT = 8  # one of so many frames, on which a rate is tried before all of them
 _BITS_TOLERANCE = 0.004
 _BITS_NEAR = 0.05
@@ -136,7 +138,7 @@ def _search_error(
 class _Setting:
     goal: float  # entropy asked of the quantiser, in bits
     quantizer: Quantizer
-    layout: Layout
+    layouts: list[Layout]  # of every frame
 
 
 def _search_bits(
@@ -146,9 +148,9 @@ def _search_bits(
 
     def for_goal(goal: float, near: _Setting | None) -> _Setting:
         if near:
-            return _Setting(goal, _storable(for_bits(magnitudes, goal, near.quantizer), peak), near.layout)
+            return _Setting(goal, _storable(for_bits(magnitudes, goal, near.quantizer), peak), near.layouts)
         quantizer = _storable(for_bits(magnitudes, goal), peak)
-        return _Setting(goal, quantizer, _layout(spectrum, quantizer, peak))
+        return _Setting(goal, quantizer, _layouts(spectrum, quantizer, peak))
 
     def corrected(setting: _Setting, ratio: float) -> _Setting:
         # near a tie between two layouts or dead zones, bits would jump back and forth
@@ -159,28 +161,28 @@ def _search_bits(
 
     setting = for_goal(bits / _EXPECTED_OVERHEAD, None)
     if len(frames) > 8:
-        pilot = frames[::_PILOT]
+        pilot = slice(None, None, _PILOT)
         for _ in range(_ATTEMPTS):
-            ratio = _pilot_bits(pilot, setting, peak) / bits
+            ratio = _pilot_bits(frames[pilot], setting.layouts[pilot], setting.quantizer, peak) / bits
             setting = corrected(setting, ratio)
             if abs(ratio - 1) <= _BITS_TOLERANCE:
                 break
-    best = result = _encode(spectrum, setting.quantizer, peak, setting.layout)
+    best = result = _encode(spectrum, setting.quantizer, peak, setting.layouts)
     for _ in range(_ATTEMPTS):
         if miss(best) <= _BITS_TOLERANCE:
             break
         setting = corrected(setting, result[1].bits_per_weight / bits)
-        result = _encode(spectrum, setting.quantizer, peak, setting.layout)
+        result = _encode(spectrum, setting.quantizer, peak, setting.layouts)
         best = min(best, result, key=miss)
     return best
 
 
-def _pilot_bits(frames: list[_Frame], setting: _Setting, peak: float) -> float:
-    dtype = code_dtype(peak, setting.quantizer)
+def _pilot_bits(frames: list[_Frame], layouts: list[Layout], quantizer: Quantizer, peak: float) -> float:
+    dtype = code_dtype(peak, quantizer)
     size = 0
-    for frame in frames:
-        codes, _ = quantize(frame.coefficients, setting.quantizer, dtype)
-        size += len(encode_frame(codes.reshape(-1).numpy(), setting.layout))
+    for frame, layout in zip(frames, layouts, strict=True):
+        codes, _ = quantize(frame.coefficients, quantizer, dtype)
+        size += len(encode_frame(codes.reshape(-1).numpy(), layout))
     return 8 * size / sum(frame.coefficients.numel() for frame in frames)
 
 
@@ -190,24 +192,34 @@ def _storable(quantizer: Quantizer, peak: float) -> Quantizer:
     return quantizer if step == quantizer.step else Quantizer(max(quantizer.dead_zone, step / 2), step)
 
 
-def _layout(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> Layout:
-    middle = spectrum.frames[len(spectrum.frames) // 2].coefficients
-    rows, columns = middle.shape
-    width = spectrum.basis.tile * -(-_TRIED // (rows * spectrum.basis.tile))
-    start = max(columns - width, 0) // 2 // spectrum.basis.tile * spectrum.basis.tile
-    some = middle[:, start : start + width].contiguous()
-    return choose_layout(quantize(some, quantizer, code_dtype(peak, quantizer))[0].reshape(-1).numpy())
+def _layouts(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> list[Layout]:
+    """One layout for all frames of about the same scale, tried on the first of them."""
+    dtype, tile = code_dtype(peak, quantizer), spectrum.basis.tile
+    found: dict[int, Layout] = {}
+    layouts = []
+    for frame in spectrum.frames:
+        rows, columns = frame.coefficients.shape
+        power = frame.energy / (rows * columns)
+        scale = round(math.log2(power) / _SAME_SCALE) if power else 0
+        if scale not in found:
+            width = tile * -(-_TRIED // (rows * tile))
+            start = max(columns - width, 0) // 2 // tile * tile
+            some = frame.coefficients[:, start : start + width].contiguous()
+            found[scale] = choose_layout(quantize(some, quantizer, dtype)[0].reshape(-1).numpy())
+        layouts.append(found[scale])
+    return layouts
 
 
 def _encode(
-    spectrum: _Spectrum, quantizer: Quantizer, peak: float, layout: Layout | None = None
+    spectrum: _Spectrum, quantizer: Quantizer, peak: float, layouts: list[Layout] | None = None
 ) -> tuple[EncodedSpectrum, EncodingReport]:
     frames, threads = spectrum.frames, spectrum.threads
     quantizer = _storable(quantizer, peak)
     dtype = code_dtype(peak, quantizer)
-    layout = layout or _layout(spectrum, quantizer, peak)
+    layouts = layouts or _layouts(spectrum, quantizer, peak)
 
-    def stored(frame: _Frame) -> tuple[bytes, Tensor, Moments]:
+    def stored(number: int) -> tuple[bytes, Tensor, Moments]:
+        frame, layout = frames[number], layouts[number]
         codes, sums = quantize(frame.coefficients, quantizer, dtype)
         flat = codes.reshape(-1).numpy()
         data = encode_frame(flat, layout)
@@ -217,7 +229,7 @@ def _encode(
             )
         return data, codes, sums
 
-    made = parallel_map(stored, frames, threads)
+    made = parallel_map(stored, range(len(frames)), threads)
     moments = reduce(add, (sums for _, _, sums in made))
     largest = max(int(codes.abs().max()) for _, codes, _ in made)
     step, offset = reconstruction(moments, largest)

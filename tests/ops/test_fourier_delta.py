@@ -25,7 +25,6 @@ from spectral_surgery.ops.fourier_delta import (
     dense,
     fold,
     fourier_delta,
-    one_row,
     operator,
     reference,
 )
@@ -199,40 +198,6 @@ def test_memory_layout_does_not_matter() -> None:
     row = x.float()[:1, :1]
     with torch.no_grad():
         assert error(expected[:1, :1].float(), adapted_linear(row, weight.float(), None, c, folded, SCALING)) < 1e-6
-
-
-def test_a_row_takes_its_own_way_only_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-
-    def residual(*arguments: Any) -> Tensor | None:
-        found = one_row.row_residual(*arguments)
-        calls.append(found is not None)
-        return found
-
-    monkeypatch.setattr(op, "row_residual", residual)
-    weight, c, folded = draw(12, 20).float(), draw(30).float(), fold(places(12, 20), 12, 20)
-    x = draw(1, 1, 20).float()
-    adapted_linear(x, weight, None, c, folded, SCALING)
-    assert not calls
-    with torch.no_grad():
-        y = adapted_linear(x, weight, None, c, folded, SCALING)
-        assert calls == [True]
-        mapped = torch.vmap(adapted_linear, (None, None, None, 0, None, None))(
-            x, weight, None, torch.stack((c, c)), folded, SCALING
-        )
-        torch.testing.assert_close(mapped[1], y)
-        twice = torch.vmap(adapted_linear, (0, None, None, None, None, None))(
-            torch.stack((x, x)), weight, None, c, folded, SCALING
-        )
-        torch.testing.assert_close(twice[1], y)
-        weights = torch.vmap(adapted_linear, (None, 0, None, None, None, None))(
-            x, torch.stack((weight, weight)), None, c, folded, SCALING
-        )
-        torch.testing.assert_close(weights[1], y)
-        assert calls == [True, False, False, True]  # a mapped x or c has no memory of its own
-    routes = len(one_row._ROUTES)
-    del folded
-    assert len(one_row._ROUTES) == routes - 1
 
 
 @pytest.mark.usefixtures("way")
