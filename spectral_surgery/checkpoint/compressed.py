@@ -21,7 +21,7 @@ from spectral_surgery.checkpoint.manifest import (
     manifest_of,
     read_manifest,
 )
-from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.checkpoint.reader import read_flat, read_tensor
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.spectra.codec import EncodedSpectrum
 
@@ -51,7 +51,7 @@ class CompressedCheckpoint:
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
-        data = memoryview(read_bytes(codes, ends[0], ends[-1]))
+        data = read_flat(codes, ends[0], ends[-1]).numpy().data
         if zlib.crc32(data) != here.crc32:
             raise CheckpointError(
                 f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."

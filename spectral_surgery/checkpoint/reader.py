@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_surgery.checkpoint.header import TensorInfo, named, reading
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.spectra.large import empty
 
 # Codes whose elements torch can address; F4 and F6 pack several into a byte and are only copied.
 _TORCH_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2"}
@@ -105,7 +106,7 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
             f" {', '.join(DTYPES)} are accepted. Exclude it, so that it is copied."
         )
     _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
-    made = torch.empty(stop - start, dtype=dtype)
+    made = empty((stop - start,), dtype)
     _fill(made.view(torch.uint8).numpy().data, info, start * dtype.itemsize)
     return made
 

@@ -206,30 +206,28 @@ class Loading:
         for parameter in group:
             owner = parameter.removesuffix(".weight")
             module = model.get_submodule(owner)
-            resident = self.residents.get(name, AUTO)
             layer: SpectralConv1D | SpectralEmbedding | SpectralLinear
+            weight = weight or self._weight(name, like)
             if is_conv1d(module):
-                layer = _conv1d(self.checkpoint, name, resident, like)
+                layer = SpectralConv1D.from_weight(weight)
+            elif isinstance(module, nn.Embedding):
+                layer = SpectralEmbedding(weight, module.padding_idx)
             else:
-                weight = weight or self._weight(name, like)
-                if isinstance(module, nn.Embedding):
-                    layer = SpectralEmbedding(weight, module.padding_idx)
-                else:
-                    layer = SpectralLinear(weight)
+                layer = SpectralLinear(weight)
             if not isinstance(layer, SpectralEmbedding):
                 layer.bias = module.bias  # type: ignore[assignment]  # transformers loads it
             layer._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
             parent, _, leaf = owner.rpartition(".")
             setattr(model.get_submodule(parent), leaf, stand_in(layer))
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self) -> None:
         """Expect what the plan will install, in the order in which transformers asks for it."""
         plan = cast(Plan, self.plan)
         names: list[str] = []
         for target, by in plan.sources.items():
             if target in plan.experts:
                 names += [name for own in plan.experts[target] for name in own]
-            elif target in plan.slots and not is_conv1d(model.get_submodule(target.rpartition(".")[0])):
+            elif target in plan.slots:
                 names.append(by[_ANY][0])
         self.ahead = Ahead(self._forms, names, torch.get_num_threads())
 
@@ -241,7 +239,8 @@ class Loading:
 
     def _weight(self, name: str, like: Tensor) -> SpectralWeight:
         forms, resident = self._taken(name)
-        return SpectralWeight(forms, resident, like.dtype).to(like.device)
+        weight = SpectralWeight(forms, resident, like.dtype)
+        return weight if like.is_cpu else weight.to(like.device)
 
 
 def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
@@ -274,18 +273,6 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
         if resident not in _COULD_BE_CODED:
             raise ConfigError(f"{name}: {error}") from None
     return resident_forms(checkpoint, name, "coded")
-
-
-def _conv1d(checkpoint: CompressedCheckpoint, name: str, resident: str, like: Tensor) -> SpectralConv1D:
-    spectra = [checkpoint.part(name, part) for part in range(len(checkpoint.manifest.tensors[name].parts))]
-    wanted = "int8" if resident == AUTO else resident
-    forms = (wanted, "coded") if resident in _COULD_BE_CODED else (wanted,)
-    for form in forms:
-        try:
-            return SpectralConv1D.from_quantized(spectra, resident=form, dtype=like.dtype).to(like.device)
-        except ConfigError as error:
-            reason = error
-    raise ConfigError(f"{name}: {reason}")
 
 
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:

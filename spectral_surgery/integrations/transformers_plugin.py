@@ -215,7 +215,7 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
 
     plan = load.plan = loading.make_plan(model, load.checkpoint, conversions)
     loading.check_used(load.checkpoint, plan)
-    load.begin(model)
+    load.begin()
     operation = operation_class()
     converted = [
         (name, pattern) for by in plan.sources.values() for pattern, names in by.items() if pattern for name in names

@@ -102,12 +102,24 @@ class SpectralConv1D(nn.Module):
             ConfigError: when the codes do not fit the resident form.
             ShapeError: when shapes do not fit each other.
         """
-        weight = SpectralWeight.from_spectra(spectra, resident, dtype)
+        return cls.from_weight(SpectralWeight.from_spectra(spectra, resident, dtype), bias)
+
+    @classmethod
+    def from_weight(cls, weight: SpectralWeight, bias: Tensor | None = None) -> Self:
+        """Make a layer of V [I, O] as checkpoints hold it; its codes are laid out as Vᵀ where they can be.
+
+        Args:
+            weight: of V; not changed.
+            bias: [O].
+
+        Raises:
+            ShapeError: when the bias is not [O].
+        """
         forms = weight.forms
         turned = transposed_form(cast(Sequence[Int8Form], forms)) if isinstance(forms[0], Int8Form) else None
         if turned is None:
             return cls(weight, bias)
-        return cls(SpectralWeight([turned], resident, dtype), bias, transposed=True)
+        return cls(SpectralWeight([turned], weight.resident, weight.dtype), bias, transposed=True)
 
     @property
     def weight(self) -> Tensor:

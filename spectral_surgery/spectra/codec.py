@@ -1,23 +1,26 @@
 """The stored form of a matrix, what it cost, and the way back.
 
-A frame is a whole number of rows of tiles with at least 2^18 coefficients, so that the tables of the entropy coder
-cost nothing, and it decodes alone.
+A frame is a whole number of rows of tiles with at least 2^20 coefficients, so that neither the tables of the entropy
+coder nor the calls that decode it cost anything, and it decodes alone. Floating-point work on it takes smaller blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.spectra.coding import decode_frame
+from spectral_surgery.spectra.large import empty
 from spectral_surgery.spectra.parallel import parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
-FRAME_SIZE = 1 << 18  # coefficients: smaller frames pay for their tables, larger ones delay the first row
+FRAME_SIZE = 1 << 20  # coefficients: smaller frames pay for the calls that decode them, larger ones delay the first row
+BLOCK_SIZE = 1 << 18  # coefficients in float32 that are worked on at a time: they stay in cache
 COLUMN_STEP_BITS = 16  # of each of many steps, stored in bfloat16
 
 
@@ -36,6 +39,10 @@ class Basis:
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Inverse of `forward`."""
         return tiles.inverse(coefficients, TRANSFORMS[self.transform], self.tile, self.axes)
+
+    def blocks(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Row ranges of [rows, I] in which to transform it: whole tiles, about BLOCK_SIZE coefficients."""
+        return frame_spans(shape[0], _height(shape[1], self.tile, BLOCK_SIZE))
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,18 @@ class EncodedSpectrum:
         codes = torch.cat([p.to(widest) for p in parts])
         return QuantizedSpectrum(codes, self.step, self.offset, self.basis.transform, self.basis.tile, self.basis.axes)
 
-    def dense_frame(self, frame: int) -> Tensor:
-        """[rows, I] float32 rows of the matrix that one frame holds."""
-        return self.basis.inverse(dequantize(self.codes(frame), self.step, self.offset))
-
     def to_dense(self, *, threads: int = 1) -> Tensor:
         """The matrix: [O, I] float32."""
-        return torch.cat(parallel_map(self.dense_frame, range(len(self.frames)), threads))
+        with torch.inference_mode(False):  # which other threads would not be in
+            dense = empty(self.shape, torch.float32)
+            rows = dense.split(self.rows_per_frame)
+        parallel_map(lambda frame: self._decode_to(rows[frame], frame), range(len(self.frames)), threads)
+        return dense
+
+    def _decode_to(self, dense: Tensor, frame: int) -> None:
+        codes = self.codes(frame)
+        for start, stop in self.basis.blocks(codes.shape):
+            dense[start:stop] = self.basis.inverse(dequantize(codes[start:stop], self.step, self.offset))
 
 
 @dataclass(frozen=True)
@@ -142,4 +154,8 @@ def frame_spans(rows: int, rows_per_frame: int) -> list[tuple[int, int]]:
 
 def rows_per_frame(columns: int, tile: int) -> int:
     """Rows of a frame: whole tiles, with at least FRAME_SIZE coefficients."""
-    return tile * -(-FRAME_SIZE // (columns * tile))
+    return _height(columns, tile, FRAME_SIZE)
+
+
+def _height(columns: int, tile: int, size: int) -> int:
+    return tile * -(-size // (columns * tile))

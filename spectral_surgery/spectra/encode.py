@@ -29,7 +29,7 @@ _SAMPLE = 1 << 17
 _ATTEMPTS = 6
 _TRIED = 1 << 16  # coefficients that layouts are tried on, in whole tiles
 _SAME_SCALE = 0.5  # of log2 of the mean square
-_PILOT = 8  # one of so many frames, on which a rate is tried before all of them
+_PILOT = 8  # one of so many frames, neither of the least energy nor of the most, on which a rate is tried first
 _BITS_TOLERANCE = 0.004
 _BITS_NEAR = 0.05
 _EXPECTED_OVERHEAD = 1.014
@@ -65,7 +65,7 @@ def encode(
     height = rows_per_frame(weight.shape[1], basis.tile)
     spans = frame_spans(weight.shape[0], height)
     with one_torch_thread():
-        frames = parallel_map(lambda span: _frame(basis.forward(weight[slice(*span)])), spans, threads)
+        frames = parallel_map(lambda span: _frame(weight[slice(*span)], basis), spans, threads)
         return _search(_Spectrum(frames, height, basis, threads), target)
 
 
@@ -76,8 +76,15 @@ class _Frame:
     energy: float
 
 
-def _frame(coefficients: Tensor) -> _Frame:
-    return _Frame(coefficients, float(coefficients.abs().max()), _energy(coefficients))  # while the cache has it
+def _frame(rows: Tensor, basis: Basis) -> _Frame:
+    coefficients = torch.empty(rows.shape)
+    peaks, energy = [], 0.0
+    for start, stop in basis.blocks(rows.shape):
+        block = basis.forward(rows[start:stop])
+        coefficients[start:stop] = block
+        peaks.append(block.abs().max())
+        energy += _energy(block)
+    return _Frame(coefficients, float(torch.stack(peaks).max()), energy)  # unlike max(), this one sees NaN
 
 
 @dataclass(frozen=True)
@@ -160,10 +167,13 @@ def _search_bits(
         return abs(result[1].bits_per_weight / bits - 1)
 
     setting = for_goal(bits / _EXPECTED_OVERHEAD, None)
-    if len(frames) > 8:
-        pilot = slice(None, None, _PILOT)
+    if len(frames) > 2:
+        by_energy = sorted(range(len(frames)), key=lambda number: frames[number].energy)
+        pilot = by_energy[min(_PILOT, len(frames)) // 2 :: _PILOT]
+        some = [frames[number] for number in pilot]
         for _ in range(_ATTEMPTS):
-            ratio = _pilot_bits(frames[pilot], setting.layouts[pilot], setting.quantizer, peak) / bits
+            layouts = [setting.layouts[number] for number in pilot]
+            ratio = _pilot_bits(some, layouts, setting.quantizer, peak) / bits
             setting = corrected(setting, ratio)
             if abs(ratio - 1) <= _BITS_TOLERANCE:
                 break
@@ -238,7 +248,9 @@ def _encode(
     encoded = EncodedSpectrum(data, spectrum.shape, spectrum.rows_per_frame, steps, offset, spectrum.basis)
 
     def lost(frame: int) -> float:
-        return _energy(frames[frame].coefficients - dequantize(made[frame][1], steps, offset))
+        own, codes = frames[frame].coefficients, made[frame][1]
+        spans = spectrum.basis.blocks(own.shape)
+        return sum(_energy(own[a:b] - dequantize(codes[a:b], steps, offset)) for a, b in spans)
 
     report = EncodingReport(
         spectrum.shape[0] * spectrum.shape[1],

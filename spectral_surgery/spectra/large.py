@@ -17,20 +17,22 @@ from torch import Tensor
 HUGE = 2 << 20
 
 
-def empty_int8(shape: Sequence[int]) -> Tensor:
-    """An int8 tensor on the CPU whose values are not set.
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU whose values are not set.
 
     Args:
         shape: of it.
+        dtype: of it.
 
     Returns:
         The tensor; its memory is given back with it.
     """
     count = math.prod(shape)
-    if count < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=torch.int8)
-    whole = count // HUGE * HUGE  # a page of which little is used would be wasted
-    memory = mmap.mmap(-1, -(-count // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = count * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    whole = size // HUGE * HUGE  # a page of which little is used would be wasted
+    memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE, 0, whole)
-    return torch.frombuffer(memory, dtype=torch.int8, count=count).reshape(tuple(shape))
+    return torch.frombuffer(memory, dtype=dtype, count=count).reshape(tuple(shape))

@@ -14,7 +14,7 @@ from spectral_surgery.transforms import TRANSFORMS, tiles
 
 INT8_MAX = 127
 
-
+_CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
 _SUMMED = 1 << 16  # numbers of a float32 sum
 
 
@@ -114,19 +114,22 @@ def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> 
     Returns:
         [O, I] codes, and the sums needed to place reconstruction points.
     """
+    codes = torch.empty(coefficients.shape, dtype=dtype)
+    moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
+    for some, out in zip(coefficients.reshape(-1).split(_CACHED), codes.view(-1).split(_CACHED), strict=True):
+        moments += _quantize(some, quantizer, out)
+    return codes, moments
+
+
+def _quantize(coefficients: Tensor, quantizer: Quantizer, out: Tensor) -> Moments:
     magnitude = coefficients.abs()
     level = magnitude - quantizer.dead_zone
-    level.mul_(1 / quantizer.step).floor_().add_(1).clamp_(0, torch.iinfo(dtype).max)
+    level.mul_(1 / quantizer.step).floor_().add_(1).clamp_(0, torch.iinfo(out.dtype).max)
     kept = (level > 0).to(torch.float32)
-    flat_level, flat_magnitude = level.reshape(-1), magnitude.reshape(-1)
-    moments = Moments(
-        float(kept.sum()),
-        float(level.sum()),
-        _dot(flat_level, flat_level),
-        _dot(flat_level, flat_magnitude),
-        _dot(kept.reshape(-1), flat_magnitude),
+    out.copy_(torch.copysign(level, coefficients))
+    return Moments(
+        float(kept.sum()), float(level.sum()), _dot(level, level), _dot(level, magnitude), _dot(kept, magnitude)
     )
-    return torch.copysign(level, coefficients).to(dtype), moments
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers import SpectralEmbedding, SpectralLinear
 from spectral_surgery.ops.spectral_matmul import RESIDENTS
+from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.select import Target
@@ -30,6 +31,16 @@ def test_rows_are_those_of_the_dense_table(resident: str, axes: tuple[int, ...])
     torch.testing.assert_close(embedding(IDS), dense(IDS))
     torch.testing.assert_close(embedding(IDS.int()), dense(IDS))
     assert embedding(torch.empty(0, dtype=torch.long)).shape == (0, 48)
+
+
+@pytest.mark.parametrize("resident", RESIDENTS)
+@pytest.mark.parametrize("axes", [(0, 1), (1,)])
+def test_rows_of_many_frames(resident: str, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "FRAME_SIZE", 1)
+    spectrum, _ = encode(table(), Target("bits", 2.0), Basis(axes=axes))
+    assert len(spectrum.frames) == 5  # of 64 rows
+    embedding = SpectralEmbedding.from_quantized(spectrum, resident=resident)
+    torch.testing.assert_close(embedding(IDS), spectrum.to_dense()[IDS])
 
 
 def test_dtype_follows_the_module() -> None:

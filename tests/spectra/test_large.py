@@ -13,7 +13,7 @@ from spectral_surgery.spectra import large
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 5), (1, large.HUGE), (1025, 2049), (3, large.HUGE)])
 def test_a_tensor_like_any_other(shape: tuple[int, int]) -> None:
-    made = large.empty_int8(shape)
+    made = large.empty(shape, torch.int8)
     assert (made.shape, made.dtype, made.is_contiguous()) == (shape, torch.int8, True)
     made.copy_(torch.arange(-100, 100, dtype=torch.int8).repeat(1 + made.numel() // 200)[: made.numel()].view(shape))
     assert torch.equal(made, copy.deepcopy(made))
@@ -26,7 +26,7 @@ def test_memory_is_given_back() -> None:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
 
     before = pages()
-    made = large.empty_int8((64, 1 << 20))
+    made = large.empty((64, 1 << 20), torch.int8)
     assert pages() >= before + (64 << 20) // mmap.PAGESIZE
     del made
     gc.collect()
@@ -35,9 +35,9 @@ def test_memory_is_given_back() -> None:
 
 def test_systems_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert large.empty_int8((2, large.HUGE)).fill_(3).eq(3).all()
+    assert large.empty((2, large.HUGE), torch.int8).fill_(3).eq(3).all()
 
 
 def test_kernels_that_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10_000, raising=False)  # no such advice
-    assert large.empty_int8((1, large.HUGE)).fill_(3).eq(3).all()
+    assert large.empty((1, large.HUGE), torch.int8).fill_(3).eq(3).all()

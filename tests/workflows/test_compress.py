@@ -98,9 +98,9 @@ def test_same_bytes_whatever_the_workers_threads_and_shards(tmp_path: Path, sour
 
 
 def test_parts_of_a_large_tensor_decode_like_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = gaussian(2000, 300)
+    weight = gaussian(9000, 300)
     source = write_folder(tmp_path / "source", {"w": weight})
-    monkeypatch.setattr(plan_module, "PART_WEIGHTS", 1 << 18)
+    monkeypatch.setattr(plan_module, "PART_WEIGHTS", 1 << 20)
     report = compress(source, tmp_path / "out", CompressOptions(Target("bits", 4.0)))
     assert report is not None
     assert len(report.manifest.tensors["w"].parts) == 3

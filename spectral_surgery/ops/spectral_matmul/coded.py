@@ -118,9 +118,9 @@ def coded_form(spectrum: Spectrum) -> CodedForm:
 
 def _joined(frames: Sequence[bytes | memoryview]) -> Tensor:
     """One frame after the other, where they are if they are so in memory, as those that were just read."""
-    owner = frames[0].obj if isinstance(frames[0], memoryview) else None
+    owner: object = frames[0].obj if isinstance(frames[0], memoryview) else None
     places = [(np.frombuffer(frame, np.uint8).ctypes.data, len(frame)) for frame in frames]
     adjacent = all(start + length == following for (start, length), (following, _) in pairwise(places))
-    if isinstance(owner, bytearray) and adjacent and sum(map(len, frames)) == len(owner):
-        return torch.frombuffer(owner, dtype=torch.uint8)
+    if isinstance(owner, np.ndarray) and adjacent and sum(map(len, frames)) == owner.nbytes:
+        return torch.from_numpy(owner)
     return torch.frombuffer(bytearray().join(frames), dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor
 from spectral_surgery.ops.spectral_matmul import integer, triton
 from spectral_surgery.ops.spectral_matmul.levels import Grid
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
-from spectral_surgery.ops.spectral_matmul.workers import Span, in_turn
 from spectral_surgery.spectra.codec import Basis, frame_spans
-from spectral_surgery.spectra.large import empty_int8
+from spectral_surgery.spectra.large import empty
 
 _LOW, _HIGH = -8, 7
-_BLOCK = 1 << 20  # weights unpacked at a time: they stay in cache
+_BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,36 @@ class Int4Form:
         operand = integer.prepare(x, accuracy)
         if operand.how == "triton":
             return triton.packed_product(operand.x, self.codes, self.grid)
-
-        def rows(span: Span) -> Tensor:
-            return integer.product(operand, self._unpacked(self.codes[slice(*span)]))
-
-        return torch.cat(list(in_turn(rows, self._spans())), 1)
+        return torch.cat([integer.product(operand, levels) for _, levels in self._blocks()], 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
         operand = integer.prepare(g, accuracy, adjoint=True)
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.columns), dtype=wide)
-
-        def rows(span: Span) -> Tensor:
-            return integer.adjoint(operand.terms(*span), self._unpacked(self.codes[slice(*span)]))
-
-        for part in in_turn(rows, self._spans()):
-            out += part
+        for start, levels in self._blocks():
+            out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
         return out
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8."""
-        return self._unpacked(self.codes[rows])
+        packed = self.codes[rows]
+        return self._unpack(packed, packed.new_empty((len(packed), self.columns)))
 
-    def _spans(self) -> list[Span]:
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and levels of blocks of rows, one after the other in the same memory."""
         rows, columns = self.shape
-        return frame_spans(rows, max(1, _BLOCK // columns))
+        spans = frame_spans(rows, max(1, _BLOCK // columns))
+        buffer = self.codes.new_empty((spans[0][1], columns))
+        for start, stop in spans:
+            yield start, self._unpack(self.codes[start:stop], buffer[: stop - start])
 
-    def _unpacked(self, packed: Tensor) -> Tensor:
+    def _unpack(self, packed: Tensor, out: Tensor) -> Tensor:
         half = packed.shape[1]
-        codes = packed.new_empty((len(packed), self.columns))
-        torch.bitwise_left_shift(packed, 4, out=codes[:, :half]).bitwise_right_shift_(4)  # keeps the sign
-        torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=codes[:, half:])
+        torch.bitwise_left_shift(packed, 4, out=out[:, :half]).bitwise_right_shift_(4)  # keeps the sign
+        torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=out[:, half:])
         parts, shift = self.grid.tolist()
-        return Grid(parts, shift).levels(codes)
+        return Grid(parts, shift).levels_(out)
 
 
 def int4_form(spectrum: Spectrum) -> Int4Form:
@@ -90,7 +86,7 @@ def int4_form(spectrum: Spectrum) -> Int4Form:
     """
     rows, columns = spectrum.shape
     half = -(-columns // 2)
-    packed = empty_int8((rows, half)).to(spectrum.step.device)
+    packed = empty((rows, half), torch.int8).to(spectrum.step.device)
     for start, codes in code_blocks(spectrum):
         grid = fitting_grid(spectrum, codes, "int4", (_LOW, _HIGH))
         part = codes.to(torch.int8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
 from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.large import empty_int8
+from spectral_surgery.spectra.large import empty
 from spectral_surgery.spectra.quantized import INT8_MAX
 
 
@@ -53,7 +53,7 @@ def int8_form(spectrum: Spectrum) -> Int8Form:
     Raises:
         ConfigError: when its codes or their offset do not fit int8.
     """
-    levels = empty_int8(spectrum.shape).to(spectrum.step.device)
+    levels = empty(spectrum.shape, torch.int8).to(spectrum.step.device)
     for start, codes in code_blocks(spectrum, levels):
         grid = fitting_grid(spectrum, codes, "int8", (-INT8_MAX, INT8_MAX))
         block = levels[start : start + len(codes)]
