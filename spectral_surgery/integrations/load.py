@@ -10,10 +10,12 @@ import torch
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.manifest import SUFFIXES
 from spectral_surgery.errors import BackendError, CheckpointError, LimitError, SpectralSurgeryError
-from spectral_surgery.integrations.spectral_loading import AUTO, STREAMED, resident_bytes, residents_for
+from spectral_surgery.integrations.spectral_loading import AUTO, NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.ops.spectral_matmul import STREAM_BYTES
 
 BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them
+
+_NARROW_BITS = 3.25  # stored bits of a weight: of more, too many codes are beyond half a byte
 
 
 def load_compressed(
@@ -35,7 +37,8 @@ def load_compressed(
         dtype: of activations and of what is not compressed; None for the stored one.
         device: where to, or a ``device_map`` such as ``auto``.
         max_memory: bytes that the weights may take on the device, with the blocks of rows under way; with ``auto``, as
-            many weights are int8 as fit, and the others coded, or streamed to a GPU.
+            many weights are int8 as fit, of the others those with narrow codes int4, and what does not fit is coded,
+            or streamed to a GPU.
 
     Returns:
         A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
@@ -79,7 +82,7 @@ def _architecture(config: Any) -> str:
 def _within(
     checkpoint: CompressedCheckpoint, residents: dict[str, str], resident: str, limit: int, device: str
 ) -> dict[str, str]:
-    """Resident forms that fit a limit: those that are there, or the fastest ones for as long as they fit."""
+    """Resident forms that fit a limit: those that are there, or faster and faster ones for as long as they fit."""
     spectra = {f"{name}.{suffix}" for name in residents for suffix in SUFFIXES}
     rest = sum(info.nbytes for name, info in checkpoint.index.tensors.items() if name not in spectra)
     smallest = STREAMED if device.startswith("cuda") else "coded"
@@ -92,11 +95,12 @@ def _within(
             f"max_memory: {limit} bytes; {needed} are needed for the weights and the blocks of rows under way, and"
             f" accepted. {remedy}."
         )
-    if resident == AUTO:
-        for name in chosen:
-            more = resident_bytes(checkpoint, name, AUTO) - resident_bytes(checkpoint, name, smallest)
-            if needed + more <= limit:
-                chosen[name], needed = AUTO, needed + more
+    for form in (NARROW, AUTO) if resident == AUTO else ():
+        for name, held in chosen.items():
+            more = resident_bytes(checkpoint, name, form) - resident_bytes(checkpoint, name, held)
+            fits = form == AUTO or checkpoint.manifest.tensors[name].report.bits_per_weight <= _NARROW_BITS
+            if fits and needed + more <= limit:
+                chosen[name], needed = form, needed + more
     return chosen
 
 

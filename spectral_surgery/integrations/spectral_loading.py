@@ -28,11 +28,11 @@ from spectral_surgery.integrations.stand_ins import stand_in
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import RESIDENTS, Form, resident_form
 
-AUTO, STREAMED = "auto", "streamed"
+AUTO, NARROW, STREAMED = "auto", "narrow", "streamed"
 STEP = SUFFIXES[2]
 UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
 Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
-_COULD_BE_CODED = (AUTO, STREAMED)
+_FIRST = {AUTO: "int8", NARROW: "int4", STREAMED: STREAMED}  # where codes do not fit these, weights are coded
 _ANY = ""  # the pattern of a tensor that is renamed at most
 
 
@@ -256,8 +256,8 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
     Args:
         checkpoint: the folder.
         name: of a matrix in the manifest.
-        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; where they do not fit what is
-            streamed, they are coded too.
+        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; ``narrow`` is the same with int4.
+            Where they do not fit what is streamed, they are coded too.
 
     Returns:
         Its forms, and the name in RESIDENTS.
@@ -266,20 +266,22 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
         ConfigError: when the codes do not fit the resident form.
     """
     parts = range(len(checkpoint.manifest.tensors[name].parts))
-    wanted = "int8" if resident == AUTO else resident
+    wanted = _FIRST.get(resident, resident)
     try:
         return [resident_form(checkpoint.part(name, part), wanted) for part in parts], wanted
     except ConfigError as error:
-        if resident not in _COULD_BE_CODED:
+        if resident not in _FIRST:
             raise ConfigError(f"{name}: {error}") from None
     return resident_forms(checkpoint, name, "coded")
 
 
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
-    """Bytes of a compressed tensor where it computes, in a resident form; as ``auto``, in the larger of its two."""
+    """Bytes of a compressed tensor where it computes, in a resident form, or in the larger one of two."""
     report = checkpoint.manifest.tensors[name].report
-    sizes = {"int8": report.weights, "int4": (report.weights + 1) // 2, "coded": report.stored_bytes, STREAMED: 0}
-    return sizes.get(resident, max(sizes["int8"], sizes["coded"]))
+    few, most = report.weights // 512, report.weights // 12  # bytes of outliers, at most: one in 4096, one in 64
+    sizes = {"int8": report.weights, "int4": (report.weights + 1) // 2 + most, "coded": report.stored_bytes}
+    sizes[STREAMED] = few
+    return sizes[resident] if resident in sizes else max(sizes[_FIRST[resident]], sizes["coded"])
 
 
 def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from spectral_surgery.ops.spectral_matmul import Form, HostMatrix
+
+_OF_ANY_LENGTH = ("data", "places", "beyond")  # stored frames, and outliers: as many as there are
 
 
 class FormHolder(nn.Module):
@@ -69,6 +70,6 @@ class FormHolder(nn.Module):
                 self._rest[name] = HostMatrix.of(given)
         for name, buffer in self.named_buffers(recurse=False):
             given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and buffer.dtype == torch.uint8 and given.shape != buffer.shape:
-                setattr(self, name, buffer.new_empty(given.shape))  # coded data has the length it has
+            if isinstance(given, Tensor) and name in _OF_ANY_LENGTH and given.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(given.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -216,6 +216,24 @@ def test_max_memory(folders: dict[str, Path]) -> None:
     assert held < rest + half
 
 
+def test_max_memory_with_narrow_codes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Between the stored bytes and one byte a weight, as many weights as fit take half a byte, then a whole one."""
+    plain = tmp_path / "plain"
+    spectral_surgery.decompress(folders["llama"], plain)
+    folder = tmp_path / "narrow"
+    spectral_surgery.compress(plain, folder, CompressOptions(Target("bits", 2.0)))
+    weights = spectral_surgery.open_compressed(folder).manifest.report
+    rest = torch.get_num_threads() * (8 << 20) + read_index(folder).nbytes - weights.stored_bytes
+    expected = output(spectral_surgery.load_compressed(folder))
+    for share, residents in ((0.25, {"coded"}), (0.45, {"coded", "int4"}), (0.8, {"int4", "int8"}), (1.1, {"int8"})):
+        limit = rest + int(share * weights.weights)
+        model = spectral_surgery.load_compressed(folder, max_memory=limit)
+        assert {layer.spectrum.resident for _, layer in spectral_layers(model)} == residents
+        held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for _, b in model.named_buffers())
+        assert held < limit
+        assert relative(expected, output(model)) < 1e-5
+
+
 def test_max_memory_of_a_gpu(folders: dict[str, Path]) -> None:
     """What does not fit it stays in host memory."""
     checkpoint = spectral_surgery.open_compressed(folders["llama"])

@@ -83,7 +83,10 @@ def test_casts_keep_codes_and_scales(resident: str) -> None:
 
 @pytest.mark.parametrize("resident", RESIDENTS)
 def test_copies_pickles_and_state_dicts(resident: str) -> None:
-    layer = SpectralLinear.from_dense(dense_layer(), bits=2, resident=resident)
+    first = dense_layer()
+    with torch.no_grad():
+        first.weight[:64, :64] += 0.02  # a code that no nibble holds; the other layer has none
+    layer = SpectralLinear.from_dense(first, bits=2, resident=resident)
     x = noise(3, 96)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x))
@@ -164,7 +167,8 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="resident form 'int5': unknown"):
         SpectralLinear.from_dense(linear, bits=4, resident="int5")
     with pytest.raises(
-        ConfigError, match=r"resident 'int4': codes reach .* -8 to 7 are accepted at this offset. Use coded"
+        ConfigError,
+        match=r"resident 'int4': codes reach .* -8 to 7 are accepted at this offset, but for one code in 64",
     ):
         SpectralLinear.from_dense(linear, bits=5, resident="int4")
     spectrum: Any = encode(linear.weight, Target("bits", 4.0))[0]

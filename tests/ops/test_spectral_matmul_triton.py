@@ -44,12 +44,14 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 2e-3)):  # the inter
         close(triton.product(y, matrix.T, torch.float32), y.double() @ matrix.double(), 1e-6)
         packed = torch.randint(-128, 128, (rows, -(-terms // 2)), generator=generator).to(torch.int8)
         for grid in ((1, 0), (10, -1)):
-            form = Int4Form(packed, torch.ones(1), torch.tensor(grid, dtype=torch.int8), Basis(), terms)
+            none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int8)
+            form = Int4Form(packed, torch.ones(1), torch.tensor(grid, dtype=torch.int8), *none, Basis(), terms)
             wanted = x.double() @ form.levels(torch.arange(rows)).double().T
             close(triton.packed_product(x, packed, form.grid), wanted, limit)
 
 integer.way = lambda *_, **__: "triton"
 weight = torch.randn(130, 96, generator=generator)
+weight[7, 9] = 30  # no nibble holds its code
 encoded, _ = encode(weight, Target("bits", 2.5))
 x = torch.randn(3, 96, generator=generator, requires_grad=True)
 for resident in op.RESIDENTS:

@@ -1,4 +1,4 @@
-"""Half a byte a weight, where codes fit: two signed nibbles a byte, unpacked a block of rows at a time."""
+"""Half a byte a weight, where all but a few codes fit: signed nibbles, unpacked a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import integer, triton
-from spectral_surgery.ops.spectral_matmul.levels import Grid
-from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, fitting_grid
+from spectral_surgery.ops.spectral_matmul.beyond import add_block, add_levels, add_product
+from spectral_surgery.ops.spectral_matmul.levels import Grid, grid_of
+from spectral_surgery.ops.spectral_matmul.source import Spectrum, basis_of, code_blocks, reach, refusal
 from spectral_surgery.spectra.codec import Basis, frame_spans
 from spectral_surgery.spectra.large import empty
 
 _LOW, _HIGH = -8, 7
+_MOST_BEYOND = 64  # one code in so many may be beyond a nibble: 5 bytes for each
+_FEW = 16  # tokens on a GPU: more are faster with unpacked levels than with outliers of their own
 _BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
 
@@ -27,12 +30,16 @@ class Int4Form:
         scale: [1] or [I] float32.
         basis: transform, tile and axes.
         grid: [2] int8, `Grid` of the reconstruction points: parts and shift.
+        places: [n] int32 or int64, row * I + column of the codes that nibbles do not hold, ascending.
+        beyond: [n] int8, their levels less those of the nearest nibbles.
         columns: I.
     """
 
     codes: Tensor
     scale: Tensor
     grid: Tensor
+    places: Tensor
+    beyond: Tensor
     basis: Basis
     columns: int
 
@@ -44,8 +51,9 @@ class Int4Form:
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
         operand = integer.prepare(x, accuracy)
-        if operand.how == "triton":
-            return triton.packed_product(operand.x, self.codes, self.grid)
+        if operand.how == "triton" and (len(x) <= _FEW or not len(self.places)):
+            y = triton.packed_product(operand.x, self.codes, self.grid)
+            return add_product(y, x, self.places, self.beyond, self.columns)
         return torch.cat([integer.product(operand, levels) for _, levels in self._blocks()], 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
@@ -60,7 +68,8 @@ class Int4Form:
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8."""
         packed = self.codes[rows]
-        return self._unpack(packed, packed.new_empty((len(packed), self.columns)))
+        levels = self._unpack(packed, packed.new_empty((len(packed), self.columns)))
+        return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """First row and levels of blocks of rows, one after the other in the same memory."""
@@ -68,7 +77,8 @@ class Int4Form:
         spans = frame_spans(rows, max(1, _BLOCK // columns))
         buffer = self.codes.new_empty((spans[0][1], columns))
         for start, stop in spans:
-            yield start, self._unpack(self.codes[start:stop], buffer[: stop - start])
+            levels = self._unpack(self.codes[start:stop], buffer[: stop - start])
+            yield start, add_block(levels, start, self.places, self.beyond)
 
     def _unpack(self, packed: Tensor, out: Tensor) -> Tensor:
         half = packed.shape[1]
@@ -78,20 +88,39 @@ class Int4Form:
         return Grid(parts, shift).levels_(out)
 
 
-def int4_form(spectrum: Spectrum) -> Int4Form:
+def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
     """Nibbles of a spectrum, decoded block by block.
 
+    Args:
+        spectrum: codes or stored frames.
+        most_beyond: one code in so many may be none of -8 to 7.
+
     Raises:
-        ConfigError: when its codes do not fit 4 bits, or their offset no int8 grid.
+        ConfigError: when more of its codes do not fit 4 bits, or one of them or their offset no int8 grid.
     """
     rows, columns = spectrum.shape
     half = -(-columns // 2)
     packed = empty((rows, half), torch.int8).to(spectrum.step.device)
+    grid, parts, shift, low, high = grid_of(spectrum.offset), 0, 0, 0, 0
+    index = torch.int32 if rows * columns <= torch.iinfo(torch.int32).max else torch.int64
+    found = [(torch.empty(0, dtype=index), torch.empty(0, dtype=torch.int8))]
     for start, codes in code_blocks(spectrum):
-        grid = fitting_grid(spectrum, codes, "int4", (_LOW, _HIGH))
-        part = codes.to(torch.int8)
+        least, most = reach(codes)
+        low, high = min(low, least), max(high, most)
+        part = codes.clamp(_LOW, _HIGH).to(torch.int8)
+        if least < _LOW or most > _HIGH:
+            rest = (codes - part).reshape(-1)
+            places = torch.nonzero(rest).reshape(-1)
+            found.append(((places + start * columns).to(index).cpu(), rest[places].cpu()))
+        beyond = sum(len(places) for places, _ in found)
+        if grid is None or beyond * most_beyond > rows * columns or not grid.fits(low, high):
+            but = f", but for one code in {most_beyond}"
+            raise refusal(spectrum, "int4", (low, high), (_LOW, _HIGH), but)
+        parts, shift = grid.parts, grid.shift
         block = packed[start : start + len(part)]
         block.copy_(part[:, :half] & 15)
         block[:, : columns - half] |= part[:, half:] << 4
-    stored = torch.tensor([grid.parts, grid.shift], dtype=torch.int8, device=packed.device)
-    return Int4Form(packed, spectrum.step.to(torch.float32) / grid.parts, stored, basis_of(spectrum), columns)
+    places, rest = (torch.cat(own).to(packed.device) for own in zip(*found, strict=True))
+    stored = torch.tensor([parts, shift], dtype=torch.int8, device=packed.device)
+    scale = spectrum.step.to(torch.float32) / parts
+    return Int4Form(packed, scale, stored, places, (rest * parts).to(torch.int8), basis_of(spectrum), columns)

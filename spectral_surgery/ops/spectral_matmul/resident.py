@@ -33,7 +33,7 @@ RESIDENTS = Table(
     "resident form",
     (
         Resident("int8", int8_form, "one byte a weight; the fastest"),
-        Resident("int4", int4_form, "half a byte a weight, for codes from -8 to 7; unpacked on the fly"),
+        Resident("int4", int4_form, "half a byte a weight, where codes but a few are -8 to 7; unpacked on the fly"),
         Resident("coded", coded_form, "the stored bytes, for all codes; decoded on the fly"),
         Resident("streamed", streamed_form, "as int4 or int8 in host memory; a GPU gets them block by block"),
     ),

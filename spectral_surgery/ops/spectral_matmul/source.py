@@ -35,20 +35,44 @@ def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple
     Raises:
         ConfigError: when they do not fit.
     """
-    low, high = (int(v) for v in torch.aminmax(codes))
     grid = grid_of(spectrum.offset)
-    if low >= limits[0] and high <= limits[1] and grid is None:
-        raise ConfigError(
+    if grid == Grid(1, 0) and codes.dtype == torch.int8 and limits == (-INT8_MAX, INT8_MAX):
+        return grid  # codes are levels
+    low, high = reach(codes)
+    if grid is None or low < limits[0] or high > limits[1] or not grid.fits(low, high):
+        raise refusal(spectrum, resident, (low, high), limits)
+    return grid
+
+
+def reach(codes: Tensor) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    low, high = torch.aminmax(codes)
+    return int(low), int(high)
+
+
+def refusal(
+    spectrum: Spectrum, resident: str, found: tuple[int, int], limits: tuple[int, int], but: str = ""
+) -> ConfigError:
+    """Why codes, or their offset, do not fit a resident form.
+
+    Args:
+        spectrum: whose offset counts.
+        resident: name of the form.
+        found: smallest and largest code.
+        limits: smallest and largest code that the form holds.
+        but: which others it holds.
+    """
+    (low, high), grid = found, grid_of(spectrum.offset)
+    if grid is None and low >= limits[0] and high <= limits[1]:
+        return ConfigError(
             f"resident '{resident}': an offset of {spectrum.offset:g} steps is on no grid of int8; a multiple of 1/n,"
             " n up to 127, is accepted. Use coded."
         )
-    if grid is None or low < limits[0] or high > limits[1] or not grid.fits(low, high):
-        most = INT8_MAX if grid is None else (INT8_MAX - max(grid.shift, 0)) // grid.parts
-        raise ConfigError(
-            f"resident '{resident}': codes reach {low} to {high}; {max(limits[0], -most)} to {min(limits[1], most)} are"
-            " accepted at this offset. Use coded, or fewer bits."
-        )
-    return grid
+    most = INT8_MAX if grid is None else (INT8_MAX - max(grid.shift, 0)) // grid.parts
+    return ConfigError(
+        f"resident '{resident}': codes reach {low} to {high}; {max(limits[0], -most)} to {min(limits[1], most)} are"
+        f" accepted at this offset{but}. Use coded, or fewer bits."
+    )
 
 
 def code_blocks(spectrum: Spectrum, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:

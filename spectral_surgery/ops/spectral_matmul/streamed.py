@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.ops.spectral_matmul.beyond import add_adjoint, add_levels, add_product
 from spectral_surgery.ops.spectral_matmul.form import Form
 from spectral_surgery.ops.spectral_matmul.int4 import Int4Form, int4_form
 from spectral_surgery.ops.spectral_matmul.int8 import Int8Form, int8_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum
 from spectral_surgery.ops.spectral_matmul.transfers import BUFFER_BYTES, bus
 from spectral_surgery.spectra.codec import Basis
+
+_MOST_BEYOND = 1 << 12  # one code in so many may be beyond a nibble: these stay on the device
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class StreamedForm:
         host: of an `Int4Form` or an `Int8Form`.
         scale: [1] or [I] float32; the device of the layer.
         grid: [2] int8 of an `Int4Form`, on that device; [0] of an `Int8Form`.
+        places: of the codes beyond nibbles, as in an `Int4Form`, on that device; [0] of an `Int8Form`.
+        beyond: of their levels, the same.
         basis: transform, tile and axes.
         columns: I.
     """
@@ -55,6 +60,8 @@ class StreamedForm:
     host: HostMatrix
     scale: Tensor
     grid: Tensor
+    places: Tensor
+    beyond: Tensor
     basis: Basis
     columns: int
 
@@ -66,7 +73,8 @@ class StreamedForm:
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
         with self._blocks(x.device) as blocks:
-            return torch.cat([self._form(block).product(x, accuracy) for _, block in blocks], 1)
+            y = torch.cat([self._form(block).product(x, accuracy) for _, block in blocks], 1)
+        return add_product(y, x, self.places, self.beyond, self.columns)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
@@ -75,12 +83,15 @@ class StreamedForm:
             for start, block in blocks:
                 part = self._form(block).adjoint(g[:, start : start + len(block)], accuracy)
                 out = part if out is None else out.add_(part)
-        return g.new_zeros((len(g), self.columns)) if out is None else out
+        if out is None:
+            return g.new_zeros((len(g), self.columns))
+        return add_adjoint(out, g, self.places, self.beyond, self.columns)
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8 on the device of the rows; only these cross the bus."""
         own = self._form(self.host.codes[rows.cpu()].to(rows.device))
-        return own.levels(torch.arange(len(rows), device=rows.device))
+        levels = own.levels(torch.arange(len(rows), device=rows.device))
+        return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
     def _blocks(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
         codes = self.host.codes
@@ -88,7 +99,8 @@ class StreamedForm:
 
     def _form(self, codes: Tensor) -> Form:
         if self.grid.numel():
-            return Int4Form(codes, self.scale, self.grid, self.basis, self.columns)
+            nothing = self.places[:0], self.beyond[:0]  # of this block alone: those of the whole are added at the end
+            return Int4Form(codes, self.scale, self.grid, *nothing, self.basis, self.columns)
         return Int8Form(codes, self.scale, self.basis)
 
 
@@ -100,7 +112,7 @@ def streamed_form(spectrum: Spectrum) -> StreamedForm:
     """
     form: Int4Form | Int8Form
     try:
-        form = int4_form(spectrum)
+        form = int4_form(spectrum, _MOST_BEYOND)
     except ConfigError:
         form = int8_form(spectrum)
     codes = form.codes
@@ -108,5 +120,7 @@ def streamed_form(spectrum: Spectrum) -> StreamedForm:
         raise ConfigError(
             f"resident 'streamed': a row of {codes.shape[1]} bytes; up to {BUFFER_BYTES} are accepted. Use int8."
         )
-    grid = form.grid if isinstance(form, Int4Form) else codes.new_empty(0)
-    return StreamedForm(HostMatrix.of(codes), form.scale, grid, form.basis, form.shape[1])
+    grid, places, beyond = codes.new_empty(0), codes.new_empty(0, dtype=torch.int32), codes.new_empty(0)
+    if isinstance(form, Int4Form):
+        grid, places, beyond = form.grid, form.places, form.beyond
+    return StreamedForm(HostMatrix.of(codes), form.scale, grid, places, beyond, form.basis, form.shape[1])
