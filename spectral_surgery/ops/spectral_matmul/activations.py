@@ -6,7 +6,7 @@ product are transformed, a small matrix product per token, and the spectrum C mu
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,25 +38,29 @@ def columns_to_space(y: Tensor, basis: Basis) -> Tensor:
     return _along(y, basis, inverse=True) if 1 in basis.axes else y
 
 
-def _threads(products: int) -> AbstractContextManager[None]:
-    return one_torch_thread() if products < _ONE_THREAD else nullcontext()
-
-
 def _along(x: Tensor, basis: Basis, *, inverse: bool) -> Tensor:
-    transform = TRANSFORMS[basis.transform]
-    if transform is IDENTITY:
+    length = x.shape[1]
+    rest = length % basis.tile
+    if basis.transform == IDENTITY.name:
         return x
-    tokens, length = x.shape
-    full = length // basis.tile * basis.tile
-    parts = []
-    for start, stop in ((0, full), (full, length)):
-        points = min(basis.tile, stop - start)
-        part = x[:, start:stop]
-        if points and transform.accepts(points):
-            matrix = transform.basis(points, dtype=x.dtype, device=x.device)
-            matrix = matrix if inverse else matrix.T
-            with _threads(part.numel() * points):
-                part = (part.reshape(-1, points) @ matrix).reshape(tokens, stop - start)
-        if points:
-            parts.append(part)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if not rest:
+        return _tiles(x, basis.transform, basis.tile, inverse)
+    parts = [_tiles(x[:, : length - rest], basis.transform, basis.tile, inverse)] if length > rest else []
+    last = x[:, length - rest :]
+    parts.append(_tiles(last, basis.transform, rest, inverse) if TRANSFORMS[basis.transform].accepts(rest) else last)
+    return torch.cat(parts, 1)
+
+
+def _tiles(x: Tensor, transform: str, points: int, inverse: bool) -> Tensor:
+    matrix = _matrix(transform, points, x.dtype, x.device, inverse)
+    if x.numel() * points < _ONE_THREAD:
+        with one_torch_thread():
+            return (x.reshape(-1, points) @ matrix).reshape(x.shape)
+    return (x.reshape(-1, points) @ matrix).reshape(x.shape)
+
+
+@lru_cache(maxsize=64)
+def _matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
+    """What rows of tiles are multiplied by; one look-up, since it takes longer than the product of a single row."""
+    matrix = TRANSFORMS[transform].basis(points, dtype=dtype, device=device)
+    return matrix if inverse else matrix.T
