@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 from spectral_surgery.ops import spectral_matmul as op
-from spectral_surgery.ops.spectral_matmul import dispatch, integer, levels
+from spectral_surgery.ops.spectral_matmul import dispatch, few_tokens, integer, levels
 from spectral_surgery.ops.spectral_matmul.dispatch import Processor
 from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
@@ -63,6 +63,7 @@ def has(monkeypatch: pytest.MonkeyPatch, processor: Processor) -> None:
     from spectral_surgery.ops.spectral_matmul import operator
 
     monkeypatch.setattr(operator, "processor", lambda: processor)
+    few_tokens._steps.cache_clear()  # what the last processor could do
 
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=["plain", "vnni", "bfloat16"])
@@ -223,6 +224,31 @@ def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatc
     form, dense = op.resident_form(spectrum, resident), spectrum.to_dense()
     assert relative(op.form_matmul(noise(3, 333), [form]), noise(3, 333) @ dense.T) < 1e-5
     assert relative(op.form_matmul_transposed(noise(3, 460), [form]), noise(3, 460) @ dense) < 1e-5
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
+@pytest.mark.parametrize("settings", [{}, {"transform": "identity"}, {"transform": "hadamard"}])
+def test_a_few_tokens_give_the_same_bits(axes: tuple[int, ...], settings: dict[str, str]) -> None:
+    """The short way is the general one, for what it takes; all else is left to that."""
+    for rows, columns, length in ((192, 128, 9), (192, 96, 16), (200, 128, 1), (64, 128, 8), (1, 32, 1)):
+        spectrum = random_codes(rows, columns, 60, torch.int8, axes=axes, tile=64, **settings)
+        form = op.resident_form(spectrum, "int8")
+        x = noise(length, columns).bfloat16()
+        for tokens in {1, min(length, 8), length}:
+            some = x[:tokens].reshape(tokens, 1, columns)
+            quick = few_tokens.few_tokens(some, form)
+            general = op.form_matmul(some.clone().requires_grad_(), [form])
+            if quick is not None:
+                assert (quick.dtype, quick.shape) == (torch.float32, (tokens, 1, rows))
+                assert torch.equal(quick, general.to(quick.dtype))
+            assert torch.equal(op.form_matmul(some, [form]), general)
+    aligned = op.resident_form(random_codes(192, 128, 60, torch.int8, axes=axes, tile=64, **settings), "int8")
+    x = noise(8, 128).bfloat16()
+    assert few_tokens.few_tokens(x, aligned) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_tokens.few_tokens(x, aligned) is None
+    others = (x.clone().requires_grad_(), x.float(), x[:0], x[:, :64], noise(40, 128).bfloat16(), x.to("meta"))
+    assert [few_tokens.few_tokens(own, aligned) for own in others] == [None] * len(others)
 
 
 def with_outliers(share: int, dtype: torch.dtype, **settings: Any) -> QuantizedSpectrum:

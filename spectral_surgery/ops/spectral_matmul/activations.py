@@ -52,7 +52,7 @@ def _along(x: Tensor, basis: Basis, *, inverse: bool) -> Tensor:
 
 
 def _tiles(x: Tensor, transform: str, points: int, inverse: bool) -> Tensor:
-    matrix = _matrix(transform, points, x.dtype, x.device, inverse)
+    matrix = transform_matrix(transform, points, x.dtype, x.device, inverse)
     if x.numel() * points < _ONE_THREAD:
         with one_torch_thread():
             return (x.reshape(-1, points) @ matrix).reshape(x.shape)
@@ -60,7 +60,7 @@ def _tiles(x: Tensor, transform: str, points: int, inverse: bool) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
+def transform_matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
     """What rows of tiles are multiplied by; one look-up, since it takes longer than the product of a single row."""
     matrix = TRANSFORMS[transform].basis(points, dtype=dtype, device=device)
     return matrix if inverse else matrix.T

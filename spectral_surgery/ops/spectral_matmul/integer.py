@@ -60,7 +60,7 @@ def prepare(x: Tensor, accuracy: torch.dtype, *, adjoint: bool = False) -> Opera
 def product(operand: Operand, matrix: Tensor) -> Tensor:
     """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type."""
     if matrix.dtype == torch.int8 and operand.how == "packed":
-        return torch._weight_int8pack_mm(operand.x, matrix, _ones(len(matrix), matrix.device))
+        return torch._weight_int8pack_mm(operand.x, matrix, ones(len(matrix), matrix.device))
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix.T)
     if matrix.dtype == torch.int8 and operand.how == "triton":
@@ -87,7 +87,7 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _ones(count: int, device: torch.device) -> Tensor:
+def ones(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.ones(count, dtype=torch.bfloat16, device=device)
 

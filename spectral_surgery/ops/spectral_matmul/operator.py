@@ -13,6 +13,7 @@ from torch.autograd import Function
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.ops.spectral_matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
 from spectral_surgery.ops.spectral_matmul.dispatch import block_dtype, processor
+from spectral_surgery.ops.spectral_matmul.few_tokens import few_tokens
 from spectral_surgery.ops.spectral_matmul.form import Form
 
 _NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
@@ -56,6 +57,8 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
+    if len(forms) == 1 and (quick := few_tokens(x, forms[0])) is not None:
+        return quick
     flat = _checked(x, forms[0].shape[1])
     with unrounded(x.device.type):
         wide = flat.to(_working(flat, x.dtype))

@@ -1,0 +1,71 @@
+"""A few tokens times an int8 matrix on a CPU: the steps that all products take, without those that choose between them.
+
+While a language model writes, every layer multiplies one token, and its weights have pushed everything else out of the
+caches: then Python takes a third of the time of a layer, and what is not called need not be fetched.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.ops.spectral_matmul import integer
+from spectral_surgery.ops.spectral_matmul.activations import transform_matrix
+from spectral_surgery.ops.spectral_matmul.dispatch import way
+from spectral_surgery.ops.spectral_matmul.form import Form
+from spectral_surgery.ops.spectral_matmul.int8 import Int8Form
+from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.transforms import IDENTITY
+
+_CPU = torch.device("cpu")
+
+
+class _Steps(NamedTuple):
+    most: int  # tokens; 0 where other ways are needed
+    into: Tensor | None  # [tile, tile] that tiles of activations are multiplied by; None where they stay
+    back: Tensor | None  # of the product
+    ones: Tensor
+
+
+def few_tokens(x: Tensor, form: Form) -> Tensor | None:
+    """Y = x Wᵀ, bit for bit what the general way gives.
+
+    Args:
+        x: [..., I].
+        form: of W, [O, I].
+
+    Returns:
+        [..., O] float32; None for whatever is not bfloat16 on a CPU without gradients, int8, and few tokens.
+    """
+    if x.dtype != torch.bfloat16 or type(form) is not Int8Form or not x.is_cpu:
+        return None
+    rows, columns = form.codes.shape
+    steps = _steps(form.basis, rows, columns)
+    if x.numel() > steps.most * columns or not x.numel() or x.shape[-1] != columns:
+        return None
+    if (x.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+        return None
+    tile = form.basis.tile
+    inside = x.reshape(-1, columns).float()
+    if steps.into is not None:
+        inside = (inside.view(-1, tile) @ steps.into).view(inside.shape)
+    y = torch._weight_int8pack_mm((inside * form.scale).bfloat16(), form.codes, steps.ones).float()
+    if steps.back is not None:
+        y = (y.view(-1, tile) @ steps.back).view(y.shape)
+    return y.view(*x.shape[:-1], rows)
+
+
+@lru_cache(maxsize=1024)
+def _steps(basis: Basis, rows: int, columns: int) -> _Steps:
+    packed = (count for count in (16, 8) if way("cpu", count, columns, torch.bfloat16) == "packed")
+    turned = basis.transform != IDENTITY.name
+    inner, outer = (turned and axis in basis.axes for axis in (1, 0))
+    aligned = not (inner and columns % basis.tile) and not (outer and rows % basis.tile)
+    into, back = (
+        transform_matrix(basis.transform, basis.tile, torch.float32, _CPU, inverse) if needed else None
+        for needed, inverse in ((inner, False), (outer, True))
+    )
+    return _Steps(next(packed, 0) if aligned else 0, into, back, integer.ones(rows, _CPU))
