@@ -54,7 +54,8 @@ class Int4Form:
         if operand.how == "triton" and (len(x) <= _FEW or not len(self.places)):
             y = triton.packed_product(operand.x, self.codes, self.grid)
             return add_product(y, x, self.places, self.beyond, self.columns)
-        return torch.cat([integer.product(operand, levels) for _, levels in self._blocks()], 1)
+        parts = [integer.product(operand, levels) for _, levels in self._blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""

@@ -88,6 +88,7 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def ones(count: int, device: torch.device) -> Tensor:
+    """[count] bfloat16, the scales that torch's int8 kernel asks for: ours are applied before."""
     with torch.inference_mode(False):
         return torch.ones(count, dtype=torch.bfloat16, device=device)
 
