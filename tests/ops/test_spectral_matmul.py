@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 from spectral_surgery.ops import spectral_matmul as op
-from spectral_surgery.ops.spectral_matmul import dispatch, few_tokens, integer, levels
+from spectral_surgery.ops.spectral_matmul import dispatch, few_tokens, int4, integer, levels
 from spectral_surgery.ops.spectral_matmul.dispatch import Processor
 from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
@@ -214,7 +214,7 @@ def test_odd_inputs(resident: str) -> None:
 @pytest.mark.parametrize("resident", op.RESIDENTS)
 @pytest.mark.parametrize("axes", [(0, 1), (1,)])
 def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_surgery.ops.spectral_matmul import coded, int4
+    from spectral_surgery.ops.spectral_matmul import coded
 
     monkeypatch.setattr(codec, "FRAME_SIZE", 1)
     monkeypatch.setattr(coded, "_BLOCK", 1 << 15)
@@ -228,11 +228,16 @@ def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatc
 
 @pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
 @pytest.mark.parametrize("settings", [{}, {"transform": "identity"}, {"transform": "hadamard"}])
-def test_a_few_tokens_give_the_same_bits(axes: tuple[int, ...], settings: dict[str, str]) -> None:
+@pytest.mark.parametrize("resident", ["int8", "int4"])
+def test_a_few_tokens_give_the_same_bits(
+    axes: tuple[int, ...], settings: dict[str, str], resident: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The short way is the general one, for what it takes; all else is left to that."""
+    monkeypatch.setattr(int4, "_BLOCK", 50 * 128)
+    high = 60 if resident == "int8" else 7
     for rows, columns, length in ((192, 128, 9), (192, 96, 16), (200, 128, 1), (64, 128, 8), (1, 32, 1)):
-        spectrum = random_codes(rows, columns, 60, torch.int8, axes=axes, tile=64, **settings)
-        form = op.resident_form(spectrum, "int8")
+        spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, tile=64, **settings)
+        form = op.resident_form(spectrum, resident)
         x = noise(length, columns).bfloat16()
         for tokens in {1, min(length, 8), length}:
             some = x[:tokens].reshape(tokens, 1, columns)
@@ -242,7 +247,7 @@ def test_a_few_tokens_give_the_same_bits(axes: tuple[int, ...], settings: dict[s
                 assert (quick.dtype, quick.shape) == (torch.float32, (tokens, 1, rows))
                 assert torch.equal(quick, general.to(quick.dtype))
             assert torch.equal(op.form_matmul(some, [form]), general)
-    aligned = op.resident_form(random_codes(192, 128, 60, torch.int8, axes=axes, tile=64, **settings), "int8")
+    aligned = op.resident_form(random_codes(192, 128, high, torch.int8, axes=axes, tile=64, **settings), resident)
     x = noise(8, 128).bfloat16()
     assert few_tokens.few_tokens(x, aligned) is not None
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A few tokens times an int8 matrix on a CPU: the steps that all products take, without those that choose between them.
+"""A few tokens times an int8 or int4 matrix on a CPU: the steps of all products, without those that choose between them.
 
 While a language model writes, every layer multiplies one token, and its weights have pushed everything else out of the
 caches: then Python takes a third of the time of a layer, and what is not called need not be fetched.
@@ -16,6 +16,7 @@ from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.activations import transform_matrix
 from spectral_surgery.ops.spectral_matmul.dispatch import way
 from spectral_surgery.ops.spectral_matmul.form import Form
+from spectral_surgery.ops.spectral_matmul.int4 import Int4Form
 from spectral_surgery.ops.spectral_matmul.int8 import Int8Form
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.transforms import IDENTITY
@@ -38,11 +39,11 @@ def few_tokens(x: Tensor, form: Form) -> Tensor | None:
         form: of W, [O, I].
 
     Returns:
-        [..., O] float32; None for whatever is not bfloat16 on a CPU without gradients, int8, and few tokens.
+        [..., O] float32; None for whatever is not bfloat16 on a CPU without gradients, int8 or int4, and few tokens.
     """
-    if x.dtype != torch.bfloat16 or type(form) is not Int8Form or not x.is_cpu:
+    if x.dtype != torch.bfloat16 or not isinstance(form, Int8Form | Int4Form) or not x.is_cpu:
         return None
-    rows, columns = form.codes.shape
+    rows, columns = form.shape
     steps = _steps(form.basis, rows, columns)
     if x.numel() > steps.most * columns or not x.numel() or x.shape[-1] != columns:
         return None
@@ -52,10 +53,17 @@ def few_tokens(x: Tensor, form: Form) -> Tensor | None:
     inside = x.reshape(-1, columns).float()
     if steps.into is not None:
         inside = (inside.view(-1, tile) @ steps.into).view(inside.shape)
-    y = torch._weight_int8pack_mm((inside * form.scale).bfloat16(), form.codes, steps.ones).float()
+    y = _product((inside * form.scale).bfloat16(), form, steps.ones).float()
     if steps.back is not None:
         y = (y.view(-1, tile) @ steps.back).view(y.shape)
     return y.view(*x.shape[:-1], rows)
+
+
+def _product(x: Tensor, form: Int8Form | Int4Form, ones: Tensor) -> Tensor:
+    if isinstance(form, Int8Form):
+        return torch._weight_int8pack_mm(x, form.codes, ones)
+    parts = [torch._weight_int8pack_mm(x, levels, ones[: len(levels)]) for _, levels in form.blocks()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @lru_cache(maxsize=1024)

@@ -54,7 +54,7 @@ class Int4Form:
         if operand.how == "triton" and (len(x) <= _FEW or not len(self.places)):
             y = triton.packed_product(operand.x, self.codes, self.grid)
             return add_product(y, x, self.places, self.beyond, self.columns)
-        parts = [integer.product(operand, levels) for _, levels in self._blocks()]
+        parts = [integer.product(operand, levels) for _, levels in self.blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ class Int4Form:
         operand = integer.prepare(g, accuracy, adjoint=True)
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.columns), dtype=wide)
-        for start, levels in self._blocks():
+        for start, levels in self.blocks():
             out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
         return out
 
@@ -72,7 +72,7 @@ class Int4Form:
         levels = self._unpack(packed, packed.new_empty((len(packed), self.columns)))
         return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """First row and levels of blocks of rows, one after the other in the same memory."""
         rows, columns = self.shape
         spans = frame_spans(rows, max(1, _BLOCK // columns))
