@@ -1,4 +1,4 @@
-"""A few tokens times an int8 or int4 matrix on a CPU: the steps of all products, without those that choose between them.
+"""A few tokens times an int8 or int4 matrix on a CPU: the steps of all products, but not what chooses between them.
 
 While a language model writes, every layer multiplies one token, and its weights have pushed everything else out of the
 caches: then Python takes a third of the time of a layer, and what is not called need not be fetched.
