@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectral_surgery.checkpoint.reader import DTYPES
 from spectral_surgery.spectra import large
 
 
@@ -18,6 +19,13 @@ def test_a_tensor_like_any_other(shape: tuple[int, int]) -> None:
     made.copy_(torch.arange(-100, 100, dtype=torch.int8).repeat(1 + made.numel() // 200)[: made.numel()].view(shape))
     assert torch.equal(made, copy.deepcopy(made))
     assert int(made.sum(dtype=torch.int64)) == int(made.clone().sum(dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_every_type_that_files_have(dtype: torch.dtype) -> None:
+    made = large.empty((3, large.HUGE), dtype)
+    assert (made.shape, made.dtype) == ((3, large.HUGE), dtype)
+    assert made.view(torch.uint8).fill_(1).eq(1).all()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells")
