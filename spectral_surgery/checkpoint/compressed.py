@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from spectral_surgery.checkpoint.companions import CONFIG_FILE
 from spectral_surgery.checkpoint.difference import base_name
 from spectral_surgery.checkpoint.header import read_json
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.manifest import (
     FILE_NAME,
     QUANT_METHOD,
@@ -28,10 +29,25 @@ from spectral_surgery.spectra.codec import EncodedSpectrum
 
 @dataclass(frozen=True)
 class CompressedCheckpoint:
-    """Headers and manifest of a compressed folder; spectra are read when asked for."""
+    """Headers and manifest of a compressed folder; spectra are read when asked for.
+
+    Attributes:
+        index: headers of all files.
+        manifest: what is compressed, and how.
+        tables: frame offsets and steps that are read already, by tensor; see `with_tables`.
+    """
 
     index: CheckpointIndex
     manifest: Manifest
+    tables: Mapping[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+
+    def with_tables(self) -> CompressedCheckpoint:
+        """The same, with the frame offsets and steps of all tensors in memory, for threads that read many parts.
+
+        Raises:
+            CheckpointError: when they are damaged.
+        """
+        return replace(self, tables={name: self._tables(name) for name in self.manifest.tensors})
 
     def part(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor, as frames.
@@ -47,7 +63,8 @@ class CompressedCheckpoint:
             CheckpointError: when the stored bytes do not have their checksum.
         """
         record = self.manifest.tensors[name]
-        codes, offsets, steps = self._stored(name)
+        codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]
+        offsets, steps = self.tables.get(name) or self._tables(name)
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
@@ -66,7 +83,7 @@ class CompressedCheckpoint:
             record.basis(part),
         )
 
-    def _stored(self, name: str) -> tuple[TensorInfo, list[int], torch.Tensor]:
+    def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
         offsets = read_tensor(frames).tolist()
         if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
@@ -76,7 +93,7 @@ class CompressedCheckpoint:
         steps = read_tensor(step).float()
         if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
-        return codes, offsets, steps
+        return offsets, steps
 
 
 def is_compressed(folder: Path) -> bool:

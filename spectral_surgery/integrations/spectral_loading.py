@@ -229,6 +229,7 @@ class Loading:
                 names += [name for own in plan.experts[target] for name in own]
             elif target in plan.slots:
                 names.append(by[_ANY][0])
+        self.checkpoint = self.checkpoint.with_tables()
         self.ahead = Ahead(self._forms, names, torch.get_num_threads())
 
     def _forms(self, name: str) -> Resident:
