@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -318,6 +321,32 @@ def test_coded_decodes_blocks_in_threads(threads: int, monkeypatch: pytest.Monke
         torch.set_num_threads(before)
     assert relative(y, op.spectral_matmul(x, spectrum)) < 1e-5
     assert relative(back, noise(2, 1000) @ spectrum.to_dense()) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_coded_in_a_forked_process() -> None:
+    """Threads that decode do not live on in a child: it starts its own."""
+    program = """
+import multiprocessing, sys, torch
+from spectral_surgery.ops import spectral_matmul as op
+from spectral_surgery.spectra.encode import encode
+from spectral_surgery.spectra.select import Target
+torch.set_num_threads(2)
+form = op.resident_form(encode(torch.randn(2100, 1024), Target("bits", 2.0))[0], "coded")
+x = torch.randn(1, 1024)
+expected = op.form_matmul(x, [form])
+def child():
+    torch.set_num_threads(2)
+    raise SystemExit(0 if torch.equal(op.form_matmul(x, [form]), expected) else 1)
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join(60)
+sys.exit(process.exitcode if process.exitcode is not None else 2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
 
 
 def test_forms_cost_what_they_say() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +30,17 @@ def in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[T
     if threads < 2:
         yield from map(function, spans)
         return
-    with one_torch_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = _pool(threads)
+    with one_torch_thread():
         for first in range(0, len(spans), _AHEAD * threads):
             yield from pool.map(function, spans[first : first + _AHEAD * threads])
+
+
+@lru_cache(maxsize=8)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The same at every product: to start threads, and what they keep for themselves, takes a quarter of one."""
+    return ThreadPoolExecutor(threads, "spectral-matmul", torch.set_num_threads, (1,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # where none of the threads goes on
