@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 from spectral_surgery.ops import spectral_matmul as op
-from spectral_surgery.ops.spectral_matmul import dispatch, few_tokens, int4, integer, levels
+from spectral_surgery.ops.spectral_matmul import beyond, dispatch, few_tokens, int4, integer, levels
 from spectral_surgery.ops.spectral_matmul.dispatch import Processor
 from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
@@ -271,7 +271,10 @@ def with_outliers(share: int, dtype: torch.dtype, **settings: Any) -> QuantizedS
 @pytest.mark.parametrize("resident", ["int4", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
 @pytest.mark.parametrize("offset", [0.0, -0.5, 26.0])
-def test_a_few_codes_beyond_half_a_byte(resident: str, dtype: torch.dtype, offset: float) -> None:
+def test_a_few_codes_beyond_half_a_byte(
+    resident: str, dtype: torch.dtype, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beyond, "_AT_ONCE", 80)  # several parts, also of one outlier each
     spectrum = with_outliers(5000, dtype, offset=offset, tile=64)
     form, dense = op.resident_form(spectrum, resident), spectrum.to_dense().double()
     held = form.host.codes if resident == "streamed" else form.codes  # type: ignore[attr-defined]
