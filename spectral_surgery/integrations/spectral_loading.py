@@ -279,10 +279,8 @@ def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str) -
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
     """Bytes of a compressed tensor where it computes, in a resident form, or in the larger one of two."""
     report = checkpoint.manifest.tensors[name].report
-    few, most = report.weights // 512, report.weights // 12  # bytes of outliers, at most: one in 4096, one in 64
-    sizes = {"int8": report.weights, "int4": (report.weights + 1) // 2 + most, "coded": report.stored_bytes}
-    sizes[STREAMED] = few
-    return sizes[resident] if resident in sizes else max(sizes[_FIRST[resident]], sizes["coded"])
+    forms = (_FIRST[resident], "coded") if resident in (AUTO, NARROW) else (resident,)
+    return max(RESIDENTS[form].most_bytes(report.weights, report.stored_bytes) for form in forms)
 
 
 def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:

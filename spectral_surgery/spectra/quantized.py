@@ -114,7 +114,7 @@ def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> 
     Returns:
         [O, I] codes, and the sums needed to place reconstruction points.
     """
-    codes = torch.empty(coefficients.shape, dtype=dtype)
+    codes = coefficients.new_empty(coefficients.shape, dtype=dtype)
     moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
     for some, out in zip(coefficients.reshape(-1).split(_CACHED), codes.view(-1).split(_CACHED), strict=True):
         moments += _quantize(some, quantizer, out)

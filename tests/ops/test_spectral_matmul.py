@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,17 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 from spectral_surgery.ops import spectral_matmul as op
-from spectral_surgery.ops.spectral_matmul import beyond, dispatch, few_tokens, int4, integer, levels
+from spectral_surgery.ops.spectral_matmul import coded, dispatch, few_tokens, int4, integer, levels
 from spectral_surgery.ops.spectral_matmul.dispatch import Processor
 from spectral_surgery.spectra import codec
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum
 from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.quantized import QuantizedSpectrum
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.spectra.sparse import sst
 from spectral_surgery.transforms import TRANSFORMS
+from tests.support.spectra import TOLERANCE, noise, random_codes, relative
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 PROCESSORS = [Processor(False, False), Processor(True, False), Processor(True, True)]
 
 
@@ -40,23 +38,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
 @cache
 def made(shape: tuple[int, int] = (200, 160), bits: float = 2.0, **basis: Any) -> EncodedSpectrum:
     return encode(0.02 * noise(*shape), Target("bits", bits), Basis(**basis))[0]
-
-
-def random_codes(rows: int, columns: int, high: int, dtype: torch.dtype, **settings: Any) -> QuantizedSpectrum:
-    codes = torch.randint(-high, high + 1, (rows, columns), generator=torch.Generator().manual_seed(1)).to(dtype)
-    plain = QuantizedSpectrum(codes, torch.tensor([0.01]), 0.0, "dct", 16, (0, 1))
-    return replace(plain, **settings)
 
 
 def has(monkeypatch: pytest.MonkeyPatch, processor: Processor) -> None:
@@ -217,8 +201,6 @@ def test_odd_inputs(resident: str) -> None:
 @pytest.mark.parametrize("resident", op.RESIDENTS)
 @pytest.mark.parametrize("axes", [(0, 1), (1,)])
 def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_surgery.ops.spectral_matmul import coded
-
     monkeypatch.setattr(codec, "FRAME_SIZE", 1)
     monkeypatch.setattr(coded, "_BLOCK", 1 << 15)
     monkeypatch.setattr(int4, "_BLOCK", 50 * 333)  # no whole tiles, and an odd number of columns
@@ -229,86 +211,8 @@ def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatc
     assert relative(op.form_matmul_transposed(noise(3, 460), [form]), noise(3, 460) @ dense) < 1e-5
 
 
-@pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
-@pytest.mark.parametrize("settings", [{}, {"transform": "identity"}, {"transform": "hadamard"}])
-@pytest.mark.parametrize("resident", ["int8", "int4"])
-def test_a_few_tokens_give_the_same_bits(
-    axes: tuple[int, ...], settings: dict[str, str], resident: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The short way is the general one, for what it takes; all else is left to that."""
-    monkeypatch.setattr(int4, "_BLOCK", 50 * 128)
-    high = 60 if resident == "int8" else 7
-    for rows, columns, length in ((192, 128, 9), (192, 96, 16), (200, 128, 1), (64, 128, 8), (1, 32, 1)):
-        spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, tile=64, **settings)
-        form = op.resident_form(spectrum, resident)
-        x = noise(length, columns).bfloat16()
-        for tokens in {1, min(length, 8), length}:
-            some = x[:tokens].reshape(tokens, 1, columns)
-            quick = few_tokens.few_tokens(some, form)
-            general = op.form_matmul(some.clone().requires_grad_(), [form])
-            if quick is not None:
-                assert (quick.dtype, quick.shape) == (torch.float32, (tokens, 1, rows))
-                assert torch.equal(quick, general.to(quick.dtype))
-            assert torch.equal(op.form_matmul(some, [form]), general)
-    aligned = op.resident_form(random_codes(192, 128, high, torch.int8, axes=axes, tile=64, **settings), resident)
-    x = noise(8, 128).bfloat16()
-    assert few_tokens.few_tokens(x, aligned) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert few_tokens.few_tokens(x, aligned) is None
-    others = (x.clone().requires_grad_(), x.float(), x[:0], x[:, :64], noise(40, 128).bfloat16(), x.to("meta"))
-    assert [few_tokens.few_tokens(own, aligned) for own in others] == [None] * len(others)
-
-
-def with_outliers(share: int, dtype: torch.dtype, **settings: Any) -> QuantizedSpectrum:
-    """One code in ``share`` is beyond a nibble."""
-    spectrum = random_codes(300, 333, 7, dtype, **settings)
-    flat = spectrum.codes.view(-1)
-    places = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(2))[: flat.numel() // share]
-    flat[places] = torch.tensor([8, -9, 60, -50], dtype=dtype).repeat(len(places))[: len(places)]
-    return spectrum
-
-
-@pytest.mark.parametrize("resident", ["int4", "streamed"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
-@pytest.mark.parametrize("offset", [0.0, -0.5, 26.0])
-def test_a_few_codes_beyond_half_a_byte(
-    resident: str, dtype: torch.dtype, offset: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(beyond, "_AT_ONCE", 80)  # several parts, also of one outlier each
-    spectrum = with_outliers(5000, dtype, offset=offset, tile=64)
-    form, dense = op.resident_form(spectrum, resident), spectrum.to_dense().double()
-    held = form.host.codes if resident == "streamed" else form.codes  # type: ignore[attr-defined]
-    assert (held.shape, len(form.places)) == ((300, 167), 19)  # type: ignore[attr-defined]
-    for tokens in (0, 1, 9, 40):
-        for kind, most in TOLERANCE.items():
-            x, g = noise(tokens, 333).to(kind), noise(tokens, 300).to(kind)
-            if tokens:
-                assert relative(op.form_matmul(x, [form]), x.double() @ dense.T) < most
-                assert relative(op.form_matmul_transposed(g, [form]), g.double() @ dense) < most
-            assert op.form_matmul(x, [form]).shape == (tokens, 300)
-    rows = torch.tensor([299, 5, 5, 0, *range(300)])
-    expected = spectrum.codes[rows].double()
-    expected += offset * expected.sign()
-    torch.testing.assert_close(form.levels(rows).double() * form.scale.double(), expected * 0.01)
-    assert form.levels(rows[:0]).shape == (0, 333)
-    x = noise(2, 333).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: op.form_matmul(x, [form]), (x,), fast_mode=True)
-
-
-def test_too_many_codes_beyond_half_a_byte() -> None:
-    assert len(op.resident_form(with_outliers(65, torch.int8), "int4").places) > 1500  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"reach -50 to 60; -8 to 7 are accepted .*, but for one code in 64. Use"):
-        op.resident_form(with_outliers(60, torch.int8), "int4")
-    with pytest.raises(ConfigError, match="reach -50 to 60; -8 to 7"):
-        op.resident_form(with_outliers(5000, torch.int8, offset=68.0), "int4")  # 128 is no level of int8
-    form = op.resident_form(with_outliers(65, torch.int8), "streamed")
-    assert form.host.codes.shape == (300, 333)  # type: ignore[attr-defined]  # as int8: nothing stays on the device
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_coded_decodes_blocks_in_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_surgery.ops.spectral_matmul import coded
-
     monkeypatch.setattr(coded, "_BLOCK", 1)
     spectrum = random_codes(1000, 4100, 3, torch.int8, tile=64)
     form = op.resident_form(spectrum, "coded")

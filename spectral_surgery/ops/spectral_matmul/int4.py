@@ -16,7 +16,7 @@ from spectral_surgery.spectra.codec import Basis, frame_spans
 from spectral_surgery.spectra.large import empty
 
 _LOW, _HIGH = -8, 7
-_MOST_BEYOND = 64  # one code in so many may be beyond a nibble: 5 bytes for each
+_MOST_BEYOND = 64  # one code in so many may be beyond a nibble
 _FEW = 16  # tokens on a GPU: more are faster with unpacked levels than with outliers of their own
 _BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
@@ -87,6 +87,11 @@ class Int4Form:
         torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=out[:, half:])
         parts, shift = self.grid.tolist()
         return Grid(parts, shift).levels_(out)
+
+
+def outlier_bytes(weights: int, most_beyond: int = _MOST_BEYOND) -> int:
+    """What codes beyond nibbles take at most: a place in 4 bytes and a level in one for each."""
+    return 5 * (weights // most_beyond)
 
 
 def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from spectral_surgery.ops.spectral_matmul.coded import coded_form
 from spectral_surgery.ops.spectral_matmul.form import Form
-from spectral_surgery.ops.spectral_matmul.int4 import int4_form
+from spectral_surgery.ops.spectral_matmul.int4 import int4_form, outlier_bytes
 from spectral_surgery.ops.spectral_matmul.int8 import int8_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, check
-from spectral_surgery.ops.spectral_matmul.streamed import streamed_form
+from spectral_surgery.ops.spectral_matmul.streamed import streamed_bytes, streamed_form
 from spectral_surgery.registry import Table
 
 
@@ -21,21 +21,30 @@ class Resident:
     Attributes:
         name: how users choose it.
         build: spectrum to form; raises ConfigError when the codes do not fit.
+        most_bytes: on the device, at most, of so many weights that are stored in so many bytes.
         help: what it costs, in one line.
     """
 
     name: str
     build: Callable[[Spectrum], Form]
+    most_bytes: Callable[[int, int], int]
     help: str
 
 
 RESIDENTS = Table(
     "resident form",
     (
-        Resident("int8", int8_form, "one byte a weight; the fastest"),
-        Resident("int4", int4_form, "half a byte a weight, where codes but a few are -8 to 7; unpacked on the fly"),
-        Resident("coded", coded_form, "the stored bytes, for all codes; decoded on the fly"),
-        Resident("streamed", streamed_form, "as int4 or int8 in host memory; a GPU gets them block by block"),
+        Resident("int8", int8_form, lambda weights, _: weights, "one byte a weight; the fastest"),
+        Resident(
+            "int4",
+            int4_form,
+            lambda weights, _: (weights + 1) // 2 + outlier_bytes(weights),
+            "half a byte a weight, where codes but a few are -8 to 7; unpacked on the fly",
+        ),
+        Resident("coded", coded_form, lambda _, stored: stored, "the stored bytes, for all codes; decoded on the fly"),
+        Resident(
+            "streamed", streamed_form, streamed_bytes, "as int4 or int8 in host memory; a GPU gets them block by block"
+        ),
     ),
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.ops.spectral_matmul.beyond import add_adjoint, add_levels, add_product
 from spectral_surgery.ops.spectral_matmul.form import Form
-from spectral_surgery.ops.spectral_matmul.int4 import Int4Form, int4_form
+from spectral_surgery.ops.spectral_matmul.int4 import Int4Form, int4_form, outlier_bytes
 from spectral_surgery.ops.spectral_matmul.int8 import Int8Form, int8_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum
 from spectral_surgery.ops.spectral_matmul.transfers import BUFFER_BYTES, bus
@@ -102,6 +102,12 @@ class StreamedForm:
             nothing = self.places[:0], self.beyond[:0]  # of this block alone: those of the whole are added at the end
             return Int4Form(codes, self.scale, self.grid, *nothing, self.basis, self.columns)
         return Int8Form(codes, self.scale, self.basis)
+
+
+def streamed_bytes(weights: int, stored: int) -> int:
+    """Bytes on the device, at most; the codes are in host memory."""
+    del stored
+    return outlier_bytes(weights, _MOST_BEYOND)
 
 
 def streamed_form(spectrum: Spectrum) -> StreamedForm:

@@ -1,0 +1,27 @@
+"""Matrices, spectra of random codes, and how far products may be from exact ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.spectra.quantized import QuantizedSpectrum
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def random_codes(rows: int, columns: int, high: int, dtype: torch.dtype, **settings: Any) -> QuantizedSpectrum:
+    codes = torch.randint(-high, high + 1, (rows, columns), generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain = QuantizedSpectrum(codes, torch.tensor([0.01]), 0.0, "dct", 16, (0, 1))
+    return replace(plain, **settings)
