@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -99,16 +99,9 @@ def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
     """
     transformers = _transformers()
     tokenizer = load_tokenizer(folder)
-    try:
-        from accelerate import init_empty_weights
-    except ImportError:
-        raise BackendError(
-            "accelerate: not installed; it is needed to build models without weights. pip install"
-            " 'spectral-surgery[hf]'"
-        ) from None
     with _loading(folder, auto_class):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
+        with _without_weights():
             model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
         model.tie_weights()
     return model.eval().requires_grad_(requires_grad=False), tokenizer
@@ -141,7 +134,7 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def outline_model(folder: Path) -> Any:
-    """A model without numbers, on the meta device, from the config.json of a folder.
+    """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
 
     Args:
         folder: a Hugging Face folder; only its configuration is read.
@@ -153,11 +146,13 @@ def outline_model(folder: Path) -> Any:
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            return _class_of(transformers, config, folder)(config).eval()
+        with _without_weights():
+            model = _class_of(transformers, config, folder)(config)
+        model.tie_weights()
+        return model.eval()
     except SpectralSurgeryError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: has no configuration that transformers knows: {reason}") from None
 
@@ -171,6 +166,18 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
         dtype: of the files.
     """
     model.to(dtype).save_pretrained(folder)
+
+
+def _without_weights() -> AbstractContextManager[object]:
+    """Build modules without memory for their parameters; buffers, which no file has, get their values."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise BackendError(
+            "accelerate: not installed; it is needed to build models without weights. pip install"
+            " 'spectral-surgery[hf]'"
+        ) from None
+    return cast("AbstractContextManager[object]", init_empty_weights(include_buffers=False))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +35,17 @@ from spectral_surgery.surgery.blocks import (
     next_inputs,
 )
 from spectral_surgery.surgery.sensitivity import gradient_squares, probe, pull_back
-from spectral_surgery.workflows.layer_moments import BATCH_TOKENS, IN_MEMORY, CalibrationData, layers_of, model_and_text
+from spectral_surgery.workflows.layer_moments import BATCH_TOKENS, IN_MEMORY, CalibrationData, model_and_text
 from spectral_surgery.workflows.lazy_model import LazyModel, Shelf
-from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.sequences import equal_lengths
+from spectral_surgery.workflows.stored_layers import StoredMatrix, matrices_of
 
 _TOKENS = 1 << 13  # of text that costs are measured on
 REACH = 3.0  # bits that a tensor may be from the mean, and powers of two of its density
 _RATES = "rates.json"
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
-_Block = tuple[str, nn.Module, dict[str, tuple[Any, str]]]  # name with its dot, the block, its layers and tensors
+_Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the block, what its layers multiply by
 
 
 def spread_targets(
@@ -138,7 +137,7 @@ class _Measurement:
     def _tables(self) -> Iterator[tuple[str, nn.Embedding]]:
         """Embeddings by name of the tensor."""
         for name, module in self.lazy.model.named_modules():
-            info = tensor_of(self.index, f"{name}.weight") if isinstance(module, nn.Embedding) else None
+            info = self.lazy.names.tensor(f"{name}.weight") if isinstance(module, nn.Embedding) else None
             if info is not None:
                 yield info.name, module
 
@@ -146,7 +145,7 @@ class _Measurement:
         prefix, blocks = find_blocks(self.lazy.model)
         planned = {own.info.name for own in self.plan.tensors if 1 in own.axes}
         named = [(f"{prefix}.{number}.", block) for number, block in enumerate(blocks)]
-        return [(name, block, dict(layers_of(self.index, planned, name, block))) for name, block in named]
+        return [(name, block, matrices_of(self.lazy.names, planned, name, block)) for name, block in named]
 
     def _forwards(
         self, blocks: Sequence[_Block], batches: Sequence[dict[str, Tensor]]
@@ -162,14 +161,16 @@ class _Measurement:
             planned = {own.info.name for own in self.plan.tensors}
             power = {name: _power(own.weight) for name, own in self._tables() if name in planned}
         errors: dict[str, float] = {}
-        for name, block, layers in blocks:
+        for name, block, matrices in blocks:
             with self.lazy.holding(name, ""):
-                with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
+                with moments_of(_layers(matrices)) as moments:
                     given.append(next_inputs(block, given[-1], self.shelf.put))
-                for key, (layer, tensor) in layers.items():
-                    if key in moments:
-                        noise = feedback_noise(moments.pop(key), self._basis(tensor))
-                        errors[tensor] = _power(layer.weight) * noise
+                for own in matrices:
+                    seen = [moments.pop(key) for key in own.layers if key in moments]
+                    if seen:
+                        noise = feedback_noise(seen[0], self._basis(own.tensor))
+                        errors[own.tensor] = _power(own.weight) * noise
+                        del seen
                         release_freed_memory()
         return given, errors, {name: own / (sum(power.values()) or 1.0) for name, own in power.items()}
 
@@ -181,15 +182,15 @@ class _Measurement:
         generator = torch.Generator().manual_seed(0)
         gradients = [self.shelf.put(probe(sample.hidden(), generator)) for sample in given[-1]]
         found: dict[str, float] = {}
-        for (name, block, layers), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
-            with (
-                self.lazy.holding(name, ""),
-                gradient_squares({key: layer for key, (layer, _) in layers.items()}) as squares,
-            ):
+        for (name, block, matrices), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
+            with self.lazy.holding(name, ""), gradient_squares(_layers(matrices)) as squares:
                 release_freed_memory()
                 pulled = (pull_back(block, own, after()) for own, after in zip(inputs, gradients, strict=True))
                 gradients = [self.shelf.put(own) for own in pulled]
-            found |= {tensor: squares[key].mean for key, (_, tensor) in layers.items() if key in squares}
+            for own in matrices:
+                seen = [squares[key] for key in own.layers if key in squares]
+                if seen:
+                    found[own.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
         entered = 0.0
         for sample, held in zip(given[0], gradients, strict=True):
             gradient = held()
@@ -200,6 +201,10 @@ class _Measurement:
     def _basis(self, tensor: str) -> Basis:
         axes = next(own.axes for own in self.plan.tensors if own.info.name == tensor)
         return Basis(self.plan.options.transform, self.plan.options.tile, axes)
+
+
+def _layers(matrices: Sequence[StoredMatrix]) -> dict[str, nn.Module]:
+    return {key: layer for own in matrices for key, layer in own.layers.items()}
 
 
 def _power(weight: Tensor) -> float:

@@ -117,14 +117,14 @@ class _Calibration:
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()
         basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
-        weight = turn.layer.weight.detach().float()
+        weight = turn.matrix.weight.float()
         codes = finished_codes(self.workshop, self.plan, tensor) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
         release_freed_memory()
         sides = (weight.T, restored.T) if turn.transposed else (weight, restored)
         done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
-        turn.put(restored)
+        turn.matrix.put(restored)
         return done
 
     def _chosen(self, turn: LayerMoment, tensor: PlannedTensor, weight: Tensor, basis: Basis) -> Codes:

@@ -38,12 +38,12 @@ def calibrated_weights(
     """
     found = {}
     for turn in layer_moments(source, index, data, names):
-        weight = turn.layer.weight.detach().float()
+        weight = turn.matrix.weight.float()
         try:
             made = baseline.apply(weight.T if turn.transposed else weight, bits, turn.moment)
         except ConfigError as error:
             raise ConfigError(f"{turn.tensor}: {error}") from None
         dense = made.weight.T.contiguous() if turn.transposed else made.weight
-        turn.put(dense)
+        turn.matrix.put(dense)
         found[turn.tensor] = BaselineResult(dense, made.stored_bytes)
     return found

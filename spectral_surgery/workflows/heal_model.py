@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,6 +18,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.checkpoint.parts import part_record, write_part
 from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
@@ -30,7 +31,6 @@ from spectral_surgery.surgery.recomputed import recomputed_weights
 from spectral_surgery.workflows.distill import Batch, Course, Distillation, DistillSettings, distill
 from spectral_surgery.workflows.heal_text import HealData, chosen, training_text
 from spectral_surgery.workflows.lazy_model import Shelf, load_lazily
-from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.objectives import Objective
 from spectral_surgery.workflows.progress import Progress
 from spectral_surgery.workflows.sequences import equal_lengths, padded
@@ -75,16 +75,19 @@ class Workplace:
         target: Any = self.checkpoint.manifest.options.get("target")
         return HeldRate(student) if target and target["kind"] == "bits" else lambda: None
 
-    def spectra(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
+    def spectra(
+        self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
         """The compressed tensor behind each parameter, and its spectra; parameters without one are left out.
 
         Args:
-            names: of parameters, with shapes.
+            names: where parameters are stored.
+            shapes: by name of the parameters.
         """
         found = {}
         manifest = self.checkpoint.manifest
-        for name, shape in names.items():
-            info = tensor_of(self.index, name)
+        for name, shape in shapes.items():
+            info = names.tensor(name)
             own = manifest.aliases.get(info.name, info.name) if info else ""
             record = manifest.tensors.get(own)
             if record is None or record.shape != shape:
@@ -92,27 +95,31 @@ class Workplace:
             found[name] = own, [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
         return found
 
-    def vectors(self, names: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    def vectors(self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
         """The biases and scales of norms that are stored as they are, by parameter name.
 
         Args:
-            names: of parameters, with shapes.
+            names: where parameters are stored.
+            shapes: by name of the parameters.
         """
         found = {}
-        for name, shape in names.items():
-            info = tensor_of(self.index, name)
+        for name, shape in shapes.items():
+            info = names.tensor(name)
             if info is not None and len(shape) == 1 and info.shape == shape:
                 own = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
                 if own is not None and own.dtype in _TRAINED and own.shape == shape:
                     found[name] = own
         return found
 
-    def original(self, name: str) -> Tensor:
-        """A parameter that the teacher has, read once more: it had to make room for the training."""
-        info = tensor_of(self.index, name)
-        if info is None:
-            raise CheckpointError(f"{name}: is no tensor of {self.teacher.name}. Please report this bug.")
-        return read_tensor(info)
+    def stored(self, info: TensorInfo) -> Tensor:
+        """What the compressed checkpoint has of a tensor of the teacher, decoded."""
+        manifest = self.checkpoint.manifest
+        name = manifest.aliases.get(info.name, info.name)
+        record = manifest.tensors.get(name)
+        if record is None:
+            return read_tensor(self.checkpoint.index.tensors[name])
+        parts = [self.checkpoint.part(name, part).to_dense() for part in range(len(record.parts))]
+        return torch.cat(parts).reshape(record.shape)
 
     def leave(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Path]:
         """Files of the parts of a trained weight, with their distance from the original; see `write_part`."""
@@ -164,12 +171,13 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32)
     teacher.requires_grad_(requires_grad=False).to(place.device)
     student = copy.deepcopy(teacher)
-    spectra = place.spectra({name: tuple(own.shape) for name, own in student.named_parameters()})
+    names = names_in(teacher, place.index)
+    spectra = place.spectra(names, {name: tuple(own.shape) for name, own in student.named_parameters()})
     if not spectra:
         raise CheckpointError("heal: no compressed tensor is a parameter of the model; nothing can be trained.")
     _put_rest(place, student, spectra, objective.auto_class)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
-    vectors = _train_vectors(place, student)
+    vectors = _train_vectors(place, names, student)
     train, held = training_text(place.data, tokenizer, teacher, objective)
     size = min(place.data.batch_size or objective.batch_size, len(train))
     lengths = list(map(len, train))
@@ -228,8 +236,8 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     lazy = load_lazily(place.teacher, place.index, "AutoModel")
     if lazy.whole:
         raise CheckpointError(
-            "heal --blocks: the model stores parameters in another form than it computes with, such as fused experts;"
-            " other models are accepted. Heal it without --blocks."
+            "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"
+            " are accepted. Heal it without --blocks."
         )
     train, held = training_text(place.data, lazy.tokenizer, lazy.model, objective)
     prefix, blocks = find_blocks(lazy.model)
@@ -239,14 +247,14 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
         with lazy.holding("", f"{prefix}."):
             wanted = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
-            _put_stored(place, lazy.model, f"{prefix}.")
+            _put_stored(place, lazy.names, lazy.model, f"{prefix}.")
             given = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
                 wanted = next_inputs(block, wanted, shelf.put)
                 told = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, given, [own.hidden for own in wanted], first)
+                turn = _Turn(name, block, given, [own.hidden for own in wanted], first, lazy.names)
                 _heal_block(place, turn, settings, told, healed)
                 given = next_inputs(turn.block, given, shelf.put)
                 del turn  # and the trained block with it, before the next one is read
@@ -260,10 +268,10 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     return healed
 
 
-def _train_vectors(place: Workplace, student: nn.Module, prefix: str = "") -> dict[str, str]:
+def _train_vectors(place: Workplace, names: TensorNames, student: nn.Module, prefix: str = "") -> dict[str, str]:
     """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
     shapes = {f"{prefix}{name}": tuple(own.shape) for name, own in student.named_parameters()}
-    found = {name.removeprefix(prefix): info for name, info in place.vectors(shapes).items()}
+    found = {name.removeprefix(prefix): info for name, info in place.vectors(names, shapes).items()}
     with torch.no_grad():
         for name, info in found.items():
             student.get_parameter(name).copy_(read_tensor(info))
@@ -271,15 +279,25 @@ def _train_vectors(place: Workplace, student: nn.Module, prefix: str = "") -> di
     return {name: info.name for name, info in found.items()}
 
 
-def _put_stored(place: Workplace, model: nn.Module, without: str) -> None:
+def _put_stored(place: Workplace, names: TensorNames, model: nn.Module, without: str) -> None:
     """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
     outside = {name: own for name, own in model.named_parameters() if not name.startswith(without)}
     shapes = {name: tuple(own.shape) for name, own in outside.items()}
     with torch.no_grad():
-        for name, info in place.vectors(shapes).items():
+        for name, info in place.vectors(names, shapes).items():
             outside[name].copy_(read_tensor(info))
-        for name, (_, parts) in place.spectra(shapes).items():
+        for name, (_, parts) in place.spectra(names, shapes).items():
             outside[name].copy_(torch.cat([part.to_dense() for part in parts]).reshape(outside[name].shape))
+
+
+def _put_parts(place: Workplace, names: TensorNames, block: nn.Module, prefix: str) -> None:
+    """Give a block what is stored of parameters that are made of parts, as fused experts are: they are not trained."""
+    for name, parameter in list(block.named_parameters()):
+        stored = names.find(f"{prefix}{name}")
+        if stored is not None and stored.whole is None:
+            path, _, leaf = name.rpartition(".")
+            value = stored.read(place.stored).to(parameter.dtype)
+            block.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 @dataclass
@@ -291,21 +309,23 @@ class _Turn:
     given: Sequence[Sample]
     targets: Sequence[Held]
     train: int
+    names: TensorNames
 
 
 def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed) -> None:
     """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
     name, first = turn.name, turn.train
-    spectra = place.spectra({f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
+    spectra = place.spectra(turn.names, {f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
     if not spectra:
         return
     tensors = {own.removeprefix(f"{name}."): tensor for own, (tensor, _) in spectra.items()}
     turn.block = student = copy.deepcopy(turn.block, {id(own): own for own in turn.block.parameters()})
     inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
+    _put_parts(place, turn.names, student, f"{name}.")
     values = train_kept(student, inside, rounded=place.rounded)
     del spectra, inside  # all codes of a block
     release_freed_memory()
-    vectors = _train_vectors(place, student, f"{name}.")
+    vectors = _train_vectors(place, turn.names, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:
         return {"place": torch.tensor(chosen(settings.seed, step, rank, [1] * first, 1)[0])}
@@ -323,7 +343,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     )
     course = distill(work, settings, progress)
     for own, parts in each_kept_spectrum(student):
-        healed.replaced[tensors[own]] = place.leave(tensors[own], parts, place.original(f"{name}.{own}"))
+        healed.replaced[tensors[own]] = place.leave(tensors[own], parts, _original(turn.names, f"{name}.{own}"))
     healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
     healed.blocks[name] = (course.held_out[0][1], course.best)
     healed.coefficients += sum(own.numel() for own in values)
@@ -331,6 +351,11 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     healed.course.step += course.step
     healed.course.steps += course.steps
     healed.course.seconds += course.seconds
+
+
+def _original(names: TensorNames, name: str) -> Tensor:
+    """A parameter that the teacher has, read once more: it had to make room for the training."""
+    return cast(StoredParameter, names.find(name)).read()
 
 
 class _Fed(nn.Module):

@@ -19,16 +19,17 @@ from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import Workshop, leave_codes
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.integrations.tensor_names import names_in
 from spectral_surgery.models import load_model
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.importance import Cut, Importance, cut_at
 from spectral_surgery.surgery.curvature import importance_of
 from spectral_surgery.workflows.compress import CompressReport, choosing_codes, compress, plan_compression
 from spectral_surgery.workflows.heal_text import HealData, chosen, training_text
-from spectral_surgery.workflows.layer_moments import layers_of
 from spectral_surgery.workflows.objectives import Objective, objective_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import padded
+from spectral_surgery.workflows.stored_layers import matrices_of
 from spectral_surgery.workflows.team import Team
 
 _BATCHES = 48
@@ -111,11 +112,14 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
     model.requires_grad_(requires_grad=False)
     planned = {own.info.name: own for own in plan.tensors}
     weights = {}
-    for _, (layer, name) in layers_of(index, planned, "", model):
+    for matrix in matrices_of(names_in(model, index), planned, "", model):
+        name, layers = matrix.tensor, list(matrix.layers.values())
+        if len(layers) > 1 or layers[0].weight.shape != planned[name].info.shape:
+            continue  # importance is measured by the gradient of one parameter
         basis = Basis(plan.options.transform, plan.options.tile, planned[name].axes)
-        if not torch.isfinite(layer.weight).all():
+        if not torch.isfinite(layers[0].weight).all():
             raise ConfigError(f"{name}: has NaN or infinite values; finite weights are accepted. Repair it.")
-        weights[name] = layer.weight.requires_grad_(), basis
+        weights[name] = layers[0].weight.requires_grad_(), basis
     text, _ = training_text(data, tokenizer, model, objective)
     return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}
 

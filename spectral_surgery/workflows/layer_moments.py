@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.lazy_model import LazyModel, Shelf, load_lazily
-from spectral_surgery.workflows.merge_plan import tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
+from spectral_surgery.workflows.stored_layers import StoredMatrix, matrices_of
 
 IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
@@ -47,29 +46,27 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class LayerMoment:
-    """A layer in its turn.
+    """A stored matrix in its turn.
 
     Attributes:
-        block: name of its block; empty when the model has no list of blocks.
-        layer: nn.Linear, or Conv1D of transformers.
-        tensor: name of its weight in the checkpoint.
-        moment: H = Xᵀ X of its inputs, [I, I] float32.
+        block: name of the block that multiplies by it; empty when the model has no list of blocks.
+        matrix: the matrix, and the layers that have its rows.
+        moment: H = Xᵀ X of what they are given, [I, I] float32.
     """
 
     block: str
-    layer: Any
-    tensor: str
+    matrix: StoredMatrix
     moment: Tensor
 
     @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as [I, O]."""
-        return type(self.layer).__name__ == "Conv1D"
+    def tensor(self) -> str:
+        """Its name in the checkpoint."""
+        return self.matrix.tensor
 
-    def put(self, weight: Tensor) -> None:
-        """Give the layer another weight, of the shape it is stored in, for the blocks after it to be judged with."""
-        with torch.no_grad():
-            self.layer.weight.copy_(weight)
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [I, O]."""
+        return self.matrix.transposed
 
 
 def layer_moments(
@@ -83,7 +80,7 @@ def layer_moments(
 ) -> Iterator[LayerMoment]:
     """Visit the layers in blocks, one block in memory at a time; layers that no sample reaches are left out.
 
-    All layers of a block are seen with the blocks before it as they were left, see `LayerMoment.put`.
+    All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`.
 
     Args:
         source: a checkpoint with a tokenizer.
@@ -98,19 +95,28 @@ def layer_moments(
         CheckpointError: when the model cannot be loaded.
     """
     lazy, sequences = model_and_text(source, index, data)
-    count, total = 0, sum(1 for _ in layers_of(index, names, "", lazy.model))
+    count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
     with closing(Shelf(IN_MEMORY, folder)) as shelf:
         batches = equal_lengths(sequences, BATCH_TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
-            layers = dict(layers_of(index, names, f"{block}." if block else "", module))
-            with moments_of({key: layer for key, (layer, _) in layers.items()}) as moments:
+            matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
+            with moments_of({key: layer for own in matrices for key, layer in own.layers.items()}) as moments:
                 for _ in run():
                     pass
-            for key, (layer, tensor) in layers.items():
-                if key in moments:
-                    yield LayerMoment(block, layer, tensor, moments.pop(key))
+            for own in matrices:
+                seen = [moments.pop(key) for key in own.layers if key in moments]
+                if seen:
+                    yield LayerMoment(block, own, _mean(seen))
                 count += 1
-                progress(count, total, tensor)
+                progress(count, total, own.tensor)
+
+
+def _mean(moments: Sequence[Tensor]) -> Tensor:
+    """Of layers whose rows are stored as one matrix: mostly they are given the same, and have the same sum."""
+    first, *others = moments
+    if all(own is first for own in others):
+        return first
+    return torch.stack(list(moments)).mean(0)
 
 
 def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) -> tuple[LazyModel, list[list[int]]]:
@@ -136,21 +142,3 @@ def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) 
         )
     check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
     return lazy, sequences
-
-
-def layers_of(
-    index: CheckpointIndex, names: Container[str], prefix: str, block: nn.Module
-) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """The linear layers of a block: (name in the block, (the layer, name of its weight in the checkpoint)).
-
-    Args:
-        index: of the checkpoint.
-        names: of the tensors wanted.
-        prefix: of the names of the block's modules, with its dot.
-        block: part of a model.
-    """
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            info = tensor_of(index, f"{prefix}{name}.weight")
-            if info is not None and info.name in names and len(info.shape) == 2:
-                yield name, (module, info.name)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
-from spectral_surgery.checkpoint.reader import read_tensor
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.models import load_model, load_outline
 from spectral_surgery.surgery.blocks import has_blocks
-from spectral_surgery.workflows.merge_plan import tensor_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,14 @@ class LazyModel:
     Attributes:
         model: a transformers model; parameters that are not needed now are on the meta device.
         tokenizer: its tokenizer.
-        tensors: where each parameter is stored; empty when all of them are in memory for good.
+        names: where its parameters are stored.
+        tensors: the same, of those that are read when they are needed; none when all are in memory for good.
     """
 
     model: Any
     tokenizer: Any
-    tensors: dict[str, TensorInfo]
+    names: TensorNames
+    tensors: dict[str, StoredParameter]
 
     @property
     def whole(self) -> bool:
@@ -50,10 +51,10 @@ class LazyModel:
         """
         names = [own for own in self.tensors if own.startswith(prefix) and not (without and own.startswith(without))]
         read: dict[str, nn.Parameter] = {}
-        for name in names:  # tied parameters are one tensor of the file
+        for name in names:  # tied parameters are stored once
             key = self.tensors[name].name
             if key not in read:
-                read[key] = nn.Parameter(read_tensor(self.tensors[name]).float(), requires_grad=False)
+                read[key] = nn.Parameter(self.tensors[name].read().float(), requires_grad=False)
             self._put(name, read[key])
         try:
             yield
@@ -70,7 +71,7 @@ class LazyModel:
 
 
 def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyModel:
-    """Load a model without its weights, where every parameter is a tensor of the checkpoint.
+    """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
 
     Args:
         folder: a plain checkpoint with a tokenizer.
@@ -78,27 +79,27 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyMo
         auto_class: class of transformers.
 
     Returns:
-        The model; with all its weights where it has no list of blocks, or stores parameters in another form than it
-        computes with, as fused experts are.
+        The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
+        is stored.
 
     Raises:
         CheckpointError: when the folder has no model of that kind.
     """
     outline, tokenizer = load_outline(folder, auto_class)
     outline.config.use_cache = False
-    tensors: dict[str, TensorInfo] = {}
-    for name, parameter in outline.named_parameters(remove_duplicate=False):
-        info = tensor_of(index, name)
-        if info is not None and info.shape == tuple(parameter.shape):
-            tensors[name] = info
-    tied = {id(outline.get_parameter(name)): info for name, info in tensors.items()}
-    everything = dict(outline.named_parameters(remove_duplicate=False))
-    tensors |= {name: tied[id(p)] for name, p in everything.items() if name not in tensors and id(p) in tied}
-    if tensors.keys() == everything.keys() and has_blocks(outline):
-        return LazyModel(outline, tokenizer, tensors)
+    names = names_in(outline, index)
+    parameters = dict(outline.named_parameters(remove_duplicate=False))
+    found = {name: names.find(name) for name in parameters}
+    tensors = {
+        name: own for name, own in found.items() if own is not None and own.shape == tuple(parameters[name].shape)
+    }
+    tied = {id(parameters[name]): own for name, own in tensors.items()}
+    tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
+    if tensors.keys() == parameters.keys() and has_blocks(outline):
+        return LazyModel(outline, tokenizer, names, tensors)
     model, tokenizer = load_model(folder, auto_class, dtype=torch.float32)
     model.config.use_cache = False
-    return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, {})
+    return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, names, {})
 
 
 class Shelf:

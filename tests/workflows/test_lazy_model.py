@@ -57,7 +57,7 @@ def test_one_block_at_a_time_gives_what_the_model_gives(tmp_path: Path, kind: st
     assert not list(tmp_path.glob("activations-*"))
 
 
-def test_a_model_that_stores_other_tensors_than_it_has_is_loaded_whole(tmp_path: Path) -> None:
+def test_fused_experts_are_put_together_when_their_block_has_its_turn(tmp_path: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from tests.workflows.test_train import save_tokenizer
@@ -66,12 +66,15 @@ def test_a_model_that_stores_other_tensors_than_it_has_is_loaded_whole(tmp_path:
         vocab_size=12, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
     )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    dense = Qwen3MoeForCausalLM(config)
+    dense.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     lazy = load_lazily(tmp_path, read_index(tmp_path), "AutoModelForCausalLM")
-    assert lazy.whole
+    assert not lazy.whole
     with lazy.holding("model.layers.0."):
-        assert not any(parameter.is_meta for parameter in lazy.model.parameters())
+        for name, parameter in lazy.model.model.layers[0].named_parameters():
+            assert torch.equal(parameter, dense.model.layers[0].get_parameter(name))
+    assert all(parameter.is_meta for parameter in lazy.model.parameters())
 
 
 def test_a_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:

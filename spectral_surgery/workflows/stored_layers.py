@@ -1,0 +1,95 @@
+"""The stored matrices that the linear layers of a block multiply by.
+
+A layer mostly multiplies by one stored matrix, but some models store the matrices of several layers as one (queries,
+keys and values), or compute with the rows of several as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.checkpoint.index import TensorInfo
+from spectral_surgery.integrations.tensor_names import Span, TensorNames, rows_of
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix of a checkpoint, and the layers that have its rows.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        layers: nn.Linear, or Conv1D of transformers, by name in the block.
+        spans: which rows of the weight of each layer are which of the stored matrix.
+    """
+
+    tensor: str
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [I, O]."""
+        return any(type(layer).__name__ == "Conv1D" for layer in self.layers.values())
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix as it is stored, from the layers: their own weight where there is one that is all of it."""
+        only: Tensor = next(iter(self.layers.values())).weight.detach()
+        if self._whole:
+            return only
+        rows = sum(count for spans in self.spans.values() for _, _, count in spans)
+        made: Tensor = only.new_empty(rows, only.shape[1])
+        for name, layer in self.layers.items():
+            for row, stored, count in self.spans[name]:
+                made[stored : stored + count] = layer.weight.detach()[row : row + count]
+        return made
+
+    def put(self, weight: Tensor) -> None:
+        """Give the layers another matrix, of the shape that is stored."""
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                for row, stored, count in self.spans[name]:
+                    layer.weight[row : row + count] = weight[stored : stored + count]
+
+    @property
+    def _whole(self) -> bool:
+        (name, spans), *others = self.spans.items()
+        return not others and spans == ((0, 0, len(self.layers[name].weight)),)
+
+
+def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: nn.Module) -> list[StoredMatrix]:
+    """The stored matrices of which every row is in a linear layer of a block, in the order of the layers.
+
+    Args:
+        names: of the model's parameters.
+        wanted: names of stored tensors.
+        prefix: of the names of the block's modules, with its dot.
+        block: part of a model.
+    """
+    found: dict[str, StoredMatrix] = {}
+    infos: dict[str, TensorInfo] = {}
+    for name, module in block.named_modules():
+        conv1d = type(module).__name__ == "Conv1D"
+        parameter = names.find(f"{prefix}{name}.weight") if isinstance(module, nn.Linear) or conv1d else None
+        for piece in parameter.pieces if parameter else ():
+            info = piece.info
+            if info.name in wanted and len(info.shape) == 2 and not piece.transposed:
+                infos[info.name] = info
+                own = found.get(info.name, StoredMatrix(info.name))
+                found[info.name] = StoredMatrix(
+                    info.name, {**own.layers, name: module}, {**own.spans, name: piece.spans}
+                )
+    return [own for own in found.values() if _covered(own, infos[own.tensor])]
+
+
+def _covered(matrix: StoredMatrix, info: TensorInfo) -> bool:
+    rows = torch.zeros(rows_of(info.shape), dtype=torch.bool)
+    for spans in matrix.spans.values():
+        for _, stored, count in spans:
+            rows[stored : stored + count] = True
+    return bool(rows.all())
