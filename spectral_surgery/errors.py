@@ -28,8 +28,8 @@ class CausalityError(SpectralSurgeryError):
     """A mixer that would let a token see later tokens where it must not."""
 
 
-class NotMergeableError(SpectralSurgeryError):
-    """An adapter whose effect is not one weight update."""
+class NotMergeableError(SpectralSurgeryError, ValueError):
+    """An adapter whose effect is not one weight update, or a sum that is not finite."""
 
 
 class UnmergeError(SpectralSurgeryError):

@@ -32,6 +32,9 @@ class FouraConfig:
     transform: Literal["dct", "hartley", "dft"] = field(
         default="dct", metadata={"help": "dct; hartley, the real form of the DFT; or dft, with complex factors."}
     )
+    init_weights: bool = field(
+        default=True, metadata={"help": "true: B starts at zero, the base unchanged; false: B is drawn as A is."}
+    )
     use_gate: bool = field(
         default=False, metadata={"help": "Choose components for each token; freeze the gate before merging."}
     )
@@ -57,7 +60,7 @@ class Foura(nn.Module):
     """A FouRA update of an [O, I] weight; zero at the start. Per token it costs r (O + I) multiplications."""
 
     def __init__(self, config: FouraConfig, out_features: int, in_features: int) -> None:
-        """Draw A, and set B to zero.
+        """Draw A, and set B to zero unless init_weights is false.
 
         Raises:
             ConfigError: when a setting does not fit the layer.
@@ -77,6 +80,8 @@ class Foura(nn.Module):
         self.B = nn.Parameter(torch.zeros(self.basis.up_shape(config.r, out_features)))
         bound = 1 / math.sqrt(in_features * self.basis.parts)  # as LoRA; the parts of a complex number share a variance
         nn.init.uniform_(self.A, -bound, bound)
+        if not config.init_weights:
+            nn.init.uniform_(self.B, -bound, bound)
         self.gate: RankGate | None = None
         if config.use_gate:
             self.gate = RankGate(config.r, config.gate_threshold, config.gate_sharpness)

@@ -23,6 +23,7 @@ from spectral_surgery.adapters.positions import check_count, register_positions
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.ops.fourier_delta import delta_weight, fourier_delta
 from spectral_surgery.targets import pattern_value
+from spectral_surgery.transforms.base import as_real
 
 _BLOCK = 1 << 20  # places weighed at a time
 
@@ -79,11 +80,12 @@ class FourierFTBiased(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual of x [..., I]: [..., O] in its dtype."""
-        return fourier_delta(x.float(), self.spectrum, self.positions.long(), self.shape[0], self.scaling).to(x.dtype)
+        places, spectrum = self.positions.long(), as_real(self.spectrum)
+        return fourier_delta(x.to(spectrum.dtype), spectrum, places, self.shape[0], self.scaling).to(x.dtype)
 
     def delta_weight(self) -> Tensor:
         """[O, I] float32."""
-        return delta_weight(self.spectrum.float(), self.positions.long(), self.shape, self.scaling)
+        return delta_weight(as_real(self.spectrum), self.positions.long(), self.shape, self.scaling)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of delta_weight: [..., I] float32."""

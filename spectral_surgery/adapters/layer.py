@@ -59,7 +59,8 @@ def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tens
     if kind == "linear":
         return cast(Tensor, adapter(x))
     if kind == "embedding":
-        return own.rows(x)
+        scale: Any = getattr(base, "embed_scale", 1.0)  # of scaled embeddings, which multiply what they look up
+        return own.rows(x) * (scale.to(cast(Tensor, base.weight).dtype) if isinstance(scale, Tensor) else scale)
     conv = cast(nn.Conv2d, base)
     if conv.padding_mode != "zeros":
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

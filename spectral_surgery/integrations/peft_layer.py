@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,19 @@ from torch import Tensor, nn
 from spectral_surgery.adapters.base import Adapter, AdapterMethod
 from spectral_surgery.adapters.layer import Kind, fused, kind_of, residual, shape_of
 from spectral_surgery.errors import ConfigError, NotMergeableError
+
+
+@dataclass(eq=False)
+class MergedWeight:
+    """What is merged into a weight; layers with a weight in common, such as tied embeddings, have one of these.
+
+    Attributes:
+        base: the weight as it was; None while nothing is merged.
+        parts: (layer, name of the adapter), in order.
+    """
+
+    base: Tensor | None = None
+    parts: list[tuple[MethodLayer, str]] = field(default_factory=list)
 
 
 class MethodLayer(nn.Module):
@@ -48,7 +62,7 @@ class MethodLayer(nn.Module):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.merged_adapters = []
-        self._unmerged: Tensor | None = None
+        self.merged_weight = MergedWeight()
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -85,21 +99,20 @@ class MethodLayer(nn.Module):
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The weight update, oriented and shaped like the weight of the base, float32.
+        """The weight update, oriented and shaped like the weight of the base, in the dtype of the adapter.
 
         Raises:
             NotMergeableError: when the adapter has no one weight update.
         """
-        delta = cast(Adapter, self.adapters[adapter]).delta_weight()
-        base = self.get_base_layer()
-        transposed = self.kind == "linear" and not hasattr(base, "in_features")  # transformers' Conv1D
-        return (delta.T if transposed else delta).reshape(cast(Tensor, base.weight).shape)
+        return self._delta(adapter).to(next(self.adapters[adapter].parameters()).dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the weight of the base: in float32, with one cast; the weight as it was is kept.
+        """Add adapters to the weight of the base, in float32 or float64 with one cast; the weight as it was is kept.
+
+        Adapters merged one after the other give the same bits as merged at once.
 
         Args:
-            safe_merge: refuse a sum that is not finite.
+            safe_merge: refuse a sum that is not finite; the weight stays as it is then.
             adapter_names: which; None for the active ones. Those that are merged already are left out.
 
         Raises:
@@ -108,30 +121,37 @@ class MethodLayer(nn.Module):
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
         weight = cast(nn.Parameter, self.get_base_layer().weight)
-        if names and not weight.is_floating_point():
+        if not weight.is_floating_point():
             raise NotMergeableError(
                 f"{type(self.get_base_layer()).__name__}: its weight is {weight.dtype}; floating-point weights are"
                 " accepted for merging. Load the base without quantization."
             )
-        with torch.no_grad():
-            updates = [self.get_delta_weight(name).to(weight.device) for name in names]
-            merged = sum(updates, weight.float()).to(weight.dtype) if updates else weight
+        record = self.merged_weight
+        base = weight.data if record.base is None else record.base
+        fresh = [(self, name) for name in names]
+        merged = _sum(base, [*record.parts, *fresh])
         if safe_merge and not bool(torch.isfinite(merged).all()):
+            broken = next((name for name in names if not bool(torch.isfinite(self._delta(name)).all())), names[-1])
             raise NotMergeableError(
-                f"adapters {', '.join(names)}: merging them gives NaN or infinity; finite sums are accepted."
+                f"adapter {broken}: NaNs detected in the merged weights. The adapter {broken} seems to be broken; sums"
+                f" that are finite in {base.dtype} are accepted. Train it again, and check the base."
             )
-        if names:
-            self._unmerged = weight.data if self._unmerged is None else self._unmerged
-            weight.data = merged
-            self.merged_adapters.extend(names)
+        record.base, record.parts = base, [*record.parts, *fresh]
+        weight.data = merged
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the weight as it was before merging, bit for bit."""
-        if self._unmerged is not None:
+        """Put back the weight as it was before merging, bit for bit; what other layers merged into it stays."""
+        record = self.merged_weight
+        if record.base is not None and self.merged_adapters:
             weight = cast(nn.Parameter, self.get_base_layer().weight)
-            weight.data = self._unmerged.to(weight.device)
-        self._unmerged = None
+            base = record.base.to(weight.device, weight.dtype)  # the model may have been moved or cast since
+            record.parts = [part for part in record.parts if part[0] is not self]
+            weight.data = _sum(base, record.parts)
+            record.base = base if record.parts else None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -139,10 +159,41 @@ class MethodLayer(nn.Module):
         del adapter_name
         return self.kind == "linear" and hasattr(self.get_base_layer(), "in_features")
 
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Store an adapter in the dtype of the base; it still computes in float32, or float64 on a float64 base."""
+        dtype = _dtype_of(self.get_base_layer())
+        if adapter_name in self.adapters and dtype is not None:
+            self.adapters[adapter_name].to(dtype)
+
+    def _delta(self, name: str) -> Tensor:
+        # float32, or float64 of a float64 adapter, oriented and shaped like the weight of the base
+        delta = cast(Adapter, self.adapters[name]).delta_weight()
+        base = self.get_base_layer()
+        transposed = self.kind == "linear" and not hasattr(base, "in_features")  # transformers' Conv1D
+        return (delta.T if transposed else delta).reshape(cast(Tensor, base.weight).shape)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # the device alone: PEFT would also cast to the dtype of the base, which rounds what is computed in float32
-        weight = getattr(self.get_base_layer(), "weight", None)
+        # PEFT would also cast to a 16-bit dtype of the base and back, which rounds what is loaded
+        if adapter_name not in self.adapters:
+            return
+        base, adapter = self.get_base_layer(), self.adapters[adapter_name]
+        weight = getattr(base, "weight", None)
         target = device if device is not None or weight is None else weight.device
-        adapter = self.adapters[adapter_name]
         if target is not None and not any(parameter.is_meta for parameter in adapter.parameters()):
-            adapter.to(target)
+            adapter.to(target, torch.float64 if _dtype_of(base) == torch.float64 else None)
+
+
+@torch.no_grad()
+def _sum(base: Tensor, parts: list[tuple[MethodLayer, str]]) -> Tensor:
+    """A weight plus updates, added in float32 or float64 and cast once; the weight itself for no updates."""
+    if not parts:
+        return base
+    total = base.to(torch.promote_types(base.dtype, torch.float32))
+    for layer, name in parts:
+        total = total + layer._delta(name).to(total)
+    return total.to(base.dtype)
+
+
+def _dtype_of(base: nn.Module) -> torch.dtype | None:
+    weight = getattr(base, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None

@@ -8,7 +8,8 @@ the rows of METHODS: a configuration from the method's settings, a layer, a tune
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -18,8 +19,8 @@ from torch import nn
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.layer import kind_of, shape_of
-from spectral_surgery.errors import BackendError
-from spectral_surgery.integrations.peft_layer import MethodLayer
+from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.integrations.peft_layer import MergedWeight, MethodLayer
 
 
 def register() -> None:
@@ -149,6 +150,7 @@ class MethodTuner:
     """How adapters of a method get on a model; combined with PEFT's BaseTuner by `tuner_class`."""
 
     method: AdapterMethod[Any]
+    model: nn.Module
     active_adapter: str | list[str]
     _check_target_module_exists: Any
     _replace_module: Any
@@ -186,6 +188,33 @@ class MethodTuner:
             if adapter_name != self.active_adapter:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)  # type: ignore[misc]  # of BaseTuner
+        # PEFT ends each injection with this: every layer is there, so those with one weight are known
+        records: dict[int, MergedWeight] = {}
+        for layer in model.modules():
+            if isinstance(layer, MethodLayer):
+                weight = getattr(layer.get_base_layer(), "weight", layer)
+                layer.merged_weight = records.setdefault(id(weight), layer.merged_weight)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name)  # type: ignore[misc]  # of BaseTuner
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, MethodLayer):
+                layer.cast_adapter(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        # PEFT asks for this before each forward; without it, adapter_names would be dropped without a word
+        if adapter_names is not None:
+            raise ConfigError(
+                f"adapter_names: an adapter for each sample is not supported by {self.method.name}; the adapters of"
+                " set_adapter, for the whole batch, are. Call the model once for each adapter, or convert_to_lora."
+            )
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

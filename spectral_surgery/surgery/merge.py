@@ -42,7 +42,7 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> None:
             done[name] = layer
     finally:
         if len(done) < len(layers):
-            for name, layer in done.items():
+            for name, layer in reversed(done.items()):
                 _unmerge_layer(layer, name)
 
 
@@ -54,12 +54,12 @@ def unmerge(model: nn.Module) -> None:
 
     Raises:
         ConfigError: when nothing is merged.
-        UnmergeError: when a weight or an adapter was changed since; layers before it are unmerged by then.
+        UnmergeError: when a weight or an adapter was changed since; layers after it are unmerged by then.
     """
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.merged is not None}
     if not layers:
         raise ConfigError("unmerge: nothing is merged; a model with merged adapters is accepted.")
-    for name, layer in layers.items():
+    for name, layer in reversed(layers.items()):  # of two with one weight between them, the last one merged is first
         _unmerge_layer(layer, name)
 
 
