@@ -18,10 +18,19 @@ from spectral_surgery.checkpoint.header import (
 )
 from spectral_surgery.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorInfo", "read_index"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "CheckpointIndex",
+    "TensorInfo",
+    "is_adapter",
+    "read_index",
+    "refuse_adapter",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_CONFIG, _ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _FOREIGN = frozenset(
@@ -40,6 +49,7 @@ _FOREIGN = frozenset(
     }
 )
 _EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
+_PIECE = 1 << 20  # bytes compared at a time
 _MODULE = re.compile(r"\d+_\w+")  # "2_Dense": a sentence-transformers module is part of the model
 
 
@@ -55,6 +65,7 @@ class CheckpointIndex:
         skipped_files: relative to root: weights in other formats, or no part of this model.
         config: content of config.json, empty without one.
         metadata: free text in the headers of the files, by key; the last file with a key has it.
+        notes: what is odd about it and was read all the same, in sentences for the user.
     """
 
     root: Path
@@ -64,6 +75,7 @@ class CheckpointIndex:
     skipped_files: tuple[Path, ...]
     config: dict[str, object]
     metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -71,20 +83,35 @@ class CheckpointIndex:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def read_index(source: Path) -> CheckpointIndex:
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it.
+
+    Args:
+        folder: any path.
+    """
+    if not (folder / _ADAPTER_CONFIG).is_file() or (folder / INDEX_FILE).is_file():
+        return False
+    return all(path.name in _ADAPTER_FILES for path in folder.glob("*.safetensors"))
+
+
+def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
     """Read the headers of a checkpoint.
+
+    Where an index and the files disagree, the checkpoint is what transformers loads: names that no file has do not
+    count, and of a tensor in several files the one in the last file does.
 
     Args:
         source: a folder with an indexed, a single or several ``.safetensors`` files, or one
             safetensors file of any name. Weights at the top level of a folder are the model.
             Links to files are followed, links to folders are not.
+        adapters: whether the folder of an adapter, which is no model, will do.
 
     Returns:
         The index; a lone file has neither other files nor configuration.
 
     Raises:
-        CheckpointError: when there is no checkpoint, or it is pickled, incomplete, ambiguous or
-            damaged.
+        CheckpointError: when there is no checkpoint, or it is an adapter, pickled, incomplete,
+            ambiguous or damaged.
         LimitError: when a header or JSON file is longer than any real one.
     """
     with reading(source):
@@ -95,20 +122,23 @@ def read_index(source: Path) -> CheckpointIndex:
                 f"{source}: no such file or folder; a .safetensors file or a folder with some is"
                 " accepted. Check the path."
             )
+        if not adapters:
+            refuse_adapter(source)
         top = {path for path in source.iterdir() if path.is_file()}
         weight_map = _read_weight_map(source, top)
         files = _shards(source, weight_map) if weight_map else _unindexed(source, top)
-        header = _merged(files)
-        _check_complete(source, weight_map, header.tensors)
+        headers = {file: read_header(file) for file in files}
+        notes = _disagreements(source, weight_map, headers) if weight_map else ()
+        header = _merged(headers, twice=bool(weight_map))
         others, skipped = _other_files(source, files)
         config = read_json(source / "config.json") if source / "config.json" in top else {}
-        return CheckpointIndex(source, header.tensors, tuple(files), others, skipped, config, header.metadata)
+        return CheckpointIndex(source, header.tensors, tuple(files), others, skipped, config, header.metadata, notes)
 
 
 def _lone_file(file: Path) -> CheckpointIndex:
     if file.suffix.lower() in _PICKLES:
         _refuse_pickle(file.parent, [file.name])
-    header = _merged([file])
+    header = _merged({file: read_header(file)}, twice=False)
     return CheckpointIndex(file.parent, header.tensors, (file,), (), (), {}, header.metadata)
 
 
@@ -194,16 +224,35 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
     )
 
 
-def _merged(files: Iterable[Path]) -> Header:
-    """The headers of all files as one, tensors sorted by name."""
+def refuse_adapter(folder: Path) -> None:
+    """Refuse the folder of an adapter where a model is needed.
+
+    Args:
+        folder: any path.
+
+    Raises:
+        CheckpointError: when it is one.
+    """
+    if not is_adapter(folder):
+        return
+    config = read_json(folder / _ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
+    known = named([base]) if isinstance(base, str) and base else "a base model"
+    raise CheckpointError(
+        f"{folder}: is an adapter ({named([config.get('peft_type')])}) for {known}; a model is accepted. Give that"
+        " model, or merge the adapter into it first."
+    )
+
+
+def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
+    """The headers of all files as one, tensors sorted by name; of those that may be there twice, the last one."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for file in files:
-        header = read_header(file)
-        twice = sorted(header.tensors.keys() & tensors.keys())
-        if twice:
+    for file, header in headers.items():
+        again = sorted(header.tensors.keys() & tensors.keys())
+        if again and not twice:
             raise CheckpointError(
-                f"{file}: {named(twice)} also in {tensors[twice[0]].file.name}; every tensor in one"
+                f"{file}: {named(again)} also in {tensors[again[0]].file.name}; every tensor in one"
                 " file is accepted. Give one of the files instead of the folder."
             )
         tensors |= header.tensors
@@ -211,15 +260,56 @@ def _merged(files: Iterable[Path]) -> Header:
     return Header(dict(sorted(tensors.items())), metadata)
 
 
-def _check_complete(root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    absent = sorted(
-        name for name, shard in weight_map.items() if name not in tensors or tensors[name].file != root / shard
-    )
-    if absent:
+def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> tuple[str, ...]:
+    """Where an index does not say what its files hold, in sentences; refused where that leaves a doubt."""
+    holders: dict[str, list[TensorInfo]] = {}
+    for header in headers.values():
+        for name, info in header.tensors.items():
+            holders.setdefault(name, []).append(info)
+    strangers = [
+        file
+        for file, header in headers.items()
+        if not any(root / weight_map.get(n, "") == file for n in header.tensors)
+    ]
+    if strangers:
         raise CheckpointError(
-            f"{root / INDEX_FILE}: {len(absent)} of {len(weight_map)} tensors are not in the file"
-            f" it names for them: {named(absent)}; a complete checkpoint is accepted."
-            " Download it again."
+            f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; a complete checkpoint is"
+            " accepted. Download it again."
+        )
+    several = {name: infos for name, infos in holders.items() if len(infos) > 1}
+    for name, infos in several.items():
+        meant = next((info for info in infos if info.file == root / weight_map.get(name, "")), infos[-1])
+        if meant.file != infos[-1].file and not _same_bytes(meant, infos[-1]):
+            raise CheckpointError(
+                f"{root}: {named([name])} is in {meant.file.name}, which {INDEX_FILE} names, with other values than in"
+                f" {infos[-1].file.name}, which transformers loads; one of them is accepted. Remove the other."
+            )
+    absent = sorted(weight_map.keys() - holders.keys())
+    elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and not _among(root / weight_map[n], infos))
+    return tuple(
+        f"{INDEX_FILE}: {len(names)} of its names {what}: {named(names)}."
+        for names, what in (
+            (absent, "are in no file, and are left out"),
+            (elsewhere, "are in another file than it says, and were taken from there"),
+            (sorted(several), "are in several files, of which the last counts, as for transformers"),
+        )
+        if names
+    )
+
+
+def _among(file: Path, infos: Iterable[TensorInfo]) -> bool:
+    return any(info.file == file for info in infos)
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.start)
+        other.seek(b.start)
+        return all(
+            one.read(min(_PIECE, a.nbytes - done)) == other.read(min(_PIECE, a.nbytes - done))
+            for done in range(0, a.nbytes, _PIECE)
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.checkpoint.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, named
-from spectral_surgery.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.publish import (
     partial_folder,
     publishing,
@@ -42,6 +43,8 @@ __all__ = [
     "replace_file",
     "tensor_bytes",
     "tensor_entry",
+    "weights_metadata",
+    "weights_name",
     "write_checkpoint",
     "write_file",
     "writing_to",
@@ -49,7 +52,10 @@ __all__ = [
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # loaders ask for it
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
-_SHARD_FILE = "model-{:05d}-of-{:05d}.safetensors"
+_NAME_KEY = "weights_name"  # in the header of a compressed checkpoint: what its source's files were called
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_MODEL = "model"
 _RANK: Mapping[str, int] = MappingProxyType({code: rank for rank, code in enumerate(DTYPE_BITS)})
 
 
@@ -151,14 +157,16 @@ def write_checkpoint(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
     metadata: Mapping[str, str] = PT_METADATA,
+    name: str = _MODEL,
 ) -> list[Path]:
-    """Write a checkpoint into a folder, under the names that transformers looks for.
+    """Write a checkpoint into a folder, by default under the names that transformers looks for.
 
     Args:
         folder: an existing folder; see `publishing`.
         entries: the tensors. They fill shards in this order, as in huggingface_hub.
         max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         metadata: free text by key, in every file.
+        name: of the files, before number and ending; see `weights_name`.
 
     Returns:
         The safetensors files, in order.
@@ -171,20 +179,45 @@ def write_checkpoint(
     """
     _check_names(folder, entries)
     shards = _shards(entries, max_shard_size)
-    names = [_SHARD_FILE.format(number + 1, len(shards)) for number in range(len(shards))]
+    files = [f"{name}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     if len(shards) == 1:
-        names = [SINGLE_FILE]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard, metadata=metadata)
+        files = [f"{name}.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        write_file(folder / file, shard, metadata=metadata)
     if len(shards) > 1:
-        weight_map = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
+        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
         total = sum(entry.nbytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        replace_file(folder / INDEX_FILE, text.encode())
+        replace_file(folder / f"{name}.safetensors.index.json", text.encode())
     with writing_to(folder):
         sync(folder)
-    return [folder / name for name in names]
+    return [folder / file for file in files]
+
+
+def weights_name(index: CheckpointIndex) -> str:
+    """What the weight files of a checkpoint are called, before number and ending, so that its tools find them again.
+
+    Args:
+        index: plain, or compressed by us, which says what its source had.
+
+    Returns:
+        ``model`` for a model of transformers, and where files have several names; else as it is, such as
+        ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
+    """
+    names = {_NUMBER.sub("", file.stem) for file in index.files}
+    name = index.metadata.get(_NAME_KEY, names.pop() if len(names) == 1 else _MODEL)
+    return name if "model_type" not in index.config and _PLAIN_NAME.fullmatch(name) else _MODEL
+
+
+def weights_metadata(index: CheckpointIndex) -> dict[str, str]:
+    """Metadata for a checkpoint made from another one, under usual file names, that keeps the unusual ones.
+
+    Args:
+        index: what it is made from.
+    """
+    name = weights_name(index)
+    return {**PT_METADATA, **({_NAME_KEY: name} if name != _MODEL else {})}
 
 
 def _check_names(where: Path, entries: Sequence[Entry]) -> None:

@@ -152,6 +152,7 @@ def _show_plan(
         "predicted_worker_bytes": plan.predicted_memory(),
         "input_bytes": index.nbytes,
         "files_left_out": [str(name) for name in index.skipped_files],
+        "notes": list(index.notes),
     }
     if as_json:
         output.print_json("compress", body)
@@ -165,6 +166,7 @@ def _show_plan(
         f"memory of a worker about {output.size(plan.predicted_memory())} besides torch."
     )
     _show_copied(plan)
+    output.notes(index.notes)
     click.echo("Nothing was written.")
 
 
@@ -215,5 +217,6 @@ def _show_report(
         "smaller, "
         f"in {report.seconds:.1f} s with {output.size(report.peak_rss_bytes)} of memory at most."
     )
+    output.notes(report.notes)
     if report.not_copied_files:
         click.echo(f"left out, weights in other formats: {', '.join(report.not_copied_files[:5])}")

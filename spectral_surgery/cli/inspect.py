@@ -9,6 +9,8 @@ import click
 
 from spectral_surgery.cli import output, shared
 
+_SHOWN = 6  # names of a list
+
 
 @click.command("inspect")
 @shared.source_argument
@@ -65,8 +67,15 @@ def command(
         click.echo(f"tied: {alias} = {name}")
     click.echo(f"\n{found.kind}: {len(found.tensors)} tensors, {output.size(found.nbytes)}")
     for key, value in found.summary.items():
-        click.echo(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+        click.echo(f"{key}: {_brief(value)}")
+    output.notes(found.notes)
     if found.skipped_files:
         click.echo(f"weights in other formats, not looked at: {', '.join(found.skipped_files[:5])}")
     if plot is not None:
         click.echo(f"plot: {plot}")
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:_SHOWN])) + (f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else "")
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

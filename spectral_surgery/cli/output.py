@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -82,6 +82,16 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> 
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in lines
     )
+
+
+def notes(sentences: Iterable[str]) -> None:
+    """Print what a result needs to be read with, a line for each.
+
+    Args:
+        sentences: of it.
+    """
+    for sentence in sentences:
+        click.echo(f"note: {sentence}")
 
 
 def size(nbytes: float) -> str:

@@ -130,7 +130,7 @@ def needed(listing: Listing, token: str | None = None) -> list[str]:
         folder = Path(scratch) / "outline"
         _draw(listing, folder, token)
         try:
-            index = read_index(folder)
+            index = read_index(folder, adapters=True)
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(folder), str(repository))) from None
         names = {path.relative_to(folder).as_posix() for path in index.files}

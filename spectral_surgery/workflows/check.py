@@ -101,7 +101,7 @@ def _adapter(folder: Path) -> Checked:
         raise CheckpointError(
             f"{folder.name}: {ADAPTER_FILE} is missing; an adapter in the format of PEFT is accepted. Save it again."
         )
-    index = read_index(folder)
+    index = read_index(folder, adapters=True)
     for name, info in index.tensors.items():
         if info.dtype in FLOATS and not all(
             bool(torch.isfinite(read_flat(info, start, min(start + _PIECE, info.numel)).float()).all())

@@ -20,7 +20,13 @@ from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, Unit, make_plan
 from spectral_surgery.checkpoint.units import UNITS, Workshop, is_done, join, run_unit, work_key
-from spectral_surgery.checkpoint.writer import partial_folder, publishing, write_checkpoint, writing_to
+from spectral_surgery.checkpoint.writer import (
+    partial_folder,
+    publishing,
+    weights_metadata,
+    write_checkpoint,
+    writing_to,
+)
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.spectra.select import Target
@@ -41,6 +47,7 @@ class CompressReport:
         seconds: wall time.
         peak_rss_bytes: largest resident size of this process and its workers.
         not_copied_files: files of other weight formats left out.
+        notes: what was odd about the source, in sentences.
     """
 
     manifest: Manifest
@@ -50,6 +57,7 @@ class CompressReport:
     seconds: float
     peak_rss_bytes: int
     not_copied_files: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
     @property
     def compression_ratio(self) -> float:
@@ -78,6 +86,7 @@ class CompressReport:
             "skipped": [{"name": name, "reason": reason} for name, reason in sorted(self.copied.items())],
             "tied": self.manifest.aliases,
             "files_left_out": list(self.not_copied_files),
+            "notes": list(self.notes),
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "seconds": self.seconds,
@@ -116,15 +125,25 @@ def plan_compression(
     return index, make_plan(index, options, compare=compare, base=before)
 
 
+def why_refused(index: CheckpointIndex) -> str | None:
+    """Why compress does not take a checkpoint whose headers can be read, and what to do; None when it does.
+
+    Args:
+        index: headers of it.
+    """
+    quantised = index.config.get("quantization_config")
+    if not isinstance(quantised, dict):
+        return None
+    method = quantised.get("quant_method")
+    remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
+    return f"is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
+
+
 def _dense(source: Path) -> CheckpointIndex:
     index = read_index(source)
-    quantised = index.config.get("quantization_config")
-    if isinstance(quantised, dict):
-        method = quantised.get("quant_method")
-        remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
-        raise CheckpointError(
-            f"{index.root.name}: is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
-        )
+    reason = why_refused(index)
+    if reason:
+        raise CheckpointError(f"{index.root.name}: {reason}")
     return index
 
 
@@ -268,7 +287,7 @@ def _finish(
     entries, manifest, copied = join(workshop, plan, index)
     with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
         _clear_leftovers(folder)
-        files = write_checkpoint(folder, entries)
+        files = write_checkpoint(folder, entries, metadata=weights_metadata(index))
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         marked = dict(index.config) | {"quantization_config": _quantization_config(plan.options)}
         copy_companions(index, folder, marked)
@@ -285,6 +304,7 @@ def _finish(
         time.perf_counter() - started,
         peak_rss_bytes(),
         tuple(str(path) for path in index.skipped_files),
+        index.notes,
     )
 
 

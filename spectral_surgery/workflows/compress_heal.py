@@ -113,7 +113,9 @@ def _report(source: Path, out: Path, options: CompressOptions, healed: HealRepor
     index, plan = plan_compression(source, options)
     size = sum(file.stat().st_size for file in (*out.glob("*.safetensors"), out / FILE_NAME))
     left_out = tuple(str(path) for path in index.skipped_files)
-    return CompressReport(healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out)
+    return CompressReport(
+        healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out, index.notes
+    )
 
 
 def _check_same(stage: Path, options: CompressOptions) -> None:

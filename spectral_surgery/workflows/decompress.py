@@ -17,7 +17,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_
 from spectral_surgery.checkpoint.manifest import FILE_NAME, SUFFIXES, TensorRecord
 from spectral_surgery.checkpoint.plan import FLOATS
 from spectral_surgery.checkpoint.reader import DTYPES, read_flat
-from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
+from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.facts import decompressed_facts
@@ -111,7 +111,7 @@ def decompress(
     entries = work.all()
     try:
         with publishing(out, overwrite=overwrite) as folder:
-            write_checkpoint(folder, entries)
+            write_checkpoint(folder, entries, name=weights_name(checkpoint.index))
             copy_companions(checkpoint.index, folder, _plain_config(checkpoint, dtype), without=FILE_NAME)
             cards.write_derived(folder, decompressed_facts(checkpoint.manifest, checkpoint.index, dtype, origin))
             if verify and (wrong := _verify(work, folder)):

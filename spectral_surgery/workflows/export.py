@@ -18,7 +18,7 @@ from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.adapters.foura import Foura
 from spectral_surgery.adapters.lora import Lora
 from spectral_surgery.cards import as_repository
-from spectral_surgery.checkpoint.adapter_files import read_adapter, write_adapter
+from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, read_adapter, write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
 from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.publish import publishing
@@ -137,8 +137,8 @@ def export(
             layers, unit, left_out = measure(fresh, updates, fitted, work.steps.advance), EXTRACTORS[form].unit, ()
             write_adapter(fresh, folder)
             command = _command(form, dtype, None if base is None else known or "BASE", size, config)
-            source = f"an adapter of the method {state.spec.method.name}"
-            facts = made_facts(fresh.spec, read_index(folder), layers, unit, command=command, source=source)
+            source, headers = f"an adapter of the method {state.spec.method.name}", read_index(folder / TENSOR_FILE)
+            facts = made_facts(fresh.spec, headers, layers, unit, command=command, source=source)
         cards.write_derived(folder, facts)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     seconds = time.perf_counter() - started

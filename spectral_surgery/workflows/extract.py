@@ -192,7 +192,7 @@ def extract(
 def _write(folder: Path, state: AdapterState, layers: Sequence[LayerReport], options: ExtractOptions) -> int:
     """Write the adapter and its card; the bytes of its tensors."""
     write_adapter(state, folder)
-    index, unit = read_index(folder), EXTRACTORS[options.method].unit
+    index, unit = read_index(folder, adapters=True), EXTRACTORS[options.method].unit
     source = "the difference of two checkpoints"
     cards.write_derived(folder, made_facts(state.spec, index, layers, unit, command=_command(options), source=source))
     return (folder / TENSOR_FILE).stat().st_size

@@ -10,17 +10,23 @@ import torch
 
 from spectral_surgery.checkpoint.compressed import is_compressed, open_compressed
 from spectral_surgery.checkpoint.difference import base_name
-from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
+from spectral_surgery.checkpoint.header import read_json
+from spectral_surgery.checkpoint.index import CheckpointIndex, is_adapter, read_index
 from spectral_surgery.checkpoint.plan import CompressOptions, PlannedTensor, make_plan
 from spectral_surgery.checkpoint.reader import read_flat
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.select import Magnitudes, Target, for_bits, for_density
+from spectral_surgery.workflows.compress import why_refused
 from spectral_surgery.workflows.progress import Progress, silent
 
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
 RATES = (2.0, 3.0, 4.0)
 _SAMPLE = 1 << 20  # weights read of a tensor at most
+_OF_ADAPTERS = (
+    *("peft_type", "base_model_name_or_path", "task_type", "target_modules", "modules_to_save", "bias"),
+    *("r", "lora_alpha", "alpha", "n_frequency", "scaling"),
+)
 _PLACEHOLDER = CompressOptions(Target("bits", 4.0))
 
 
@@ -56,13 +62,14 @@ class Inspection:
     """What a checkpoint holds.
 
     Attributes:
-        kind: ``dense`` or ``compressed``.
+        kind: ``dense``, ``quantised`` elsewhere, ``compressed``, or ``adapter``.
         tensors: name, shape, dtype, bytes and fate of each, where fate is what compress would do.
         tied: second name -> first name.
         nbytes: bytes of all tensors.
         skipped_files: weights in other formats beside them.
-        summary: of a compressed folder, what its manifest says.
+        summary: of a compressed folder, what its manifest says; of an adapter, what its configuration says.
         spectra: of a dense one, when asked for.
+        notes: what is odd about it, and why compress refuses it, in sentences.
     """
 
     kind: str
@@ -72,6 +79,7 @@ class Inspection:
     skipped_files: tuple[str, ...]
     summary: dict[str, object]
     spectra: tuple[Spectrum, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
@@ -89,7 +97,7 @@ def inspect(
     """Look at a checkpoint without building a model.
 
     Args:
-        source: a folder, dense or compressed, or a .safetensors file.
+        source: a folder, dense, quantised, compressed or of an adapter, or a .safetensors file.
         spectrum: also read samples of the tensors and estimate what their spectra promise.
         include: globs of tensors to look at; empty means all.
         compare: read tensors that may be tied; without, as for an outline of a remote checkpoint, none is taken to be.
@@ -100,25 +108,38 @@ def inspect(
 
     Raises:
         CheckpointError: when the source is no usable checkpoint.
-        ConfigError: when spectra of a compressed folder are asked for.
+        ConfigError: when spectra of anything else than a dense one are asked for.
     """
     if source.is_dir() and is_compressed(source):
         if spectrum:
             raise ConfigError(f"{source.name}: is compressed; --spectrum needs a dense one. Decompress it first.")
         return _compressed(source)
-    index = read_index(source)
+    index = read_index(source, adapters=True)
+    adapter = source.is_dir() and is_adapter(source)
+    refused = why_refused(index)
+    if spectrum and (adapter or refused):
+        what = "is an adapter; --spectrum needs a model." if adapter else f"{refused}"
+        raise ConfigError(f"{source.name}: {what}")
+    if adapter:
+        return _adapter(index)
+    if refused:
+        notes = (*index.notes, f"compress refuses it: {refused}")
+        skipped = tuple(map(str, index.skipped_files))
+        return Inspection("quantised", _rows(index), {}, index.nbytes, skipped, {}, notes=notes)
     options = CompressOptions(_PLACEHOLDER.target, include=include)
     try:
         plan = make_plan(index, options, compare=compare)
     except ConfigError:  # nothing to compress is an answer here, not an error
-        return Inspection("dense", _rows(index, {}), {}, index.nbytes, tuple(map(str, index.skipped_files)), {})
+        skipped = tuple(map(str, index.skipped_files))
+        return Inspection("dense", _rows(index, {}), {}, index.nbytes, skipped, {}, notes=index.notes)
     fates = plan.copied | {alias: f"tied to {name}" for alias, name in plan.aliases.items()}
     spectra = []
     for number, tensor in enumerate(plan.tensors if spectrum else ()):
         spectra.append(measure(tensor))
         progress(number + 1, len(plan.tensors), tensor.info.name)
     skipped = tuple(map(str, index.skipped_files))
-    return Inspection("dense", _rows(index, fates), plan.aliases, index.nbytes, skipped, {}, tuple(spectra))
+    rows = _rows(index, fates)
+    return Inspection("dense", rows, plan.aliases, index.nbytes, skipped, {}, tuple(spectra), index.notes)
 
 
 def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
@@ -167,17 +188,25 @@ def _energy_curve(magnitudes: Magnitudes) -> tuple[float, ...]:
     return tuple(1 - magnitudes.dropped(magnitudes.quantile(density)) for density in DENSITIES)
 
 
-def _rows(index: CheckpointIndex, fates: dict[str, str]) -> tuple[dict[str, object], ...]:
+def _rows(index: CheckpointIndex, fates: dict[str, str] | None = None) -> tuple[dict[str, object], ...]:
+    """Name, shape, dtype and bytes of each tensor, and where compress takes the checkpoint, what it would do."""
+
+    def fate(name: str) -> dict[str, object]:
+        if fates is None:
+            return {"compress would": "refuse it"}
+        return {"compress would": f"copy it: {fates[name]}" if name in fates else "compress it"}
+
     return tuple(
-        {
-            "name": name,
-            "shape": list(info.shape),
-            "dtype": info.dtype,
-            "bytes": info.nbytes,
-            "compress would": f"copy it: {fates[name]}" if name in fates else "compress it",
-        }
+        {"name": name, "shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes, **fate(name)}
         for name, info in index.tensors.items()
     )
+
+
+def _adapter(index: CheckpointIndex) -> Inspection:
+    config = read_json(index.root / "adapter_config.json")
+    summary = {key: config[key] for key in _OF_ADAPTERS if config.get(key) not in (None, [], {})}
+    notes = ("compress and inject take models: merge the adapter into its base, or give that base.",)
+    return Inspection("adapter", _rows(index), {}, index.nbytes, (), summary, notes=notes)
 
 
 def _compressed(source: Path) -> Inspection:

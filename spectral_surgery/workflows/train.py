@@ -15,6 +15,7 @@ import torch
 
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, write_adapter
+from spectral_surgery.checkpoint.index import refuse_adapter
 from spectral_surgery.checkpoint.publish import replace_file
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.integrations.tasks import TASKS, Features, Task
@@ -141,6 +142,7 @@ def train(
         CheckpointError: when the model cannot be loaded, or out is taken.
         TargetError: when no module matches.
     """
+    refuse_adapter(base)
     check_out(out, resume=resume, overwrite=overwrite)
     train_on, held_out = _examples(data, settings.seed)
     task = TASKS[data.task] if data.task else _guess(train_on)
