@@ -56,6 +56,8 @@ class ModuleTargets:
         modules_to_save: modules trained and stored whole, such as a classifier.
         bias: which biases are trained: none, all, or ``<method>_only`` for those of the modules with an adapter.
         fan_in_fan_out: whether the base stores weights as [I, O]; a note for PEFT, we look at the module itself.
+        target_parameters: names or ends of names of parameters with an update of their own, such as stacked experts.
+        ensure_weight_tying: whether tied embeddings and output layers have one update, not two.
     """
 
     target_modules: tuple[str, ...] | str | None = None
@@ -65,6 +67,8 @@ class ModuleTargets:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     fan_in_fan_out: bool = False
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
@@ -92,6 +96,12 @@ class ModuleTargets:
     def saves(self, name: str) -> bool:
         """Whether the module is, or is inside, one of modules_to_save."""
         return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in self.modules_to_save)
+
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """Names that parameters of a module would have, if target_parameters mean them."""
+        own = [f"{module}.{target.rpartition('.')[2]}" for target in self.target_parameters]
+        pairs = zip(own, self.target_parameters, strict=True)
+        return tuple(dict.fromkeys(name for name, target in pairs if f".{name}".endswith(f".{target}")))
 
     def select(self, names: Iterable[str]) -> list[str]:
         """The modules meant, of those that can carry an adapter.

@@ -137,11 +137,29 @@ class AdapterState:
         spec: what it is.
         layers: state dict of the adapter by dotted module name.
         extra: other trained tensors by name in the model: biases, modules_to_save.
+        embeddings: layers that are embeddings, which PEFT stores otherwise.
+        kernels: sides of the kernel by layer that is a convolution: the update is [O, I * kh * kw].
+        parameters: names of the parameters of which one is meant, by layer that is none but holds an update of a
+            parameter: PEFT's target_parameters do not say which.
+        rows: (row numbers, their new values [N, I]) by embedding, or output layer, of which rows were trained.
     """
 
     spec: AdapterSpec
     layers: dict[str, dict[str, Tensor]]
     extra: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+
+    @property
+    def only_merged(self) -> str:
+        """What a live model here has no place for, in words; empty when there is nothing."""
+        lora = self.spec.method.peft_type == "LORA"
+        keys = {key for own in self.layers.values() for key in own} if lora else set()
+        found = {"DoRA": "magnitude" in keys, "lora_bias": "bias" in keys}
+        found |= {"target_parameters": bool(self.parameters), "trainable_token_indices": bool(self.rows)}
+        return ", ".join(name for name, there in found.items() if there)
 
     def build(self, name: str, out_features: int, in_features: int) -> nn.Module:
         """The adapter of one layer, with its numbers.

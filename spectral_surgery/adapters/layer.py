@@ -40,6 +40,12 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return int(cast(int, module.out_features)), int(cast(int, module.in_features))
 
 
+def forms_of(modules: Mapping[str, nn.Module]) -> tuple[frozenset[str], dict[str, tuple[int, ...]]]:
+    """(which modules are embeddings, sides of the kernels of those that are convolutions), as `AdapterState` has it."""
+    embeddings = frozenset(name for name, module in modules.items() if isinstance(module, nn.Embedding))
+    return embeddings, {n: tuple(m.weight.shape[2:]) for n, m in modules.items() if isinstance(m, nn.Conv2d)}
+
+
 def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor:
     """What an adapter adds to the output of a module.
 

@@ -38,17 +38,17 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """A low-rank update of an [O, I] weight; zero at the start."""
+    """A low-rank update of an [O, I] weight; zero at the start. The rank may be above O and I."""
 
     def __init__(self, config: LoraConfig, out_features: int, in_features: int) -> None:
         """Draw A, and set B to zero.
 
         Raises:
-            ConfigError: when the rank does not fit the layer.
+            ConfigError: when the rank is no positive number.
         """
         super().__init__()
-        if not 0 < config.r <= min(out_features, in_features):
-            raise ConfigError(f"r {config.r}: 1 to {min(out_features, in_features)} is accepted for this layer.")
+        if config.r < 1:
+            raise ConfigError(f"r {config.r}: 1 or more is accepted.")
         self.scaling = config.lora_alpha / config.r
         self.A = nn.Parameter(torch.empty(config.r, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, config.r))
@@ -74,5 +74,12 @@ LORA = AdapterMethod(
     build=Lora,
     peft_type="LORA",
     source="arXiv 2106.09685",
-    file_names={"A": "lora_A.weight", "B": "lora_B.weight"},
+    file_names={
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "bias": "lora_B.bias",
+        "magnitude": "lora_magnitude_vector",
+        "embedding_A": "lora_embedding_A",
+        "embedding_B": "lora_embedding_B",
+    },
 )

@@ -28,7 +28,6 @@ _ABOUT = {
     "revision",
     "task_type",
 }
-_TARGETS = tuple(own.name for own in fields(ModuleTargets))
 
 Sizes = Mapping[str, tuple[int | None, ...]]
 
@@ -39,6 +38,8 @@ class Dialect:
 
     Attributes:
         off: features we do not have, with the value that means without.
+        read: features that tensors or targets say again, with the value that means without.
+        changing: reason by start of a value of init_lora_weights with which training starts from another base.
         unused: settings that only matter in training, with PEFT's default.
         choices: values that change nothing once an adapter is trained, PEFT's default first.
         counts: settings that are positive numbers, or patterns of such.
@@ -48,6 +49,8 @@ class Dialect:
     """
 
     off: Mapping[str, object] = field(default_factory=dict)
+    read: Mapping[str, object] = field(default_factory=dict)
+    changing: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, object] = field(default_factory=dict)
     choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     counts: tuple[str, ...] = ()
@@ -58,15 +61,25 @@ class Dialect:
     @property
     def defaults(self) -> dict[str, object]:
         """What is written for everything we do not have."""
-        return {**self.off, **self.unused, **{name: values[0] for name, values in self.choices.items()}}
+        return {**self.off, **self.read, **self.unused, **{name: values[0] for name, values in self.choices.items()}}
 
 
-_LORA_OFF: dict[str, object] = dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_dora", "use_qalora"), False)
-_LORA_OFF |= dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"))
-_LORA_OFF |= dict.fromkeys(("megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices"))
-_LORA_OFF |= dict.fromkeys(("use_bdlora", "velora_config"))
+_LORA_OFF: dict[str, object] = dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"))
+_LORA_OFF |= dict.fromkeys(("layer_replication", "megatron_config", "monteclora_config", "use_bdlora", "velora_config"))
+_LORA_OFF |= {"use_qalora": False}
+_LORA_READ: dict[str, object] = dict.fromkeys(("lora_bias", "use_dora"), False)
+_LORA_READ |= {"trainable_token_indices": None, "target_parameters": None, "ensure_weight_tying": False}
 _LORA_UNUSED: dict[str, object] = {"corda_config": None, "eva_config": None, "lora_ga_config": None}
 _LORA_UNUSED |= {"loftq_config": {}, "lora_dropout": 0.0, "megatron_core": "megatron.core", "qalora_group_size": 16}
+_TARGETS = tuple(own.name for own in fields(ModuleTargets) if own.name not in _LORA_READ)
+_SUBTRACTS = (
+    "which takes a part out of the base when training starts, so the files hold no update of the base as it is. Save it"
+    " from PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a LoRA of it."
+)
+_QUANTISES = (
+    "which replaces the base by a quantised one when training starts, so the files hold no update of the base as it"
+    " is. Merge it with PEFT into the base it was trained with, and save that model."
+)
 
 DIALECTS: Mapping[str, Dialect] = {
     "FOURIERFT": Dialect(
@@ -76,9 +89,11 @@ DIALECTS: Mapping[str, Dialect] = {
     ),
     "LORA": Dialect(
         off=_LORA_OFF,
+        read=_LORA_READ,
+        changing={**dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _SUBTRACTS), "loftq": _QUANTISES},
         unused=_LORA_UNUSED,
         choices={
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base as well
+            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),  # the base stays
             "use_rslora": (False, True),
         },
         counts=("r", "rank_pattern"),
@@ -93,12 +108,13 @@ def dialect_of(method: AdapterMethod[Any]) -> Dialect:
     return DIALECTS.get(method.peft_type, Dialect())
 
 
-def to_config(spec: AdapterSpec, layers: list[str]) -> dict[str, object]:
+def to_config(spec: AdapterSpec, layers: list[str], features: Mapping[str, object] | None = None) -> dict[str, object]:
     """The content of adapter_config.json.
 
     Args:
         spec: what the adapter is, every choice made.
         layers: names of the modules that carry it.
+        features: what its tensors have beyond the settings, as `Dialect.read` names it.
 
     Returns:
         JSON values by field, all that PEFT writes.
@@ -121,7 +137,8 @@ def to_config(spec: AdapterSpec, layers: list[str]) -> dict[str, object]:
         "revision": spec.revision,
         "task_type": spec.task_type,
     }
-    return {**dialect_of(spec.method).defaults, **settings, **_targets_to_config(spec, layers), **about}
+    defaults = {**dialect_of(spec.method).defaults, **(features or {})}
+    return {**defaults, **settings, **_targets_to_config(spec, layers), **about}
 
 
 def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
@@ -146,7 +163,8 @@ def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
         )
     dialect = dialect_of(method)
     own = {item.name for item in fields(method.config)}
-    _refuse_features(config, dialect, own | _ABOUT | {*_TARGETS, *dialect.unused}, where)
+    _refuse_changed_base(config, dialect, where)
+    _refuse_features(config, dialect, own | _ABOUT | {*_TARGETS, *dialect.unused, *dialect.read}, where)
     settings = _settings(method.config, {**dialect.absent, **config}, where)
     _refuse_counts(settings, dialect, where)
     try:
@@ -222,6 +240,7 @@ def _targets_to_config(spec: AdapterSpec, layers: list[str]) -> dict[str, object
         "modules_to_save": list(targets.modules_to_save) or None,
         "bias": dialect.bias if dialect.bias and targets.bias == only else targets.bias,
         "fan_in_fan_out": targets.fan_in_fan_out,
+        **({"ensure_weight_tying": targets.ensure_weight_tying} if "ensure_weight_tying" in dialect.read else {}),
     }
 
 
@@ -240,7 +259,8 @@ def _targets_from_config(
     numbered = of("layers_to_transform", int | numbers, None)
     pattern = of("layers_pattern", str | names, ())
     bias = of("bias", str, "none")
-    target = of("target_modules", str | names, None)
+    parameters = of("target_parameters", names, ())
+    target = of("target_modules", str | names, () if parameters else None)
     if target is None:
         raise CheckpointError(
             f"{where}: target_modules is {named([config.get('target_modules')])}; a regular expression or a list of"
@@ -255,9 +275,20 @@ def _targets_from_config(
             of("modules_to_save", names, ()),
             f"{method.name}_only" if bias == dialect.bias else bias,
             of("fan_in_fan_out", bool, False),
+            parameters,
+            of("ensure_weight_tying", bool, False),
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def _refuse_changed_base(config: Mapping[str, object], dialect: Dialect, where: str) -> None:
+    start = str(config.get("init_lora_weights")).lower()
+    for method, reason in dialect.changing.items():
+        if start.startswith(method):
+            raise CheckpointError(
+                f"{where}: init_lora_weights is {named([start])}, {reason} Adapters of an unchanged base are accepted."
+            )
 
 
 def _refuse_features(config: Mapping[str, object], dialect: Dialect, known: set[str], where: str) -> None:

@@ -21,6 +21,15 @@ from torch import Tensor
 from spectral_surgery.adapters.base import AdapterMethod, AdapterSpec, AdapterState
 from spectral_surgery.checkpoint.adapter_config import dialect_of, from_config, settle, to_config
 from spectral_surgery.checkpoint.header import read_header, read_json
+from spectral_surgery.checkpoint.lora_files import (
+    Plain,
+    as_matrices,
+    as_stored,
+    features,
+    is_base_copy,
+    is_rows,
+    trained_rows,
+)
 from spectral_surgery.checkpoint.publish import sync, writing_to
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.checkpoint.writer import tensor_entry, write_file
@@ -54,17 +63,22 @@ def read_adapter(folder: Path) -> AdapterState:
     config = read_json(config_file)
     spec = from_config(config, str(config_file))
     tensors = {name: read_tensor(info) for name, info in read_header(file).tensors.items()}
-    layers, extra, strange = _sorted_out(tensors, spec)
-    spec = settle(spec, config, list(layers))
+    rows = trained_rows({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, config, str(file))
+    stored, extra, strange = _sorted_out(tensors, spec)
+    plain = as_matrices(stored) if spec.method.peft_type == "LORA" else Plain(stored)
+    layers = plain.layers
+    parameters = {name: own for name in layers if (own := _parameters(name, spec))}
+    spec = settle(spec, config, [*layers, *(name for own in parameters.values() for name in own)])
     spec, absent = _saved_modules(spec, extra)
-    problems = [f"{name} is unexpected" for name in strange] + absent + _misfits(layers, spec) + _not_finite(tensors)
-    if not layers:
+    matrices = {name: own for name, own in layers.items() if name not in parameters}
+    problems = [f"{name} is unexpected" for name in strange] + absent + _misfits(matrices, spec) + _not_finite(tensors)
+    if not layers and not rows:
         problems.append(f"no tensor of {spec.method.name} is there")
     if problems:
         raise CheckpointError(
             f"{file}: does not fit {CONFIG_FILE}: {'; '.join(problems)}. Save the adapter again, or fetch it again."
         )
-    return AdapterState(spec, layers, extra)
+    return AdapterState(spec, layers, extra, plain.embeddings, plain.kernels, parameters, rows)
 
 
 def write_adapter(state: AdapterState, folder: Path) -> None:
@@ -79,9 +93,11 @@ def write_adapter(state: AdapterState, folder: Path) -> None:
             adapter that was there before is kept.
     """
     method = state.spec.method
-    tensors = {f"{layer}.{method.file_name(k)}": v for layer, own in state.layers.items() for k, v in own.items()}
+    lora = method.peft_type == "LORA"
+    layers = as_stored(state) if lora else state.layers
+    tensors = {f"{layer}.{method.file_name(k)}": v for layer, own in layers.items() for k, v in own.items()}
     tensors |= state.extra
-    config = to_config(state.spec, list(state.layers))
+    config = to_config(state.spec, list(state.layers), features(state) if lora else {})
     problems = _misfits(state.layers, state.spec) + _not_finite(tensors)
     if problems or not state.layers:
         what = "; ".join(problems) or "it has no layers"
@@ -147,12 +163,22 @@ def _sorted_out(
             strange.append(full)
         elif place:
             layers.setdefault(place[0], {})[place[1]] = tensor
-        elif not (spec.targets.bias == "all" and _COPY.search(name)):
+        elif not is_rows(name) and not (spec.targets.bias == "all" and _COPY.search(name)):
             rest[name] = tensor
     extra = {name: tensor for name, tensor in rest.items() if _is_extra(name, spec, layers)}
     strange += [_PREFIX + name for name in rest if name not in extra]
-    strange += [f"{_PREFIX}{layer}.*" for layer in layers if not spec.targets.matches(layer)]
+    meant = [layer for layer in layers if spec.targets.matches(layer) or _parameters(layer, spec)]
+    meant += [layer for layer in layers if spec.targets.ensure_weight_tying]  # the tied modules are not listed
+    strange += [f"{_PREFIX}{layer}.*" for layer in layers if layer not in meant]
     return layers, extra, strange
+
+
+def _parameters(layer: str, spec: AdapterSpec) -> tuple[str, ...]:
+    """Parameters that a layer of target_parameters may mean: of several in one module, PEFT wraps one in the other."""
+    module = layer
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    return () if spec.targets.matches(layer) else spec.targets.parameters_of(module)
 
 
 def _place(name: str, method: AdapterMethod[Any]) -> tuple[str, str] | None:
@@ -165,7 +191,7 @@ def _place(name: str, method: AdapterMethod[Any]) -> tuple[str, str] | None:
 
 
 def _is_extra(name: str, spec: AdapterSpec, layers: Mapping[str, object]) -> bool:
-    if spec.targets.saves(name):
+    if spec.targets.saves(name) or is_base_copy(name, layers):
         return True
     if spec.targets.bias == "all":
         return name == "bias" or name.endswith(".bias")

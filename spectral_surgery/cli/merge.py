@@ -71,11 +71,19 @@ def _show_report(report: MergeReport, out: Path, *, as_json: bool, more: dict[st
     click.echo(output.table(rows))
     for alias, name in report.tied.items():
         click.echo(f"tied: {alias} = {name}, changed together")
+    _say_embeddings(report)
     share = report.undo_bytes / max(report.merged_bytes, 1)
     click.echo(
         f"{len(report.layers)} weights, {output.size(report.merged_bytes)}, in {report.seconds:.1f} s;"
         f" record for unmerge {output.size(report.undo_bytes)} ({share:.1%}): {out}"
     )
+
+
+def _say_embeddings(done: MergeReport | MergePlan) -> None:
+    if done.untied:
+        click.echo(f"untied: {', '.join(done.untied)}: different tensors now, tie_word_embeddings is false")
+    for name, (before, after) in done.resized.items():
+        click.echo(f"resized: {name} from {before} to {after} rows, and vocab_size")
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -88,17 +96,27 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
+    changed = {name: target for name, target in plan.targets.items() if target.sources}
     if as_json:
         body = {
             "dry_run": True,
-            "tensors": {name: [plan.weights[number] for number, _ in t.sources] for name, t in plan.targets.items()},
-            "replaced": sorted(plan.replaced),
-            "tied": plan.aliases,
+            "tensors": {name: [plan.weights[s.number] for s in t.sources] for name, t in changed.items()},
+            "replaced": list(plan.replaced),
+            "tied": plan.tied,
+            "untied": list(plan.untied),
+            "resized": {name: list(rows) for name, rows in plan.resized.items()},
         }
         output.print_json("merge", body)
         return
-    rows = [{"tensor": name, "shape": t.info.shape, "adapters": len(t.sources)} for name, t in plan.targets.items()]
+    rows = [
+        {"tensor": name, "shape": t.shape, "adapters": len({source.number for source in t.sources})}
+        for name, t in changed.items()
+    ]
     click.echo(output.table(rows))
-    for name in sorted(plan.replaced):
-        click.echo(f"replaced whole: {name}")
+    for name in plan.replaced:
+        part = ", in rows" if plan.targets[name].rows and not plan.targets[name].replaced else " whole"
+        click.echo(f"replaced{part}: {name}")
+    for alias, name in plan.tied.items():
+        click.echo(f"tied: {alias} = {name}, changed together")
+    _say_embeddings(plan)
     click.echo(f"{len(rows)} weights would be changed. Nothing was written.")

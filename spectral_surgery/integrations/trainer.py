@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterS
     history, folder = course(job, trainer, "adapter_config.json", resume=resume)
     trainer.accelerator.wait_for_everyone()
     state = read_adapter(folder) if folder else state_of(job.model, spec, full=whole)
-    return history, AdapterState(spec, state.layers, state.extra)
+    return history, replace(state, spec=spec)
 
 
 def course(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterSpec, AdapterState
-from spectral_surgery.adapters.layer import AdaptedLayer, shape_of
+from spectral_surgery.adapters.layer import AdaptedLayer, forms_of, shape_of
 from spectral_surgery.adapters.saved import BIAS_RECORD, SavedModule, TrainedBias
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.surgery.resolve import candidates, resolve
@@ -125,10 +127,10 @@ def state_of(
     Raises:
         ConfigError: when the name is on no layer.
     """
+    carriers = {target: layer for target, layer in adapted_layers(model).items() if name in layer.adapters}
     layers = {
         target: {key: _copied(value, full) for key, value in layer.adapters[name].state_dict().items()}
-        for target, layer in adapted_layers(model).items()
-        if name in layer.adapters
+        for target, layer in carriers.items()
     }
     if not layers:
         raise ConfigError(f"adapter '{name}': not on this model.")
@@ -138,7 +140,7 @@ def state_of(
         if name in part.names
         for key, value in _prefixed(prefix, part.tensors(name)).items()
     }
-    return AdapterState(spec, layers, extra)
+    return AdapterState(spec, layers, extra, *forms_of({name: layer.base_layer for name, layer in carriers.items()}))
 
 
 def assign(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
@@ -174,7 +176,13 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
         ConfigError: when the name is taken.
     """
     _check_name(model, name)
+    if state.only_merged:
+        raise ConfigError(
+            f"adapter '{name}': has {state.only_merged}, which a model here has no place for; an adapter without is"
+            " accepted. Merge it into the files of the base, or use it with PEFT."
+        )
     modules = dict(candidates(model, everything=True))
+    state = _without_copies(model, state, name)
     wrong = [f"{target} is not in the model" for target in state.layers if target not in modules]
     if state.spec.targets.target_modules != ALL_LINEAR:
         absent = (own for own in modules if own not in state.layers and state.spec.targets.matches(own))
@@ -197,6 +205,23 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
+
+
+def _without_copies(model: nn.Module, state: AdapterState, name: str) -> AdapterState:
+    """An adapter without the weights of the base that PEFT stored beside it.
+
+    Raises:
+        CheckpointError: when they are others than those of the model.
+    """
+    end = ".base_layer.weight"
+    for key, tensor in state.extra.items():
+        weight = model.get_parameter(key.replace(".base_layer.", ".")) if key.endswith(end) else None
+        if weight is not None and (weight.shape != tensor.shape or not torch.equal(weight.cpu(), tensor.to(weight))):
+            raise CheckpointError(
+                f"adapter '{name}': {key} differs from the weight of the model; the base that the adapter was trained"
+                " on is accepted. Merge it into the files of the base, which takes the stored one."
+            )
+    return replace(state, extra={key: own for key, own in state.extra.items() if not key.endswith(end)})
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

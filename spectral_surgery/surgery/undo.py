@@ -1,10 +1,11 @@
 """Adding an update to a weight so that the weight can be given back bit for bit.
 
-merged = round(W + Δ) loses low bits of W. What is known of them is guess = round(merged - Δ); the record holds how many
-representable numbers lie between the guess and W. That is zero for nearly all weights that keep their exponent, and
-takes about log2 |merged / guess| bits for the others, so the differences are sorted by that ratio, cut into bit planes
-and compressed. Both sides must know the same Δ to the last bit on any machine: it is computed in float64 and rounded to
-a grid that is coarse against float64's noise and fine against the weights.
+merged = round(s (W + Δ)) loses low bits of W, where s is 1 but for DoRA. What is known of them is guess =
+round(merged / s - Δ); the record holds how many representable numbers lie between the guess and W. That is zero for
+nearly all weights that keep their exponent, and takes about log2 |merged / guess| bits for the others, so the
+differences are sorted by that ratio, cut into bit planes and compressed. Both sides must know the same Δ to the last
+bit on any machine: it is computed in float64 and rounded to a grid that is coarse against float64's noise and fine
+against the weights. The factors are stored.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class Undo:
     merged: str
 
 
-def merge_weight(base: Tensor, delta: Tensor, where: str) -> tuple[Tensor, Undo]:
-    """W + Δ, added in float32 and cast once.
+def merge_weight(base: Tensor, delta: Tensor, where: str, scale: Tensor | None = None) -> tuple[Tensor, Undo]:
+    """S (W + Δ), added in float32 and cast once; in float64 with factors.
 
     Args:
         base: W, of any shape, float32, bfloat16 or float16; not changed.
         delta: Δ of the same shape, float64.
         where: name of the weight, for errors.
+        scale: s, float64, of a shape that broadcasts to that of base; None for 1.
 
     Returns:
         The merged weight, like base, and what undoes it.
@@ -69,22 +71,24 @@ def merge_weight(base: Tensor, delta: Tensor, where: str) -> tuple[Tensor, Undo]
             f"{where}: is {str(base.dtype).removeprefix('torch.')}; {accepted} are accepted. Merge into a model that is"
             " not quantised."
         )
-    for tensor, what in ((base, "the weight"), (delta, "the update")):
-        if not bool(torch.isfinite(tensor).all()):
+    for tensor, what in ((base, "the weight"), (delta, "the update"), (scale, "a factor of it")):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NotMergeableError(f"{where}: {what} has NaN or infinity; finite numbers are accepted.")
     step = grid_step(delta)
     update = on_grid(delta, step)
-    merged = (base.float() + update).to(base.dtype)
+    merged = base.float() + update if scale is None else (base.double() + update.double()) * scale
+    merged = merged.to(base.dtype)
     if not bool(torch.isfinite(merged).all()):
         limit = torch.finfo(base.dtype).max
         raise NotMergeableError(f"{where}: the sum is beyond {limit:.4g}, the largest number of {base.dtype}.")
-    undo = Undo(step, _encode(base, merged, update), digest(base), digest(merged))
-    if digest(_decode(undo.data, merged, update, where)) != undo.base:
+    guess = _guess(merged, update, scale)
+    undo = Undo(step, _encode(base, merged, guess), digest(base), digest(merged))
+    if digest(_decode(undo.data, merged, guess, where)) != undo.base:
         raise NotMergeableError(f"{where}: cannot be given back; this is a fault of the program, please report it.")
     return merged, undo
 
 
-def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str) -> Tensor:
+def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str, scale: Tensor | None = None) -> Tensor:
     """The weight before `merge_weight`, bit for bit.
 
     Args:
@@ -92,6 +96,7 @@ def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str) -> Ten
         delta: Δ as it was given to `merge_weight`, up to rounding of its computation.
         undo: the record.
         where: name of the weight, for errors.
+        scale: the factors that merge_weight was given, to the last bit.
 
     Returns:
         The weight, like merged.
@@ -103,7 +108,7 @@ def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str) -> Ten
         raise UnmergeError(
             f"{where}: was changed after the merge; the weight as merge wrote it is accepted. Use an untouched copy."
         )
-    base = _decode(undo.data, merged, on_grid(delta, undo.step), where)
+    base = _decode(undo.data, merged, _guess(merged, on_grid(delta, undo.step), scale), where)
     if digest(base) != undo.base:
         raise _unfit(where)
     return base
@@ -126,13 +131,12 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _encode(base: Tensor, merged: Tensor, update: Tensor) -> bytes:
+def _encode(base: Tensor, merged: Tensor, guesses: Tensor) -> bytes:
     compressor = zstandard.ZstdCompressor(level=3)
-    flat = [tensor.detach().cpu().reshape(-1) for tensor in (base, merged, update)]
+    flat = [tensor.detach().cpu().reshape(-1) for tensor in (base, merged, guesses)]
     blocks = []
     for start in range(0, base.numel(), _BLOCK):
-        own, after, delta = (tensor[start : start + _BLOCK] for tensor in flat)
-        guess = _guess(after, delta)
+        own, after, guess = (tensor[start : start + _BLOCK] for tensor in flat)
         difference = _rank(own) - _rank(guess)
         zigzag = np.asarray((difference << 1) ^ (difference >> 63))
         order, counts = _by_class(after, guess)
@@ -145,8 +149,8 @@ def _encode(base: Tensor, merged: Tensor, update: Tensor) -> bytes:
     return b"".join(blocks)
 
 
-def _decode(data: bytes, merged: Tensor, update: Tensor, where: str) -> Tensor:
-    flat, delta = merged.detach().cpu().reshape(-1), update.detach().cpu().reshape(-1)
+def _decode(data: bytes, merged: Tensor, guesses: Tensor, where: str) -> Tensor:
+    flat, guesses = merged.detach().cpu().reshape(-1), guesses.detach().cpu().reshape(-1)
     base = torch.empty_like(flat)
     head = struct.calcsize(f"<{_CLASSES}BI")
     offset = 0
@@ -156,7 +160,7 @@ def _decode(data: bytes, merged: Tensor, update: Tensor, where: str) -> Tensor:
             raise _unfit(where)
         *widths, size = struct.unpack_from(f"<{_CLASSES}BI", data, offset)
         payload, offset = data[offset + head : offset + head + size], offset + head + size
-        guess = _guess(after, delta[start : start + _BLOCK])
+        guess = guesses[start : start + _BLOCK]
         order, counts = _by_class(after, guess)
         zigzag = np.empty(len(order), np.int64)
         zigzag[order] = _unpacked(payload, widths, counts, where)
@@ -196,9 +200,12 @@ def _unfit(where: str) -> UnmergeError:
     )
 
 
-def _guess(merged: Tensor, update: Tensor) -> Tensor:
+def _guess(merged: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     limit = torch.finfo(merged.dtype).max  # an infinite guess would have no neighbours
-    return (merged.double() - update.double()).clamp_(-limit, limit).to(merged.dtype)
+    before = merged.double()
+    if scale is not None:
+        before = torch.where(scale == 0, 0.0, before / scale)
+    return (before - update.double()).clamp_(-limit, limit).to(merged.dtype)
 
 
 def _by_class(merged: Tensor, guess: Tensor) -> tuple[Integers, Integers]:

@@ -20,7 +20,8 @@ from spectral_surgery.adapters.lora import Lora
 from spectral_surgery.cards import as_repository
 from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, read_adapter, write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
-from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
+from spectral_surgery.checkpoint.index import TensorInfo, read_index
+from spectral_surgery.checkpoint.merge_record import Source
 from spectral_surgery.checkpoint.publish import publishing
 from spectral_surgery.checkpoint.reader import DTYPES
 from spectral_surgery.checkpoint.writer import Entry, tensor_bytes, write_checkpoint
@@ -30,8 +31,8 @@ from spectral_surgery.surgery.extract import EXTRACTORS, Extractor, Fit, Size, U
 from spectral_surgery.surgery.merge import total_delta
 from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.workflows.adapter_facts import delta_facts, made_facts, setting_words, size_words
+from spectral_surgery.workflows.base_model import BaseModel, base_model
 from spectral_surgery.workflows.extract import LayerReport, Steps, delta_of, measure, room
-from spectral_surgery.workflows.merge_plan import Target, tensor_of
 from spectral_surgery.workflows.progress import Progress, silent
 
 _LOW_RANK = ("lora", "foura")
@@ -128,8 +129,8 @@ def export(
     work = _Work(state, updates, dtype, Steps(len(updates) if form == DELTA else 2 * len(updates), progress))
     known = as_repository(origin) or as_repository(state.spec.base_model)
     with publishing(out, overwrite=overwrite) as folder:
-        if plan.index is not None and form == DELTA:
-            layers, unit, left_out = _write_deltas(folder, work, plan.index), "weights", tuple(sorted(state.extra))
+        if plan.base is not None and form == DELTA:
+            layers, unit, left_out = _write_deltas(folder, work, plan.base), "weights", tuple(sorted(state.extra))
             facts = delta_facts(state.spec, read_index(folder), layers, known, _command(form, dtype, known or "BASE"))
         else:
             fitted = _converted(work, form, size, config)
@@ -158,13 +159,13 @@ class ExportPlan:
 
     Attributes:
         state: the adapter.
-        index: its base, where that is known.
+        base: its base, where that is known.
         updates: of its layers.
         exact: whether nothing is approximated.
     """
 
     state: AdapterState
-    index: CheckpointIndex | None
+    base: BaseModel | None
     updates: list[Update]
     exact: bool
 
@@ -184,24 +185,29 @@ def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Siz
         NotMergeableError: as `export`.
     """
     state = read_adapter(adapter)
-    index = read_index(base) if base is not None else None
-    if index is None and needs_base(state, form):
+    if state.only_merged:
+        raise ConfigError(
+            f"{adapter}: has {state.only_merged}, which other forms have no place for; an adapter without is accepted."
+            " Merge it, or use it with PEFT."
+        )
+    model = base_model(read_index(base)) if base is not None else None
+    if model is None and needs_base(state, form):
         raise ConfigError(
             f"{state.spec.method.name} to {form}: names and shapes of the base model are needed, for which headers are"
             " enough; a folder or a repository is accepted. Use --base."
         )
-    updates = [_update(state, layer, index) for layer in state.layers]
+    updates = [_update(state, layer, model) for layer in state.layers]
     updates[0].delta()  # a gate is refused before anything is computed
     name = state.spec.method.name
     if form == DELTA:
-        return ExportPlan(state, index, updates, exact=True)
+        return ExportPlan(state, model, updates, exact=True)
     exact = size is None and EXTRACTORS[form].unit == "rank" and name in _LOW_RANK
     if size is None and not exact:
         raise ConfigError(
             f"{name} to {form}: is an approximation, and no size was given; bytes, an error or a"
             f" {EXTRACTORS[form].unit} are accepted. Only foura and lora become each other exactly."
         )
-    return ExportPlan(state, index, updates, exact)
+    return ExportPlan(state, model, updates, exact)
 
 
 @dataclass(frozen=True)
@@ -224,17 +230,22 @@ def _own_shape(state: AdapterState, layer: str) -> tuple[int, int] | None:
     return (tensors["B"].shape[0], tensors["A"].shape[1]) if told else None
 
 
-def _target(state: AdapterState, layer: str, index: CheckpointIndex) -> Target:
-    info = tensor_of(index, f"{layer}.weight")
+def _weight(state: AdapterState, layer: str, base: BaseModel) -> tuple[TensorInfo, bool]:
+    """The stored matrix of a layer, and whether it is [I, O]."""
+    found = base.find(f"{layer}.weight")
+    info = found.whole if found else None
     if info is None or len(info.shape) < 2:
         raise CheckpointError(
-            f"{index.root}: has no matrix {layer}.weight; the base of the adapter is accepted. Use --base."
+            f"{base.index.root}: has no matrix {layer}.weight; the base of the adapter is accepted. Use --base."
         )
-    return Target(info, (), state.spec.targets.fan_in_fan_out)
+    return info, base.is_transposed(state, layer, info.shape)
 
 
-def _update(state: AdapterState, layer: str, index: CheckpointIndex | None) -> Update:
-    shape = _own_shape(state, layer) if index is None else _target(state, layer, index).shape
+def _update(state: AdapterState, layer: str, base: BaseModel | None) -> Update:
+    shape = _own_shape(state, layer)
+    if base is not None:
+        info, transposed = _weight(state, layer, base)
+        shape = Source(0, layer, info.shape, transposed=transposed).out_in
     if shape is None:
         raise CheckpointError(f"{layer}: the shape of the layer is not known. Use --base.")
     return Update(layer, shape, lambda: delta_of(state, layer, shape))
@@ -286,18 +297,18 @@ def _as_method(state: AdapterState, form: str, fitted: Fit) -> AdapterState:
     layers = tuple(fitted.layers)
     targets = ModuleTargets(layers, modules_to_save=old.modules_to_save, bias=bias, fan_in_fan_out=old.fan_in_fan_out)
     spec = replace(state.spec, method=EXTRACTORS[form].method, config=fitted.config, targets=targets)
-    return AdapterState(spec, fitted.layers, state.extra)
+    return replace(state, spec=spec, layers=fitted.layers)
 
 
-def _write_deltas(folder: Path, work: _Work, index: CheckpointIndex) -> tuple[LayerReport, ...]:
+def _write_deltas(folder: Path, work: _Work, base: BaseModel) -> tuple[LayerReport, ...]:
     reports: dict[str, LayerReport] = {}
 
     def entry(update: Update) -> Entry:
-        target = _target(work.state, update.layer, index)
+        info, transposed = _weight(work.state, update.layer, base)
 
         def chunks() -> Iterator[memoryview]:
             adapter = work.state.build(update.layer, *update.shape)
-            delta = total_delta([(adapter, 1.0)], target.info.shape, transposed=target.transposed)
+            delta = total_delta([(adapter, 1.0)], info.shape, transposed=transposed)
             stored = delta.to(DTYPES[work.dtype])
             energy = float(delta.square().sum())
             error = relative_error(delta, stored)
@@ -306,7 +317,7 @@ def _write_deltas(folder: Path, work: _Work, index: CheckpointIndex) -> tuple[La
             yield tensor_bytes(stored)
             work.steps.advance(update.layer)
 
-        return Entry(target.info.name, work.dtype, target.info.shape, chunks)
+        return Entry(info.name, work.dtype, info.shape, chunks)
 
     write_checkpoint(folder, [entry(update) for update in work.updates])
     return tuple(reports[update.layer] for update in work.updates)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterSpec, AdapterState
-from spectral_surgery.adapters.layer import shape_of
+from spectral_surgery.adapters.layer import forms_of, shape_of
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
@@ -33,6 +33,7 @@ class InjectPlan:
         parameters: trained numbers by module.
         stored_bytes: of the tensors, with places and copies.
         copied: tensors of the base that are trained whole, by the name they have in an adapter's files.
+        forms: which layers are embeddings or convolutions, as `AdapterState` has it.
     """
 
     index: CheckpointIndex
@@ -41,6 +42,7 @@ class InjectPlan:
     parameters: dict[str, int]
     stored_bytes: int
     copied: dict[str, TensorInfo]
+    forms: tuple[frozenset[str], dict[str, tuple[int, ...]]]
 
     @property
     def trained(self) -> int:
@@ -92,7 +94,9 @@ def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
         adapter = _on_meta(spec, name, shape)
         parameters[name] = sum(parameter.numel() for parameter in adapter.parameters())
         stored += sum(tensor.nbytes for tensor in adapter.state_dict().values())
-    return InjectPlan(index, spec, layers, parameters, stored, copied)
+    return InjectPlan(
+        index, spec, layers, parameters, stored, copied, forms_of({name: modules[name] for name in layers})
+    )
 
 
 def inject(
@@ -126,7 +130,7 @@ def inject(
             progress(len(layers), len(plan.layers), name)
     extra = {name: read_tensor(info) for name, info in plan.copied.items()}
     with publishing(out, overwrite=overwrite) as folder:
-        write_adapter(AdapterState(plan.spec, layers, extra), folder)
+        write_adapter(AdapterState(plan.spec, layers, extra, *plan.forms), folder)
     return plan
 
 

@@ -10,29 +10,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import zstandard
 from torch import Tensor
 
 from spectral_surgery import cards
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
-from spectral_surgery.checkpoint.index import TensorInfo, read_index
+from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.merge_record import (
+    CONFIG_FILE,
     DATA_FILE,
     FOLDER,
     RECORD_FILE,
+    Coding,
     MergedTensor,
     MergeRecord,
     adapter_folder,
+    compressed,
 )
-from spectral_surgery.checkpoint.reader import CODES, DTYPES, read_bytes, read_tensor
+from spectral_surgery.checkpoint.reader import CODES, read_bytes, read_tensor
 from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
 from spectral_surgery.errors import NotMergeableError
+from spectral_surgery.integrations.tensor_names import as_rows
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.surgery.merge import total_delta
 from spectral_surgery.surgery.undo import digest, merge_weight
 from spectral_surgery.workflows.facts import merged_facts
-from spectral_surgery.workflows.merge_plan import MergePlan, Target, plan_merge, without_extra
+from spectral_surgery.workflows.merge_plan import MergePlan, Patch, Target, plan_merge, without_extra
+from spectral_surgery.workflows.merge_update import change_of
 from spectral_surgery.workflows.progress import Progress, silent
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
@@ -45,7 +48,9 @@ class MergeReport:
     Attributes:
         layers: by tensor name, the size of the update relative to the weight: ‖ΔW‖ / ‖W‖.
         replaced: tensors replaced whole.
-        tied: second name -> first name of tensors that were changed together.
+        tied: name -> name of parameters that are one and changed together, such as an output layer and an embedding.
+        untied: parameters that were one and are different tensors now; the configuration says so.
+        resized: rows before and after, by parameter; the configuration says so.
         merged_bytes: of the weights that got an update.
         undo_bytes: what it costs to be able to take it back.
         seconds: wall time.
@@ -55,6 +60,8 @@ class MergeReport:
     layers: dict[str, float]
     replaced: tuple[str, ...]
     tied: dict[str, str]
+    untied: tuple[str, ...]
+    resized: dict[str, tuple[int, int]]
     merged_bytes: int
     undo_bytes: int
     seconds: float
@@ -66,6 +73,8 @@ class MergeReport:
             "layers": self.layers,
             "replaced": list(self.replaced),
             "tied": self.tied,
+            "untied": list(self.untied),
+            "resized": {name: list(rows) for name, rows in self.resized.items()},
             "merged_bytes": self.merged_bytes,
             "undo_bytes": self.undo_bytes,
             "seconds": self.seconds,
@@ -114,9 +123,12 @@ def merge(
             work = _Work(plan, stream, progress)
             write_checkpoint(folder, work.entries())
             undo_bytes = stream.tell()
-        copy_companions(plan.index, folder, plan.index.config)
+        copy_companions(plan.index, folder, plan.config)
+        if plan.config != plan.index.config:
+            shutil.copyfile(plan.index.root / CONFIG_FILE, folder / FOLDER / CONFIG_FILE)  # for unmerge
+        used = {source.number for tensor in work.tensors.values() for source in tensor.sources}
         for number, state in enumerate(plan.states):
-            if state.layers:
+            if number in used:
                 write_adapter(without_extra(state), adapter_folder(folder, number))
         record = MergeRecord(plan.weights, work.tensors, plan.aliases)
         (folder / FOLDER / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -125,9 +137,11 @@ def merge(
         cards.write_derived(folder, merged_facts(record, read_index(folder), origin))
     return MergeReport(
         work.sizes,
-        tuple(sorted(plan.replaced)),
-        {alias: name for alias, name in plan.aliases.items() if name in work.tensors},
-        sum(target.info.nbytes for target in plan.targets.values()),
+        plan.replaced,
+        plan.tied,
+        plan.untied,
+        plan.resized,
+        sum(target.info.nbytes for target in plan.targets.values() if target.info and target.sources),
         undo_bytes,
         time.perf_counter() - started,
         peak_rss_bytes(),
@@ -145,64 +159,81 @@ class _Work:
 
     def entries(self) -> list[Entry]:
         """Of the merged checkpoint, by name."""
-        plan = self.plan
-        entries = {name: self._entry(name, name) for name in plan.index.tensors if name not in plan.aliases}
-        entries |= {name: self._added(name) for name in plan.replaced if name not in plan.index.tensors}
-        entries |= {alias: self._entry(alias, name) for alias, name in plan.aliases.items()}
-        return [entries[name] for name in sorted(entries)]
+        names = {name: self.plan.aliases.get(name, name) for name in (*self.plan.index.tensors, *self.plan.targets)}
+        return [self._entry(name, names[name]) for name in sorted(names)]
 
     def _entry(self, as_name: str, name: str) -> Entry:
-        info = self.plan.index.tensors[name]
+        target, info = self.plan.targets.get(name), self.plan.index.tensors.get(name)
 
         def chunks() -> Iterator[memoryview | bytearray]:
-            if name in self.plan.replaced:
-                yield tensor_bytes(self._replaced(as_name, name, info))
-            elif name in self.plan.targets:
-                yield tensor_bytes(self._merged(as_name, self.plan.targets[name]))
-            else:
+            if target is not None:
+                yield tensor_bytes(self._changed(as_name, name, target))
+            elif info is not None:
                 for start in range(0, info.nbytes, _PIECE):
                     yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
             self._advance(as_name)
 
-        return Entry(as_name, info.dtype, info.shape, chunks)
+        if target is None:
+            known = self.plan.index.tensors[name]
+            return Entry(as_name, known.dtype, known.shape, chunks)
+        dtype = target.info.dtype if target.info else CODES[target.replaced[0].values.dtype]
+        return Entry(as_name, dtype, target.shape, chunks)
 
-    def _added(self, name: str) -> Entry:
-        tensor = self.plan.replaced[name]
-
-        def chunks() -> Iterator[memoryview]:
-            self.tensors[name] = MergedTensor((), False, 1.0, self.stream.tell(), 0, None, digest(tensor))
-            yield tensor_bytes(tensor)
-            self._advance(name)
-
-        return Entry(name, CODES[tensor.dtype], tuple(tensor.shape), chunks)
-
-    def _merged(self, as_name: str, target: Target) -> Tensor:
-        base = read_tensor(target.info)
-        parts = [
-            (self.plan.states[number].build(layer, *target.shape), self.plan.weights[number])
-            for number, layer in target.sources
-        ]
-        delta = total_delta(parts, target.info.shape, transposed=target.transposed)
-        merged, undo = merge_weight(base, delta, target.info.name)
-        if as_name == target.info.name:
-            offset = self.stream.tell()
-            self.stream.write(undo.data)
-            self.tensors[as_name] = MergedTensor(
-                target.sources, target.transposed, undo.step, offset, len(undo.data), undo.base, undo.merged
-            )
-            self.sizes[as_name] = float(delta.norm() / base.double().norm().clamp_min(1e-300))
-        return merged
-
-    def _replaced(self, as_name: str, name: str, info: TensorInfo) -> Tensor:
-        base, merged = read_tensor(info), self.plan.replaced[name].to(DTYPES[info.dtype])
-        if not bool(torch.isfinite(merged).all()):
-            raise NotMergeableError(f"{name}: is beyond the range of {info.dtype}; finite numbers are accepted.")
+    def _changed(self, as_name: str, name: str, target: Target) -> Tensor:
+        base = read_tensor(target.info) if target.info else None
+        start = _patched(base, target.replaced, name)
+        merged, data, step = start, b"", 1.0
+        if target.sources:
+            states, weights = dict(enumerate(self.plan.states)), self.plan.weights
+            change = change_of(target.sources, states, weights, start.shape, base=start)
+            merged, undo = merge_weight(start, change.delta, name, change.scale)
+            data, step = b"".join(tensor_bytes(own) for own in change.factors) + undo.data, undo.step
+            if as_name == name:
+                moved = torch.linalg.vector_norm(merged.double() - start.double())
+                self.sizes[name] = float(moved / start.double().norm().clamp_min(1e-300))
+        merged = _patched(merged, target.rows, name)
         if as_name == name:
-            data, offset = zstandard.ZstdCompressor().compress(tensor_bytes(base)), self.stream.tell()
-            self.stream.write(data)
-            self.tensors[name] = MergedTensor((), False, 1.0, offset, len(data), digest(base), digest(merged))
+            known = base if name in self.plan.index.tensors else None
+            self._record(name, target, (known, merged), (data, step))
         return merged
+
+    def _record(
+        self, name: str, target: Target, both: tuple[Tensor | None, Tensor], coded: tuple[bytes, float]
+    ) -> None:
+        (base, merged), (data, step) = both, coded
+        plain = not (target.replaced or target.rows)
+        coding: Coding = "update" if plain and data and base is not None else "xor"
+        shape = None
+        if base is not None and coding == "xor":
+            if base.shape != merged.shape:
+                coding, shape = "whole", tuple(base.shape)
+            data = compressed(base, merged if coding == "xor" else None)
+        elif base is None:
+            coding, data = "whole", b""
+        sources = target.sources if coding == "update" else ()
+        before, after = None if base is None else digest(base), digest(merged)
+        offset, step = self.stream.tell(), step if sources else 1.0
+        self.stream.write(data)
+        self.tensors[name] = MergedTensor(sources, coding, step, offset, len(data), before, after, shape)
 
     def _advance(self, name: str) -> None:
         self.done.append(name)
         self.progress(len(self.done), len(self.plan.index.tensors), name)
+
+
+def _patched(tensor: Tensor | None, patches: Sequence[Patch], name: str) -> Tensor:
+    """A tensor with rows of it, or all of it, replaced; in its dtype where there is one before."""
+    made = tensor if tensor is not None else patches[0].values
+    for patch in patches:
+        values = patch.values.to(made.dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise NotMergeableError(f"{name}: is beyond the range of {CODES[made.dtype]}; finite numbers are accepted.")
+        if not patch.spans:
+            made = values
+            continue
+        made = made.mT.contiguous() if patch.turned else made.clone()
+        rows, matrix = as_rows(values), as_rows(made)
+        for row, stored, count in patch.spans:
+            matrix[stored : stored + count] = rows[row : row + count]
+        made = made.mT.contiguous() if patch.turned else made
+    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,33 +11,47 @@ from torch import Tensor
 from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.checkpoint.adapter_files import read_adapter
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.checkpoint.merge_record import is_merged
-from spectral_surgery.checkpoint.plan import find_tied
-from spectral_surgery.errors import CheckpointError, ConfigError, NotMergeableError, SpectralSurgeryError
+from spectral_surgery.checkpoint.merge_record import Source, Span, is_merged
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.targets import ModuleTargets
 
-_DTYPES = ("F32", "BF16", "F16")
+
+@dataclass(frozen=True)
+class Patch:
+    """Rows of a tensor that are replaced.
+
+    Attributes:
+        values: [N, columns], or a whole tensor.
+        spans: (row of values, row of the tensor, number); none where the whole tensor is replaced.
+        turned: whether rows are those of the tensor with its last two dimensions exchanged.
+    """
+
+    values: Tensor
+    spans: tuple[Span, ...] = ()
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that is changed.
+    """A tensor that is changed: replaced first, then updated, then single rows are replaced.
 
     Attributes:
-        info: the tensor.
-        sources: (number of the adapter, its layer).
-        transposed: whether it is stored as [I, O].
+        info: where its numbers are before; None for one that the base does not have.
+        sources: of its update.
+        replaced: what is replaced of it, or all of it: modules_to_save, biases.
+        rows: rows that were trained.
     """
 
-    info: TensorInfo
-    sources: tuple[tuple[int, str], ...]
-    transposed: bool
+    info: TensorInfo | None
+    sources: tuple[Source, ...] = ()
+    replaced: tuple[Patch, ...] = ()
+    rows: tuple[Patch, ...] = ()
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I) of the update."""
-        rows, columns = self.info.shape[0], self.info.numel // max(self.info.shape[0], 1)
-        return (columns, rows) if self.transposed else (rows, columns)
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        whole = [tuple(patch.values.shape) for patch in self.replaced if not patch.spans]
+        return whole[-1] if whole else self.info.shape if self.info else ()
 
 
 @dataclass(frozen=True)
@@ -48,17 +62,28 @@ class MergePlan:
         index: the base.
         states: the adapters.
         weights: factor of each.
-        targets: weights that get an update, by tensor name.
-        replaced: tensors that are replaced whole, by tensor name: trained biases and modules_to_save.
-        aliases: second name -> first name of tied tensors; one that is replaced is tied no more.
+        targets: tensors that change, or come in, by name.
+        aliases: second name -> first name of tensors that are stored twice, and stay equal.
+        tied: name -> name of parameters that are one, and change together; whether both are stored or not.
+        untied: parameters that were one and are different tensors afterwards.
+        resized: rows before and after, by parameter.
+        config: content of config.json afterwards.
     """
 
     index: CheckpointIndex
     states: tuple[AdapterState, ...]
     weights: tuple[float, ...]
-    targets: dict[str, Target]
-    replaced: dict[str, Tensor]
-    aliases: dict[str, str]
+    targets: dict[str, Target] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Tensors that are replaced, in whole or in rows."""
+        return tuple(sorted(name for name, target in self.targets.items() if target.replaced or target.rows))
 
 
 def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
@@ -70,11 +95,13 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
         weights: factor of each; None for 1.
 
     Raises:
-        ConfigError: when the numbers of adapters and weights differ.
+        ConfigError: when the numbers of adapters and weights differ, or an adapter takes no factor.
         CheckpointError: when something is damaged, the base is merged or quantised, or an adapter does not fit; all
             misfits are listed.
         NotMergeableError: when an adapter is not one weight update.
     """
+    from spectral_surgery.workflows.merge_find import Finder
+
     factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
     if not adapters or len(factors) != len(adapters):
         raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; one for each is accepted.")
@@ -89,58 +116,18 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
         raise CheckpointError(
             f"{base}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
         )
-    states = tuple(read_adapter(folder) for folder in adapters)
-    plan = MergePlan(index, states, factors, {}, {}, find_tied(index))
-    wrong = [problem for number in range(len(states)) for problem in _add(plan, number)]
-    if wrong:
-        raise CheckpointError(f"{base}: the adapter does not fit: {'; '.join(wrong)}. Use the base it was made for.")
-    tied = {alias: name for alias, name in plan.aliases.items() if not {alias, name} & set(plan.replaced)}
-    return replace(plan, aliases=tied)
-
-
-def _add(plan: MergePlan, number: int) -> list[str]:
-    """Find the tensors of one adapter, and say what does not fit."""
-    state, wrong = plan.states[number], []
-    for layer in state.layers:
-        info = tensor_of(plan.index, f"{layer}.weight")
-        if info is None:
-            wrong.append(f"{layer}.weight is not in the base")
-            continue
-        info = plan.index.tensors[plan.aliases.get(info.name, info.name)]
-        earlier = plan.targets[info.name].sources if info.name in plan.targets else ()
-        target = Target(info, (*earlier, (number, layer)), state.spec.targets.fan_in_fan_out)
-        plan.targets[info.name] = target
-        wrong += _misfit(target, state, layer)
-    for name, tensor in state.extra.items():
-        plain = name.replace(".base_layer.", ".")
-        known = tensor_of(plan.index, plain)
-        own = known.name if known else plain
-        if own in plan.replaced:
-            wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
-        if known and known.shape != tuple(tensor.shape):
-            wrong.append(f"{own} is {list(known.shape)}, in the adapter {list(tensor.shape)}")
-        plan.replaced[own] = tensor
-    return wrong
+    finder = Finder(index, tuple(read_adapter(folder) for folder in adapters), factors)
+    plan = finder.plan()
+    if finder.wrong:
+        listed = "; ".join(finder.wrong)
+        raise CheckpointError(f"{base}: the adapter does not fit: {listed}. Use the base it was made for.")
+    return plan
 
 
 def without_extra(state: AdapterState) -> AdapterState:
     """The updates of an adapter alone, for the record."""
     targets = ModuleTargets(tuple(state.layers), fan_in_fan_out=state.spec.targets.fan_in_fan_out)
-    return replace(state, spec=replace(state.spec, targets=targets), extra={})
-
-
-def _misfit(target: Target, state: AdapterState, layer: str) -> list[str]:
-    if target.info.dtype not in _DTYPES:
-        return [f"{target.info.name} is {target.info.dtype}, where {', '.join(_DTYPES)} are accepted"]
-    if len(target.info.shape) < 2:
-        return [f"{target.info.name} is {list(target.info.shape)}, no matrix"]
-    try:
-        state.build(layer, *target.shape)
-    except NotMergeableError:
-        raise
-    except SpectralSurgeryError as error:
-        return [str(error)]
-    return []
+    return replace(state, spec=replace(state.spec, targets=targets), extra={}, rows={}, parameters={})
 
 
 def tensor_of(index: CheckpointIndex, name: str) -> TensorInfo | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import zstandard
 from torch import Tensor
 
 from spectral_surgery import cards
@@ -18,18 +17,20 @@ from spectral_surgery.checkpoint.adapter_files import read_adapter
 from spectral_surgery.checkpoint.companions import check_apart, copy_companions
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.merge_record import (
+    CONFIG_FILE,
     FOLDER,
     MergedTensor,
     MergeRecord,
     adapter_folder,
+    decompressed,
     read_data,
     read_record,
 )
 from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
 from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
 from spectral_surgery.errors import UnmergeError
-from spectral_surgery.surgery.merge import total_delta
 from spectral_surgery.surgery.undo import Undo, digest, unmerge_weight
+from spectral_surgery.workflows.merge_update import change_of, factor_sizes
 from spectral_surgery.workflows.progress import Progress, silent
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
@@ -79,12 +80,14 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
         raise UnmergeError(
             f"{merged}: {', '.join(missing)} was merged into and is missing; the folder that merge wrote is accepted."
         )
-    used = sorted({number for tensor in record.tensors.values() for number, _ in tensor.sources})
+    used = sorted({source.number for tensor in record.tensors.values() for source in tensor.sources})
     work = _Work(record, index, {number: read_adapter(adapter_folder(merged, number)) for number in used}, progress)
     plain = replace(index, other_files=tuple(path for path in index.other_files if path.parts[0] != FOLDER))
     with publishing(out, overwrite=overwrite) as folder:
         write_checkpoint(folder, work.entries())
         copy_companions(plain, folder, plain.config)
+        if (merged / FOLDER / CONFIG_FILE).is_file():
+            shutil.copyfile(merged / FOLDER / CONFIG_FILE, folder / CONFIG_FILE)
         _restore_card(merged, folder)
     dropped = tuple(name for name, tensor in record.tensors.items() if tensor.base is None)
     restored = tuple(name for name in record.tensors if name not in dropped)
@@ -127,26 +130,34 @@ class _Work:
                 yield tensor_bytes(self._base(info, tensor))
             self.progress(place, count, as_name)
 
-        return Entry(as_name, info.dtype, info.shape, chunks)
+        shape = info.shape if tensor is None or tensor.shape is None else tensor.shape
+        return Entry(as_name, info.dtype, shape, chunks)
 
     def _base(self, info: TensorInfo, tensor: MergedTensor) -> Tensor:
         merged, data = read_tensor(info), read_data(self.index.root, tensor)
-        if not tensor.sources:
-            return _whole(merged, tensor, data, info.name)
-        rows, columns = info.shape[0], info.numel // max(info.shape[0], 1)
-        shape = (columns, rows) if tensor.transposed else (rows, columns)
-        parts = [(self.states[n].build(layer, *shape), self.record.weights[n]) for n, layer in tensor.sources]
-        delta = total_delta(parts, info.shape, transposed=tensor.transposed)
+        if tensor.coding != "update":
+            return _stored(merged, tensor, data, info.name)
+        sizes = factor_sizes(tensor.sources, self.states, info.shape)
+        if len(data) < 8 * sum(sizes):
+            raise _changed(info.name)
+        factors = []
+        for size in sizes:
+            factors.append(torch.frombuffer(bytearray(data[: 8 * size]), dtype=torch.float64))
+            data = data[8 * size :]
+        change = change_of(tensor.sources, self.states, self.record.weights, info.shape, factors=factors)
         undo = Undo(tensor.step, data, tensor.base or "", tensor.merged)
-        return unmerge_weight(merged, delta, undo, info.name)
+        return unmerge_weight(merged, change.delta, undo, info.name, change.scale)
 
 
-def _whole(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Tensor:
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=merged.nbytes)
-    except zstandard.ZstdError:
-        raw = b""
-    base = torch.frombuffer(bytearray(raw), dtype=merged.dtype) if raw else merged[:0]
-    if digest(merged) != tensor.merged or base.numel() != merged.numel() or digest(base) != tensor.base:
-        raise UnmergeError(f"{name}: was changed after the merge, or the record was; untouched ones are accepted.")
-    return base.reshape(merged.shape)
+def _stored(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Tensor:
+    shape = tuple(merged.shape) if tensor.shape is None else tensor.shape
+    if digest(merged) != tensor.merged:
+        raise _changed(name)
+    base = decompressed(data, shape, merged.dtype, merged if tensor.coding == "xor" else None)
+    if base is None or digest(base) != tensor.base:
+        raise _changed(name)
+    return base
+
+
+def _changed(name: str) -> UnmergeError:
+    return UnmergeError(f"{name}: was changed after the merge, or the record was; untouched ones are accepted.")

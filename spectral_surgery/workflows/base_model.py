@@ -1,0 +1,109 @@
+"""What is known of the model of a checkpoint without its weights: where parameters are stored, which are tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.checkpoint.index import CheckpointIndex
+from spectral_surgery.checkpoint.plan import find_tied
+from spectral_surgery.errors import BackendError, CheckpointError
+from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
+from spectral_surgery.models import outline_model
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint, and the modules that transformers would make of it.
+
+    Attributes:
+        index: the checkpoint.
+        model: without weights; None where transformers is absent or does not know it.
+        names: where parameters are stored.
+        ties: root by name of a parameter that is the same as another one, whether it is stored or not.
+    """
+
+    index: CheckpointIndex
+    model: Any
+    names: TensorNames
+    ties: dict[str, str]
+
+    def find(self, name: str) -> StoredParameter | None:
+        """Where a parameter is stored: tied ones where their root is."""
+        found = self.names.find(name)
+        root = self.ties.get(name) or (self.ties.get(found.name) if found else None)
+        return self.names.find(root) if root else found
+
+    def tied_with(self, name: str) -> tuple[str, ...]:
+        """All names of a parameter that is tied, the root first; none when it is not."""
+        found = self.names.find(name)
+        own = found.name if found and name not in (*self.ties, *self.ties.values()) else name
+        root = self.ties.get(own, own)
+        others = [alias for alias, other in self.ties.items() if other == root]
+        return (root, *others) if others else ()
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a tied parameter has a tensor of its own."""
+        found, root = self.names.find(name), self.ties.get(name, name)
+        other = self.names.find(root)
+        return found is not None and (name == root or other is None or found.pieces[0].info != other.pieces[0].info)
+
+    def module(self, name: str) -> nn.Module | None:
+        """The module of an adapter's layer; None when it is not known."""
+        for own in self._spellings(name) if self.model is not None else ():
+            try:
+                found: nn.Module = self.model.get_submodule(own)
+            except AttributeError:
+                continue
+            return found
+        return None
+
+    def is_transposed(self, state: AdapterState, layer: str, shape: Sequence[int]) -> bool:
+        """Whether a matrix is stored as [I, O]: the module tells, else the factors do, else the adapter."""
+        if len(shape) != 2 or layer in state.embeddings:
+            return False
+        module = self.module(layer)
+        if module is not None:
+            return type(module).__name__ == "Conv1D"
+        own = state.layers[layer]
+        low_rank = "A" in own and "B" in own and own["A"].dim() == own["B"].dim() == 2
+        told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
+        if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
+            return tuple(shape) != told
+        return state.spec.targets.fan_in_fan_out
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        yield name
+        yield f"{self.model.base_model_prefix}.{name}"
+        yield name.partition(".")[2]
+
+
+def base_model(index: CheckpointIndex) -> BaseModel:
+    """Ask transformers about a checkpoint; without it, names are what the files say."""
+    model: Any = None
+    if index.config.get("architectures"):
+        try:
+            model = outline_model(index.root)
+        except (BackendError, CheckpointError):
+            model = None
+    names = TensorNames(index) if model is None else names_in(model, index)
+    return BaseModel(index, model, names, _ties(index, model, names))
+
+
+def _ties(index: CheckpointIndex, model: Any, names: TensorNames) -> dict[str, str]:
+    same = find_tied(index) if index.config.get("tie_word_embeddings") is not False else {}
+    if model is None:
+        return same
+    ties: dict[str, str] = {}
+    for alias, name in model.all_tied_weights_keys.items():
+        own, root = names.find(alias), names.find(name)
+        if own is None or root is None:
+            continue
+        first, second = own.pieces[0].info.name, root.pieces[0].info.name
+        if first == second or same.get(first) == second or same.get(second) == first:
+            ties[alias] = name
+    return ties
