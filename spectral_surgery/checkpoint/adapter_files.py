@@ -39,7 +39,8 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_COPY = re.compile(r"\.(original_module|modules_to_save)\.")  # with bias = all PEFT writes these a second time
+# PEFT writes these a second time, with bias = all and where embeddings were resized
+_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
 def read_adapter(folder: Path) -> AdapterState:
@@ -163,7 +164,7 @@ def _sorted_out(
             strange.append(full)
         elif place:
             layers.setdefault(place[0], {})[place[1]] = tensor
-        elif not is_rows(name) and not (spec.targets.bias == "all" and _COPY.search(name)):
+        elif not is_rows(name) and not _COPY.search(name):
             rest[name] = tensor
     extra = {name: tensor for name, tensor in rest.items() if _is_extra(name, spec, layers)}
     strange += [_PREFIX + name for name in rest if name not in extra]

@@ -128,5 +128,6 @@ def is_base_copy(name: str, layers: Mapping[str, object]) -> bool:
     if leaf not in ("weight", "bias"):
         return False
     if module.endswith(".base_layer"):
-        return leaf == "weight" and module.removesuffix(".base_layer") in layers
+        known = module.removesuffix(".base_layer")
+        return leaf == "weight" and (known in layers or known.endswith(_ROWS.rpartition(".")[0]))
     return module.rpartition(".")[2] in (*_INPUT, "lm_head", "embed_out", "output_embeddings", "output_projection")

@@ -50,6 +50,7 @@ class Finder:
         self._undo_ties()
         for name, tensor in self._whole.items():
             self._replace(name, tensor)
+        self._keep_apart()
         for number, state in enumerate(self._plan.states):
             if any("magnitude" in own for own in state.layers.values()) and self._plan.weights[number] != 1:
                 raise ConfigError(
@@ -80,7 +81,7 @@ class Finder:
     def _collect(self, state: AdapterState) -> None:
         """Parameters that an adapter has whole."""
         for full, tensor in state.extra.items():
-            name = full.replace(".base_layer.", ".")
+            name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
             found = self.base.names.find(name)
             own = found.name if found and not self.base.tied_with(name) else name
             if full.endswith(".base_layer.weight") and _equal(found, tensor):
@@ -91,17 +92,15 @@ class Finder:
 
     def _undo_ties(self) -> None:
         """Parameters that were one come apart when an adapter brings one of them, or different ones, as in PEFT."""
-        for name in list(self._whole):
-            group = self.base.tied_with(name)
-            values = [self._whole.get(own) for own in group]
-            first = values[0] if values else None
-            if not group or group[0] in self._apart:
-                continue
-            if first is not None and all(value is not None and torch.equal(value, first) for value in values):
+        for group in {self.base.tied_with(name) for name in self._whole} - {()}:
+            first, *others = (self._whole.get(own) for own in group)
+            if first is not None and all(value is not None and torch.equal(value, first) for value in others):
                 for own in group[1:]:
                     del self._whole[own]
-                continue
-            self._apart.update(group)
+            else:
+                self._apart.update(group)
+        if self._apart:  # a configuration says it for all
+            self._apart.update(self.base.ties, self.base.ties.values())
 
     def _find(self, name: str) -> StoredParameter | None:
         return self.base.names.find(name) if name in self._apart else self.base.find(name)
@@ -137,14 +136,13 @@ class Finder:
             patch = Patch(tensor) if found.whole is not None else Patch(tensor, piece.spans, piece.transposed)
             old = self._plan.targets.get(own, Target(piece.info))
             self._plan.targets[own] = Target(old.info, old.sources, (*old.replaced, patch), old.rows)
-        for own in self._apart.intersection(self.base.tied_with(name)) - self._whole.keys():
-            self._keep(own)
 
-    def _keep(self, name: str) -> None:
-        """A parameter that was stored under the name of another one, which is replaced."""
-        found = self.base.names.find(name)
-        if found and not self.base.is_stored(name):
-            self._plan.targets.setdefault(name, Target(found.pieces[0].info))
+    def _keep_apart(self) -> None:
+        """Parameters that are stored under the name of another one, and come apart, get tensors of their own."""
+        for name in self._apart:
+            found = self.base.names.find(name)
+            if found and not self.base.is_stored(name):
+                self._plan.targets.setdefault(name, Target(found.pieces[0].info))
 
     def _resize(self, name: str, found: StoredParameter, tensor: Tensor) -> bool:
         """Whether an embedding, or an output layer, has another number of tokens in the adapter."""
