@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, SpectralSurgeryError
+from spectral_surgery.checkpoint.loading import loading
+from spectral_surgery.checkpoint.task import class_for
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.surgery.running import called, running
 
 _BATCH = 32
 
@@ -37,7 +40,7 @@ class SentenceEncoder:
             own = [sentences[i] for i in order[start : start + _BATCH]]
             batch = self.tokenizer(own, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
-                hidden = self.model(**batch).last_hidden_state  # [B, T, D]
+                hidden = called(self.model, named=batch).last_hidden_state  # [B, T, D]
             mask = batch["attention_mask"].unsqueeze(-1)
             parts.append((hidden * mask).sum(1) / mask.sum(1))
         found = torch.cat(parts)
@@ -50,15 +53,19 @@ class SentenceEncoder:
 
 
 def load_model(
-    folder: Path, auto_class: str, *, dtype: torch.dtype | None = None, labels: Sequence[str] | int | None = None
+    folder: Path,
+    auto_class: str,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a local folder.
 
     Args:
         folder: a Hugging Face folder with a tokenizer.
-        auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``.
+        auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``; see `class_for`.
         dtype: of the weights; None for the stored one.
-        labels: classes of a classifier, or the number of its outputs.
+        trust_remote_code: run the code that a model brings along.
 
     Returns:
         (model in eval mode, tokenizer with a padding token).
@@ -68,27 +75,70 @@ def load_model(
         CheckpointError: when the folder has no model of that kind.
     """
     transformers = _transformers()
-    own: dict[str, Any] = {}
-    if isinstance(labels, int):
-        own = {"num_labels": labels}
-    elif labels is not None:
-        own = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    tokenizer = load_tokenizer(folder)
-    with _loading(folder, auto_class):
-        model = getattr(transformers, auto_class).from_pretrained(
-            folder, local_files_only=True, dtype=dtype or "auto", **own
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        model = _class(transformers, folder, auto_class).from_pretrained(
+            folder, local_files_only=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
-    if model.config.pad_token_id is None:
+    return _padding(model, tokenizer).eval(), tokenizer
+
+
+def load_classifier(
+    folder: Path,
+    labels: Sequence[str] | int,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Load a model with a head for some classes: its own where it has one of that size, else a new one.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        labels: the classes, or the number of outputs.
+        dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
+    """
+    transformers, auto_class = _transformers(), "AutoModelForSequenceClassification"
+    settings: dict[str, Any] = {"num_labels": labels}
+    if not isinstance(labels, int):
+        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings |= {"local_files_only": True, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        model, told = getattr(transformers, auto_class).from_pretrained(
+            folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        )
+    misfits = sorted({str(name) for name, *_ in told["mismatched_keys"]})
+    inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        raise CheckpointError(
+            f"{folder}: {', '.join(inside[:3])} in the file have other shapes than config.json says; a head of another"
+            " size is accepted, no more."
+        )
+    return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *told["missing_keys"]}))
+
+
+def _padding(model: Any, tokenizer: Any) -> Any:
+    """A model that knows the padding token; models of several parts have none of their own."""
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    return model
 
 
-def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
+def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Build a model without weights: parameters are on the meta device, buffers are real.
 
     Args:
         folder: a Hugging Face folder with a tokenizer.
-        auto_class: class of transformers that knows the architecture.
+        auto_class: class of transformers that knows the architecture; see `class_for`.
+        trust_remote_code: run the code that a model brings along.
 
     Returns:
         (model in eval mode, tokenizer with a padding token).
@@ -98,21 +148,27 @@ def load_outline(folder: Path, auto_class: str) -> tuple[Any, Any]:
         CheckpointError: when the folder has no model of that kind.
     """
     transformers = _transformers()
-    tokenizer = load_tokenizer(folder)
-    with _loading(folder, auto_class):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    trust = {"trust_remote_code": trust_remote_code}
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        own = _class(transformers, folder, auto_class)
         with _without_weights():
-            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+            if hasattr(own, "from_config"):
+                model = own.from_config(config, dtype=torch.float32, **trust)
+            else:
+                model = own._from_config(config, dtype=torch.float32)
         model.tie_weights()
     return model.eval().requires_grad_(requires_grad=False), tokenizer
 
 
-def load_whole(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """Load a model with the class that its config.json names, so that every tensor of the folder has its place.
 
     Args:
         folder: a Hugging Face folder.
         dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
 
     Returns:
         The model in eval mode.
@@ -122,39 +178,37 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
         CheckpointError: when the folder has no model that transformers knows.
     """
     transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(folder, "cannot be loaded"):
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
         own = _class_of(transformers, config, folder)
-        return own.from_pretrained(folder, local_files_only=True, dtype=dtype or "auto").eval()
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from None
+        return own.from_pretrained(folder, dtype=dtype or "auto", **local).eval()
 
 
-def outline_model(folder: Path) -> Any:
+def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
 
     Args:
         folder: a Hugging Face folder; only its configuration is read.
+        trust_remote_code: run the code that a model brings along.
 
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when transformers does not know the configuration.
     """
     transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with loading(folder, "has no configuration that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        own = _class_of(transformers, config, folder)
         with _without_weights():
-            model = _class_of(transformers, config, folder)(config)
+            if hasattr(own, "from_config"):
+                model = own.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = own(config)
         model.tie_weights()
         return model.eval()
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: has no configuration that transformers knows: {reason}") from None
 
 
 def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -180,33 +234,22 @@ def _without_weights() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", init_empty_weights(include_buffers=False))
 
 
-@contextmanager
-def _loading(folder: Path, auto_class: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder that it cannot load into one line."""
-    try:
-        yield
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: cannot be loaded by {auto_class}: {reason}") from None
-
-
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a local folder, with a padding token.
 
     Args:
         folder: a Hugging Face folder.
+        trust_remote_code: run the code that a model brings along.
 
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no tokenizer.
     """
-    try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: has no tokenizer that can be loaded: {reason}") from None
+    transformers = _transformers()
+    with loading(folder, "has no tokenizer that can be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -231,6 +274,12 @@ class Sampling:
     seed: int = 0
 
 
+def longest_sequence(model: Any) -> int | None:
+    """Tokens that a model can read at most, as far as its configuration says."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
 def continue_text(
     model: Any, tokenizer: Any, prompt: str, sampling: Sampling, emit: Callable[[str], None]
 ) -> tuple[int, int]:
@@ -252,7 +301,7 @@ def continue_text(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise ConfigError("generate: the prompt has no tokens; some text is accepted.")
-    context = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + sampling.max_tokens
+    context = longest_sequence(model) or ids.shape[1] + sampling.max_tokens
     if ids.shape[1] >= context:
         raise ConfigError(
             f"generate: the prompt has {ids.shape[1]} tokens; at most {context - 1} are accepted by this model. Cut it."
@@ -265,55 +314,16 @@ def continue_text(
     ids = ids.to(next(model.parameters()).device)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(sampling.seed)
-        tokens = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(sampling.max_tokens, context - ids.shape[1]),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,
+        named = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": min(sampling.max_tokens, context - ids.shape[1]),
+            "pad_token_id": tokenizer.pad_token_id,
+            "streamer": streamer,
             **choice,
-        )
+        }
+        with running(model):
+            tokens = model.generate(ids, **named)
     return ids.shape[1], tokens.shape[1] - ids.shape[1]
-
-
-def compare_logits(
-    models: Sequence[Any], tokenizer: Any, text: str, seq_length: int, samples: int = 0
-) -> dict[str, float]:
-    """Perplexity of language models on a text, cut into sequences, and how far a second one is from the first.
-
-    Args:
-        models: one or two, on one device.
-        tokenizer: of both.
-        text: any.
-        seq_length: tokens of a sequence.
-        samples: sequences at most; 0 for all.
-
-    Returns:
-        ``perplexity_a``; of two models also ``perplexity_b``, ``kl`` (mean of KL(A || B) per token, nats) and
-        ``same_top`` (part of the tokens where both rank the same one first).
-
-    Raises:
-        ConfigError: when the text is too short.
-    """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    length = min(seq_length, len(ids))
-    if length < 2:
-        raise ConfigError("eval --text: fewer than two tokens; some text is accepted.")
-    rows = ids[: len(ids) // length * length].reshape(-1, length)[: samples or None]
-    sums = {"a": 0.0, "b": 0.0, "kl": 0.0, "top": 0.0}
-    for row in rows:
-        batch = row[None].to(next(models[0].parameters()).device)
-        with torch.inference_mode():
-            logs = [model(batch).logits[0, :-1].float().log_softmax(-1) for model in models]
-        for name, log in zip("ab", logs, strict=False):
-            sums[name] -= float(log.gather(-1, batch[0, 1:, None]).sum())
-        if len(logs) == 2:
-            sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
-            sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
-    tokens = rows.shape[0] * (length - 1)
-    found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
-    both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
-    return found | both
 
 
 def load_encoder(folder: Path) -> SentenceEncoder:
@@ -332,10 +342,19 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
 
 
+def _class(transformers: Any, folder: Path, auto_class: str) -> Any:
+    """An Auto class, or the class that a folder names where that would choose another kind of model."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return getattr(transformers, class_for(config, auto_class), None) or getattr(transformers, auto_class)
+
+
 def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
-    """The class that a configuration names."""
+    """The class that a configuration names; the Auto class that finds it, where the model brings its own code."""
     name = str((config.architectures or ["none"])[0])
-    own = getattr(transformers, name, None)
+    own_code = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
+    own = getattr(transformers, name, None) or getattr(transformers, auto, None)
     if own is None:
         raise CheckpointError(
             f"{folder}: config.json names the class {name}; one that transformers has is accepted. Name it in"

@@ -15,6 +15,19 @@ _ENDS = {
 }
 
 
+_ON_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # their encoder-decoders make what the decoder reads themselves
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
+    """The class that config.json names; empty when it names none.
+
+    Args:
+        config: content of config.json.
+    """
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
 def task_of(config: Mapping[str, object]) -> str | None:
     """The task_type of an adapter for a model, from the class that config.json names.
 
@@ -22,8 +35,45 @@ def task_of(config: Mapping[str, object]) -> str | None:
         config: content of config.json.
 
     Returns:
-        Such as CAUSAL_LM; None when no task of PEFT's fits.
+        Such as CAUSAL_LM, also of a model that sees or hears before it writes; None when no task of PEFT's fits.
     """
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return next((task for end, task in _ENDS.items() if name.endswith(end)), None)
+    name = architecture_of(config)
+    task = next((task for end, task in _ENDS.items() if name.endswith(end)), None)
+    if task == "SEQ_2_SEQ_LM" and not config.get("is_encoder_decoder"):
+        return "CAUSAL_LM"
+    return task
+
+
+def is_causal(config: Mapping[str, object]) -> bool:
+    """Whether a model predicts the next token.
+
+    Args:
+        config: content of config.json.
+    """
+    return task_of(config) == "CAUSAL_LM"
+
+
+def needs_decoder_input(config: Mapping[str, object]) -> bool:
+    """Whether a model has an encoder and a decoder, and its input text alone does not run both.
+
+    Args:
+        config: content of config.json.
+    """
+    alone = architecture_of(config).endswith("EncoderModel") or task_of(config) in _ON_TEXT
+    return bool(config.get("is_encoder_decoder")) and not alone
+
+
+def class_for(config: Mapping[str, object], auto_class: str) -> str:
+    """The class to load a model with: an Auto class, unless that would choose another kind of model.
+
+    AutoModel makes an encoder and a decoder of an encoder of T5, and AutoModelForCausalLM does not know most models
+    that see or hear before they write.
+
+    Args:
+        config: content of config.json.
+        auto_class: what would be used.
+    """
+    name = architecture_of(config)
+    alone = auto_class == "AutoModel" and name.endswith("EncoderModel")
+    writes = auto_class == "AutoModelForCausalLM" and name.endswith("ForConditionalGeneration")
+    return name if alone or writes else auto_class

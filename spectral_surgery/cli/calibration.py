@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from spectral_surgery.cli import shared
 from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _data(ctx: click.Context) -> CalibrationData | None:
         return None
     from spectral_surgery.workflows.layer_moments import CalibrationData
 
-    return CalibrationData(own["calibrate"], own["samples"], own["seq_length"])
+    return CalibrationData(own["calibrate"], own["samples"], own["seq_length"], shared.trusted())
 
 
 def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
@@ -172,4 +173,5 @@ def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
     from spectral_surgery.workflows.heal_text import HealData
 
     given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
-    return HealData(own["heal"], seq_length=own["seq_length"] if given else 0), settings_of(own, ctx)
+    data = HealData(own["heal"], seq_length=own["seq_length"] if given else 0, trust_remote_code=shared.trusted())
+    return data, settings_of(own, ctx)

@@ -43,6 +43,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @click.option("--resume", is_flag=True, help="Go on with unfinished work of the same source and options.")
+@shared.trust_option
 @shared.hub_options
 @shared.push_option
 @shared.writing_options

@@ -40,6 +40,7 @@ _PNG = click.Path(dir_okay=False, path_type=Path)
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
+@shared.trust_option
 @shared.hub_options
 @shared.output_options
 @click.pass_context
@@ -81,7 +82,8 @@ def command(
 
     if plot is not None:
         _check_plot(plot, table=len(b) > 1 or baseline is not None)
-    text_to_calibrate = CalibrationData(calibrate, calibrate_samples) if calibrate else None
+    trust = shared.trusted()
+    text_to_calibrate = CalibrationData(calibrate, calibrate_samples, trust_remote_code=trust) if calibrate else None
     names = tuple(name.strip() for name in (baseline or "").split(",") if name.strip())
     access = shared.hub_access(quiet=quiet)
     paths = [access.others().resolve(source)[0] for source in b]
@@ -89,7 +91,7 @@ def command(
         report = evaluate(
             access.resolve(a)[0],
             paths[0] if paths else None,
-            EvalData(text, sts, samples, seq_length),
+            EvalData(text, sts, samples, seq_length, trust),
             beside=Beside(tuple(paths[1:]), names, bits, text_to_calibrate),
             adapter=access.others().resolve(adapter)[0] if adapter else None,
             device=device,

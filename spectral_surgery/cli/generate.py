@@ -43,6 +43,7 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the choices.")
+@shared.trust_option
 @shared.hub_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the speed, when it is done.")
 def command(
@@ -76,7 +77,7 @@ def command(
         path,
         prompt,
         Sampling(max_tokens, temperature, top_k, top_p, seed),
-        workflow.Running(resident, max_memory, device, dtype, adapter),
+        workflow.Running(resident, max_memory, device, dtype, adapter, shared.trusted()),
         (lambda _: None) if as_json else lambda text: click.echo(text, nl=False),
     )
     if as_json:

@@ -45,6 +45,7 @@ _setting = partial(click.option, expose_value=False, callback=_collect)
 @_setting("--device", default="cpu", show_default=True, help="cpu or, without --blocks, cuda")
 @click.option("--resume", is_flag=True, help="Go on with unfinished work of the same models, text and settings.")
 @shared.threads_option
+@shared.trust_option
 @shared.hub_options
 @shared.push_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, and discard unfinished work.")
@@ -76,7 +77,7 @@ def command(
     own = ctx.meta[_KEY]
     if own["blocks"]:
         keep_freed_memory(LITTLE)
-    data = HealData(own["data"], own["batch_size"] or 0, own["seq_length"] or 0)
+    data = HealData(own["data"], own["batch_size"] or 0, own["seq_length"] or 0, shared.trusted())
     access = shared.hub_access(quiet=quiet)
     first = join_launcher()
     if first:

@@ -146,6 +146,22 @@ def hub_access(*, quiet: bool) -> HubAccess:
     return HubAccess(revision, token, push, bool(private))
 
 
+def trust_option(function: F) -> F:
+    """--trust-remote-code: whether a model's own code may run; `trusted` has it."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember,
+        help="Run the code that a model brings along (auto_map in config.json); read it first.",
+    )(function)
+
+
+def trusted() -> bool:
+    """Whether the running command was given --trust-remote-code."""
+    return bool(click.get_current_context().meta.get(f"{__name__}.trust_remote_code"))
+
+
 def writing_options(function: F) -> F:
     """What a command that writes takes: --dry-run and --overwrite."""
     function = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")(function)

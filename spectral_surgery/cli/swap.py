@@ -33,6 +33,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--sts", type=_FILE, help="CSV of sentence pairs and scores: rank correlation before and after.")
 @click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--seed", default=0, show_default=True, help="Of random starts and of the order of the text.")
+@shared.trust_option
 @shared.hub_options
 @shared.push_option
 @shared.writing_options
@@ -75,12 +76,12 @@ def command(
     from spectral_surgery.workflows.evaluate import EvalData
 
     parsed = parse_settings(MIXERS[mixer].config, settings)
-    given = {pair.partition("=")[0] for pair in settings}
-    spec = SwapSpec(mixer, adapter_options.numbers_of(layers), {name: getattr(parsed, name) for name in given})
-    access = shared.hub_access(quiet=quiet)
+    chosen = {name: getattr(parsed, name) for name in {pair.partition("=")[0] for pair in settings}}
+    spec = SwapSpec(mixer, adapter_options.numbers_of(layers), chosen)
+    access, trust = shared.hub_access(quiet=quiet), shared.trusted()
     if dry_run:
         with access.outline(source) as found:
-            _show_plan(workflow.plan_swap(found.path, spec), as_json=as_json)
+            _show_plan(workflow.plan_swap(found.path, spec, trust_remote_code=trust), as_json=as_json)
         click.echo("Nothing was written.", err=as_json)
         return
     access.prepare()
@@ -93,6 +94,7 @@ def command(
             training=FitSettings(steps, end_to_end_steps, learning_rate, seed=seed),
             judged_on=EvalData(text, sts, seq_length=seq_length),
             seed=seed,
+            trust_remote_code=trust,
             overwrite=overwrite,
             progress=progress,
         )

@@ -57,6 +57,7 @@ _setting = partial(click.option, expose_value=False, callback=_collect)
 @_setting("--bf16", is_flag=True, help="Compute in bfloat16.")
 @_setting("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
 @_setting("--device", help="cpu or cuda  [default: what is there]")
+@shared.trust_option
 @shared.hub_options
 @shared.push_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
@@ -134,6 +135,7 @@ def _data(options: dict[str, Any]) -> Any:
         columns,
         options["task"],
         options["seq_length"],
+        shared.trusted(),
     )
 
 
@@ -150,6 +152,8 @@ def _show(report: TrainReport, out: Path, *, as_json: bool, more: dict[str, obje
     if as_json:
         output.print_json("train", report.to_json() | more)
         return
+    if report.new_weights:
+        click.echo(f"new, random at the start: {', '.join(report.new_weights)}", err=True)
     names = sorted({*report.before, *report.after} - {"epoch"})
     rows = [
         {"held out": name, "before": report.before.get(name, ""), "after": report.after.get(name, "")} for name in names

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
+from spectral_surgery.checkpoint.loading import loading
 from spectral_surgery.checkpoint.manifest import SUFFIXES
-from spectral_surgery.errors import BackendError, CheckpointError, LimitError, SpectralSurgeryError
+from spectral_surgery.checkpoint.task import class_for
+from spectral_surgery.errors import BackendError, CheckpointError, LimitError
 from spectral_surgery.integrations.spectral_loading import AUTO, NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.ops.spectral_matmul import STREAM_BYTES
 
@@ -26,6 +28,7 @@ def load_compressed(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     max_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a compressed folder without decoding its weights.
 
@@ -33,12 +36,14 @@ def load_compressed(
         folder: written by compress, or by save_pretrained of a compressed model.
         resident: ``int8``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by block; coded
             where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else coded.
-        auto_class: class of transformers, such as ``AutoModelForCausalLM``; None for the one in config.json.
+        auto_class: class of transformers, such as ``AutoModelForCausalLM``, see `class_for`; None for the one in
+            config.json.
         dtype: of activations and of what is not compressed; None for the stored one.
         device: where to, or a ``device_map`` such as ``auto``.
         max_memory: bytes that the weights may take on the device, with the blocks of rows under way; with ``auto``, as
             many weights are int8 as fit, of the others those with narrow codes int4, and what does not fit is coded,
             or streamed to a GPU.
+        trust_remote_code: run the code that a model brings along.
 
     Returns:
         A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
@@ -55,9 +60,10 @@ def load_compressed(
     if max_memory is not None:
         residents = _within(checkpoint, residents, resident, max_memory, str(device))
     transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        own = getattr(transformers, auto_class or _architecture(config), None)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(folder.name, "transformers cannot load it"):
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        own = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
         if own is None:
             raise CheckpointError(
                 f"{folder.name}: transformers has no {auto_class or _architecture(config)}; one of its classes is"
@@ -65,14 +71,15 @@ def load_compressed(
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device
-        return own.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=dtype or "auto", device_map=device_map
-        ).eval()
-    except SpectralSurgeryError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder.name}: transformers cannot load it: {reason}") from None
+        return own.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
+
+
+def _class(transformers: Any, config: Any, wanted: str | None) -> Any:
+    """A class by name; without a name the one in config.json, or the Auto class that finds it in a model's own code."""
+    name = wanted or _architecture(config)
+    own_code = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
+    return getattr(transformers, name, None) or getattr(transformers, auto, None)
 
 
 def _architecture(config: Any) -> str:

@@ -16,6 +16,7 @@ from spectral_surgery.checkpoint.adapter_files import read_adapter, write_adapte
 from spectral_surgery.errors import BackendError
 from spectral_surgery.integrations.tasks import Features, Task
 from spectral_surgery.surgery.attach import assign, state_of
+from spectral_surgery.surgery.running import running
 
 CHECKPOINTS = "checkpoints"
 LOGS = "runs"  # of TensorBoard
@@ -307,9 +308,10 @@ def _trainer_class(job: Job, spec: AdapterSpec) -> Any:
         optimizer: Any
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **own: Any) -> Any:
-            if job.task.loss is None:
-                return super().compute_loss(model, inputs, return_outputs=return_outputs, **own)
-            loss, predictions = job.task.loss(model, inputs)
+            with running(job.model):
+                if job.task.loss is None:
+                    return super().compute_loss(model, inputs, return_outputs=return_outputs, **own)
+                loss, predictions = job.task.loss(model, inputs)
             return (loss, {"loss": loss, "logits": predictions}) if return_outputs else loss
 
         def create_optimizer(self, model: Any = None) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import ConfigError, TargetError
+from spectral_surgery.surgery.running import called
 
 Batch = dict[str, Tensor]
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
@@ -38,7 +39,7 @@ class Sample:
 
     def through(self, block: nn.Module) -> Tensor:
         """The hidden states that a block gives."""
-        return hidden_of(block(self.hidden(), *self.args, **self.named))
+        return hidden_of(called(block, (self.hidden(), *self.args), self.named))
 
 
 def _all_there(prefix: str, without: str) -> AbstractContextManager[None]:  # noqa: ARG001 - nothing to do
@@ -174,7 +175,7 @@ def captured_inputs(
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(**batch)
+            called(model, named=batch)
     except _Reached:
         pass
     finally:
@@ -211,4 +212,4 @@ def hidden_of(output: Any) -> Tensor:
 @torch.no_grad()
 def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
     for batch in batches:
-        yield hidden_of(model(**batch, return_dict=False))
+        yield hidden_of(called(model, named={**batch, "return_dict": False}))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.blocks import Batch
 from spectral_surgery.surgery.families import AttentionSite, chosen
+from spectral_surgery.surgery.running import called
 from spectral_surgery.surgery.swapped import SwappedAttention, real_tokens
 
 _WARM_UP = 0.05  # of the steps
@@ -235,7 +236,7 @@ def _seen(places: Mapping[int, AttentionSite]) -> Iterator[dict[int, tuple[Tenso
 def _run(model: nn.Module, batch: Batch) -> Tensor:
     """Hidden states behind the last block."""
     base = cast(Any, model).base_model
-    return cast(Tensor, base(**batch, use_cache=False).last_hidden_state)
+    return cast(Tensor, called(base, named={**batch, "use_cache": False}).last_hidden_state)
 
 
 def _apart(pair: SwappedPair, batch: Batch) -> Tensor:
@@ -246,6 +247,6 @@ def _apart(pair: SwappedPair, batch: Batch) -> Tensor:
             wanted = _run(teacher, batch)
         return relative(_run(student, batch), wanted)
     with torch.no_grad():
-        logs = teacher(**batch, use_cache=False).logits.float().log_softmax(-1)
-    own = student(**batch, use_cache=False).logits.float().log_softmax(-1)
+        logs = called(teacher, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
+    own = called(student, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
     return cast(Tensor, (logs.exp() * (logs - own)).sum(-1).mean())

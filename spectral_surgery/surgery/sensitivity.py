@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.surgery.blocks import Sample, hidden_of
+from spectral_surgery.surgery.running import called
 
 
 @dataclass
@@ -78,7 +79,7 @@ def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:
     """
     hidden = sample.hidden().detach().requires_grad_()
     with torch.enable_grad():
-        output = hidden_of(block(hidden, *sample.args, **sample.named))
+        output = hidden_of(called(block, (hidden, *sample.args), sample.named))
     own: Tensor = torch.autograd.grad(output, hidden, gradient)[0]
     return own
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.plan import Plan
 from spectral_surgery.checkpoint.publish import replace_file
-from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.checkpoint.task import is_causal
 from spectral_surgery.checkpoint.units import Workshop
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.spectra.allocation import Share, spread_bits, spread_density
@@ -98,7 +98,7 @@ def measure_shares(
     lazy, sequences = model_and_text(source, index, data)
     if not has_blocks(lazy.model):
         return {}
-    causal = task_of(index.config) == "CAUSAL_LM"
+    causal = is_causal(index.config)
     with closing(Shelf(IN_MEMORY, folder)) as shelf:
         return _Measurement(index, plan, lazy, shelf).run(equal_lengths(_part(sequences), BATCH_TOKENS), causal=causal)
 

@@ -14,7 +14,6 @@ from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions
 from spectral_surgery.checkpoint.publish import partial_folder
-from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.calibrate import compress_calibrated
@@ -106,7 +105,7 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
         if keep is not None:
             raise ConfigError(f"--keep {keep}: goes with --sparsity; with --bits and --max-error nothing is dropped.")
         return False
-    return (keep or objective_of(task_of(read_index(source).config)).keep) == "important"
+    return (keep or objective_of(read_index(source).config).keep) == "important"
 
 
 def _report(source: Path, out: Path, options: CompressOptions, healed: HealReport, seconds: float) -> CompressReport:

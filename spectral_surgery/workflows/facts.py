@@ -16,7 +16,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.manifest import SUFFIXES, Manifest
 from spectral_surgery.checkpoint.merge_record import MergeRecord
 from spectral_surgery.checkpoint.plan import CompressOptions
-from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.checkpoint.task import class_for, task_of
 
 HERE = "THIS_FOLDER"  # until it has a place on the Hub
 _TARGETS = {"density": "sparsity", "bits": "bits", "max_error": "max-error"}
@@ -274,7 +274,10 @@ def _usage(index: CheckpointIndex, base: str | None) -> str:
     back = _LOAD_COMPRESSED.format(here=HERE, base=f" --base {base}" if base else "")
     if base or _library(index) is None:
         return back  # differences are no model, and other libraries do not ask us
-    return _LOAD_DIRECTLY.format(here=HERE, task=AUTO.get(task_of(index.config) or "", "")) + "\n" + back
+    task = AUTO.get(task_of(index.config) or "", "")
+    if class_for(index.config, f"AutoModel{task}") != f"AutoModel{task}":  # it sees before it writes, or only encodes
+        task = "ForImageTextToText" if task else task
+    return _LOAD_DIRECTLY.format(here=HERE, task=task) + "\n" + back
 
 
 def _library(index: CheckpointIndex) -> str | None:

@@ -31,6 +31,7 @@ class Running:
         device: where it runs.
         dtype: name of a floating type; None for the stored one.
         adapter: folder of an adapter to put on it.
+        trust_remote_code: run the code that a model brings along.
     """
 
     resident: str | None = None
@@ -38,6 +39,7 @@ class Running:
     device: str = "cpu"
     dtype: str | None = None
     adapter: Path | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def generate(
 
 
 def _model(source: Path, running: Running) -> tuple[Any, Any]:
-    dtype = _dtype(running.dtype)
+    dtype, trust = _dtype(running.dtype), running.trust_remote_code
     if is_compressed(source):
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust)
         model = load_compressed(
             source,
             running.resident or "auto",
@@ -128,6 +130,7 @@ def _model(source: Path, running: Running) -> tuple[Any, Any]:
             dtype=dtype,
             device=running.device,
             max_memory=running.max_memory,
+            trust_remote_code=trust,
         )
     else:
         if running.resident or running.max_memory:
@@ -135,7 +138,7 @@ def _model(source: Path, running: Running) -> tuple[Any, Any]:
                 f"{source.name}: is not compressed; --resident and --max-memory are for compressed folders."
                 " Compress it first."
             )
-        model, tokenizer = load_model(source, _CLASS, dtype=dtype)
+        model, tokenizer = load_model(source, _CLASS, dtype=dtype, trust_remote_code=trust)
         model.to(running.device)
     if running.adapter is not None:
         attach_adapter(model, read_adapter(running.adapter))

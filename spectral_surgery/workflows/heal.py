@@ -24,7 +24,6 @@ from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, Manifest
 from spectral_surgery.checkpoint.publish import partial_folder, publishing, writing_to
 from spectral_surgery.checkpoint.recode import recoded
-from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import source_digest
 from spectral_surgery.checkpoint.writer import Entry, write_checkpoint
 from spectral_surgery.errors import CheckpointError
@@ -134,7 +133,7 @@ def heal(
         raise CheckpointError(f"{compressed}: was not made from {teacher}; the checkpoint it was made from is needed.")
     partial = partial_folder(out, overwrite=overwrite)
     _check_unfinished(partial, resume=resume, overwrite=overwrite)
-    objective = objective_of(task_of(index.config))
+    objective = objective_of(index.config)
     key = _key(checkpoint, data, settings, blocks=blocks)
     with writing_to(out):
         (partial / STATE).mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,8 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         CheckpointError: when nothing can be trained.
         ConfigError: when the text does not do, or the loss is not finite.
     """
-    teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32)
+    trust = place.data.trust_remote_code
+    teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
     teacher.requires_grad_(requires_grad=False).to(place.device)
     student = copy.deepcopy(teacher)
     names = names_in(teacher, place.index)
@@ -210,7 +211,8 @@ def _put_rest(place: Workplace, student: Any, trained: Mapping[str, tuple[str, o
     """Give a student what is stored where it is not trained, as fused experts are not: that is what will run."""
     if place.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
         return
-    stored = load_model(place.checkpoint.index.root, auto_class, dtype=torch.float32)[0]
+    trust = place.data.trust_remote_code
+    stored = load_model(place.checkpoint.index.root, auto_class, dtype=torch.float32, trust_remote_code=trust)[0]
     stored.dequantize()
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -233,7 +235,7 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     """
     if place.device != "cpu":
         raise ConfigError(f"heal --blocks --device {place.device}: blocks run on the cpu. Leave one of both out.")
-    lazy = load_lazily(place.teacher, place.index, "AutoModel")
+    lazy = load_lazily(place.teacher, place.index, "AutoModel", trust_remote_code=place.data.trust_remote_code)
     if lazy.whole:
         raise CheckpointError(
             "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.models import longest_sequence
 from spectral_surgery.workflows.objectives import Objective
 from spectral_surgery.workflows.sequences import check_vocabulary, read_sequences
 
@@ -27,11 +28,13 @@ class HealData:
         file: text, JSONL or CSV.
         batch_size: sequences of a step and process; 0 for what is usual for the model.
         seq_length: tokens of a sequence at most; 0 for what is usual for the model.
+        trust_remote_code: run the code that a model brings along.
     """
 
     file: Path
     batch_size: int = 0
     seq_length: int = 0
+    trust_remote_code: bool = False
 
     def digest(self) -> str:
         """What it is, for the manifest and for recognising unfinished work.
@@ -60,14 +63,14 @@ def training_text(
     """
     causal = objective.name == "tokens"
     length = data.seq_length or objective.seq_length
-    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    length = min(length, longest_sequence(model) or length)
     found = read_sequences(tokenizer, data.file, length=length, causal=causal)
     if len(found) < 2:
         raise ConfigError(
             f"{data.file}: gives {len(found)} sequence of up to {length} tokens; two or more are needed. Give"
             " more text, or a smaller --seq-length."
         )
-    check_vocabulary(found, model.get_input_embeddings().num_embeddings, data.file)
+    check_vocabulary(found, model, data.file)
     if not causal:
         random.Random(0).shuffle(found)  # noqa: S311 - no secret; files are often sorted
     held = min(max(1, round(len(found) * _HELD_PART)), _HELD_MOST if causal else 4 * _HELD_MOST)

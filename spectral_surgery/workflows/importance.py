@@ -16,7 +16,6 @@ from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
 from spectral_surgery.checkpoint.publish import replace_file
 from spectral_surgery.checkpoint.reader import read_tensor
-from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.checkpoint.units import Workshop, leave_codes
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.integrations.tensor_names import names_in
@@ -107,8 +106,9 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
         CheckpointError: when the model cannot be loaded.
     """
     index = read_index(source)
-    objective = objective_of(task_of(index.config))
-    model, tokenizer = load_model(source, objective.auto_class, dtype=torch.float32)
+    objective = objective_of(index.config)
+    trust = data.trust_remote_code
+    model, tokenizer = load_model(source, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
     model.requires_grad_(requires_grad=False)
     planned = {own.info.name: own for own in plan.tensors}
     weights = {}

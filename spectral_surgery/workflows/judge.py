@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 from spectral_surgery.checkpoint.adapter_files import read_adapter
 from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.task import is_causal
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.integrations.tasks import spearman
-from spectral_surgery.models import SentenceEncoder, compare_logits, load_model
+from spectral_surgery.models import SentenceEncoder, load_model
 from spectral_surgery.surgery.attach import load
+from spectral_surgery.surgery.running import called
 from spectral_surgery.workflows.examples import read_examples
 
 
@@ -27,12 +30,14 @@ class EvalData:
         sts: CSV of sentence pairs with scores, for the rank correlation of a sentence encoder.
         samples: sequences, lines or pairs at most; 0 for all.
         seq_length: tokens of a sequence.
+        trust_remote_code: run the code that a model brings along.
     """
 
     text: Path | None = None
     sts: Path | None = None
     samples: int = 0
     seq_length: int = 256
+    trust_remote_code: bool = False
 
     @property
     def given(self) -> bool:
@@ -78,7 +83,8 @@ class Judge:
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         auto_class = "AutoModelForCausalLM" if self._causal else "AutoModel"
-        model, tokenizer = load_model(folder, auto_class, dtype=torch.float32)
+        trust = self._data.trust_remote_code
+        model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust)
         return model.to(self._device), tokenizer
 
 
@@ -109,15 +115,44 @@ def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool
     return measures
 
 
-def is_causal(config: Mapping[str, object]) -> bool:
-    """Whether a model predicts the next token.
+def compare_logits(
+    models: Sequence[Any], tokenizer: Any, text: str, seq_length: int, samples: int = 0
+) -> dict[str, float]:
+    """Perplexity of language models on a text, cut into sequences, and how far a second one is from the first.
 
     Args:
-        config: content of config.json.
+        models: one or two, on one device.
+        tokenizer: of both.
+        text: any.
+        seq_length: tokens of a sequence.
+        samples: sequences at most; 0 for all.
+
+    Returns:
+        ``perplexity_a``; of two models also ``perplexity_b``, ``kl`` (mean of KL(A || B) per token, nats) and
+        ``same_top`` (part of the tokens where both rank the same one first).
+
+    Raises:
+        ConfigError: when the text is too short.
     """
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    length = min(seq_length, len(ids))
+    if length < 2:
+        raise ConfigError("eval --text: fewer than two tokens; some text is accepted.")
+    rows = ids[: len(ids) // length * length].reshape(-1, length)[: samples or None]
+    sums = {"a": 0.0, "b": 0.0, "kl": 0.0, "top": 0.0}
+    for row in rows:
+        batch = row[None].to(next(models[0].parameters()).device)
+        with torch.inference_mode():
+            logs = [called(model, (batch,)).logits[0, :-1].float().log_softmax(-1) for model in models]
+        for name, log in zip("ab", logs, strict=False):
+            sums[name] -= float(log.gather(-1, batch[0, 1:, None]).sum())
+        if len(logs) == 2:
+            sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+    tokens = rows.shape[0] * (length - 1)
+    found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
+    both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
+    return found | both
 
 
 def _cosines(models: Sequence[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
-from spectral_surgery.checkpoint.task import task_of
+from spectral_surgery.checkpoint.task import is_causal, needs_decoder_input
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.models import longest_sequence
 from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.lazy_model import LazyModel, Shelf, load_lazily
 from spectral_surgery.workflows.progress import Progress, silent
@@ -32,11 +33,13 @@ class CalibrationData:
         file: text, JSONL or CSV.
         samples: sequences at most.
         seq_length: tokens of a sequence at most.
+        trust_remote_code: run the code that a model brings along.
     """
 
     file: Path
     samples: int = 512
     seq_length: int = 256
+    trust_remote_code: bool = False
 
     def digest(self) -> str:
         """What it is, for the manifest and for recognising unfinished work."""
@@ -131,14 +134,17 @@ def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) 
         ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
         CheckpointError: when the model cannot be loaded.
     """
-    task = task_of(index.config)
-    if task == "SEQ_2_SEQ_LM":
-        raise ConfigError("calibrate: the model has an encoder and a decoder; models of one of them are accepted.")
-    lazy, causal = load_lazily(source, index, "AutoModel"), task == "CAUSAL_LM"
-    sequences = read_sequences(lazy.tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    if needs_decoder_input(index.config):
+        raise ConfigError(
+            "calibrate: the model has an encoder and a decoder, and its text alone does not run both; models of one of"
+            " them are accepted."
+        )
+    lazy = load_lazily(source, index, "AutoModel", trust_remote_code=data.trust_remote_code)
+    length, causal = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length), is_causal(index.config)
+    sequences = read_sequences(lazy.tokenizer, data.file, length=length, samples=data.samples, causal=causal)
     if not any(sequences):
         raise ConfigError(
             f"{data.file}: the tokenizer of {source.name} finds no token in it; text that the model reads is accepted."
         )
-    check_vocabulary(sequences, lazy.model.get_input_embeddings().num_embeddings, data.file)
+    check_vocabulary(sequences, lazy.model, data.file)
     return lazy, sequences

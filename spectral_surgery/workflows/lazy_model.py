@@ -70,13 +70,14 @@ class LazyModel:
         self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyModel:
+def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_remote_code: bool = False) -> LazyModel:
     """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
 
     Args:
         folder: a plain checkpoint with a tokenizer.
         index: of the same.
         auto_class: class of transformers.
+        trust_remote_code: run the code that a model brings along.
 
     Returns:
         The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
@@ -85,7 +86,7 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyMo
     Raises:
         CheckpointError: when the folder has no model of that kind.
     """
-    outline, tokenizer = load_outline(folder, auto_class)
+    outline, tokenizer = load_outline(folder, auto_class, trust_remote_code=trust_remote_code)
     outline.config.use_cache = False
     names = names_in(outline, index)
     parameters = dict(outline.named_parameters(remove_duplicate=False))
@@ -97,7 +98,7 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str) -> LazyMo
     tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
     if tensors.keys() == parameters.keys() and has_blocks(outline):
         return LazyModel(outline, tokenizer, names, tensors)
-    model, tokenizer = load_model(folder, auto_class, dtype=torch.float32)
+    model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
     return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, names, {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectral_surgery.checkpoint.task import needs_decoder_input, task_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.registry import Table
+from spectral_surgery.surgery.running import called
 
 Batch = dict[str, Tensor]
 Keep = Literal["important", "largest"]
@@ -47,26 +49,29 @@ class Objective:
     seq_length: int
 
 
-def objective_of(task: str | None) -> Objective:
-    """The row for a task_type; embeddings for what has no task of its own.
+def objective_of(config: Mapping[str, object]) -> Objective:
+    """The row for a model; embeddings for what has no task of its own.
 
     Args:
-        task: in PEFT's words, as CAUSAL_LM.
+        config: content of config.json.
 
     Raises:
-        ConfigError: for encoder-decoder models, which a text alone does not run.
+        ConfigError: for encoder-decoder models that a text alone does not run.
     """
-    if task == "SEQ_2_SEQ_LM":
-        raise ConfigError("heal: the model has an encoder and a decoder; models of one of them are accepted.")
-    return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task or "", "embeddings")]
+    if needs_decoder_input(config):
+        raise ConfigError(
+            "heal: the model has an encoder and a decoder, and its text alone does not run both; models of one of them"
+            " are accepted."
+        )
+    return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task_of(config) or "", "embeddings")]
 
 
 def _plain(model: nn.Module, batch: Batch) -> Any:
-    return model(**batch, use_cache=False)
+    return called(model, named={**batch, "use_cache": False})
 
 
 def _with_hidden(model: nn.Module, batch: Batch) -> Any:
-    return model(**batch, output_hidden_states=True)
+    return called(model, named={**batch, "output_hidden_states": True})
 
 
 def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:

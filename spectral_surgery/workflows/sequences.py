@@ -41,22 +41,34 @@ def read_sequences(tokenizer: Any, file: Path, *, length: int, samples: int = 0,
     return found[: samples or None]
 
 
-def check_vocabulary(sequences: Sequence[Sequence[int]], size: int, file: Path) -> None:
+def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:
     """Refuse tokens that a model has no embedding for.
 
     Args:
         sequences: of token ids.
-        size: of the vocabulary of the model.
+        model: of transformers; one whose embeddings are no table of tokens takes what there is.
         file: where they come from, for the text of the error.
 
     Raises:
         ConfigError: when there is one.
     """
     largest = max((token for sequence in sequences for token in sequence), default=-1)
-    if largest >= size:
+    size = _vocabulary_of(model)
+    if size is not None and largest >= size:
         raise ConfigError(
             f"{file}: has token {largest} where the model knows {size}; a tokenizer of this very model is needed."
         )
+
+
+def _vocabulary_of(model: Any) -> int | None:
+    """Rows of the table of token embeddings; None where there is none."""
+    try:
+        words = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # transformers does not know where they are
+        return None
+    table = getattr(words, "weight", words)
+    rows = getattr(words, "num_embeddings", None) or (len(table) if getattr(table, "ndim", 0) == 2 else None)
+    return int(rows) if rows else None
 
 
 def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:

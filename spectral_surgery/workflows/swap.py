@@ -18,6 +18,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.publish import partial_folder, publishing
 from spectral_surgery.checkpoint.reader import DTYPES
 from spectral_surgery.checkpoint.swap_record import SwapRecord
+from spectral_surgery.checkpoint.task import is_causal
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.mixers import require_causal
 from spectral_surgery.models import load_tokenizer, load_whole, outline_model, save_weights
@@ -27,7 +28,7 @@ from spectral_surgery.surgery.fit_layers import FitSettings, LayerFit, SwappedPa
 from spectral_surgery.surgery.swap import SwapSpec, resolved, shared_copy, swap_attention
 from spectral_surgery.workflows.examples import read_examples
 from spectral_surgery.workflows.facts import swapped_facts
-from spectral_surgery.workflows.judge import EvalData, is_causal, judge
+from spectral_surgery.workflows.judge import EvalData, judge
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths, read_sequences
 
@@ -109,12 +110,13 @@ class SwapReport:
         }
 
 
-def plan_swap(source: Path, spec: SwapSpec) -> SwapPlan:
+def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
     """Check a swap and settle its settings; only headers and the configuration are read.
 
     Args:
         source: a checkpoint, or the outline of one.
         spec: as asked.
+        trust_remote_code: run the code that a model brings along.
 
     Raises:
         CheckpointError: when the source is damaged, quantised, compressed or swapped.
@@ -128,7 +130,7 @@ def plan_swap(source: Path, spec: SwapSpec) -> SwapPlan:
             " start from the original."
         )
     family = FAMILIES[str(index.config.get("model_type"))]
-    model = outline_model(index.root)
+    model = outline_model(index.root, trust_remote_code=trust_remote_code)
     spec, before = resolved(model, spec), _count(model)
     with torch.device("meta"):
         swap_attention(model, spec.mixer, spec.layers, spec.settings)
@@ -145,6 +147,7 @@ def swap(
     training: FitSettings | None = None,
     judged_on: EvalData | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> SwapReport:
@@ -160,6 +163,7 @@ def swap(
         training: how; None for the defaults.
         judged_on: text to judge original and result on.
         seed: of what mixers start from at random.
+        trust_remote_code: run the code that a model brings along.
         overwrite: replace an existing folder.
         progress: called after each step of training.
 
@@ -175,11 +179,12 @@ def swap(
     started = time.perf_counter()
     check_apart(source, out)
     partial_folder(out, overwrite=overwrite)
-    plan = plan_swap(source, spec)
+    plan = plan_swap(source, spec, trust_remote_code=trust_remote_code)
     judged_on = judged_on or EvalData()
     _check_text(plan, data, judged_on)
-    pair = _pair(plan, seed)
-    tokenizer = load_tokenizer(plan.index.root) if data or judged_on.text or judged_on.sts else None
+    pair = _pair(plan, seed, trust_remote_code=trust_remote_code)
+    reads = data or judged_on.text or judged_on.sts
+    tokenizer = load_tokenizer(plan.index.root, trust_remote_code=trust_remote_code) if reads else None
     fits: list[LayerFit] = []
     if data is not None:
         training = training or FitSettings(seed=seed)
@@ -213,16 +218,16 @@ def _batches(
 ) -> tuple[list[Batch], list[Batch]]:
     """What to train on, and what is held out: of one long text the end, else a random choice."""
     found = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
-    check_vocabulary(found, cast(Any, pair.teacher).get_input_embeddings().num_embeddings, data.file)
+    check_vocabulary(found, pair.teacher, data.file)
     if not causal:
         found = random.Random(seed).sample(found, len(found))  # noqa: S311 - no secret
     held = min(max(1, round(_HELD_OUT * len(found))), _HELD_OUT_SEQUENCES)
     return equal_lengths(found[:-held], _BATCH_TOKENS), equal_lengths(found[-held:], _BATCH_TOKENS)
 
 
-def _pair(plan: SwapPlan, seed: int) -> SwappedPair:
+def _pair(plan: SwapPlan, seed: int, *, trust_remote_code: bool) -> SwappedPair:
     """The model before and after, which share what is not swapped."""
-    model = load_whole(plan.index.root, dtype=torch.float32)
+    model = load_whole(plan.index.root, dtype=torch.float32, trust_remote_code=trust_remote_code)
     student = shared_copy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

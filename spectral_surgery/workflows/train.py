@@ -20,7 +20,7 @@ from spectral_surgery.checkpoint.publish import replace_file
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.integrations.tasks import TASKS, Features, Task
 from spectral_surgery.integrations.trainer import CHECKPOINTS, History, Job, TrainSettings, run
-from spectral_surgery.models import load_model
+from spectral_surgery.models import load_classifier, load_model
 from spectral_surgery.surgery.attach import inject, trainable_parameters
 from spectral_surgery.workflows.check import METRICS_FILE
 from spectral_surgery.workflows.examples import Example, read_examples, split
@@ -28,7 +28,6 @@ from spectral_surgery.workflows.plots import plot_training
 from spectral_surgery.workflows.progress import Progress, silent
 
 PLOT_FILE = "loss.png"
-_HEADS = ("score", "classifier", "pre_classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class TrainData:
         columns: of CSV and JSONL files: texts and, last, the label.
         task: row of TASKS; None to tell from the data.
         seq_length: tokens of an example at most.
+        trust_remote_code: run the code that a model brings along.
     """
 
     file: Path
@@ -50,6 +50,7 @@ class TrainData:
     columns: tuple[str, ...] = ()
     task: str | None = None
     seq_length: int = 256
+    trust_remote_code: bool = False
 
     def to_json(self) -> dict[str, object]:
         """Plain values for the file of metrics, which may be published: no paths of this machine."""
@@ -69,6 +70,7 @@ class TrainReport:
         all_parameters: of the model with them.
         adapter_bytes: of the saved tensors.
         examples: trained on, held out.
+        new_weights: names of weights that the model did not have, or for other labels, and that began at random.
     """
 
     task: str
@@ -78,6 +80,7 @@ class TrainReport:
     all_parameters: int
     adapter_bytes: int
     examples: tuple[int, int]
+    new_weights: tuple[str, ...] = ()
 
     @property
     def before(self) -> dict[str, float]:
@@ -103,6 +106,7 @@ class TrainReport:
             "trainable_parameters": self.trainable_parameters,
             "all_parameters": self.all_parameters,
             "adapter_bytes": self.adapter_bytes,
+            "new_weights": list(self.new_weights),
             "examples": {"train": self.examples[0], "held_out": self.examples[1]},
             "train_loss": [list(row) for row in self.history.train],
             "held_out": [{"step": step, **measures} for step, measures in self.history.held_out],
@@ -148,9 +152,7 @@ def train(
     task = TASKS[data.task] if data.task else _guess(train_on)
     classes = _classes(task, train_on, held_out)
     set_seed(settings.seed)
-    dtype = torch.bfloat16 if settings.bf16 and task.name == "causal-lm" else torch.float32
-    labels = None if not task.labelled or task.loss else (classes or 1)
-    model, tokenizer = load_model(base, task.auto_class, dtype=dtype, labels=labels)
+    model, tokenizer, new = _load(base, task, classes, settings, trust_remote_code=data.trust_remote_code)
     spec = replace(spec, task_type=spec.task_type or task.task_type, targets=_with_head(spec, model, task))
     spec = inject(model, spec)
     features = [_encode(task, tokenizer, own, classes, data.seq_length) for own in (train_on, held_out)]
@@ -161,12 +163,22 @@ def train(
         write_adapter(state, out)
     size = (out / TENSOR_FILE).stat().st_size if (out / TENSOR_FILE).exists() else 0
     counts = (len(features[0]), len(features[1]))
-    report = TrainReport(task.name, task.best, history, trained, everything, size, counts)
+    report = TrainReport(task.name, task.best, history, trained, everything, size, counts, new)
     if history.is_main:
         settled = {"settings": asdict(settings), "method": spec.method.name, "data": data.to_json(), **report.to_json()}
         replace_file(out / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
         plot_training(history.train, history.held_out, task.best, history.best_step, out / PLOT_FILE)
     return report
+
+
+def _load(
+    base: Path, task: Task, classes: Sequence[str], settings: TrainSettings, *, trust_remote_code: bool
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """The model, its tokenizer, and the names of its weights that begin at random."""
+    dtype = torch.bfloat16 if settings.bf16 and task.name == "causal-lm" else torch.float32
+    if task.labelled and not task.loss:
+        return load_classifier(base, classes or 1, dtype=dtype, trust_remote_code=trust_remote_code)
+    return *load_model(base, task.auto_class, dtype=dtype, trust_remote_code=trust_remote_code), ()
 
 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -229,7 +241,8 @@ def _with_head(spec: AdapterSpec, model: Any, task: Task) -> Any:
     """The targets, with the fresh head of a classifier among the modules that are trained whole."""
     if task.auto_class != "AutoModelForSequenceClassification" or spec.targets.modules_to_save:
         return spec.targets
-    heads = tuple(name for name, _ in model.named_children() if name in _HEADS)
+    beside = ((name, own) for name, own in model.named_children() if name != model.base_model_prefix)
+    heads = tuple(name for name, own in beside if any(True for _ in own.parameters()))
     return replace(spec.targets, modules_to_save=heads)
 
 

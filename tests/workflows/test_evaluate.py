@@ -17,11 +17,11 @@ from spectral_surgery.adapters.lora import LoraConfig
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.cli import cli
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.models import compare_logits
 from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.workflows.compress import compress
 from spectral_surgery.workflows.decompress import decompress
 from spectral_surgery.workflows.evaluate import EvalData, evaluate
+from spectral_surgery.workflows.judge import compare_logits
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 from tests.workflows.test_merge import DOWN, Q, adapter
 

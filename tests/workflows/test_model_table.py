@@ -18,12 +18,13 @@ from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.cli import cli
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.models import compare_logits, load_model
+from spectral_surgery.models import load_model
 from spectral_surgery.spectra.baselines import BASELINES, SHORT_NAMES
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.baseline_checkpoint import Cost, matrices_of, write_baseline
 from spectral_surgery.workflows.compress import compress
 from spectral_surgery.workflows.evaluate import Beside, EvalData, ModelRow, evaluate
+from spectral_surgery.workflows.judge import compare_logits
 from spectral_surgery.workflows.plots import plot_rate_distortion
 from tests.support.checkpoints import write_folder
 from tests.support.compressed import compressed_folder, save_tokenizer
