@@ -15,6 +15,7 @@ from torch import Tensor
 from spectral_surgery.checkpoint.loading import loading
 from spectral_surgery.checkpoint.task import class_for
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.surgery.blocks import text_config
 from spectral_surgery.surgery.running import called, running
 
 _BATCH = 32
@@ -276,7 +277,7 @@ class Sampling:
 
 def longest_sequence(model: Any) -> int | None:
     """Tokens that a model can read at most, as far as its configuration says."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 

@@ -140,7 +140,7 @@ class Laboratory:
         rates = dict.fromkeys(sizes, bits)
         if parts.spread:
             rates = spread_bits({name: self.shares[f"{name}.weight"] for name in sizes}, bits, REACH)
-        first = [captured_inputs(self.encoder.model, self.blocks[0], batch) for batch in self.batches]
+        first = [captured_inputs(self.encoder.model, nn.ModuleList(self.blocks), batch) for batch in self.batches]
         dense = inputs = first
         stored, errors = 0, list[float]()
         for number, block in enumerate(self.blocks):

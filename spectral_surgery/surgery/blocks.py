@@ -7,8 +7,8 @@ and again, after these were changed, for what the next block will be given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,8 +19,12 @@ from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.surgery.running import called
 
 Batch = dict[str, Tensor]
+_BESIDE = 0.25  # of the parameters of the blocks may be in other lists
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
 Held = Callable[[], Tensor]  # activations that wait, perhaps on the disk, until they are called for
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # by place, and by name; without the hidden states
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,21 @@ class Sample:
         hidden: hidden states, [B, T, D].
         args: the other arguments that are given by place.
         named: those that are given by name.
+        later: both of the blocks after it, which may differ: masks of windows, rotary angles, biases of the first one;
+            None of a block that text alone does not run, such as one that looks at images.
+        skipped: whether the block is such a one.
     """
 
     hidden: Held
     args: tuple[Any, ...]
     named: dict[str, Any]
+    later: tuple[Arguments | None, ...] = ()
+    skipped: bool = False
 
     def through(self, block: nn.Module) -> Tensor:
-        """The hidden states that a block gives."""
+        """The hidden states that a block gives; those that are there, where it is skipped."""
+        if self.skipped:
+            return self.hidden()
         return hidden_of(called(block, (self.hidden(), *self.args), self.named))
 
 
@@ -50,27 +61,58 @@ def _in_memory(tensor: Tensor) -> Held:
     return lambda: tensor
 
 
-class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the first block
+class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the last block
     pass
 
 
 def has_blocks(model: nn.Module) -> bool:
-    """Whether a model has a list of blocks."""
-    return any(isinstance(module, nn.ModuleList) and len(module) for module in model.modules())
+    """Whether a model has one list of blocks that holds most of it, each run once, by itself."""
+    lists = sorted(_lists(model).values(), key=_size)
+    if not lists or any(isinstance(block, nn.ModuleList) for block in lists[-1]):
+        return False
+    planned = getattr(text_config(model), "num_hidden_layers", None)
+    again = isinstance(planned, int) and planned > len(lists[-1])  # the same blocks are run several times
+    return not again and sum(map(_size, lists[:-1])) <= _BESIDE * _size(lists[-1])
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of equal blocks that most parameters of a model are in, and its name.
+    """The list of blocks that most parameters of what reads text are in, and its name.
 
     Raises:
         TargetError: when there is none.
     """
-    lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
+    lists = _lists(model)
     if not lists:
         raise TargetError(f"{type(model).__name__}: has no list of blocks; a transformer is accepted.")
-    return max(lists, key=lambda own: sum(parameter.numel() for parameter in own[1].parameters()))
+    return max(lists.items(), key=lambda own: _size(own[1]))
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part of a model that reads text; None when the model has none."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules in the part of a model that reads text; those inside others are left out."""
+    config = text_config(model)
+    parts = ((name, own) for name, own in model.named_modules() if getattr(own, "config", None) is config)
+    prefix, part = next(parts, ("", model))
+    found: dict[str, nn.ModuleList] = {}
+    for inner, module in part.named_modules(prefix=prefix):
+        inside = any(inner.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            found[inner] = module
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def blocks_in_turn(
@@ -103,8 +145,8 @@ def blocks_in_turn(
         with holding("", ""):
             yield "", model, partial(_run_whole, model, batches)
         return
-    with holding("", f"{prefix}."):
-        inputs = [captured_inputs(model, blocks[0], batch, keep) for batch in batches]
+    with holding("", f"{prefix}."), holding(f"{prefix}.0.", ""):
+        inputs = [captured_inputs(model, blocks, batch, keep) for batch in batches]
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
         with holding(f"{name}.", ""):
@@ -153,48 +195,75 @@ def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def captured_inputs(
-    model: nn.Module, first: nn.Module, batch: Batch, keep: Callable[[Tensor], Held] = _in_memory
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, keep: Callable[[Tensor], Held] = _in_memory
 ) -> Sample:
-    """What a model gives to its first block; nothing after that is run.
+    """What a model gives to its first block, and what besides hidden states to the others; only the first one is run.
 
     Args:
         model: in eval mode.
-        first: the block.
+        blocks: of it.
         batch: arguments of the model by name.
         keep: puts the hidden states away.
 
     Raises:
-        TargetError: when the block is not run.
+        TargetError: when a block is not run, or more than once.
     """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen: dict[int, tuple[Tensor, Arguments]] = {}
+    returned: list[Any] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append((args, named))
-        raise _Reached
+    def watched(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            if number <= max(seen, default=-1):
+                raise TargetError(
+                    f"{type(model).__name__}: runs its blocks more than once, or in another order than their list; a"
+                    " model that runs each of them once is accepted."
+                )
+            seen[number] = _without_hidden(args, named)
+            if number == len(blocks) - 1:
+                raise _Reached
+            if not number:
+                returned.append(forward(*args, **named))
+            return returned[0]
 
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+        return run
+
     try:
-        with torch.no_grad():
+        for number, block in enumerate(blocks):
+            block.forward = watched(number, block.forward)  # some call it themselves, so that hooks would not see it
+        with torch.no_grad(), suppress(_Reached):
             called(model, named=batch)
-    except _Reached:
-        pass
     finally:
-        handle.remove()
-    if not seen:
-        raise TargetError(f"{type(model).__name__}: its first block was not run; a transformer is accepted.")
-    args, named = seen[0]
+        for block in blocks:
+            vars(block).pop("forward", None)
+    if 0 not in seen:
+        raise TargetError(
+            f"{type(model).__name__}: the first of {len(blocks)} blocks in a list is not run on text alone; a model"
+            " that does is accepted."
+        )
+    hidden, (args, named) = seen[0]
+    later = tuple(seen[number][1] if number in seen else None for number in range(1, len(blocks)))
+    return Sample(keep(hidden), args, named, later)
+
+
+def _without_hidden(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """The hidden states, and the other arguments."""
     named = {key: value for key, value in named.items() if key not in _CACHES}  # they would grow with every run
-    if not args:  # the hidden states came by name
-        name = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
-        args = (named.pop(name),)
-    return Sample(keep(args[0]), args[1:], named)
+    if args:
+        return args[0], (args[1:], named)
+    name = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return named.pop(name), ((), named)
 
 
 def next_inputs(
     block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = _in_memory
 ) -> list[Sample]:
-    """The arguments of the next block: the hidden states that this one gives, and the rest as it was."""
-    return [replace(sample, hidden=keep(own)) for sample, own in zip(inputs, outputs_of(block, inputs), strict=True)]
+    """The arguments of the next block: the hidden states that this one gives, and what the model gives it besides."""
+    found = []
+    for sample, hidden in zip(inputs, outputs_of(block, inputs), strict=True):
+        first, *rest = sample.later or (None,)
+        args, named = first or ((), {})
+        found.append(Sample(keep(hidden), args, named, tuple(rest), skipped=first is None))
+    return found
 
 
 @torch.no_grad()
@@ -206,6 +275,8 @@ def outputs_of(block: nn.Module, inputs: Sequence[Sample]) -> Iterator[Tensor]:
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a block returns."""
+    if isinstance(output, dict):
+        return cast(Tensor, output.get("hidden_states", next(iter(output.values()))))
     return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)
 
 

@@ -77,6 +77,8 @@ def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:
         sample: what it is given.
         gradient: with regard to the hidden states that it returns.
     """
+    if sample.skipped:
+        return gradient
     hidden = sample.hidden().detach().requires_grad_()
     with torch.enable_grad():
         output = hidden_of(called(block, (hidden, *sample.args), sample.named))

@@ -156,8 +156,8 @@ class _Measurement:
         embeddings that are compressed.
         """
         prefix, modules = find_blocks(self.lazy.model)
-        with self.lazy.holding("", f"{prefix}."):
-            given = [[captured_inputs(self.lazy.model, modules[0], batch, self.shelf.put) for batch in batches]]
+        with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."):
+            given = [[captured_inputs(self.lazy.model, modules, batch, self.shelf.put) for batch in batches]]
             planned = {own.info.name for own in self.plan.tensors}
             power = {name: _power(own.weight) for name, own in self._tables() if name in planned}
         errors: dict[str, float] = {}

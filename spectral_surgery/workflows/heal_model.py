@@ -247,10 +247,10 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
     batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
     first, healed = len(batches[0]), Healed()
     with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
-        with lazy.holding("", f"{prefix}."):
-            wanted = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
+        with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
+            wanted = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
             _put_stored(place, lazy.names, lazy.model, f"{prefix}.")
-            given = [captured_inputs(lazy.model, blocks[0], own, shelf.put) for part in batches for own in part]
+            given = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
@@ -318,7 +318,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
     name, first = turn.name, turn.train
     spectra = place.spectra(turn.names, {f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
-    if not spectra:
+    if not spectra or turn.given[0].skipped:
         return
     tensors = {own.removeprefix(f"{name}."): tensor for own, (tensor, _) in spectra.items()}
     turn.block = student = copy.deepcopy(turn.block, {id(own): own for own in turn.block.parameters()})
