@@ -1,0 +1,66 @@
+"""The whole zoo: ``python -m tests.zoo [NAME ...]`` writes build/zoo/results.jsonl and docs/architectures.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+RESULTS = "build/zoo"
+
+
+def main() -> None:
+    """Check what is not checked yet, then write the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all when none is named")
+    parser.add_argument("--processes", type=int, default=max(os.cpu_count() or 1, 1), help="models at a time")
+    parser.add_argument("--again", action="store_true", help="check also what has been checked")
+    given = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    warnings.simplefilter("ignore")
+    _go(given)
+
+
+def _go(given: argparse.Namespace) -> None:
+    import torch
+    import transformers
+
+    import spectral_surgery  # noqa: F401 - makes transformers know compressed folders
+    from tests.zoo.corpus import make_corpus
+    from tests.zoo.entries import KINDS, ZOO
+    from tests.zoo.left_out import LEFT_OUT
+    from tests.zoo.steps import check
+    from tests.zoo.sweep import ROOT, fingerprint, read_results, selected, sweep
+    from tests.zoo.table import page, write_page
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    _import_all()
+    folder = ROOT / RESULTS
+    file = folder / "results.jsonl"
+    stamp = fingerprint()
+    corpus = make_corpus(folder / "corpus")
+    sweep(
+        selected(ZOO, given.names),
+        file,
+        stamp=f"{stamp}-{os.getpid()}" if given.again else stamp,
+        check=check,
+        corpus=corpus,
+        processes=given.processes,
+        say=lambda line: print(line, flush=True),
+    )
+    write_page(page(KINDS, LEFT_OUT, read_results(file)))
+
+
+def _import_all() -> None:
+    """What every child would import again, for seconds."""
+    import peft  # noqa: F401
+    from transformers import LlamaForCausalLM, Qwen2VLForConditionalGeneration, ViTModel, Wav2Vec2ForCTC  # noqa: F401
+
+    import spectral_surgery.workflows.compress
+    import spectral_surgery.workflows.heal  # noqa: F401
+
+
+if __name__ == "__main__":
+    main()

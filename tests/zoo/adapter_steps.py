@@ -1,0 +1,89 @@
+"""Steps of the sweep about adapters: inject, merge, unmerge, and what PEFT makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.zoo.compare import differing, distance, more, tensors
+from tests.zoo.outcome import NotApplicable, Numbers, command, require
+from tests.zoo.subject import MERGED, Subject
+
+OPTIONS = ("-o", "n_frequency=50", "-o", "init_weights=false", "-o", "scaling=20")
+SEEN = 1e-3  # relative change of the outputs that an adapter must make to show anything, in float32
+
+
+def adapter(subject: Subject) -> Path:
+    return subject.folder / "adapter"
+
+
+def inject(subject: Subject) -> Numbers:
+    """A FourierFT adapter for all linear layers, from the headers."""
+    method = ("--method", "fourierft", "--target-modules", "all-linear")
+    report, _ = command("inject", subject.source, adapter(subject), *method, *OPTIONS)
+    subject.found["layers"] = len(report["layers"])
+    require(subject.found["layers"] > 0, "exit code 0, and an adapter of no layer")
+    return {"layers": subject.found["layers"]}
+
+
+def merge(subject: Subject) -> None:
+    """The adapter is merged from files, and the result loads as the original does."""
+    command("merge", subject.source, adapter(subject), subject.folder / "merged")
+    model, keys = subject.load(subject.folder / "merged", torch.float32)
+    others = more(keys, subject.keys)
+    require(not others, f"the merged model loads with {others}")
+    subject.found["merged"] = subject.outputs(model)
+
+
+def unmerge(subject: Subject) -> None:
+    """The original comes back bit for bit."""
+    command("unmerge", subject.folder / "merged", subject.folder / "unmerged")
+    difference = differing(subject.weights, tensors(subject.folder / "unmerged"))
+    require(not difference, f"other {difference}")
+
+
+def peft(subject: Subject) -> Numbers:
+    """PEFT puts the adapter on every layer of it, and has the outputs of the merged model."""
+    from peft import PeftModel
+
+    base, _ = subject.load(subject.source, torch.float32)
+    before = subject.outputs(base)
+    live = PeftModel.from_pretrained(base, str(adapter(subject))).eval()
+    used, wanted = adapted(live), subject.found["layers"]
+    require(used == wanted, f"PEFT uses {used} of {wanted} layers of the adapter")
+    found = subject.outputs(live, base)
+    moved = distance(before, found)[0]
+    require(moved > 0, "the adapter changes nothing")
+    if "merged" not in subject.found:
+        return {"layers": used, "moved": moved}
+    error, where = distance(found, subject.found["merged"])
+    allowed = MERGED[subject.entry.dtype]
+    require(error <= allowed, f"outputs of PEFT and of the merged model differ by {error:.2g} in {where}")
+    if not subject.half and moved > SEEN:
+        require(error < moved / 4, f"outputs differ by {error:.2g} where the adapter changes {moved:.2g}")
+    return {"layers": used, "moved": moved, "error": error}
+
+
+def adapted(model: Any) -> int:
+    """Layers on which PEFT has put FourierFT."""
+    return sum(1 for module in model.modules() if hasattr(module, "fourierft_spectrum"))
+
+
+def peft_compressed(subject: Subject) -> Numbers:
+    """PEFT on the compressed model has the outputs of PEFT on the decompressed one."""
+    from peft import PeftModel
+
+    folder = str(adapter(subject))
+    base, plain = (subject.load(own, torch.float32)[0] for own in (subject.compressed, subject.plain))
+    wanted = subject.outputs(PeftModel.from_pretrained(plain, folder).eval(), plain)
+    try:
+        live = PeftModel.from_pretrained(base, folder).eval()
+    except NotImplementedError as error:
+        if "get_input_embeddings" not in str(error):
+            raise
+        raise NotApplicable("PEFT asks every quantised model for input embeddings, which the class has not") from error
+    error, where = distance(wanted, subject.outputs(live, base))
+    require(error <= subject.tolerance, f"outputs differ by {error:.2g} in {where}")
+    return {"error": error}

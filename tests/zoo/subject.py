@@ -1,0 +1,79 @@
+"""One model of the zoo in work: its folders, and what earlier steps left for later ones."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.zoo.compare import Keys, Outputs, distance, load, outputs, tensors
+from tests.zoo.corpus import Corpus
+from tests.zoo.entry import SMALL_SHARD, Entry
+
+EXACT = 1e-4  # relative error of outputs in float32; 1e-6 is usual
+ROUNDED = 2e-2  # the same in bfloat16, where every layer rounds
+MERGED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # the merged weights were rounded once more
+
+
+@dataclass
+class Subject:
+    """A saved model and what has been found of it."""
+
+    entry: Entry
+    folder: Path
+    corpus: Corpus
+    weights: dict[str, Tensor]  # as saved
+    first: Outputs  # of what transformers loads from its own file
+    keys: Keys  # that transformers misses or ignores in the original too
+    saved_error: float  # between the model and what transformers loads from its own file
+    found: dict[str, Any] = field(default_factory=dict)  # by name, from one step to another
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    @property
+    def compressed(self) -> Path:
+        return self.folder / "compressed"
+
+    @property
+    def plain(self) -> Path:
+        return self.folder / "plain"
+
+    @property
+    def half(self) -> bool:
+        return self.entry.dtype != torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        return ROUNDED if self.half else EXACT
+
+    def load(self, folder: Path, dtype: torch.dtype | None = None) -> tuple[Any, Keys]:
+        return load(self.entry, folder, dtype)
+
+    def outputs(self, model: Any, base: Any = None) -> Outputs:
+        return outputs(self.entry, model, base)
+
+
+def prepare(entry: Entry, folder: Path, corpus: Corpus) -> Subject:
+    """Build the model and save it as transformers does.
+
+    Raises:
+        Exception: whatever transformers raises when it cannot build, run, save or load it.
+    """
+    source = folder / "source"
+    model = entry.build()
+    first = outputs(entry, model)
+    if not first:
+        raise ValueError(f"{entry.name} returns no floating tensor")
+    model.save_pretrained(source, max_shard_size=SMALL_SHARD if entry.sharded else "5GB")
+    if entry.text:
+        shutil.copytree(corpus.tokenizer, source, dirs_exist_ok=True)
+    again, keys = load(entry, source)
+    loaded = outputs(entry, again)
+    error, _ = distance(first, loaded)
+    return Subject(entry, folder, corpus, tensors(source), loaded, keys, error)

@@ -1,0 +1,138 @@
+"""docs/architectures.md, from the results of the sweep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.zoo.entry import Entry
+from tests.zoo.outcome import Outcome, Status
+from tests.zoo.steps import NAMES
+from tests.zoo.sweep import ROOT
+
+PAGE = ROOT / "docs" / "architectures.md"
+SIGNS = {Status.OK: "✓", Status.NOT_APPLICABLE: "-", Status.REFUSED: "r", Status.WRONG: "✗"}
+Results = Mapping[str, Mapping[str, Any]]
+
+_HEAD = """# What works for which architecture
+
+Written by `make zoo`, not by hand: a tiny random model of each type goes through every command. Every model is built,
+saved and loaded by transformers first. ✓ right; - not applicable; r refused, in one line that says why; ✗ wrong.
+"""
+_STEPS = """
+What is checked:
+
+- inspect, compress: at 4 bits a weight; every matrix of 512 weights or more is compressed, or named with the reason.
+- decompress: `--verify`; names, shapes, dtypes, errors as reported; what was not compressed has the same bits.
+- load: `from_pretrained` of the compressed folder has the outputs of the decompressed model.
+- generate: the same greedy tokens as the decompressed model.
+- save again: `save_pretrained` of the compressed model loads to the same outputs and decompresses to the same bits.
+- dequantize: the outputs of the decompressed model, also saved and loaded.
+- inject, merge, unmerge: a FourierFT adapter for all linear layers; the original comes back bit for bit.
+- PEFT: loads the adapter on every layer of it, and has the outputs of the merged model; on compressed: the same on the
+  compressed model.
+- calibrate, heal, swap: with a text; the folder has the outputs of its decompressed form.
+"""
+
+
+def page(kinds: Mapping[str, tuple[Entry, ...]], left_out: Mapping[str, str], results: Results) -> str:
+    """The whole page as Markdown; models without a result are listed as not checked."""
+    notes = _Notes()
+    entries = [entry for own in kinds.values() for entry in own]
+    parts = [_HEAD, _counts(entries, results), _STEPS]
+    for title, own in kinds.items():
+        parts.append(f"\n## {title}\n\n{_table(own, results, notes)}")
+    parts.append(notes.text())
+    parts.append(_left_out(left_out))
+    return "".join(parts)
+
+
+def outcomes_of(record: Mapping[str, Any]) -> dict[str, Outcome]:
+    """The outcomes in one line of the results."""
+    return {name: Outcome.from_json(step) for name, step in record["steps"].items()}
+
+
+def names_in(text: str) -> list[str]:
+    """The models that a page lists, in order."""
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    return [row[1].strip().strip("`") for row in rows]
+
+
+def _counts(entries: list[Entry], results: Results) -> str:
+    checked = [outcomes_of(results[entry.name]) for entry in entries if entry.name in results]
+    right = [own for own in checked if "build" not in own and not _any(own, Status.WRONG)]
+    types = {entry.type for entry in entries}
+    lines = [
+        f"\n{len(entries)} models of {len(types)} types, {len(checked)} of them checked: {len(right)} with every"
+        f" applicable step right or refused, {sum(_any(own, Status.WRONG) for own in checked)} with a step that is"
+        f" wrong, {sum('build' in own for own in checked)} that do not get through transformers itself.\n",
+        "\n| step | right | not applicable | refused | wrong |\n|---|---|---|---|---|\n",
+    ]
+    for name in NAMES:
+        count = Counter(own[name].status for own in checked if name in own)
+        lines.append(f"| {name} | " + " | ".join(str(count[status]) for status in Status) + " |\n")
+    return "".join(lines)
+
+
+def _any(outcomes: dict[str, Outcome], status: Status) -> bool:
+    return any(outcome.status is status for outcome in outcomes.values())
+
+
+def _table(entries: tuple[Entry, ...], results: Results, notes: _Notes) -> str:
+    head = ["model", "type", "dtype", "resident", *NAMES]
+    lines = [f"| {' | '.join(head)} |\n", "|---" * len(head) + "|\n"]
+    for entry in entries:
+        record = results.get(entry.name)
+        outcomes = outcomes_of(record) if record is not None else {}
+        cells = [_cell(outcomes.get(name), outcomes.get("build"), notes) for name in NAMES]
+        dtype = str(entry.dtype).removeprefix("torch.")
+        lines.append(f"| `{entry.name}` | {entry.type} | {dtype} | {_resident(outcomes)} | {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def _cell(outcome: Outcome | None, build: Outcome | None, notes: _Notes) -> str:
+    if outcome is None:
+        return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else "not checked"
+    if outcome.status is Status.OK:
+        return SIGNS[outcome.status]
+    return f"{SIGNS[outcome.status]} {notes.number(outcome.line)}"
+
+
+def _resident(outcomes: dict[str, Outcome]) -> str:
+    """Of the compressed weights, how many stay spectra when the folder is loaded."""
+    share = outcomes["load"].numbers.get("resident") if "load" in outcomes else None
+    return "" if share is None else f"{100 * min(share, 1.0):.0f} %"
+
+
+class _Notes:
+    """Reasons, each once, in the order of the cells that need them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, line: str) -> str:
+        return f"[{self._numbers.setdefault(line, len(self._numbers) + 1)}]"
+
+    def text(self) -> str:
+        lines = [f"{number}. {_escaped(line)}\n" for line, number in self._numbers.items()]
+        return "\n## Reasons\n\n" + "".join(lines) if lines else ""
+
+
+def _escaped(line: str) -> str:
+    return line.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def _left_out(left_out: Mapping[str, str]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"- {reason}: {', '.join(names)}\n" for reason, names in reasons.items()]
+    return f"\n## Types of transformers that are not in the zoo: {len(left_out)}\n\n" + "".join(lines)
+
+
+def write_page(text: str, file: Path = PAGE) -> None:
+    """Write the page, with its folder."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
