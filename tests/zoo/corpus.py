@@ -6,8 +6,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-WORDS = tuple(
-    ["the", "a", "of", "frequency", "spectral", "weight", "model", "tensor", "layer", "small", "large", "code", "bit", "error", "matrix", "row", "column", "energy", "noise", "signal", "text", "token", "word", "line", "page", "shore", "river", "stone", "light", "wind", "water", "night", "day", "green", "blue", "red", "cold", "warm", "slow"]
+WORDS = (
+    "the a of frequency spectral weight model tensor layer small large code bit error matrix row column energy noise"
+    " signal text token word line page shore river stone light wind water night day green blue red cold warm slow"
 )
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 SENTENCES = 400
@@ -36,7 +37,8 @@ def make_corpus(folder: Path) -> Corpus:
     folder.mkdir(parents=True, exist_ok=True)
     own = Corpus(folder)
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(WORDS, k=draw.randint(6, 14))).capitalize() + "." for _ in range(SENTENCES)]
+    words = WORDS.split()
+    lines = [" ".join(draw.choices(words, k=draw.randint(6, 14))).capitalize() + "." for _ in range(SENTENCES)]
     own.text.write_text("\n".join(lines) + "\n")
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -57,6 +57,10 @@ class Entry:
         return torch.bfloat16 if odd and not self.only_float32 else torch.float32
 
     @property
+    def half(self) -> bool:
+        return self.dtype != torch.float32
+
+    @property
     def sharded(self) -> bool:
         return zlib.crc32(self.name.encode()) % 3 == 0
 

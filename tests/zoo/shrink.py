@@ -1,4 +1,4 @@
-"""A tiny configuration of a type, from the type's own defaults: sizes by their names, tokens into a small vocabulary."""
+"""A tiny configuration of a type, from the type's own defaults: sizes by name, tokens into a small vocabulary."""
 
 from __future__ import annotations
 
@@ -109,35 +109,37 @@ class Shrinker:
 
     def settings(self, config: Any) -> Settings:
         """What to give the class of ``config`` for a tiny one: only what differs from its defaults."""
-        from transformers import PreTrainedConfig
-
-        found: Settings = {}
-        for name, value in vars(config).items():
-            if name.startswith("_"):
-                continue
-            if isinstance(value, PreTrainedConfig):
-                found[name] = {"model_type": value.model_type} | self.settings(value)
-            elif isinstance(value, int) and name.endswith(("token_id", "token_index")):
-                found[name] = self.token(name, value)
-            elif isinstance(value, list) and name == "eos_token_id":
-                found[name] = 2
-            elif isinstance(value, dict):
-                found[name] = _turned(value)
-            else:
-                found[name] = _sized(name, value)
-        layers = next((found[name] for name in DEPTHS if name in found), 2)
-        for name in PER_LAYER:
-            if isinstance(found.get(name), (list, tuple)) and found[name] and isinstance(layers, int):
-                found[name] = _kinds(list(found[name]), layers)
-                layers = len(found[name])
-        for name in PER_LAYER:  # all of them as long as the longest
-            if isinstance(found.get(name), list):
-                found[name] = _kinds(found[name], layers)
-        found |= {name: layers for name in DEPTHS if name in found and any(kind in found for kind in PER_LAYER)}
-        defaults = vars(config)
+        defaults = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+        found = {name: self._tiny(name, value) for name, value in defaults.items()}
+        _fit_layers(found)
         if "kv_lora_rank" in found:  # latent attention: as many keys as queries
             found["num_key_value_heads"] = SIZES["num_attention_heads"]
         return {name: value for name, value in found.items() if value != defaults.get(name)}
+
+    def _tiny(self, name: str, value: Any) -> Any:
+        from transformers import PreTrainedConfig
+
+        if isinstance(value, PreTrainedConfig):
+            return {"model_type": value.model_type} | self.settings(value)
+        if isinstance(value, dict):
+            return _turned(value)
+        if isinstance(value, list) and name == "eos_token_id":
+            return 2
+        if isinstance(value, int) and name.endswith(("token_id", "token_index")):
+            return self.token(name, value)
+        return _sized(name, value)
+
+
+def _fit_layers(found: Settings) -> None:
+    """One layer of each kind at least; all lists of kinds as long as the longest, and as many layers."""
+    lists = [name for name in PER_LAYER if isinstance(found.get(name), (list, tuple)) and found[name]]
+    layers = next((found[name] for name in DEPTHS if isinstance(found.get(name), int)), 2)
+    for _ in range(2):  # the second time all have the length of the longest
+        for name in lists:
+            found[name] = _kinds(list(found[name]), layers)
+            layers = len(found[name])
+    if lists:
+        found |= {name: layers for name in DEPTHS if name in found}
 
 
 def tiny_settings(model_type: str, changes: Settings | None = None) -> Settings:

@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def half(self) -> bool:
-        return self.entry.dtype != torch.float32
+        return self.entry.half
 
     @property
     def tolerance(self) -> float:

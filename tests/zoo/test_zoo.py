@@ -1,0 +1,101 @@
+"""A sample of the zoo: a model for every special case, each through every step that applies to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.zoo.corpus import Corpus, make_corpus
+from tests.zoo.entries import ZOO
+from tests.zoo.entry import Entry
+from tests.zoo.outcome import Outcome, Status
+from tests.zoo.steps import STEPS, Step, run_step
+from tests.zoo.subject import Subject, prepare
+
+# name: what is special about it
+SAMPLE = {
+    "llama": "one of many",
+    "gpt2": "Conv1D, a tied head",
+    "decision_transformer": "Conv1D and Linear",
+    "gemma3_text": "scaled embeddings, tied",
+    "mixtral": "experts in files of one tensor each, fused in the module",
+    "gpt_oss": "fused experts with biases, transposed",
+    "granitemoe": "fused experts with a class of their own",
+    "falcon": "linear layers of a class of their own",
+    "olmo": "no parameter beside the compressed ones",
+    "mamba": "state space",
+    "zamba2": "one block used by several layers",
+    "distilbert": "a tied head with a bias",
+    "bert-cls": "a classifier",
+    "nomic_bert": "one tensor in the file, three layers in the module",
+    "vit": "names changed at loading",
+    "llava": "images and text, names changed at loading",
+    "clip": "two towers",
+    "mask2former": "layers that are also in a Python list",
+    "t5": "encoder and decoder",
+    "marian": "encoder and decoder that share an embedding",
+    "whisper": "speech",
+    "own-code": "code of its own",
+}
+HEALED = ("llama", "gpt2", "distilbert", "own-code")
+# refusals that stand: encoder-decoders are not calibrated or healed
+REFUSED = {(name, step) for name in ("t5", "marian") for step in ("calibrate", "heal")}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, different for every architecture
+
+
+def _applies(entry: Entry, step: Step) -> bool:
+    if step.name == "heal":
+        return entry.name in HEALED
+    if step.name == "calibrate":
+        return entry.text
+    return step.name != "swap" or bool(entry.mixer)
+
+
+CASES = [(name, step) for name in SAMPLE for step in STEPS if _applies(ZOO[name], step)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="module")
+def work(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Corpus
+) -> tuple[Subject, dict[str, Outcome]]:
+    folder: Path = tmp_path_factory.mktemp("zoo")
+    return prepare(ZOO[request.param], folder, corpus), {}
+
+
+@pytest.mark.parametrize(("work", "step"), CASES, indirect=["work"], ids=[f"{n}-{s.name}" for n, s in CASES])
+def test_step(work: tuple[Subject, dict[str, Outcome]], step: Step) -> None:
+    subject, done = work
+    outcome = done[step.name] = run_step(step, subject, done)
+    if outcome.status is Status.NOT_APPLICABLE:
+        pytest.skip(outcome.line)
+    expected = Status.REFUSED if (subject.entry.name, step.name) in REFUSED else Status.OK
+    assert outcome.status is expected, outcome.line
+
+
+@pytest.mark.parametrize("work", SAMPLE, indirect=True)
+def test_transformers_loads_what_it_saves(work: tuple[Subject, dict[str, Outcome]]) -> None:
+    subject, _ = work
+    assert subject.saved_error <= subject.tolerance
+
+
+def test_the_sample_has_both_dtypes_and_both_layouts() -> None:
+    sample = [ZOO[name] for name in SAMPLE]
+    assert {entry.half for entry in sample} == {False, True}
+    assert {entry.sharded for entry in sample} == {False, True}
