@@ -28,6 +28,7 @@ from spectral_surgery.checkpoint.lora_files import (
     features,
     is_base_copy,
     is_rows,
+    misfits,
     trained_rows,
 )
 from spectral_surgery.checkpoint.publish import sync, writing_to
@@ -72,7 +73,9 @@ def read_adapter(folder: Path) -> AdapterState:
     spec = settle(spec, config, [*layers, *(name for own in parameters.values() for name in own)])
     spec, absent = _saved_modules(spec, extra)
     matrices = {name: own for name, own in layers.items() if name not in parameters}
-    problems = [f"{name} is unexpected" for name in strange] + absent + _misfits(matrices, spec) + _not_finite(tensors)
+    if spec.method.peft_type == "LORA":
+        strange += misfits(Plain(matrices), config)
+    problems = strange + absent + _misfits(matrices, spec) + _not_finite(tensors)
     if not layers and not rows:
         problems.append(f"no tensor of {spec.method.name} is there")
     if problems:
@@ -153,7 +156,7 @@ def _missing(folder: Path) -> str:
 def _sorted_out(
     tensors: Mapping[str, Tensor], spec: AdapterSpec
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """(tensors of the adapter by layer and key, other trained tensors, names that are neither)."""
+    """(tensors of the adapter by layer and key, other trained tensors, what is neither, in words)."""
     layers: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     strange = []
@@ -171,7 +174,7 @@ def _sorted_out(
     meant = [layer for layer in layers if spec.targets.matches(layer) or _parameters(layer, spec)]
     meant += [layer for layer in layers if spec.targets.ensure_weight_tying]  # the tied modules are not listed
     strange += [f"{_PREFIX}{layer}.*" for layer in layers if layer not in meant]
-    return layers, extra, strange
+    return layers, extra, [f"{name} is unexpected" for name in strange]
 
 
 def _parameters(layer: str, spec: AdapterSpec) -> tuple[str, ...]:

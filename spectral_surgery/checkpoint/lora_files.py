@@ -76,6 +76,25 @@ def as_stored(state: AdapterState) -> Layers:
     return layers
 
 
+def misfits(plain: Plain, config: Mapping[str, object]) -> list[str]:
+    """Tensors that are there, or are not, against what adapter_config.json says, in words.
+
+    Args:
+        plain: layers that are modules.
+        config: content of adapter_config.json.
+    """
+    problems = []
+    for layer, own in plain.layers.items():
+        problems += [f"{layer}.lora_{key} is unexpected" for key in own if key.startswith("embedding_")]
+        for key, name, said in (
+            ("magnitude", "lora_magnitude_vector", "use_dora"),
+            ("bias", "lora_B.bias", "lora_bias"),
+        ):
+            if (key in own) != bool(config.get(said)):
+                problems.append(f"{layer}.{name} is {'unexpected' if key in own else 'missing'}: {said} says so")
+    return problems
+
+
 def features(state: AdapterState) -> dict[str, object]:
     """What adapter_config.json says of it beyond the settings."""
     keys = {key for own in state.layers.values() for key in own}

@@ -162,7 +162,7 @@ def read_record(root: Path) -> MergeRecord:
     body = read_json(path)
     version = body.get("format_version")
     if version not in (_FIRST_VERSION, FORMAT_VERSION):
-        raise FormatVersionError(f"{path}: format_version {version!r}; {FORMAT_VERSION} is accepted. Upgrade.")
+        raise FormatVersionError(f"{path}: format_version {version!r}; up to {FORMAT_VERSION} is accepted. Upgrade.")
     try:
         weights = tuple(float(weight) for weight in _as(list, body["weights"]))
         aliases = {_as(str, a): _as(str, b) for a, b in _as(dict, body["aliases"]).items()}

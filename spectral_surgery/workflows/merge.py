@@ -124,14 +124,7 @@ def merge(
             write_checkpoint(folder, work.entries())
             undo_bytes = stream.tell()
         copy_companions(plan.index, folder, plan.config)
-        if plan.config != plan.index.config:
-            shutil.copyfile(plan.index.root / CONFIG_FILE, folder / FOLDER / CONFIG_FILE)  # for unmerge
-        used = {source.number for tensor in work.tensors.values() for source in tensor.sources}
-        for number, state in enumerate(plan.states):
-            if number in used:
-                write_adapter(without_extra(state), adapter_folder(folder, number))
-        record = MergeRecord(plan.weights, work.tensors, plan.aliases)
-        (folder / FOLDER / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        record = _write_record(plan, work.tensors, folder)
         if (folder / cards.FILE_NAME).is_file():
             shutil.copyfile(folder / cards.FILE_NAME, folder / FOLDER / cards.FILE_NAME)  # for unmerge
         cards.write_derived(folder, merged_facts(record, read_index(folder), origin))
@@ -146,6 +139,18 @@ def merge(
         time.perf_counter() - started,
         peak_rss_bytes(),
     )
+
+
+def _write_record(plan: MergePlan, tensors: dict[str, MergedTensor], folder: Path) -> MergeRecord:
+    """Write what unmerge needs beside the coded tensors."""
+    if plan.config != plan.index.config:
+        shutil.copyfile(plan.index.root / CONFIG_FILE, folder / FOLDER / CONFIG_FILE)
+    used = {source.number for tensor in tensors.values() for source in tensor.sources}
+    for number in used:
+        write_adapter(without_extra(plan.states[number]), adapter_folder(folder, number))
+    record = MergeRecord(plan.weights, tensors, plan.aliases)
+    (folder / FOLDER / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+    return record
 
 
 @dataclass(frozen=True)

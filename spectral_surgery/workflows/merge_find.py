@@ -84,9 +84,10 @@ class Finder:
             name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
             found = self.base.names.find(name)
             own = found.name if found and not self.base.tied_with(name) else name
-            if full.endswith(".base_layer.weight") and _equal(found, tensor):
+            copy = full.endswith(".base_layer.weight")
+            if copy and _equal(found, tensor):
                 continue  # PEFT's copy of the base, beside an update
-            if own in self._whole and not torch.equal(self._whole[own], tensor):
+            if own in self._whole and not (copy and torch.equal(self._whole[own], tensor)):
                 self.wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
             self._whole[own] = tensor
 

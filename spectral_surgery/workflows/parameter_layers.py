@@ -29,6 +29,8 @@ def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState,
     Returns:
         The adapter with layers named as parameters, whose rank and lora_alpha are those of all experts together.
     """
+    if not state.parameters:
+        return state, []
     layers, wrong = {}, []
     chosen: dict[str, str] = {}
     modules: dict[str, list[str]] = {}
@@ -51,8 +53,7 @@ def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState,
     for name in layers:
         own, experts = config.for_layer(name), _experts(base, name) if name in chosen.values() else 1
         ranks[re.escape(name)], alphas[re.escape(name)] = own.r * experts, own.lora_alpha * experts
-    if chosen:
-        config = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+    config = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
     spec, parameters = replace(state.spec, config=config), {name: (name,) for name in chosen.values()}
     return replace(state, spec=spec, layers=layers, parameters=parameters), wrong
 

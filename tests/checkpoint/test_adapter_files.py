@@ -197,11 +197,18 @@ def test_wrong_configuration(folder: Path, changes: dict[str, Any], text: str) -
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"use_dora": True}, "use_dora = True: not supported, and the adapter would be wrong"),
-        ({"lora_bias": True}, "lora_bias = True: not supported"),
-        ({"target_parameters": ["w"]}, "target_parameters = "),
-        ({"use_dora": True, "layer_replication": [[0, 1]]}, "layer_replication = .*, use_dora = True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; True, False, gaussian"),
+        ({"use_dora": True}, r"0\.query\.lora_magnitude_vector is missing: use_dora says so"),
+        ({"lora_bias": True}, r"0\.query\.lora_B\.bias is missing: lora_bias says so"),
+        ({"use_qalora": True, "layer_replication": [[0, 1]]}, "layer_replication = .*, use_qalora = True: not supp"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "is 'pissa_niter_4', which takes a part out .*path_initial",
+        ),
+        ({"init_lora_weights": "olora"}, "which takes a part out of the base"),
+        ({"init_lora_weights": "corda"}, "which takes a part out of the base"),
+        ({"init_lora_weights": "lora_ga"}, "which takes a part out of the base"),
+        ({"init_lora_weights": "loftq"}, "which replaces the base by a quantised one .* Merge it with PEFT"),
+        ({"init_lora_weights": "new"}, "init_lora_weights is 'new'; True, False, gaussian"),
         ({"use_rslora": 2}, "use_rslora is 2; False, True"),
         ({"r": 0}, "r is 0; positive numbers"),
         ({"r": 3}, r"lora_A.weight is .* not floats of shape \[3, any\]; .*lora_B.weight .* \[any, 3\]"),
@@ -214,11 +221,14 @@ def test_lora_that_we_do_not_have(tmp_path: Path, changes: dict[str, Any], text:
         read_adapter(tmp_path / "a")
 
 
-def test_lora_of_a_convolution_or_embedding(tmp_path: Path) -> None:
+def test_lora_of_both_a_linear_layer_and_an_embedding(tmp_path: Path) -> None:
     write_adapter(filled(spec("lora")), tmp_path / "a")
     layer = "base_model.model.encoder.layer.0.query."
-    store(tmp_path / "a", {f"{layer}lora_A.weight": torch.ones(2, 8, 3, 3), f"{layer}lora_embedding_A": torch.ones(2)})
-    with pytest.raises(CheckpointError, match=r"lora_embedding_A is unexpected; .*shape \[2, 8, 3, 3\], not floats"):
+    store(tmp_path / "a", {f"{layer}lora_embedding_A": torch.ones(2, 3)})
+    with pytest.raises(CheckpointError, match=r"0\.query\.lora_embedding_A is unexpected"):
+        read_adapter(tmp_path / "a")
+    store(tmp_path / "a", {f"{layer}lora_embedding_A": None, f"{layer}lora_magnitude_vector": torch.ones(12)})
+    with pytest.raises(CheckpointError, match=r"0\.query\.lora_magnitude_vector is unexpected: use_dora says so"):
         read_adapter(tmp_path / "a")
 
 

@@ -227,12 +227,12 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
         record.write_text(text)
         data.write_bytes(raw)
 
-    record.write_text(text.replace('"format_version": 1', '"format_version": 9'))
-    refused(FormatVersionError, "format_version 9; 1 is accepted")
+    record.write_text(text.replace('"format_version": 2', '"format_version": 9'))
+    refused(FormatVersionError, "format_version 9; up to 2 is accepted")
     for old, new in (
         ('"step": ', '"stop": '),
         ('"offset": ', '"offset": -'),
-        ('"transposed": false', '"transposed": 0'),
+        ('"coding": "update"', '"coding": "xor"'),
     ):
         record.write_text(text.replace(old, new))
         refused(CheckpointError, r"merge\.json: is damaged")
