@@ -100,6 +100,11 @@ def _show_report(report: ExtractReport, out: Path, *, as_json: bool, more: dict[
         click.echo(f"{name}: {what if what == 'saved whole' else f'differs, not covered: {what}'}")
     if any(what != "saved whole" for what in report.rest.values()):
         click.echo("Not covered tensors keep the values of BASE; --save-rest stores those it can.")
+    for other, name in report.tied.items():
+        click.echo(
+            f"tied: {other} = {name}: merging changes both; a live model of PEFT changes {name} alone. To have both"
+            " there, exclude it and use --save-rest."
+        )
     click.echo(
         f"{report.method}: relative error {report.relative_error:.4f} of the difference of {len(report.layers)}"
         f" matrices, {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"

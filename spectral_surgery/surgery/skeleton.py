@@ -56,6 +56,16 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
     return root
 
 
+def is_conv1d(name: str, model_type: object) -> bool | None:
+    """Whether a module stores [I, O], as Conv1D of transformers does; None where the type of the model does not tell.
+
+    Args:
+        name: of the module.
+        model_type: of config.json.
+    """
+    return name.rpartition(".")[2] in _TRANSPOSED if model_type in _TRANSPOSED_MODELS else None
+
+
 def _module(name: str, tensors: Mapping[str, tuple[int, ...]], model_type: str | None) -> nn.Module:
     weight, leaf = tensors.get("weight", ()), name.rpartition(".")[2]
     with torch.device("meta"):
@@ -66,7 +76,7 @@ def _module(name: str, tensors: Mapping[str, tuple[int, ...]], model_type: str |
             return nn.Module()
         if _EMBEDDING.fullmatch(leaf):
             return nn.Embedding(*weight)
-        if model_type in _TRANSPOSED_MODELS and leaf in _TRANSPOSED:
+        if is_conv1d(name, model_type):
             return Conv1D(torch.empty(weight))
         return nn.Linear(weight[1], weight[0], bias="bias" in tensors)
 

@@ -14,6 +14,7 @@ from spectral_surgery.checkpoint.plan import find_tied
 from spectral_surgery.errors import BackendError, CheckpointError
 from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
 from spectral_surgery.models import outline_model
+from spectral_surgery.surgery.skeleton import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class BaseModel:
         return None
 
     def is_transposed(self, state: AdapterState, layer: str, shape: Sequence[int]) -> bool:
-        """Whether a matrix is stored as [I, O]: the module tells, else the factors do, else the adapter."""
+        """Whether a matrix is stored as [I, O]: the module tells, else factors, names or the adapter's own word."""
         if len(shape) != 2 or layer in state.embeddings:
             return False
         module = self.module(layer)
@@ -74,7 +75,8 @@ class BaseModel:
         told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
         if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
             return tuple(shape) != told
-        return state.spec.targets.fan_in_fan_out
+        named = is_conv1d(layer, self.index.config.get("model_type"))
+        return state.spec.targets.fan_in_fan_out if named is None else named
 
     def _spellings(self, name: str) -> Iterator[str]:
         yield name

@@ -100,6 +100,8 @@ class ExtractReport:
         unit: what a component is: rank or n_frequency.
         layers: every matrix that differs.
         rest: what becomes of other tensors that differ, by name: ``saved whole``, or the reason it is not covered.
+        tied: name -> name of parameters that are one, and of which the adapter changes the second: merging changes
+            both, in a live model of PEFT the first stays as it is.
         stored_bytes: of the file with the tensors.
         seconds: wall time.
         peak_rss_bytes: largest resident size of this process.
@@ -109,6 +111,7 @@ class ExtractReport:
     unit: str
     layers: tuple[LayerReport, ...]
     rest: dict[str, str]
+    tied: dict[str, str]
     stored_bytes: int
     seconds: float
     peak_rss_bytes: int
@@ -128,6 +131,7 @@ class ExtractReport:
             "stored_bytes": self.stored_bytes,
             "layers": [layer.to_json() for layer in self.layers],
             "rest": self.rest,
+            "tied": self.tied,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
         }
@@ -180,13 +184,25 @@ def extract(
     name = options.base_model or str(base)
     task = task_of(plan.tuned.config)
     spec = AdapterSpec(extractor.method, fitted.config, rest.targets, name, options.revision, task)
-    state = AdapterState(spec, fitted.layers, {name: read_tensor(info) for name, info in rest.tensors.items()})
+    extra = {name: read_tensor(info) for name, info in rest.tensors.items()}
+    state = AdapterState(spec, fitted.layers, extra, plan.embeddings & fitted.layers.keys(), _kernels(plan, fitted))
     layers = measure(state, updates, fitted, steps.advance)
     with publishing(out, overwrite=overwrite) as folder:
         stored = _write(folder, state, layers, options)
     seconds = time.perf_counter() - started
     left = {name: rest.missing.get(name, SAVED) for name in plan.rest} if options.save_rest else plan.rest
-    return ExtractReport(options.method, extractor.unit, layers, left, stored, seconds, peak_rss_bytes())
+    tied = _tied(plan, fitted)
+    return ExtractReport(options.method, extractor.unit, layers, left, tied, stored, seconds, peak_rss_bytes())
+
+
+def _kernels(plan: ExtractPlan, fitted: Fit) -> dict[str, tuple[int, ...]]:
+    return {layer: kernel for layer, kernel in plan.kernels.items() if layer in fitted.layers}
+
+
+def _tied(plan: ExtractPlan, fitted: Fit) -> dict[str, str]:
+    """Parameters that are one with that of a layer."""
+    names = [f"{layer}.weight" for layer in plan.embeddings & fitted.layers.keys()]
+    return {other: name for name in names for other in plan.model.tied_with(name) if other != name}
 
 
 def _write(folder: Path, state: AdapterState, layers: Sequence[LayerReport], options: ExtractOptions) -> int:
@@ -251,7 +267,7 @@ def _rest(plan: ExtractPlan, layers: list[str], options: ExtractOptions) -> Rest
     targets = ModuleTargets(tuple(layers), fan_in_fan_out=plan.transposed)
     if not options.save_rest:
         return Rest(targets)
-    return save_rest(plan.tuned, plan.rest, layers, targets, options.method)
+    return save_rest(plan.model, plan.rest, layers, targets, options.method)
 
 
 def room(size: Size, names: Collection[str], whole: int) -> Size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters import METHODS
-from spectral_surgery.adapters.layer import kind_of, shape_of
+from spectral_surgery.adapters.layer import forms_of, kind_of, shape_of
 from spectral_surgery.checkpoint.adapter_config import DIALECTS
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.checkpoint.plan import find_tied
@@ -21,6 +21,7 @@ from spectral_surgery.surgery.extract import Update
 from spectral_surgery.surgery.resolve import candidates
 from spectral_surgery.surgery.skeleton import skeleton
 from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
+from spectral_surgery.workflows.base_model import BaseModel, base_model
 from spectral_surgery.workflows.merge_plan import tensor_of
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -38,15 +39,23 @@ class Pair:
         layer: name of its module in the tuned one.
         base: the tensor before.
         tuned: the tensor after.
-        shape: (O, I) of the update.
-        transposed: whether it is stored as [I, O].
+        module: on the meta device.
     """
 
     layer: str
     base: TensorInfo
     tuned: TensorInfo
-    shape: tuple[int, int]
-    transposed: bool
+    module: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the update."""
+        return shape_of(self.module)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [I, O]."""
+        return type(self.module).__name__ == "Conv1D"
 
     def delta(self) -> Tensor:
         """ΔW, [O, I] float32."""
@@ -68,7 +77,9 @@ class ExtractPlan:
         tuned: the one after.
         pairs: matrices that may get an adapter; whether they differ is found when they are read.
         rest: reason by name of tensors that differ and get none.
-        transposed: whether the matrices are stored as [I, O].
+        transposed: whether most matrices are stored as [I, O]; PEFT looks at each itself.
+        embeddings: layers that are embeddings.
+        kernels: sides of the kernel by convolution.
     """
 
     base: CheckpointIndex
@@ -76,6 +87,13 @@ class ExtractPlan:
     pairs: tuple[Pair, ...]
     rest: dict[str, str]
     transposed: bool
+    embeddings: frozenset[str] = frozenset()
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> BaseModel:
+        """What is known of the tuned model."""
+        return base_model(self.tuned)
 
 
 def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets) -> ExtractPlan:
@@ -84,7 +102,7 @@ def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets
     Args:
         base: the model before.
         tuned: the same model after fine-tuning; it may have a head more.
-        method: name of the row of METHODS; PEFT's own cannot keep embeddings in its files.
+        method: name of the row of METHODS; PEFT's FourierFT cannot keep embeddings in its files.
         targets: which modules get an adapter; target_modules None for all that can.
 
     Raises:
@@ -102,7 +120,9 @@ def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets
     rest = work.compare_others(chosen)
     if not chosen and len(rest) == len(work.tuned.tensors):
         raise CheckpointError(f"{tuned}: has no tensor in common with {base}; a model tuned from it is accepted.")
-    return ExtractPlan(*indices, tuple(chosen.values()), rest, any(pair.transposed for pair in chosen.values()))
+    transposed = sum(pair.transposed for pair in chosen.values()) * 2 > len(chosen)
+    forms = forms_of({pair.layer: pair.module for pair in chosen.values()})
+    return ExtractPlan(*indices, tuple(chosen.values()), rest, transposed, *forms)
 
 
 @dataclass(frozen=True)
@@ -143,11 +163,7 @@ class _Comparison:
             if reason or info is None:
                 self.why_not[name] = reason or _ABSENT
                 continue
-            pairs[name] = Pair(layer, info, tuned, shape_of(module), type(module).__name__ == "Conv1D")
-        if len({pair.transposed for pair in pairs.values()}) > 1:  # the files of an adapter say it once for all
-            for name in [name for name, pair in pairs.items() if not pair.transposed]:
-                self.why_not[name] = "stored as [O, I], where most matrices of this model are [I, O]"
-                del pairs[name]
+            pairs[name] = Pair(layer, info, tuned, module)
         return pairs
 
     def compare_others(self, chosen: Iterable[str]) -> dict[str, str]:
@@ -183,7 +199,7 @@ class _Comparison:
         if base is None:
             return _ABSENT
         first = self.tuned_tied.get(name, "")
-        embedding = isinstance(module, nn.Embedding) and METHODS[method].peft_type in DIALECTS
+        embedding = isinstance(module, nn.Embedding) and METHODS[method].peft_type in DIALECTS.keys() - {"LORA"}
         reasons = {
             _reshaped(base, info): base.shape != info.shape,
             f"{info.dtype}, where floats are needed": not {base.dtype, info.dtype} <= {*_FLOATS},

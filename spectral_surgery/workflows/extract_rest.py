@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.base_model import BaseModel
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
@@ -27,17 +28,20 @@ class Rest:
 
 
 def save_rest(
-    tuned: CheckpointIndex, rest: dict[str, str], layers: Collection[str], targets: ModuleTargets, method: str
+    model: BaseModel, rest: dict[str, str], layers: Collection[str], targets: ModuleTargets, method: str
 ) -> Rest:
     """Choose how to store tensors whole: biases of adapted layers as trained biases, others with their modules.
 
+    A module that is tied to another one is stored for both: PEFT makes two of them, and leaves the other as it was.
+
     Args:
-        tuned: the checkpoint they are in.
+        model: of the checkpoint they are in.
         rest: reason by name of what differs; one with another shape than the base cannot replace it.
         layers: modules with an adapter.
         targets: of the adapter.
         method: its name.
     """
+    tuned = model.index
     missing = {name: reason for name, reason in rest.items() if ", in BASE" in reason}
     biases = [name for name in rest if name not in missing and _is_bias_of(name, layers)]
     modules: list[str] = []
@@ -55,9 +59,19 @@ def save_rest(
         targets = replace(targets, bias=f"{method}_only")
         every = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in tuned.tensors]
         tensors = {f"{name.removesuffix('.bias')}.base_layer.bias": tuned.tensors[name] for name in every}
+    tied = {own for module in modules for name in _tensors_of(tuned, module) for own in model.tied_with(name)}
+    modules += sorted({name.rpartition(".")[0] for name in tied} - {*modules})
     targets = replace(targets, modules_to_save=tuple(modules))
+    for name in (*model.ties, *model.ties.values()):
+        found = model.names.find(name)
+        if targets.saves(name) and found is not None and found.whole is not None:
+            tensors[name] = found.whole
     tensors |= {name: info for name, info in tuned.tensors.items() if targets.saves(name)}
     return Rest(targets, tensors, missing)
+
+
+def _tensors_of(tuned: CheckpointIndex, module: str) -> list[str]:
+    return [name for name in tuned.tensors if name.rpartition(".")[0] == module]
 
 
 def _is_bias_of(name: str, layers: Collection[str]) -> bool:

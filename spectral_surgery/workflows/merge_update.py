@@ -58,13 +58,14 @@ def change_of(
     Raises:
         NotMergeableError: when an adapter is not one weight update.
     """
-    total = torch.zeros(tuple(shape), dtype=torch.float64)
+    total: Tensor | None = None
     scale: Tensor | None = None
     known, used = iter(factors), []
     for source in sources:
         state, own = states[source.number], source.resolved(shape)
-        delta = _placed(state, own, shape) * weights[own.number]
-        total += delta if scale is None else delta / scale
+        delta = _placed(state, own, shape).mul_(weights[own.number])
+        part = delta if scale is None else delta / scale
+        total = part if total is None else total + part
         magnitude = state.layers[own.layer].get("magnitude")
         if magnitude is None or len(own.shape) == 1:
             continue
@@ -74,7 +75,7 @@ def change_of(
         used.append(factor)
         spread = _spread(state, own, factor, shape)
         scale = spread if scale is None else scale * spread
-    return Change(total, scale, tuple(used))
+    return Change(cast(Tensor, total), scale, tuple(used))
 
 
 def factor_sizes(
@@ -108,13 +109,13 @@ def update_rows(state: AdapterState, source: Source, start: int, count: int) -> 
     if len(shape) == 1:
         return scaling * own["bias"].double()[start : start + count, None]
     if lora and len(shape) == 3 and source.layer not in state.kernels:
-        return torch.cat(list(_expert_rows(own, source, start, count))) * scaling
+        return torch.cat(list(_expert_rows(own, source, start, count))).mul_(scaling)
     if lora:
         up, down = own["B"].double(), own["A"].double()
         left, right = (down.T, up.T) if source.transposed else (up, down)
         per_row = rows_of(shape) // len(left)
         first, last = start // per_row, -(-(start + count) // per_row)
-        rows = (left[first:last] @ right).reshape(-1, shape[-1]) * scaling
+        rows = (left[first:last] * scaling @ right).reshape(-1, shape[-1])
         return rows[start - first * per_row :][:count]
     with torch.no_grad():
         adapter = copy.deepcopy(state.build(source.layer, *source.out_in)).double()
@@ -137,6 +138,9 @@ def _expert_rows(own: Mapping[str, Tensor], source: Source, start: int, count: i
 def _placed(state: AdapterState, source: Source, shape: Sequence[int]) -> Tensor:
     """The update, in the rows of the stored tensor that it changes: of shape, float64."""
     turned = (*shape[:-2], shape[-1], shape[-2]) if source.turned else tuple(shape)
+    if source.spans == ((0, 0, rows_of(turned)),):
+        whole = update_rows(state, source, 0, rows_of(turned)).reshape(turned)
+        return whole.mT if source.turned else whole
     placed = torch.zeros(turned, dtype=torch.float64)
     matrix = as_rows(placed)
     for row, stored, count in source.spans:

@@ -152,7 +152,9 @@ def test_embeddings(tmp_path: Path) -> None:
     )
     embed = EMBED.removesuffix(".weight")
     assert {layer.layer for layer in run(folders, "spectral_delta").layers} == {embed, Q}
-    assert run(folders, "lora").rest == {EMBED: "an embedding, for which files of lora have no form that PEFT reads"}
+    assert {layer.layer for layer in run(folders, "lora").layers} == {embed, Q}
+    rest = run(folders, "fourierft").rest
+    assert rest == {EMBED: "an embedding, for which files of fourierft have no form that PEFT reads"}
     asked = run(folders, "lora", targets=ModuleTargets(("embed_tokens",)))
     assert [layer.layer for layer in asked.layers] == [embed]
     assert asked.rest == {f"{Q}.weight": "not among the targets"}
@@ -167,6 +169,7 @@ def test_tied_weights_named_as_targets_are_changed_together(tmp_path: Path) -> N
     report = run(folders, "lora", "count", 90, targets=ModuleTargets(("embed_tokens", "lm_head")))
     assert [layer.layer for layer in report.layers] == ["model.embed_tokens"]
     assert report.rest == {}
+    assert report.to_json()["tied"] == {HEAD: EMBED}
     merge(folders[0], [folders[2]], tmp_path / "merged")
     torch.testing.assert_close(tensors_of(tmp_path / "merged")[HEAD], tuned[HEAD], rtol=1e-2, atol=1e-3)
     untied = tuned | {HEAD: gaussian(300, 96, seed=9)}
@@ -189,14 +192,12 @@ def test_transposed_weights_and_convolutions(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     report = run(folders, value=12)
-    assert [(layer.layer, layer.shape) for layer in report.layers] == [("h.0.attn.c_attn", (36, 12))]
-    assert "stored as [O, I], where" in report.rest["h.0.other.weight"]
-    spec = read_adapter(folders[2]).spec
-    assert spec.targets.fan_in_fan_out
-    assert spec.task_type == "CAUSAL_LM"
+    shapes = {layer.layer: layer.shape for layer in report.layers}
+    assert shapes == {"h.0.attn.c_attn": (36, 12), "h.0.other": (12, 12)}
+    assert read_adapter(folders[2]).spec.task_type == "CAUSAL_LM"
     merge(folders[0], [folders[2]], tmp_path / "merged")
-    name = "h.0.attn.c_attn.weight"
-    torch.testing.assert_close(tensors_of(tmp_path / "merged")[name], tuned[name])
+    for name in ("h.0.attn.c_attn.weight", "h.0.other.weight"):
+        torch.testing.assert_close(tensors_of(tmp_path / "merged")[name], tuned[name])
     conv = {"patch.weight": gaussian(6, 3, 4, 4)}
     write_folder(tmp_path / "conv", conv)
     write_folder(tmp_path / "conv2", {"patch.weight": conv["patch.weight"] + gaussian(6, 3, 4, 4, seed=1)})
@@ -320,3 +321,36 @@ def test_wrong_usage(folders: tuple[Path, Path, Path], arguments: tuple[object, 
     result = invoke(*folders, "--method", "lora", *arguments)
     assert result.exit_code == 2
     assert match in result.output
+
+
+@pytest.mark.parametrize("method", ["lora", "fourierft"])
+def test_peft_has_a_changed_tied_embedding_in_both_its_places(tmp_path: Path, method: str) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)).eval()
+
+    base, tuned = fresh(), fresh()
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+            tuned.get_parameter(name).add_(gaussian(*tuned.get_parameter(name).shape, seed=len(name)))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    folders = (tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
+    unit = {"kind": "count", "value": 32 if method == "lora" else 1024}
+    listed = run(folders, method, **unit)
+    assert listed.rest == {EMBED: "tied to the output layer, which an adapter would not reach in a live model"}
+    report = run(folders, method, save_rest=True, **unit)
+    assert report.rest == {EMBED: "saved whole"}
+    with warnings.catch_warnings():  # of the libraries, not ours
+        warnings.simplefilter("ignore")
+        live = peft.PeftModel.from_pretrained(fresh(), tmp_path / "out").eval()
+    merge(folders[0], [folders[2]], tmp_path / "merged")
+    wanted = {
+        "lora": outputs("llama", tuned),
+        "fourierft": outputs("llama", LlamaForCausalLM.from_pretrained(tmp_path / "merged")),
+    }
+    torch.testing.assert_close(outputs("llama", live), wanted[method], rtol=1e-4, atol=1e-4)

@@ -255,6 +255,28 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
     refused(UnmergeError, r"q_proj\.weight: was changed after the merge")
 
 
+def test_records_of_the_first_version_are_read(tmp_path: Path, base: Path) -> None:
+    merged, extra = tmp_path / "merged", {"lm_head.weight": gaussian(300, 96)}
+    merge(base, [adapter(tmp_path / "a", modules_to_save=("lm_head",), extra=extra)], merged)
+    folder = merged / merge_record.FOLDER
+    rows, raw = (
+        json.loads((folder / merge_record.RECORD_FILE).read_text()),
+        (folder / merge_record.DATA_FILE).read_bytes(),
+    )
+    rows["format_version"] = 1
+    for name, row in rows["tensors"].items():
+        if row.pop("coding") != "update":  # it held the base as it was
+            data = merge_record.compressed(tensors_of(base)[name])
+            row |= {"offset": len(raw), "nbytes": len(data)}
+            raw += data
+        row["transposed"] = False
+        del row["shape"]
+    (folder / merge_record.RECORD_FILE).write_text(json.dumps(rows))
+    (folder / merge_record.DATA_FILE).write_bytes(raw)
+    unmerge(merged, tmp_path / "again")
+    assert same(tensors_of(tmp_path / "again"), tensors_of(base))
+
+
 def test_commands(tmp_path: Path, base: Path) -> None:
     own, merged, again = adapter(tmp_path / "a"), tmp_path / "merged", tmp_path / "again"
     run = CliRunner().invoke

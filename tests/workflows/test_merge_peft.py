@@ -32,6 +32,10 @@ MOE = {"head_dim": 8, "num_key_value_heads": 2, "num_experts": 4, "num_experts_p
 QWEN = ("Qwen3MoeForCausalLM", {**MOE, "decoder_sparse_step": 1})
 OSS = ("GptOssForCausalLM", {**MOE, "intermediate_size": 32, "num_local_experts": 4})
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
+SMALL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 8}
+SMALL |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 15}
+WHISPER = ("WhisperForConditionalGeneration", {**SMALL, "pad_token_id": 0, "decoder_start_token_id": 1})
+SOUND = {"input_features": torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30), "decoder_input_ids": IDS[:, :4][:1]}
 Model = tuple[str, dict[str, Any]]
 
 
@@ -40,7 +44,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def peft(folder: Path, model: Model, lora: dict[str, Any], grow: int = 0) -> Merged:
-    inputs = PIXELS if model is VIT else None
+    inputs = PIXELS if model is VIT else SOUND if model is WHISPER else None
     return adapted(folder, build(model[0], **model[1]), inputs, lora, grow)
 
 
@@ -66,7 +70,7 @@ def assert_given_back(folder: Path, base: Path) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor, after[name]), name
+        assert torch.equal(tensor, after[name])
     assert (folder / "again" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
@@ -77,6 +81,9 @@ def assert_given_back(folder: Path, base: Path) -> None:
         pytest.param(LLAMA, {"target_modules": ["q_proj", "k_proj"], "r": 50}, id="rank above the sides"),
         pytest.param(LLAMA, {"target_modules": ["q_proj"], "fan_in_fan_out": True}, id="a flag that is wrong"),
         pytest.param(VIT, {"target_modules": ["projection", "classifier"], "r": 4}, id="convolution"),
+        pytest.param(
+            WHISPER, {"target_modules": ["conv1", "conv2"], "use_dora": True}, id="convolution along one axis"
+        ),
         pytest.param(VIT, {"target_modules": ["projection"], "use_dora": True}, id="DoRA of a convolution"),
         pytest.param(VIT, {"target_modules": ["projection"], "lora_bias": True}, id="lora_bias of a convolution"),
         pytest.param(LLAMA, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, id="DoRA"),
@@ -123,7 +130,7 @@ def assert_given_back(folder: Path, base: Path) -> None:
 )
 def test_weights_are_those_of_peft(tmp_path: Path, model: Model, lora: dict[str, Any]) -> None:
     report, _ = merged_as_peft_does(tmp_path, model, lora)
-    assert not (report.tied or report.untied or report.resized)
+    assert [report.tied, report.untied, report.resized] == [{}, (), {}]
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -209,6 +216,7 @@ def test_dora_in_bfloat16_and_its_small_record(tmp_path: Path) -> None:
     assert_given_back(tmp_path, theirs.base)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries
 def test_dora_beside_another_adapter_is_scaled_in_order(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
