@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -92,7 +92,7 @@ class PlannedTensor:
         rows: rows of the matrix (experts are stacked).
         columns: columns of the matrix.
         axes: transformed axes; an embedding only along its features, so that a row decodes from one frame.
-        parts: row ranges that are compressed one by one, cut at the experts of a fused tensor and at PART_WEIGHTS.
+        parts: row ranges that are compressed one by one, cut at the matrices of a stack (experts) and at PART_WEIGHTS.
         base: the tensor whose difference is compressed instead, if any.
         target: asked of this tensor; None for that of the options.
     """
@@ -239,7 +239,7 @@ def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] |
 def _planned(info: TensorInfo, tile: int) -> PlannedTensor:
     columns = info.shape[-1]
     height = info.numel // columns  # rows that must stay together: all, or one expert
-    if len(info.shape) > 2 and _EXPERT.search(info.name):
+    if len(info.shape) > 2 and (_EXPERT.search(info.name) or _is_stack(info.shape)):
         height = info.shape[-2]
     elif len(info.shape) > 2:
         columns = info.numel // info.shape[0]  # a convolution kernel is [O, I * kh * kw]
@@ -254,6 +254,11 @@ def _planned(info: TensorInfo, tile: int) -> PlannedTensor:
     )
     axes = (1,) if _EMBEDDING.search(info.name) else (0, 1)
     return PlannedTensor(info, rows, columns, axes, parts)
+
+
+def _is_stack(shape: Sequence[int]) -> bool:
+    """Whether it is some matrices, one above the other, and no convolution: fewer of them than a side of each."""
+    return len(shape) == 3 and shape[0] <= min(shape[1:])
 
 
 def find_tied(index: CheckpointIndex) -> dict[str, str]:

@@ -1,27 +1,32 @@
-"""Fused experts of transformers, run from the spectrum of each expert that tokens go to.
+"""Parameters of other modules than linear layers that stay spectra: above all the matrices of fused experts.
 
 Classes that are decorated with `use_experts_implementation` promise one forward in terms of their parameters and a few
-flags; transformers' own implementations (batched, grouped) rely on it, and so does this one. Checkpoints store such
-parameters fused, or a matrix for each expert that transformers stacks and concatenates: both keep their codes.
-Source: transformers 5.23, `integrations/moe.py`.
+flags; transformers' own implementations (batched, grouped) rely on it, and so does this one. Other classes keep their
+forward, and read a `LazyWeight`, where they do nothing but multiply by it. Checkpoints store such parameters fused, or
+a matrix for each expert that transformers stacks and concatenates: both keep their codes.
+Source: transformers 5.24, `integrations/moe.py`, `models/dbrx/modeling_dbrx.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.manifest import TensorRecord
+from spectral_surgery.integrations.lazy_weight import LazyWeight, Rows, Stack
+from spectral_surgery.integrations.weight_uses import only_multiplies
 from spectral_surgery.layers import SpectralExperts, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import Form
 
 Stored = tuple[tuple[str, ...], ...]  # by pattern of a converter: a name for each expert; or one fused name
+Held = SpectralExperts | SpectralWeight
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 _MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+_MULTIPLIED_OUTSIDE = {("DbrxExpertGLU", leaf) for leaf in ("w1", "v1", "w2")}  # by the module around them
 
 
 class ExpertsForward:
@@ -73,12 +78,59 @@ class ExpertsForward:
         return cast(Tensor, y)
 
 
+class _Holder:
+    """A module of which parameters are spectra."""
+
+    stands_for: ClassVar[type[nn.Module]]
+    leaves: ClassVar[tuple[str, ...]]
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """Classes that are made at run time have no name to be found by."""
+        return _empty, (self.stands_for, self.leaves), cast(Any, self).__getstate__()
+
+
 @cache
-def _running(own: type[nn.Module]) -> type[nn.Module]:
-    return type(own.__name__, (ExpertsForward, own), {"__module__": __name__})
+def _holding(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+    """The class of modules of which these parameters are spectra: it runs them, or reads them as lazy weights."""
+    settings: dict[str, Any] = {"__module__": own.__module__, "stands_for": own, "leaves": leaves}
+    if _decorated(own, leaves[0]):
+        return type(own.__name__, (ExpertsForward, own, _Holder), settings)
+    readers = {leaf: property(_reader(_place(own, leaf))) for leaf in leaves}
+    return type(own.__name__, (_Holder, own), settings | readers)
 
 
-def stored_experts(
+def _decorated(own: type[nn.Module], leaf: str) -> bool:
+    return hasattr(own, "_apply_gate") and leaf in _MATRICES
+
+
+def _place(own: type[nn.Module], leaf: str) -> str:
+    """The name of the spectra as a part of their module; that of the parameter where it is not read as a tensor."""
+    return leaf if _decorated(own, leaf) else f"{leaf}_spectra"
+
+
+def _reader(place: str) -> Any:
+    def read(module: nn.Module) -> Tensor:
+        held = module._modules[place]
+        if isinstance(held, SpectralExperts):
+            return LazyWeight.of(Stack.of(held.weights))
+        return LazyWeight.of(Rows.all(cast(SpectralWeight, held)))
+
+    return read
+
+
+def _empty(own: Any, leaves: tuple[str, ...]) -> nn.Module:
+    made = _holding(own, leaves)
+    return made.__new__(made)
+
+
+def held_parameters(module: nn.Module) -> dict[str, tuple[str, Held]]:
+    """Parameters of a module that are spectra, by name: the name of the spectra as its part, and themselves."""
+    own = getattr(type(module), "stands_for", type(module))
+    places = {leaf: _place(own, leaf) for leaf in getattr(type(module), "leaves", ())}
+    return {leaf: (place, cast(Held, module._modules[place])) for leaf, place in places.items()}
+
+
+def stored_matrices(
     model: nn.Module,
     parameter: str,
     by: Mapping[str, Sequence[str]],
@@ -99,28 +151,40 @@ def stored_experts(
     """
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)
-    fused = getattr(module, leaf, None)
-    known = leaf in _MATRICES and all(hasattr(module, flag) for flag in _FLAGS)
-    if not known or not isinstance(fused, Tensor) or fused.ndim != 3 or len(fused) != module.num_experts:
+    whole = getattr(module, leaf, None)
+    if not isinstance(whole, nn.Parameter) or not _can_hold(module, leaf, whole):
         return None
     if not all(name in tensors for names in by.values() for name in names):
         return None
     if "" in by:
-        record = tensors[by[""][0]]
-        whole = len(by) == 1 and len(by[""]) == 1 and record.shape == tuple(fused.shape)
-        height = fused.shape[1]
-        aligned = all(part.rows[0] // height == (part.rows[1] - 1) // height for part in record.parts)
-        return (tuple(by[""]),) if whole and aligned and record.matrix[1] == fused.shape[2] else None
-    patterns = _stacked_patterns(by, converters)
-    if patterns is None or module.is_transposed:
+        fits = len(by) == 1 and len(by[""]) == 1 and _aligned(tensors[by[""][0]], tuple(whole.shape))
+        return (tuple(by[""]),) if fits else None
+    patterns = _stacked_patterns(by, converters) if whole.ndim == 3 else None
+    if patterns is None or getattr(module, "is_transposed", False):
         return None
     found = tuple(tuple(by[pattern]) for pattern in patterns)
     heights = [{tensors[name].shape for name in names} for names in found]
-    if any(len(names) != len(fused) for names in found) or any(len(own) != 1 for own in heights):
+    if any(len(names) != len(whole) for names in found) or any(len(own) != 1 for own in heights):
         return None
     shapes = [next(iter(own)) for own in heights]
-    fit = all(len(own) == 2 and own[1] == fused.shape[2] for own in shapes)
-    return found if fit and sum(own[0] for own in shapes) == fused.shape[1] else None
+    fit = all(len(own) == 2 and own[1] == whole.shape[2] for own in shapes)
+    return found if fit and sum(own[0] for own in shapes) == whole.shape[1] else None
+
+
+def _can_hold(module: nn.Module, leaf: str, whole: nn.Parameter) -> bool:
+    if isinstance(module, nn.Linear | nn.Embedding) or not leaf:
+        return False
+    own: Any = type(module)
+    if all(hasattr(module, flag) for flag in _FLAGS):
+        return _decorated(own, leaf) and whole.ndim == 3 and len(whole) == module.num_experts
+    return whole.ndim in (2, 3) and ((own.__name__, leaf) in _MULTIPLIED_OUTSIDE or only_multiplies(own, leaf))
+
+
+def _aligned(record: TensorRecord, shape: tuple[int, ...]) -> bool:
+    """Whether the spectrum is that of the matrices, and no part of it belongs to two of them."""
+    height = shape[-2]
+    parts = all(part.rows[0] // height == (part.rows[1] - 1) // height for part in record.parts)
+    return record.shape == shape and record.matrix[1] == shape[-1] and parts
 
 
 def _stacked_patterns(by: Mapping[str, Sequence[str]], converters: Sequence[Any]) -> list[str] | None:
@@ -136,21 +200,21 @@ def _stacked_patterns(by: Mapping[str, Sequence[str]], converters: Sequence[Any]
     return None
 
 
-def install_experts(
+def install_matrices(
     model: nn.Module, parameter: str, stored: Sequence[Sequence[tuple[list[Form], str]]], like: Tensor
 ) -> None:
-    """Put spectra in the place of a fused parameter.
+    """Put spectra in the place of a parameter.
 
     Args:
         model: changed in place.
         parameter: its name.
-        stored: forms of row ranges and the resident form, for each name that `stored_experts` gave.
+        stored: forms of row ranges and the resident form, for each name that `stored_matrices` gave.
         like: a tensor on the device and of the dtype that the parameter should have.
     """
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)
-    count, height, _ = getattr(module, leaf).shape
-    forms: list[list[Form]] = [[] for _ in range(count)]
+    *front, height, _ = getattr(module, leaf).shape
+    forms: list[list[Form]] = [[] for _ in range(front[0] if front else 1)]
     for group in stored:
         row = 0
         for expert, (parts, _) in enumerate(group):
@@ -159,16 +223,21 @@ def install_experts(
                 row += form.shape[0]
     resident = stored[0][0][1]
     weights = [SpectralWeight(own, resident, like.dtype).to(like.device) for own in forms]
-    put_experts(module, leaf, SpectralExperts(weights, transposed=bool(module.is_transposed)))
+    transposed = bool(getattr(module, "is_transposed", False))
+    put_parameter(module, leaf, SpectralExperts(weights, transposed=transposed) if front else weights[0])
 
 
-def put_experts(module: nn.Module, leaf: str, matrices: SpectralExperts | nn.Parameter) -> None:
-    """Replace one of the fused parameters of a module; it runs as transformers made it when none is a spectrum."""
-    delattr(module, leaf)
-    setattr(module, leaf, matrices)
-    spectral = any(isinstance(child, SpectralExperts) for child in module.children())
-    if spectral and not isinstance(module, ExpertsForward):
-        module.__class__ = _running(type(module))  # type: ignore[arg-type]
-        module._is_hf_initialized = True  # type: ignore[assignment]  # there is nothing to initialise
-    elif not spectral and isinstance(module, ExpertsForward):
-        module.__class__ = type(module).__bases__[1]
+def put_parameter(module: nn.Module, leaf: str, value: Held | nn.Parameter) -> None:
+    """Replace one of the parameters of a module; it is of its own class again when none is a spectrum."""
+    own: Any = getattr(type(module), "stands_for", type(module))
+    held = {name: part for name, (_, part) in held_parameters(module).items()}
+    module.__class__ = own
+    delattr(module, _place(own, leaf) if leaf in held else leaf)
+    if isinstance(value, nn.Parameter):
+        held.pop(leaf, None)
+        setattr(module, leaf, value)
+    else:
+        held[leaf] = value
+        setattr(module, _place(own, leaf), value)
+    if held:
+        module.__class__ = _holding(own, tuple(held))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.manifest import QUANT_METHOD, SUFFIXES, Manifest
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.integrations.experts import put_experts
-from spectral_surgery.integrations.spectral_loading import Loading, Plan
-from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralExperts, SpectralLinear
-
-SpectralLayer = SpectralConv1D | SpectralEmbedding | SpectralLinear
+from spectral_surgery.integrations.experts import Held, held_parameters, put_parameter
+from spectral_surgery.integrations.spectral_loading import Loading, retie
+from spectral_surgery.integrations.spectral_plan import Plan
+from spectral_surgery.integrations.stand_ins import SpectralLayer, stand_out
+from spectral_surgery.layers import SpectralConv1D
 
 
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
@@ -30,9 +30,13 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
             yield name, module
 
 
-def spectral_experts(model: nn.Module) -> dict[str, SpectralExperts]:
-    """Fused experts that are spectra, by the name of the parameter that they stand for."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpectralExperts)}
+def spectral_experts(model: nn.Module) -> dict[str, Held]:
+    """Parameters of other modules that are spectra, as fused experts, by the name of the parameter."""
+    return {
+        f"{name}.{leaf}" if name else leaf: held
+        for name, module in model.named_modules()
+        for leaf, (_, held) in held_parameters(module).items()
+    }
 
 
 def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -52,10 +56,17 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     layers, experts = dict(spectral_layers(model)), spectral_experts(model)
-    inside = (*(f"{name}.spectrum." for name in layers), *(f"{name}.experts." for name in experts))
+    spectral = {id(part) for part in (*(layer.spectrum for layer in layers.values()), *experts.values())}
+    inside = tuple(f"{name}." for name, part in model.named_modules(remove_duplicate=False) if id(part) in spectral)
     dense = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
     spectra, replaced = _still_compressed(model, plan, layers, experts)
-    dense = {name: value for name, value in dense.items() if name not in replaced and name not in plan.tied}
+    gone = {name for target in replaced for name in plan.made[target]}
+    gone |= {one for one, other in model.all_tied_weights_keys.items() if other in gone}
+    dense = {name: value for name, value in dense.items() if name not in gone and name not in plan.tied}
+    apart = (name for target in plan.divided if target not in replaced for name in plan.made[target])
+    dense |= {
+        name: layers[own].spectrum.to_dense() for name in apart if (own := name.removesuffix(".weight")) in layers
+    }
     names = _checkpoint_names(model, load, {*spectra, *plan.aliases, *plan.aliases.values()})
     state = _reverted(model, load, remove_tied_weights_from_state_dict(dense, model))
     renamed = {stored: names.get(target, stored) for target, by in replaced.items() for stored in by}
@@ -75,19 +86,20 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
 
 
 def _still_compressed(
-    model: nn.Module, plan: Plan, layers: Mapping[str, SpectralLayer], experts: Mapping[str, SpectralExperts]
+    model: nn.Module, plan: Plan, layers: Mapping[str, SpectralLayer], experts: Mapping[str, Held]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Stored name by parameter of our layers, stored names by parameter that was decoded or is experts."""
+    """Stored name by parameter of our layers; stored names by parameter that is decoded, divided or of experts."""
     spectra: dict[str, str] = {}
-    decoded: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for target, by in plan.sources.items():
-        group = [name for name in plan.slots.get(target, ()) if name.removesuffix(".weight") in layers]
+    held = {*experts, *(f"{name}.weight" for name in layers)}
+    for target in plan.sources:
+        group = [name for name in plan.slots.get(target, ()) if name in held]
         if group:
-            spectra[group[0]] = by[""][0]
-        elif target in experts or (target in frozen and target not in plan.slots):
-            decoded[target] = [name for names in by.values() for name in names]  # what is trained is written as it is
-    return spectra, decoded
+            spectra[group[0]] = plan.stored(target)[0]
+        elif target not in plan.slots and set(plan.made[target]) <= (frozen if target in plan.dense else held):
+            others[target] = plan.stored(target)  # what is trained is written as it is
+    return spectra, others
 
 
 def _copied(load: Loading, name: str) -> Tensor:
@@ -128,34 +140,14 @@ def dequantize(model: Any, load: Loading, dtype: torch.dtype | None) -> None:
         dtype: of the dense weights; None for the dtype that they count as.
     """
     done: dict[int, nn.Parameter] = {}
-    for name, layer in list(spectral_layers(model)):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _dense(layer, dtype, done))
-    for name, experts in spectral_experts(model).items():
-        parent, _, leaf = name.rpartition(".")
-        put_experts(model.get_submodule(parent), leaf, nn.Parameter(experts.to_dense(dtype)))
+    for layer in {id(layer): layer for _, layer in spectral_layers(model)}.values():
+        key = id(layer.spectrum)
+        if key not in done:
+            weight = layer.weight.data if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
+            done[key] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
+        stand_out(layer, done[key])
+    for name, held in spectral_experts(model).items():
+        owner, _, leaf = name.rpartition(".")
+        put_parameter(model.get_submodule(owner), leaf, nn.Parameter(held.to_dense(dtype)))
     model._weight_conversions = load.conversions
-    for part in model.modules():
-        vars(part).pop("_tied_weights_keys", None)  # the ties of the class hold again
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def _dense(layer: SpectralLayer, dtype: torch.dtype | None, done: dict[int, nn.Parameter]) -> nn.Module:
-    key = id(layer.spectrum)
-    if key not in done:
-        weight = layer.weight.data if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
-        done[key] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
-    dense: nn.Module
-    if isinstance(layer, SpectralEmbedding):
-        dense = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-    elif isinstance(layer, SpectralConv1D):
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            dense = Conv1D(layer.nf, layer.nx)
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = done[key]
-    if not isinstance(layer, SpectralEmbedding):
-        dense.register_parameter("bias", layer.bias)
-    return dense.train(layer.training)
+    retie(model, load)

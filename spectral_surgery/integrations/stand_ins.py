@@ -1,121 +1,131 @@
-"""Our layers as kinds of the layers they stand for, so that transformers and PEFT take them.
+"""Layers of a model whose weight becomes a spectrum where they are, so that transformers and PEFT go on taking them.
 
 PEFT puts its adapters on instances of nn.Linear, nn.Embedding and transformers' Conv1D; transformers asks weights for
-their shape and dtype. A stand-in is one of them, with a weight that costs nothing until someone computes with it.
+their shape and dtype; a head may keep its layers in a list of Python's. So a layer stays the object that it is, with
+its bias, buffers, hooks and flags, and changes its class: to ours, or, where it is of a subclass, to one in which ours
+stands behind that subclass. What `super().forward` multiplies or looks up is then the spectrum, and what the subclass
+adds is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from spectral_surgery.errors import NotMergeableError
-from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
+from spectral_surgery.integrations.lazy_weight import LazyWeight, Rows
+from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 
-
-class LazyWeight(Tensor):
-    """A weight that is decompressed anew by everything that computes with it, and by ``.data``.
-
-    Setting its data raises NotMergeableError: adapters that are merged so would be lost without a word.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says to
-    _is_hf_initialized = True  # transformers leaves it alone
-    decode: Callable[[], Tensor]
-
-    @staticmethod
-    def of(decode: Callable[[], Tensor], shape: Sequence[int], like: Tensor) -> LazyWeight:
-        """Make one.
-
-        Args:
-            decode: gives the dense weight.
-            shape: its shape.
-            like: a tensor of its dtype and device.
-        """
-        made = Tensor._make_wrapper_subclass(LazyWeight, tuple(shape), dtype=like.dtype, device=like.device)
-        made.decode = decode
-        return made
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no class method
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Compute with the dense weight."""
-        del types
-        dense = tree_map_only(LazyWeight, lambda weight: weight.decode(), (args, dict(kwargs or {})))
-        return func(*dense[0], **dense[1])
-
-    @property
-    def data(self) -> Tensor:
-        """The dense weight."""
-        return self.decode()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        """Refused."""
-        del value
-        raise NotMergeableError(
-            "weight: of a compressed layer, cannot be written; adapters beside it are accepted. Decompress the model"
-            " before you merge into it: model.dequantize(), or `spectral-surgery decompress`."
-        )
+SpectralLayer = SpectralConv1D | SpectralEmbedding | SpectralLinear
 
 
-class LinearStandIn(SpectralLinear, nn.Linear):  # type: ignore[misc]  # torch declares that a bias is never None
+class _StandIn:
+    """What all of them have in common."""
+
+    stands_for: ClassVar[type[nn.Module]]
+    spectrum: SpectralWeight
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """Classes that are made at run time have no name to be found by."""
+        return _empty, (self.stands_for,), cast(Any, self).__getstate__()
+
+    def _lazy(self, *, turned: bool = False) -> Tensor:
+        held: object = self.spectrum
+        if isinstance(held, SpectralWeight):
+            return LazyWeight.of(Rows.all(held, turned=turned))
+        dense: Tensor = self.spectrum.to_dense()  # it is being trained
+        return dense.T if turned else dense
+
+
+class LinearStandIn(_StandIn, SpectralLinear, nn.Linear):  # type: ignore[misc]  # torch declares that a bias is never None
     """A SpectralLinear that is an nn.Linear."""
 
+    stands_for = nn.Linear
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[O, I], decompressed by what computes with it."""
-        return LazyWeight.of(self.spectrum.to_dense, self.spectrum.shape, self.spectrum._like)
+        """[O, I], decompressed by what does more than multiply by it."""
+        return self._lazy()
 
 
-class EmbeddingStandIn(SpectralEmbedding, nn.Embedding):
+class EmbeddingStandIn(_StandIn, SpectralEmbedding, nn.Embedding):
     """A SpectralEmbedding that is an nn.Embedding."""
 
-    max_norm = None
-    norm_type = 2.0
-    scale_grad_by_freq = False
-    sparse = False
+    stands_for = nn.Embedding
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The table, decompressed by what computes with it."""
-        return LazyWeight.of(self.spectrum.to_dense, self.spectrum.shape, self.spectrum._like)
+        """The table, decompressed by what does more than look up or multiply."""
+        return self._lazy()
 
 
-class _Conv1D(SpectralConv1D):
+class _Conv1D(_StandIn, SpectralConv1D):
+    """A SpectralConv1D that becomes a Conv1D of transformers, which is not imported here."""
+
     @property
     def weight(self) -> Tensor:
-        """[I, O], decompressed by what computes with it."""
-        return LazyWeight.of(self._dense, (self.nx, self.nf), self.spectrum._like)
-
-    def _dense(self) -> Tensor:
-        return super().weight
+        """[I, O], decompressed by what does more than multiply by it."""
+        return self._lazy(turned=self.transposed)
 
 
 @cache
-def conv1d_stand_in() -> type[SpectralConv1D]:
-    """A SpectralConv1D that is a Conv1D of transformers, with its name, by which it is known to be transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return type("Conv1D", (_Conv1D, Conv1D), {"__module__": __name__})
-
-
-def stand_in(layer: nn.Module) -> nn.Module:
-    """Make a layer of ours an instance of what it stands for.
+def standing_for(own: type[nn.Module]) -> type[nn.Module]:
+    """The class of layers that stand for those of a class.
 
     Args:
-        layer: changed in place; its constructor has run, and that of the other class must not.
+        own: nn.Linear, nn.Embedding, Conv1D of transformers, or a subclass of the first two.
+
+    Raises:
+        TypeError: when Python cannot put ours behind it.
     """
-    if isinstance(layer, SpectralLinear):
-        layer.__class__ = LinearStandIn
-    elif isinstance(layer, SpectralEmbedding):
-        layer.__class__ = EmbeddingStandIn
-    elif isinstance(layer, SpectralConv1D):
-        layer.__class__ = conv1d_stand_in()
-    return layer
+    if own is nn.Linear:
+        return LinearStandIn
+    if own is nn.Embedding:
+        return EmbeddingStandIn
+    linear, embedding = issubclass(own, nn.Linear), issubclass(own, nn.Embedding)
+    bases = (own, LinearStandIn if linear else EmbeddingStandIn) if linear or embedding else (_Conv1D, own)
+    return type(own.__name__, bases, {"__module__": own.__module__, "stands_for": own})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' transposed linear layer, dense or ours: it is known by its name."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:
+    """Put a spectrum in the place of the weight of a layer.
+
+    Args:
+        module: nn.Linear, nn.Embedding without max_norm, Conv1D of transformers, or a subclass of the first two that
+            `weight_uses.only_multiplies` accepts; changed in place.
+        spectrum: of its weight as checkpoints store it; several layers may share it.
+    """
+    own: Any = type(module)
+    del module._parameters["weight"]
+    if is_conv1d(module):
+        made = SpectralConv1D.from_weight(spectrum)
+        for name in ("in_features", "out_features", "transposed"):
+            setattr(module, name, getattr(made, name))
+        spectrum = made.spectrum
+    module.spectrum = spectrum
+    module.__class__ = standing_for(own)
+
+
+def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
+    """Give a layer a dense weight again, and its own class.
+
+    Args:
+        module: a stand-in; changed in place.
+        weight: as its class has it.
+    """
+    module.__class__ = cast(Any, module).stands_for
+    del module._modules["spectrum"]
+    for name in ("in_features", "out_features", "transposed") if is_conv1d(module) else ():
+        delattr(module, name)
+    module.weight = weight
+
+
+def _empty(own: Any) -> nn.Module:
+    made = standing_for(own)
+    return made.__new__(made)

@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD
 from spectral_surgery.checkpoint.shim import is_shim
 from spectral_surgery.errors import ConfigError, FormatVersionError
 from spectral_surgery.integrations import spectral_loading as loading
+from spectral_surgery.integrations import spectral_plan as planning
 from spectral_surgery.integrations import spectral_saving as saving
 from spectral_surgery.integrations import swap_plugin
-from spectral_surgery.integrations.spectral_loading import AUTO, STEP, UNREAD, Loading
+from spectral_surgery.integrations.spectral_loading import AUTO, UNREAD, Loading
+from spectral_surgery.integrations.spectral_plan import STEP
 
 
 def register() -> None:
@@ -96,7 +99,7 @@ class Operation:
         if self.load.plan is None or target not in self.load.plan.sources:
             return input_dict
         if self.last:
-            return {} if target in self.load.plan.experts else input_dict
+            return input_dict if target in self.load.plan.dense else {}
         read = {key: value if isinstance(value, list) else [value] for key, value in input_dict.items()}
         if self.whole:
             read = {"": next(iter(read.values()))}
@@ -120,6 +123,7 @@ class Quantizer:
     """What transformers asks while it loads and saves compressed models; see its HfQuantizer."""
 
     load: Loading | None = None
+    held_dense: Mapping[str, str] = MappingProxyType({})  # parameter -> class of its module
     pre_quantized: bool
     quantization_config: Settings
 
@@ -156,11 +160,11 @@ class Quantizer:
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per weight that a parameter will take, for the map of devices."""
         del model
-        return _element_size(self.load, param_name, param)
+        return param.element_size() if self.load is None else loading.bytes_per_weight(self.load, param_name, param)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.load is not None and self.load.plan is not None:
-            _settle(self.load, self.load.plan, model)
+            self.held_dense = _settle(self.load, self.load.plan, model)
         return model
 
     def is_serializable(self) -> bool:
@@ -213,8 +217,8 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
     """The conversions of transformers, with ours where something compressed passes."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    plan = load.plan = loading.make_plan(model, load.checkpoint, conversions)
-    loading.check_used(load.checkpoint, plan)
+    plan = load.plan = planning.make_plan(model, load.checkpoint, conversions)
+    planning.check_used(load.checkpoint, plan)
     load.begin()
     operation = operation_class()
     converted = [
@@ -231,21 +235,21 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
         ours.append(entry)
     if names:
         others = [name for name in compressed if name not in set(names)]
-        load.renaming = WeightRenaming(loading.stripping(names, others, sorted(patterns)), r"\1")
+        load.renaming = WeightRenaming(planning.stripping(names, others, sorted(patterns)), r"\1")
         ours.insert(0, load.renaming)
     ours.append(WeightConverter(rf"\.{STEP}", "", [operation(load, whole=True)]))
-    _untie(model, plan)
+    loading.untie(model, load, plan)
     return ours
 
 
-def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
-    """Clear biases, freeze what was decoded, and keep the conversions: saving is ours alone. Errors surface here."""
+def _settle(load: Loading, plan: planning.Plan, model: Any) -> dict[str, str]:
+    """Freeze what was decoded, say so, and keep the conversions: saving is ours alone. Errors surface here."""
+    from transformers.utils import logging
+
     if load.ahead is not None:
         load.ahead.close()
     if load.error is not None:
         raise load.error
-    for bias in load.unset:
-        nn.init.zeros_(model.get_parameter(bias))
     ours = operation_class()
     for entry in model._weight_conversions:
         operations = getattr(entry, "operations", None)
@@ -254,33 +258,9 @@ def _settle(load: Loading, plan: loading.Plan, model: Any) -> None:
         if operations != [] and entry is not load.renaming:
             load.conversions.append(entry)
     model._weight_conversions = []
-    for target in plan.sources:
-        if target not in plan.slots and target not in plan.experts:
-            model.get_parameter_or_buffer(target).requires_grad_(False)
-
-
-def _untie(model: Any, plan: loading.Plan) -> None:
-    """Take ties between spectral layers, which share their weight itself, from transformers, and tell it of others."""
-    from transformers import PreTrainedModel
-
-    ours = {name for group in plan.slots.values() for name in group}
-    for prefix, part in model.named_modules(remove_duplicate=False):
-        if isinstance(part, PreTrainedModel):
-            dot = f"{prefix}." if prefix else ""
-            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
-            part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
-    kept = {one: other for one, other in model.all_tied_weights_keys.items() if one not in ours}
-    model.all_tied_weights_keys = {**plan.tied, **kept}
-
-
-def _element_size(load: Loading | None, name: str, parameter: Tensor) -> float:
-    """Bytes per weight that a parameter will take, for the map of devices."""
-    if load is None or load.plan is None:
-        return parameter.element_size()
-    plan = load.plan
-    stored = [own for names in plan.experts.get(name, ()) for own in names]
-    stored = stored or [plan.sources[target][""][0] for target, group in plan.slots.items() if name in group]
-    if stored:
-        residents = ((own, load.residents.get(own, AUTO)) for own in stored)
-        return sum(loading.resident_bytes(load.checkpoint, own, form) for own, form in residents) / parameter.numel()
-    return parameter.element_size()
+    held = planning.held_dense(model, plan)
+    for name in held:
+        model.get_parameter_or_buffer(name).requires_grad_(False)
+    if held:
+        logging.get_logger("transformers.spectral_surgery").warning(planning.said_of_dense(load.checkpoint, plan, held))
+    return held

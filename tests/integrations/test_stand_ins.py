@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from spectral_surgery.errors import NotMergeableError
-from spectral_surgery.integrations.stand_ins import LazyWeight, stand_in
-from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
+from spectral_surgery.integrations.lazy_weight import LazyWeight
+from spectral_surgery.integrations.stand_ins import stand_in, stand_out
+from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import Int8Form
+from spectral_surgery.spectra.encode import encode
+from spectral_surgery.spectra.select import Target
 
 
-def linear() -> SpectralLinear:
+def linear() -> tuple[nn.Linear, SpectralLinear]:
+    """A layer that a spectrum stands in for, and one of ours with the same spectrum."""
     torch.manual_seed(0)
-    return SpectralLinear.from_dense(nn.Linear(48, 32), bits=6)
+    dense = nn.Linear(48, 32)
+    ours = SpectralLinear.from_dense(dense, bits=6)
+    stand_in(dense, ours.spectrum)
+    return dense, ours
 
 
-def test_a_weight_is_decoded_by_who_computes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = linear()
-    dense = layer.spectrum.to_dense()
+def test_a_weight_is_decoded_by_who_does_more_than_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, ours = linear()
+    dense = ours.spectrum.to_dense()
     decoded = []
     monkeypatch.setattr(Int8Form, "levels", lambda form, rows: decoded.append(1) or form.codes[rows])
-    weight = stand_in(layer).weight
+    weight = layer.weight
     assert isinstance(weight, LazyWeight)
     assert (weight.shape, weight.dtype, weight.device) == (dense.shape, dense.dtype, dense.device)
+    assert weight.stride() == dense.stride()
     assert not weight.requires_grad
-    assert not decoded
     x = torch.randn(3, 48, requires_grad=True)
     assert torch.allclose(nn.functional.linear(x, weight), x @ dense.T, atol=1e-6)
-    assert decoded
     (x @ weight.T).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, dense.sum(0).expand(3, -1), atol=1e-5)
+    assert not decoded
     assert type(weight + 1) is type(weight.data) is torch.Tensor
-    assert torch.equal(weight[3:5], dense[3:5])
+    assert decoded
+    assert torch.equal(weight[3:5] * 1, dense[3:5])
 
 
 def test_a_weight_cannot_be_written() -> None:
-    weight = stand_in(linear()).weight
+    weight = linear()[0].weight
     with pytest.raises(NotMergeableError, match=r"cannot be written; .* model.dequantize\(\)"):
         weight.data += 1
 
@@ -49,17 +58,31 @@ def test_a_weight_cannot_be_written() -> None:
 def test_stand_ins_are_what_they_stand_for() -> None:
     conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
     x, ids = torch.randn(2, 48), torch.tensor([[0, 5]])
+    embedding = nn.Embedding(20, 32)
+    turned = conv1d(64, 48)
     made = (
-        (linear(), nn.Linear, x),
-        (SpectralEmbedding.from_dense(nn.Embedding(20, 32), bits=6), nn.Embedding, ids),
-        (SpectralConv1D.from_dense(conv1d(64, 48), bits=6), conv1d, x),
+        (*linear(), nn.Linear, x),
+        (embedding, SpectralEmbedding.from_dense(embedding, bits=6), nn.Embedding, ids),
+        (turned, SpectralConv1D.from_quantized(spectrum_of(turned.weight), turned.bias), conv1d, x),
     )
-    for layer, kind, given in made:
-        before, weight = layer(given), layer.weight
-        assert isinstance(stand_in(layer), kind)
-        assert torch.equal(before, layer(given))
-        assert torch.equal(before, copy.deepcopy(layer)(given))
-        assert torch.equal(layer.weight.data, weight)
-        assert layer.weight.shape == weight.shape
-    again = pickle.loads(pickle.dumps(made[0][0]))
-    assert torch.equal(made[0][0](x), again(x))
+    for layer, ours, kind, given in made:
+        if layer.weight is layer._parameters.get("weight"):
+            spectrum = ours.spectrum if kind is not conv1d else SpectralWeight.from_spectra(spectrum_of(layer.weight))
+            stand_in(layer, spectrum)
+        assert isinstance(layer, kind)
+        assert type(layer).__name__ in ("Conv1D", "LinearStandIn", "EmbeddingStandIn")
+        expected = ours(given)
+        assert torch.equal(expected, layer(given))
+        for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(again) is type(layer)
+            assert torch.equal(expected, again(given))
+        assert torch.equal(layer.weight.data, ours.weight)
+        assert layer.weight.shape == ours.weight.shape
+        stand_out(layer, nn.Parameter(layer.weight.data.contiguous()))
+        assert type(layer) is kind
+        assert not list(layer.children())
+        assert torch.allclose(expected, layer(given), atol=1e-5)
+
+
+def spectrum_of(weight: torch.Tensor) -> Any:
+    return encode(weight.detach(), Target("bits", 6))[0]
