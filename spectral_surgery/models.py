@@ -278,7 +278,7 @@ class Sampling:
 def longest_sequence(model: Any) -> int | None:
     """Tokens that a model can read at most, as far as its configuration says."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def continue_text(

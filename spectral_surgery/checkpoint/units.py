@@ -123,9 +123,10 @@ def leave_codes(
     coefficients: Tensor,
     codes: Codes,
     *,
+    first: int = 0,
     threads: int = 1,
 ) -> None:
-    """Leave the unit files of a tensor whose codes were chosen elsewhere.
+    """Leave the unit files of a tensor, or of rows of it that are whole parts, whose codes were chosen elsewhere.
 
     Args:
         workshop: where to.
@@ -133,24 +134,38 @@ def leave_codes(
         tensor: which.
         coefficients: [O, I] float32, what the codes stand for.
         codes: of them.
+        first: row of the tensor that they begin at.
         threads: frames encoded at once.
     """
     basis = Basis(plan.options.transform, plan.options.tile, tensor.axes)
-    for unit in (unit for unit in plan.units if unit.tensor is tensor):
+    for unit in _units_of(plan, tensor, (first, first + len(coefficients))):
         start, stop = tensor.parts[unit.part]
-        own = replace(codes, values=codes.values[start:stop])
-        encoded, report = encode_codes(coefficients[start:stop], own, basis, threads=threads)
+        own = replace(codes, values=codes.values[start - first : stop - first])
+        encoded, report = encode_codes(coefficients[start - first : stop - first], own, basis, threads=threads)
         write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
 
 
-def finished_codes(workshop: Workshop, plan: Plan, tensor: PlannedTensor) -> Codes | None:
+def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[Unit]:
+    units = (unit for unit in plan.units if unit.tensor is tensor)
+    return [unit for unit in units if rows[0] <= tensor.parts[unit.part][0] < rows[1]]
+
+
+def finished_codes(
+    workshop: Workshop, plan: Plan, tensor: PlannedTensor, rows: tuple[int, int] | None = None
+) -> Codes | None:
     """What `leave_codes` was given, if all its unit files are there.
+
+    Args:
+        workshop: where they are.
+        plan: the plan they belong to.
+        tensor: which.
+        rows: of it, from and to; None for all.
 
     Returns:
         The codes, or None.
     """
     parts, step = [], torch.ones(2)
-    for unit in (unit for unit in plan.units if unit.tensor is tensor):
+    for unit in _units_of(plan, tensor, rows or (0, tensor.rows)):
         done = read_part(workshop.path(unit), workshop.key)
         if done is None or done[1] is None:
             return None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., object])
 
 _KEY = "spectral_surgery.calibration"
+_NAMED = 3  # tensors, of those with one reason; --json names all
 
 
 def _collect(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -124,21 +125,33 @@ def run(
         if data is None and keeps_important(source, options, keep):
             options = replace(options, allocation=_allocation(ctx, options, calibrated=False))
         report, healed = compress_healed(source, out, options, *healing, calibration=data, keep=keep, **common)
+        _tell_reached(report)
         _tell(healed)
         return report
     from spectral_surgery.workflows.calibrate import compress_calibrated
 
-    report, done = compress_calibrated(source, out, options, cast("CalibrationData", data), **common)
-    worst = max(done, key=lambda own: own.output_error, default=None)
-    if worst is not None:
-        click.echo(
-            f"{len(done)} weights calibrated; largest error of outputs {worst.output_error:.4f}, {worst.name}", err=True
-        )
-    if any(not own.block for own in done):
-        click.echo(
-            "the model has no list of blocks: it was calibrated as a whole, on the inputs of the original", err=True
-        )
+    report, _ = compress_calibrated(source, out, options, cast("CalibrationData", data), **common)
+    _tell_reached(report)
     return report
+
+
+def _tell_reached(report: CompressReport) -> None:
+    reached = report.calibration
+    if reached is None:
+        return
+    click.echo(
+        f"{reached.matrices[0]} weights calibrated, of {reached.matrices[1]}: {reached.weights[0]:,} of"
+        f" {reached.weights[1]:,} numbers; largest error of outputs {reached.largest[1]:.4f}, {reached.largest[0]}",
+        err=True,
+    )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in reached.left.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = ", ..." if len(names) > _NAMED else ""
+        click.echo(f"not calibrated, {reason}: {len(names)} ({', '.join(names[:_NAMED])}{more})", err=True)
+    if reached.whole:
+        click.echo("the model has no one list of blocks: all layers were given what the original gives them", err=True)
 
 
 def _tell(healed: HealReport) -> None:

@@ -78,6 +78,18 @@ class ExpertsForward:
         return cast(Tensor, y)
 
 
+def fused_matrices(module: nn.Module) -> tuple[str, ...]:
+    """Names of the fused parameters of experts that `ExpertsForward` can run; none of any other module."""
+    if not all(hasattr(module, flag) for flag in _FLAGS):
+        return ()
+    own = module._parameters
+    return tuple(leaf for leaf in own if leaf in _MATRICES and _is_fused(own[leaf], cast(int, module.num_experts)))
+
+
+def _is_fused(parameter: object, experts: int) -> bool:
+    return isinstance(parameter, Tensor) and parameter.ndim == 3 and len(parameter) == experts
+
+
 class _Holder:
     """A module of which parameters are spectra."""
 
@@ -176,7 +188,7 @@ def _can_hold(module: nn.Module, leaf: str, whole: nn.Parameter) -> bool:
         return False
     own: Any = type(module)
     if all(hasattr(module, flag) for flag in _FLAGS):
-        return _decorated(own, leaf) and whole.ndim == 3 and len(whole) == module.num_experts
+        return leaf in fused_matrices(module)
     return whole.ndim in (2, 3) and ((own.__name__, leaf) in _MULTIPLIED_OUTSIDE or only_multiplies(own, leaf))
 
 

@@ -166,7 +166,7 @@ class _Measurement:
                 with moments_of(_layers(matrices)) as moments:
                     given.append(next_inputs(block, given[-1], self.shelf.put))
                 for own in matrices:
-                    seen = [moments.pop(key) for key in own.layers if key in moments]
+                    seen = [moments[key] for key in own.layers if key in moments]
                     if seen:
                         noise = feedback_noise(seen[0], self._basis(own.tensor))
                         errors[own.tensor] = _power(own.weight) * noise
@@ -204,7 +204,7 @@ class _Measurement:
 
 
 def _layers(matrices: Sequence[StoredMatrix]) -> dict[str, nn.Module]:
-    return {key: layer for own in matrices for key, layer in own.layers.items()}
+    return {key: layer for own in matrices for key, layer in own.modules.items()}
 
 
 def _power(weight: Tensor) -> float:

@@ -8,7 +8,6 @@ of the compression, which does the rest as without text.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,24 +25,10 @@ from spectral_surgery.spectra.feedback_rate import codes_at
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.allocate import spread_targets
 from spectral_surgery.workflows.compress import CompressReport, choosing_codes, compress, plan_compression
-from spectral_surgery.workflows.layer_moments import CalibrationData, LayerMoment, layer_moments
+from spectral_surgery.workflows.coverage import Calibrated, Coverage, coverage_of, reasons_of, seen_by_expert
+from spectral_surgery.workflows.layer_moments import CalibrationData, LayerMoment, layer_moments, model_and_text
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What calibration left in one weight.
-
-    Attributes:
-        name: of the tensor.
-        output_error: relative error of the outputs of its layer, on the text.
-        block: of the model that it was calibrated with; empty when the model has no list of blocks.
-    """
-
-    name: str
-    output_error: float
-    block: str
 
 
 def compress_calibrated(
@@ -74,11 +59,12 @@ def compress_calibrated(
         progress: called after each weight.
 
     Returns:
-        (the report, what was calibrated).
+        (the report, with what was reached; what was calibrated).
 
     Raises:
-        ConfigError: when the target is an error, or there is no text.
+        ConfigError: when the target is an error, there is no text, or nothing to calibrate.
         CheckpointError: as `compress`, and when the model cannot be loaded.
+        TargetError: when the model cannot be run on text alone.
     """
     started = time.perf_counter()
     if options.target.kind == "max_error":
@@ -93,10 +79,11 @@ def compress_calibrated(
         if options.allocation == "slope":
             targets = spread_targets(source, index, plan, data, workshop)
         own = _Calibration(index, plan.with_targets(targets), workshop, threads, progress)
-        done = list(own.run(source, data))
+        done, coverage = own.run(source, data)
     common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
     report = compress(source, out, options, resume=True, targets=targets, **common)
-    return replace(cast(CompressReport, report), seconds=time.perf_counter() - started), done
+    seconds = time.perf_counter() - started
+    return replace(cast(CompressReport, report), calibration=coverage, seconds=seconds), done
 
 
 @dataclass(frozen=True)
@@ -107,23 +94,34 @@ class _Calibration:
     threads: int
     progress: Progress
 
-    def run(self, source: Path, data: CalibrationData) -> Iterator[Calibrated]:
+    def run(self, source: Path, data: CalibrationData) -> tuple[list[Calibrated], Coverage]:
         """Calibrate block after block."""
-        planned = {own.info.name: own for own in self.plan.tensors if 1 in own.axes}
-        folder = self.workshop.folder
-        for turn in layer_moments(source, self.index, data, planned, folder=folder, progress=self.progress):
-            yield self._calibrated(turn, planned[turn.tensor])
+        planned = {own.info.name: own for own in self.plan.tensors}
+        lazy, sequences = model_and_text(source, self.index, data)
+        reasons = reasons_of(lazy.model, lazy.names, self.plan)
+        wanted = [name for name, own in planned.items() if seen_by_expert(own)]
+        turns = layer_moments(lazy, sequences, wanted, folder=self.workshop.folder, progress=self.progress)
+        done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
+        if not done:
+            told = "; ".join(
+                f"{reason} ({name})" for reason, name in {own: name for name, own in reasons.items()}.items()
+            )
+            raise ConfigError(
+                f"calibrate: none of {len(planned)} matrices is in a linear layer that this text is multiplied by:"
+                f" {told}. Compress it without text."
+            )
+        return done, coverage_of(self.plan, done, reasons)
 
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()
         basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
         weight = turn.matrix.weight.float()
-        codes = finished_codes(self.workshop, self.plan, tensor) or self._chosen(turn, tensor, weight, basis)
+        codes = finished_codes(self.workshop, self.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
         release_freed_memory()
         sides = (weight.T, restored.T) if turn.transposed else (weight, restored)
-        done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block)
+        done = Calibrated(tensor.info.name, output_error(*sides, turn.moment), turn.block, turn.rows)
         turn.matrix.put(restored)
         return done
 
@@ -136,5 +134,5 @@ class _Calibration:
         release_freed_memory()
         found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
         codes = found.T if turn.transposed else found
-        leave_codes(self.workshop, self.plan, tensor, coefficients, codes, threads=self.threads)
+        leave_codes(self.workshop, self.plan, tensor, coefficients, codes, first=turn.rows[0], threads=self.threads)
         return codes

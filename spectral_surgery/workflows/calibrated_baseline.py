@@ -8,7 +8,7 @@ from pathlib import Path
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.baselines import Baseline, BaselineResult
-from spectral_surgery.workflows.layer_moments import CalibrationData, layer_moments
+from spectral_surgery.workflows.layer_moments import CalibrationData, layer_moments, model_and_text
 
 
 def calibrated_weights(
@@ -37,7 +37,8 @@ def calibrated_weights(
         ConfigError: when the baseline cannot have the rate; the tensor is named.
     """
     found = {}
-    for turn in layer_moments(source, index, data, names):
+    matrices = [name for name in names if len(index.tensors[name].shape) == 2]
+    for turn in layer_moments(*model_and_text(source, index, data), matrices):
         weight = turn.matrix.weight.float()
         try:
             made = baseline.apply(weight.T if turn.transposed else weight, bits, turn.moment)

@@ -30,6 +30,7 @@ from spectral_surgery.checkpoint.writer import (
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.coverage import Coverage
 from spectral_surgery.workflows.facts import compressed_facts
 from spectral_surgery.workflows.progress import Progress, silent
 from spectral_surgery.workflows.team import Team, team
@@ -48,6 +49,7 @@ class CompressReport:
         peak_rss_bytes: largest resident size of this process and its workers.
         not_copied_files: files of other weight formats left out.
         notes: what was odd about the source, in sentences.
+        calibration: what text reached; None without text, or when an earlier run had it.
     """
 
     manifest: Manifest
@@ -58,6 +60,7 @@ class CompressReport:
     peak_rss_bytes: int
     not_copied_files: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    calibration: Coverage | None = None
 
     @property
     def compression_ratio(self) -> float:
@@ -87,6 +90,7 @@ class CompressReport:
             "tied": self.manifest.aliases,
             "files_left_out": list(self.not_copied_files),
             "notes": list(self.notes),
+            "calibration": self.calibration.to_json() if self.calibration else None,
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "seconds": self.seconds,

@@ -18,6 +18,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
+from spectral_surgery.workflows.coverage import Coverage
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import HealReport, heal
 from spectral_surgery.workflows.heal_text import HealData
@@ -77,6 +78,7 @@ def compress_healed(
     partial_folder(out, overwrite=overwrite)
     stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
     common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
+    coverage: Coverage | None = None
     if resume and (stage / FILE_NAME).exists():
         _check_same(stage, options)
     elif important:
@@ -84,10 +86,12 @@ def compress_healed(
     elif calibration is None:
         compress(source, stage, options, workers=workers, threads=threads, **common)
     else:
-        compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)
+        chosen, _ = compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)
+        coverage = chosen.calibration
     healed = heal(stage, source, out, data, settings, threads=threads, **common)
     shutil.rmtree(stage)
-    return _report(source, out, options, healed, time.perf_counter() - started), healed
+    report = _report(source, out, options, healed, time.perf_counter() - started)
+    return replace(report, calibration=coverage), healed
 
 
 def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:

@@ -113,8 +113,8 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
     planned = {own.info.name: own for own in plan.tensors}
     weights = {}
     for matrix in matrices_of(names_in(model, index), planned, "", model):
-        name, layers = matrix.tensor, list(matrix.layers.values())
-        if len(layers) > 1 or layers[0].weight.shape != planned[name].info.shape:
+        name, layers = matrix.tensor, list[Any](matrix.modules.values())
+        if len(layers) != 1 or layers[0].weight.shape != planned[name].info.shape:
             continue  # importance is measured by the gradient of one parameter
         basis = Basis(plan.options.transform, plan.options.tile, planned[name].axes)
         if not torch.isfinite(layers[0].weight).all():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.task import is_causal, needs_decoder_input
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.integrations.expert_moments import expert_moments
 from spectral_surgery.models import longest_sequence
 from spectral_surgery.surgery.blocks import blocks_in_turn, moments_of
 from spectral_surgery.workflows.lazy_model import LazyModel, Shelf, load_lazily
@@ -22,6 +24,7 @@ from spectral_surgery.workflows.sequences import check_vocabulary, equal_lengths
 from spectral_surgery.workflows.stored_layers import StoredMatrix, matrices_of
 
 IN_MEMORY = 32 << 20  # bytes of activations; more go to files
+EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time
 BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
 
 
@@ -71,11 +74,15 @@ class LayerMoment:
         """Whether it is stored as [I, O]."""
         return self.matrix.transposed
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """From and to, of the tensor that holds it, seen as one matrix."""
+        return self.matrix.first, self.matrix.first + len(self.matrix.weight)
+
 
 def layer_moments(
-    source: Path,
-    index: CheckpointIndex,
-    data: CalibrationData,
+    lazy: LazyModel,
+    sequences: Sequence[Sequence[int]],
     names: Container[str],
     *,
     folder: Path | None = None,
@@ -83,35 +90,67 @@ def layer_moments(
 ) -> Iterator[LayerMoment]:
     """Visit the layers in blocks, one block in memory at a time; layers that no sample reaches are left out.
 
-    All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`.
+    All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`; of many experts
+    the later ones also with the layers of their own block.
 
     Args:
-        source: a checkpoint with a tokenizer.
-        index: of it.
-        data: text.
+        lazy: the model, and
+        sequences: the text, from `model_and_text`.
         names: of the tensors wanted.
         folder: for activations that do not fit into memory; None for the folder of temporary files.
         progress: called after each layer.
 
     Raises:
-        ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
-        CheckpointError: when the model cannot be loaded.
+        TargetError: when the model cannot be run on text alone, with the cause.
     """
-    lazy, sequences = model_and_text(source, index, data)
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
     with closing(Shelf(IN_MEMORY, folder)) as shelf:
         batches = equal_lengths(sequences, BATCH_TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
             matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
-            with moments_of({key: layer for own in matrices for key, layer in own.layers.items()}) as moments:
-                for _ in run():
-                    pass
-            for own in matrices:
-                seen = [moments.pop(key) for key in own.layers if key in moments]
-                if seen:
-                    yield LayerMoment(block, own, _mean(seen))
-                count += 1
-                progress(count, total, own.tensor)
+            for group in _groups(matrices):
+                for own, moment in _moments(group, run):
+                    if moment is not None:
+                        yield LayerMoment(block, own, moment)
+                    count += 1
+                    progress(count, total, own.tensor)
+
+
+def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
+    """All layers together, and as many experts as their moments fit into memory; then more experts, if there are."""
+    group: list[StoredMatrix] = []
+    held: dict[str, int] = {}
+    for own in matrices:
+        group.append(own)
+        held |= {key: 4 * expert.width**2 for key, expert in own.experts.items()}
+        if sum(held.values()) > EXPERT_MOMENTS:
+            yield group
+            group, held = [], {}
+    if group:
+        yield group
+
+
+def _moments(
+    group: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
+) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
+    """Of each matrix of a group, while a block runs on all samples; None where no token came."""
+    layers = {key: layer for own in group for key, layer in own.modules.items()}
+    with (
+        moments_of(layers) as moments,
+        expert_moments({key: expert for own in group for key, expert in own.experts.items()}) as of_experts,
+    ):
+        for _ in run():
+            pass
+    moments |= of_experts
+    del of_experts
+    left = Counter(key for own in group for key in own.layers)  # an expert's gate and up projection share one
+    for own in group:
+        seen = [moments[key] for key in own.layers if key in moments]
+        left -= Counter(list(own.layers))
+        for key in own.layers:
+            if key not in left:
+                moments.pop(key, None)
+        yield own, _mean(seen) if seen else None
 
 
 def _mean(moments: Sequence[Tensor]) -> Tensor:

@@ -66,9 +66,10 @@ def _vocabulary_of(model: Any) -> int | None:
         words = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # transformers does not know where they are
         return None
-    table = getattr(words, "weight", words)
-    rows = getattr(words, "num_embeddings", None) or (len(table) if getattr(table, "ndim", 0) == 2 else None)
-    return int(rows) if rows else None
+    table = getattr(words, "weight", None)
+    if isinstance(table, Tensor) and table.ndim == 2:
+        return len(table)
+    return getattr(words, "num_embeddings", None)
 
 
 def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ keys and values), or compute with the rows of several as one.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.index import TensorInfo
-from spectral_surgery.integrations.tensor_names import Span, TensorNames, rows_of
+from spectral_surgery.integrations.expert_moments import ExpertMatrix
+from spectral_surgery.integrations.experts import fused_matrices
+from spectral_surgery.integrations.tensor_names import Piece, Span, TensorNames, rows_of
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,33 @@ class StoredMatrix:
 
     Attributes:
         tensor: its name in the checkpoint.
-        layers: nn.Linear, or Conv1D of transformers, by name in the block.
+        layers: nn.Linear, Conv1D of transformers, or the matrix of one expert, by name in the block.
         spans: which rows of the weight of each layer are which of the stored matrix.
+        first: where a tensor holds the matrices of all experts below each other, its first row there.
     """
 
     tensor: str
     layers: Mapping[str, Any] = field(default_factory=dict)
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def transposed(self) -> bool:
         """Whether it is stored as [I, O]."""
-        return any(type(layer).__name__ == "Conv1D" for layer in self.layers.values())
+        return any(
+            own.transposed if isinstance(own, ExpertMatrix) else type(own).__name__ == "Conv1D"
+            for own in self.layers.values()
+        )
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of the layers that are modules of their own."""
+        return {name: own for name, own in self.layers.items() if isinstance(own, nn.Module)}
+
+    @property
+    def experts(self) -> dict[str, ExpertMatrix]:
+        """Those of the layers that are a matrix of an expert."""
+        return {name: own for name, own in self.layers.items() if isinstance(own, ExpertMatrix)}
 
     @property
     def weight(self) -> Tensor:
@@ -63,7 +80,7 @@ class StoredMatrix:
 
 
 def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: nn.Module) -> list[StoredMatrix]:
-    """The stored matrices of which every row is in a linear layer of a block, in the order of the layers.
+    """The stored matrices of which every row is in a linear layer or an expert of a block, in the order of these.
 
     Args:
         names: of the model's parameters.
@@ -84,7 +101,39 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
                 found[info.name] = StoredMatrix(
                     info.name, {**own.layers, name: module}, {**own.spans, name: piece.spans}
                 )
-    return [own for own in found.values() if _covered(own, infos[own.tensor])]
+    linear = [own for own in found.values() if _covered(own, infos[own.tensor])]
+    return linear + list(_expert_matrices(names, wanted, prefix, block))
+
+
+def _expert_matrices(
+    names: TensorNames, wanted: Container[str], prefix: str, block: nn.Module
+) -> Iterator[StoredMatrix]:
+    """Of experts that are fused in the model: stored one by one, or below each other in one tensor."""
+    for name, module in block.named_modules():
+        for leaf in fused_matrices(module):
+            parameter = names.find(f"{prefix}{name}.{leaf}")
+            for piece in parameter.pieces if parameter else ():
+                if piece.info.name in wanted and not piece.transposed:
+                    yield from _of_experts(piece, f"{name}.{leaf}", ExpertMatrix(module, leaf, 0))
+
+
+def _of_experts(piece: Piece, name: str, like: ExpertMatrix) -> Iterator[StoredMatrix]:
+    height = like.weight.shape[0]
+    if len(piece.info.shape) == 3:
+        count = rows_of(piece.info.shape)
+        if piece.spans == ((0, 0, count),):
+            for expert in range(count // height):
+                own = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
+                yield StoredMatrix(piece.info.name, own, dict.fromkeys(own, ((0, 0, height),)), expert * height)
+        return
+    experts = {row // height for row, _, _ in piece.spans}
+    if len(experts) == 1:
+        expert = experts.pop()
+        own = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
+        spans = tuple((row - expert * height, stored, count) for row, stored, count in piece.spans)
+        matrix = StoredMatrix(piece.info.name, own, dict.fromkeys(own, spans))
+        if _covered(matrix, piece.info):
+            yield matrix
 
 
 def _covered(matrix: StoredMatrix, info: TensorInfo) -> bool:

@@ -1,0 +1,91 @@
+"""What each of fused experts is given: the second moments that calibration needs, one for each expert and matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.integrations.experts import ExpertsForward
+
+
+class ExpertMatrix:
+    """The matrix of one expert in a fused parameter, to be read and changed like the weight of a linear layer."""
+
+    def __init__(self, module: nn.Module, leaf: str, expert: int) -> None:
+        """Point at it.
+
+        Args:
+            module: of fused experts, see `fused_matrices`.
+            leaf: name of the parameter.
+            expert: its number.
+        """
+        self.module, self.leaf, self.expert = module, leaf, expert
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I], or [I, O] where it is transposed: a view of the parameter."""
+        return cast(Tensor, getattr(self.module, self.leaf)[self.expert])
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the expert multiplies by its matrix and not by the transposed one."""
+        return bool(self.module.is_transposed)
+
+    @property
+    def width(self) -> int:
+        """I, of what it is given."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+class _Recording(ExpertsForward):
+    """The same forward, that sums the second moments of what each expert is given."""
+
+    _moments: dict[tuple[int, str], Tensor]
+
+    def _project(self, name: str, x: Tensor, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        for expert, rows in enumerate(torch.split(x.detach().float(), list(counts))):
+            if len(rows) and (expert, name) in self._moments:
+                self._moments[expert, name].addmm_(rows.T, rows)
+        return super()._project(name, x, ids, counts)
+
+
+@cache
+def _recording(own: type[nn.Module]) -> type[nn.Module]:
+    return type(own.__name__, (_Recording, own), {"__module__": own.__module__})
+
+
+@contextmanager
+def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, Tensor]]:
+    """Sum the second moments of what experts are given while the block lasts.
+
+    Args:
+        matrices: by name.
+
+    Yields:
+        H = Xᵀ X, [I, I] float32, by name; filled when the block ends, without experts that no token came to.
+    """
+    modules = list({id(own.module): own.module for own in matrices.values()}.values())
+    classes = [type(module) for module in modules]
+    found: dict[str, Tensor] = {}
+    sums: dict[int, dict[tuple[int, str], Tensor]] = {}
+    for own in matrices.values():
+        zeros = torch.zeros(own.width, own.width, device=own.weight.device)
+        sums.setdefault(id(own.module), {})[own.expert, own.leaf] = zeros
+    try:
+        for module in modules:
+            module.__class__ = _recording(type(module))  # type: ignore[arg-type]
+            vars(module)["_moments"] = sums[id(module)]
+        yield found
+    finally:
+        for module, before in zip(modules, classes, strict=True):
+            module.__class__ = before
+            vars(module).pop("_moments", None)
+    for name, own in matrices.items():
+        moment = sums[id(own.module)].pop((own.expert, own.leaf))
+        if moment.diagonal().any():
+            found[name] = moment
