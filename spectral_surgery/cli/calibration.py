@@ -69,7 +69,9 @@ _OPTIONS = (
         "  [default: largest of language models, else important]",
     ),
     _setting("--steps", type=click.IntRange(1), help="Of --heal  [default: 400]"),
-    _setting("--minutes", type=click.FloatRange(0, min_open=True), help="Of --heal, in place of --steps."),
+    _setting(
+        "--minutes", type=click.FloatRange(0, min_open=True), help="Minutes that --heal trains, in place of --steps."
+    ),
 )
 
 

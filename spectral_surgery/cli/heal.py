@@ -33,14 +33,22 @@ _setting = partial(click.option, expose_value=False, callback=_collect)
     "--data", type=click.Path(path_type=Path), required=True, help="Text, .jsonl or .csv file; a part is held out."
 )
 @_setting("--steps", type=click.IntRange(1), help="Optimizer steps  [default: 400]")
-@_setting("--minutes", type=click.FloatRange(0, min_open=True), help="As many steps as fit, in place of --steps.")
+@_setting(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Minutes to train, evaluations included, in place of --steps.",
+)
 @_setting("--batch-size", type=click.IntRange(1), help="Sequences of a step and process  [default: 4 or 24]")
 @_setting("--seq-length", type=click.IntRange(2), help="Tokens of a sequence  [default: 256 or 128]")
 @_setting("--learning-rate", "--lr", type=float, help="In units of a weight's coefficients  [default: 0.03]")
 @_setting("--eval-every", type=click.IntRange(1), help="Steps between evaluations  [default: 50]")
 @_setting("--patience", type=click.IntRange(0), help="Evaluations without improvement before stopping  [default: 4]")
 @_setting("--seed", type=int, help="Of the batches  [default: 0]")
-@_setting("--blocks", is_flag=True, help="One block after the other: little memory; --steps are those of a block.")
+@_setting(
+    "--blocks",
+    is_flag=True,
+    help="One block after the other: little memory; --steps are those of a block, --minutes of all.",
+)
 @_setting("--bf16", is_flag=True, help="Compute in bfloat16.")
 @_setting("--device", default="cpu", show_default=True, help="cpu or, without --blocks, cuda")
 @click.option("--resume", is_flag=True, help="Go on with unfinished work of the same models, text and settings.")

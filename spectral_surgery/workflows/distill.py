@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,9 +25,8 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 Batch = dict[str, Tensor]
 Outputs = Any
 Loss = Callable[[Outputs, Outputs, Batch], Tensor]
-_TIMED = 5  # steps that say how many fit into the asked minutes
-_REPLAN = 4  # steps between two looks at the clock
-_SHARE = 0.93  # of the time that the passes take; the optimizer takes the rest
+Clock = Callable[[], float]  # seconds since some moment
+_RECENT = 4  # steps whose mean says how long the next one takes
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -35,10 +35,11 @@ class DistillSettings:
     """How to distil.
 
     Attributes:
-        steps: optimizer steps; 0 for as many as the minutes allow.
-        minutes: wall time to aim at when steps is 0.
+        steps: optimizer steps; 0 for as many as fit into the minutes.
+        minutes: wall time of the training, evaluations included, when steps is 0: it ends with the step and the
+            evaluation that fit, as long as the last few of them took.
         learning_rate: of Adam, in units of the parameters.
-        warmup_steps: over which the rate rises; then it falls as a cosine to a twentieth.
+        warmup_steps: over which the rate rises; then it falls as a cosine of the steps, or of the time, to a twentieth.
         eval_every: steps between evaluations on held-out batches.
         patience: evaluations without improvement before stopping; 0 for never.
         max_grad_norm: gradients are cut to it.
@@ -73,7 +74,7 @@ class Course:
     """How a distillation went.
 
     Attributes:
-        steps: planned.
+        steps: planned; with minutes, as many as are expected to fit.
         step: done.
         train: (step, mean loss since the last evaluation).
         held_out: (step, loss); step 0 is before training.
@@ -121,13 +122,19 @@ class Distillation:
     settle: Callable[[], None] = lambda: None
 
 
-def distill(work: Distillation, settings: DistillSettings, progress: Callable[[int, int, str], None]) -> Course:
+def distill(
+    work: Distillation,
+    settings: DistillSettings,
+    progress: Callable[[int, int, str], None],
+    clock: Clock = time.perf_counter,
+) -> Course:
     """Train the student; its parameters end as they were when the held-out loss was least.
 
     Args:
         work: models, data and loss.
         settings: how.
         progress: called after each step.
+        clock: tells the time.
 
     Returns:
         How it went.
@@ -136,45 +143,64 @@ def distill(work: Distillation, settings: DistillSettings, progress: Callable[[i
         ConfigError: when the loss is not finite.
         CheckpointError: when unfinished work is there, but of another run.
     """
-    return _Run(work, settings, progress).all()
+    return _Run(work, settings, progress, clock).all()
 
 
 class _Run:
     def __init__(
-        self, work: Distillation, settings: DistillSettings, progress: Callable[[int, int, str], None]
+        self,
+        work: Distillation,
+        settings: DistillSettings,
+        progress: Callable[[int, int, str], None],
+        clock: Clock,
     ) -> None:
-        self.work, self.settings, self.progress = work, settings, progress
+        self.work, self.settings, self.progress, self.clock = work, settings, progress, clock
         self.parameters = {name: p for name, p in work.student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.course = Course()
         self.rank, self.world = _place()
+        self.earlier, self.began = 0.0, clock()  # seconds of the runs before; when this one began
+        self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds of steps
+        self.judging = 0.0  # seconds of the last evaluation
 
     def all(self) -> Course:
-        before = time.perf_counter()
         if not self._resumed():
             self.course.held_out.append((0, self._held_out()))
-            judging = time.perf_counter() - before
-            self.course.steps = self.settings.steps or self._steps_in(60 * self.settings.minutes - judging, judging)
-        earlier, losses = self.course.seconds, []
+            self.judging = self._passed()
+            self.course.steps = self.settings.steps or 1
+        self.earlier, losses = self.course.seconds - (self.clock() - self.began), list[float]()
         while self.course.step < self.course.steps and not self._stopped():
             losses.append(self._step())
             self.course.step += 1
+            self.recent.append(self._passed())
+            self._plan()
             self.progress(self.course.step, self.course.steps, f"loss {losses[-1]:.4f}")
             if self.course.step % self.settings.eval_every == 0 or self.course.step == self.course.steps:
                 self._evaluate(losses)
                 losses = []
-                self.course.seconds = earlier + time.perf_counter() - before
-                self._plan_again()
+                self.judging = self._passed()
+                self._plan()
                 self._save()
-            elif self.course.step % _REPLAN == 0:
-                self.course.seconds = earlier + time.perf_counter() - before
-                self._plan_again(least=1)  # the last step is evaluated
+                self.judging += self._passed()
         with torch.no_grad():
             for name, own in self.parameters.items():
                 own.copy_(self.best[name])
         self.work.settle()
         return self.course
+
+    def _passed(self) -> float:
+        """Seconds since this was asked before, the same in all processes where steps depend on it."""
+        before, now = self.course.seconds, self.earlier + self.clock() - self.began
+        self.course.seconds = now if self.settings.steps else self._mean(torch.tensor(now, dtype=torch.float64))
+        return self.course.seconds - before
+
+    def _plan(self) -> None:
+        """With minutes, as many steps as fit into what is left of them, with the evaluation at their end."""
+        each = sum(self.recent) / len(self.recent) + self.judging / self.settings.eval_every
+        if not self.settings.steps and each > 0:
+            left = 60 * self.settings.minutes - self.course.seconds - self.judging
+            self.course.steps = self.course.step + max(0, round(left / each))
 
     def _step(self) -> float:
         for group in self.optimizer.param_groups:
@@ -197,6 +223,8 @@ class _Run:
     def _rate(self) -> float:
         warm = (self.course.step + 1) / max(self.settings.warmup_steps, 1)
         done = self.course.step / max(self.course.steps, 1)
+        if not self.settings.steps:
+            done = min(1.0, self.course.seconds / (60 * self.settings.minutes))
         return min(warm, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -225,22 +253,6 @@ class _Run:
     def _stopped(self) -> bool:
         since = sum(1 for step, _ in self.course.held_out if step > self.course.best_step)
         return bool(self.settings.patience) and since >= self.settings.patience
-
-    def _steps_in(self, seconds: float, judging: float) -> int:
-        """How many steps fit, with an evaluation that takes so long after every few of them."""
-        start = time.perf_counter()
-        for step in range(_TIMED):
-            self._loss(self.work.batch(step, self.rank)).backward()
-        spent = time.perf_counter() - start
-        each = torch.tensor(spent / _TIMED / _SHARE + judging / self.settings.eval_every)
-        return max(_TIMED, int((seconds - spent) / self._mean(each)))
-
-    def _plan_again(self, least: int = 0) -> None:
-        """Fit what is left into the minutes, and so many steps: the first ones were a rough measure."""
-        if not self.settings.steps and self.course.step < self.course.steps:
-            each = self._mean(torch.tensor(self.course.seconds)) / self.course.step
-            left = int((60 * self.settings.minutes) / each) - self.course.step
-            self.course.steps = self.course.step + max(least, left)
 
     def _mean(self, value: Tensor) -> float:
         if self.world > 1:

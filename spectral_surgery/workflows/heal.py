@@ -28,9 +28,10 @@ from spectral_surgery.checkpoint.units import source_digest
 from spectral_surgery.checkpoint.writer import Entry, write_checkpoint
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.workflows.distill import Course, DistillSettings
+from spectral_surgery.workflows.distill import Clock, Course, DistillSettings
 from spectral_surgery.workflows.facts import compressed_facts
-from spectral_surgery.workflows.heal_model import Healed, Workplace, heal_blocks, heal_whole
+from spectral_surgery.workflows.heal_blocks import heal_blocks
+from spectral_surgery.workflows.heal_model import Healed, Workplace, heal_whole
 from spectral_surgery.workflows.heal_text import HealData
 from spectral_surgery.workflows.objectives import objective_of
 from spectral_surgery.workflows.plots import plot_training
@@ -50,7 +51,8 @@ class HealReport:
         objective: row of OBJECTIVES.
         course: losses by step.
         trained: weights, and coefficients in them.
-        untrained: compressed tensors that no parameter of the model (or of its blocks) holds, left as they were.
+        untrained: compressed tensors that no parameter of the model (or of its blocks) holds, or that text does not
+            reach, such as those that look at images; left as they were.
         seconds: wall time.
         peak_rss_bytes: largest resident memory of this process so far.
         blocks: of block-wise healing, the held-out relative error of every block before and after.
@@ -100,6 +102,7 @@ def heal(
     overwrite: bool = False,
     origin: str | None = None,
     progress: Progress = silent,
+    clock: Clock = time.perf_counter,
 ) -> HealReport:
     """Train the kept coefficients of a compressed checkpoint, biases and scales of norms by distillation.
 
@@ -111,13 +114,15 @@ def heal(
         out: folder to create, of the same format, with the metrics and a plot beside.
         data: text; a held-out part decides which step is kept.
         settings: how; None for 400 steps.
-        blocks: one block after the other, in the memory of one block, and less of a cure; settings are those of each.
+        blocks: one block after the other, in the memory of one block, and less of a cure; settings are those of each,
+            minutes those of all.
         threads: frames encoded at once.
         device: models run on it; blocks on the CPU.
         resume: go on with unfinished work of the same models, text and settings.
         overwrite: replace an existing folder, and discard unfinished work.
         origin: the Hub repository that the teacher is a copy of.
         progress: called after each step.
+        clock: tells the time.
 
     Returns:
         The report.
@@ -138,7 +143,7 @@ def heal(
     with writing_to(out):
         (partial / STATE).mkdir(parents=True, exist_ok=True)
     with hold(partial, exclusive=not _others(), wait=False):
-        place = Workplace(checkpoint, index, teacher, data, device, partial / STATE, key, threads)
+        place = Workplace(checkpoint, index, teacher, data, device, partial / STATE, key, threads, clock)
         healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, progress)
         entries, report = _result(place, healed, objective.name, time.perf_counter() - started)
         if _others():
