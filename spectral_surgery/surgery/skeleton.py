@@ -56,14 +56,14 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
     return root
 
 
-def is_conv1d(name: str, model_type: object) -> bool | None:
-    """Whether a module stores [I, O], as Conv1D of transformers does; None where the type of the model does not tell.
+def is_conv1d(name: str, model_type: object) -> bool:
+    """Whether a module is known to store [I, O], as Conv1D of transformers does.
 
     Args:
         name: of the module.
         model_type: of config.json.
     """
-    return name.rpartition(".")[2] in _TRANSPOSED if model_type in _TRANSPOSED_MODELS else None
+    return model_type in _TRANSPOSED_MODELS and name.rpartition(".")[2] in _TRANSPOSED
 
 
 def _module(name: str, tensors: Mapping[str, tuple[int, ...]], model_type: str | None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,11 @@ class BaseModel:
         other = self.names.find(root)
         return found is not None and (name == root or other is None or found.pieces[0].info != other.pieces[0].info)
 
+    @property
+    def hides_ties(self) -> bool:
+        """Whether embeddings are tied to an output layer that is not stored, and whose name nobody knows."""
+        return self.model is None and not self.ties and _says_tied(self.index.config)
+
     def module(self, name: str) -> nn.Module | None:
         """The module of an adapter's layer; None when it is not known."""
         for own in self._spellings(name) if self.model is not None else ():
@@ -75,13 +80,20 @@ class BaseModel:
         told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
         if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
             return tuple(shape) != told
-        named = is_conv1d(layer, self.index.config.get("model_type"))
-        return state.spec.targets.fan_in_fan_out if named is None else named
+        known = [own for own in state.layers if is_conv1d(own, self.index.config.get("model_type"))]
+        return layer in known if known else state.spec.targets.fan_in_fan_out
 
     def _spellings(self, name: str) -> Iterator[str]:
         yield name
         yield f"{self.model.base_model_prefix}.{name}"
         yield name.partition(".")[2]
+
+
+def _says_tied(config: Mapping[str, object]) -> bool:
+    return any(
+        _says_tied(value) if isinstance(value, dict) else key == "tie_word_embeddings" and value is True
+        for key, value in config.items()
+    )
 
 
 def base_model(index: CheckpointIndex) -> BaseModel:

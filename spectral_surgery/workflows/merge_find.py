@@ -19,6 +19,8 @@ from spectral_surgery.workflows.merge_plan import MergePlan, Patch, Target
 from spectral_surgery.workflows.parameter_layers import is_transposed, name_parameters
 
 _DTYPES = ("F32", "BF16", "F16")
+OUTPUT = "the output layer"  # that is tied, and whose name nobody knows
+_EMBEDDING = re.compile(r"(embed|wte|shared)[^.]*\.weight$", re.IGNORECASE)
 _VOCABULARY = re.compile(r"(embed|wte|shared|lm_head|decoder|output|head)", re.IGNORECASE)  # has a row for each token
 
 
@@ -65,6 +67,8 @@ class Finder:
         aliases = {a: n for a, n in self._stored_ties().items() if not {a, n} & self._apart_stored()}
         touched = [name for name in self._touched() if name not in self._apart]
         tied = {a: group[0] for name in touched for group in [self.base.tied_with(name)] for a in group[1:]}
+        if self.base.hides_ties and any(_EMBEDDING.search(name) for name in touched):
+            tied[OUTPUT] = next(name for name in touched if _EMBEDDING.search(name))
         self._check_vocabulary()
         return MergePlan(
             self.base.index,
@@ -89,6 +93,11 @@ class Finder:
                 continue  # PEFT's copy of the base, beside an update
             if own in self._whole and not (copy and torch.equal(self._whole[own], tensor)):
                 self.wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
+            if self.base.hides_ties and _EMBEDDING.search(own):
+                self.wrong.append(
+                    f"{own} is tied to an output layer that is not stored, and transformers does not know this model,"
+                    " so the output layer cannot be kept as PEFT keeps it"
+                )
             self._whole[own] = tensor
 
     def _undo_ties(self) -> None:

@@ -255,6 +255,40 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
     refused(UnmergeError, r"q_proj\.weight: was changed after the merge")
 
 
+def test_a_resized_vocabulary_is_said_wherever_the_configuration_has_it(tmp_path: Path) -> None:
+    inner = {"vocab_size": 300, "tie_word_embeddings": True, "other": 300}
+    config = {"model_type": "vision", "text_config": inner, "vision_config": {"vocab_size": 7}}
+    base = write_folder(tmp_path / "base", llama_like(), config=config)
+    tall, wide = gaussian(303, 96, seed=5), gaussian(303, 96, seed=6)
+    extra = {"model.embed_tokens.weight": tall, "lm_head.weight": wide}
+    own = adapter(tmp_path / "a", modules_to_save=("embed_tokens", "lm_head"), extra=extra)
+    said = CliRunner().invoke(cli, ["merge", str(base), str(own), str(tmp_path / "merged"), "-q"]).stdout
+    assert (
+        "untied: lm_head.weight, model.embed_tokens.weight: different tensors now, tie_word_embeddings is fal" in said
+    )
+    assert "resized: model.embed_tokens.weight from 300 to 303 rows, and vocab_size" in said
+    after = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert after["text_config"] == {"vocab_size": 303, "tie_word_embeddings": False, "other": 300}
+    assert after["vision_config"] == {"vocab_size": 7}
+    assert after["tie_word_embeddings"] is False
+    unmerge(tmp_path / "merged", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    assert same(tensors_of(tmp_path / "again"), tensors_of(base))
+
+
+def test_a_tied_output_layer_of_which_nobody_knows_the_name(tmp_path: Path) -> None:
+    tensors = {name: own for name, own in llama_like().items() if name != "lm_head.weight"}
+    base = write_folder(tmp_path / "base", tensors, config={"model_type": "own", "tie_word_embeddings": True})
+    report = merge(base, [adapter(tmp_path / "a", "lora", (EMBED,))], tmp_path / "merged")
+    assert report.tied == {"the output layer": "model.embed_tokens.weight"}
+    extra = {"model.embed_tokens.weight": gaussian(300, 96)}
+    own = adapter(tmp_path / "b", modules_to_save=("embed_tokens",), extra=extra)
+    with pytest.raises(
+        CheckpointError, match="is tied to an output layer that is not stored, and transformers does not"
+    ):
+        merge(base, [own], tmp_path / "again")
+
+
 def test_records_of_the_first_version_are_read(tmp_path: Path, base: Path) -> None:
     merged, extra = tmp_path / "merged", {"lm_head.weight": gaussian(300, 96)}
     merge(base, [adapter(tmp_path / "a", modules_to_save=("lm_head",), extra=extra)], merged)

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spectral_surgery.checkpoint.adapter_files import read_adapter
+from spectral_surgery.adapters import METHODS
+from spectral_surgery.adapters.base import AdapterSpec
+from spectral_surgery.checkpoint.adapter_files import read_adapter, write_adapter
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.merge_record import FOLDER, RECORD_FILE
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError, ConfigError, NotMergeableError, UnmergeError
-from spectral_surgery.surgery.attach import load
+from spectral_surgery.surgery.attach import inject, load, state_of
+from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.workflows.export import export
 from spectral_surgery.workflows.merge import MergeReport, merge
 from spectral_surgery.workflows.unmerge import unmerge
@@ -32,10 +35,9 @@ MOE = {"head_dim": 8, "num_key_value_heads": 2, "num_experts": 4, "num_experts_p
 QWEN = ("Qwen3MoeForCausalLM", {**MOE, "decoder_sparse_step": 1})
 OSS = ("GptOssForCausalLM", {**MOE, "intermediate_size": 32, "num_local_experts": 4})
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
-SMALL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 8}
-SMALL |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_source_positions": 15}
-WHISPER = ("WhisperForConditionalGeneration", {**SMALL, "pad_token_id": 0, "decoder_start_token_id": 1})
-SOUND = {"input_features": torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30), "decoder_input_ids": IDS[:, :4][:1]}
+CONVOLUTION = {"conv_dim": (16,), "conv_kernel": (5,), "conv_stride": (3,), "num_conv_pos_embeddings": 8}
+WAVES = ("Wav2Vec2ForCTC", {**CONVOLUTION, "feat_extract_norm": "layer", "num_conv_pos_embedding_groups": 4})
+SOUND = {"input_values": torch.linspace(-1, 1, 200)[None]}
 Model = tuple[str, dict[str, Any]]
 
 
@@ -44,7 +46,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def peft(folder: Path, model: Model, lora: dict[str, Any], grow: int = 0) -> Merged:
-    inputs = PIXELS if model is VIT else SOUND if model is WHISPER else None
+    inputs = PIXELS if model is VIT else SOUND if model is WAVES else None
     return adapted(folder, build(model[0], **model[1]), inputs, lora, grow)
 
 
@@ -81,9 +83,7 @@ def assert_given_back(folder: Path, base: Path) -> None:
         pytest.param(LLAMA, {"target_modules": ["q_proj", "k_proj"], "r": 50}, id="rank above the sides"),
         pytest.param(LLAMA, {"target_modules": ["q_proj"], "fan_in_fan_out": True}, id="a flag that is wrong"),
         pytest.param(VIT, {"target_modules": ["projection", "classifier"], "r": 4}, id="convolution"),
-        pytest.param(
-            WHISPER, {"target_modules": ["conv1", "conv2"], "use_dora": True}, id="convolution along one axis"
-        ),
+        pytest.param(WAVES, {"target_modules": ["0.conv"], "use_dora": True}, id="convolution along one axis"),
         pytest.param(VIT, {"target_modules": ["projection"], "use_dora": True}, id="DoRA of a convolution"),
         pytest.param(VIT, {"target_modules": ["projection"], "lora_bias": True}, id="lora_bias of a convolution"),
         pytest.param(LLAMA, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, id="DoRA"),
@@ -131,6 +131,27 @@ def assert_given_back(folder: Path, base: Path) -> None:
 def test_weights_are_those_of_peft(tmp_path: Path, model: Model, lora: dict[str, Any]) -> None:
     report, _ = merged_as_peft_does(tmp_path, model, lora)
     assert [report.tied, report.untied, report.resized] == [{}, (), {}]
+
+
+@pytest.mark.parametrize("method", ["fourierft", "spectral_delta"])
+def test_square_matrices_of_conv1d_beside_linear_with_a_method_that_has_no_shapes(tmp_path: Path, method: str) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = build(GPT2[0], **{**GPT2[1], "vocab_size": 32})
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    row = METHODS[method]
+    settings = row.config(n_frequency=40, **({"scaling": 300.0} if method == "fourierft" else {}))
+    spec = inject(model, AdapterSpec(row, settings, ModuleTargets(("attn.c_proj", "lm_head"))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    write_adapter(state_of(model, spec), tmp_path / "adapter")
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    inputs = {"input_ids": IDS}
+    merged = answer(GPT2LMHeadModel.from_pretrained(tmp_path / "merged"), inputs)
+    torch.testing.assert_close(merged, answer(model, inputs), rtol=1e-4, atol=1e-4)
+    assert_given_back(tmp_path, tmp_path / "base")
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
