@@ -1,0 +1,137 @@
+"""Experts are calibrated one by one, on the tokens that go to each, and what was not reached is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_surgery.checkpoint.plan import CompressOptions
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.spectra.select import Target
+from spectral_surgery.workflows.compress import compress
+from spectral_surgery.workflows.decompress import decompress
+from tests.support.command import run
+from tests.support.tiny import save_tokenizer
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from spectral_surgery.integrations.experts import ExpertMatrix, expert_moments, fused_matrices
+from spectral_surgery.workflows import layer_moments as moments_module
+from spectral_surgery.workflows.calibrate import compress_calibrated
+from spectral_surgery.workflows.layer_moments import CalibrationData
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 12, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "head_dim": 32,
+}  # fmt: skip
+KINDS = {
+    "by expert": ("qwen3_moe", {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}, 18),
+    "fused": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, 9),
+}
+OPTIONS = CompressOptions(Target("bits", 2.0), min_weights=1000)
+
+
+def model_of(kind: str) -> Any:
+    family, own, _ = KINDS[kind]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **SIZES, **own))
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts") / request.param
+    model_of(request.param).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_those_of_the_definition(kind: str) -> None:
+    experts = next(module for module in model_of(kind).modules() if fused_matrices(module))
+    assert fused_matrices(experts) == ("gate_up_proj", "down_proj")
+    matrices = {f"{leaf}{i}": ExpertMatrix(experts, leaf, i) for leaf in fused_matrices(experts) for i in (0, 2, 3)}
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    chosen = torch.tensor([[0, 2], [0, 1], [2, 1], [0, 2], [2, 1], [1, 0], [0, 1], [2, 0], [1, 2]])
+    weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(1))
+    before, expected = type(experts), experts(x, chosen, weights)
+    with expert_moments(matrices) as found:
+        torch.testing.assert_close(experts(x, chosen, weights), expected)
+        experts(x, chosen, weights)
+    assert type(experts) is before
+    assert set(found) == {"gate_up_proj0", "down_proj0", "gate_up_proj2", "down_proj2"}  # none went to expert 3
+    for expert in (0, 2):
+        rows = x[(chosen == expert).any(-1)]
+        torch.testing.assert_close(found[f"gate_up_proj{expert}"], 2 * rows.T @ rows)
+        inner = _inner(experts, rows, expert)
+        torch.testing.assert_close(found[f"down_proj{expert}"], 2 * inner.T @ inner, rtol=1e-4, atol=1e-4)
+
+
+def _inner(experts: Any, rows: Tensor, expert: int) -> Tensor:
+    matrix = experts.gate_up_proj[expert]
+    y = rows @ (matrix if experts.is_transposed else matrix.T)
+    return experts._apply_gate(y + experts.gate_up_proj_bias[expert] if experts.has_bias else y)
+
+
+def logits(folder: Path) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(2, 12, (16, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_experts_are_better_at_the_same_rate(tmp_path: Path, source: Path, text: Path) -> None:
+    experts = "*experts*proj.weight" if source.name == "by expert" else "*experts*proj"
+    options = CompressOptions(Target("bits", 2.0), include=(experts,), min_weights=1000)
+    compress(source, tmp_path / "plain", options)
+    report, done = compress_calibrated(source, tmp_path / "text", options, CalibrationData(text, 64, 16))
+    assert report.calibration is not None
+    assert report.calibration.weights[0] == report.calibration.weights[1] == 4 * 3 * 64 * 64
+    assert len(done) == 12 if source.name == "by expert" else 8
+    expected, errors = logits(source), []
+    for name in ("plain", "text"):
+        decompress(tmp_path / name, tmp_path / f"{name}-dense", verify=True)
+        errors.append(float((logits(tmp_path / f"{name}-dense") - expected).norm()))
+    assert errors[1] < 0.9 * errors[0]
+    assert report.manifest.report.bits_per_weight == pytest.approx(2.0, rel=0.03)
+
+
+def test_more_experts_than_fit_are_seen_in_turns(
+    tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments_module, "EXPERT_MOMENTS", 0)
+    report, _ = compress_calibrated(source, tmp_path / "out", OPTIONS, CalibrationData(text, 16, 16))
+    assert report.calibration is not None
+    assert not any("no token" in reason for reason in report.calibration.left.values())
+
+
+def test_the_command_says_what_was_reached(tmp_path: Path, source: Path, text: Path) -> None:
+    arguments = ("compress", source, tmp_path / "out", "--bits", "3", "--min-weights", "512", "--calibrate", text)
+    done = run(*arguments, "--samples", "16", "--seq-length", "16", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["calibration"]
+    left = {own["name"]: own["reason"] for own in told["not_calibrated"]}
+    assert told["of_matrices"] - told["matrices"] == len(left)
+    assert told["of_matrices"] == KINDS[source.name][2]
+    assert "an embedding, which is looked up" in left["model.embed_tokens.weight"]
+    assert "what is run: a head" in left["lm_head.weight"]
+    assert not any(name.endswith(("proj", "proj.weight")) for name in left)
+    assert f"{told['matrices']} weights calibrated, of {told['of_matrices']}: {told['weights']:,} of" in done.stderr
+    assert "not calibrated, an embedding, which is looked up" in done.stderr
+
+
+def test_nothing_calibrated_is_an_error(tmp_path: Path, source: Path, text: Path) -> None:
+    options = CompressOptions(Target("bits", 3.0), include=("*embed_tokens*", "lm_head*"), min_weights=1)
+    with pytest.raises(ConfigError, match=r"calibrate: none of 2 matrices is .* an embedding, which is looked up"):
+        compress_calibrated(source, tmp_path / "out", options, CalibrationData(text, 16, 16))
+    assert not (tmp_path / "out").exists()
