@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test zoo lint format bench clean
 
 setup: .venv/dev
 
@@ -28,6 +28,9 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+zoo: .venv/dev
+	$(BIN)/python -m tests.zoo
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 
 from tests.zoo.compare import differing, distance, more, tensors
 from tests.zoo.outcome import NotApplicable, Numbers, command, require
-from tests.zoo.subject import MERGED, Subject
+from tests.zoo.subject import EXACT, MERGED, Subject
 
 OPTIONS = ("-o", "n_frequency=50", "-o", "init_weights=false", "-o", "scaling=20")
 SEEN = 1e-3  # relative change of the outputs that an adapter must make to show anything, in float32
@@ -76,7 +76,7 @@ def peft_compressed(subject: Subject) -> Numbers:
     from peft import PeftModel
 
     folder = str(adapter(subject))
-    base, plain = (subject.load(own, torch.float32)[0] for own in (subject.compressed, subject.plain))
+    base, plain = subject.pair_in_float32()
     wanted = subject.outputs(PeftModel.from_pretrained(plain, folder).eval(), plain)
     try:
         live = PeftModel.from_pretrained(base, folder).eval()
@@ -85,5 +85,5 @@ def peft_compressed(subject: Subject) -> Numbers:
             raise
         raise NotApplicable("PEFT asks every quantised model for input embeddings, which the class has not") from error
     error, where = distance(wanted, subject.outputs(live, base))
-    require(error <= subject.tolerance, f"outputs differ by {error:.2g} in {where}")
+    require(error <= EXACT, f"outputs differ by {error:.2g} in {where}")
     return {"error": error}

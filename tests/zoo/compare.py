@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,19 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> str:
-    """What differs between the tensors of two folders, in words; empty when every bit is equal."""
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether all numbers are equal, the second perhaps in a wider dtype: transformers keeps some in float32."""
+    if one.dtype == other.dtype:
+        return same_bits(one, other)
+    wider = one.is_floating_point() and other.is_floating_point() and other.itemsize > one.itemsize
+    return wider and one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def differing(
+    one: dict[str, Tensor], other: dict[str, Tensor], same: Callable[[Tensor, Tensor], bool] = same_bits
+) -> str:
+    """What differs between the tensors of two folders, in words; empty when all are the same."""
     if one.keys() != other.keys():
         return f"names {sorted(one.keys() ^ other.keys())[:4]}"
-    names = [name for name in one if not same_bits(one[name], other[name])]
+    names = [name for name in one if not same(one[name], other[name])]
     return f"bits of {names[:4]}" if names else ""

@@ -9,6 +9,13 @@ from tests.zoo.encoders import ENCODERS
 from tests.zoo.entry import Entry
 from tests.zoo.experts import EXPERTS_OF_TEXT
 from tests.zoo.heads import HEADS
+from tests.zoo.long_tail import (
+    DECODERS_BY_RULE,
+    IMAGES_BY_RULE,
+    MULTIMODAL_BY_RULE,
+    OTHER_BY_RULE,
+    TEXTS_BY_RULE,
+)
 from tests.zoo.others import OTHERS
 from tests.zoo.ours import OURS
 from tests.zoo.speech import SPEECH
@@ -31,5 +38,10 @@ KINDS: dict[str, tuple[Entry, ...]] = {
     "Speech, sound and music": SPEECH,
     "Others": OTHERS,
     "Not of transformers": OURS,
+    "By rule: decoders": DECODERS_BY_RULE,
+    "By rule: other models of text": TEXTS_BY_RULE,
+    "By rule: images and videos": IMAGES_BY_RULE,
+    "By rule: several inputs, run on text": MULTIMODAL_BY_RULE,
+    "By rule: speech, pairs and parts": OTHER_BY_RULE,
 }
 ZOO: dict[str, Entry] = {entry.name: entry for entries in KINDS.values() for entry in entries}

@@ -112,8 +112,9 @@ class Shrinker:
         defaults = {name: value for name, value in vars(config).items() if not name.startswith("_")}
         found = {name: self._tiny(name, value) for name, value in defaults.items()}
         _fit_layers(found)
-        if "kv_lora_rank" in found:  # latent attention: as many keys as queries
+        if "kv_lora_rank" in found:  # latent attention: as many keys as queries, and heads that turn as a whole
             found["num_key_value_heads"] = SIZES["num_attention_heads"]
+            found |= {"head_dim": SIZES["qk_rope_head_dim"]} if "head_dim" in found else {}
         return {name: value for name, value in found.items() if value != defaults.get(name)}
 
     def _tiny(self, name: str, value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.zoo.compare import Keys, Outputs, distance, load, outputs, tensors
 from tests.zoo.corpus import Corpus
 from tests.zoo.entry import SMALL_SHARD, Entry
+from tests.zoo.outcome import command
 
 EXACT = 1e-4  # relative error of outputs in float32; 1e-6 is usual
 ROUNDED = 2e-2  # the same in bfloat16, where every layer rounds
@@ -57,6 +58,15 @@ class Subject:
 
     def outputs(self, model: Any, base: Any = None) -> Outputs:
         return outputs(self.entry, model, base)
+
+    def pair_in_float32(self) -> tuple[Any, Any]:
+        """(compressed, decompressed), both loaded in float32 from files that were not rounded on the way."""
+        plain = self.plain
+        if self.half:
+            plain = self.folder / "plain32"
+            if not plain.exists():
+                command("decompress", self.compressed, plain, "--dtype", "float32")
+        return self.load(self.compressed, torch.float32)[0], self.load(plain, torch.float32)[0]
 
 
 def prepare(entry: Entry, folder: Path, corpus: Corpus) -> Subject:

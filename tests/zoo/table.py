@@ -26,14 +26,16 @@ What is checked:
 
 - inspect, compress: at 4 bits a weight; every matrix of 512 weights or more is compressed, or named with the reason.
 - decompress: `--verify`; names, shapes, dtypes, errors as reported; what was not compressed has the same bits.
-- load: `from_pretrained` of the compressed folder has the outputs of the decompressed model.
+- load: `from_pretrained` of the compressed folder has the outputs of the decompressed model. A percentage: of the
+  compressed weights, those that stay spectra; the others are decoded at loading.
 - generate: the same greedy tokens as the decompressed model.
 - save again: `save_pretrained` of the compressed model loads to the same outputs and decompresses to the same bits.
 - dequantize: the outputs of the decompressed model, also saved and loaded.
 - inject, merge, unmerge: a FourierFT adapter for all linear layers; the original comes back bit for bit.
 - PEFT: loads the adapter on every layer of it, and has the outputs of the merged model; on compressed: the same on the
   compressed model.
-- calibrate, heal, swap: with a text; the folder has the outputs of its decompressed form.
+- calibrate, heal, swap: with a text; the folder has the outputs of its decompressed form. A percentage: of the
+  compressed weights, those that were calibrated; the command names the others, with reasons.
 """
 
 
@@ -81,14 +83,14 @@ def _any(outcomes: dict[str, Outcome], status: Status) -> bool:
 
 
 def _table(entries: tuple[Entry, ...], results: Results, notes: _Notes) -> str:
-    head = ["model", "type", "dtype", "resident", *NAMES]
+    head = ["model", "type", "dtype", *NAMES]
     lines = [f"| {' | '.join(head)} |\n", "|---" * len(head) + "|\n"]
     for entry in entries:
         record = results.get(entry.name)
         outcomes = outcomes_of(record) if record is not None else {}
         cells = [_cell(outcomes.get(name), outcomes.get("build"), notes) for name in NAMES]
         dtype = str(entry.dtype).removeprefix("torch.")
-        lines.append(f"| `{entry.name}` | {entry.type} | {dtype} | {_resident(outcomes)} | {' | '.join(cells)} |\n")
+        lines.append(f"| `{entry.name}` | {entry.type} | {dtype} | {' | '.join(cells)} |\n")
     return "".join(lines)
 
 
@@ -96,14 +98,9 @@ def _cell(outcome: Outcome | None, build: Outcome | None, notes: _Notes) -> str:
     if outcome is None:
         return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else "not checked"
     if outcome.status is Status.OK:
-        return SIGNS[outcome.status]
+        share = outcome.numbers.get("share", 1.0)
+        return SIGNS[outcome.status] + (f" {100 * share:.0f} %" if share < 1.0 else "")
     return f"{SIGNS[outcome.status]} {notes.number(outcome.line)}"
-
-
-def _resident(outcomes: dict[str, Outcome]) -> str:
-    """Of the compressed weights, how many stay spectra when the folder is loaded."""
-    share = outcomes["load"].numbers.get("resident") if "load" in outcomes else None
-    return "" if share is None else f"{100 * min(share, 1.0):.0f} %"
 
 
 class _Notes:

@@ -167,13 +167,13 @@ def record(entry: Entry, **changed: Outcome) -> sweeping.Record:
 
 def test_the_page_says_what_became_of_each_step() -> None:
     results = {
-        "a": record(A, load=Outcome(Status.OK, numbers={"resident": 0.5}), merge=Outcome(Status.REFUSED, "no | names")),
+        "a": record(A, load=Outcome(Status.OK, numbers={"share": 0.5}), merge=Outcome(Status.REFUSED, "no | names")),
         "b": record(B, merge=Outcome(Status.REFUSED, "no | names"), heal=Outcome(Status.WRONG, "a <traceback>")),
     }
     written = page({"Decoders": (A, B, C)}, {"rag": "needs an index"}, json.loads(json.dumps(results)))
     assert names_in(written) == ["a", "b", "c"]
     row = {line.split("|")[1].strip(): line for line in written.splitlines() if line.startswith("| `")}
-    assert "| 50 % |" in row["`a`"]
+    assert "| ✓ 50 % |" in row["`a`"]
     assert row["`a`"].count("r [1]") == row["`b`"].count("r [1]") == row["`b`"].count("✗ [2]") == 1
     assert row["`c`"].count("not checked") == len(NAMES)
     assert "1. no \\| names\n2. a &lt;traceback>\n" in written

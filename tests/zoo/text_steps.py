@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,19 @@ def calibrate(subject: Subject) -> Numbers:
     hit = re.search(r"(\d+) weights calibrated", said)
     done = int(hit[1]) if hit else 0
     require(done > 0, f"exit code 0, and none of {len(report['tensors'])} tensors was calibrated")
+    share = _check_coverage(report["calibration"], len(report["tensors"])) if "calibration" in report else None
     _loads_as_decompressed(subject, folder)
-    return {"calibrated": done, "of": len(report["tensors"])}
+    return {"calibrated": done, "of": len(report["tensors"])} | ({} if share is None else {"share": share})
+
+
+def _check_coverage(coverage: dict[str, Any], tensors: int) -> float:
+    """The share of the weights that were calibrated; every tensor counts as calibrated, or is named with a reason."""
+    require(coverage["of_matrices"] == tensors, f"{coverage['of_matrices']} tensors in the report, of {tensors}")
+    left = coverage["not_calibrated"]
+    said = coverage["matrices"] + len(left)
+    require(said == tensors, f"of {tensors} tensors {said} are said to be calibrated or not")
+    require(all(own["reason"] for own in left), "a tensor is not calibrated, without a reason")
+    return round(coverage["weights"] / max(coverage["of_weights"], 1), 3)
 
 
 def heal(subject: Subject) -> Numbers:

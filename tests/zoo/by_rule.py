@@ -1,0 +1,156 @@
+"""Entries whose settings follow from the defaults of their type, by the rule in `shrink` and the changes here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from tests.zoo.entry import Entry
+from tests.zoo.inputs import Inputs
+from tests.zoo.settings import Settings
+from tests.zoo.shrink import tiny_settings
+
+CHANGES: dict[str, Settings] = {
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 32},
+    "grounding-dino": {
+        "backbone_config": {
+            "embed_dim": 16,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 4],
+            "window_size": 4,
+            "image_size": 64,
+            "patch_size": 2,
+        }
+    },
+    "mm-grounding-dino": {
+        "backbone_config": {
+            "embed_dim": 16,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 4],
+            "window_size": 4,
+            "image_size": 64,
+            "patch_size": 2,
+        }
+    },
+    "convnextv2": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2},
+    "dinov3_convnext": {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]},
+    "pvt": {
+        "hidden_sizes": [16, 32, 64, 64],
+        "num_attention_heads": [1, 2, 4, 4],
+        "depths": [1, 1, 1, 1],
+        "image_size": 64,
+    },
+    "bit": {"hidden_sizes": [32, 64], "depths": [1, 1], "embedding_size": 32, "num_groups": 4},
+    "conditional_detr": {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": {
+            "model_type": "resnet",
+            "hidden_sizes": [32, 64],
+            "depths": [1, 1],
+            "embedding_size": 16,
+            "out_features": ["stage2"],
+        },
+    },
+    "dab-detr": {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": {
+            "model_type": "resnet",
+            "hidden_sizes": [32, 64],
+            "depths": [1, 1],
+            "embedding_size": 16,
+            "out_features": ["stage2"],
+        },
+    },
+    "deformable_detr": {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": {
+            "model_type": "resnet",
+            "hidden_sizes": [16, 32, 64],
+            "depths": [1, 1, 1],
+            "embedding_size": 16,
+            "out_features": ["stage1", "stage2", "stage3"],
+        },
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "donut-swin": {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 4],
+        "window_size": 4,
+        "image_size": 64,
+        "patch_size": 2,
+    },
+    "maskformer-swin": {
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 4],
+        "window_size": 4,
+        "image_size": 64,
+        "patch_size": 2,
+    },
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 16, 32, 32],
+        "stage_mid_channels": [8, 8, 16, 16],
+        "stage_out_channels": [16, 32, 32, 64],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 32, 64],
+        "depths": [1, 1, 1, 1],
+    },
+    "cohere2_vision": {"alignment_intermediate_size": 64, "downsample_factor": 2},
+    "esmc": {"num_key_value_heads": 4},
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [16, 32, 32, 64],
+            "num_heads": [2, 2, 2, 4],
+            "num_groups": [2, 2, 2, 4],
+            "depths": [1, 1, 1, 1],
+            "patch_size": [7, 3, 3, 3],
+        }
+    },
+    "dia": {
+        "decoder_config": {
+            "cross_hidden_size": 64,
+            "cross_num_attention_heads": 4,
+            "cross_num_key_value_heads": 4,
+            "cross_head_dim": 16,
+        },
+        "encoder_config": {},
+    },
+    "mimi": {
+        "upsample_groups": 16,
+        "vector_quantization_hidden_dimension": 16,
+        "codebook_dim": 16,
+        "num_filters": 8,
+        "upsampling_ratios": [4, 4],
+    },
+    "lxmert": {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 32},
+}
+
+
+def by_rule(inputs: Inputs, classes: Mapping[str, str]) -> tuple[Entry, ...]:
+    """An entry for each type, built and loaded by the class beside it."""
+    return tuple(Entry(name, own, inputs, partial(tiny_config, name)) for name, own in classes.items())
+
+
+def tiny_config(model_type: str) -> Any:
+    """The configuration of a tiny model of that type."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **tiny_settings(model_type, CHANGES.get(model_type)))

@@ -1,0 +1,337 @@
+"""The long tail: types whose tiny configuration follows from their defaults, by rule and a few changes.
+
+Models that take images or sound beside text are run on text alone; their towers are compressed and merged with them.
+"""
+
+from __future__ import annotations
+
+from tests.zoo.by_rule import by_rule
+from tests.zoo.inputs import fixed, noise, of, pairs, pixels, text, text_and_image, tokens, wave
+
+VIDEO = of({"pixel_values": noise(1, 4, 3, 32, 32)})
+SOUND = of({"input_values": noise(1, 1, 1920)})
+MEL = of({"input_features": noise(1, 16, 128)})
+MEL_256 = of({"input_features": noise(1, 16, 256)})
+MEL_ROWS = of({"input_features": noise(1, 64, 16)})
+MEL_TO_TEXT = of({"input_features": noise(1, 64, 16), "decoder_input_ids": tokens(6, 1)})
+EMBEDDED = of({"inputs_embeds": noise(1, 6, 64)})
+IMAGE_PAIR = of({"pixel_values": noise(1, 2, 3, 32, 32)})
+PATCHES = of({"pixel_values": noise(16, 384), "grid_thw": fixed([[1, 4, 4]])})
+HIDDEN_PATCHES = of({"hidden_states": noise(16, 384), "grid_thw": fixed([[1, 4, 4]])})
+TEXT_AND_FEATURES = of({"input_ids": tokens(), "visual_feats": noise(2, 4, 32), "visual_pos": noise(2, 4, 4)})
+
+DECODERS_BY_RULE = (
+    *by_rule(
+        text,
+        {
+            "gpt-sw3": "GPT2LMHeadModel",
+            "apertus1p5_text": "Apertus1p5TextForCausalLM",
+            "arcee": "ArceeForCausalLM",
+            "aria_text": "AriaTextForCausalLM",
+            "axk2": "AXK2ForCausalLM",
+            "beam": "BeamForCausalLM",
+            "blenderbot-small": "BlenderbotSmallForCausalLM",
+            "codegen": "CodeGenForCausalLM",
+            "cohere": "CohereForCausalLM",
+            "cohere2_moe": "Cohere2MoeForCausalLM",
+            "cwm": "CwmForCausalLM",
+            "deepseek_v4": "DeepseekV4ForCausalLM",
+            "exaone_moe": "ExaoneMoeForCausalLM",
+            "flint": "FlintForCausalLM",
+            "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+            "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+            "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+            "granite_swa": "GraniteSWAForCausalLM",
+            "granitemoe_swa": "GraniteMoeSWAForCausalLM",
+            "hrm_text": "HrmTextForCausalLM",
+            "hy_v3": "HYV3ForCausalLM",
+            "hy_v4": "HYV4ForCausalLM",
+            "hyperclovax": "HyperCLOVAXForCausalLM",
+            "inkling2_loop_text": "Inkling2LoopTextModel",
+            "inkling2_text": "Inkling2TextModel",
+            "inkling_text": "InklingForCausalLM",
+            "iquestcoder": "LlamaForCausalLM",
+            "jamba": "JambaForCausalLM",
+            "kolibri1": "Kolibri1ForCausalLM",
+            "laguna": "LagunaForCausalLM",
+            "lara_mini": "LaraMiniForCausalLM",
+            "lfm2": "Lfm2ForCausalLM",
+            "lfm3": "Lfm3ForCausalLM",
+            "minimax": "MiniMaxForCausalLM",
+            "minimax_m3_vl_text": "MiniMaxM3VLForCausalLM",
+            "ministral3": "Ministral3ForCausalLM",
+            "mistral": "MistralForCausalLM",
+            "modernbert-decoder": "ModernBertDecoderForCausalLM",
+            "moshi": "MoshiForCausalLM",
+            "moss_transcribe_diarize": "MossTranscribeDiarizeForConditionalGeneration",
+            "mvp": "MvpForCausalLM",
+            "olmo_hybrid": "OlmoHybridForCausalLM",
+            "phi4_multimodal": "Phi4MultimodalForCausalLM",
+            "qwen3_5_text": "Qwen3_5ForCausalLM",
+            "rembert": "RemBertForCausalLM",
+            "roformer": "RoFormerForCausalLM",
+            "sarvam_moe": "Glm4MoeForCausalLM",
+            "trocr": "TrOCRForCausalLM",
+            "xlm-roberta": "XLMRobertaForCausalLM",
+        },
+    ),
+)
+
+
+IMAGES_BY_RULE = (
+    *by_rule(
+        pixels,
+        {
+            "aimv2_vision_model": "Aimv2VisionModel",
+            "beit": "BeitForImageClassification",
+            "bit": "BitForImageClassification",
+            "chinese_clip_vision_model": "ChineseCLIPVisionModel",
+            "conditional_detr": "ConditionalDetrForObjectDetection",
+            "convnextv2": "ConvNextV2ForImageClassification",
+            "dab-detr": "DabDetrForObjectDetection",
+            "data2vec-vision": "Data2VecVisionForImageClassification",
+            "deformable_detr": "DeformableDetrForObjectDetection",
+            "dinov3_convnext": "DINOv3ConvNextBackbone",
+            "donut-swin": "DonutSwinForImageClassification",
+            "eomt": "EomtForUniversalSegmentation",
+            "eomt_dinov3": "EomtDinov3ForUniversalSegmentation",
+            "glpn": "GLPNForDepthEstimation",
+            "granite_docling_vision": "GraniteDoclingVisionModel",
+            "hgnet_v2": "HGNetV2ForImageClassification",
+            "idefics3_vision": "Idefics3VisionTransformer",
+            "internvl_vision": "InternVLVisionModel",
+            "maskformer-swin": "MaskFormerSwinBackbone",
+            "metaclip_2": "MetaClip2ForImageClassification",
+            "mgp-str": "MgpstrForSceneTextRecognition",
+            "mlcd_vision_model": "MLCDVisionModel",
+            "mobilenet_v1": "MobileNetV1ForImageClassification",
+            "pixio": "PixioBackbone",
+            "pixtral": "PixtralVisionModel",
+            "pp_lcnet": "PPLCNetForImageClassification",
+            "pp_lcnet_v3": "PPLCNetV3Backbone",
+            "pp_lcnet_v4": "PPLCNetV4Backbone",
+            "pp_ocrv6_small_rec": "PPOCRV6SmallRecForTextRecognition",
+            "pp_ocrv6_tiny_rec": "PPOCRV6TinyRecForTextRecognition",
+            "pvt": "PvtForImageClassification",
+            "qianfan_ocr_vision": "QianfanOCRVisionModel",
+            "radio": "RadioModel",
+            "rf_detr": "RfDetrForObjectDetection",
+            "rf_detr_dinov2": "RfDetrDinov2Backbone",
+            "sam3_vision_model": "Sam3VisionModel",
+            "sam3_vit_model": "Sam3ViTModel",
+            "sam_hq_vision_model": "SamHQVisionModel",
+            "sam_vision_model": "SamVisionModel",
+            "sapiens2": "Sapiens2Backbone",
+            "siglip_vision_model": "SiglipVisionModel",
+            "slanext": "SLANeXtForTableRecognition",
+            "smolvlm_vision": "SmolVLMVisionTransformer",
+            "superpoint": "SuperPointForKeypointDetection",
+            "swiftformer": "SwiftFormerForImageClassification",
+            "tipsv2": "Tipsv2VisionBackbone",
+            "tipsv2_vision_model": "Tipsv2VisionBackbone",
+            "uvdoc_backbone": "UVDocBackbone",
+            "vit_mae": "ViTMAEModel",
+            "vit_msn": "ViTMSNForImageClassification",
+            "vitdet": "VitDetBackbone",
+            "mlcd": "MLCDVisionModel",
+        },
+    ),
+    *by_rule(VIDEO, {"videomae": "VideoMAEModel"}),
+)
+
+
+OTHER_BY_RULE = (
+    *by_rule(
+        text_and_image,
+        {
+            "altclip": "AltCLIPModel",
+            "blip": "BlipForConditionalGeneration",
+            "bridgetower": "BridgeTowerModel",
+            "grounding-dino": "GroundingDinoForObjectDetection",
+            "mm-grounding-dino": "MMGroundingDinoForObjectDetection",
+            "owlv2": "Owlv2Model",
+            "pp_formulanet": "PPFormulaNetForConditionalGeneration",
+            "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+        },
+    ),
+    *by_rule(
+        MEL_TO_TEXT,
+        {
+            "canary": "CanaryForConditionalGeneration",
+            "cohere_asr": "CohereAsrForConditionalGeneration",
+            "nemotron3_5_asr": "Nemotron3_5AsrForRNNT",
+            "nemotron_asr_streaming": "NemotronAsrStreamingForRNNT",
+            "parakeet_rnnt": "ParakeetForRNNT",
+            "parakeet_tdt": "ParakeetForTDT",
+        },
+    ),
+    *by_rule(
+        HIDDEN_PATCHES,
+        {
+            "cohere_compass_vision": "CohereCompassVisionModel",
+            "exaone4_5_vision": "Exaone4_5_VisionModel",
+            "glm4v_moe_vision": "Glm4vMoeVisionModel",
+            "glm4v_vision": "Glm4vVisionModel",
+            "glm5_next_vision": "Glm5NextVisionModel",
+            "glm_ocr_vision": "GlmOcrVisionModel",
+        },
+    ),
+    *by_rule(
+        EMBEDDED,
+        {
+            "dory": "DoryForCausalLM",
+            "kyutai_speech_to_text": "KyutaiSpeechToTextModel",
+            "nemotron3_5_transcribe_word_timestamp": "Nemotron3_5TranscribeWordTimestampModel",
+        },
+    ),
+    *by_rule(
+        MEL,
+        {
+            "gemma4_audio": "Gemma4AudioModel",
+            "glmasr_encoder": "GlmAsrEncoder",
+            "voxtral_realtime_encoder": "VoxtralRealtimeEncoder",
+        },
+    ),
+    *by_rule(
+        MEL_ROWS,
+        {
+            "lasr_ctc": "LasrForCTC",
+            "lasr_encoder": "LasrEncoder",
+            "nemotron3_5_transcribe_asr_audio": "Nemotron3_5TranscribeAsrAudioModel",
+            "nemotron3_diarization_audio": "Nemotron3DiarizationAudioModel",
+            "nemotron_asr_streaming_encoder": "NemotronAsrStreamingEncoder",
+            "parakeet_encoder": "ParakeetEncoder",
+        },
+    ),
+    *by_rule(
+        PATCHES,
+        {
+            "lfm3_vl_vision": "Lfm3VlVisionModel",
+            "muse_glimmer_vision": "MuseGlimmerVisionModel",
+            "muse_spark_vision": "MuseSparkVisionModel",
+        },
+    ),
+    *by_rule(IMAGE_PAIR, {"lightglue": "LightGlueForKeypointMatching"}),
+    *by_rule(TEXT_AND_FEATURES, {"lxmert": "LxmertForPreTraining"}),
+    *by_rule(
+        SOUND,
+        {
+            "mimi": "MimiModel",
+            "omniasr_audio": "OmniASRAudioModel",
+            "omniasr_ctc": "OmniASRForCTC",
+            "pocket_tts_audio_tokenizer_encoder": "PocketTTSAudioTokenizerEncoderModel",
+        },
+    ),
+    *by_rule(MEL_256, {"moss_transcribe_diarize_audio": "MossTranscribeDiarizeAudioModel"}),
+    *by_rule(
+        pairs,
+        {
+            "pegasus_x": "PegasusXForConditionalGeneration",
+            "seamless_m4t": "SeamlessM4TForTextToText",
+            "seamless_m4t_v2": "SeamlessM4Tv2ForTextToText",
+            "t5gemma2": "T5Gemma2ForConditionalGeneration",
+        },
+    ),
+    *by_rule(wave, {"sew-d": "SEWDForCTC", "unispeech": "UniSpeechForCTC"}),
+)
+
+
+MULTIMODAL_BY_RULE = (
+    *by_rule(
+        text,
+        {
+            "aria": "AriaForConditionalGeneration",
+            "audioflamingo3": "AudioFlamingo3ForConditionalGeneration",
+            "cohere2_vision": "Cohere2VisionForConditionalGeneration",
+            "colmodernvbert": "ColModernVBertForRetrieval",
+            "colpali": "ColPaliForRetrieval",
+            "cosmos3_edge": "Cosmos3EdgeForConditionalGeneration",
+            "cosmos3_omni": "Cosmos3OmniForConditionalGeneration",
+            "deepseek_vl": "DeepseekVLForConditionalGeneration",
+            "deepseek_vl_hybrid": "DeepseekVLHybridForConditionalGeneration",
+            "dia": "DiaForConditionalGeneration",
+            "evolla": "EvollaForProteinText2Text",
+            "exaone4_5": "Exaone4_5_ForConditionalGeneration",
+            "florence2": "Florence2ForConditionalGeneration",
+            "fuyu": "FuyuForCausalLM",
+            "gemma4": "Gemma4ForConditionalGeneration",
+            "gemma4_unified": "Gemma4UnifiedForConditionalGeneration",
+            "glmasr": "GlmAsrForConditionalGeneration",
+            "got_ocr2": "GotOcr2ForConditionalGeneration",
+            "granite_docling": "GraniteDoclingForConditionalGeneration",
+            "granite_speech": "GraniteSpeechForConditionalGeneration",
+            "granite_speech_plus": "GraniteSpeechPlusForConditionalGeneration",
+            "hyperclovax_vision_v2": "HyperCLOVAXVisionV2ForConditionalGeneration",
+            "idefics2": "Idefics2ForConditionalGeneration",
+            "inkling2": "Inkling2Model",
+            "inkling2_loop": "Inkling2LoopModel",
+            "inkling_mm_model": "InklingForConditionalGeneration",
+            "kosmos-2.5": "Kosmos2_5ForConditionalGeneration",
+            "lfm2_vl": "Lfm2VlForConditionalGeneration",
+            "lfm3_vl": "Lfm3VlForConditionalGeneration",
+            "lighton_ocr": "LightOnOcrForConditionalGeneration",
+            "llava_next": "LlavaNextForConditionalGeneration",
+            "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+            "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+            "minicpm_ocr": "MiniCPMOcrForConditionalGeneration",
+            "minicpmv4_6": "MiniCPMV4_6ForConditionalGeneration",
+            "minicpmv4_7": "MiniCPMV4_7ForConditionalGeneration",
+            "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+            "mistral_large4": "MistralLarge4ForConditionalGeneration",
+            "muse_glimmer": "MuseGlimmerForConditionalGeneration",
+            "musicflamingo": "MusicFlamingoForConditionalGeneration",
+            "omniasr": "OmniASRForConditionalGeneration",
+            "ovis2": "Ovis2ForConditionalGeneration",
+            "pp_chart2table": "GotOcr2ForConditionalGeneration",
+            "qianfan_ocr": "QianfanOCRForConditionalGeneration",
+            "qwen3_5": "Qwen3_5ForConditionalGeneration",
+            "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+            "qwen3_asr": "Qwen3ASRForConditionalGeneration",
+            "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "qwen3_vl": "Qwen3VLForConditionalGeneration",
+            "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+            "shieldgemma2": "Gemma3ForConditionalGeneration",
+            "unlimited_ocr": "UnlimitedOcrForConditionalGeneration",
+            "video_llama_3": "VideoLlama3ForConditionalGeneration",
+            "video_llava": "VideoLlavaForConditionalGeneration",
+            "voxtral": "VoxtralForConditionalGeneration",
+        },
+    ),
+)
+
+
+TEXTS_BY_RULE = (
+    *by_rule(
+        text,
+        {
+            "cosmos3_edge_text": "Cosmos3EdgeTextModel",
+            "embedding_gemma2": "EmbeddingGemma2Model",
+            "embedding_gemma2_text": "EmbeddingGemma2TextModel",
+            "esmc": "EsmcForMaskedLM",
+            "fastspeech2_conformer": "FastSpeech2ConformerModel",
+            "flava": "FlavaForPreTraining",
+            "granite_docling_text": "GraniteDoclingTextModel",
+            "higgs_audio_v2": "HiggsAudioV2ForConditionalGeneration",
+            "imagegpt": "ImageGPTForImageClassification",
+            "led": "LEDForConditionalGeneration",
+            "luke": "LukeForMaskedLM",
+            "mistral_large4_text": "MistralLarge4TextModel",
+            "modernvbert": "ModernVBertForMaskedLM",
+            "molmo2_text": "Molmo2TextModel",
+            "mpnet": "MPNetForMaskedLM",
+            "mra": "MraForMaskedLM",
+            "muse_glimmer_text": "MuseGlimmerTextModel",
+            "muse_spark_text": "MuseSparkTextModel",
+            "neomme": "NeoMMEForMaskedLM",
+            "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
+            "qwen3_vl_moe_text": "Qwen3VLMoeTextModel",
+            "qwen3_vl_text": "Qwen3VLTextModel",
+            "sam3_lite_text_text_model": "Sam3LiteTextTextModel",
+            "tapas": "TapasForMaskedLM",
+            "tipsv2_text_model": "Tipsv2TextModel",
+            "ultrabert": "UltrabertForMaskedLM",
+            "ultravbert": "UltraVBertForMaskedLM",
+            "yoso": "YosoForMaskedLM",
+        },
+    ),
+)
