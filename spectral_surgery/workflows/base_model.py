@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from spectral_surgery.errors import BackendError, CheckpointError
 from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
 from spectral_surgery.models import outline_model
 from spectral_surgery.surgery.skeleton import is_conv1d
+
+_HEAD = re.compile(r"(lm_head|embed_out|output\w*|decoder)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ class BaseModel:
         root = self.ties.get(name) or (self.ties.get(found.name) if found else None)
         return self.names.find(root) if root else found
 
+    def named(self, name: str) -> str:
+        """A parameter as the model calls it, where an adapter knew the model with a head more or less."""
+        found = self.names.find(name)
+        return found.name if found and name not in (*self.ties, *self.ties.values()) else name
+
     def tied_with(self, name: str) -> tuple[str, ...]:
         """All names of a parameter that is tied, the root first; none when it is not."""
-        found = self.names.find(name)
-        own = found.name if found and name not in (*self.ties, *self.ties.values()) else name
+        own = self.named(name)
         root = self.ties.get(own, own)
         others = [alias for alias, other in self.ties.items() if other == root]
         return (root, *others) if others else ()
@@ -56,7 +63,8 @@ class BaseModel:
     @property
     def hides_ties(self) -> bool:
         """Whether embeddings are tied to an output layer that is not stored, and whose name nobody knows."""
-        return self.model is None and not self.ties and _says_tied(self.index.config)
+        heads = [name for name in self.index.tensors if _HEAD.search(name)]
+        return self.model is None and not heads and not self.ties and _says_tied(self.index.config)
 
     def module(self, name: str) -> nn.Module | None:
         """The module of an adapter's layer; None when it is not known."""

@@ -40,29 +40,30 @@ class Finder:
             own, problems = name_parameters(state, self.base)
             named.append(own)
             self.wrong += problems
-        self._plan = MergePlan(index, tuple(named), weights)
+        self._states, self._weights = tuple(named), weights
+        self._found: dict[str, Target] = {}
         self._whole: dict[str, Tensor] = {}  # parameters that are replaced
         self._apart: set[str] = set()  # tied parameters that become tensors of their own
         self._resized: dict[str, tuple[int, int]] = {}
 
     def plan(self) -> MergePlan:
         """Everything found; not to be used when something is wrong."""
-        for state in self._plan.states:
+        for state in self._states:
             self._collect(state)
         self._undo_ties()
         for name, tensor in self._whole.items():
             self._replace(name, tensor)
         self._keep_apart()
-        for number, state in enumerate(self._plan.states):
-            if any("magnitude" in own for own in state.layers.values()) and self._plan.weights[number] != 1:
+        for number, state in enumerate(self._states):
+            if any("magnitude" in own for own in state.layers.values()) and self._weights[number] != 1:
                 raise ConfigError(
-                    f"--weights {self._plan.weights[number]:g}: for an adapter with DoRA, whose magnitudes are those of"
+                    f"--weights {self._weights[number]:g}: for an adapter with DoRA, whose magnitudes are those of"
                     " the whole update; 1 is accepted."
                 )
             for layer in state.layers:
                 self._update(number, state, layer)
             for module, (numbers, values) in state.rows.items():
-                self._replace_rows(f"{module}.weight", numbers, values)
+                self._replace_rows(self.base.named(f"{module}.weight"), numbers, values)
         stored = self.base.index.tensors
         aliases = {a: n for a, n in self._stored_ties().items() if not {a, n} & self._apart_stored()}
         touched = [name for name in self._touched() if name not in self._apart]
@@ -72,9 +73,9 @@ class Finder:
         self._check_vocabulary()
         return MergePlan(
             self.base.index,
-            self._plan.states,
-            self._plan.weights,
-            self._plan.targets,
+            self._states,
+            self._weights,
+            self._found,
             {alias: name for alias, name in aliases.items() if alias in stored},
             tied,
             tuple(sorted(self._apart)),
@@ -86,8 +87,8 @@ class Finder:
         """Parameters that an adapter has whole."""
         for full, tensor in state.extra.items():
             name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
-            found = self.base.names.find(name)
-            own = found.name if found and not self.base.tied_with(name) else name
+            own = self.base.named(name)
+            found = self.base.names.find(own)
             copy = full.endswith(".base_layer.weight")
             if copy and _equal(found, tensor):
                 continue  # PEFT's copy of the base, beside an update
@@ -137,22 +138,22 @@ class Finder:
     def _replace(self, name: str, tensor: Tensor) -> None:
         found = self._find(name)
         if found is None:
-            self._plan.targets[name] = Target(None, replaced=(Patch(tensor),))
+            self._found[name] = Target(None, replaced=(Patch(tensor),))
             return
         if found.shape != tuple(tensor.shape) and not self._resize(name, found, tensor):
             self.wrong.append(f"{name} is {list(found.shape)}, in the adapter {list(tensor.shape)}")
             return
         for own, piece in self._targets(name, found):
             patch = Patch(tensor) if found.whole is not None else Patch(tensor, piece.spans, piece.transposed)
-            old = self._plan.targets.get(own, Target(piece.info))
-            self._plan.targets[own] = Target(old.info, old.sources, (*old.replaced, patch), old.rows)
+            old = self._found.get(own, Target(piece.info))
+            self._found[own] = Target(old.info, old.sources, (*old.replaced, patch), old.rows)
 
     def _keep_apart(self) -> None:
         """Parameters that are stored under the name of another one, and come apart, get tensors of their own."""
         for name in self._apart:
             found = self.base.names.find(name)
             if found and not self.base.is_stored(name):
-                self._plan.targets.setdefault(name, Target(found.pieces[0].info))
+                self._found.setdefault(name, Target(found.pieces[0].info))
 
     def _resize(self, name: str, found: StoredParameter, tensor: Tensor) -> bool:
         """Whether an embedding, or an output layer, has another number of tokens in the adapter."""
@@ -164,7 +165,7 @@ class Finder:
         return True
 
     def _update(self, number: int, state: AdapterState, layer: str) -> None:
-        name = layer if layer in state.parameters else f"{layer}.weight"
+        name = self.base.named(layer if layer in state.parameters else f"{layer}.weight")
         group = self.base.tied_with(name) if state.spec.targets.ensure_weight_tying else ()
         if group and name != group[0] and name not in self._apart and self._has(state, group[0]):
             return  # the same update as that of the embedding
@@ -196,11 +197,11 @@ class Finder:
 
     def _add(self, name: str, found: StoredParameter, source: Source) -> None:
         for own, piece in self._targets(name, found):
-            old = self._plan.targets.get(own, Target(piece.info))
+            old = self._found.get(own, Target(piece.info))
             spans = source.spans if found.whole is not None else piece.spans
             part = Source(source.number, source.layer, source.shape, spans, source.transposed, piece.transposed)
             part = _short(part, old.shape)
-            self._plan.targets[own] = Target(old.info, (*old.sources, part), old.replaced, old.rows)
+            self._found[own] = Target(old.info, (*old.sources, part), old.replaced, old.rows)
 
     def _replace_rows(self, name: str, numbers: tuple[int, ...], values: Tensor) -> None:
         found = self._find(name)
@@ -213,8 +214,8 @@ class Finder:
         else:
             patch = Patch(values, tuple((row, number, 1) for row, number in enumerate(numbers)))
             for own, piece in self._targets(name, found):
-                old = self._plan.targets.get(own, Target(piece.info))
-                self._plan.targets[own] = Target(old.info, old.sources, old.replaced, (*old.rows, patch))
+                old = self._found.get(own, Target(piece.info))
+                self._found[own] = Target(old.info, old.sources, old.replaced, (*old.rows, patch))
 
     def _misfit(self, found: StoredParameter, state: AdapterState, source: Source) -> str:
         infos = [piece.info for piece in found.pieces]
@@ -244,9 +245,10 @@ class Finder:
         return found.shape if rows is None else (rows, *found.shape[1:])
 
     def _touched(self) -> list[str]:
-        states = self._plan.states
+        states = self._states
         layers = [layer if layer in own.parameters else f"{layer}.weight" for own in states for layer in own.layers]
-        return [*layers, *(f"{module}.weight" for own in states for module in own.rows), *self._whole]
+        rows = [f"{module}.weight" for own in states for module in own.rows]
+        return [*map(self.base.named, [*layers, *rows]), *self._whole]
 
     def _check_vocabulary(self) -> None:
         """Embedding and output layer must have as many rows as each other."""

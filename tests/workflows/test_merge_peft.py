@@ -194,6 +194,23 @@ def test_saved_modules_of_a_tied_base(tmp_path: Path, saved: list[str], tying: b
     torch.testing.assert_close(theirs.live, theirs.merged, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_of_the_model_without_its_head(tmp_path: Path) -> None:
+    """Names have one prefix less; in the whole model, the output layer is tied to what it changes."""
+    from transformers import LlamaForCausalLM, LlamaModel
+
+    whole = build(TIED[0], **TIED[1])
+    whole.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
+    inner = LlamaModel.from_pretrained(tmp_path / "whole")
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    theirs = adapted(tmp_path, inner, None, lora)
+    report = merge(tmp_path / "whole", [theirs.adapter], tmp_path / "merged")
+    assert report.untied == ("lm_head.weight", "model.embed_tokens.weight")
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    torch.testing.assert_close(after["model.embed_tokens.weight"], theirs.weights["embed_tokens.weight"])
+    assert torch.equal(after["lm_head.weight"], whole.state_dict()["lm_head.weight"])
+    assert_given_back(tmp_path, tmp_path / "whole")
+
+
 def test_all_ties_of_a_model_come_apart_together(tmp_path: Path) -> None:
     lora = {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}
     report, _ = merged_as_peft_does(tmp_path, BERT, lora)
