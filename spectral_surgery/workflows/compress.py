@@ -251,7 +251,7 @@ def _team(workers: int | Team) -> AbstractContextManager[Team]:
 
 
 def discard(aside: Path, *, overwrite: bool) -> None:
-    """Clear unfinished work away, if there is any.
+    """Clear unfinished work away, if there is any; a run that failed before its first result has left none.
 
     Args:
         aside: where it is.
@@ -260,7 +260,7 @@ def discard(aside: Path, *, overwrite: bool) -> None:
     Raises:
         CheckpointError: when it is not.
     """
-    if not aside.exists():
+    if not any(path.is_file() and path.name != LOCK_FILE for path in aside.rglob("*")):
         return
     if not overwrite:
         raise CheckpointError(

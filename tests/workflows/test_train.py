@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ pytest.importorskip("accelerate")
 from spectral_surgery.integrations.tasks import spearman
 from spectral_surgery.integrations.trainer import TrainSettings
 from spectral_surgery.workflows.train import TrainData, train
+from tests.support.command import run
 from tests.support.tiny import WORDS, save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -248,3 +250,41 @@ def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -
     assert {name: tensors["spectrum"].shape for name, tensors in b.layers.items()} == {
         name: tensors["spectrum"].shape for name, tensors in a.layers.items()
     }
+
+
+def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        num_labels=3,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    rows = [f"{WORDS[i % 10]} {WORDS[(3 * i) % 10]},{i % 2}" for i in range(40)]
+    (tmp_path / "two.csv").write_text("\n".join(["text,label", *rows]))
+    arguments = ("--task", "classification", "--method", "lora", "-o", "r=2", "--steps", "2", "--device", "cpu", "-q")
+    done = run("train", tmp_path / "model", tmp_path / "out", "--data", tmp_path / "two.csv", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "new, random at the start: classifier.bias, classifier.weight" in done.stderr
+    assert read_adapter(tmp_path / "out").extra["classifier.weight"].shape == (2, 16)
+    told = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert told["new_weights"] == ["classifier.bias", "classifier.weight"]
+    (tmp_path / "three.csv").write_text(
+        "\n".join(["text,label", *(f"{row[:-1]}{i % 3}" for i, row in enumerate(rows))])
+    )
+    done = run("train", tmp_path / "model", tmp_path / "same", "--data", tmp_path / "three.csv", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "new, random" not in done.stderr  # three labels, as the model has
+
+
+def test_other_misfits_than_the_head_are_refused(tmp_path: Path, bert: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    (tmp_path / "two.csv").write_text("\n".join(["text,label", *(f"{WORDS[i % 10]},{i % 2}" for i in range(40))]))
+    arguments = ("--task", "classification", "--method", "lora", "--steps", "2", "--device", "cpu", "-q")
+    done = run("train", folder, tmp_path / "out", "--data", tmp_path / "two.csv", *arguments)
+    assert done.returncode == 1
+    assert "have other shapes than config.json says; a head of another size is accepted" in done.stderr
