@@ -84,10 +84,9 @@ def command(
             _show_plan(workflow.plan_swap(found.path, spec, trust_remote_code=trust), as_json=as_json)
         click.echo("Nothing was written.", err=as_json)
         return
-    access.prepare()
     with output.progress(quiet=quiet, unit=" steps") as progress:
         report = workflow.swap(
-            access.resolve(source)[0],
+            access.prepare().resolve(source)[0],
             out,
             spec,
             data=workflow.DistillData(distill, seq_length=seq_length) if distill else None,

@@ -212,7 +212,7 @@ def captured_inputs(
     returned: list[Any] = []
 
     def watched(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **named: Any) -> Any:
+        def run(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
             if number <= max(seen, default=-1):
                 raise TargetError(
                     f"{type(model).__name__}: runs its blocks more than once, or in another order than their list; a"
@@ -225,7 +225,7 @@ def captured_inputs(
                 returned.append(forward(*args, **named))
             return returned[0]
 
-        return run
+        return lambda *args, **named: run(args, named)
 
     try:
         for number, block in enumerate(blocks):

@@ -18,7 +18,6 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.compress import CompressReport, compress, plan_compression
-from spectral_surgery.workflows.coverage import Coverage
 from spectral_surgery.workflows.distill import DistillSettings
 from spectral_surgery.workflows.heal import HealReport, heal
 from spectral_surgery.workflows.heal_text import HealData
@@ -78,7 +77,7 @@ def compress_healed(
     partial_folder(out, overwrite=overwrite)
     stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
     common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
-    coverage: Coverage | None = None
+    staged: CompressReport | None = None
     if resume and (stage / FILE_NAME).exists():
         _check_same(stage, options)
     elif important:
@@ -86,12 +85,10 @@ def compress_healed(
     elif calibration is None:
         compress(source, stage, options, workers=workers, threads=threads, **common)
     else:
-        chosen, _ = compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)
-        coverage = chosen.calibration
+        staged = compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)[0]
     healed = heal(stage, source, out, data, settings, threads=threads, **common)
     shutil.rmtree(stage)
-    report = _report(source, out, options, healed, time.perf_counter() - started)
-    return replace(report, calibration=coverage), healed
+    return _report(source, out, options, healed, staged, time.perf_counter() - started), healed
 
 
 def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
@@ -112,12 +109,15 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
     return (keep or objective_of(read_index(source).config).keep) == "important"
 
 
-def _report(source: Path, out: Path, options: CompressOptions, healed: HealReport, seconds: float) -> CompressReport:
+def _report(
+    source: Path, out: Path, options: CompressOptions, healed: HealReport, staged: CompressReport | None, seconds: float
+) -> CompressReport:
     index, plan = plan_compression(source, options)
     size = sum(file.stat().st_size for file in (*out.glob("*.safetensors"), out / FILE_NAME))
     left_out = tuple(str(path) for path in index.skipped_files)
+    reached = staged.calibration if staged else None
     return CompressReport(
-        healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out, index.notes
+        healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out, index.notes, reached
     )
 
 

@@ -19,7 +19,7 @@ from torch import distributed
 from spectral_surgery import cards
 from spectral_surgery.checkpoint.companions import copy_companions
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
-from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, Manifest
 from spectral_surgery.checkpoint.publish import partial_folder, publishing, writing_to
@@ -114,8 +114,7 @@ def heal(
         out: folder to create, of the same format, with the metrics and a plot beside.
         data: text; a held-out part decides which step is kept.
         settings: how; None for 400 steps.
-        blocks: one block after the other, in the memory of one block, and less of a cure; settings are those of each,
-            minutes those of all.
+        blocks: one block after the other, in the memory of one; steps are those of each, minutes those of all.
         threads: frames encoded at once.
         device: models run on it; blocks on the CPU.
         resume: go on with unfinished work of the same models, text and settings.
@@ -133,9 +132,7 @@ def heal(
     """
     started = time.perf_counter()
     settings = settings or DistillSettings()
-    checkpoint, index = open_compressed(compressed), read_index(teacher)
-    if checkpoint.manifest.source != source_digest(index):
-        raise CheckpointError(f"{compressed}: was not made from {teacher}; the checkpoint it was made from is needed.")
+    checkpoint, index = _opened(compressed, teacher)
     partial = partial_folder(out, overwrite=overwrite)
     _check_unfinished(partial, resume=resume, overwrite=overwrite)
     objective = objective_of(index.config)
@@ -151,6 +148,14 @@ def heal(
     if _is_first():
         _write(out, checkpoint, entries, report, overwrite=overwrite, origin=origin)
     return report
+
+
+def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, CheckpointIndex]:
+    """The student, and the headers of the teacher that it was made from."""
+    checkpoint, index = open_compressed(compressed), read_index(teacher)
+    if checkpoint.manifest.source != source_digest(index):
+        raise CheckpointError(f"{compressed}: was not made from {teacher}; the checkpoint it was made from is needed.")
+    return checkpoint, index
 
 
 def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
