@@ -74,8 +74,7 @@ def compress_healed(
     important = calibration is None and keeps_important(source, options, keep)
     if options.transform == AUTO and (calibration is not None or important):
         options = replace(options, transform=DEFAULT_TRANSFORM)
-    partial_folder(out, overwrite=overwrite)
-    stage = out.resolve().with_name(f"{out.resolve().name}.unhealed")
+    stage = partial_folder(out, overwrite=overwrite).with_name(f"{out.resolve().name}.unhealed")
     common: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "origin": origin, "progress": progress}
     staged: CompressReport | None = None
     if resume and (stage / FILE_NAME).exists():
@@ -88,7 +87,8 @@ def compress_healed(
         staged = compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)[0]
     healed = heal(stage, source, out, data, settings, threads=threads, **common)
     shutil.rmtree(stage)
-    return _report(source, out, options, healed, staged, time.perf_counter() - started), healed
+    report = _report(source, out, options, healed, staged)
+    return replace(report, seconds=time.perf_counter() - started), healed
 
 
 def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
@@ -110,14 +110,22 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
 
 
 def _report(
-    source: Path, out: Path, options: CompressOptions, healed: HealReport, staged: CompressReport | None, seconds: float
+    source: Path, out: Path, options: CompressOptions, healed: HealReport, staged: CompressReport | None
 ) -> CompressReport:
     index, plan = plan_compression(source, options)
     size = sum(file.stat().st_size for file in (*out.glob("*.safetensors"), out / FILE_NAME))
     left_out = tuple(str(path) for path in index.skipped_files)
     reached = staged.calibration if staged else None
     return CompressReport(
-        healed.manifest, plan.copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out, index.notes, reached
+        healed.manifest,
+        plan.copied,
+        index.nbytes,
+        size,
+        healed.seconds,
+        peak_rss_bytes(),
+        left_out,
+        index.notes,
+        reached,
     )
 
 

@@ -124,7 +124,9 @@ def test_the_command(tmp_path: Path, bert: Path, text: Path) -> None:
     done = CliRunner().invoke(cli, [*arguments, "--samples", "16", "--seq-length", "16", "--json", "-q"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["bits_per_weight"] == pytest.approx(3.0, rel=0.02)
-    assert "weights calibrated; largest error of outputs" in done.stderr
+    assert "12 weights calibrated, of 14: " in done.stderr
+    assert "numbers; largest error of outputs" in done.stderr
+    assert json.loads(done.stdout)["calibration"]["matrices"] == 12
     manifest = json.loads((tmp_path / "out" / "spectral_surgery.json").read_text())
     assert manifest["options"]["calibration"].startswith("16 x 16 tokens of sha256:")
     assert CliRunner().invoke(cli, [*arguments, "--shard", "0/2"]).exit_code != 0
