@@ -104,8 +104,11 @@ def test_loading_trains_what_was_asked(tuner: Tuner, is_trainable: bool, tmp_pat
     assert own
     assert trainable(model) == (own if is_trainable else set())
     model.load_adapter(tmp_path, "frozen", is_trainable=False)
-    assert not any(".frozen" in name for name in trainable(model))
     assert trainable(model) == (own if is_trainable else set())
+    model.load_adapter(tmp_path, "trained", is_trainable=True)
+    assert trainable(model) == (own if is_trainable else set()) | {
+        name for name, _ in model.named_parameters() if ".trained" in name
+    }
 
 
 @every
