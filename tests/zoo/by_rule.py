@@ -12,7 +12,19 @@ from tests.zoo.settings import Settings
 from tests.zoo.shrink import tiny_settings
 
 CHANGES: dict[str, Settings] = {
+    "roc_bert": {
+        "shape_embed_dim": 32,
+        "shape_vocab_size": 50,
+        "pronunciation_embed_dim": 32,
+        "pronunciation_vocab_size": 50,
+    },
     "luke": {"entity_vocab_size": 50, "entity_emb_size": 32},
+    "rt_detr_resnet": {
+        "hidden_sizes": [16, 32, 64, 128],
+        "depths": [1, 1, 1, 1],
+        "embedding_size": 16,
+        "layer_type": "basic",
+    },
     "grounding-dino": {
         "backbone_config": {
             "embed_dim": 16,
@@ -54,6 +66,18 @@ CHANGES: dict[str, Settings] = {
             "out_features": ["stage2"],
         },
     },
+    "table-transformer": {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": {
+            "model_type": "resnet",
+            "hidden_sizes": [32, 64],
+            "depths": [1, 1],
+            "embedding_size": 16,
+            "out_features": ["stage2"],
+        },
+    },
     "dab-detr": {
         "use_timm_backbone": False,
         "backbone": None,
@@ -78,6 +102,7 @@ CHANGES: dict[str, Settings] = {
             "out_features": ["stage1", "stage2", "stage3"],
         },
     },
+    "longcat_flash": {"zero_expert_num": 2, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 64, "moe_topk": 2},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -85,6 +110,16 @@ CHANGES: dict[str, Settings] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 8,
         "use_mamba_kernels": False,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"],
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "attention_head_size": 16,
+        "num_buckets": 2,
+        "feed_forward_size": 128,
     },
     "donut-swin": {
         "embed_dim": 16,
@@ -140,7 +175,112 @@ CHANGES: dict[str, Settings] = {
         "num_filters": 8,
         "upsampling_ratios": [4, 4],
     },
+    "csm": {
+        "text_vocab_size": 320,
+        "codec_config": {
+            "upsample_groups": 16,
+            "vector_quantization_hidden_dimension": 16,
+            "codebook_dim": 16,
+            "num_filters": 8,
+            "upsampling_ratios": [4, 4],
+        },
+    },
     "lxmert": {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 32},
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+    "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+    "glm_image_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 3, 3],
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        }
+    },
+    "colqwen2": {
+        "vlm_config": {
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+            }
+        }
+    },
+    "glm46v": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "glm4v": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "glm_image": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "glm_ocr": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "glmga": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "paddleocr_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "qwen2_5_omni_thinker": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+    },
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [2, 3, 3],
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            }
+        }
+    },
+    "swin2sr": {
+        "embed_dim": 32,
+        "depths": [1, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+        "image_size": 32,
+        "patch_size": 1,
+    },
+    "textnet": {
+        "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3]], [[3, 3]], [[3, 3]]],
+        "conv_layer_strides": [[1], [2], [2], [2]],
+        "hidden_sizes": [16, 16, 32, 32, 64],
+        "stem_out_channels": 16,
+    },
+    "lilt": {"hidden_size": 96},
+    "speech_to_text": {"input_feat_per_channel": 16, "num_mel_bins": 16},
+    "vjepa2": {
+        "pred_hidden_size": 64,
+        "pred_num_attention_heads": 4,
+        "pred_num_hidden_layers": 2,
+        "crop_size": 32,
+        "frames_per_clip": 4,
+        "patch_size": 8,
+    },
+    "zoedepth": {
+        "neck_hidden_sizes": [16, 16, 32, 32],
+        "reassemble_factors": [4, 2, 1, 0.5],
+        "fusion_hidden_size": 32,
+        "bottleneck_features": 32,
+        "num_relative_features": 16,
+        "backbone_config": {
+            "model_type": "beit",
+            "num_hidden_layers": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "use_relative_position_bias": True,
+            "reshape_hidden_states": False,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+    },
+    "timesfm": {"patch_length": 8, "context_length": 32, "horizon_length": 8},
 }
 
 

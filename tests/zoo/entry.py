@@ -87,7 +87,7 @@ class Entry:
             config, loader = self.config(), self.loader_class()
             model = (loader.from_config(config) if self.loader.startswith("Auto") else loader(config)).float()
         stir(model)
-        return model.to(self.dtype).eval()
+        return to_dtype(model, self.dtype).eval()
 
     def make_inputs(self, model: Any, seed: int = 0) -> dict[str, Tensor]:
         """Keyword arguments of forward, floating ones in the dtype of the model."""
@@ -108,6 +108,19 @@ def find_class(name: str, model_type: str) -> Any:
         config = transformers.CONFIG_MAPPING[model_type]
         found = getattr(importlib.import_module(config.__module__.replace("configuration_", "modeling_")), name)
     return found
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another dtype, but for what it computes itself (angles of positions): as transformers loads it."""
+    computed = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        setattr(module, name, buffer)
+    return model
 
 
 def stir(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from tests.zoo.by_rule import by_rule
 from tests.zoo.inputs import fixed, noise, of, pairs, pixels, text, text_and_image, tokens, wave
 
 VIDEO = of({"pixel_values": noise(1, 4, 3, 32, 32)})
+VIDEO_FRAMES = of({"pixel_values_videos": noise(1, 4, 3, 32, 32)})
 SOUND = of({"input_values": noise(1, 1, 1920)})
 MEL = of({"input_features": noise(1, 16, 128)})
 MEL_256 = of({"input_features": noise(1, 16, 256)})
@@ -19,6 +20,7 @@ IMAGE_PAIR = of({"pixel_values": noise(1, 2, 3, 32, 32)})
 PATCHES = of({"pixel_values": noise(16, 384), "grid_thw": fixed([[1, 4, 4]])})
 HIDDEN_PATCHES = of({"hidden_states": noise(16, 384), "grid_thw": fixed([[1, 4, 4]])})
 TEXT_AND_FEATURES = of({"input_ids": tokens(), "visual_feats": noise(2, 4, 32), "visual_pos": noise(2, 4, 4)})
+SERIES = of({"past_values": noise(1, 32)})
 
 DECODERS_BY_RULE = (
     *by_rule(
@@ -28,6 +30,7 @@ DECODERS_BY_RULE = (
             "apertus1p5_text": "Apertus1p5TextForCausalLM",
             "arcee": "ArceeForCausalLM",
             "aria_text": "AriaTextForCausalLM",
+            "axk1": "AXK1ForCausalLM",
             "axk2": "AXK2ForCausalLM",
             "beam": "BeamForCausalLM",
             "blenderbot-small": "BlenderbotSmallForCausalLM",
@@ -57,6 +60,7 @@ DECODERS_BY_RULE = (
             "lara_mini": "LaraMiniForCausalLM",
             "lfm2": "Lfm2ForCausalLM",
             "lfm3": "Lfm3ForCausalLM",
+            "longcat_flash": "LongcatFlashForCausalLM",
             "minimax": "MiniMaxForCausalLM",
             "minimax_m3_vl_text": "MiniMaxM3VLForCausalLM",
             "ministral3": "Ministral3ForCausalLM",
@@ -68,11 +72,15 @@ DECODERS_BY_RULE = (
             "olmo_hybrid": "OlmoHybridForCausalLM",
             "phi4_multimodal": "Phi4MultimodalForCausalLM",
             "qwen3_5_text": "Qwen3_5ForCausalLM",
+            "reformer": "ReformerModelWithLMHead",
             "rembert": "RemBertForCausalLM",
+            "roc_bert": "RoCBertForCausalLM",
             "roformer": "RoFormerForCausalLM",
+            "sarvam_mla": "DeepseekV3ForCausalLM",
             "sarvam_moe": "Glm4MoeForCausalLM",
             "trocr": "TrOCRForCausalLM",
             "xlm-roberta": "XLMRobertaForCausalLM",
+            "youtu": "YoutuForCausalLM",
         },
     ),
 )
@@ -117,6 +125,7 @@ IMAGES_BY_RULE = (
             "radio": "RadioModel",
             "rf_detr": "RfDetrForObjectDetection",
             "rf_detr_dinov2": "RfDetrDinov2Backbone",
+            "rt_detr_resnet": "RTDetrResNetBackbone",
             "sam3_vision_model": "Sam3VisionModel",
             "sam3_vit_model": "Sam3ViTModel",
             "sam_hq_vision_model": "SamHQVisionModel",
@@ -127,12 +136,16 @@ IMAGES_BY_RULE = (
             "smolvlm_vision": "SmolVLMVisionTransformer",
             "superpoint": "SuperPointForKeypointDetection",
             "swiftformer": "SwiftFormerForImageClassification",
+            "swin2sr": "Swin2SRModel",
+            "table-transformer": "TableTransformerForObjectDetection",
+            "textnet": "TextNetForImageClassification",
             "tipsv2": "Tipsv2VisionBackbone",
             "tipsv2_vision_model": "Tipsv2VisionBackbone",
             "uvdoc_backbone": "UVDocBackbone",
             "vit_mae": "ViTMAEModel",
             "vit_msn": "ViTMSNForImageClassification",
             "vitdet": "VitDetBackbone",
+            "zoedepth": "ZoeDepthForDepthEstimation",
             "mlcd": "MLCDVisionModel",
         },
     ),
@@ -162,6 +175,7 @@ OTHER_BY_RULE = (
             "nemotron3_5_asr": "Nemotron3_5AsrForRNNT",
             "nemotron_asr_streaming": "NemotronAsrStreamingForRNNT",
             "parakeet_rnnt": "ParakeetForRNNT",
+            "speech_to_text": "Speech2TextForConditionalGeneration",
             "parakeet_tdt": "ParakeetForTDT",
         },
     ),
@@ -174,6 +188,12 @@ OTHER_BY_RULE = (
             "glm4v_vision": "Glm4vVisionModel",
             "glm5_next_vision": "Glm5NextVisionModel",
             "glm_ocr_vision": "GlmOcrVisionModel",
+            "qwen2_5_vl_vision": "Qwen2_5_VisionTransformerPretrainedModel",
+            "qwen3_5_moe_vision": "Qwen3_5MoeVisionModel",
+            "qwen3_5_vision": "Qwen3_5VisionModel",
+            "qwen3_vl_moe_vision": "Qwen3VLMoeVisionModel",
+            "qwen3_vl_vision": "Qwen3VLVisionModel",
+            "qwen4_exp_vision": "Qwen4ExpVisionModel",
         },
     ),
     *by_rule(
@@ -222,7 +242,14 @@ OTHER_BY_RULE = (
             "pocket_tts_audio_tokenizer_encoder": "PocketTTSAudioTokenizerEncoderModel",
         },
     ),
-    *by_rule(MEL_256, {"moss_transcribe_diarize_audio": "MossTranscribeDiarizeAudioModel"}),
+    *by_rule(
+        MEL_256,
+        {
+            "moss_transcribe_diarize_audio": "MossTranscribeDiarizeAudioModel",
+            "qwen2_audio_encoder": "Qwen2AudioEncoder",
+            "voxtral_encoder": "VoxtralEncoder",
+        },
+    ),
     *by_rule(
         pairs,
         {
@@ -233,6 +260,8 @@ OTHER_BY_RULE = (
         },
     ),
     *by_rule(wave, {"sew-d": "SEWDForCTC", "unispeech": "UniSpeechForCTC"}),
+    *by_rule(SERIES, {"timesfm": "TimesFmModelForPrediction", "timesfm2_5": "TimesFm2_5ModelForPrediction"}),
+    *by_rule(VIDEO_FRAMES, {"videomt": "VideomtForUniversalSegmentation", "vjepa2": "VJEPA2ForVideoClassification"}),
 )
 
 
@@ -256,7 +285,12 @@ MULTIMODAL_BY_RULE = (
             "fuyu": "FuyuForCausalLM",
             "gemma4": "Gemma4ForConditionalGeneration",
             "gemma4_unified": "Gemma4UnifiedForConditionalGeneration",
+            "glm46v": "Glm46VForConditionalGeneration",
+            "glm4v": "Glm4vForConditionalGeneration",
+            "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+            "glm_ocr": "GlmOcrForConditionalGeneration",
             "glmasr": "GlmAsrForConditionalGeneration",
+            "glmga": "Glm46VForConditionalGeneration",
             "got_ocr2": "GotOcr2ForConditionalGeneration",
             "granite_docling": "GraniteDoclingForConditionalGeneration",
             "granite_speech": "GraniteSpeechForConditionalGeneration",
@@ -266,6 +300,7 @@ MULTIMODAL_BY_RULE = (
             "inkling2": "Inkling2Model",
             "inkling2_loop": "Inkling2LoopModel",
             "inkling_mm_model": "InklingForConditionalGeneration",
+            "kimi_k25": "Kimi_K25ForConditionalGeneration",
             "kosmos-2.5": "Kosmos2_5ForConditionalGeneration",
             "lfm2_vl": "Lfm2VlForConditionalGeneration",
             "lfm3_vl": "Lfm3VlForConditionalGeneration",
@@ -282,8 +317,10 @@ MULTIMODAL_BY_RULE = (
             "musicflamingo": "MusicFlamingoForConditionalGeneration",
             "omniasr": "OmniASRForConditionalGeneration",
             "ovis2": "Ovis2ForConditionalGeneration",
+            "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
             "pp_chart2table": "GotOcr2ForConditionalGeneration",
             "qianfan_ocr": "QianfanOCRForConditionalGeneration",
+            "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
             "qwen3_5": "Qwen3_5ForConditionalGeneration",
             "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
             "qwen3_asr": "Qwen3ASRForConditionalGeneration",
@@ -304,16 +341,24 @@ TEXTS_BY_RULE = (
     *by_rule(
         text,
         {
+            "colqwen2": "ColQwen2ForRetrieval",
             "cosmos3_edge_text": "Cosmos3EdgeTextModel",
+            "csm": "CsmForConditionalGeneration",
             "embedding_gemma2": "EmbeddingGemma2Model",
             "embedding_gemma2_text": "EmbeddingGemma2TextModel",
             "esmc": "EsmcForMaskedLM",
             "fastspeech2_conformer": "FastSpeech2ConformerModel",
             "flava": "FlavaForPreTraining",
+            "glm4v_moe_text": "Glm4vMoeTextModel",
+            "glm4v_text": "Glm4vTextModel",
+            "glm_image": "GlmImageModel",
+            "glm_image_text": "GlmImageTextModel",
+            "glm_ocr_text": "GlmOcrTextModel",
             "granite_docling_text": "GraniteDoclingTextModel",
             "higgs_audio_v2": "HiggsAudioV2ForConditionalGeneration",
             "imagegpt": "ImageGPTForImageClassification",
             "led": "LEDForConditionalGeneration",
+            "lilt": "LiltForQuestionAnswering",
             "luke": "LukeForMaskedLM",
             "mistral_large4_text": "MistralLarge4TextModel",
             "modernvbert": "ModernVBertForMaskedLM",
@@ -324,6 +369,8 @@ TEXTS_BY_RULE = (
             "muse_spark_text": "MuseSparkTextModel",
             "neomme": "NeoMMEForMaskedLM",
             "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
+            "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
+            "qwen2_vl_text": "Qwen2VLTextModel",
             "qwen3_vl_moe_text": "Qwen3VLMoeTextModel",
             "qwen3_vl_text": "Qwen3VLTextModel",
             "sam3_lite_text_text_model": "Sam3LiteTextTextModel",
