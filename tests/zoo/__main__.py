@@ -1,4 +1,4 @@
-"""The whole zoo: ``python -m tests.zoo [NAME ...]`` writes build/zoo/results.jsonl and docs/architectures.md."""
+"""The whole zoo: ``python -m tests.zoo`` writes docs/architectures.md; ``python -m tests.zoo NAME ...`` checks some."""
 
 from __future__ import annotations
 
@@ -30,27 +30,30 @@ def _go(given: argparse.Namespace) -> None:
     from tests.zoo.entries import KINDS, ZOO
     from tests.zoo.left_out import LEFT_OUT
     from tests.zoo.steps import check
-    from tests.zoo.sweep import ROOT, fingerprint, read_results, selected, sweep
-    from tests.zoo.table import page, write_page
+    from tests.zoo.sweep import ROOT, fingerprint, read_results, sweep
+    from tests.zoo.table import page, reasons, write_page
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     _import_all()
-    folder = ROOT / RESULTS
-    file = folder / "results.jsonl"
-    stamp = fingerprint()
-    corpus = make_corpus(folder / "corpus")
-    sweep(
-        selected(ZOO, given.names),
-        file,
-        stamp=f"{stamp}-{os.getpid()}" if given.again else stamp,
-        check=check,
-        corpus=corpus,
-        processes=given.processes,
-        say=lambda line: print(line, flush=True),
-    )
-    write_page(page(KINDS, LEFT_OUT, read_results(file)))
+    file = ROOT / RESULTS / "results.jsonl"
+    stamp = f"{fingerprint()}-{os.getpid()}" if given.again else fingerprint()
+    entries = [ZOO[name] for name in given.names] if given.names else [*ZOO.values()]
+    corpus = make_corpus(file.parent / "corpus")
+    try:
+        sweep(entries, file, stamp=stamp, check=check, corpus=corpus, processes=given.processes, say=_say)
+    except KeyboardInterrupt:
+        _say("interrupted: run it again to go on")
+    results = read_results(file, stamp)
+    for line in reasons(results[entry.name] for entry in entries if entry.name in results):
+        _say(line)
+    if not given.names:
+        write_page(page(KINDS, LEFT_OUT, results))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _import_all() -> None:

@@ -46,11 +46,9 @@ def unmerge(subject: Subject) -> None:
 
 def peft(subject: Subject) -> Numbers:
     """PEFT puts the adapter on every layer of it, and has the outputs of the merged model."""
-    from peft import PeftModel
-
     base, _ = subject.load(subject.source, torch.float32)
     before = subject.outputs(base)
-    live = PeftModel.from_pretrained(base, str(adapter(subject))).eval()
+    live = with_adapter(subject, base)
     used, wanted = adapted(live), subject.found["layers"]
     require(used == wanted, f"PEFT uses {used} of {wanted} layers of the adapter")
     found = subject.outputs(live, base)
@@ -73,17 +71,24 @@ def adapted(model: Any) -> int:
 
 def peft_compressed(subject: Subject) -> Numbers:
     """PEFT on the compressed model has the outputs of PEFT on the decompressed one."""
+    base, plain = subject.pair_in_float32()
+    wanted = subject.outputs(with_adapter(subject, plain), plain)
+    error, where = distance(wanted, subject.outputs(with_adapter(subject, base), base))
+    require(error <= EXACT, f"outputs differ by {error:.2g} in {where}")
+    return {"error": error}
+
+
+def with_adapter(subject: Subject, base: Any) -> Any:
+    """PEFT's model, in eval mode.
+
+    Raises:
+        NotApplicable: when PEFT asks for input embeddings, as it does of every quantised model, and the class has none.
+    """
     from peft import PeftModel
 
-    folder = str(adapter(subject))
-    base, plain = subject.pair_in_float32()
-    wanted = subject.outputs(PeftModel.from_pretrained(plain, folder).eval(), plain)
     try:
-        live = PeftModel.from_pretrained(base, folder).eval()
+        return PeftModel.from_pretrained(base, str(adapter(subject))).eval()
     except NotImplementedError as error:
         if "get_input_embeddings" not in str(error):
             raise
-        raise NotApplicable("PEFT asks every quantised model for input embeddings, which the class has not") from error
-    error, where = distance(wanted, subject.outputs(live, base))
-    require(error <= EXACT, f"outputs differ by {error:.2g} in {where}")
-    return {"error": error}
+        raise NotApplicable("PEFT asks for input embeddings, which the class has not") from error

@@ -284,9 +284,15 @@ CHANGES: dict[str, Settings] = {
 }
 
 
+ONLY_FLOAT32 = ("fastspeech2_conformer",)
+
+
 def by_rule(inputs: Inputs, classes: Mapping[str, str]) -> tuple[Entry, ...]:
     """An entry for each type, built and loaded by the class beside it."""
-    return tuple(Entry(name, own, inputs, partial(tiny_config, name)) for name, own in classes.items())
+    return tuple(
+        Entry(name, own, inputs, partial(tiny_config, name), only_float32=name in ONLY_FLOAT32)
+        for name, own in classes.items()
+    )
 
 
 def tiny_config(model_type: str) -> Any:

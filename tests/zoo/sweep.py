@@ -6,7 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -103,7 +103,7 @@ def sweep(
 def _start(entry: Entry, work: Path, corpus: Corpus, check: Check) -> _Running:
     context = multiprocessing.get_context("fork")  # transformers and torch are imported once, in the parent
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(there, entry, work / entry.name, corpus, check))
+    process = context.Process(target=_child, args=(there, entry, work / entry.name, corpus, check), daemon=True)
     process.start()
     there.close()
     return _Running(entry, process, here, time.monotonic())
@@ -139,8 +139,3 @@ def _progress(own: _Running, outcomes: dict[str, Outcome], finished: int, total:
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def selected(zoo: dict[str, Entry], names: Sequence[str]) -> list[Entry]:
-    """The entries of these names, all when none is given."""
-    return [zoo[name] for name in names] if names else [*zoo.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def page(kinds: Mapping[str, tuple[Entry, ...]], left_out: Mapping[str, str], re
 def outcomes_of(record: Mapping[str, Any]) -> dict[str, Outcome]:
     """The outcomes in one line of the results."""
     return {name: Outcome.from_json(step) for name, step in record["steps"].items()}
+
+
+def reasons(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What was refused and what is wrong, a line each."""
+    return [
+        f"{record['name']}, {name}: {outcome.status}: {outcome.line}"
+        for record in records
+        for name, outcome in outcomes_of(record).items()
+        if outcome.status in (Status.REFUSED, Status.WRONG)
+    ]
 
 
 def names_in(text: str) -> list[str]:

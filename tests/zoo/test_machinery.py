@@ -23,7 +23,7 @@ from tests.zoo.outcome import NotApplicable, Outcome, Refused, Status, Wrong, at
 from tests.zoo.shrink import FIRST_SPECIAL, VOCABULARY, tiny_settings
 from tests.zoo.steps import NAMES, STEPS, Step, run_step
 from tests.zoo.sweep import read_results, sweep
-from tests.zoo.table import PAGE, names_in, page
+from tests.zoo.table import PAGE, names_in, page, reasons
 
 A, B, C = (Entry(name, CAUSAL, text, model_type="llama") for name in ("a", "b", "c"))
 
@@ -181,6 +181,11 @@ def test_the_page_says_what_became_of_each_step() -> None:
     assert "1 with a step that is wrong" in written
     assert "| merge | 0 | 0 | 2 | 0 |" in written
     assert "- needs an index: rag" in written
+
+
+def test_reasons_are_of_what_was_refused_or_is_wrong() -> None:
+    found = record(A, merge=Outcome(Status.REFUSED, "no"), heal=Outcome(Status.WRONG, "differs"))
+    assert reasons([found, record(B)]) == ["a, merge: refused: no", "a, heal: wrong: differs"]
 
 
 def test_a_model_that_transformers_does_not_build_is_listed() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.zoo.compare import distance
 from tests.zoo.compression_steps import SMALLEST
-from tests.zoo.outcome import NotApplicable, Numbers, command, require
+from tests.zoo.outcome import NotApplicable, Numbers, command, require, wrong
 from tests.zoo.subject import Subject
 
 SAMPLES = "16"
@@ -37,13 +37,13 @@ def calibrate(subject: Subject) -> Numbers:
     folder, text = subject.folder / "calibrated", subject.corpus.text
     rate = ("--bits", "3", "--min-weights", str(SMALLEST), *_trust(subject))
     given = ("--calibrate", text, "--samples", SAMPLES, "--seq-length", _length(subject))
-    report, said = command("compress", subject.source, folder, *rate, *given)
-    hit = re.search(r"(\d+) weights calibrated", said)
-    done = int(hit[1]) if hit else 0
-    require(done > 0, f"exit code 0, and none of {len(report['tensors'])} tensors was calibrated")
-    share = _check_coverage(report["calibration"], len(report["tensors"])) if "calibration" in report else None
+    report, _ = command("compress", subject.source, folder, *rate, *given)
+    coverage = report.get("calibration")
+    if coverage is None:
+        wrong("--json does not say what was calibrated")
+    share = _check_coverage(coverage, len(report["tensors"]))
     _loads_as_decompressed(subject, folder)
-    return {"calibrated": done, "of": len(report["tensors"])} | ({} if share is None else {"share": share})
+    return {"calibrated": coverage["matrices"], "of": coverage["of_matrices"], "share": share}
 
 
 def _check_coverage(coverage: dict[str, Any], tensors: int) -> float:
@@ -53,6 +53,7 @@ def _check_coverage(coverage: dict[str, Any], tensors: int) -> float:
     said = coverage["matrices"] + len(left)
     require(said == tensors, f"of {tensors} tensors {said} are said to be calibrated or not")
     require(all(own["reason"] for own in left), "a tensor is not calibrated, without a reason")
+    require(coverage["weights"] > 0, f"exit code 0, and no weight of {tensors} tensors was calibrated")
     return round(coverage["weights"] / max(coverage["of_weights"], 1), 3)
 
 
