@@ -263,6 +263,12 @@ def _viewed(of: Source, size: Sequence[int]) -> Source | None:
     return Stack(tuple(_rows(of, number * shape[1], shape[1]) for number in range(shape[0])))
 
 
+def _expanded(of: Source, size: Sequence[int], *, implicit: bool = False) -> Source | None:
+    del implicit
+    same = len(size) == len(of.shape) and all(own in (-1, there) for own, there in zip(size, of.shape, strict=True))
+    return of if same else None
+
+
 def _rows(of: Rows, start: int, count: int) -> Rows:
     return replace(of, start=of.start + start, stop=of.start + start + count)
 
@@ -328,6 +334,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     _aten.unbind.int: _unbound,
     _aten.view.default: _viewed,
     _aten._unsafe_view.default: _viewed,
+    _aten.expand.default: _expanded,
     _aten.unsqueeze.default: _stacked,
     _aten._to_copy.default: _copied,
     _aten.mm.default: _multiplied,

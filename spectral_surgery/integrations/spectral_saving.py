@@ -17,7 +17,7 @@ from spectral_surgery.checkpoint.manifest import QUANT_METHOD, SUFFIXES, Manifes
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.integrations.experts import Held, held_parameters, put_parameter
-from spectral_surgery.integrations.spectral_loading import Loading, retie
+from spectral_surgery.integrations.spectral_loading import Loading, decoded, retie
 from spectral_surgery.integrations.spectral_plan import Plan
 from spectral_surgery.integrations.stand_ins import SpectralLayer, stand_out
 from spectral_surgery.layers import SpectralConv1D
@@ -59,7 +59,7 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
     spectral = {id(part) for part in (*(layer.spectrum for layer in layers.values()), *experts.values())}
     inside = tuple(f"{name}." for name, part in model.named_modules(remove_duplicate=False) if id(part) in spectral)
     dense = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
-    spectra, replaced = _still_compressed(model, plan, layers, experts)
+    spectra, replaced = _still_compressed(model, load, plan, layers, experts)
     gone = {name for target in replaced for name in plan.made[target]}
     gone |= {one for one, other in model.all_tied_weights_keys.items() if other in gone}
     dense = {name: value for name, value in dense.items() if name not in gone and name not in plan.tied}
@@ -86,20 +86,36 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
 
 
 def _still_compressed(
-    model: nn.Module, plan: Plan, layers: Mapping[str, SpectralLayer], experts: Mapping[str, Held]
+    model: Any, load: Loading, plan: Plan, layers: Mapping[str, SpectralLayer], experts: Mapping[str, Held]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Stored name by parameter of our layers; stored names by parameter that is decoded, divided or of experts."""
     spectra: dict[str, str] = {}
     others: dict[str, list[str]] = {}
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     held = {*experts, *(f"{name}.weight" for name in layers)}
     for target in plan.sources:
         group = [name for name in plan.slots.get(target, ()) if name in held]
         if group:
             spectra[group[0]] = plan.stored(target)[0]
-        elif target not in plan.slots and set(plan.made[target]) <= (frozen if target in plan.dense else held):
-            others[target] = plan.stored(target)  # what is trained is written as it is
+        elif target in plan.dense:
+            if _unchanged(model, load, plan, target):  # what is trained is written as it is
+                others[target] = plan.stored(target)
+        elif target not in plan.slots and held.issuperset(plan.made[target]):
+            others[target] = plan.stored(target)
     return spectra, others
+
+
+def _unchanged(model: Any, load: Loading, plan: Plan, target: str) -> bool:
+    """Whether what was decoded is as it was: nobody trains it; of a buffer only its values say so."""
+    present = model.state_dict(keep_vars=True)
+    tensors = [present[name] for name in plan.made[target] if name in present]
+    if len(tensors) < len(plan.made[target]):
+        return False
+    if all(isinstance(tensor, nn.Parameter) for tensor in tensors):
+        return not any(tensor.requires_grad for tensor in tensors)
+    (buffer, *others), stored = tensors, plan.stored(target)
+    if others or len(stored) > 1 or load.checkpoint.manifest.tensors[stored[0]].shape != tuple(buffer.shape):
+        return False
+    return torch.equal(decoded(load.checkpoint, stored[0]).to(buffer), buffer)
 
 
 def _copied(load: Loading, name: str) -> Tensor:
