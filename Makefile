@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test zoo lint format bench clean
+.PHONY: setup demo test test-fresh zoo lint format bench clean
 
 setup: .venv/dev
 
@@ -31,6 +31,11 @@ test: .venv/dev
 
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo
+
+# other examples at every run, and more of them: of the tests that take any
+test-fresh: .venv/dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --hypothesis-profile=fresh \
+	  $$(grep -rl 'from hypothesis import' tests --include='test_*.py')
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,10 +1,23 @@
-"""One core for each process of the tests: threads of several would wait for each other, in turns."""
+"""The same tests everywhere: one core for each process, equal random numbers, and examples that come again.
+
+Threads of several processes of tests would wait for each other, in turns.
+"""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
+from hypothesis import settings
+
+from spectral_surgery.ops.spectral_matmul import dispatch
+from spectral_surgery.ops.spectral_matmul.dispatch import Processor
+from tests.support.processors import PROCESSORS, exact_int_mm, int8_saturates
+
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=100)
+settings.register_profile("fresh", database=None, deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("fixed")  # --hypothesis-profile chooses another
 
 
 def pytest_configure() -> None:
@@ -17,3 +30,13 @@ def pytest_configure() -> None:
 def pytest_runtest_setup() -> None:
     """Equal random numbers for every test, whatever ran before: a failure comes again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=PROCESSORS, ids=str)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Processor:
+    """Every kind of processor in turn, whichever this one is: what it lacks is computed all the same."""
+    chosen: Processor = request.param
+    monkeypatch.setattr(dispatch, "processor", lambda: chosen)
+    if chosen.int8 and int8_saturates():
+        monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    return chosen

@@ -115,7 +115,7 @@ def _cost(codes: Codes, layout: Layout) -> float:
 def _candidates(codes: Codes) -> Iterator[Layout]:
     # like a standard deviation, but blind to outliers: those go to the overflow list
     spread = float(np.quantile(np.abs(codes.astype(np.int64)), 0.95)) / 2 if codes.size else 0.0
-    if spread < 100:
+    if spread < 400:
         yield Layout("packed", 1)
     if spread < 5:
         yield Layout("packed", 2)
@@ -127,8 +127,8 @@ def _candidates(codes: Codes) -> Iterator[Layout]:
     if spread < 2:
         yield Layout("packed", 3)
         yield Layout("packed", 5)
-    if spread < 5 and np.count_nonzero(codes) < 0.6 * codes.size:
-        for digits in _SPARSE_BASES:
+    if spread < 100 and np.count_nonzero(codes) < 0.6 * codes.size:
+        for digits in _SPARSE_BASES if spread < 5 else (1,):
             yield Layout("bitmap", digits)
             yield Layout("gaps", digits)
 

@@ -7,8 +7,10 @@ work. Choosing looks at a sample; a rate in bits, which depends on the entropy c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import count
 from operator import add
 
 import numpy as np
@@ -16,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
+from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
-from spectral_surgery.spectra.coding import Layout, choose_layout, decode_frame, encode_frame
+from spectral_surgery.spectra.coding import Layout, encode_frame
+from spectral_surgery.spectra.frames import checked_frame, choose_layouts, middle
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import Moments, code_dtype, dequantize, quantize, reconstruction
 from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
@@ -26,15 +29,17 @@ from spectral_surgery.spectra.select import Magnitudes, Quantizer, Target, for_b
 FloatArray = npt.NDArray[np.float32]
 
 _SAMPLE = 1 << 17
-_ATTEMPTS = 6
-_TRIED = 1 << 16  # coefficients that layouts are tried on, in whole tiles
-_SAME_SCALE = 0.5  # of log2 of the mean square
+_ATTEMPTS = 8
 _PILOT = 8  # one of so many frames, neither of the least energy nor of the most, on which a rate is tried first
 _BITS_TOLERANCE = 0.004
 _BITS_NEAR = 0.05
 _EXPECTED_OVERHEAD = 1.014
+_FLATTEST, _STEEPEST = 0.2, 5.0  # of the logarithm of the rate over that of the entropy
 _SMALLEST, _LARGEST = 1e-30, 1e25  # float32 has no headroom for reciprocals of smaller numbers and sums of larger ones
 _MAX_CODE = 1 << 30
+_ROUNDING = 1e-6  # of the matrix: more than the arithmetic of another processor, or of a resident form, differs by
+_AIM = 0.998  # of an error limit, where the estimate missed it
+_FINER = 0.9  # times the step, and this power more at each attempt, where the estimate keeps missing
 
 
 def encode(
@@ -50,7 +55,9 @@ def encode(
 
     Returns:
         The encoded matrix and the measured report. A target in bits is met within half a percent where the matrix has
-        that much to say and outweighs the fixed cost of about 40 bytes; an error target is never exceeded.
+        that much to say and outweighs the fixed cost of about 40 bytes. A density is met to the coefficient, but equal
+        magnitudes are kept or dropped together, and less than a thousandth of a step is not kept. An error target is
+        never exceeded by the decoded matrix, [O, I] float32.
 
     Raises:
         ShapeError: when the weight is not a non-empty matrix.
@@ -66,7 +73,7 @@ def encode(
     spans = frame_spans(weight.shape[0], height)
     with one_torch_thread():
         frames = parallel_map(lambda span: _frame(weight[slice(*span)], basis), spans, threads)
-        return _search(_Spectrum(frames, height, basis, threads), target)
+        return _search(_Spectrum(weight, frames, height, basis, threads), target)
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,23 @@ def _frame(rows: Tensor, basis: Basis) -> _Frame:
 
 @dataclass(frozen=True)
 class _Spectrum:
+    weight: Tensor
     frames: list[_Frame]
     rows_per_frame: int
     basis: Basis
     threads: int
 
+
+@dataclass(frozen=True)
+class _Stored:
+    encoded: EncodedSpectrum
+    codes: list[Tensor]  # of every frame
+    moments: Moments
+
     @property
-    def shape(self) -> tuple[int, int]:
-        return sum(len(own.coefficients) for own in self.frames), self.frames[0].coefficients.shape[1]
+    def bits_per_weight(self) -> float:
+        rows, columns = self.encoded.shape
+        return 8 * self.encoded.stored_bytes / (rows * columns)
 
 
 def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, EncodingReport]:
@@ -112,31 +128,32 @@ def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, Encod
             f"encode: all magnitudes are below {_SMALLEST:g}; larger ones are accepted. Rescale or exclude it."
         )
     if not peak:
-        return _encode(spectrum, Quantizer(1.0, 1.0), peak)
+        return _measured(spectrum, _encode(spectrum, Quantizer(1.0, 1.0), peak))
     magnitudes = Magnitudes(_sample(spectrum.frames))
     if target.kind == "density":
         threshold = _exact_threshold(spectrum, magnitudes, target.value)
-        return _encode(spectrum, for_density(magnitudes, threshold), peak)
+        return _measured(spectrum, _encode(spectrum, for_density(magnitudes, threshold), peak))
     if target.kind == "bits":
-        return _search_bits(spectrum, magnitudes, target.value, peak)
+        return _measured(spectrum, _search_bits(spectrum, magnitudes, target.value, peak))
     return _search_error(spectrum, magnitudes, target.value, peak)
 
 
 def _search_error(
     spectrum: _Spectrum, magnitudes: Magnitudes, limit: float, peak: float
 ) -> tuple[EncodedSpectrum, EncodingReport]:
-    goal = limit
+    goal = limit - _ROUNDING
     quantizer = for_error(magnitudes, goal)
-    for attempt in range(2 * _ATTEMPTS):
-        result = _encode(spectrum, quantizer, peak)
+    for attempt in count():
+        result = _measured(spectrum, _encode(spectrum, quantizer, peak))
         error = result[1].relative_error
-        if error <= limit:
+        if error <= limit - _ROUNDING:
             break
-        ratio = 0.998 * limit / error
-        goal *= ratio
+        ratio = _AIM * (limit - _ROUNDING) / error
         if attempt < _ATTEMPTS // 2:
+            goal *= ratio
             quantizer = for_error(magnitudes, goal)
-        else:  # few distinct magnitudes, which the estimate finds too easy: a finer step always helps
+        else:  # few or large magnitudes, which the estimate finds too easy: a finer step helps in the end
+            ratio = min(ratio, _FINER ** (attempt - _ATTEMPTS // 2))
             quantizer = Quantizer(quantizer.dead_zone * ratio, quantizer.step * ratio)
     return result
 
@@ -148,43 +165,86 @@ class _Setting:
     layouts: list[Layout]  # of every frame
 
 
-def _search_bits(
-    spectrum: _Spectrum, magnitudes: Magnitudes, bits: float, peak: float
-) -> tuple[EncodedSpectrum, EncodingReport]:
-    frames = spectrum.frames
+def _search_bits(spectrum: _Spectrum, magnitudes: Magnitudes, bits: float, peak: float) -> _Stored:
+    frames, results = spectrum.frames, []
 
-    def for_goal(goal: float, near: _Setting | None) -> _Setting:
-        if near:
-            return _Setting(goal, _storable(for_bits(magnitudes, goal, near.quantizer), peak), near.layouts)
+    def for_goal(goal: float, like: _Setting | None) -> _Setting:
+        if like:
+            return _Setting(goal, _storable(for_bits(magnitudes, goal, like.quantizer), peak), like.layouts)
         quantizer = _storable(for_bits(magnitudes, goal), peak)
         return _Setting(goal, quantizer, _layouts(spectrum, quantizer, peak))
 
-    def corrected(setting: _Setting, ratio: float) -> _Setting:
-        # near a tie between two layouts or dead zones, bits would jump back and forth
-        return for_goal(setting.goal / ratio, setting if abs(ratio - 1) < _BITS_NEAR else None)
+    def on_some(setting: _Setting) -> float:
+        layouts = [setting.layouts[number] for number in pilot]
+        return _pilot_bits([frames[number] for number in pilot], layouts, setting.quantizer, peak) / bits
 
-    def miss(result: tuple[EncodedSpectrum, EncodingReport]) -> float:
-        return abs(result[1].bits_per_weight / bits - 1)
+    def on_all(setting: _Setting) -> float:
+        results.append(_encode(spectrum, setting.quantizer, peak, setting.layouts))
+        return results[-1].bits_per_weight / bits
 
     setting = for_goal(bits / _EXPECTED_OVERHEAD, None)
     if len(frames) > 2:
         by_energy = sorted(range(len(frames)), key=lambda number: frames[number].energy)
         pilot = by_energy[min(_PILOT, len(frames)) // 2 :: _PILOT]
-        some = [frames[number] for number in pilot]
-        for _ in range(_ATTEMPTS):
-            layouts = [setting.layouts[number] for number in pilot]
-            ratio = _pilot_bits(some, layouts, setting.quantizer, peak) / bits
-            setting = corrected(setting, ratio)
-            if abs(ratio - 1) <= _BITS_TOLERANCE:
-                break
-    best = result = _encode(spectrum, setting.quantizer, peak, setting.layouts)
-    for _ in range(_ATTEMPTS):
-        if miss(best) <= _BITS_TOLERANCE:
+        setting = _closest(setting, on_some, for_goal)
+    _closest(setting, on_all, for_goal)
+    return min(results, key=lambda stored: abs(stored.bits_per_weight / bits - 1))
+
+
+def _closest(
+    setting: _Setting, rate: Callable[[_Setting], float], for_goal: Callable[[float, _Setting | None], _Setting]
+) -> _Setting:
+    """Correct the goal until the rate is the asked one.
+
+    With layouts chosen anew the rate jumps where others become the smallest; with the same ones it does not. So the
+    goal is corrected with new ones until it is near, or caught between two, and then with the same ones.
+
+    Args:
+        setting: to begin with.
+        rate: what a setting gives, as a multiple of what was asked.
+        for_goal: the setting for a goal: with the layouts and the dead zone of another, or with the best.
+
+    Returns:
+        The setting with the nearest rate.
+    """
+    tried: list[tuple[_Setting, float]] = []
+    held: _Setting | None = None  # whose layouts are kept
+    for attempt in range(_ATTEMPTS):
+        tried.append((setting, rate(setting)))
+        ratio = tried[-1][1]
+        if abs(ratio - 1) <= _BITS_TOLERANCE:
             break
-        setting = corrected(setting, result[1].bits_per_weight / bits)
-        result = _encode(spectrum, setting.quantizer, peak, setting.layouts)
-        best = min(best, result, key=miss)
-    return best
+        around = _around(tried)
+        if not held and abs(ratio - 1) < _BITS_NEAR:
+            held = setting
+        elif not held and around and attempt < _ATTEMPTS // 2:
+            (low, below), (high, above) = ((own.goal, found) for own, found in around)
+            setting = for_goal(low * (high / low) ** (math.log(1 / below) / math.log(above / below)), None)
+            continue
+        elif not held and around:
+            held = around[0][0]  # its layouts are the better ones at a jump: fewer bits at about the same goal
+        same = [(own.goal, found) for own, found in tried if not held or own.layouts is held.layouts]
+        goal, ratio = min(same, key=lambda pair: abs(pair[1] - 1))
+        setting = for_goal(goal * ratio ** (-1 / _slope(same)), held)
+    return min(tried, key=lambda pair: abs(pair[1] - 1))[0]
+
+
+def _around(tried: list[tuple[_Setting, float]]) -> tuple[tuple[_Setting, float], tuple[_Setting, float]] | None:
+    """The settings nearest below and above the asked rate; None where all are on one side."""
+    below, above = ([pair for pair in tried if (pair[1] > 1) == side] for side in (False, True))
+    if not below or not above:
+        return None
+    return max(below, key=lambda pair: pair[1]), min(above, key=lambda pair: pair[1])
+
+
+def _slope(tried: list[tuple[float, float]]) -> float:
+    """Of the logarithm of the rate over that of the goal, from the last two goals; one where nothing is known."""
+    if len(tried) < 2:
+        return 1.0
+    (before, first), (goal, last) = tried[-2:]
+    if goal == before:
+        return _STEEPEST
+    return min(max(math.log(last / first) / math.log(goal / before), _FLATTEST), _STEEPEST)
 
 
 def _pilot_bits(frames: list[_Frame], layouts: list[Layout], quantizer: Quantizer, peak: float) -> float:
@@ -203,62 +263,53 @@ def _storable(quantizer: Quantizer, peak: float) -> Quantizer:
 
 
 def _layouts(spectrum: _Spectrum, quantizer: Quantizer, peak: float) -> list[Layout]:
-    """One layout for all frames of about the same scale, tried on the first of them."""
-    dtype, tile = code_dtype(peak, quantizer), spectrum.basis.tile
-    found: dict[int, Layout] = {}
-    layouts = []
-    for frame in spectrum.frames:
-        rows, columns = frame.coefficients.shape
-        power = frame.energy / (rows * columns)
-        scale = round(math.log2(power) / _SAME_SCALE) if power else 0
-        if scale not in found:
-            width = tile * -(-_TRIED // (rows * tile))
-            start = max(columns - width, 0) // 2 // tile * tile
-            some = frame.coefficients[:, start : start + width].contiguous()
-            found[scale] = choose_layout(quantize(some, quantizer, dtype)[0].reshape(-1).numpy())
-        layouts.append(found[scale])
-    return layouts
+    dtype, frames = code_dtype(peak, quantizer), spectrum.frames
+
+    def codes(number: int) -> Tensor:
+        return quantize(middle(frames[number].coefficients, spectrum.basis.tile), quantizer, dtype)[0]
+
+    return choose_layouts([frame.energy / frame.coefficients.numel() for frame in frames], codes)
 
 
-def _encode(
-    spectrum: _Spectrum, quantizer: Quantizer, peak: float, layouts: list[Layout] | None = None
-) -> tuple[EncodedSpectrum, EncodingReport]:
-    frames, threads = spectrum.frames, spectrum.threads
+def _encode(spectrum: _Spectrum, quantizer: Quantizer, peak: float, layouts: list[Layout] | None = None) -> _Stored:
     quantizer = _storable(quantizer, peak)
     dtype = code_dtype(peak, quantizer)
-    layouts = layouts or _layouts(spectrum, quantizer, peak)
 
-    def stored(number: int) -> tuple[bytes, Tensor, Moments]:
-        frame, layout = frames[number], layouts[number]
-        codes, sums = quantize(frame.coefficients, quantizer, dtype)
-        flat = codes.reshape(-1).numpy()
-        data = encode_frame(flat, layout)
-        if not np.array_equal(decode_frame(data, flat.size), flat):
-            raise CheckpointError(
-                "encode: a frame does not decode to what was encoded. This is a bug: please report it."
-            )
-        return data, codes, sums
+    def stored(pair: tuple[_Frame, Layout]) -> tuple[bytes, Tensor, Moments]:
+        codes, sums = quantize(pair[0].coefficients, quantizer, dtype)
+        return checked_frame(codes, pair[1]), codes, sums
 
-    made = parallel_map(stored, range(len(frames)), threads)
+    pairs = list(zip(spectrum.frames, layouts or _layouts(spectrum, quantizer, peak), strict=True))
+    made = parallel_map(stored, pairs, spectrum.threads)
     moments = reduce(add, (sums for _, _, sums in made))
-    largest = max(int(codes.abs().max()) for _, codes, _ in made)
-    step, offset = reconstruction(moments, largest)
-    data = tuple(data for data, _, _ in made)
+    step, offset = reconstruction(moments, max(int(codes.abs().max()) for _, codes, _ in made))
+    rows, columns = spectrum.weight.shape
+    frames = tuple(data for data, _, _ in made)
     steps = torch.tensor([step])
-    encoded = EncodedSpectrum(data, spectrum.shape, spectrum.rows_per_frame, steps, offset, spectrum.basis)
+    encoded = EncodedSpectrum(frames, (rows, columns), spectrum.rows_per_frame, steps, offset, spectrum.basis)
+    return _Stored(encoded, [codes for _, codes, _ in made], moments)
+
+
+def _measured(spectrum: _Spectrum, stored: _Stored) -> tuple[EncodedSpectrum, EncodingReport]:
+    encoded, basis = stored.encoded, spectrum.basis
+
+    wide = torch.float64 if spectrum.weight.dtype == torch.float64 else torch.float32
 
     def lost(frame: int) -> float:
-        own, codes = frames[frame].coefficients, made[frame][1]
-        spans = spectrum.basis.blocks(own.shape)
-        return sum(_energy(own[a:b] - dequantize(codes[a:b], steps, offset)) for a, b in spans)
+        codes, first = stored.codes[frame], frame * encoded.rows_per_frame
+        energy = 0.0
+        for start, stop in basis.blocks(codes.shape):
+            rows = spectrum.weight[first + start : first + stop].to(wide)
+            energy += _energy(rows - basis.inverse(dequantize(codes[start:stop], encoded.step, encoded.offset)))
+        return energy
 
     report = EncodingReport(
-        spectrum.shape[0] * spectrum.shape[1],
+        spectrum.weight.numel(),
         encoded.stored_bytes,
-        int(moments.kept),
-        energy=sum(own.energy for own in frames),
-        error_energy=sum(parallel_map(lost, range(len(frames)), threads)),
-        stored_energy=moments.energy(step, offset),
+        int(stored.moments.kept),
+        energy=sum(own.energy for own in spectrum.frames),
+        error_energy=sum(parallel_map(lost, range(len(stored.codes)), spectrum.threads)),
+        stored_energy=stored.moments.energy(float(encoded.step), encoded.offset),
     )
     return encoded, report
 

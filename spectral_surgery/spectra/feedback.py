@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
-from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
-from spectral_surgery.spectra.coding import choose_layout, encode_frame
-from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
+from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, EncodingReport, frame_spans
+from spectral_surgery.spectra.frames import encode_rows
+from spectral_surgery.spectra.parallel import parallel_map
 from spectral_surgery.spectra.quantized import dequantize
 from spectral_surgery.spectra.select import Quantizer
 
@@ -222,6 +222,19 @@ def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
+def stored_codes(codes: Codes, basis: Basis, *, threads: int = 1) -> EncodedSpectrum:
+    """The stored form of codes that were chosen elsewhere.
+
+    Args:
+        codes: of a spectrum.
+        basis: of the coefficients.
+        threads: frames worked on at once; the result does not depend on it.
+    """
+    height, frames = encode_rows(codes.values, basis.tile, threads=threads)
+    rows, columns = codes.values.shape
+    return EncodedSpectrum(frames, (rows, columns), height, codes.steps, codes.offset, basis)
+
+
 def encode_codes(
     coefficients: Tensor, codes: Codes, basis: Basis, *, threads: int = 1
 ) -> tuple[EncodedSpectrum, EncodingReport]:
@@ -236,29 +249,18 @@ def encode_codes(
     Returns:
         The stored form, and its report.
     """
-    values = codes.values
-    height = rows_per_frame(values.shape[1], basis.tile)
-    spans = frame_spans(values.shape[0], height)
-    largest = int(values.abs().max()) if values.numel() else 0
-    dtype = next(d for d in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(d).max)
-    frames = [values[slice(*span)].to(dtype) for span in spans]
-    flat = [frame.reshape(-1).numpy() for frame in frames]
-    with one_torch_thread():
-        layout = choose_layout(flat[len(flat) // 2])
-        stored = tuple(parallel_map(lambda own: encode_frame(own, layout), flat, threads))
-        encoded = EncodedSpectrum(stored, (values.shape[0], values.shape[1]), height, codes.steps, codes.offset, basis)
+    encoded = stored_codes(codes, basis, threads=threads)
+    spans = frame_spans(len(codes.values), encoded.rows_per_frame)
 
-        def measured(frame: int) -> tuple[float, float, float]:
-            if not torch.equal(encoded.codes(frame).to(torch.int32), frames[frame].to(torch.int32)):
-                raise CheckpointError("encode: a frame does not decode to what was encoded. Please report this bug.")
-            own = coefficients[slice(*spans[frame])]
-            held = dequantize(frames[frame], encoded.step, codes.offset)
-            return _energy(own), _energy(own - held), _energy(held)
+    def measured(frame: int) -> tuple[float, float, float]:
+        own, values = (whole[slice(*spans[frame])] for whole in (coefficients, codes.values))
+        held = dequantize(values, encoded.step, codes.offset)
+        return _energy(own), _energy(own - held), _energy(held)
 
-        energies = parallel_map(measured, range(len(frames)), threads)
-    kept = int(torch.count_nonzero(values))
+    energies = parallel_map(measured, range(len(spans)), threads)
+    kept = int(torch.count_nonzero(codes.values))
     whole, lost, stored_energy = (sum(column) for column in zip(*energies, strict=True))
-    return encoded, EncodingReport(values.numel(), encoded.stored_bytes, kept, whole, lost, stored_energy)
+    return encoded, EncodingReport(codes.values.numel(), encoded.stored_bytes, kept, whole, lost, stored_energy)
 
 
 def _energy(x: Tensor) -> float:

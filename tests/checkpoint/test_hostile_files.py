@@ -6,7 +6,6 @@ import json
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -219,7 +218,7 @@ VALID = save(
 )
 HEADER_END = 8 + int.from_bytes(VALID[:8], "little")
 FLIP = st.tuples(st.integers(0, HEADER_END - 1), st.integers(0, 255))
-FUZZ = settings(max_examples=300, deadline=timedelta(seconds=2))
+FUZZ = settings(max_examples=max(300, settings.default.max_examples))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "processor")
 @pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
 @pytest.mark.parametrize("settings", [{}, {"transform": "identity"}, {"transform": "hadamard"}])
 @pytest.mark.parametrize("resident", ["int8", "int4"])
@@ -51,7 +51,7 @@ def test_a_few_tokens_give_the_same_bits(
     assert [few_tokens.few_tokens(own, aligned) for own in others] == [None] * len(others)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "processor")
 @pytest.mark.parametrize("resident", ["int8", "int4"])
 def test_a_step_for_every_column(resident: str) -> None:
     steps = 0.01 * (1 + torch.arange(128) % 5)

@@ -23,6 +23,7 @@ def with_outliers(share: int, dtype: torch.dtype, **settings: Any) -> QuantizedS
     return spectrum
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("resident", ["int4", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
 @pytest.mark.parametrize("offset", [0.0, -0.5, 26.0])

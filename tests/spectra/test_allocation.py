@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_surgery.errors import ConfigError
@@ -39,7 +39,6 @@ def test_no_other_rates_of_the_same_mean_cost_less() -> None:
             assert cost(moved) > cost(rates)
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 10**9), st.floats(1e-30, 1e30)), min_size=1, max_size=6),
     st.floats(0.5, 8.0),

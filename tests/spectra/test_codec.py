@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError, ConfigError, ShapeError
-from spectral_surgery.spectra import encode as encoder
+from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.spectra.choose import choose_basis
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.encode import encode
 from spectral_surgery.spectra.parallel import one_torch_thread, parallel_map
 from spectral_surgery.spectra.quantized import QuantizedSpectrum, dequantize, grid, quantize, reconstruction
 from spectral_surgery.spectra.select import Quantizer, Target
-from spectral_surgery.transforms import TRANSFORMS
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -64,22 +60,7 @@ def test_an_error_limit_is_never_exceeded(limit: float) -> None:
     weight = gaussian(300, 200)
     encoded, report = encode(weight, Target("max_error", limit))
     assert 0.9 * limit < report.relative_error <= limit
-    assert error(weight, encoded.to_dense()) <= limit * 1.001
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    name=st.sampled_from(list(TRANSFORMS)),
-    axes=st.sampled_from([(0, 1), (1,), (0,), ()]),
-)
-def test_every_shape_transform_and_axes(shape: tuple[int, int], name: str, axes: tuple[int, ...]) -> None:
-    weight = gaussian(*shape)
-    encoded, report = encode(weight, Target("max_error", 0.05), Basis(name, 16, axes))
-    decoded = encoded.to_dense()
-    assert decoded.shape == shape
-    assert error(weight, decoded) <= 0.05 * 1.01
-    assert report.stored_energy == pytest.approx(float(decoded.double().square().sum()), rel=1e-4)
+    assert error(weight, encoded.to_dense()) <= limit
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -327,10 +308,3 @@ def test_frames_of_different_scale_have_layouts_of_their_own(bits: float) -> Non
     rates = (power / noise).log2().div(2).clamp(min=0).mean(1)
     best = float(torch.minimum(power, noise[int((rates > bits).sum())]).sum() / power.sum()) ** 0.5
     assert best < report.relative_error < 1.45 * best
-
-
-def test_a_coder_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_frame = encoder.encode_frame
-    monkeypatch.setattr(encoder, "encode_frame", lambda codes, layout: encode_frame(codes[::-1].copy(), layout))
-    with pytest.raises(CheckpointError, match="does not decode to what was encoded"):
-        encode(gaussian(64, 64), Target("bits", 4.0))

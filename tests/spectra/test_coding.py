@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
@@ -52,7 +52,6 @@ def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
         assert np.shares_memory(given, out) == (dtype == np.int8 and codes.size > 0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=70), st.sampled_from(LAYOUTS))
 def test_round_trip_of_anything(values: list[int], layout: Layout) -> None:
     codes = np.array(values, np.int32)

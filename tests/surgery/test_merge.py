@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -38,7 +38,6 @@ def test_a_weight_comes_back_bit_for_bit(dtype: torch.dtype, scale: float) -> No
     assert equal_bits(unmerge_weight(merged, delta, undo, "w"), base)
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_any_finite_numbers_come_back(data: st.DataObject, dtype: torch.dtype) -> None:
     limit = float(torch.finfo(dtype).max) / 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
@@ -19,7 +19,6 @@ def block_diagonal(transform: Transform, n: int, tile: int) -> torch.Tensor:
     return torch.block_diag(*blocks)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(TRANSFORMS)),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -14,24 +14,29 @@ Way = Literal["packed", "planes", "blocks", "triton"]
 
 _MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
 _PACKED_TERMS = 32
+_PACKED_TOKENS = 8, 16  # at most: without dot products of bfloat16, and with them
+_NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What the instruction set has.
+    """What the instruction set has; all that a choice may depend on, beside what it chooses for.
 
     Attributes:
-        vnni: dot products of int8 into int32; without it int8 products may saturate.
+        int8: dot products of int8 into int32; without them int8 products may saturate.
         bfloat16: dot products of bfloat16; without them, bfloat16 products are slower than float32 ones.
     """
 
-    vnni: bool
+    int8: bool
     bfloat16: bool
 
 
 @lru_cache(maxsize=1)
 def processor() -> Processor:
-    """Ask torch once; what it cannot tell is taken as missing."""
+    """This one: torch is asked once, and what it cannot tell is taken as missing.
+
+    Nothing else asks it, and nobody keeps the answer: to replace this function is to be on another processor.
+    """
 
     def has(name: str) -> bool:
         return bool(getattr(torch.cpu, name, bool)())
@@ -61,11 +66,11 @@ def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint:
         return "blocks"
     has = processor()
     whole = not terms % _PACKED_TERMS  # torch's kernel reads beyond a row of other lengths
-    if accuracy == torch.bfloat16 and not adjoint and whole and tokens <= (16 if has.bfloat16 else 8):
+    if accuracy == torch.bfloat16 and not adjoint and whole and tokens <= _PACKED_TOKENS[has.bfloat16]:
         return "packed"
     if accuracy == torch.bfloat16 and has.bfloat16:
         return "blocks"
-    return "planes" if has.vnni and terms <= _MAX_INT32_TERMS else "blocks"
+    return "planes" if has.int8 and terms <= _MAX_INT32_TERMS else "blocks"
 
 
 def block_dtype(device: str, accuracy: torch.dtype) -> torch.dtype:
@@ -75,3 +80,17 @@ def block_dtype(device: str, accuracy: torch.dtype) -> torch.dtype:
     if accuracy == torch.float16 and device != "cpu":
         return torch.float16
     return torch.float64 if accuracy == torch.float64 else torch.float32
+
+
+def transform_dtype(device: str, tokens: int, accuracy: torch.dtype) -> torch.dtype:
+    """Floating type that activations are transformed in."""
+    if accuracy == torch.float64:
+        return torch.float64
+    native = accuracy == torch.bfloat16 and tokens > _NATIVE_TOKENS
+    return block_dtype(device, accuracy) if native else torch.float32
+
+
+def packed_tokens(terms: int) -> int:
+    """How many tokens of bfloat16 torch's int8 weight-only kernel takes on a CPU; 0 where it takes none."""
+    most = _PACKED_TOKENS[processor().bfloat16]
+    return most if way("cpu", most, terms, torch.bfloat16) == "packed" else 0

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_surgery.ops.spectral_matmul import integer
+from spectral_surgery.ops.spectral_matmul import dispatch, integer
 from spectral_surgery.ops.spectral_matmul.activations import transform_matrix
-from spectral_surgery.ops.spectral_matmul.dispatch import way
 from spectral_surgery.ops.spectral_matmul.form import Form
 from spectral_surgery.ops.spectral_matmul.int4 import Int4Form
 from spectral_surgery.ops.spectral_matmul.int8 import Int8Form
@@ -44,7 +43,7 @@ def few_tokens(x: Tensor, form: Form) -> Tensor | None:
     if x.dtype != torch.bfloat16 or not isinstance(form, Int8Form | Int4Form) or not x.is_cpu:
         return None
     rows, columns = form.shape
-    steps = _steps(form.basis, rows, columns)
+    steps = _steps(form.basis, rows, columns, dispatch.packed_tokens(columns))
     if x.numel() > steps.most * columns or not x.numel() or x.shape[-1] != columns:
         return None
     if (x.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
@@ -67,8 +66,7 @@ def _product(x: Tensor, form: Int8Form | Int4Form, ones: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _steps(basis: Basis, rows: int, columns: int) -> _Steps:
-    packed = (count for count in (16, 8) if way("cpu", count, columns, torch.bfloat16) == "packed")
+def _steps(basis: Basis, rows: int, columns: int, most: int) -> _Steps:
     turned = basis.transform != IDENTITY.name
     inner, outer = (turned and axis in basis.axes for axis in (1, 0))
     aligned = not (inner and columns % basis.tile) and not (outer and rows % basis.tile)
@@ -76,4 +74,4 @@ def _steps(basis: Basis, rows: int, columns: int) -> _Steps:
         transform_matrix(basis.transform, basis.tile, torch.float32, _CPU, inverse) if needed else None
         for needed, inverse in ((inner, False), (outer, True))
     )
-    return _Steps(next(packed, 0) if aligned else 0, into, back, integer.ones(rows, _CPU))
+    return _Steps(most if aligned else 0, into, back, integer.ones(rows, _CPU))

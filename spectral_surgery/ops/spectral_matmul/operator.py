@@ -1,4 +1,10 @@
-"""Y = x Wᵀ from a resident form, with a gradient to x."""
+"""Y = x Wᵀ from a resident form, with a gradient to x.
+
+Forms, processors and numbers of tokens take different ways, which round at different places: a 16-bit product of a
+block of rows is rounded before blocks are added up, for one. All of them keep one promise. The error of the output of a
+token, beside the exact product with the decompressed matrix, has a norm of at most 2e-6 of that output for float64 and
+float32 (scales are float32), 2^-11 for float16 and 2^-7 for bfloat16; more only where the terms of its sums cancel.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,9 @@ from torch.autograd import Function
 
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.ops.spectral_matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
-from spectral_surgery.ops.spectral_matmul.dispatch import block_dtype, processor
+from spectral_surgery.ops.spectral_matmul.dispatch import transform_dtype
 from spectral_surgery.ops.spectral_matmul.few_tokens import few_tokens
 from spectral_surgery.ops.spectral_matmul.form import Form
-
-_NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
 
 
 class _Product(Function):
@@ -51,7 +55,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
         forms: their rows follow each other.
 
     Returns:
-        [..., O]: float64 for float64, else float32 or a 16-bit type, at least as exact as the dtype of x.
+        [..., O]: float64 for float64, else float32 or a 16-bit type; see the module for how exact it is.
 
     Raises:
         ShapeError: when the width of x is not I.
@@ -61,7 +65,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
         return quick
     flat = _checked(x, forms[0].shape[1])
     with unrounded(x.device.type):
-        wide = flat.to(_working(flat, x.dtype))
+        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
         parts = []
         for number, form in enumerate(forms):
             if not number or form.basis != forms[number - 1].basis:
@@ -88,7 +92,7 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
     """
     flat = _checked(x, sum(form.shape[0] for form in forms))
     with unrounded(x.device.type):
-        wide = flat.to(_working(flat, x.dtype))
+        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
         parts, start = [], 0
         for form in forms:
             stop = start + form.shape[0]
@@ -122,10 +126,3 @@ def _adjoint(x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
 def unrounded(device: str) -> AbstractContextManager[Any]:
     """Switch autocast off: it would round the operands of products to 16 bits."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _working(x: Tensor, accuracy: torch.dtype) -> torch.dtype:
-    if accuracy == torch.float64:
-        return torch.float64
-    fast = accuracy == torch.bfloat16 and len(x) > _NATIVE_TOKENS and (not x.is_cpu or processor().bfloat16)
-    return block_dtype(x.device.type, accuracy) if fast else torch.float32

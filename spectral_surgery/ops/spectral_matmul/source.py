@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.ops.spectral_matmul.levels import Grid, grid_of
 from spectral_surgery.spectra.codec import Basis, EncodedSpectrum, frame_spans, rows_per_frame
-from spectral_surgery.spectra.coding import choose_layout, encode_frame
+from spectral_surgery.spectra.frames import encode_rows
 from spectral_surgery.spectra.quantized import INT8_MAX, QuantizedSpectrum
 
 Spectrum = QuantizedSpectrum | EncodedSpectrum
@@ -97,11 +97,7 @@ def as_encoded(spectrum: Spectrum) -> EncodedSpectrum:
     """The stored form: itself, or encoded now on the CPU without loss."""
     if isinstance(spectrum, EncodedSpectrum):
         return spectrum
-    codes = spectrum.codes.cpu()
-    height = rows_per_frame(codes.shape[1], spectrum.tile)
-    flat = [codes[a:b].reshape(-1).numpy() for a, b in frame_spans(len(codes), height)]
-    layout = choose_layout(flat[len(flat) // 2])
-    frames = tuple(encode_frame(part, layout) for part in flat)
+    height, frames = encode_rows(spectrum.codes.cpu(), spectrum.tile)
     return EncodedSpectrum(frames, spectrum.shape, height, spectrum.step, spectrum.offset, basis_of(spectrum))
 
 
