@@ -21,6 +21,7 @@ from spectral_surgery.integrations.lazy_weight import LazyWeight, Rows, Stack
 from spectral_surgery.integrations.weight_uses import only_multiplies
 from spectral_surgery.layers import SpectralExperts, SpectralWeight
 from spectral_surgery.ops.spectral_matmul import Form
+from spectral_surgery.ops.spectral_matmul.recorded import whole_graph
 
 Stored = tuple[tuple[str, ...], ...]  # by pattern of a converter: a name for each expert; or one fused name
 Held = SpectralExperts | SpectralWeight
@@ -50,6 +51,8 @@ class ExpertsForward:
         Returns:
             [T, D] in the dtype of hidden_states.
         """
+        if whole_graph():
+            return self._by_every_expert(hidden_states, top_k_index, top_k_weights)
         tokens, chosen = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         counts = torch.bincount(ids, minlength=self.num_experts)[: self.num_experts].tolist()
@@ -64,6 +67,27 @@ class ExpertsForward:
         y = y * top_k_weights.reshape(-1, 1)[order]
         whole = y.new_zeros((tokens * chosen, y.shape[1])).index_copy(0, order, y)
         return whole.reshape(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+    def _by_every_expert(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """All tokens through all experts: where a graph is recorded, nobody can ask who goes where."""
+        total: Tensor | None = None
+        for expert in range(self.num_experts):
+            inner = self._project_all("gate_up_proj" if self.has_gate else "up_proj", x, expert)
+            y = self._project_all("down_proj", self._apply_gate(inner) if self.has_gate else self.act_fn(inner), expert)
+            if getattr(self, "has_post_expert_norm", False):
+                y = self.post_expert_norm(y)  # type: ignore[attr-defined]  # such a class has one
+            y = y * (weights * (chosen == expert)).sum(1, keepdim=True)
+            total = y if total is None else total + y
+        return cast(Tensor, total).to(x.dtype)
+
+    def _project_all(self, name: str, x: Tensor, expert: int) -> Tensor:
+        matrices = getattr(self, name)
+        if isinstance(matrices, SpectralExperts):
+            weight = matrices.weights[expert]
+            y = (weight.matmul_transposed(x) if matrices.transposed else weight.matmul(x)).to(x.dtype)
+        else:
+            y = x @ (matrices[expert] if self.is_transposed else matrices[expert].mT)
+        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     def _project(self, name: str, x: Tensor, ids: Tensor, counts: Sequence[int]) -> Tensor:
         matrices = getattr(self, name)

@@ -7,7 +7,7 @@ in the headers of the weight files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,23 +147,39 @@ def _reverted(model: Any, load: Loading, state: dict[str, Tensor]) -> dict[str, 
     return reverted
 
 
-def dequantize(model: Any, load: Loading, dtype: torch.dtype | None) -> None:
-    """Put dense layers in the place of ours; tied ones share their parameter again.
+def dequantize(model: Any, load: Loading) -> None:
+    """Put dense layers and experts in the place of ours, of the dtypes that they count as.
 
     Args:
         model: changed in place.
         load: what loaded it.
-        dtype: of the dense weights; None for the dtype that they count as.
     """
+    decode_layers(model)
+    for name, held in spectral_experts(model).items():
+        owner, _, leaf = name.rpartition(".")
+        put_parameter(model.get_submodule(owner), leaf, nn.Parameter(held.to_dense()))
+    model._weight_conversions = load.conversions
+    retie(model, load)
+
+
+def decode_layers(model: nn.Module, spectra: Container[int] | None = None) -> list[str]:
+    """Give layers of ours dense weights; tied ones share their parameter again.
+
+    Args:
+        model: changed in place.
+        spectra: ids of the spectra of those that are meant; None for all.
+
+    Returns:
+        The names of the layers.
+    """
+    chosen = [
+        (name, layer) for name, layer in spectral_layers(model) if spectra is None or id(layer.spectrum) in spectra
+    ]
     done: dict[int, nn.Parameter] = {}
-    for layer in {id(layer): layer for _, layer in spectral_layers(model)}.values():
+    for layer in {id(layer): layer for _, layer in chosen}.values():
         key = id(layer.spectrum)
         if key not in done:
             weight = layer.weight.data if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
-            done[key] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
+            done[key] = nn.Parameter(weight.contiguous())
         stand_out(layer, done[key])
-    for name, held in spectral_experts(model).items():
-        owner, _, leaf = name.rpartition(".")
-        put_parameter(model.get_submodule(owner), leaf, nn.Parameter(held.to_dense(dtype)))
-    model._weight_conversions = load.conversions
-    retie(model, load)
+    return [name for name, _ in chosen]

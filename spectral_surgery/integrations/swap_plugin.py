@@ -26,6 +26,13 @@ def register() -> None:
         auto.register_quantizer(SWAP_METHOD)(quantizer_class())
 
 
+def __getattr__(name: str) -> object:
+    made = {"SpectralSwapConfig": config_class, "SpectralSwapQuantizer": quantizer_class}
+    if name in made:  # pickles find classes by their names
+        return made[name]()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class Settings:
     """How a model was swapped.
 
@@ -55,7 +62,9 @@ def config_class() -> type:
     """The class of ``quantization_config`` in config.json."""
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    return type("SpectralSwapConfig", (Settings, QuantizationConfigMixin), {"__doc__": Settings.__doc__})
+    return type(
+        "SpectralSwapConfig", (Settings, QuantizationConfigMixin), {"__doc__": Settings.__doc__, "__module__": __name__}
+    )
 
 
 class Rebuilder:
@@ -100,4 +109,6 @@ def quantizer_class() -> type:
     """`Rebuilder` as transformers wants it."""
     from transformers.quantizers.base import HfQuantizer
 
-    return type("SpectralSwapQuantizer", (Rebuilder, HfQuantizer), {"__doc__": Rebuilder.__doc__})
+    return type(
+        "SpectralSwapQuantizer", (Rebuilder, HfQuantizer), {"__doc__": Rebuilder.__doc__, "__module__": __name__}
+    )

@@ -26,6 +26,7 @@ from spectral_surgery.integrations import spectral_saving as saving
 from spectral_surgery.integrations import swap_plugin
 from spectral_surgery.integrations.spectral_loading import AUTO, UNREAD, Loading
 from spectral_surgery.integrations.spectral_plan import STEP
+from spectral_surgery.integrations.whole_model import bind_methods, cast, unbind_methods
 
 
 def register() -> None:
@@ -36,6 +37,13 @@ def register() -> None:
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(config_class())
         auto.register_quantizer(QUANT_METHOD)(quantizer_class())
+
+
+def __getattr__(name: str) -> object:
+    made = {"SpectralSurgeryConfig": config_class, "SpectralSurgeryQuantizer": quantizer_class}
+    if name in made:  # pickles find classes by their names
+        return made[name]()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Settings:
@@ -71,7 +79,11 @@ def config_class() -> type:
     """The class of ``quantization_config`` in config.json."""
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    return type("SpectralSurgeryConfig", (Settings, QuantizationConfigMixin), {"__doc__": Settings.__doc__})
+    return type(
+        "SpectralSurgeryConfig",
+        (Settings, QuantizationConfigMixin),
+        {"__doc__": Settings.__doc__, "__module__": __name__},
+    )
 
 
 class Operation:
@@ -165,6 +177,7 @@ class Quantizer:
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.load is not None and self.load.plan is not None:
             self.held_dense = _settle(self.load, self.load.plan, model)
+            bind_methods(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -190,7 +203,10 @@ class Quantizer:
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # configurations have its name
         if self.load is not None:
-            saving.dequantize(model, self.load, dtype)
+            if dtype is not None:
+                cast(model, dtype)
+            saving.dequantize(model, self.load)
+            unbind_methods(model)
         return model
 
 
@@ -199,7 +215,9 @@ def quantizer_class() -> type:
     """`Quantizer` as transformers wants it."""
     from transformers.quantizers.base import HfQuantizer
 
-    return type("SpectralSurgeryQuantizer", (Quantizer, HfQuantizer), {"__doc__": Quantizer.__doc__})
+    return type(
+        "SpectralSurgeryQuantizer", (Quantizer, HfQuantizer), {"__doc__": Quantizer.__doc__, "__module__": __name__}
+    )
 
 
 def _open(folder: Path, config: Any) -> CompressedCheckpoint:
@@ -248,6 +266,7 @@ def _settle(load: Loading, plan: planning.Plan, model: Any) -> dict[str, str]:
 
     if load.ahead is not None:
         load.ahead.close()
+        load.ahead = None
     if load.error is not None:
         raise load.error
     ours = operation_class()

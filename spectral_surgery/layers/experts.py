@@ -58,6 +58,7 @@ class SpectralExperts(nn.Module):
         """Resident bytes of all experts."""
         return sum(weight.nbytes for weight in self.weights)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Multiply each row by the matrix of its expert, one expert after the other.
 

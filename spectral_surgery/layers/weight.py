@@ -16,6 +16,7 @@ from spectral_surgery.ops.spectral_matmul import (
     Spectrum,
     form_matmul,
     form_matmul_transposed,
+    recorded,
     resident_form,
 )
 from spectral_surgery.spectra.codec import Basis, rows_per_frame
@@ -28,6 +29,9 @@ Spectra = Spectrum | Sequence[Spectrum]
 
 class SpectralWeight(nn.Module):
     """An [O, I] matrix W held as spectra of row ranges.
+
+    Its one parameter is empty, and in no state: models are asked for the dtype and device of their first parameter,
+    and some have nothing but matrices.
 
     Attributes:
         resident: name in RESIDENTS.
@@ -53,8 +57,7 @@ class SpectralWeight(nn.Module):
                 f"spectra: {len(forms)} with {widths} columns; one or more of the same width are accepted."
             )
         self.parts = nn.ModuleList(map(FormHolder, forms))
-        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
-        self._like: Tensor
+        self._like = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     @classmethod
     def from_spectra(cls, spectra: Spectra, resident: str = "int8", dtype: torch.dtype = torch.float32) -> Self:
@@ -111,25 +114,25 @@ class SpectralWeight(nn.Module):
         """Rows of W: [...] integers to [..., I] float32, from the tiles that hold them.
 
         Raises:
-            ShapeError: when a row is not in the matrix.
+            ShapeError: when a row is not in the matrix, on a CPU; a GPU would have to wait for the answer, and stops
+                as it does for nn.Embedding.
         """
-        rows, columns = self.shape
-        flat = ids.reshape(-1).long()
-        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
-            raise ShapeError(
-                f"rows: {int(flat.min())} to {int(flat.max())} were asked for; 0 to {rows - 1} are accepted."
-            )
-        out = torch.empty(len(flat), columns, device=flat.device)
-        start = 0
-        for form in self.forms:
-            here = (flat >= start) & (flat < start + form.shape[0])
-            out[here] = _rows(form, flat[here] - start)
-            start += form.shape[0]
-        return out.reshape(*ids.shape, columns)
+        forms = self.forms
+        if recorded.recording(forms):
+            return recorded.rows(ids, forms)
+        if torch.compiler.is_compiling():
+            return cast(Tensor, recorded.left_to_python(_found_rows, ids, forms))
+        return _found_rows(ids, forms)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W: [O, I], computed in float32 and cast once; None for `dtype`."""
         return torch.cat([block.to(dtype or self.dtype) for form in self.forms for block in _dense_blocks(form)])
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        """Nothing of its own: the parts have the spectrum."""
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        """Nothing of its own."""
 
     def extra_repr(self) -> str:
         """Resident form, transform and cost."""
@@ -186,6 +189,23 @@ def _decoded(form: Form, start: int, stop: int) -> Tensor:
     """Dense rows from whole tiles."""
     levels = form.levels(torch.arange(start, stop, device=form.scale.device))
     return form.basis.inverse(levels * form.scale)
+
+
+def _found_rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
+    """Rows of W: [...] integers to [..., I] float32."""
+    rows, columns = sum(form.shape[0] for form in forms), forms[0].shape[1]
+    flat = ids.reshape(-1).long()
+    if flat.is_cpu and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
+        raise ShapeError(f"rows: {int(flat.min())} to {int(flat.max())} were asked for; 0 to {rows - 1} are accepted.")
+    if len(forms) == 1:
+        return _rows(forms[0], flat).reshape(*ids.shape, columns)
+    out = torch.empty(len(flat), columns, device=flat.device)
+    start = 0
+    for form in forms:
+        here = (flat >= start) & (flat < start + form.shape[0])
+        out[here] = _rows(form, flat[here] - start)
+        start += form.shape[0]
+    return out.reshape(*ids.shape, columns)
 
 
 def _rows(form: Form, rows: Tensor) -> Tensor:

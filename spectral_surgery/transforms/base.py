@@ -6,8 +6,8 @@ faster than a fast transform, so the matrix is the whole definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
+from torch.utils._python_dispatch import _disable_current_modes
 
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
 
@@ -133,8 +134,23 @@ def _unrounded(device_type: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+@contextmanager
+def constants() -> Iterator[None]:
+    """Make tensors that are kept for everyone, whoever asks first.
+
+    One made in inference mode could not serve a later backward pass, and one made while a graph is recorded might have
+    no numbers, or be an operation of that graph.
+    """
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
+    try:
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # the same
+
+
 @lru_cache(maxsize=64)
 def _basis(matrix: Callable[[int], Tensor], n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # a tensor made in inference mode could not serve a later backward pass
-    with torch.inference_mode(False), torch.no_grad():
+    with constants():
         return matrix(n).to(device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.parallel import one_torch_thread
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
+from spectral_surgery.transforms.base import constants
 
 _ONE_THREAD = 1 << 23  # multiplications; waking a second thread for fewer costs more than it does
 
@@ -62,5 +63,6 @@ def _tiles(x: Tensor, transform: str, points: int, inverse: bool) -> Tensor:
 @lru_cache(maxsize=64)
 def transform_matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
     """What rows of tiles are multiplied by; one look-up, since it takes longer than the product of a single row."""
-    matrix = TRANSFORMS[transform].basis(points, dtype=dtype, device=device)
-    return matrix if inverse else matrix.T
+    with constants():
+        matrix = TRANSFORMS[transform].basis(points, dtype=dtype, device=device)
+        return matrix if inverse else matrix.T

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.ops.spectral_matmul import integer
 from spectral_surgery.ops.spectral_matmul.levels import levels_of
 from spectral_surgery.ops.spectral_matmul.source import Spectrum, as_encoded
@@ -82,6 +83,17 @@ class CodedForm:
             here = frames == frame
             out[here] = levels[rows[here] - frame * self.rows_per_frame].to(torch.float32) / parts
         return out
+
+    def recorded_levels(self) -> Tensor:
+        """Refused.
+
+        Raises:
+            ConfigError: always: frames are decoded by Python.
+        """
+        raise ConfigError(
+            "resident 'coded': is decoded by Python, which cannot be exported or traced; int8 and streamed are"
+            " accepted. Load the model with one of them, or call model.dequantize() first."
+        )
 
     def _spans(self) -> list[Span]:
         frames = len(self.ends) - 1

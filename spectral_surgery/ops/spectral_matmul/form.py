@@ -47,3 +47,11 @@ class Form(Protocol):
     def levels(self, rows: Tensor) -> Tensor:
         """Levels of some rows: [n] int64 to [n, I] int8 or float32."""
         ...
+
+    def recorded_levels(self) -> Tensor:
+        """All levels, [O, I] int8, by operations that can be recorded, whatever their numbers are.
+
+        Raises:
+            ConfigError: when there are no such operations.
+        """
+        ...

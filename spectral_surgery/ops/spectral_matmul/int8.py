@@ -46,6 +46,10 @@ class Int8Form:
         """[n] int64 to [n, I] int8."""
         return self.codes[rows]
 
+    def recorded_levels(self) -> Tensor:
+        """[O, I] int8."""
+        return self.codes
+
 
 def int8_form(spectrum: Spectrum) -> Int8Form:
     """Levels of a spectrum, decoded block by block.

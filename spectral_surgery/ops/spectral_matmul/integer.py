@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectral_surgery.ops.spectral_matmul import triton
 from spectral_surgery.ops.spectral_matmul.dispatch import Way, block_dtype, way
+from spectral_surgery.transforms.base import constants
 
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
 _BLOCKS = 4  # at least: a small matrix is not converted at once either
@@ -89,7 +90,7 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def ones(count: int, device: torch.device) -> Tensor:
     """[count] bfloat16, the scales that torch's int8 kernel asks for: ours are applied before."""
-    with torch.inference_mode(False):
+    with constants():
         return torch.ones(count, dtype=torch.bfloat16, device=device)
 
 

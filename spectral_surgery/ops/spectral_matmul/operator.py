@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.ops.spectral_matmul import recorded
 from spectral_surgery.ops.spectral_matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
 from spectral_surgery.ops.spectral_matmul.dispatch import transform_dtype
 from spectral_surgery.ops.spectral_matmul.few_tokens import few_tokens
@@ -61,6 +62,11 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
+    if recorded.recording(forms):
+        with unrounded(x.device.type):
+            return recorded.product(x, forms)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, recorded.left_to_python(form_matmul, x, forms))
     if len(forms) == 1 and (quick := few_tokens(x, forms[0])) is not None:
         return quick
     flat = _checked(x, forms[0].shape[1])
@@ -90,6 +96,11 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
+    if recorded.recording(forms):
+        with unrounded(x.device.type):
+            return recorded.product_transposed(x, forms)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, recorded.left_to_python(form_matmul_transposed, x, forms))
     flat = _checked(x, sum(form.shape[0] for form in forms))
     with unrounded(x.device.type):
         wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.ops.spectral_matmul.beyond import add_adjoint, add_levels, add_product
-from spectral_surgery.ops.spectral_matmul.form import Form
 from spectral_surgery.ops.spectral_matmul.int4 import Int4Form, int4_form, outlier_bytes
 from spectral_surgery.ops.spectral_matmul.int8 import Int8Form, int8_form
 from spectral_surgery.ops.spectral_matmul.source import Spectrum
@@ -36,6 +36,10 @@ class HostMatrix:
         """Bring codes to where copies to a GPU start from."""
         codes = codes.cpu()
         return cls(codes.pin_memory() if torch.cuda.is_available() else codes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also those in other processes, are pinned as this is."""
+        return HostMatrix.of, (self.codes,)
 
     @property
     def nbytes(self) -> int:
@@ -93,11 +97,18 @@ class StreamedForm:
         levels = own.levels(torch.arange(len(rows), device=rows.device))
         return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
+    def recorded_levels(self) -> Tensor:
+        """[O, I] int8 on the device of the layer, where all of them arrive at once."""
+        form = self._form(self.host.codes.to(self.scale.device))
+        if isinstance(form, Int4Form):
+            form = replace(form, places=self.places, beyond=self.beyond)
+        return form.recorded_levels()
+
     def _blocks(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
         codes = self.host.codes
         return closing(bus(device).blocks(codes, BUFFER_BYTES // codes.shape[1]))
 
-    def _form(self, codes: Tensor) -> Form:
+    def _form(self, codes: Tensor) -> Int4Form | Int8Form:
         if self.grid.numel():
             nothing = self.places[:0], self.beyond[:0]  # of this block alone: those of the whole are added at the end
             return Int4Form(codes, self.scale, self.grid, *nothing, self.basis, self.columns)
