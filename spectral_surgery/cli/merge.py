@@ -36,8 +36,8 @@ def command(
     """Add adapters to the weights of BASE, tensor by tensor, without building the model.
 
     Updates are added in float32 and cast once. A lossless record beside the weights lets `unmerge` give back BASE bit
-    for bit. Adapters are PEFT folders: FourierFT, LoRA (with DoRA, biases, experts, trained tokens, resized
-    embeddings), and the other methods of this tool. --revision is that of BASE.
+    for bit. Adapters are PEFT folders: FourierFT, LoRA (DoRA, biases, experts, trained tokens, resized embeddings too)
+    and the other methods of this tool. --revision is that of BASE.
 
     \b
     Example:

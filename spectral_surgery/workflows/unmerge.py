@@ -30,7 +30,7 @@ from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
 from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
 from spectral_surgery.errors import UnmergeError
 from spectral_surgery.surgery.undo import Undo, digest, unmerge_weight
-from spectral_surgery.workflows.merge_update import change_of, factor_sizes
+from spectral_surgery.workflows.merge_update import Change, change_of, factor_sizes
 from spectral_surgery.workflows.progress import Progress, silent
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
@@ -137,16 +137,22 @@ class _Work:
         merged, data = read_tensor(info), read_data(self.index.root, tensor)
         if tensor.coding != "update":
             return _stored(merged, tensor, data, info.name)
-        sizes = factor_sizes(tensor.sources, self.states, info.shape)
-        if len(data) < 8 * sum(sizes):
-            raise _changed(info.name)
-        factors = []
-        for size in sizes:
-            factors.append(torch.frombuffer(bytearray(data[: 8 * size]), dtype=torch.float64))
-            data = data[8 * size :]
-        change = change_of(tensor.sources, self.states, self.record.weights, info.shape, factors=factors)
+        try:
+            change, data = self._change(info, tensor, data)
+        except (RuntimeError, IndexError, KeyError):  # rows and layers that the tensors do not have
+            raise _changed(info.name) from None
         undo = Undo(tensor.step, data, tensor.base or "", tensor.merged)
         return unmerge_weight(merged, change.delta, undo, info.name, change.scale)
+
+    def _change(self, info: TensorInfo, tensor: MergedTensor, data: bytes) -> tuple[Change, bytes]:
+        """What the merge added, and the bytes that are left for what it lost."""
+        factors = []
+        for size in factor_sizes(tensor.sources, self.states, info.shape):
+            own, data = data[: 8 * size], data[8 * size :]
+            if len(own) < 8 * size:
+                raise _changed(info.name)
+            factors.append(torch.frombuffer(bytearray(own), dtype=torch.float64))
+        return change_of(tensor.sources, self.states, self.record.weights, info.shape, factors=factors), data
 
 
 def _stored(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Tensor:

@@ -244,6 +244,11 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
     refused(UnmergeError, "cannot be read")
     data.write_bytes(bytes(len(raw)))
     refused(UnmergeError, r"lm_head\.weight: was changed after the merge, or the record was")
+    for part in (["gone"], [Q, [130, 7]], [Q, [130, 96], [[9, 0, 130]]]):
+        rows = json.loads(text)
+        rows["tensors"][f"{Q}.weight"]["sources"] = [[0, *part]]
+        record.write_text(json.dumps(rows))
+        refused(UnmergeError, r"q_proj\.weight: was changed after the merge, or the record was")
     rows = json.loads(text)
     rows["weights"] = [2.0]
     record.write_text(json.dumps(rows))
