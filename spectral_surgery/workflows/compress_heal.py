@@ -87,8 +87,7 @@ def compress_healed(
         staged = compress_calibrated(source, stage, options, calibration, workers=workers, threads=threads, **common)[0]
     healed = heal(stage, source, out, data, settings, threads=threads, **common)
     shutil.rmtree(stage)
-    report = _report(source, out, options, healed, staged)
-    return replace(report, seconds=time.perf_counter() - started), healed
+    return _report(source, out, options, staged, replace(healed, seconds=time.perf_counter() - started)), healed
 
 
 def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
@@ -110,7 +109,7 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
 
 
 def _report(
-    source: Path, out: Path, options: CompressOptions, healed: HealReport, staged: CompressReport | None
+    source: Path, out: Path, options: CompressOptions, staged: CompressReport | None, healed: HealReport
 ) -> CompressReport:
     index, plan = plan_compression(source, options)
     size = sum(file.stat().st_size for file in (*out.glob("*.safetensors"), out / FILE_NAME))
