@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -54,3 +55,28 @@ def test_one_torch_thread_nests() -> None:
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
+
+
+def test_other_threads_keep_theirs() -> None:
+    """A server computes for several at once: who takes one thread takes none from the others, MKL's neither."""
+
+    def counts() -> tuple[int, str]:
+        return torch.get_num_threads(), "".join(re.findall(r"mkl_get_max_threads.*", torch.__config__.parallel_info()))
+
+    before, inside, looked = counts(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        torch.set_num_threads(2)
+        with one_torch_thread():
+            inside.set()
+            looked.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        assert counts() == before
+    finally:
+        looked.set()
+        thread.join()
+    assert counts() == before
