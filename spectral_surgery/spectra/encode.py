@@ -55,9 +55,9 @@ def encode(
 
     Returns:
         The encoded matrix and the measured report. A target in bits is met within half a percent where the matrix has
-        that much to say and outweighs the fixed cost of about 40 bytes: from some 40,000 weights on. A density is met to the coefficient, but equal
-        magnitudes are kept or dropped together, and less than a thousandth of a step is not kept. An error target is
-        never exceeded by the decoded matrix, [O, I] float32.
+        that much to say and outweighs the fixed cost of about 40 bytes: from some 40,000 weights on. A density is met
+        to the coefficient, but equal magnitudes are kept or dropped together, and less than a thousandth of a step is
+        not kept. An error target is never exceeded by the decoded matrix, [O, I] float32.
 
     Raises:
         ShapeError: when the weight is not a non-empty matrix.
