@@ -32,6 +32,7 @@ ENCODERS = (
             "share_att_key": True,
             "norm_rel_ebd": "layer_norm",
         },
+        only_float32=True,
     ),
     Entry("modernbert", MASKED, masked_text, ENCODER | {"global_attn_every_n_layers": 2, "local_attention": 8}),
     Entry(

@@ -111,14 +111,15 @@ def find_class(name: str, model_type: str) -> Any:
 
 
 def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another dtype, but for what it computes itself (angles of positions): as transformers loads it."""
-    computed = [
-        (module, name, getattr(module, name))
+    """The model in another dtype, but for the angles of positions, which stay float32: as transformers loads it."""
+    angles = [
+        (module, name, buffer)
         for module in model.modules()
-        for name in module._non_persistent_buffers_set
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
     ]
     model.to(dtype)
-    for module, name, buffer in computed:
+    for module, name, buffer in angles:
         setattr(module, name, buffer)
     return model
 

@@ -12,6 +12,7 @@ class TinyConfig(PreTrainedConfig):
     model_type = "zoo_own_code"
     vocab_size: int = 320
     hidden_size: int = 64
+    num_hidden_layers: int = 2
     pad_token_id: int = 0
 
 

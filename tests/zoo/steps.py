@@ -69,9 +69,6 @@ def check(entry: Entry, folder: Path, corpus: Corpus) -> dict[str, Outcome]:
         subject = prepare(entry, folder, corpus)
     except Exception as error:  # noqa: BLE001 - transformers fails in any way
         return {"build": Outcome(Status.NOT_APPLICABLE, short(f"{type(error).__name__}: {error}"))}
-    if subject.saved_error > subject.tolerance:
-        line = f"transformers loads other weights than it saved: outputs differ by {subject.saved_error:.2g}"
-        return {"build": Outcome(Status.NOT_APPLICABLE, line)}
     done = run_steps(subject)
     shutil.rmtree(folder, ignore_errors=True)
     return done
