@@ -124,10 +124,10 @@ class MethodLayer(nn.Module):
         if not names:
             return
         weight = cast(nn.Parameter, self.get_base_layer().weight)
-        if not weight.is_floating_point():
+        if _dtype_of(self.get_base_layer()) is None:
             raise NotMergeableError(
-                f"{type(self.get_base_layer()).__name__}: its weight is {weight.dtype}; floating-point weights are"
-                " accepted for merging. Load the base without quantization."
+                f"{type(self.get_base_layer()).__name__}: its weight is {weight.dtype}; floating-point weights of 16"
+                " bits and more are accepted for merging. Load the base without quantization."
             )
         record = self.merged_weight
         base = weight.data if record.base is None else record.base
@@ -195,5 +195,7 @@ def _sum(base: Tensor, parts: list[tuple[MethodLayer, str]]) -> Tensor:
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype | None:
+    """Of the weight; None without one, and for integers and 8-bit floats, which mean nothing without their scales."""
     weight = getattr(base, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight.dtype if plain else None

@@ -173,6 +173,16 @@ def test_a_sum_too_large_for_the_base_is_seen(tuner: Tuner) -> None:
 
 
 @ours
+def test_quantised_bases_keep_float32_adapters_and_are_not_merged(tuner: Tuner) -> None:
+    base = Small()
+    base.head.weight = nn.Parameter(base.head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model = tuner.put(base, ("head",), autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in own(tuner, model)} == {torch.float32}
+    with pytest.raises(NotMergeableError, match=r"its weight is torch.float8_e4m3fn; floating-point"):
+        model.merge_adapter()
+
+
+@ours
 @pytest.mark.parametrize("backwards", [False, True])
 def test_tied_weights_come_back(tuner: Tuner, backwards: bool) -> None:
     base = tiny("llama").to(torch.bfloat16)
