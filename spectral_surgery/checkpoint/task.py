@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 _ENDS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -15,6 +15,16 @@ _ENDS = {
 }
 
 
+# what PEFT's model for a task passes to the base model by name, None or not; other tasks pass nothing of their own
+_TEXT = ("input_ids", "inputs_embeds")
+_PASSED = {
+    "CAUSAL_LM": _TEXT,
+    "SEQ_CLS": _TEXT,
+    "TOKEN_CLS": _TEXT,
+    "QUESTION_ANS": _TEXT,
+    "FEATURE_EXTRACTION": _TEXT,
+    "SEQ_2_SEQ_LM": (*_TEXT, "decoder_input_ids", "decoder_inputs_embeds"),
+}
 _ON_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # their encoder-decoders make what the decoder reads themselves
 
 
@@ -77,3 +87,16 @@ def class_for(config: Mapping[str, object], auto_class: str) -> str:
     alone = auto_class == "AutoModel" and name.endswith("EncoderModel")
     writes = auto_class == "AutoModelForCausalLM" and name.endswith("ForConditionalGeneration")
     return name if alone or writes else auto_class
+
+
+def callable_task(task: str | None, takes: Collection[str]) -> str | None:
+    """The task, where PEFT's model for it can call the base model; an adapter without a task is called as its base is.
+
+    Args:
+        task: PEFT's name of it.
+        takes: names of the arguments of the forward of the base model.
+
+    Returns:
+        The task; None for models that do not take what would be passed, such as those of images and speech.
+    """
+    return task if task is not None and all(name in takes for name in _PASSED[task]) else None

@@ -41,10 +41,12 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write a fresh, untrained adapter for SOURCE, in PEFT's format, from the headers of its files alone.
+    """Write a fresh, untrained adapter for SOURCE, in PEFT's format, from its configuration and the headers of files.
 
     It changes nothing until it is trained. Without --target-modules the usual ones of the architecture are taken, such
-    as q_proj and v_proj. --dry-run lists them with their parameters; of a Hub repository it fetches headers only.
+    as q_proj and v_proj; all-linear means the linear layers of the model without its head and fused experts, and what
+    is left out is said. The head of a classifier is copied, to be trained whole. --dry-run lists all this; of a Hub
+    repository it fetches headers only.
 
     \b
     Example:
@@ -83,6 +85,13 @@ def _show(plan: InjectPlan, *, as_json: bool, more: dict[str, object]) -> None:
     click.echo(output.table(rows))
     for name, info in plan.copied.items():
         click.echo(f"trained whole: {name}, {info.numel:,} parameters")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        click.echo(f"left out, {reason}: {len(names)} ({some})")
+    output.notes(plan.notes)
     whole = sum(info.numel for info in plan.index.tensors.values())
     click.echo(
         f"{plan.spec.method.name} on {len(rows)} layers: {plan.trained:,} trained parameters,"

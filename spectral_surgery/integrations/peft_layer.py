@@ -197,5 +197,6 @@ def _sum(base: Tensor, parts: list[tuple[MethodLayer, str]]) -> Tensor:
 def _dtype_of(base: nn.Module) -> torch.dtype | None:
     """Of the weight; None without one, and for integers and 8-bit floats, which mean nothing without their scales."""
     weight = getattr(base, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    return weight.dtype if plain else None
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return weight.dtype
+    return None

@@ -10,6 +10,7 @@ Source: transformers 5.24, `core_model_loading.py` and `conversion_mapping.py`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -62,6 +63,16 @@ class StoredParameter:
         rows = rows_of(self.shape)
         same = len(self.pieces) == 1 and only.info.shape == self.shape and not only.transposed
         return only.info if same and only.spans == ((0, 0, rows),) else None
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in files."""
+        return self.numel * DTYPES[self.pieces[0].info.dtype].itemsize
 
     def read(self, stored: Callable[[TensorInfo], Tensor] = read_tensor) -> Tensor:
         """The parameter, put together from the files.

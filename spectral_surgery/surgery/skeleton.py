@@ -16,6 +16,7 @@ _EMBEDDING = re.compile(r"(?!embed_out$)(\w*embeddings?|embed_\w+|\w*embed|wte|w
 _ROUTER = re.compile(
     r"(^|\.)(gate|\w*router\w*)$"
 )  # mostly a parameter of the expert layer, no linear layer of its own
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # one matrix of many, which transformers puts into one tensor
 _TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _TRANSPOSED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -39,7 +40,7 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
 
     Returns:
         A module with the names of the model's: those with a matrix are Linear, Conv1D, Conv2d or Embedding, the
-        others plain modules with their parameters.
+        others, among them numbered experts, plain modules with their parameters.
     """
     root = nn.Module()
     own: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -72,7 +73,7 @@ def _module(name: str, tensors: Mapping[str, tuple[int, ...]], model_type: str |
         if len(weight) == 4:
             out, channels, *kernel = weight
             return nn.Conv2d(channels, out, tuple(kernel), bias="bias" in tensors)  # type: ignore[arg-type]
-        if len(weight) != 2 or _ROUTER.search(name):
+        if len(weight) != 2 or _ROUTER.search(name) or _EXPERT.search(name):
             return nn.Module()
         if _EMBEDDING.fullmatch(leaf):
             return nn.Embedding(*weight)

@@ -1,7 +1,9 @@
-"""inject: a fresh adapter for a checkpoint, from the names and shapes in its headers."""
+"""inject: a fresh adapter for a checkpoint, from its configuration and the headers of its files."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +14,18 @@ from spectral_surgery.adapters.base import AdapterSpec, AdapterState
 from spectral_surgery.adapters.layer import forms_of, shape_of
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.checkpoint.header import named
+from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.publish import publishing
-from spectral_surgery.checkpoint.reader import read_tensor
-from spectral_surgery.checkpoint.task import task_of
-from spectral_surgery.errors import CheckpointError, TargetError
-from spectral_surgery.surgery.resolve import candidates, resolve
+from spectral_surgery.checkpoint.task import callable_task, task_of
+from spectral_surgery.errors import BackendError, CheckpointError, TargetError
+from spectral_surgery.integrations.peft_reading import misread_by_peft
+from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
+from spectral_surgery.models import outline_model
+from spectral_surgery.surgery.heads import trained_heads
+from spectral_surgery.surgery.resolve import all_linear, candidates, resolve
 from spectral_surgery.surgery.skeleton import skeleton
+from spectral_surgery.targets import ALL_LINEAR
 from spectral_surgery.workflows.progress import Progress, silent
 
 
@@ -32,7 +39,9 @@ class InjectPlan:
         layers: (O, I) by module that gets one.
         parameters: trained numbers by module.
         stored_bytes: of the tensors, with places and copies.
-        copied: tensors of the base that are trained whole, by the name they have in an adapter's files.
+        copied: parameters of the base that are trained whole, by the name they have in an adapter's files.
+        left_out: reason by name of what all-linear might mean, and does not.
+        notes: what else needs to be known, in sentences.
         forms: which layers are embeddings or convolutions, as `AdapterState` has it.
     """
 
@@ -41,7 +50,9 @@ class InjectPlan:
     layers: dict[str, tuple[int, int]]
     parameters: dict[str, int]
     stored_bytes: int
-    copied: dict[str, TensorInfo]
+    copied: dict[str, StoredParameter]
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
     forms: tuple[frozenset[str], dict[str, tuple[int, ...]]]
 
     @property
@@ -53,27 +64,34 @@ class InjectPlan:
         """Plain values for ``--json``."""
         return {
             "method": self.spec.method.name,
+            "task_type": self.spec.task_type,
             "layers": [
                 {"layer": name, "shape": list(shape), "parameters": self.parameters[name]}
                 for name, shape in self.layers.items()
             ],
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out.items()],
             "copied": {name: list(info.shape) for name, info in self.copied.items()},
             "trained_parameters": self.trained,
             "parameters": sum(info.numel for info in self.index.tensors.values()),
             "stored_bytes": self.stored_bytes,
+            "notes": list(self.notes),
         }
 
 
 def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
-    """Choose the layers and settle the settings; only headers are read.
+    """Choose the layers and settle the settings; only headers and the configuration are read.
 
     Args:
         source: a checkpoint, or the outline of one.
         spec: as asked: targets and settings may be left open.
 
+    Returns:
+        The plan. Layers are those of the model that transformers builds from the configuration; of one that it does
+        not know, they are guessed from the names and shapes of tensors, and the notes say so.
+
     Raises:
-        CheckpointError: when the checkpoint is damaged, quantised or compressed.
-        TargetError: when the targets match nothing.
+        CheckpointError: when the checkpoint is damaged, quantised or compressed, or what is to be copied is not in it.
+        TargetError: when the targets match nothing, or PEFT reads them otherwise.
         ConfigError: when a setting does not fit a layer.
     """
     index = read_index(source)
@@ -82,21 +100,23 @@ def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
             f"{source}: is quantised or compressed, and its headers do not tell the shapes of its layers; a plain"
             " checkpoint is accepted. Decompress it first."
         )
-    kind = index.config.get("model_type")
-    shapes = {name: info.shape for name, info in index.tensors.items()}
-    model = skeleton(shapes, kind if isinstance(kind, str) else None)
-    spec = replace(resolve(model, spec), task_type=spec.task_type or task_of(index.config))
+    model, notes = _outline(index)
+    names = names_in(model, index) if not notes else TensorNames(index)
+    spec, more = _for_task(names, model, spec, guessed=bool(notes))
+    asked = spec
+    spec, left_out = _readable(index, model, spec)
+    spec = resolve(model, spec)
     modules = dict(candidates(model, everything=True))
     layers = {name: shape_of(modules[name]) for name in spec.targets.select(modules)}
-    copied = _copied(index, spec, layers)
+    _refuse_misread(index, spec, layers)
+    copied = _copied(names, model, spec, layers, asked.targets.modules_to_save)
     parameters, stored = {}, sum(info.nbytes for info in copied.values())
     for name, shape in layers.items():
         adapter = _on_meta(spec, name, shape)
         parameters[name] = sum(parameter.numel() for parameter in adapter.parameters())
         stored += sum(tensor.nbytes for tensor in adapter.state_dict().values())
-    return InjectPlan(
-        index, spec, layers, parameters, stored, copied, forms_of({name: modules[name] for name in layers})
-    )
+    forms = forms_of({name: modules[name] for name in layers})
+    return InjectPlan(index, spec, layers, parameters, stored, copied, left_out, (*index.notes, *notes, *more), forms)
 
 
 def inject(
@@ -128,7 +148,7 @@ def inject(
         for name, shape in plan.layers.items():
             layers[name] = {key: value.detach() for key, value in plan.spec.build(name, *shape).state_dict().items()}
             progress(len(layers), len(plan.layers), name)
-    extra = {name: read_tensor(info) for name, info in plan.copied.items()}
+    extra = {name: stored.read() for name, stored in plan.copied.items()}
     with publishing(out, overwrite=overwrite) as folder:
         write_adapter(AdapterState(plan.spec, layers, extra, *plan.forms), folder)
     return plan
@@ -139,16 +159,82 @@ def _on_meta(spec: AdapterSpec, name: str, shape: tuple[int, int]) -> nn.Module:
         return spec.build(name, *shape)
 
 
-def _copied(index: CheckpointIndex, spec: AdapterSpec, layers: dict[str, tuple[int, int]]) -> dict[str, TensorInfo]:
+def _outline(index: CheckpointIndex) -> tuple[nn.Module, tuple[str, ...]]:
+    """The modules of the model, without numbers; and whether they are guessed, in words."""
+    if index.config:
+        try:
+            return outline_model(index.root), ()
+        except (BackendError, CheckpointError) as error:
+            reason = str(error).removeprefix(f"{index.root}: ")
+    else:
+        reason = "there is no config.json"
+    kind = index.config.get("model_type")
+    shapes = {name: info.shape for name, info in index.tensors.items()}
+    guessed = f"layers were guessed from the names and shapes of tensors, and PEFT may see others: {reason}"
+    return skeleton(shapes, kind if isinstance(kind, str) else None), (guessed,)
+
+
+def _for_task(
+    names: TensorNames, model: nn.Module, spec: AdapterSpec, *, guessed: bool
+) -> tuple[AdapterSpec, tuple[str, ...]]:
+    """The specification with its task, and with the head that PEFT expects for it; and what is odd about that."""
+    task = spec.task_type or task_of(names.index.config)
+    heads = trained_heads(model, task)
+    absent = [name for name in _names_in(model, heads) if names.find(name) is None]
+    if spec.task_type is None and not guessed:
+        task = callable_task(task, inspect.signature(model.forward).parameters)
+    elif spec.task_type is None and task in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
+        task = None  # how the model is called cannot be seen
+    if absent:
+        note = f"the head {', '.join(heads)} is not in the files: it is not trained, and the adapter has no task"
+        return replace(spec, task_type=None), (note,)
+    saved = tuple(dict.fromkeys((*spec.targets.modules_to_save, *heads)))
+    return replace(spec, task_type=task, targets=replace(spec.targets, modules_to_save=saved)), ()
+
+
+def _readable(index: CheckpointIndex, model: nn.Module, spec: AdapterSpec) -> tuple[AdapterSpec, dict[str, str]]:
+    """all-linear as the layers that it means and that PEFT finds, and the reasons of what it leaves out."""
+    if spec.targets.target_modules != ALL_LINEAR:
+        return spec, {}
+    names, left_out = all_linear(model, spec)
+    misread = misread_by_peft(index.config.get("model_type"), spec.method.peft_type, names)
+    kept = tuple(name for name in names if name not in misread)
+    return replace(spec, targets=replace(spec.targets, target_modules=kept)), left_out | misread
+
+
+def _refuse_misread(index: CheckpointIndex, spec: AdapterSpec, layers: Iterable[str]) -> None:
+    misread = misread_by_peft(index.config.get("model_type"), spec.method.peft_type, layers)
+    if misread:
+        name, reason = next(iter(misread.items()))
+        raise TargetError(
+            f"target_modules: {name} and {len(misread) - 1} more are among them, and {reason}; other layers or methods"
+            " are accepted. Use --exclude-modules, or --method."
+        )
+
+
+def _names_in(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Names of the parameters and buffers inside modules."""
+    return [f"{name}.{key}" for name in modules for key in model.get_submodule(name).state_dict()]
+
+
+def _copied(
+    names: TensorNames, model: nn.Module, spec: AdapterSpec, layers: Mapping[str, object], asked: tuple[str, ...]
+) -> dict[str, StoredParameter]:
     """What is trained whole: modules_to_save and biases, as `surgery.attach.state_of` names them."""
     targets = spec.targets
-    copied = {name: info for name, info in index.tensors.items() if targets.saves(name)}
-    for own in targets.modules_to_save:
-        if not any(replace(targets, modules_to_save=(own,)).saves(name) for name in copied):
-            raise TargetError(f"modules_to_save {own}: not in {index.root}; names or ends of names are accepted.")
-    for name, info in index.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        asked = module in layers if targets.bias.endswith("_only") else targets.bias == "all"
-        if leaf == "bias" and asked and name not in copied:
-            copied[f"{module}.base_layer.bias" if module in layers else name] = info
-    return copied
+    wanted = {name: name for name in model.state_dict() if targets.saves(name)}
+    for own in asked:
+        if not any(replace(targets, modules_to_save=(own,)).saves(name) for name in wanted):
+            raise TargetError(f"modules_to_save {own}: not in {names.index.root}; names or ends of names are accepted.")
+    for module, host in model.named_modules():
+        chosen = module in layers if targets.bias.endswith("_only") else targets.bias == "all"
+        if chosen and host._parameters.get("bias") is not None and f"{module}.bias" not in wanted:
+            wanted[f"{module}.base_layer.bias" if module in layers else f"{module}.bias"] = f"{module}.bias"
+    stored = {own: names.find(own) for own in wanted.values()}
+    absent = [name for name, found in stored.items() if found is None]
+    if absent:
+        raise CheckpointError(
+            f"{names.index.root}: {named(absent)} is to be trained whole and is not in the files; what they have"
+            " is accepted. Choose other modules_to_save, or another bias."
+        )
+    return {name: found for name, own in wanted.items() if (found := stored[own]) is not None}

@@ -22,6 +22,7 @@ from spectral_surgery.integrations.tasks import TASKS, Features, Task
 from spectral_surgery.integrations.trainer import CHECKPOINTS, History, Job, TrainSettings, run
 from spectral_surgery.models import load_classifier, load_model
 from spectral_surgery.surgery.attach import inject, trainable_parameters
+from spectral_surgery.surgery.heads import trained_heads
 from spectral_surgery.workflows.check import METRICS_FILE
 from spectral_surgery.workflows.examples import Example, read_examples, split
 from spectral_surgery.workflows.plots import plot_training
@@ -239,11 +240,10 @@ def _label_name(label: float | str | None) -> str:
 
 def _with_head(spec: AdapterSpec, model: Any, task: Task) -> Any:
     """The targets, with the fresh head of a classifier among the modules that are trained whole."""
-    if task.auto_class != "AutoModelForSequenceClassification" or spec.targets.modules_to_save:
+    if task.auto_class != "AutoModelForSequenceClassification":
         return spec.targets
-    beside = ((name, own) for name, own in model.named_children() if name != model.base_model_prefix)
-    heads = tuple(name for name, own in beside if any(True for _ in own.parameters()))
-    return replace(spec.targets, modules_to_save=heads)
+    saved = dict.fromkeys((*spec.targets.modules_to_save, *trained_heads(model, task.task_type)))
+    return replace(spec.targets, modules_to_save=tuple(saved))
 
 
 def _encode(

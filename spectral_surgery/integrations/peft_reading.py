@@ -1,0 +1,46 @@
+"""Where PEFT reads target_modules otherwise than they are written, or refuses them: told before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+_FUSED = "PEFT takes this name for experts"
+
+
+def misread_by_peft(model_type: object, peft_type: str, layers: Iterable[str]) -> dict[str, str]:
+    """The layers of a LoRA that PEFT does not adapt as they are named.
+
+    In models whose experts were layers before transformers 5, names such as gate_proj mean those experts, also where a
+    dense layer has one of them; and layers that fused kernels of state space models read past are refused.
+
+    Args:
+        model_type: of config.json.
+        peft_type: PEFT's name of the method.
+        layers: names of the layers.
+
+    Returns:
+        Reason by name; empty for other methods, and without PEFT.
+    """
+    if peft_type != "LORA":
+        return {}
+    try:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return {}
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    experts = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern or "", {})
+    settings, reasons = LoraConfig(), {}
+    for name in layers:
+        leaf = name.rpartition(".")[2]
+        if leaf in experts:
+            reasons[name] = _FUSED
+        try:
+            _check_lora_target_modules_mamba(settings, model, leaf)
+        except ValueError:
+            reasons[name] = "PEFT refuses LoRA on it, since fused kernels read its weight alone"
+    return reasons

@@ -1,0 +1,65 @@
+"""Heads: what turns the hidden states of a model into its answer. They carry no adapter, and are trained whole."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# ends of names that PEFT trains whole for a task, heads or not; an adapter without them cannot be loaded
+_SAVED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_USUAL = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
+_CLASSES = ("Classification", "QuestionAnswering")  # in the name of a class whose head is all around the base model
+
+
+def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
+    """The modules that an adapter for a task trains whole and stores, as PEFT expects them.
+
+    Args:
+        model: any model; of one of transformers the heads are what lies outside its base model.
+        task: PEFT's name of it.
+
+    Returns:
+        Names, in order: of a classifier, a tagger or a model that finds answers; none for other tasks.
+    """
+    ends = _SAVED_BY_PEFT.get(str(task))
+    if ends is None:
+        return ()
+    outside, found = _outside(model), list[str]()
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{head}.") for head in found)
+        if name and not inside and (name in outside or name.endswith(ends)) and _holds_tensors(module):
+            found.append(name)
+    return tuple(found)
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the modules that all-linear leaves out: output layers, and the heads of classifiers with all inside.
+
+    Args:
+        model: any model.
+    """
+    ask = getattr(model, "get_output_embeddings", None)
+    output = ask() if callable(ask) else None
+    outside = _outside(model) if any(own in type(model).__name__ for own in _CLASSES) else ()
+    return {
+        name
+        for name, module in model.named_modules()
+        if (output is not None and module is output)
+        or name.split(".")[-1] in _USUAL
+        or any(f"{name}.".startswith(f"{head}.") for head in outside)
+    }
+
+
+def _outside(model: nn.Module) -> tuple[str, ...]:
+    """Children of a model of transformers beside its base model."""
+    base = getattr(model, "base_model", None)
+    if base is None or base is model:
+        return ()
+    return tuple(name for name, child in model.named_children() if child is not base)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return bool(module.state_dict())
