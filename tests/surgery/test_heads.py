@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from spectral_surgery.adapters import METHODS
+from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.checkpoint.task import callable_task
 from spectral_surgery.surgery.heads import head_names, trained_heads
+from spectral_surgery.surgery.resolve import resolve
 from spectral_surgery.surgery.skeleton import skeleton
+from spectral_surgery.targets import ModuleTargets
 
 SIZES = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 BART: dict[str, Any] = {
@@ -74,3 +78,13 @@ def test_only_a_task_by_which_peft_can_call_the_model(
 ) -> None:
     takes = inspect.signature(outline(config, model, settings).forward).parameters
     assert callable_task(task, takes) == expected
+
+
+def test_modules_to_save_are_all_that_peft_saves_for_the_same_words() -> None:
+    sizes = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2}
+    model = outline("DistilBertConfig", "DistilBertForSequenceClassification", sizes)
+    method = METHODS["lora"]
+    asked = ModuleTargets("all-linear", modules_to_save=("classifier",))
+    targets = resolve(model, AdapterSpec(method, method.config(r=1), asked)).targets
+    assert targets.modules_to_save == ("classifier", "pre_classifier")
+    assert not any(targets.matches(name) for name in ("classifier", "pre_classifier"))
