@@ -19,7 +19,13 @@ ENCODERS = (
     ),
     Entry("albert", MASKED, masked_text, ENCODER | {"embedding_size": 32}),
     Entry("electra", MASKED, masked_text, ENCODER | {"embedding_size": 32}),
-    Entry("deberta", MASKED, masked_text, ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    Entry(
+        "deberta",
+        MASKED,
+        masked_text,
+        ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+        only_float32=True,
+    ),
     Entry(
         "deberta-v2",
         MASKED,
@@ -32,7 +38,6 @@ ENCODERS = (
             "share_att_key": True,
             "norm_rel_ebd": "layer_norm",
         },
-        only_float32=True,
     ),
     Entry("modernbert", MASKED, masked_text, ENCODER | {"global_attn_every_n_layers": 2, "local_attention": 8}),
     Entry(
