@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.zoo import adapter_steps, compression_steps, text_steps
@@ -58,7 +58,8 @@ def run_step(step: Step, subject: Subject, done: dict[str, Outcome]) -> Outcome:
     # what loads wrong is still worth saving: every step shows its own fault
     if missing and not (missing == ["load"] and "outputs" in subject.found):
         return Outcome(Status.NOT_APPLICABLE, f"needs {missing[0]}")
-    return attempt(lambda: step.run(subject))
+    found = attempt(lambda: step.run(subject))
+    return replace(found, line=found.line.replace(f"{subject.folder}/", ""))  # the same text on every machine
 
 
 def check(entry: Entry, folder: Path, corpus: Corpus) -> dict[str, Outcome]:
@@ -68,7 +69,9 @@ def check(entry: Entry, folder: Path, corpus: Corpus) -> dict[str, Outcome]:
     try:
         subject = prepare(entry, folder, corpus)
     except Exception as error:  # noqa: BLE001 - transformers fails in any way
-        return {"build": Outcome(Status.NOT_APPLICABLE, short(f"{type(error).__name__}: {error}"))}
+        return {
+            "build": Outcome(Status.NOT_APPLICABLE, short(f"{type(error).__name__}: {error}").replace(f"{folder}/", ""))
+        }
     done = run_steps(subject)
     shutil.rmtree(folder, ignore_errors=True)
     return done

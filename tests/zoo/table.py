@@ -14,12 +14,14 @@ from tests.zoo.sweep import ROOT
 
 PAGE = ROOT / "docs" / "architectures.md"
 SIGNS = {Status.OK: "✓", Status.NOT_APPLICABLE: "-", Status.REFUSED: "r", Status.WRONG: "✗"}
+UNKNOWN = "?"
 Results = Mapping[str, Mapping[str, Any]]
 
 _HEAD = """# What works for which architecture
 
 Written by `make zoo`, not by hand: a tiny random model of each type goes through every command. Every model is built,
-saved and loaded by transformers first. ✓ right; - not applicable; r refused, in one line that says why; ✗ wrong.
+saved and loaded by transformers first. ✓ right; - not applicable; r refused, in one line that says why; ✗ wrong;
+? not checked.
 """
 _STEPS = """
 What is checked:
@@ -40,7 +42,7 @@ What is checked:
 
 
 def page(kinds: Mapping[str, tuple[Entry, ...]], left_out: Mapping[str, str], results: Results) -> str:
-    """The whole page as Markdown; models without a result are listed as not checked."""
+    """The whole page as Markdown; models without a result are listed too."""
     notes = _Notes()
     entries = [entry for own in kinds.values() for entry in own]
     parts = [_HEAD, _counts(entries, results), _STEPS]
@@ -106,7 +108,7 @@ def _table(entries: tuple[Entry, ...], results: Results, notes: _Notes) -> str:
 
 def _cell(outcome: Outcome | None, build: Outcome | None, notes: _Notes) -> str:
     if outcome is None:
-        return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else "not checked"
+        return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else UNKNOWN
     if outcome.status is Status.OK:
         share = outcome.numbers.get("share", 1.0)
         return SIGNS[outcome.status] + (f" {100 * share:.0f} %" if share < 1.0 else "")
