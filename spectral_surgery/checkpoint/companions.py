@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.manifest import QUANT_METHOD
-from spectral_surgery.checkpoint.shim import SHIM, SHIM_FILE, is_shim, with_shim, without_shim
+from spectral_surgery.checkpoint.shim import SHIM_FILE, is_shim, shim_text, with_shim, without_shim
 from spectral_surgery.checkpoint.swap_record import SWAP_METHOD
 from spectral_surgery.errors import CheckpointError
 
@@ -48,7 +48,7 @@ def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, o
     ours = isinstance(quantised, dict) and quantised.get("quant_method") in (QUANT_METHOD, SWAP_METHOD)
     config = with_shim(config) if ours else without_shim(config)
     if ours and is_shim(config["auto_map"]):
-        (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
+        (folder / SHIM_FILE).write_text(shim_text(config), encoding="utf-8")
     if index.config and config != index.config:
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -2,15 +2,18 @@
 
 transformers meets an unknown ``quant_method`` with a warning and random weights. With ``trust_remote_code=True`` it
 runs the file that ``auto_map`` in config.json names, and that file imports this package; transformers says so where it
-is not installed. Without that option nothing can be done for them.
+is not installed. A model with code of its own has that code imported by the file, after this package. Without that
+option nothing can be done for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 SHIM_FILE = "shim_spectral_surgery.py"
 _MODULE = SHIM_FILE.removesuffix(".py")
+_OF = "__of__"  # between a class of the model's own code and its module
 _CLASSES = (
     *("", "ForCausalLM", "ForMaskedLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"),
     *("ForQuestionAnswering", "ForImageClassification", "ForImageTextToText", "ForSpeechSeq2Seq"),
@@ -46,12 +49,17 @@ def __getattr__(name):
 
 
 def with_shim(config: Mapping[str, object]) -> dict[str, object]:
-    """A configuration that names the file, unless the model brings code of its own.
+    """A configuration that names the file; classes of the model's own code are found through it.
+
+    Code of another repository (``org/name--module.Class``) is named as before: the file cannot import it.
 
     Args:
         config: content of config.json.
     """
-    return {"auto_map": dict(_AUTO_MAP), **config}
+    own = _entries(config.get("auto_map"))
+    if any(key.startswith("AutoModel") for key in own):
+        return {**config, "auto_map": {key: _through_shim(key, value) for key, value in own.items()}}
+    return {**config, "auto_map": {**_AUTO_MAP, **own}}
 
 
 def without_shim(config: Mapping[str, object]) -> dict[str, object]:
@@ -60,9 +68,77 @@ def without_shim(config: Mapping[str, object]) -> dict[str, object]:
     Args:
         config: content of config.json.
     """
-    return {key: value for key, value in config.items() if key != "auto_map" or not is_shim(value)}
+    if not is_shim(config.get("auto_map")):
+        return dict(config)
+    own = own_auto_map(config.get("auto_map"))
+    rest = {key: value for key, value in config.items() if key != "auto_map"}
+    return {**rest, "auto_map": own} if own else rest
+
+
+def shim_text(config: Mapping[str, object]) -> str:
+    """What the file says.
+
+    Args:
+        config: content of config.json, as `with_shim` gives it.
+    """
+    classes = {_through(value) for value in _entries(config.get("auto_map")).values()} - {None}
+    if not classes:
+        return SHIM
+    lines = [f"from .{own[1]} import {own[0]} as {own[0]}{_OF}{own[1]}  # noqa: F401" for own in classes if own]
+    return SHIM.partition("import transformers")[0] + "\n".join(["", *sorted(lines), ""])
 
 
 def is_shim(auto_map: object) -> bool:
-    """Whether an ``auto_map`` is the one made here."""
-    return isinstance(auto_map, Mapping) and any(str(own).startswith(f"{_MODULE}.") for own in auto_map.values())
+    """Whether an ``auto_map`` names the file."""
+    return any(_after_repository(value).startswith(f"{_MODULE}.") for value in _entries(auto_map).values())
+
+
+def own_auto_map(auto_map: object) -> dict[str, object]:
+    """What an ``auto_map`` names besides the file, and through it.
+
+    Args:
+        auto_map: of a configuration.
+    """
+    own: dict[str, object] = {}
+    for key, value in _entries(auto_map).items():
+        found = _through(value)
+        if found is not None:
+            repository, mark, _ = str(value).rpartition("--")
+            own[key] = f"{repository}{mark}{found[1]}.{found[0]}"
+        elif not is_shim({key: value}):
+            own[key] = value
+    return own
+
+
+def forget_shim(config: Any) -> None:
+    """Let a configuration of a loaded model name its own code alone: save_pretrained does not write the file.
+
+    Args:
+        config: of transformers, changed in place.
+    """
+    if is_shim(getattr(config, "auto_map", None)):
+        own = own_auto_map(config.auto_map)
+        del config.auto_map
+        if own:
+            config.auto_map = own
+
+
+def _entries(auto_map: object) -> dict[str, object]:
+    return {str(key): value for key, value in auto_map.items()} if isinstance(auto_map, Mapping) else {}
+
+
+def _after_repository(value: object) -> str:
+    return str(value).rpartition("--")[2]
+
+
+def _through_shim(key: str, value: object) -> object:
+    module, dot, name = str(value).partition(".")
+    ours = key == "AutoConfig" or key.startswith("AutoModel")
+    return f"{_MODULE}.{name}{_OF}{module}" if ours and dot and "--" not in module and module != _MODULE else value
+
+
+def _through(value: object) -> tuple[str, str] | None:
+    """Class and module that are found through the file."""
+    module, _, name = _after_repository(value).partition(".")
+    own, mark, source = name.partition(_OF)
+    return (own, source) if module == _MODULE and mark else None

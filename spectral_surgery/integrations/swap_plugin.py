@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spectral_surgery.checkpoint.shim import is_shim
+from spectral_surgery.checkpoint.shim import forget_shim
 from spectral_surgery.checkpoint.swap_record import SWAP_METHOD, SwapRecord, read_record
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.swap import swap_attention
@@ -85,8 +85,7 @@ class Rebuilder:
         record = self.quantization_config.record
         with torch.device("meta"):
             swap_attention(model, record.mixer, record.layers, record.settings)
-        if is_shim(getattr(model.config, "auto_map", None)):
-            del model.config.auto_map  # save_pretrained does not write its file
+        forget_shim(model.config)
         return model
 
     def is_serializable(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint, open_compressed
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD
-from spectral_surgery.checkpoint.shim import is_shim
+from spectral_surgery.checkpoint.shim import forget_shim
 from spectral_surgery.errors import ConfigError, FormatVersionError
 from spectral_surgery.integrations import spectral_loading as loading
 from spectral_surgery.integrations import spectral_plan as planning
@@ -152,8 +152,7 @@ class Quantizer:
         resident = self.quantization_config.resident
         forms = loading.residents_for(checkpoint, resident) if isinstance(resident, str) else dict(resident)
         self.load = Loading(checkpoint, forms)
-        if is_shim(getattr(model.config, "auto_map", None)):
-            del model.config.auto_map  # save_pretrained does not write its file
+        forget_shim(model.config)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), UNREAD}
         return model
 
