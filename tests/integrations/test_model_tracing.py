@@ -53,7 +53,8 @@ def test_export(folders: dict[str, Path], family: str) -> None:
     """With any number of sequences and tokens; the graph needs nothing but torch."""
     model, stored = load(folders[family]), io.BytesIO()
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=60)}
-    program = torch.export.export(model, (IDS,), dynamic_shapes=({**sizes},), strict=False)
+    with torch.no_grad():  # torch cannot store graphs that switch gradients off, as Llama's rotation does
+        program = torch.export.export(model, (IDS,), dynamic_shapes=(sizes,), strict=False)
     assert not [node for node in program.graph.nodes if "spectral_surgery" in str(node.target)]
     torch.export.save(program, stored)
     stored.seek(0)
