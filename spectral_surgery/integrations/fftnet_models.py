@@ -201,7 +201,7 @@ def _model() -> Any:
             past_key_values: FFTNetCache | None = None,
             use_cache: bool = False,
             output_hidden_states: bool = False,
-            return_dict: bool = True,
+            return_dict: bool | None = None,
             **_: Any,
         ) -> Any:
             """Token numbers [B, T] to vectors [B, T, D].
@@ -213,7 +213,7 @@ def _model() -> Any:
                 past_key_values: the name of cache before transformers 5.24.
                 use_cache: remember them.
                 output_hidden_states: return what each block gives, too.
-                return_dict: names instead of a tuple.
+                return_dict: False for a tuple instead of names.
 
             Raises:
                 SpectralSurgeryError: when shapes or tokens do not fit, a text is too long, or an encoder gets a cache.
@@ -233,7 +233,7 @@ def _model() -> Any:
             last = self.norm(states[-1])
             hidden = (*states[:-1], last) if output_hidden_states else None
             out = BaseModelOutputWithPast(last_hidden_state=last, hidden_states=hidden, **{cache_name(): memory})
-            return out if return_dict else out.to_tuple()
+            return out.to_tuple() if return_dict is False else out
 
     return _at_top(FFTNetModel)
 
@@ -270,7 +270,7 @@ def _causal_lm() -> Any:
             use_cache: bool = False,
             logits_to_keep: int = 0,
             output_hidden_states: bool = False,
-            return_dict: bool = True,
+            return_dict: bool | None = None,
             **of_loss: Any,
         ) -> Any:
             """Logits [B, T, vocabulary] of the tokens, or of the last `logits_to_keep` where that is not 0.
@@ -290,7 +290,7 @@ def _causal_lm() -> Any:
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **of_loss)
             out = CausalLMOutputWithPast(loss, logits, getattr(states, cache_name()), states.hidden_states)
-            return out if return_dict else out.to_tuple()
+            return out.to_tuple() if return_dict is False else out
 
     return _at_top(FFTNetForCausalLM)
 
@@ -318,7 +318,7 @@ def _masked_lm() -> Any:
             *,
             labels: Tensor | None = None,
             output_hidden_states: bool = False,
-            return_dict: bool = True,
+            return_dict: bool | None = None,
             **of_loss: Any,
         ) -> Any:
             """Logits [B, T, vocabulary]; with labels [B, T], -100 at tokens that were not masked, their loss."""
@@ -328,7 +328,7 @@ def _masked_lm() -> Any:
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **of_loss)
             out = MaskedLMOutput(loss, logits, states.hidden_states)
-            return out if return_dict else out.to_tuple()
+            return out.to_tuple() if return_dict is False else out
 
     return _at_top(FFTNetForMaskedLM)
 
@@ -356,7 +356,7 @@ def _classifier() -> Any:
             *,
             labels: Tensor | None = None,
             output_hidden_states: bool = False,
-            return_dict: bool = True,
+            return_dict: bool | None = None,
             **of_loss: Any,
         ) -> Any:
             """Logits [B, classes]; with labels [B] their loss, by the ``problem_type`` of the configuration."""
@@ -366,7 +366,7 @@ def _classifier() -> Any:
             if labels is not None:
                 loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **of_loss)
             out = SequenceClassifierOutput(loss, logits, states.hidden_states)
-            return out if return_dict else out.to_tuple()
+            return out.to_tuple() if return_dict is False else out
 
     return _at_top(FFTNetForSequenceClassification)
 

@@ -65,6 +65,11 @@ class StoredParameter:
         return only.info if same and only.spans == ((0, 0, rows),) else None
 
     @property
+    def dtype(self) -> str:
+        """As files name it: F32."""
+        return self.pieces[0].info.dtype
+
+    @property
     def numel(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
@@ -72,7 +77,8 @@ class StoredParameter:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in files."""
-        return self.numel * DTYPES[self.pieces[0].info.dtype].itemsize
+        info = self.pieces[0].info
+        return self.numel * info.nbytes // max(info.numel, 1)
 
     def read(self, stored: Callable[[TensorInfo], Tensor] = read_tensor) -> Tensor:
         """The parameter, put together from the files.
@@ -139,7 +145,7 @@ class TensorNames:
             if own in self.parameters:
                 return self.parameters[own]
             if own in self.index.tensors and own not in self.unclear:
-                return _as_stored(own, self.index.tensors[own])
+                return as_stored(own, self.index.tensors[own])
         return None
 
     def tensor(self, name: str) -> TensorInfo | None:
@@ -181,7 +187,7 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
         if target in expected and pattern is not None:
             groups.setdefault(target, {}).setdefault(pattern, []).append(name)
         elif target in expected and index.tensors[name].shape == tuple(expected[target].shape):
-            whole[target] = _as_stored(target, index.tensors[name])
+            whole[target] = as_stored(target, index.tensors[name])
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     unclear: dict[str, tuple[str, ...]] = {}
     for first, stored in groups.items():
@@ -197,7 +203,13 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
     return TensorNames(index, whole, unclear)
 
 
-def _as_stored(name: str, info: TensorInfo) -> StoredParameter:
+def as_stored(name: str, info: TensorInfo) -> StoredParameter:
+    """A parameter that is a stored tensor.
+
+    Args:
+        name: of the parameter.
+        info: the tensor.
+    """
     return StoredParameter(name, info.shape, (Piece(info, ((0, 0, rows_of(info.shape)),)),))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.plan import find_tied
 from spectral_surgery.errors import BackendError, CheckpointError
-from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, names_in
+from spectral_surgery.integrations.tensor_names import StoredParameter, TensorNames, as_stored, names_in
 from spectral_surgery.models import outline_model
 from spectral_surgery.surgery.skeleton import is_conv1d
 
@@ -35,6 +36,21 @@ class BaseModel:
     model: Any
     names: TensorNames
     ties: dict[str, str]
+
+    @cached_property
+    def stored(self) -> dict[str, StoredParameter]:
+        """Everything that is stored, once: parameters and buffers under their names in the model, others their own."""
+        known = {name: found for name, found in self.names.parameters.items() if found.name == name}
+        used = {piece.info.name for found in known.values() for piece in found.pieces}
+        others = {name: as_stored(name, info) for name, info in self.index.tensors.items() if name not in used}
+        return dict(sorted({**others, **known}.items()))
+
+    @cached_property
+    def equal(self) -> dict[str, str]:
+        """Second name -> first name of what is stored twice, with equal bytes."""
+        names = {found.whole.name: name for name, found in self.stored.items() if found.whole is not None}
+        pairs = find_tied(self.index).items()
+        return {names[alias]: names[name] for alias, name in pairs if alias in names and name in names}
 
     def find(self, name: str) -> StoredParameter | None:
         """Where a parameter is stored: tied ones where their root is."""
@@ -113,6 +129,8 @@ def base_model(index: CheckpointIndex) -> BaseModel:
         except (BackendError, CheckpointError):
             model = None
     names = TensorNames(index) if model is None else names_in(model, index)
+    if not names.parameters:
+        model = None  # the files hold another model than the configuration describes
     return BaseModel(index, model, names, _ties(index, model, names))
 
 

@@ -19,7 +19,7 @@ from spectral_surgery.checkpoint.adapter_files import TENSOR_FILE, write_adapter
 from spectral_surgery.checkpoint.companions import check_apart
 from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.publish import publishing
-from spectral_surgery.checkpoint.reader import DTYPES, read_tensor
+from spectral_surgery.checkpoint.reader import DTYPES
 from spectral_surgery.checkpoint.task import task_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.memory import peak_rss_bytes
@@ -182,9 +182,9 @@ def extract(
     )
     rest = _rest(plan, list(fitted.layers), options)
     name = options.base_model or str(base)
-    task = task_of(plan.tuned.config)
+    task = task_of(plan.tuned.index.config)
     spec = AdapterSpec(extractor.method, fitted.config, rest.targets, name, options.revision, task)
-    extra = {name: read_tensor(info) for name, info in rest.tensors.items()}
+    extra = {name: found.read() for name, found in rest.tensors.items()}
     state = AdapterState(spec, fitted.layers, extra, plan.embeddings & fitted.layers.keys(), _kernels(plan, fitted))
     layers = measure(state, updates, fitted, steps.advance)
     with publishing(out, overwrite=overwrite) as folder:
@@ -202,7 +202,7 @@ def _kernels(plan: ExtractPlan, fitted: Fit) -> dict[str, tuple[int, ...]]:
 def _tied(plan: ExtractPlan, fitted: Fit) -> dict[str, str]:
     """Parameters that are one with that of a layer."""
     names = [f"{layer}.weight" for layer in plan.embeddings & fitted.layers.keys()]
-    return {other: name for name in names for other in plan.model.tied_with(name) if other != name}
+    return {other: name for name in names for other in plan.tuned.tied_with(name) if other != name}
 
 
 def _write(folder: Path, state: AdapterState, layers: Sequence[LayerReport], options: ExtractOptions) -> int:
@@ -267,7 +267,7 @@ def _rest(plan: ExtractPlan, layers: list[str], options: ExtractOptions) -> Rest
     targets = ModuleTargets(tuple(layers), fan_in_fan_out=plan.transposed)
     if not options.save_rest:
         return Rest(targets)
-    return save_rest(plan.model, plan.rest, layers, targets, options.method)
+    return save_rest(plan.tuned, plan.rest, layers, targets, options.method)
 
 
 def room(size: Size, names: Collection[str], whole: int) -> Size:

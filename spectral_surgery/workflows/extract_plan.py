@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.layer import forms_of, kind_of, shape_of
 from spectral_surgery.checkpoint.adapter_config import DIALECTS
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.checkpoint.plan import find_tied
-from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
+from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.reader import read_bytes
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.integrations.tensor_names import StoredParameter
 from spectral_surgery.surgery.extract import Update
 from spectral_surgery.surgery.resolve import candidates
 from spectral_surgery.surgery.skeleton import skeleton
 from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
 from spectral_surgery.workflows.base_model import BaseModel, base_model
-from spectral_surgery.workflows.merge_plan import tensor_of
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 # names of embeddings that models tie to their output layer
@@ -37,14 +36,14 @@ class Pair:
 
     Attributes:
         layer: name of its module in the tuned one.
-        base: the tensor before.
-        tuned: the tensor after.
+        base: its weight before.
+        tuned: its weight after.
         module: on the meta device.
     """
 
     layer: str
-    base: TensorInfo
-    tuned: TensorInfo
+    base: StoredParameter
+    tuned: StoredParameter
     module: nn.Module
 
     @property
@@ -59,7 +58,7 @@ class Pair:
 
     def delta(self) -> Tensor:
         """ΔW, [O, I] float32."""
-        difference = (read_tensor(self.tuned).double() - read_tensor(self.base).double()).float()
+        difference = (self.tuned.read().double() - self.base.read().double()).float()
         return (difference.T if self.transposed else difference).reshape(self.shape).contiguous()
 
     @property
@@ -82,18 +81,13 @@ class ExtractPlan:
         kernels: sides of the kernel by convolution.
     """
 
-    base: CheckpointIndex
-    tuned: CheckpointIndex
+    base: BaseModel
+    tuned: BaseModel
     pairs: tuple[Pair, ...]
     rest: dict[str, str]
     transposed: bool
     embeddings: frozenset[str] = frozenset()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @cached_property
-    def model(self) -> BaseModel:
-        """What is known of the tuned model."""
-        return base_model(self.tuned)
 
 
 def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets) -> ExtractPlan:
@@ -115,46 +109,33 @@ def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets
             raise CheckpointError(
                 f"{index.root}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
             )
-    work = _Comparison(*indices)
+    models = base_model(indices[0]), base_model(indices[1])
+    work = _Comparison(*models)
     chosen = work.choose(method, targets)
     rest = work.compare_others(chosen)
-    if not chosen and len(rest) == len(work.tuned.tensors):
+    if not chosen and len(rest) == len(work.tuned.stored):
         raise CheckpointError(f"{tuned}: has no tensor in common with {base}; a model tuned from it is accepted.")
     transposed = sum(pair.transposed for pair in chosen.values()) * 2 > len(chosen)
     forms = forms_of({pair.layer: pair.module for pair in chosen.values()})
-    return ExtractPlan(*indices, tuple(chosen.values()), rest, transposed, *forms)
+    return ExtractPlan(*models, tuple(chosen.values()), rest, transposed, *forms)
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    base: CheckpointIndex
-    tuned: CheckpointIndex
+    base: BaseModel
+    tuned: BaseModel
     why_not: dict[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def base_tied(self) -> dict[str, str]:
-        """Second name -> first name."""
-        return find_tied(self.base)
-
-    @cached_property
-    def tuned_tied(self) -> dict[str, str]:
-        """Second name -> first name."""
-        return find_tied(self.tuned)
-
     def choose(self, method: str, targets: ModuleTargets) -> dict[str, Pair]:
-        """Pairs by tensor name in the tuned checkpoint."""
-        model_type = self.tuned.config.get("model_type")
-        model = skeleton(
-            {name: info.shape for name, info in self.tuned.tensors.items()},
-            model_type if isinstance(model_type, str) else None,
-        )
-        modules = dict(candidates(model, everything=True))
+        """Pairs by name of the weight in the tuned model."""
+        every = candidates(self._modules(), everything=True)
+        modules = {layer: module for layer, module in every if f"{layer}.weight" in self.tuned.stored}
         named = self._named(targets, modules)
         pairs = {}
         for layer, module in modules.items():
             name = f"{layer}.weight"
-            info = tensor_of(self.base, name)
-            tuned = self.tuned.tensors[name]
+            info = self.base.names.find(name)
+            tuned = self.tuned.stored[name]
             reason = self._why_not(
                 layer, module, info, method, asked=layer in named and targets.target_modules is not None
             )
@@ -166,15 +147,23 @@ class _Comparison:
             pairs[name] = Pair(layer, info, tuned, module)
         return pairs
 
+    def _modules(self) -> nn.Module:
+        """Of the tuned model; guessed from names and shapes where transformers does not know it."""
+        if self.tuned.model is not None:
+            return cast(nn.Module, self.tuned.model)
+        kind = self.tuned.index.config.get("model_type")
+        shapes = {name: found.shape for name, found in self.tuned.stored.items()}
+        return skeleton(shapes, kind if isinstance(kind, str) else None)
+
     def compare_others(self, chosen: Iterable[str]) -> dict[str, str]:
-        """Reason by name of all tensors that differ beside the chosen ones."""
+        """Reason by name of all that differs beside the chosen ones."""
         rest = {}
-        aliases, taken = self.tuned_tied, {*chosen}
-        for name, info in self.tuned.tensors.items():
-            base = tensor_of(self.base, name)
+        aliases, taken = self.tuned.equal, {*chosen}
+        for name, info in self.tuned.stored.items():
+            base = self.base.names.find(name)
             if name in taken or (aliases.get(name) in taken and self._tied_in_base(name, aliases[name])):
                 continue
-            if base is None and aliases.get(name) in self.base.tensors:
+            if base is None and aliases.get(name) in self.base.stored:
                 continue  # stored twice here, once there
             if base is None:
                 rest[name] = _ABSENT
@@ -192,19 +181,19 @@ class _Comparison:
             everything = replace(everything, target_modules=tuple(modules))
         return set(everything.select(modules))
 
-    def _why_not(self, layer: str, module: nn.Module, base: TensorInfo | None, method: str, *, asked: bool) -> str:
+    def _why_not(self, layer: str, module: nn.Module, base: StoredParameter | None, method: str, *, asked: bool) -> str:
         """Why a matrix gets no adapter; empty when it does."""
         name = f"{layer}.weight"
-        info = self.tuned.tensors[name]
+        info = self.tuned.stored[name]
         if base is None:
             return _ABSENT
-        first = self.tuned_tied.get(name, "")
+        first = self.tuned.equal.get(name, "")
         embedding = isinstance(module, nn.Embedding) and METHODS[method].peft_type in DIALECTS.keys() - {"LORA"}
         reasons = {
             _reshaped(base, info): base.shape != info.shape,
             f"{info.dtype}, where floats are needed": not {base.dtype, info.dtype} <= {*_FLOATS},
             "empty": not info.numel,
-            "tied to another tensor in BASE, and not here": _is_tied(self.base_tied, base.name)
+            "tied to another tensor in BASE, and not here": _is_tied(self.base.equal, base.name)
             and not self._tied(name),
             f"tied to {first}": first and self._tied_in_base(name, first),
             "tied to the output layer, which an adapter would not reach in a live model": not asked
@@ -214,15 +203,15 @@ class _Comparison:
         return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _tied(self, name: str) -> bool:
-        said = self.tuned.config.get("tie_word_embeddings") is True  # and the output layer is not stored
-        return _is_tied(self.tuned_tied, name) or (said and name.split(".")[-2] in _INPUT_EMBEDDINGS)
+        said = self.tuned.index.config.get("tie_word_embeddings") is True  # and the output layer is not stored
+        return _is_tied(self.tuned.equal, name) or (said and name.split(".")[-2] in _INPUT_EMBEDDINGS)
 
     def _tied_in_base(self, alias: str, name: str) -> bool:
-        first, second = tensor_of(self.base, alias), tensor_of(self.base, name)
+        first, second = self.base.names.find(alias), self.base.names.find(name)
         return first is None or second is None or not _differ(first, second)
 
 
-def _reshaped(base: TensorInfo, tuned: TensorInfo) -> str:
+def _reshaped(base: StoredParameter, tuned: StoredParameter) -> str:
     return f"{list(tuned.shape)}, in BASE {list(base.shape)}"
 
 
@@ -230,10 +219,11 @@ def _is_tied(aliases: Mapping[str, str], name: str) -> bool:
     return name in aliases or name in aliases.values()
 
 
-def _differ(a: TensorInfo, b: TensorInfo) -> bool:
-    if a.dtype != b.dtype:
-        return not torch.equal(read_tensor(a).double(), read_tensor(b).double())
-    pieces = range(0, a.nbytes, _PIECE)
+def _differ(a: StoredParameter, b: StoredParameter) -> bool:
+    first, second = a.whole, b.whole
+    if first is None or second is None or first.dtype != second.dtype:
+        return not torch.equal(a.read().double(), b.read().double())
     return any(
-        read_bytes(a, s, min(s + _PIECE, a.nbytes)) != read_bytes(b, s, min(s + _PIECE, b.nbytes)) for s in pieces
+        read_bytes(first, s, min(s + _PIECE, first.nbytes)) != read_bytes(second, s, min(s + _PIECE, second.nbytes))
+        for s in range(0, first.nbytes, _PIECE)
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from spectral_surgery.checkpoint.index import CheckpointIndex, TensorInfo
+from spectral_surgery.integrations.tensor_names import StoredParameter
 from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.workflows.base_model import BaseModel
 
@@ -23,7 +23,7 @@ class Rest:
     """
 
     targets: ModuleTargets
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    tensors: dict[str, StoredParameter] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -41,7 +41,7 @@ def save_rest(
         targets: of the adapter.
         method: its name.
     """
-    tuned = model.index
+    tuned = model.stored
     missing = {name: reason for name, reason in rest.items() if ", in BASE" in reason}
     biases = [name for name in rest if name not in missing and _is_bias_of(name, layers)]
     modules: list[str] = []
@@ -57,36 +57,36 @@ def save_rest(
     tensors = {}
     if biases:
         targets = replace(targets, bias=f"{method}_only")
-        every = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in tuned.tensors]
-        tensors = {f"{name.removesuffix('.bias')}.base_layer.bias": tuned.tensors[name] for name in every}
+        every = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in tuned]
+        tensors = {f"{name.removesuffix('.bias')}.base_layer.bias": tuned[name] for name in every}
     tied = {own for module in modules for name in _tensors_of(tuned, module) for own in model.tied_with(name)}
     modules += sorted({name.rpartition(".")[0] for name in tied} - {*modules})
     targets = replace(targets, modules_to_save=tuple(modules))
     for name in (*model.ties, *model.ties.values()):
         found = model.names.find(name)
-        if targets.saves(name) and found is not None and found.whole is not None:
-            tensors[name] = found.whole
-    tensors |= {name: info for name, info in tuned.tensors.items() if targets.saves(name)}
+        if targets.saves(name) and found is not None:
+            tensors[name] = found
+    tensors |= {name: found for name, found in tuned.items() if targets.saves(name)}
     return Rest(targets, tensors, missing)
 
 
-def _tensors_of(tuned: CheckpointIndex, module: str) -> list[str]:
-    return [name for name in tuned.tensors if name.rpartition(".")[0] == module]
+def _tensors_of(tuned: Mapping[str, StoredParameter], module: str) -> list[str]:
+    return [name for name in tuned if name.rpartition(".")[0] == module]
 
 
 def _is_bias_of(name: str, layers: Collection[str]) -> bool:
     return name.endswith(".bias") and name.removesuffix(".bias") in layers
 
 
-def _problem(tuned: CheckpointIndex, module: str, layers: Collection[str]) -> str:
+def _problem(tuned: Mapping[str, StoredParameter], module: str, layers: Collection[str]) -> str:
     """Why the module of a tensor cannot be stored whole; empty when it can."""
     if not module:
         return "belongs to no module"
-    saved = [other for other in tuned.tensors if ModuleTargets(modules_to_save=(module,)).saves(other)]
+    saved = [other for other in tuned if ModuleTargets(modules_to_save=(module,)).saves(other)]
     inside = [other for other in saved if other.startswith(f"{module}.") and "." in other[len(module) + 1 :]]
     if inside:
         return f"its module {module} has others inside"
     if any(other.rpartition(".")[0] in layers for other in saved):
         return f"the name {module} also means a layer with an adapter"
-    strange = [other for other in saved if tuned.tensors[other].dtype not in _FLOATS]
-    return f"{strange[0]} is {tuned.tensors[strange[0]].dtype}" if strange else ""
+    strange = [other for other in saved if tuned[other].dtype not in _FLOATS]
+    return f"{strange[0]} is {tuned[strange[0]].dtype}" if strange else ""

@@ -128,18 +128,3 @@ def without_extra(state: AdapterState) -> AdapterState:
     """The updates of an adapter alone, for the record."""
     targets = ModuleTargets(tuple(state.layers), fan_in_fan_out=state.spec.targets.fan_in_fan_out)
     return replace(state, spec=replace(state.spec, targets=targets), extra={}, rows={}, parameters={})
-
-
-def tensor_of(index: CheckpointIndex, name: str) -> TensorInfo | None:
-    """The tensor that a model calls so: the same model with a head has one more prefix, in the file or in memory."""
-    if name in index.tensors:
-        return index.tensors[name]
-    inner = name.partition(".")[2]
-    if inner.count(".") >= 2 and inner in index.tensors:
-        return index.tensors[inner]
-    outer = [
-        info
-        for own, info in index.tensors.items()
-        if own.endswith(f".{name}") and own.count(".") == name.count(".") + 1
-    ]
-    return outer[0] if len(outer) == 1 else None
