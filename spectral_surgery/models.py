@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spectral_surgery.checkpoint.loading import loading
+from spectral_surgery.checkpoint.loading import loading, own_code
 from spectral_surgery.checkpoint.task import class_for
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 from spectral_surgery.surgery.blocks import text_config
@@ -198,12 +198,14 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
         CheckpointError: when transformers does not know the configuration.
     """
     transformers = _transformers()
+    from transformers.initialization import no_init_weights
+
     with loading(folder, "has no configuration that transformers knows"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         own = _class_of(transformers, config, folder)
-        with _without_weights():
+        with _without_weights(), no_init_weights():
             if hasattr(own, "from_config"):
                 model = own.from_config(config, trust_remote_code=trust_remote_code)
             else:
@@ -344,9 +346,15 @@ def load_encoder(folder: Path) -> SentenceEncoder:
 
 
 def _class(transformers: Any, folder: Path, auto_class: str) -> Any:
-    """An Auto class, or the class that a folder names where that would choose another kind of model."""
+    """An Auto class, or the class that a folder names where that would choose another kind of model.
+
+    A model with code of its own may be found by other Auto classes only.
+    """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    brought = [name for name in own_code(folder) if name.startswith("AutoModel")]
+    if brought and auto_class not in brought:
+        auto_class = brought[0]
     return getattr(transformers, class_for(config, auto_class), None) or getattr(transformers, auto_class)
 
 

@@ -61,7 +61,7 @@ def load_compressed(
         residents = _within(checkpoint, residents, resident, max_memory, str(device))
     transformers = _transformers()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with loading(folder.name, "transformers cannot load it"):
+    with loading(folder, "transformers cannot load it"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         own = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
         if own is None:

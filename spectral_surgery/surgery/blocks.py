@@ -65,6 +65,10 @@ class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at 
     pass
 
 
+class UnchainedError(TargetError):
+    """A model does something of its own between two blocks."""
+
+
 def has_blocks(model: nn.Module) -> bool:
     """Whether a model has one list of blocks that holds most of it, each run once, by itself."""
     lists = sorted(_lists(model).values(), key=_size)
@@ -124,7 +128,8 @@ def blocks_in_turn(
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor]]]]:
     """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
 
-    A model without a list of blocks is one block, with the empty name, that is run from its beginning.
+    A model without a list of blocks, or that does something of its own between them, is one block, with the empty
+    name, that is run from its beginning.
 
     Args:
         model: in eval mode; a block may be changed while it is the turn's.
@@ -141,12 +146,14 @@ def blocks_in_turn(
     if not batches:
         raise ConfigError("calibrate: no text; some is accepted.")
     prefix, blocks = find_blocks(model) if has_blocks(model) else ("", nn.ModuleList())
-    if not len(blocks):
+    inputs: list[Sample] = []
+    if len(blocks):
+        with suppress(UnchainedError), holding("", f"{prefix}."), holding(f"{prefix}.0.", ""):
+            inputs = [captured_inputs(model, blocks, batch, keep) for batch in batches]
+    if not inputs:
         with holding("", ""):
             yield "", model, partial(_run_whole, model, batches)
         return
-    with holding("", f"{prefix}."), holding(f"{prefix}.0.", ""):
-        inputs = [captured_inputs(model, blocks, batch, keep) for batch in batches]
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
         with holding(f"{name}.", ""):
@@ -207,6 +214,7 @@ def captured_inputs(
 
     Raises:
         TargetError: when a block is not run, or more than once.
+        UnchainedError: when a block is given something else than what the one before it returned.
     """
     seen: dict[int, tuple[Tensor, Arguments]] = {}
     returned: list[Any] = []
@@ -219,6 +227,11 @@ def captured_inputs(
                     " model that runs each of them once is accepted."
                 )
             seen[number] = _without_hidden(args, named)
+            if returned and not torch.equal(seen[number][0], hidden_of(returned[0])):
+                raise UnchainedError(
+                    f"{type(model).__name__}: changes the hidden states between its blocks; a model that hands what a"
+                    " block returns to the next one is accepted."
+                )
             if number == len(blocks) - 1:
                 raise _Reached
             if not number:

@@ -142,12 +142,14 @@ def constants() -> Iterator[None]:
     no numbers, or be an operation of that graph.
     """
     tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
+    if tracing is not None:  # where nothing is traced, torch may refuse to be told so
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
     try:
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # the same
+        if tracing is not None:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # the same
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from spectral_surgery.spectra.feedback import feedback_noise
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.surgery.blocks import (
     Sample,
+    UnchainedError,
     captured_inputs,
     find_blocks,
     has_blocks,
@@ -90,7 +91,7 @@ def measure_shares(
 
     Returns:
         By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
-        model without a list of blocks.
+        model without a list of blocks, or that changes hidden states between them.
 
     Raises:
         ConfigError, CheckpointError: as `layer_moments`.
@@ -99,8 +100,10 @@ def measure_shares(
     if not has_blocks(lazy.model):
         return {}
     causal = is_causal(index.config)
-    with closing(Shelf(IN_MEMORY, folder)) as shelf:
-        return _Measurement(index, plan, lazy, shelf).run(equal_lengths(_part(sequences), BATCH_TOKENS), causal=causal)
+    batches = equal_lengths(_part(sequences), BATCH_TOKENS)
+    with closing(Shelf(IN_MEMORY, folder)) as shelf, suppress(UnchainedError):
+        return _Measurement(index, plan, lazy, shelf).run(batches, causal=causal)
+    return {}
 
 
 def _part(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:

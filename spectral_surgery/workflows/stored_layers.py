@@ -92,7 +92,7 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
     infos: dict[str, TensorInfo] = {}
     for name, module in block.named_modules():
         conv1d = type(module).__name__ == "Conv1D"
-        parameter = names.find(f"{prefix}{name}.weight") if isinstance(module, nn.Linear) or conv1d else None
+        parameter = names.find(_path(prefix, name, "weight")) if isinstance(module, nn.Linear) or conv1d else None
         for piece in parameter.pieces if parameter else ():
             info = piece.info
             if info.name in wanted and len(info.shape) == 2 and not piece.transposed:
@@ -111,7 +111,7 @@ def _expert_matrices(
     """Of experts that are fused in the model: stored one by one, or below each other in one tensor."""
     for name, module in block.named_modules():
         for leaf in fused_matrices(module):
-            parameter = names.find(f"{prefix}{name}.{leaf}")
+            parameter = names.find(_path(prefix, name, leaf))
             for piece in parameter.pieces if parameter else ():
                 if piece.info.name in wanted and not piece.transposed:
                     yield from _of_experts(piece, f"{name}.{leaf}", ExpertMatrix(module, leaf, 0))
@@ -134,6 +134,11 @@ def _of_experts(piece: Piece, name: str, like: ExpertMatrix) -> Iterator[StoredM
         matrix = StoredMatrix(piece.info.name, own, dict.fromkeys(own, spans))
         if _covered(matrix, piece.info):
             yield matrix
+
+
+def _path(prefix: str, module: str, leaf: str) -> str:
+    """The name of a parameter in the model; a block may be a layer itself."""
+    return ".".join(part for part in (prefix.removesuffix("."), module, leaf) if part)
 
 
 def _covered(matrix: StoredMatrix, info: TensorInfo) -> bool:

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import TargetError
-from spectral_surgery.surgery.blocks import blocks_in_turn, find_blocks, has_blocks, hidden_of
+from spectral_surgery.surgery.blocks import (
+    UnchainedError,
+    blocks_in_turn,
+    captured_inputs,
+    find_blocks,
+    has_blocks,
+    hidden_of,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,3 +130,27 @@ class Twice(nn.Module):
 def test_blocks_that_are_run_again_are_refused() -> None:
     with pytest.raises(TargetError, match="Twice: runs its blocks more than once"):
         next(blocks_in_turn(Twice(), BATCHES))
+
+
+class Residual(nn.Module):
+    """Adds around its layers, not within them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, **_: bool) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+def test_a_model_that_adds_around_its_blocks_is_run_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model, batch = Residual().eval(), {"x": torch.randn(2, 3, 4)}
+    with pytest.raises(UnchainedError, match="changes the hidden states between its blocks"):
+        captured_inputs(model, model.layers, batch)
+    (turn,) = blocks_in_turn(model, [batch])
+    name, module, run = turn
+    assert (name, module) == ("", model)
+    assert torch.equal(next(iter(run())), model(**batch))

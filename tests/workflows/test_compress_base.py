@@ -150,8 +150,8 @@ def test_verify_sees_a_sum_that_is_none(
     compress(tuned, tmp_path / "out", OPTIONS, base=base)
     write = decompress_module.write_checkpoint
 
-    def damaging(folder: Path, entries: list) -> list[Path]:
-        files = write(folder, entries)
+    def damaging(folder: Path, entries: list, **named: str) -> list[Path]:
+        files = write(folder, entries, **named)
         info = read_index(folder).tensors[Q]
         with info.file.open("r+b") as stream:
             stream.seek(info.start)

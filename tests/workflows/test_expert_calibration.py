@@ -22,7 +22,8 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from spectral_surgery.integrations.experts import ExpertMatrix, expert_moments, fused_matrices
+from spectral_surgery.integrations.expert_moments import ExpertMatrix, expert_moments
+from spectral_surgery.integrations.experts import fused_matrices
 from spectral_surgery.workflows import layer_moments as moments_module
 from spectral_surgery.workflows.calibrate import compress_calibrated
 from spectral_surgery.workflows.layer_moments import CalibrationData
