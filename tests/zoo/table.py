@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.zoo.adapter_steps import LIVE
 from tests.zoo.entry import Entry
 from tests.zoo.outcome import Outcome, Status
 from tests.zoo.steps import NAMES
@@ -17,6 +18,10 @@ SIGNS = {Status.OK: "✓", Status.NOT_APPLICABLE: "-", Status.REFUSED: "r", Stat
 UNKNOWN = "?"
 Results = Mapping[str, Mapping[str, Any]]
 
+_LIVE = (
+    "right as PEFT merges the adapter; PEFT's live model has other outputs, as layers share a weight, or the model reads a"
+    " weight without running the layer"
+)
 _HEAD = """# What works for which architecture
 
 Written by `make zoo`, not by hand: a tiny random model of each type goes through every command. Every model is built,
@@ -109,6 +114,8 @@ def _table(entries: tuple[Entry, ...], results: Results, notes: _Notes) -> str:
 def _cell(outcome: Outcome | None, build: Outcome | None, notes: _Notes) -> str:
     if outcome is None:
         return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else UNKNOWN
+    if outcome.status is Status.OK and LIVE in outcome.numbers:
+        return f"{SIGNS[outcome.status]} {notes.number(_LIVE)}"
     if outcome.status is Status.OK:
         share = outcome.numbers.get("share", 1.0)
         return SIGNS[outcome.status] + (f" {100 * share:.0f} %" if share < 1.0 else "")
