@@ -17,7 +17,7 @@ from torch import nn
 
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.integrations.spectral_loading import Loading, retie, untie
-from spectral_surgery.integrations.spectral_saving import decode_layers, spectral_layers
+from spectral_surgery.integrations.spectral_saving import decode_layers
 from spectral_surgery.layers import SpectralEmbedding, SpectralWeight
 from spectral_surgery.layers.trainable import TrainableWeight
 
@@ -162,6 +162,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 def _loaded(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
     saved = model.state_dict().keys()
-    inside = tuple(f"{name}.spectrum." for name, _ in spectral_layers(model))
+    spectra = (name for name, part in model.named_modules() if isinstance(part, SpectralWeight))
+    inside = tuple(f"{name}." for name in spectra)
     yield from model.named_parameters()
     yield from ((name, own) for name, own in model.named_buffers() if name in saved and not name.startswith(inside))

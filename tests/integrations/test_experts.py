@@ -170,3 +170,17 @@ def test_what_is_not_all_compressed_is_decoded(tmp_path: Path) -> None:
     assert list(spectral_experts(model)) == ["model.layers.0.mlp.experts.down_proj"]
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, SpectralExperts)
     assert relative(output(plain(folder)), output(model)) < 1e-5
+
+
+def test_dequantized_in_16_bits_it_has_the_weights_of_the_decompressed_folder(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    decompress(folders["by expert"], tmp_path / "plain", dtype="bfloat16")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    expected = dict(load(tmp_path / "plain", dtype=torch.bfloat16).named_parameters())
+    model = load(folders["by expert"], dtype=torch.bfloat16)
+    model.dequantize(torch.bfloat16)  # scales of experts are not rounded on the way
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(found[name], parameter), name

@@ -19,7 +19,7 @@ UNKNOWN = "?"
 Results = Mapping[str, Mapping[str, Any]]
 
 _LIVE = (
-    "right as PEFT merges the adapter; PEFT's live model has other outputs, as layers share a weight, or the model reads"
+    "right as PEFT merges the adapter; PEFT's live model has other outputs, as layers share a weight or the model reads"
     " a weight without running the layer"
 )
 _HEAD = """# What works for which architecture
