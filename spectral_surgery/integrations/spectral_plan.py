@@ -26,6 +26,7 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.integrations.experts import Stored, stored_matrices
 from spectral_surgery.integrations.stand_ins import is_conv1d, standing_for
 from spectral_surgery.integrations.weight_uses import only_multiplies
+from spectral_surgery.surgery.heads import classifier_heads
 
 STEP = SUFFIXES[2]
 ANY = ""  # the pattern of a tensor that is renamed at most
@@ -120,7 +121,9 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     made = {target: _made(target, owner.get(next(iter(by))), expected) for target, by in sources.items()}
     slots: dict[str, tuple[str, ...]] = {}
     divided: dict[str, tuple[int, ...]] = {}
-    for target, by in sources.items():
+    heads = tuple(f"{name}." for name in classifier_heads(model))  # adapters train copies of them, which must be dense
+    inside = {target: by for target, by in sources.items() if not (heads and target.startswith(heads))}
+    for target, by in inside.items():
         group = (target, *(other for other in groups.get(target, ()) if other != target))
         shape = tensors[by[ANY][0]].shape if ANY in by else None
         if shape is not None and all(_becomes_spectral(model, name, shape, alone=len(group) == 1) for name in group):
@@ -128,7 +131,7 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
         elif ANY not in by and groups.keys().isdisjoint(made[target]):
             starts = _divided(model, made[target], by, tensors, owner[next(iter(by))])
             divided |= {target: starts} if starts else {}
-    found = {target: stored_matrices(model, target, by, tensors, converters) for target, by in sources.items()}
+    found = {target: stored_matrices(model, target, by, tensors, converters) for target, by in inside.items()}
     experts = {
         target: stored
         for target, stored in found.items()
@@ -271,7 +274,8 @@ def said_of_dense(checkpoint: CompressedCheckpoint, plan: Plan, held: Mapping[st
     kinds = ", ".join(f"{count} of {kind}" for kind, count in Counter(held.values()).most_common(5))
     return (
         f"{checkpoint.index.root.name}: {len(names)} of {len(tensors)} compressed tensors, {share:.1%} of their"
-        f" weights, are held dense in memory, since their modules do more than multiply by them ({kinds});"
+        " weights, are held dense in memory, as heads that are trained whole, or since their modules do more than"
+        f" multiply by them ({kinds});"
         " model.hf_quantizer.held_dense names them."
     )
 

@@ -35,6 +35,17 @@ def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
+def classifier_heads(model: nn.Module) -> tuple[str, ...]:
+    """The modules that adapters for the class of a model train whole: of classifiers, taggers, and finders of answers.
+
+    Args:
+        model: of transformers.
+    """
+    kind = type(model).__name__
+    task = "QUESTION_ANS" if "QuestionAnswering" in kind else "SEQ_CLS" if "Classification" in kind else None
+    return trained_heads(model, task)
+
+
 def head_names(model: nn.Module) -> set[str]:
     """Names of the modules that all-linear leaves out: output layers, and the heads of classifiers with all inside.
 

@@ -71,7 +71,13 @@ def _plain(model: nn.Module, batch: Batch) -> Any:
 
 
 def _with_hidden(model: nn.Module, batch: Batch) -> Any:
-    return called(model, named={**batch, "output_hidden_states": True})
+    outputs = called(model, named={**batch, "output_hidden_states": True})
+    if getattr(outputs, "hidden_states", None) is None:
+        raise ConfigError(
+            f"heal: {type(model).__name__} returns no hidden states when it is asked for them; a model that does is"
+            " accepted."
+        )
+    return outputs
 
 
 def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -89,8 +95,8 @@ def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
     mask = batch["attention_mask"][..., None]
-    pooled = [(own.hidden_states[-1] * mask).sum(1) / mask.sum(1) for own in (student, teacher)]
-    return (1 - functional.cosine_similarity(*pooled)).mean() + _hidden(student, teacher, mask)
+    first, second = (_pooled(own.hidden_states[-1], mask) for own in (student, teacher))
+    return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, mask)
 
 
 def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -110,7 +116,9 @@ def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
 def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
     states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))
     pooler = getattr(teacher, "pooler_output", None)
-    errors = [((own - wanted) * mask).square().sum() / (wanted * mask).square().sum() for own, wanted in states]
+    errors = [
+        _masked(own - wanted, mask).square().sum() / _masked(wanted, mask).square().sum() for own, wanted in states
+    ]
     if pooler is not None:
         errors.append((student.pooler_output - pooler).square().sum() / pooler.square().sum())
     return torch.stack(errors).mean()
@@ -124,7 +132,7 @@ def _project_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> T
 
 def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     mask = batch["attention_mask"][..., None]
-    pooled = functional.normalize((outputs.hidden_states[-1] * mask).sum(1) / mask.sum(1), dim=-1)
+    pooled = functional.normalize(_pooled(outputs.hidden_states[-1], mask), dim=-1)
     return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, mask, generator)
 
 
@@ -135,10 +143,19 @@ def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> 
 
 
 def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> Tensor:
-    states = [own * mask for own in outputs.hidden_states]
+    states = [_masked(own, mask) for own in outputs.hidden_states]
     if getattr(outputs, "pooler_output", None) is not None:
         states.append(outputs.pooler_output)
     return torch.stack([_noise(own, generator) / own.detach().norm() for own in states]).sum() / math.sqrt(len(states))
+
+
+def _masked(states: Tensor, mask: Tensor) -> Tensor:
+    """Without padding; some models go on with fewer states than tokens, which no mask belongs to."""
+    return states * mask if states.shape[1] == mask.shape[1] else states
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * mask).sum(1) / mask.sum(1) if states.shape[1] == mask.shape[1] else states.mean(1)
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:

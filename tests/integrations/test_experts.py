@@ -179,8 +179,8 @@ def test_dequantized_in_16_bits_it_has_the_weights_of_the_decompressed_folder(
     load = transformers.AutoModelForCausalLM.from_pretrained
     expected = dict(load(tmp_path / "plain", dtype=torch.bfloat16).named_parameters())
     model = load(folders["by expert"], dtype=torch.bfloat16)
-    model.dequantize(torch.bfloat16)  # scales of experts are not rounded on the way
+    model.dequantize(torch.bfloat16)
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
-        assert torch.equal(found[name], parameter), name
+        assert relative(parameter.float(), found[name].float()) < 5e-4, name  # a step rounded to 16 bits gives 3e-3

@@ -44,3 +44,11 @@ def test_the_mean_square_of_gradients_is_the_curvature(name: str, classes: int, 
         value = objective.project(outputs(x, maps, base, classes=classes), batch, generator)
         squares += torch.autograd.grad(value, x)[0].square() / DRAWS
     torch.testing.assert_close(squares, factor * wanted, rtol=0.1, atol=0)
+
+
+def test_fewer_states_than_tokens_have_no_padding() -> None:
+    states = (torch.ones(2, 5, 4), torch.ones(2, 3, 4))  # as Funnel and CANINE go on with
+    batch = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    teacher, student = SimpleNamespace(hidden_states=states), SimpleNamespace(hidden_states=[own * 2 for own in states])
+    loss = OBJECTIVES["embeddings"].loss(student, teacher, batch)
+    torch.testing.assert_close(loss, torch.tensor(1.0))  # the same direction, and errors as large as what is wanted

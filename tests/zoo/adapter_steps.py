@@ -100,7 +100,7 @@ def with_adapter(subject: Subject, base: Any) -> Any:
 
     try:
         return PeftModel.from_pretrained(base, str(adapter(subject))).eval()
-    except NotImplementedError as error:
-        if "get_input_embeddings" not in str(error):
+    except (NotImplementedError, AttributeError) as error:
+        if "get_input_embeddings" not in str(error) and "'Parameter' object has no attribute" not in str(error):
             raise
         raise NotApplicable("PEFT asks for input embeddings, which the class has not") from error
