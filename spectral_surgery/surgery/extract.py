@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ def fit(
             method's reach, or the budget is too small for a single component.
     """
     extractor.check(config)
+    limit = _limit(size, dtype)
     allocation = Allocation(int(size.value) if size.kind == "bytes" else None)
     unchanged, shapes, floors = [], {}, {}
     for update in updates:
@@ -96,9 +98,9 @@ def fit(
             most = min(extractor.most(update.shape), max_count or extractor.most(update.shape))
             if allocation.budget is not None:
                 most = min(most, max(1, allocation.budget // cost))  # one that is too dear is dropped below
-            expansion = _expanded(extractor, config, delta, size, most)
+            expansion = _expanded(extractor, config, delta, (size.kind, limit), most)
             shapes[update.layer], floors[update.layer] = update.shape, expansion.floor
-            if size.kind == "max_error" and size.value < expansion.floor:
+            if size.kind == "max_error" and limit < expansion.floor:
                 raise ConfigError(_out_of_reach(extractor, update.layer, size.value, expansion.floor))
             allocation.add(update.layer, expansion, cost)
         report(update.layer)
@@ -128,13 +130,29 @@ def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def _expanded(extractor: Extractor, config: Any, delta: Tensor, size: Size, most: int) -> Expansion:
+def _limit(size: Size, dtype: torch.dtype) -> float:
+    """The error that components left out may make, so that rounding what is stored does not exceed what was asked for.
+
+    Raises:
+        ConfigError: when rounding alone may exceed it.
+    """
+    rounding = torch.finfo(dtype).eps  # of a product of two rounded factors, at most
     if size.kind != "max_error":
-        count = min(most, int(size.value)) if size.kind == "count" else most
-        return extractor.expand(delta, count, None, config)
+        return size.value
+    if size.value <= rounding:
+        raise ConfigError(
+            f"max_error {size.value:g}: numbers of {dtype} may lose {rounding:.2g} when they are rounded; more is"
+            " accepted, or another dtype."
+        )
+    return math.sqrt(size.value**2 - rounding**2)
+
+
+def _expanded(extractor: Extractor, config: Any, delta: Tensor, wanted: tuple[str, float], most: int) -> Expansion:
+    kind, value = wanted
+    if kind != "max_error":
+        return extractor.expand(delta, min(most, int(value)) if kind == "count" else most, None, config)
     energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
-    enough = energy * (1 - size.value**2)
-    return extractor.expand(delta, most, enough, config)
+    return extractor.expand(delta, most, energy * (1 - value**2), config)
 
 
 def _out_of_reach(extractor: Extractor, layer: str, wanted: float, floor: float) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.surgery.extract import EXTRACTORS, Fit, Size, Update, fit
 from spectral_surgery.workflows.extract import delta_of
 from tests.support.checkpoints import gaussian
@@ -127,3 +128,17 @@ def test_ranks_of_layers_whose_names_end_alike() -> None:
         name: count for name, count in fitted.counts.items() if count
     }
     assert error_of(fitted, "lora", deltas) < sum(float(d.double().square().sum()) for d in deltas.values())
+
+
+@pytest.mark.parametrize("limit", [0.009, 0.02, 0.2])
+@pytest.mark.parametrize("method", ["spectral_delta", "lora", "foura"])
+def test_an_error_limit_holds_for_what_is_stored_in_16_bits(method: str, limit: float) -> None:
+    row, deltas = EXTRACTORS[method], {"a": gaussian(48, 48, seed=1)}
+    fitted = fit(row, row.method.config(), updates(**deltas), Size("max_error", limit), dtype=torch.bfloat16)
+    assert error_of(fitted, method, deltas) <= limit**2 * float(deltas["a"].double().square().sum())
+
+
+def test_an_error_below_rounding_is_refused() -> None:
+    row, deltas = EXTRACTORS["lora"], {"a": gaussian(8, 8, seed=1)}
+    with pytest.raises(ConfigError, match=r"may lose 0\.0078 when they are rounded"):
+        fit(row, row.method.config(), updates(**deltas), Size("max_error", 0.005), dtype=torch.bfloat16)
