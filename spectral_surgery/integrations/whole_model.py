@@ -150,12 +150,14 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     """
     from transformers.core_model_loading import build_glob_alternation
 
-    plan = model._get_dtype_plan(dtype)
+    plan, before = model._get_dtype_plan(dtype), model.dtype
     alternation, patterns, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
     for name, tensor in _loaded(model):
         found = alternation.search(name) if alternation is not None else None
         own = plan[patterns[found.lastgroup]] if found is not None else dtype
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and (
+            found is not None or tensor.dtype == before
+        ):  # others have a type of their own
             tensor.data = tensor.data.to(own)
     model.config.dtype = dtype
 

@@ -304,3 +304,13 @@ def test_peft_takes_it(folders: dict[str, Path], tmp_path: Path, family: str) ->
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(family, folders[family]), tmp_path).eval()
     assert torch.equal(output(model.eval()), output(again))
+
+
+def test_dequantize_leaves_parameters_of_a_type_of_their_own(folders: dict[str, Path]) -> None:
+    """Some routers are float32 in any model, without a list that says so."""
+    model = transformers.AutoModel.from_pretrained(folders["bert"], dtype=torch.bfloat16)
+    norm = model.embeddings.LayerNorm
+    norm.float()
+    model.dequantize(torch.bfloat16)
+    assert norm.weight.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
