@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterMethod
+from spectral_surgery.adapters.positions import register_positions
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.ops.fourier_delta import Places, adapted_linear, delta_rows, delta_weight, fold, fourier_delta
 from spectral_surgery.targets import pattern_value
@@ -45,10 +46,23 @@ class FourierFTConfig:
 
 
 class FourierFT(nn.Module):
-    """A FourierFT update of an [O, I] weight."""
+    """A FourierFT update of an [O, I] weight.
 
-    def __init__(self, config: FourierFTConfig, out_features: int, in_features: int) -> None:
+    Attributes:
+        spectrum: [K] coefficients, the parameter.
+        positions: [K] their places, row * I + column; folded once, and again when others are loaded.
+    """
+
+    def __init__(
+        self, config: FourierFTConfig, out_features: int, in_features: int, positions: Tensor | None = None
+    ) -> None:
         """Place n_frequency coefficients.
+
+        Args:
+            config: settings.
+            out_features: O.
+            in_features: I.
+            positions: [n_frequency] increasing places, which are stored; None for those that PEFT draws, which are not.
 
         Raises:
             ConfigError: when n_frequency does not fit the layer, or scaling is still "auto".
@@ -66,14 +80,25 @@ class FourierFT(nn.Module):
         self.scaling = float(config.scaling)
         start = torch.zeros if config.init_weights else torch.randn
         self.spectrum = nn.Parameter(start(config.n_frequency))
-        positions = random_positions(count, config.n_frequency, config.random_loc_seed)
-        places = _folded(self.shape, config.n_frequency, config.random_loc_seed)
-        self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("_indices", places.indices, persistent=False)
-        self.register_buffer("_factors", places.factors, persistent=False)
         self.positions: Tensor
         self._indices: Tensor
         self._factors: Tensor
+        if positions is None:
+            drawn = random_positions(count, config.n_frequency, config.random_loc_seed)
+            self.register_buffer("positions", drawn, persistent=False)
+            places = _folded(self.shape, config.n_frequency, config.random_loc_seed)
+        else:
+            register_positions(self, positions, self.shape)
+            places = _fold(self.positions, self.shape)
+            self.register_load_state_dict_post_hook(_fold_loaded)  # type: ignore[no-untyped-call]
+        self.register_buffer("_indices", places.indices, persistent=False)
+        self.register_buffer("_factors", places.factors, persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; transformers loads adapters so, and no hook tells of it."""
+        super().__setattr__(name, value)
+        if name == "positions":
+            self._indices, self._factors = _fold(value, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual of x [..., I]: [..., O] in its dtype."""
@@ -128,8 +153,17 @@ def random_positions(count: int, n_frequency: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _folded(shape: tuple[int, int], n_frequency: int, seed: int) -> Places:
-    with torch.device("cpu"):
-        return fold(random_positions(shape[0] * shape[1], n_frequency, seed), *shape)
+    return _fold(random_positions(shape[0] * shape[1], n_frequency, seed), shape)
+
+
+def _fold(positions: Tensor, shape: tuple[int, int]) -> Places:
+    with positions.device:  # not that of a context in which a model is built
+        return fold(positions, *shape)
+
+
+def _fold_loaded(adapter: FourierFT, _: object) -> None:
+    """After load_state_dict, which writes into the positions."""
+    adapter._indices, adapter._factors = _fold(adapter.positions, adapter.shape)
 
 
 def auto_scaling(config: FourierFTConfig, shapes: list[tuple[int, int]]) -> FourierFTConfig:

@@ -15,15 +15,13 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.adapters.base import AdapterMethod
-from spectral_surgery.adapters.fourierft import FourierFTConfig, auto_scaling
-from spectral_surgery.adapters.positions import check_count, register_positions
+from spectral_surgery.adapters.fourierft import FourierFT, FourierFTConfig, auto_scaling
+from spectral_surgery.adapters.positions import check_count
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.ops.fourier_delta import delta_weight, fourier_delta
 from spectral_surgery.targets import pattern_value
-from spectral_surgery.transforms.base import as_real
 
 _BLOCK = 1 << 20  # places weighed at a time
 
@@ -54,42 +52,21 @@ class FourierFTBiasedConfig:
         return replace(self, n_frequency=n_frequency, n_frequency_pattern={})
 
 
-class FourierFTBiased(nn.Module):
-    """A FourierFT update of an [O, I] weight whose places are stored.
+def build(config: FourierFTBiasedConfig, out_features: int, in_features: int) -> FourierFT:
+    """A FourierFT update of an [O, I] weight whose places are drawn in the band, and stored.
 
-    Attributes:
-        spectrum: [K] coefficients, the parameter.
-        positions: [K] their places, row * I + column, increasing.
+    Args:
+        config: settings.
+        out_features: O.
+        in_features: I.
+
+    Raises:
+        ConfigError: when a setting does not fit the layer, or scaling is still "auto".
     """
-
-    def __init__(self, config: FourierFTBiasedConfig, out_features: int, in_features: int) -> None:
-        """Draw n_frequency places.
-
-        Raises:
-            ConfigError: when a setting does not fit the layer, or scaling is still "auto".
-        """
-        super().__init__()
-        if config.scaling == "auto":
-            raise ConfigError("scaling 'auto': not resolved; a number is accepted here. Use the method's resolve.")
-        self.shape = (out_features, in_features)
-        self.scaling = float(config.scaling)
-        band = Band(config.center_frequency, config.bandwidth)
-        self.positions: Tensor
-        register_positions(self, draw(self.shape, config.n_frequency, band, config.random_loc_seed), self.shape)
-        self.spectrum = nn.Parameter((torch.zeros if config.init_weights else torch.randn)(config.n_frequency))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual of x [..., I]: [..., O] in its dtype."""
-        places, spectrum = self.positions.long(), as_real(self.spectrum)
-        return fourier_delta(x.to(spectrum.dtype), spectrum, places, self.shape[0], self.scaling).to(x.dtype)
-
-    def delta_weight(self) -> Tensor:
-        """[O, I] float32."""
-        return delta_weight(as_real(self.spectrum), self.positions.long(), self.shape, self.scaling)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of delta_weight: [..., I] float32."""
-        return nn.functional.embedding(ids, self.delta_weight())
+    band = Band(config.center_frequency, config.bandwidth)
+    positions = draw((out_features, in_features), config.n_frequency, band, config.random_loc_seed)
+    plain = FourierFTConfig(config.n_frequency, config.scaling, init_weights=config.init_weights)
+    return FourierFT(plain, out_features, in_features, positions)
 
 
 @dataclass(frozen=True)
@@ -180,7 +157,7 @@ def _resolve(config: FourierFTBiasedConfig, shapes: list[tuple[int, int]]) -> Fo
 FOURIERFT_BIASED = AdapterMethod(
     name="fourierft_biased",
     config=FourierFTBiasedConfig,
-    build=FourierFTBiased,
+    build=build,
     peft_type="FOURIERFT_BIASED",
     source="arXiv 2405.03003, equation 5",
     resolve=_resolve,

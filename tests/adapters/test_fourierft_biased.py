@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from spectral_surgery.adapters import METHODS
-from spectral_surgery.adapters.fourierft import FourierFTConfig
+from spectral_surgery.adapters import METHODS, fourierft
+from spectral_surgery.adapters.fourierft import FourierFT, FourierFTConfig
 from spectral_surgery.adapters.fourierft_biased import (
     Band,
-    FourierFTBiased,
     FourierFTBiasedConfig,
     basis_functions,
+    build,
     draw,
 )
+from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.ops.fourier_delta import reference
 
 
 @pytest.mark.parametrize(("center", "total"), [(0, 124005), (100, 168894), (200, 249747), (350, 293858), (480, 105874)])
@@ -83,7 +86,7 @@ def test_places_depend_on_the_seed_alone() -> None:
 
 def test_places_are_stored() -> None:
     config = FourierFTBiasedConfig(n_frequency=9)
-    adapter = FourierFTBiased(config, 12, 20)
+    adapter = build(config, 12, 20)
     assert set(adapter.state_dict()) == {"spectrum", "positions"}
     other = torch.arange(9, dtype=torch.int32)
     adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other})
@@ -93,6 +96,53 @@ def test_places_are_stored() -> None:
     torch.testing.assert_close(adapter.delta_weight(), expected)
     with pytest.raises(CheckpointError, match=r"positions: .* are not increasing places of a spectrum; 0 to 239"):
         adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other + 235})
+
+
+def loaded(adapter: FourierFT, positions: Tensor, how: str) -> None:
+    if how == "transformers":  # which sets the tensors one by one
+        adapter.positions = positions
+    else:
+        state = {"spectrum": adapter.spectrum.detach().clone(), "positions": positions}
+        adapter.load_state_dict(state, assign=how == "assigned")
+
+
+@pytest.mark.parametrize("how", ["copied", "assigned", "transformers"])
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_other_places_are_used_once_loaded(how: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = build(FourierFTBiasedConfig(n_frequency=9, init_weights=False), 12, 20)
+    other = torch.tensor([0, 3, 10, 40, 77, 120, 131, 200, 239], dtype=torch.int32)
+    assert not torch.equal(other, adapter.positions)
+    loaded(adapter, other, how)
+    monkeypatch.setattr(fourierft, "fold", lambda *_: pytest.fail("folded again"))
+    x = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    delta = reference.delta_weight(adapter.spectrum, other, (12, 20), 150.0)
+    values = (adapter(x), adapter.delta_weight(), adapter.rows(torch.tensor([0, 11])))
+    wanted = (nn.functional.linear(x, delta), delta, delta[[0, 11]])
+    torch.testing.assert_close(values, wanted)
+    for one, expected in zip(values, wanted, strict=True):
+        sources = (x, adapter.spectrum) if one is values[0] else (adapter.spectrum,)
+        got, right = (torch.autograd.grad(y.square().sum(), sources, retain_graph=True) for y in (one, expected))
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_other_places_are_used_inside_a_layer() -> None:
+    layer = AdaptedLayer(nn.Linear(20, 12).requires_grad_(False))
+    layer.add("a", build(FourierFTBiasedConfig(n_frequency=9, init_weights=False), 12, 20))
+    layer.set_active({"a": 1.0})
+    adapter = layer.adapters["a"]
+    assert isinstance(adapter, FourierFT)
+    loaded(adapter, torch.arange(9, dtype=torch.int32), "copied")
+    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + nn.functional.linear(x, adapter.delta_weight()))
+
+
+def test_places_of_an_adapter_built_without_numbers_are_folded_when_they_come() -> None:
+    adapter = build(FourierFTBiasedConfig(n_frequency=9, init_weights=False), 12, 20)
+    with torch.device("meta"):
+        hollow = build(FourierFTBiasedConfig(n_frequency=9), 12, 20)
+    hollow.to_empty(device="cpu").load_state_dict(adapter.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(hollow(x), adapter(x))
 
 
 def test_auto_scaling_is_that_of_fourierft() -> None:
@@ -116,4 +166,4 @@ def test_auto_scaling_is_that_of_fourierft() -> None:
 )
 def test_wrong_settings(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        FourierFTBiased(FourierFTBiasedConfig(**{"n_frequency": 9, **changes}), 12, 20)
+        build(FourierFTBiasedConfig(**{"n_frequency": 9, **changes}), 12, 20)

@@ -228,7 +228,7 @@ def test_pickles(case: Case) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(adapter))(x), adapter(x))
 
 
-@cases([DYNAMIC, SPARSE])
+@cases([*MERGEABLE[:2], DYNAMIC, SPARSE])
 def test_compiles_in_one_graph(case: Case) -> None:
     adapter = case.trained(12, 20)
     x = signal(5, 20).requires_grad_()
