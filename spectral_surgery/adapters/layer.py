@@ -17,7 +17,8 @@ Kind = Literal["linear", "conv", "embedding"]
 def kind_of(module: nn.Module) -> Kind | None:
     """How a module uses its weight; None when it cannot carry an adapter.
 
-    Any module with in_features and out_features maps [..., I] to [..., O]: Linear, quantised linears, SpectralLinear.
+    Any module with in_features and out_features maps [..., I] to [..., O]: Linear, quantised linears, SpectralLinear;
+    but see `regroups`.
     """
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -25,7 +26,37 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "conv"
     is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' transposed linear
     is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
-    return "linear" if is_conv1d or is_linear else None
+    return "linear" if is_conv1d or (is_linear and not regroups(module)) else None
+
+
+def regroups(module: nn.Module) -> bool:
+    """Whether a linear layer gives something else than [..., O], so that an update of [..., O] cannot be added.
+
+    Subclasses of nn.Linear may multiply groups of their inputs by parts of the weight. They are run without numbers;
+    one that does not run so counts as plain.
+    """
+    own = getattr(module, "stands_for", type(module))  # of a compressed layer, the class that it was
+    if not isinstance(module, nn.Linear) or own.forward is nn.Linear.forward:
+        return False
+    shape, weight = shape_of(module), module._parameters.get("weight")
+    if weight is not None and (type(weight) is not nn.Parameter or weight.shape != shape or weight.dtype.itemsize < 2):
+        return False  # quantised
+    dtype = torch.float32 if weight is None else weight.dtype
+    hollow = own.__new__(own)
+    tensors = {
+        kind: {
+            name: None if x is None else torch.empty_like(x, device="meta") for name, x in vars(module)[kind].items()
+        }
+        for kind in ("_parameters", "_buffers")
+    }
+    tensors["_parameters"]["weight"] = torch.empty(shape, dtype=dtype, device="meta")
+    vars(hollow).update(vars(module) | tensors)
+    tokens = shape[0]  # which every grouping of the outputs divides
+    try:
+        y = own.forward(hollow, torch.empty(tokens, shape[1], dtype=dtype, device="meta"))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    return not isinstance(y, Tensor) or y.shape != (tokens, shape[0])
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -119,7 +150,7 @@ class AdaptedLayer(nn.Module):
         if kind is None:
             raise ConfigError(
                 f"{type(base_layer).__name__}: cannot carry an adapter; Linear, Conv1D, Conv2d, Embedding and modules"
-                " with in_features and out_features are accepted. Choose other target_modules."
+                " that map in_features to out_features are accepted. Choose other target_modules."
             )
         self.kind: Kind = kind
         self.base_layer = base_layer

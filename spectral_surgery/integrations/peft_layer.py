@@ -54,7 +54,7 @@ class MethodLayer(nn.Module):
         if kind is None:
             raise ConfigError(
                 f"{type(base_layer).__name__}: cannot carry an adapter of {self.method.name}; Linear, Conv1D, Conv2d,"
-                " Embedding and modules with in_features and out_features are accepted. Choose other target_modules."
+                " Embedding and modules that map in_features to out_features are accepted. Choose other target_modules."
             )
         self.kind: Kind = kind
         self.out_features, self.in_features = shape_of(self.get_base_layer())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.adapters.base import AdapterSpec
-from spectral_surgery.adapters.layer import AdaptedLayer, kind_of, shape_of
+from spectral_surgery.adapters.layer import AdaptedLayer, kind_of, regroups, shape_of
 from spectral_surgery.adapters.saved import SavedModule
 from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.surgery.heads import head_names
@@ -31,6 +31,7 @@ _DEFAULT_TARGETS = (
     ("key", "value", "receptance", "output"),
 )
 _TINY = 0.01  # part of the weights of all linear layers that may be in layers too small for the settings
+_REGROUPS = "its outputs have another shape than those of a linear layer, so that no update can be added"
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
@@ -45,7 +46,7 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
         A specification that another program reads the same way.
 
     Raises:
-        TargetError: when no module matches.
+        TargetError: when no module matches, or one that can carry no adapter does.
     """
     modules = dict(candidates(model))
     targets = _with_all_saved(model, spec.targets)
@@ -62,6 +63,12 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
     if targets.target_modules == ALL_LINEAR:
         linear, _ = all_linear(model, replace(spec, targets=targets))
         targets = replace(targets, target_modules=tuple(linear))
+    refused = [name for name, module in _outer(model) if regroups(module) and targets.matches(name)]
+    if refused:
+        raise TargetError(
+            f"target_modules: {refused[0]} and {len(refused) - 1} more are among them, and {_REGROUPS}; other layers"
+            " are accepted. Use --exclude-modules."
+        )
     everything = dict(candidates(model, everything=True))
     names = targets.select(everything)
     chosen = [everything[name] for name in names]
@@ -88,7 +95,8 @@ def all_linear(model: nn.Module, spec: AdapterSpec) -> tuple[list[str], dict[str
     heads = head_names(model)
     left_out = dict.fromkeys(_fused_experts(model), "experts in one tensor, and no linear layer")
     left_out |= {name: "a head" for name in modules if name in heads}
-    left_out |= {name: "a router, which gives more than its product" for name in modules if _is_router(modules[name])}
+    left_out |= {name: _REGROUPS for name, module in _outer(model) if regroups(module)}
+    left_out |= {name: "a router, which gives more than its product" for name, own in _outer(model) if _is_router(own)}
     usable = [name for name in modules if name not in left_out]
     if not usable:
         raise TargetError(
@@ -142,7 +150,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
-    return type(module) is not nn.Linear and "router" in type(module).__name__.lower()
+    linear = isinstance(module, nn.Linear) or kind_of(module) == "linear"
+    return linear and type(module) is not nn.Linear and "router" in type(module).__name__.lower()
 
 
 def _fused_experts(model: nn.Module) -> Iterator[str]:

@@ -21,6 +21,7 @@ from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.surgery import attach
 from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.workflows.inject import inject, plan_injection
+from tests.zoo.entries import ZOO
 
 # PEFT asks transformers for a property by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -238,6 +239,26 @@ def test_a_lora_avoids_what_fused_kernels_read_past(tmp_path: Path) -> None:
     assert loaded_by_peft(tmp_path / "mamba", tmp_path / "out")
     with pytest.raises(TargetError, match="out_proj and 0 more are among them, and PEFT refuses LoRA on it"):
         plan_injection(tmp_path / "mamba", spec_of("lora", ModuleTargets(("out_proj",)), r=1))
+
+
+@pytest.mark.parametrize("method", ["fourierft", "lora", "foura"])
+def test_layers_that_multiply_in_groups_are_left_out_and_said(tmp_path: Path, method: str) -> None:
+    model = ZOO["deepseek_v4"].build().float()
+    model.save_pretrained(tmp_path / "grouped")
+    setting = "n_frequency" if method == "fourierft" else "r"
+    command = ["inject", str(tmp_path / "grouped"), str(tmp_path / "out"), "--method", method, "-o", f"{setting}=1"]
+    body = json.loads(CliRunner().invoke(cli, [*command, "--target-modules", "all-linear", "--json"]).stdout)
+    grouped = {f"model.layers.{number}.self_attn.o_a_proj" for number in range(len(model.model.layers))}
+    assert {
+        own["name"] for own in body["left_out"] if "another shape than those of a linear" in own["reason"]
+    } == grouped
+    assert f"{min(grouped)[:-8]}o_b_proj" in {own["layer"] for own in body["layers"]}
+    live = loaded_by_peft(tmp_path / "grouped", tmp_path / "out")
+    with torch.no_grad():
+        assert live(torch.arange(3, 14)[None]).logits.isfinite().all()
+    explicit = spec_of(method, ModuleTargets(("o_a_proj", "o_b_proj")), **{setting: 1})
+    with pytest.raises(TargetError, match=rf"{min(grouped)} and \d more are among them, and its outputs have another"):
+        plan_injection(tmp_path / "grouped", explicit)
 
 
 def test_tiny_layers_are_left_out_of_all_linear(tmp_path: Path) -> None:
