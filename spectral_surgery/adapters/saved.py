@@ -5,7 +5,6 @@ The originals are kept as they are; what is trained is a named copy.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -51,9 +50,9 @@ class SavedModule(nn.Module):
         """The module in use: whatever it takes and answers."""
         return self.used
 
-    def add(self, name: str) -> None:
-        """Start a copy from the base."""
-        self.copies[name] = copy.deepcopy(self.base_layer).requires_grad_(True)
+    def add(self, name: str, fresh: nn.Module) -> None:
+        """Take over a copy of the base, to be trained."""
+        self.copies[name] = fresh.requires_grad_(True)
 
     def drop(self, name: str) -> None:
         """Forget a copy."""

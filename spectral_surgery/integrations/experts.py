@@ -124,6 +124,13 @@ class _Holder:
         """Classes that are made at run time have no name to be found by."""
         return _empty, (self.stands_for, self.leaves), cast(Any, self).__getstate__()
 
+    def become_dense(self, done: dict[int, nn.Parameter]) -> None:
+        """See `surgery.trained_copy`; no two of these share a spectrum."""
+        del done
+        module = cast(nn.Module, self)
+        for leaf, (_, held) in held_parameters(module).items():
+            put_parameter(module, leaf, nn.Parameter(held.to_dense()))
+
 
 @cache
 def _holding(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:

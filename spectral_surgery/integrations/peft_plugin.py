@@ -21,6 +21,7 @@ from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.layer import kind_of, shape_of
 from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.integrations.peft_layer import MergedWeight, MethodLayer
+from spectral_surgery.surgery.trained_copy import holds_spectra, trained_copy
 
 
 def register() -> None:
@@ -32,6 +33,7 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
+    train_dense_copies()
     for method in METHODS.values():
         if method.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
             continue
@@ -41,6 +43,22 @@ def register() -> None:
             name=method.peft_type.lower(), config_cls=config, model_cls=tuner, prefix=f"{method.name}_"
         )
         globals().update({made.__name__: made for made in (config, layer, tuner)})  # where pickle looks for them
+
+
+def train_dense_copies() -> None:
+    """Let PEFT train dense copies of compressed modules, where modules_to_save names them; it would copy spectra."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    update = ModulesToSaveWrapper.update
+    if update.__module__ == __name__:
+        return
+
+    def update_dense(self: Any, adapter_name: str, tied_module: Any = None, **settings: Any) -> None:
+        if tied_module is None and adapter_name not in self.modules_to_save and holds_spectra(self.original_module):
+            self.modules_to_save[adapter_name] = trained_copy(self.original_module)
+        update(self, adapter_name, tied_module=tied_module, **settings)
+
+    ModulesToSaveWrapper.update = update_dense
 
 
 def add_peft_type(name: str) -> None:

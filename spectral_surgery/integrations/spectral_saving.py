@@ -8,7 +8,7 @@ in the headers of the weight files.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from spectral_surgery.checkpoint.manifest import QUANT_METHOD, SUFFIXES, Manifest
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.integrations.experts import Held, held_parameters, put_parameter
+from spectral_surgery.integrations.experts import Held, held_parameters
 from spectral_surgery.integrations.spectral_loading import Loading, decoded, retie
 from spectral_surgery.integrations.spectral_plan import Plan
-from spectral_surgery.integrations.stand_ins import SpectralLayer, stand_out
-from spectral_surgery.layers import SpectralConv1D
+from spectral_surgery.integrations.stand_ins import SpectralLayer
+from spectral_surgery.surgery.trained_copy import HoldsSpectra, decode
 
 
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
@@ -154,32 +154,23 @@ def dequantize(model: Any, load: Loading) -> None:
         model: changed in place.
         load: what loaded it.
     """
-    decode_layers(model)
-    for name, held in spectral_experts(model).items():
-        owner, _, leaf = name.rpartition(".")
-        put_parameter(model.get_submodule(owner), leaf, nn.Parameter(held.to_dense()))
+    decode(model, {})
     model._weight_conversions = load.conversions
     retie(model, load)
 
 
-def decode_layers(model: nn.Module, spectra: Container[int] | None = None) -> list[str]:
+def decode_layers(model: nn.Module, spectra: Container[int]) -> list[str]:
     """Give layers of ours dense weights; tied ones share their parameter again.
 
     Args:
         model: changed in place.
-        spectra: ids of the spectra of those that are meant; None for all.
+        spectra: ids of the spectra of those that are meant.
 
     Returns:
         The names of the layers.
     """
-    chosen = [
-        (name, layer) for name, layer in spectral_layers(model) if spectra is None or id(layer.spectrum) in spectra
-    ]
+    chosen = [(name, layer) for name, layer in spectral_layers(model) if id(layer.spectrum) in spectra]
     done: dict[int, nn.Parameter] = {}
     for layer in {id(layer): layer for _, layer in chosen}.values():
-        key = id(layer.spectrum)
-        if key not in done:
-            weight = layer.weight.data if isinstance(layer, SpectralConv1D) else layer.spectrum.to_dense()
-            done[key] = nn.Parameter(weight.contiguous())
-        stand_out(layer, done[key])
+        cast(HoldsSpectra, layer).become_dense(done)
     return [name for name, _ in chosen]

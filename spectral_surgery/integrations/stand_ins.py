@@ -30,6 +30,15 @@ class _StandIn:
         """Classes that are made at run time have no name to be found by."""
         return _empty, (self.stands_for,), cast(Any, self).__getstate__()
 
+    def become_dense(self, done: dict[int, nn.Parameter]) -> None:
+        """See `surgery.trained_copy`."""
+        key, own = id(self.spectrum), cast(nn.Module, self)
+        if key not in done:
+            weight = self.spectrum.to_dense()
+            turned = isinstance(self, SpectralConv1D) and self.transposed
+            done[key] = nn.Parameter((weight.T if turned else weight).contiguous())
+        stand_out(own, done[key])
+
     def _lazy(self, *, turned: bool = False) -> Tensor:
         held: object = self.spectrum
         if isinstance(held, SpectralWeight):

@@ -17,6 +17,7 @@ from spectral_surgery.adapters.layer import AdaptedLayer, forms_of, shape_of
 from spectral_surgery.adapters.saved import BIAS_RECORD, SavedModule, TrainedBias
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.surgery.resolve import candidates, resolve
+from spectral_surgery.surgery.trained_copy import trained_copy
 from spectral_surgery.targets import ALL_LINEAR
 
 DEFAULT = "default"
@@ -254,7 +255,7 @@ def _put_on(model: nn.Module, spec: AdapterSpec, name: str, adapters: Mapping[st
         if not isinstance(saved, SavedModule):
             saved = SavedModule(saved)
             _replace(model, target, saved)
-        saved.add(name)
+        saved.add(name, trained_copy(saved.base_layer))
     for host in _bias_hosts(model, spec, adapters):
         record = getattr(host, BIAS_RECORD, None) or TrainedBias(host)
         record.add(name)
