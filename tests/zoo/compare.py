@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,29 @@ def more(keys: Keys, baseline: Keys) -> str:
 
 
 def outputs(entry: Entry, model: Any, base: Any = None, seed: int = 0) -> Outputs:
-    """All floating tensors that the model returns, float32, by their place; ``base`` says the inputs' dtype."""
+    """All floating tensors that the model returns, float32, by their place; ``base`` says the inputs' dtype.
+
+    Those that modules in ``entry.inside`` return are among them.
+    """
     inputs = entry.make_inputs(model if base is None else base, seed)
     torch.manual_seed(7)  # some draw noise
-    with torch.no_grad():
-        return dict(_leaves(model(**inputs)))
+    with torch.no_grad(), _watching(model, entry.inside) as seen:
+        return dict(_leaves(model(**inputs))) | dict(_leaves(seen))
+
+
+@contextmanager
+def _watching(model: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What modules return, by their names in the plain model: PEFT puts its model around it."""
+    seen: dict[str, Any] = {}
+    hooks = []
+    for name in names:
+        (module,) = (own for full, own in model.named_modules() if f".{full}".endswith(f".{name}"))
+        hooks.append(module.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]})))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:

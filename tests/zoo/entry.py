@@ -46,6 +46,7 @@ class Entry:
     short: bool = False  # takes at most 16 tokens
     mixer: str = ""  # swapped for attention
     own_code: Callable[[], Any] | None = None  # makes the model from code that is saved beside it
+    inside: tuple[str, ...] = ()  # modules whose outputs are compared too: those of the model show them only rounded
 
     @property
     def type(self) -> str:

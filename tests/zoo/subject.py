@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.zoo.compare import Keys, Outputs, distance, load, outputs, tensors
+from tests.zoo.compare import Keys, Outputs, distance, load, more, outputs, tensors
 from tests.zoo.corpus import Corpus
 from tests.zoo.entry import SMALL_SHARD, Entry
 from tests.zoo.outcome import command
@@ -31,6 +31,7 @@ class Subject:
     first: Outputs  # of what transformers loads from its own file
     keys: Keys  # that transformers misses or ignores in the original too
     saved_error: float  # between the model and what transformers loads from its own file
+    lost: str = ""  # what transformers itself loses when it saves what it has loaded, in words
     found: dict[str, Any] = field(default_factory=dict)  # by name, from one step to another
 
     @property
@@ -70,7 +71,7 @@ class Subject:
 
 
 def prepare(entry: Entry, folder: Path, corpus: Corpus) -> Subject:
-    """Build the model and save it as transformers does.
+    """Build the model and save it as transformers does, once and again.
 
     Raises:
         Exception: whatever transformers raises when it cannot build, run, save or load it.
@@ -88,4 +89,23 @@ def prepare(entry: Entry, folder: Path, corpus: Corpus) -> Subject:
     error, _ = distance(first, loaded)
     if error > ROUNDED and entry.half:  # a rounding may send a token to another expert; what is kept in float32 differs
         error, _ = distance(outputs(entry, model.float()), outputs(entry, load(entry, source, torch.float32)[0]))
-    return Subject(entry, folder, corpus, tensors(source), loaded, keys, error)
+    lost = _lost_again(entry, again, folder / "again", keys)
+    return Subject(entry, folder, corpus, tensors(source), loaded, keys, error, lost)
+
+
+def _lost_again(entry: Entry, model: Any, folder: Path, keys: Keys) -> str:
+    """Saves a plain model that was loaded, and loads it: what is lost then is no fault of compression."""
+    said = "transformers itself: the plain model, once loaded and saved again,"
+    wanted = outputs(entry, model)
+    try:
+        model.save_pretrained(folder)
+        again, found = load(entry, folder)
+        error, where = distance(wanted, outputs(entry, again))
+    except Exception as raised:  # noqa: BLE001 - transformers fails in any way
+        return f"{said} fails with {type(raised).__name__}: {raised}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    others = more(found, keys)
+    if others:
+        return f"{said} loads with {others}"
+    return f"{said} has outputs that differ by {error:.2g} in {where}" if error > EXACT else ""

@@ -37,7 +37,8 @@ What is checked:
   compressed weights, those that stay spectra; the others are decoded at loading.
 - generate: the same greedy tokens as the decompressed model.
 - save again: `save_pretrained` of the compressed model loads to the same outputs and decompresses to the same bits.
-- dequantize: the outputs of the decompressed model, also saved and loaded.
+- dequantize: the outputs of the decompressed model, also saved and loaded. Neither is applicable where transformers
+  itself loses something of the plain model when it saves what it has loaded.
 - inject, merge, unmerge: a FourierFT adapter for all linear layers; the original comes back bit for bit.
 - PEFT: loads the adapter on every layer of it, and has the outputs of the merged model; on compressed: the same on the
   compressed model.

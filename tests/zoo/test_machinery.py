@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from spectral_surgery.errors import ConfigError
 from tests.zoo import outcome as outcomes
+from tests.zoo import subject as subjects
 from tests.zoo import sweep as sweeping
+from tests.zoo.compare import distance, outputs
 from tests.zoo.corpus import Corpus
 from tests.zoo.entries import KINDS, ZOO
 from tests.zoo.entry import CAUSAL, Entry
@@ -22,6 +27,7 @@ from tests.zoo.left_out import LEFT_OUT
 from tests.zoo.outcome import NotApplicable, Outcome, Refused, Status, Wrong, attempt, command
 from tests.zoo.shrink import FIRST_SPECIAL, VOCABULARY, tiny_settings
 from tests.zoo.steps import NAMES, STEPS, Step, run_step
+from tests.zoo.subject import prepare
 from tests.zoo.sweep import read_results, sweep
 from tests.zoo.table import PAGE, names_in, page, reasons
 
@@ -217,6 +223,50 @@ def test_every_type_of_transformers_is_in_the_zoo_or_left_out_with_a_reason() ->
     assert not built & LEFT_OUT.keys()
     assert not set(transformers.CONFIG_MAPPING) - built - LEFT_OUT.keys()
     assert not LEFT_OUT.keys() - set(transformers.CONFIG_MAPPING)
+
+
+def test_the_durations_of_vits_are_compared_before_they_are_rounded() -> None:
+    entry = ZOO["vits"]
+    model = entry.build().float()
+    before = outputs(entry, model)
+    generator = torch.Generator().manual_seed(3)
+
+    def change(part: torch.nn.Module, by: float) -> None:
+        for parameter in part.parameters():
+            parameter.data.add_(by * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+
+    change(model.duration_predictor, 0.5)
+    after = outputs(entry, model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {".duration_predictor"}
+    change(model, 0.5)  # so that durations are other ones, and yet what is compared has its shape
+    error, _ = distance(before, outputs(entry, model))
+    assert 0.01 < error < math.inf
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_transformers_itself_loses_is_not_our_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus(tmp_path)
+    assert not prepare(ZOO["vit"], tmp_path / "sound", corpus).lost
+    assert not (tmp_path / "sound" / "again").exists()
+    load = subjects.load
+
+    def forgets(entry: Entry, folder: Path, *rest: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+        model, keys = load(entry, folder, *rest)
+        return model, keys | ({"missing_keys": ["a.weight"]} if folder.name == "again" else {})
+
+    monkeypatch.setattr(subjects, "load", forgets)
+    subject = prepare(ZOO["vit"], tmp_path / "lossy", corpus)
+    assert subject.lost.startswith(
+        "transformers itself: the plain model, once loaded and saved again, loads with missing"
+    )
+    compressed = ZOO["vit"].build()
+    subject.found |= {"compressed": compressed, "wanted": subject.outputs(compressed)}
+    monkeypatch.setattr(type(compressed), "dequantize", lambda _: None)
+    for step in ("save again", "dequantize"):
+        done = dict.fromkeys(NAMES, Outcome(Status.OK))
+        found = run_step(next(own for own in STEPS if own.name == step), subject, done)
+        assert (found.status, found.line) == (Status.NOT_APPLICABLE, subject.lost)
 
 
 def test_settings_by_rule_are_small_and_hold_each_kind_of_layer() -> None:
