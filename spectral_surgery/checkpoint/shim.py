@@ -62,6 +62,24 @@ def with_shim(config: Mapping[str, object]) -> dict[str, object]:
     return {**config, "auto_map": {**_AUTO_MAP, **own}}
 
 
+def notes_on(config: Mapping[str, object]) -> tuple[str, ...]:
+    """What users of a folder have to know that the file does not do for them, in sentences.
+
+    It cannot stand before code of another repository: a revision that is asked of that code would not reach it.
+
+    Args:
+        config: content of the source's config.json.
+    """
+    own = {key: str(value) for key, value in _entries(config.get("auto_map")).items() if key.startswith("AutoModel")}
+    others = sorted({value.partition("--")[0] for value in own.values() if "--" in value})
+    if not others or is_shim(own):
+        return ()
+    return (
+        f"its code is in another repository ({', '.join(others)}): to load the compressed folder, import"
+        " spectral_surgery first; with trust_remote_code=True alone, transformers gives random weights and a warning",
+    )
+
+
 def without_shim(config: Mapping[str, object]) -> dict[str, object]:
     """A configuration that does not name the file.
 

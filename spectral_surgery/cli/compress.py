@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from spectral_surgery.checkpoint.shim import notes_on
 from spectral_surgery.cli import calibration, output, shared
 from spectral_surgery.workflows.team import team
 
@@ -153,7 +154,7 @@ def _show_plan(
         "predicted_worker_bytes": plan.predicted_memory(),
         "input_bytes": index.nbytes,
         "files_left_out": [str(name) for name in index.skipped_files],
-        "notes": list(index.notes),
+        "notes": [*index.notes, *notes_on(index.config)],
     }
     if as_json:
         output.print_json("compress", body)
@@ -167,7 +168,7 @@ def _show_plan(
         f"memory of a worker about {output.size(plan.predicted_memory())} besides torch."
     )
     _show_copied(plan)
-    output.notes(index.notes)
+    output.notes((*index.notes, *notes_on(index.config)))
     click.echo("Nothing was written.")
 
 

@@ -19,6 +19,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex, read_index
 from spectral_surgery.checkpoint.lock import LOCK_FILE, hold
 from spectral_surgery.checkpoint.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, Unit, make_plan
+from spectral_surgery.checkpoint.shim import notes_on
 from spectral_surgery.checkpoint.units import UNITS, Workshop, is_done, join, run_unit, work_key
 from spectral_surgery.checkpoint.writer import (
     partial_folder,
@@ -308,7 +309,7 @@ def _finish(
         time.perf_counter() - started,
         peak_rss_bytes(),
         tuple(str(path) for path in index.skipped_files),
-        index.notes,
+        (*index.notes, *notes_on(index.config)),
     )
 
 

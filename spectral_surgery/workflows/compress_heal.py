@@ -14,6 +14,7 @@ from spectral_surgery.checkpoint.index import read_index
 from spectral_surgery.checkpoint.manifest import FILE_NAME
 from spectral_surgery.checkpoint.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions
 from spectral_surgery.checkpoint.publish import partial_folder
+from spectral_surgery.checkpoint.shim import notes_on
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.calibrate import compress_calibrated
@@ -123,7 +124,7 @@ def _report(
         healed.seconds,
         peak_rss_bytes(),
         left_out,
-        index.notes,
+        (*index.notes, *notes_on(index.config)),
         reached,
     )
 

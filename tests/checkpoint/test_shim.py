@@ -10,9 +10,11 @@ import types
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.shim import SHIM_FILE, forget_shim, is_shim, shim_text, with_shim, without_shim
+from spectral_surgery.cli import cli
 from spectral_surgery.spectra.select import Target
 from spectral_surgery.workflows.compress import compress
 from spectral_surgery.workflows.decompress import decompress
@@ -98,6 +100,35 @@ class TinyForCausalLM(PreTrainedModel):
     def forward(self, input_ids):
         return CausalLMOutput(logits=self.head(self.embed(input_ids)))
 """
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            {"AutoConfig": "org/own--a.C", "AutoModel": "org/own--a.M", "AutoModelForCausalLM": "x/y--b.M"},
+            "org/own, x/y",
+        ),
+        ({"AutoModel": "a.M", "AutoTokenizer": ["org/own--t.T", None]}, ""),
+        ({"AutoConfig": "org/own--a.C"}, ""),
+        ({}, ""),
+    ],
+)
+def test_code_of_another_repository_is_said(tmp_path: Path, own: dict[str, object], said: str) -> None:
+    source = compressed_folder("llama", tmp_path).parent / "source"
+    file = source / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": own}))
+    report = compress(source, tmp_path / "out", CompressOptions(Target("bits", 4.0), min_weights=1000))
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert (tmp_path / "out" / SHIM_FILE).exists() == is_shim(named) == (not said)
+    assert bool(report.notes) == bool(said)
+    assert all(
+        f"({said}): to load the compressed folder, import spectral_surgery first" in note for note in report.notes
+    )
+    shown = CliRunner().invoke(
+        cli, ["compress", str(source), str(tmp_path / "new"), "--bits", "4", "--dry-run", "--json"]
+    )
+    assert json.loads(shown.stdout)["notes"] == list(report.notes)
 
 
 @pytest.mark.slow
