@@ -64,6 +64,7 @@ class _Method:
         self._tree = tree
         self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self._me = tree.args.args[0].arg if tree.args.args else ""
+        self._followed: set[str] = set()  # names; one may be assigned from itself, or from one that it was assigned to
 
     @classmethod
     def read(cls, method: object) -> _Method | None:
@@ -124,10 +125,12 @@ class _Method:
     def _fine_target(self, target: ast.expr, *, rows: bool) -> bool:
         names = target.elts if isinstance(target, ast.Tuple) else [target]
         ids = {name.id for name in names if isinstance(name, ast.Name)}
+        new = ids - self._followed
+        self._followed |= new
         reads = [
             node
             for node in ast.walk(self._tree)
-            if isinstance(node, ast.Name) and node.id in ids and isinstance(node.ctx, ast.Load)
+            if isinstance(node, ast.Name) and node.id in new and isinstance(node.ctx, ast.Load)
         ]
         return len(ids) == len(names) and all(self.fine(node, rows=rows) for node in reads)
 

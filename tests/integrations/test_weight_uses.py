@@ -40,6 +40,18 @@ class ByMethod(nn.Linear):
         return torch.cat([functional.linear(x, first), functional.linear(x, second)], -1)
 
 
+class OfItself(nn.Linear):
+    """As names are that are assigned where a condition holds: from themselves, and from each other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if input.ndim > 2:
+            weight = weight.transpose(0, 1)
+        other = weight.T
+        weight = other.T
+        return functional.linear(input, weight)
+
+
 class Untouched(nn.Linear):
     """The forward of nn.Linear."""
 
@@ -72,6 +84,16 @@ class Renamed(nn.Linear):
         return functional.linear(input, weight) + weight.mean()
 
 
+class OfItselfWrong(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if input.ndim > 2:
+            weight = weight.transpose(0, 1)
+        other = weight.T
+        weight = other.T
+        return functional.linear(input, weight) + other.sum()
+
+
 class Unused(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return input
@@ -92,12 +114,12 @@ def custom(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
-@pytest.mark.parametrize("own", [Scaled, ScaledAgain, Slices, Product, ByMethod, Untouched])
+@pytest.mark.parametrize("own", [Scaled, ScaledAgain, Slices, Product, ByMethod, OfItself, Untouched])
 def test_products_and_look_ups(own: type[nn.Module]) -> None:
     assert only_multiplies(own, "weight")
 
 
-@pytest.mark.parametrize("own", [Normalised, Passed, Renamed, Unused, ByMethodWrong, Writes, nn.Conv2d])
+@pytest.mark.parametrize("own", [Normalised, Passed, Renamed, OfItselfWrong, Unused, ByMethodWrong, Writes, nn.Conv2d])
 def test_more_than_that(own: type[nn.Module]) -> None:
     assert not only_multiplies(own, "weight")
 
