@@ -144,9 +144,10 @@ def untie(model: Any, load: Loading, plan: Plan) -> None:
     every = {one: other for one, other in model.all_tied_weights_keys.items() if one not in plan.apart}
     load.ties = every, {}
     for prefix, part in model.named_modules(remove_duplicate=False):
-        if isinstance(part, PreTrainedModel):
+        # those without ties keep their None: a dictionary, even an empty one, makes PEFT look for input embeddings
+        if isinstance(part, PreTrainedModel) and part._tied_weights_keys is not None:
             dot = f"{prefix}." if prefix else ""
-            load.ties[1].setdefault(prefix, vars(part).get("_tied_weights_keys"))
+            load.ties[1][prefix] = vars(part).get("_tied_weights_keys")
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
             part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
     kept = {one: other for one, other in every.items() if one not in ours}

@@ -11,12 +11,15 @@ import torch
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.fourierft import FourierFTConfig
+from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.errors import NotMergeableError
 from spectral_surgery.integrations.load import load_compressed
 from spectral_surgery.layers import SpectralLinear
+from spectral_surgery.spectra.select import Target
 from spectral_surgery.surgery.attach import adapted_layers, detach, inject
 from spectral_surgery.surgery.merge import merge
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.compress import compress
 from tests.support.compressed import compressed_folder, output, save_tokenizer
 
 pytest.importorskip("transformers")
@@ -80,6 +83,24 @@ def test_pefts_adapters_train(folder: Path, tmp_path: Path, method: str, family:
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(load_compressed(own), tmp_path / "adapter")
     assert torch.allclose(before, output(again), atol=1e-6)
+
+
+def test_pefts_adapters_on_a_model_without_input_embeddings(tmp_path: Path) -> None:
+    """PEFT asks for them where a model says that it has ties, even none of them; a plain one says nothing."""
+    import transformers
+
+    peft = pytest.importorskip("peft")
+    config = transformers.ConvNextV2Config(num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], image_size=32)
+    dense = transformers.ConvNextV2ForImageClassification(config)
+    with pytest.raises(NotImplementedError):
+        dense.get_input_embeddings()
+    dense.save_pretrained(tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "small", CompressOptions(Target("bits", 4.0), min_weights=1000))
+    model = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path / "small")
+    adapted = peft.get_peft_model(model, peft.FourierFTConfig(n_frequency=50, target_modules=["pwconv1"]))
+    layers = [own.base_layer for own in adapted.modules() if hasattr(own, "fourierft_spectrum")]
+    assert len(layers) == 2
+    assert any(isinstance(own, SpectralLinear) for own in layers)
 
 
 def test_our_adapter_on_an_embedding_and_a_transposed_layer(tmp_path: Path) -> None:

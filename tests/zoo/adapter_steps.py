@@ -53,7 +53,7 @@ def peft(subject: Subject) -> Numbers:
     """
     base, _ = subject.load(subject.source, torch.float32)
     before = subject.outputs(base)
-    live = with_adapter(subject, base)
+    live = plain_with_adapter(subject, base)
     used, wanted = adapted(live), subject.found["layers"]
     require(used == wanted, f"PEFT uses {used} of {wanted} layers of the adapter")
     found = subject.outputs(live, base)
@@ -84,23 +84,28 @@ def adapted(model: Any) -> int:
 def peft_compressed(subject: Subject) -> Numbers:
     """PEFT on the compressed model has the outputs of PEFT on the decompressed one."""
     base, plain = subject.pair_in_float32()
-    wanted = subject.outputs(with_adapter(subject, plain), plain)
+    wanted = subject.outputs(plain_with_adapter(subject, plain), plain)
     error, where = distance(wanted, subject.outputs(with_adapter(subject, base), base))
     require(error <= EXACT, f"outputs differ by {error:.2g} in {where}")
     return {"error": error}
 
 
-def with_adapter(subject: Subject, base: Any) -> Any:
-    """PEFT's model, in eval mode.
+def plain_with_adapter(subject: Subject, plain: Any) -> Any:
+    """The same on a plain model, without anything of ours.
 
     Raises:
-        NotApplicable: when PEFT asks for input embeddings, as it does of every quantised model, and the class has none.
+        NotApplicable: when PEFT asks for input embeddings, to see what is tied to them, and the class has none.
     """
-    from peft import PeftModel
-
     try:
-        return PeftModel.from_pretrained(base, str(adapter(subject))).eval()
+        return with_adapter(subject, plain)
     except (NotImplementedError, AttributeError) as error:
         if "get_input_embeddings" not in str(error) and "'Parameter' object has no attribute" not in str(error):
             raise
         raise NotApplicable("PEFT asks for input embeddings, which the class has not") from error
+
+
+def with_adapter(subject: Subject, base: Any) -> Any:
+    """PEFT's model, in eval mode."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(adapter(subject))).eval()
