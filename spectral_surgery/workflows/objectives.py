@@ -72,7 +72,7 @@ def _plain(model: nn.Module, batch: Batch) -> Any:
 
 def _with_hidden(model: nn.Module, batch: Batch) -> Any:
     outputs = called(model, named={**batch, "output_hidden_states": True})
-    if getattr(outputs, "hidden_states", None) is None:
+    if not getattr(outputs, "hidden_states", None):  # None, or none of the layers that are recorded
         raise ConfigError(
             f"heal: {type(model).__name__} returns no hidden states when it is asked for them; a model that does is"
             " accepted."

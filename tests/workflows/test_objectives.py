@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.workflows.objectives import OBJECTIVES
 
 TOKENS, WIDTH, PARAMETERS, DRAWS = 5, 4, 3, 6000
@@ -52,3 +53,14 @@ def test_fewer_states_than_tokens_have_no_padding() -> None:
     teacher, student = SimpleNamespace(hidden_states=states), SimpleNamespace(hidden_states=[own * 2 for own in states])
     loss = OBJECTIVES["embeddings"].loss(student, teacher, batch)
     torch.testing.assert_close(loss, torch.tensor(1.0))  # the same direction, and errors as large as what is wanted
+
+
+@pytest.mark.parametrize("states", [None, ()])
+@pytest.mark.parametrize("name", ["embeddings", "classes"])
+def test_models_without_hidden_states_are_refused(name: str, states: tuple[Tensor, ...] | None) -> None:
+    class Silent(nn.Module):
+        def forward(self, input_ids: Tensor, output_hidden_states: bool) -> Any:
+            return SimpleNamespace(hidden_states=states, given=(input_ids, output_hidden_states))
+
+    with pytest.raises(ConfigError, match="heal: Silent returns no hidden states"):
+        OBJECTIVES[name].run(Silent(), {"input_ids": torch.ones(1, 2)})
