@@ -252,6 +252,8 @@ CHANGES: dict[str, Settings] = {
         "stem_out_channels": 16,
     },
     "lilt": {"hidden_size": 96},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 3},  # the first and the last have no attention
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 7},
     "speech_to_text": {"input_feat_per_channel": 16, "num_mel_bins": 16},
     "vjepa2": {
         "pred_hidden_size": 64,

@@ -327,7 +327,7 @@ MULTIMODAL_BY_RULE = (
             "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
             "qwen3_vl": "Qwen3VLForConditionalGeneration",
             "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-            "shieldgemma2": "Gemma3ForConditionalGeneration",
+            "shieldgemma2": "ShieldGemma2ForImageClassification",
             "unlimited_ocr": "UnlimitedOcrForConditionalGeneration",
             "video_llama_3": "VideoLlama3ForConditionalGeneration",
             "video_llava": "VideoLlavaForConditionalGeneration",

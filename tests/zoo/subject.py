@@ -60,6 +60,13 @@ class Subject:
     def outputs(self, model: Any, base: Any = None) -> Outputs:
         return outputs(self.entry, model, base)
 
+    def saved_plain(self) -> tuple[Outputs, dict[str, Tensor]]:
+        """What transformers makes of the decompressed model by saving it: outputs once loaded again, and tensors."""
+        folder = self.folder / "plain_saved"
+        if not folder.exists():
+            self.found["plain"].save_pretrained(folder)
+        return self.outputs(self.load(folder)[0]), tensors(folder)
+
     def pair_in_float32(self) -> tuple[Any, Any]:
         """(compressed, decompressed), both loaded in float32 from files that were not rounded on the way."""
         plain = self.plain

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.zoo.adapter_steps import LIVE
+from tests.zoo.compression_steps import OTHER
 from tests.zoo.entry import Entry
 from tests.zoo.outcome import Outcome, Status
 from tests.zoo.steps import NAMES
@@ -22,6 +23,11 @@ _LIVE = (
     "right as PEFT merges the adapter; PEFT's live model has other outputs, as layers share a weight or the model reads"
     " a weight without running the layer"
 )
+_OTHER = (
+    "right as the plain model: transformers saves it so that other outputs come back, and the compressed model becomes"
+    " the same"
+)
+_NOTED = {LIVE: _LIVE, OTHER: _OTHER}
 _HEAD = """# What works for which architecture
 
 Written by `make zoo`, not by hand: a tiny random model of each type goes through every command. Every model is built,
@@ -115,9 +121,10 @@ def _table(entries: tuple[Entry, ...], results: Results, notes: _Notes) -> str:
 def _cell(outcome: Outcome | None, build: Outcome | None, notes: _Notes) -> str:
     if outcome is None:
         return f"{SIGNS[build.status]} {notes.number(build.line)}" if build is not None else UNKNOWN
-    if outcome.status is Status.OK and LIVE in outcome.numbers:
-        return f"{SIGNS[outcome.status]} {notes.number(_LIVE)}"
     if outcome.status is Status.OK:
+        noted = [notes.number(line) for name, line in _NOTED.items() if name in outcome.numbers]
+        if noted:
+            return f"{SIGNS[outcome.status]} {noted[0]}"
         share = outcome.numbers.get("share", 1.0)
         return SIGNS[outcome.status] + (f" {100 * share:.0f} %" if share < 1.0 else "")
     return f"{SIGNS[outcome.status]} {notes.number(outcome.line)}"

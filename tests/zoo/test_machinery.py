@@ -8,7 +8,8 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from spectral_surgery.errors import ConfigError
 from tests.zoo import outcome as outcomes
 from tests.zoo import subject as subjects
 from tests.zoo import sweep as sweeping
+from tests.zoo.adapter_steps import LIVE
 from tests.zoo.compare import distance, outputs
+from tests.zoo.compression_steps import OTHER, dequantize
 from tests.zoo.corpus import Corpus
 from tests.zoo.entries import KINDS, ZOO
 from tests.zoo.entry import CAUSAL, Entry
@@ -27,7 +30,7 @@ from tests.zoo.left_out import LEFT_OUT
 from tests.zoo.outcome import NotApplicable, Outcome, Refused, Status, Wrong, attempt, command
 from tests.zoo.shrink import FIRST_SPECIAL, VOCABULARY, tiny_settings
 from tests.zoo.steps import NAMES, STEPS, Step, run_step
-from tests.zoo.subject import prepare
+from tests.zoo.subject import EXACT, Subject, prepare
 from tests.zoo.sweep import read_results, sweep
 from tests.zoo.table import PAGE, names_in, page, reasons
 
@@ -195,6 +198,47 @@ def test_the_page_says_what_became_of_each_step() -> None:
     assert "1 with a step that is wrong" in written
     assert "| merge | 0 | 0 | 2 | 0 |" in written
     assert "- needs an index: rag" in written
+
+
+def test_the_page_notes_what_is_right_in_another_way() -> None:
+    noted = record(A, dequantize=Outcome(Status.OK, numbers={OTHER: 0.1}), PEFT=Outcome(Status.OK, numbers={LIVE: 0.1}))
+    written = page({"Decoders": (A,)}, {}, {"a": noted})
+    assert written.count("| ✓ [1] |") == written.count("| ✓ [2] |") == 1
+    assert "1. right as the plain model: transformers saves it so" in written
+    assert "2. right as PEFT merges" in written
+
+
+class Model:
+    """A compressed model that becomes a plain one and is saved."""
+
+    def dequantize(self) -> None:
+        """It is dense already."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "saved_error", "status"),
+    [(1, 2, 0, Status.OK), (2, 2, 1, Status.OK), (2, 2, 0, Status.WRONG), (3, 2, 1, Status.WRONG)],
+)
+def test_what_is_saved_may_be_another_model_only_as_the_plain_one(
+    tmp_path: Path, ours: int, plain: int, saved_error: int, status: Status
+) -> None:
+    held, again = Model(), Model()
+    subject = SimpleNamespace(
+        folder=tmp_path,
+        found={"compressed": held, "wanted": {"x": torch.tensor([1.0])}},
+        outputs=lambda model: {"x": torch.tensor([1.0 if model is held else float(ours)])},
+        load=lambda _: (again, {}),
+        keys={},
+        tolerance=EXACT,
+        lost="",
+        saved_error=saved_error,
+        saved_plain=lambda: ({"x": torch.tensor([float(plain)])}, {}),
+    )
+    assert attempt(lambda: dequantize(cast(Subject, subject))).status is status
 
 
 def test_reasons_are_of_what_was_refused_or_is_wrong() -> None:
