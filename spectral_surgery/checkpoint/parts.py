@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from spectral_surgery.checkpoint.manifest import SUFFIXES, PartRecord, parse_par
 from spectral_surgery.checkpoint.reader import read_bytes, read_tensor, release
 from spectral_surgery.checkpoint.writer import Entry, replace_file, tensor_entry
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport
+from spectral_surgery.spectra.codec import EncodedSpectrum, EncodingReport, steps_bytes
 
 _PIECE = 1 << 20  # bytes of codes read at a time: what the cache holds
 
@@ -76,19 +76,25 @@ def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, T
     return index.tensors, record
 
 
-def spectral_entries(name: str, files: Sequence[Mapping[str, TensorInfo]]) -> list[Entry]:
+def joined(
+    name: str, parts: Sequence[tuple[Mapping[str, TensorInfo], PartRecord]]
+) -> tuple[list[Entry], tuple[PartRecord, ...]]:
     """A compressed tensor, joined from the files of its parts a piece at a time.
 
     Args:
         name: of the tensor.
-        files: of all its parts in order, see `read_part`.
+        parts: all of them in order, see `read_part`.
+
+    Returns:
+        Its entries, and the records with the bytes that steps take beside those of the other parts.
     """
+    files, records = zip(*parts, strict=True)
     codes, frames, step = (f"{name}.{suffix}" for suffix in SUFFIXES)
     offsets = [torch.zeros(1, dtype=torch.int64)]
     for file in files:
         offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
-    joined = torch.cat(offsets)
-    steps = torch.stack([read_tensor(file["step"]) for file in files])
+    places = torch.cat(offsets)
+    steps = _stored_steps([read_tensor(file["step"]) for file in files])
 
     def chunks() -> Iterator[bytearray]:
         for file in files:
@@ -97,14 +103,26 @@ def spectral_entries(name: str, files: Sequence[Mapping[str, TensorInfo]]) -> li
                 yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
             release(info.file)
 
-    return [
-        Entry(codes, "U8", (int(joined[-1]),), chunks),
-        Entry(frames, "I64", tuple(joined.shape), lambda: [joined.numpy().tobytes()]),
-        _step_entry(step, steps),
+    entries = [
+        Entry(codes, "U8", (int(places[-1]),), chunks),
+        Entry(frames, "I64", tuple(places.shape), lambda: [places.numpy().tobytes()]),
+        tensor_entry(step, steps),
     ]
+    return entries, tuple(map(_counted, files, records, steps))
 
 
-def _step_entry(name: str, steps: Tensor) -> Entry:
-    """Steps and offset of each part, [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing."""
+def _stored_steps(parts: Sequence[Tensor]) -> Tensor:
+    """Steps and offset of each part: [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing.
+
+    A part with one step has it for every column, where another part has a step for each.
+    """
+    longest = max(map(len, parts))
+    steps = torch.stack([torch.cat((own[:1].expand(longest - len(own)), own)) for own in parts])
     half = steps.bfloat16()
-    return tensor_entry(name, half if steps.shape[1] > 2 and torch.equal(half.float(), steps) else steps)
+    return half if longest > 2 and torch.equal(half.float(), steps) else steps
+
+
+def _counted(file: Mapping[str, TensorInfo], record: PartRecord, steps: Tensor) -> PartRecord:
+    """The record of a part with the bytes of its steps as they are stored."""
+    more = steps.nbytes - steps_bytes(file["step"].numel)
+    return replace(record, report=replace(record.report, stored_bytes=record.report.stored_bytes + more))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_surgery.checkpoint.compressed import CompressedCheckpoint
 from spectral_surgery.checkpoint.manifest import Manifest
-from spectral_surgery.checkpoint.parts import read_part, spectral_entries
+from spectral_surgery.checkpoint.parts import joined, read_part
 from spectral_surgery.checkpoint.units import copy_entry
 from spectral_surgery.checkpoint.writer import Entry, tensor_entry
 from spectral_surgery.errors import CheckpointError
@@ -47,8 +47,9 @@ def recoded(
             if found is None or found[1] is None:
                 raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
             parts.append((found[0], found[1]))
-        records[name] = replace(records[name], parts=tuple(record for _, record in parts))
-        entries |= {entry.name: entry for entry in spectral_entries(name, [own for own, _ in parts])}
+        own, counted = joined(name, parts)
+        records[name] = replace(records[name], parts=counted)
+        entries |= {entry.name: entry for entry in own}
     entries |= {name: tensor_entry(name, tensor) for name, tensor in copied.items()}
     manifest = checkpoint.manifest
     return list(entries.values()), Manifest(

@@ -25,7 +25,7 @@ from spectral_surgery.checkpoint.manifest import (
     PartRecord,
     TensorRecord,
 )
-from spectral_surgery.checkpoint.parts import part_record, read_part, spectral_entries, write_part
+from spectral_surgery.checkpoint.parts import joined, part_record, read_part, write_part
 from spectral_surgery.checkpoint.plan import CompressOptions, Plan, PlannedTensor, Unit
 from spectral_surgery.checkpoint.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.checkpoint.writer import Entry
@@ -216,11 +216,13 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
                     "again with --resume."
                 )
             parts.append(done)
-        if any(record is None for _, record in parts):
+        finite = [(file, record) for file, record in parts if record is not None]
+        if len(finite) < len(parts):
             copied[tensor.info.name] = "not finite"
             continue
-        records[tensor.info.name] = _record(tensor, [record for _, record in parts if record], plan.options.tile)
-        entries += spectral_entries(tensor.info.name, [file for file, _ in parts])
+        own, counted = joined(tensor.info.name, finite)
+        records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
+        entries += own
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
 
@@ -235,7 +237,5 @@ def copy_entry(info: TensorInfo) -> Entry:
     return Entry(info.name, info.dtype, info.shape, chunks)
 
 
-def _record(tensor: PlannedTensor, parts: list[PartRecord], tile: int) -> TensorRecord:
-    return TensorRecord(
-        tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, tuple(parts)
-    )
+def _record(tensor: PlannedTensor, parts: tuple[PartRecord, ...], tile: int) -> TensorRecord:
+    return TensorRecord(tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, parts)

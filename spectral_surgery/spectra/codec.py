@@ -68,8 +68,7 @@ class EncodedSpectrum:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the frames, their 64-bit offsets, the steps and the offset."""
-        bits = 32 if self.step.numel() == 1 else COLUMN_STEP_BITS
-        return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + bits * (self.step.numel() + 1) // 8
+        return sum(map(len, self.frames)) + 8 * (len(self.frames) + 1) + steps_bytes(self.step.numel() + 1)
 
     def codes(self, frame: int, out: Tensor | None = None) -> Tensor:
         """[rows, I] codes of one frame; in ``out``, contiguous [rows, I] int8, where it is given and they are int8."""
@@ -145,6 +144,11 @@ class EncodingReport:
             self.error_energy + other.error_energy,
             self.stored_energy + other.stored_energy,
         )
+
+
+def steps_bytes(count: int) -> int:
+    """Bytes of the steps of a matrix and its offset, ``count`` numbers together."""
+    return (32 if count == 2 else COLUMN_STEP_BITS) * count // 8
 
 
 def frame_spans(rows: int, rows_per_frame: int) -> list[tuple[int, int]]:
