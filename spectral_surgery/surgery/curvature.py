@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.spectra.codec import Basis
 from spectral_surgery.spectra.importance import Importance
+from spectral_surgery.surgery.running import differentiating
 
 
 def importance_of(
@@ -26,11 +27,16 @@ def importance_of(
 
     Returns:
         By name; none for a weight that no gradient reached.
+
+    Raises:
+        TargetError: when autograd cannot follow the model.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     count = 0
     for count, projection in enumerate(projections, 1):  # noqa: B007 - used after the loop
-        gradients = torch.autograd.grad(projection(), [own for own, _ in weights.values()], allow_unused=True)
+        scalar = projection()
+        with differentiating(scalar):
+            gradients = torch.autograd.grad(scalar, [own for own, _ in weights.values()], allow_unused=True)
         for (name, (_, basis)), gradient in zip(weights.items(), gradients, strict=True):
             if gradient is not None:
                 squares = basis.forward(gradient).square_()

@@ -1,4 +1,4 @@
-"""Running a model of somebody else's: whatever it raises becomes one line with the cause."""
+"""Running a model of somebody else's, forward and backward: whatever it raises becomes one line with the cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectral_surgery.errors import SpectralSurgeryError, TargetError
 
@@ -30,11 +30,40 @@ def running(model: nn.Module) -> Iterator[None]:
     except SpectralSurgeryError:
         raise
     except (*_RAISED, ValueError, StopIteration) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
         raise TargetError(
-            f"{type(model).__name__}: cannot be run on token ids and an attention mask alone ({cause}); models that can"
-            " are accepted."
+            f"{type(model).__name__}: cannot be run on token ids and an attention mask alone ({_cause(error)}); models"
+            " that can are accepted."
         ) from error
+
+
+@contextmanager
+def differentiating(loss: Tensor) -> Iterator[None]:
+    """Turn what the gradients of a loss raise meanwhile into a deliberate error.
+
+    Args:
+        loss: of a model that is trained.
+
+    Raises:
+        TargetError: with the cause.
+    """
+    if not loss.requires_grad:
+        raise not_differentiable("they are computed under torch.no_grad")
+    try:
+        yield
+    except _RAISED as error:
+        raise not_differentiable(_cause(error)) from error
+
+
+def not_differentiable(cause: str) -> TargetError:
+    """The error for a model that gives no gradients."""
+    return TargetError(
+        f"heal: the outputs of the model give its weights no gradients ({cause}); models that autograd can follow are"
+        " accepted. Compress it without healing."
+    )
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
 
 
 def called(model: nn.Module, args: Sequence[Any] = (), named: Mapping[str, Any] = MappingProxyType({})) -> Any:

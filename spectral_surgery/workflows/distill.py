@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 
 from spectral_surgery.checkpoint.writer import tensor_entry, write_file
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.surgery.running import differentiating, not_differentiable
 
 Batch = dict[str, Tensor]
 Outputs = Any
@@ -109,6 +110,7 @@ class Distillation:
         state_file: unfinished work; None to keep none.
         key: what decides the result: work of another key is not taken up.
         settle: sets what the student derives from its parameters, before they are judged and when they are final.
+        needed: parameters of which one at least must get a gradient.
     """
 
     run: Callable[[nn.Module, Batch], Outputs]
@@ -120,6 +122,7 @@ class Distillation:
     state_file: Path | None = None
     key: str = ""
     settle: Callable[[], None] = lambda: None
+    needed: Sequence[Tensor] = ()
 
 
 def distill(
@@ -142,6 +145,7 @@ def distill(
     Raises:
         ConfigError: when the loss is not finite.
         CheckpointError: when unfinished work is there, but of another run.
+        TargetError: when autograd cannot follow the student.
     """
     return _Run(work, settings, progress, clock).all()
 
@@ -207,7 +211,10 @@ class _Run:
             group["lr"] = self.settings.learning_rate * self._rate()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.work.batch(self.course.step, self.rank))
-        loss.backward()
+        with differentiating(loss):
+            loss.backward()
+        if self.work.needed and not self.course.step and all(own.grad is None for own in self.work.needed):
+            raise not_differentiable("they are computed under torch.no_grad")
         value = self._mean(loss.detach())
         if not math.isfinite(value):
             raise ConfigError(
