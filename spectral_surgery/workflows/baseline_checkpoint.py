@@ -18,7 +18,7 @@ from spectral_surgery.checkpoint.index import CheckpointIndex
 from spectral_surgery.checkpoint.plan import CompressOptions, make_plan
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.checkpoint.units import copy_entry
-from spectral_surgery.checkpoint.writer import Entry, tensor_bytes, write_checkpoint
+from spectral_surgery.checkpoint.writer import Entry, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.spectra.baselines import Baseline, BaselineResult
 from spectral_surgery.spectra.select import Target
@@ -128,7 +128,7 @@ def write_baseline(
 
         return Entry(info.name, "F32", info.shape, chunks)
 
-    write_checkpoint(folder, [entry(info) for info in index.tensors.values()])
+    write_checkpoint(folder, [entry(info) for info in index.tensors.values()], name=weights_name(index))
     copy_companions(index, folder, index.config)
     total = sum(stored.values())
     error = math.sqrt(sum(lost) / sum(energy)) if sum(energy) else 0.0

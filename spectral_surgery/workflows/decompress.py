@@ -21,7 +21,7 @@ from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, 
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.facts import decompressed_facts
-from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.progress import Progress, silent, told
 
 _PIECE = 1 << 22  # elements of a copied tensor converted or compared at a time
 
@@ -155,7 +155,7 @@ class _Entries:
         for alias, name in manifest.aliases.items():
             record = manifest.tensors.get(name)
             entries[alias] = self._decoded(alias, name, record) if record else self._copied(alias, index.tensors[name])
-        return [entries[name] for name in sorted(entries)]
+        return told([entries[name] for name in sorted(entries)], self.progress)
 
     def _decoded(self, as_name: str, name: str, record: TensorRecord) -> Entry:
         code = self.code or record.dtype
@@ -163,7 +163,6 @@ class _Entries:
         def chunks() -> Iterator[memoryview]:
             for weight, _ in self.weights(name, record):
                 yield tensor_bytes(_cast(weight, DTYPES[code]))
-            self._advance(as_name)
 
         return Entry(as_name, code, record.shape, chunks)
 
@@ -184,13 +183,8 @@ class _Entries:
             for start in range(0, info.numel, _PIECE):
                 piece = read_flat(info, start, min(start + _PIECE, info.numel))
                 yield tensor_bytes(piece.to(DTYPES[code]))
-            self._advance(as_name)
 
         return Entry(as_name, code, info.shape, chunks)
-
-    def _advance(self, name: str) -> None:
-        names = sorted({*self.checkpoint.index.tensors, *self.checkpoint.manifest.aliases})
-        self.progress(names.index(name) + 1 if name in names else 0, len(names), name)
 
 
 def _cast(dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

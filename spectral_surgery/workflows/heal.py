@@ -25,7 +25,7 @@ from spectral_surgery.checkpoint.manifest import FILE_NAME, Manifest
 from spectral_surgery.checkpoint.publish import partial_folder, publishing, writing_to
 from spectral_surgery.checkpoint.recode import recoded
 from spectral_surgery.checkpoint.units import source_digest
-from spectral_surgery.checkpoint.writer import Entry, write_checkpoint
+from spectral_surgery.checkpoint.writer import Entry, weights_metadata, write_checkpoint
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.workflows.distill import Clock, Course, DistillSettings
@@ -184,7 +184,7 @@ def _write(
             if left.name not in (STATE, LOCK_FILE):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
-        write_checkpoint(folder, entries)
+        write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
         (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
         (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         held = [(step, {"loss": loss}) for step, loss in course.held_out]

@@ -28,7 +28,7 @@ from spectral_surgery.checkpoint.merge_record import (
     compressed,
 )
 from spectral_surgery.checkpoint.reader import CODES, read_bytes, read_tensor
-from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
+from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.errors import NotMergeableError
 from spectral_surgery.integrations.tensor_names import as_rows
 from spectral_surgery.memory import peak_rss_bytes
@@ -36,7 +36,7 @@ from spectral_surgery.surgery.undo import digest, merge_weight
 from spectral_surgery.workflows.facts import merged_facts
 from spectral_surgery.workflows.merge_plan import MergePlan, Patch, Target, plan_merge, without_extra
 from spectral_surgery.workflows.merge_update import change_of
-from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.progress import Progress, silent, told
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
 
@@ -121,7 +121,7 @@ def merge(
         (folder / FOLDER).mkdir()
         with (folder / FOLDER / DATA_FILE).open("wb") as stream:
             work = _Work(plan, stream, progress)
-            write_checkpoint(folder, work.entries())
+            write_checkpoint(folder, work.entries(), name=weights_name(plan.index))
             undo_bytes = stream.tell()
         copy_companions(plan.index, folder, plan.config)
         record = _write_record(plan, work.tensors, folder)
@@ -160,12 +160,11 @@ class _Work:
     progress: Progress
     tensors: dict[str, MergedTensor] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
 
     def entries(self) -> list[Entry]:
         """Of the merged checkpoint, by name."""
         names = {name: self.plan.aliases.get(name, name) for name in (*self.plan.index.tensors, *self.plan.targets)}
-        return [self._entry(name, names[name]) for name in sorted(names)]
+        return told([self._entry(name, names[name]) for name in sorted(names)], self.progress)
 
     def _entry(self, as_name: str, name: str) -> Entry:
         target, info = self.plan.targets.get(name), self.plan.index.tensors.get(name)
@@ -176,7 +175,6 @@ class _Work:
             elif info is not None:
                 for start in range(0, info.nbytes, _PIECE):
                     yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
-            self._advance(as_name)
 
         if target is None:
             known = self.plan.index.tensors[name]
@@ -220,10 +218,6 @@ class _Work:
         offset, step = self.stream.tell(), step if sources else 1.0
         self.stream.write(data)
         self.tensors[name] = MergedTensor(sources, coding, step, offset, len(data), before, after, shape)
-
-    def _advance(self, name: str) -> None:
-        self.done.append(name)
-        self.progress(len(self.done), len(self.plan.index.tensors), name)
 
 
 def _patched(tensor: Tensor | None, patches: Sequence[Patch], name: str) -> Tensor:

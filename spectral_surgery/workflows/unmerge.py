@@ -27,11 +27,11 @@ from spectral_surgery.checkpoint.merge_record import (
     read_record,
 )
 from spectral_surgery.checkpoint.reader import read_bytes, read_tensor
-from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, write_checkpoint
+from spectral_surgery.checkpoint.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.errors import UnmergeError
 from spectral_surgery.surgery.undo import Undo, digest, unmerge_weight
 from spectral_surgery.workflows.merge_update import Change, change_of, factor_sizes
-from spectral_surgery.workflows.progress import Progress, silent
+from spectral_surgery.workflows.progress import Progress, silent, told
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
 
@@ -84,7 +84,7 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
     work = _Work(record, index, {number: read_adapter(adapter_folder(merged, number)) for number in used}, progress)
     plain = replace(index, other_files=tuple(path for path in index.other_files if path.parts[0] != FOLDER))
     with publishing(out, overwrite=overwrite) as folder:
-        write_checkpoint(folder, work.entries())
+        write_checkpoint(folder, work.entries(), name=weights_name(index))
         copy_companions(plain, folder, plain.config)
         if (merged / FOLDER / CONFIG_FILE).is_file():
             shutil.copyfile(merged / FOLDER / CONFIG_FILE, folder / CONFIG_FILE)
@@ -112,12 +112,12 @@ class _Work:
     def entries(self) -> list[Entry]:
         """Of the base."""
         kept = [name for name in self.index.tensors if not self._is_added(name)]
-        return [self._entry(name, place, len(kept)) for place, name in enumerate(kept, 1)]
+        return told([self._entry(name) for name in kept], self.progress)
 
     def _is_added(self, name: str) -> bool:
         return name in self.record.tensors and self.record.tensors[name].base is None
 
-    def _entry(self, as_name: str, place: int, count: int) -> Entry:
+    def _entry(self, as_name: str) -> Entry:
         name = self.record.aliases.get(as_name, as_name)
         info = self.index.tensors[as_name]
         tensor = self.record.tensors.get(name)
@@ -128,7 +128,6 @@ class _Work:
                     yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
             else:
                 yield tensor_bytes(self._base(info, tensor))
-            self.progress(place, count, as_name)
 
         shape = info.shape if tensor is None or tensor.shape is None else tensor.shape
         return Entry(as_name, info.dtype, shape, chunks)

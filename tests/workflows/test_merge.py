@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from spectral_surgery.adapters.lora import LoraConfig
 from spectral_surgery.checkpoint import merge_record
 from spectral_surgery.checkpoint.adapter_files import write_adapter
 from spectral_surgery.checkpoint.index import read_index
+from spectral_surgery.checkpoint.plan import CompressOptions
 from spectral_surgery.checkpoint.reader import read_tensor
 from spectral_surgery.cli import cli
 from spectral_surgery.errors import (
@@ -26,8 +28,12 @@ from spectral_surgery.errors import (
     NotMergeableError,
     UnmergeError,
 )
+from spectral_surgery.spectra.select import Target
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.workflows.compress import compress
+from spectral_surgery.workflows.decompress import decompress
 from spectral_surgery.workflows.merge import merge
+from spectral_surgery.workflows.progress import Progress
 from spectral_surgery.workflows.unmerge import unmerge
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 
@@ -330,3 +336,30 @@ def test_commands(tmp_path: Path, base: Path) -> None:
     assert len(json.loads(run(cli, ["unmerge", str(merged), str(again), "--json", "-q"]).stdout)["restored"]) == 2
     assert same(tensors_of(again), tensors_of(base))
     assert run(cli, ["merge", str(base), str(own), str(merged), "--weights", "a"]).exit_code == 2
+
+
+def test_a_part_of_a_pipeline_keeps_its_file_name(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", llama_like(), config={"_class_name": "UNet2DConditionModel"})
+    (base / "model.safetensors").rename(base / "diffusion_pytorch_model.safetensors")
+    merge(base, [adapter(tmp_path / "adapter")], tmp_path / "merged")
+    unmerge(tmp_path / "merged", tmp_path / "back")
+    for folder in ("merged", "back"):
+        files = [file.name for file in (tmp_path / folder).glob("*.safetensors*")]
+        assert files == ["diffusion_pytorch_model.safetensors"]
+    assert same(tensors_of(base), tensors_of(tmp_path / "back"))
+
+
+def test_every_tensor_is_reported_once(tmp_path: Path, base: Path) -> None:
+    def watched(run: Callable[[Progress], object], folder: str) -> None:
+        told: list[tuple[int, int, str]] = []
+        run(lambda done, total, what: told.append((done, total, what)))
+        names = {*read_index(tmp_path / folder).tensors}
+        assert [done for done, _, _ in told] == list(range(1, len(names) + 1))
+        assert {total for _, total, _ in told} == {len(names)}
+        assert {what for _, _, what in told} == names
+
+    own = adapter(tmp_path / "adapter", modules_to_save=("score",), extra={"score.weight": gaussian(3, 96)})
+    watched(lambda say: merge(base, [own], tmp_path / "merged", progress=say), "merged")
+    watched(lambda say: unmerge(tmp_path / "merged", tmp_path / "back", progress=say), "back")
+    compress(base, tmp_path / "small", CompressOptions(Target("bits", 3.0)))
+    watched(lambda say: decompress(tmp_path / "small", tmp_path / "plain", progress=say), "plain")
