@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.integrations.experts import ExpertsForward
+from spectral_surgery.integrations.experts import ExpertsForward, expert_matrices, fused_matrices
+from spectral_surgery.integrations.lazy_weight import LazyWeight, Rows, Stack
+from spectral_surgery.layers import SpectralWeight
 
 
 class ExpertMatrix:
@@ -20,7 +23,7 @@ class ExpertMatrix:
         """Point at it.
 
         Args:
-            module: of fused experts, see `fused_matrices`.
+            module: of experts, see `expert_matrices`.
             leaf: name of the parameter.
             expert: its number.
         """
@@ -34,7 +37,7 @@ class ExpertMatrix:
     @property
     def transposed(self) -> bool:
         """Whether the expert multiplies by its matrix and not by the transposed one."""
-        return bool(self.module.is_transposed)
+        return expert_matrices(self.module)[self.leaf]
 
     @property
     def width(self) -> int:
@@ -54,9 +57,46 @@ class _Recording(ExpertsForward):
         return super()._project(name, x, ids, counts)
 
 
+class _Dense:
+    """The matrix of one expert in the place of a spectrum, with the sum of the moments of what is multiplied by it."""
+
+    def __init__(self, matrix: Tensor, moment: Tensor | None) -> None:
+        self.matrix, self.moment = matrix, moment
+        self.shape, self.dtype, self._like = matrix.shape, matrix.dtype, matrix
+
+
+@dataclass(frozen=True)
+class _SeenRows(Rows):
+    """A matrix that sums the second moments of what is multiplied by it; it is always all of its rows."""
+
+    def dense(self) -> Tensor:
+        matrix = cast(_Dense, self.weight).matrix
+        return matrix.T if self.turned else matrix
+
+    def product(self, x: Tensor) -> Tensor:
+        moment, flat = cast(_Dense, self.weight).moment, x.detach().reshape(-1, x.shape[-1]).float()
+        if moment is not None:
+            moment.addmm_(flat.T, flat)
+        return x @ self.dense()
+
+
+def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
+    def read(module: nn.Module) -> Tensor:
+        sums = cast(dict[tuple[int, str], Tensor], module._moments)
+        whole = cast(Tensor, module._parameters[leaf]).detach()
+        held = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
+        return LazyWeight.of(
+            Stack(tuple(_SeenRows(cast(SpectralWeight, own), 0, len(own.matrix), own.dtype) for own in held))
+        )
+
+    return read
+
+
 @cache
-def _recording(own: type[nn.Module]) -> type[nn.Module]:
-    return type(own.__name__, (_Recording, own), {"__module__": own.__module__})
+def _recording(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+    """The class with a forward that records, or with parameters that do where it has a forward of its own."""
+    settings: dict[str, Any] = {"__module__": own.__module__} | {leaf: property(_reader(leaf)) for leaf in leaves}
+    return type(own.__name__, (own,) if leaves else (_Recording, own), settings)
 
 
 @contextmanager
@@ -78,7 +118,8 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
         sums.setdefault(id(own.module), {})[own.expert, own.leaf] = zeros
     try:
         for module in modules:
-            module.__class__ = _recording(type(module))  # type: ignore[arg-type]
+            leaves = () if fused_matrices(module) else tuple(expert_matrices(module))
+            module.__class__ = _recording(type(module), leaves)  # type: ignore[arg-type]
             vars(module)["_moments"] = sums[id(module)]
         yield found
     finally:

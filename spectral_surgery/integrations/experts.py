@@ -29,6 +29,15 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 _MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 _MULTIPLIED_OUTSIDE = {("DbrxExpertGLU", leaf) for leaf in ("w1", "v1", "w2")}  # by the module around them
 
+# of classes with a forward of their own: whether experts multiply by the matrix, and not by the transposed one
+_BY_CLASS: Mapping[str, Mapping[str, bool]] = {
+    "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
+    "JetMoeParallelExperts": {"weight": False},
+    "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
+    "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+    "Step3p7Experts": {"gate_up_proj": False, "down_proj": False},
+}
+
 
 class ExpertsForward:
     """The forward of a decorated class, one expert after the other, with matrices that may be spectra."""
@@ -108,6 +117,21 @@ def fused_matrices(module: nn.Module) -> tuple[str, ...]:
         return ()
     own = module._parameters
     return tuple(leaf for leaf in own if leaf in _MATRICES and _is_fused(own[leaf], cast(int, module.num_experts)))
+
+
+def expert_matrices(module: nn.Module) -> dict[str, bool]:
+    """The parameters with a matrix for each expert, [E, ...], that calibration knows the use of.
+
+    Args:
+        module: any.
+
+    Returns:
+        By name, whether experts multiply by their matrix and not by the transposed one.
+    """
+    known = dict.fromkeys(fused_matrices(module), bool(getattr(module, "is_transposed", False)))
+    return known or {
+        leaf: plain for leaf, plain in _BY_CLASS.get(type(module).__name__, {}).items() if leaf in module._parameters
+    }
 
 
 def _is_fused(parameter: object, experts: int) -> bool:

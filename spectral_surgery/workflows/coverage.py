@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectral_surgery.checkpoint.plan import Plan, PlannedTensor
-from spectral_surgery.integrations.experts import fused_matrices
+from spectral_surgery.integrations.experts import expert_matrices
 from spectral_surgery.integrations.tensor_names import TensorNames
 from spectral_surgery.surgery.blocks import find_blocks, has_blocks
 
@@ -130,7 +130,7 @@ def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, pref
     if isinstance(module, nn.Embedding):
         return "an embedding, which is looked up and not multiplied by"
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if not (leaf == "weight" if linear else leaf in fused_matrices(module)):
+    if not (leaf == "weight" if linear else leaf in expert_matrices(module)):
         return f"{leaf} of a {type(module).__name__}: no matrix of a linear layer, nor of experts of a known form"
     if not seen_by_expert(tensor):
         return "compressed as one matrix, as its name does not say that it holds those of experts"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.checkpoint.index import TensorInfo
 from spectral_surgery.integrations.expert_moments import ExpertMatrix
-from spectral_surgery.integrations.experts import fused_matrices
+from spectral_surgery.integrations.experts import expert_matrices
 from spectral_surgery.integrations.tensor_names import Piece, Span, TensorNames, rows_of
 
 
@@ -110,7 +110,7 @@ def _expert_matrices(
 ) -> Iterator[StoredMatrix]:
     """Of experts that are fused in the model: stored one by one, or below each other in one tensor."""
     for name, module in block.named_modules():
-        for leaf in fused_matrices(module):
+        for leaf in expert_matrices(module):
             parameter = names.find(_path(prefix, name, leaf))
             for piece in parameter.pieces if parameter else ():
                 if piece.info.name in wanted and not piece.transposed:
