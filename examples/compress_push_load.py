@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from spectral_surgery import CompressOptions, Target, compress, decompress, resolve
-from spectral_surgery.workflows.pull import pull
-from spectral_surgery.workflows.push import push
+from spectral_surgery.commands.pull import pull
+from spectral_surgery.commands.push import push
 
 
 def main(model: str, out: Path, repository: str | None) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from spectral_surgery.ops.spectral_matmul import dispatch
-from spectral_surgery.ops.spectral_matmul.dispatch import Processor
+from spectral_surgery.matmul import dispatch
+from spectral_surgery.matmul.dispatch import Processor
 from tests.support.processors import PROCESSORS, exact_int_mm, int8_saturates
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=100)

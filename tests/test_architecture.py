@@ -134,7 +134,7 @@ def test_rule(rule: Rule) -> None:
     ("rule", "path", "text"),
     [
         (layers, "spectra/x.py", "from spectral_surgery.checkpoint import index"),
-        (layers, "surgery/x.py", "import spectral_surgery.checkpoint.index"),
+        (layers, "surgery/x.py", "import spectral_surgery.files.index"),
         (sizes, "x.py", "pass\n" * 401),
         (sizes, "x.py", "def f():\n" + "    pass\n" * 60),
         (no_hidden_flow, "x.py", "def f(**options): pass"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.positions import register_positions
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.ops.fourier_delta import Places, adapted_linear, delta_rows, delta_weight, fold, fourier_delta
+from spectral_surgery.fourier import Places, adapted_linear, delta_rows, delta_weight, fold, fourier_delta
 from spectral_surgery.targets import pattern_value
 
 AUTO_STD = 3e-3  # of the entries of ΔW that scaling="auto" gives coefficients ~ N(0, 1)

@@ -17,7 +17,7 @@ from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.fourierft import random_positions
 from spectral_surgery.adapters.positions import check_count, register_positions
 from spectral_surgery.errors import ConfigError, ShapeError
-from spectral_surgery.spectra.sparse import largest
+from spectral_surgery.sparse.tensor import largest
 from spectral_surgery.targets import pattern_value
 from spectral_surgery.transforms.base import as_real
 from spectral_surgery.transforms.fast import FAST

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from spectral_surgery.surgery.extract import Size
+    from spectral_surgery.adapters.from_update.fit_update import Size
+    from spectral_surgery.commands.extract import LayerReport
     from spectral_surgery.targets import ModuleTargets
-    from spectral_surgery.workflows.extract import LayerReport
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -151,7 +151,7 @@ def size_of(
         click.UsageError: when there are several, or one counts what the method does not have.
         ConfigError: when the method is unknown, or the number out of range.
     """
-    from spectral_surgery.surgery.extract import EXTRACTORS, Size
+    from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Size
 
     unit = EXTRACTORS[method].unit
     given = {"--bytes": nbytes, "--max-error": max_error, "--rank": rank, "--n-frequency": n_frequency}

@@ -34,8 +34,8 @@ def command(
     Example:
       spectral-surgery bench coding rate
     """
-    from spectral_surgery.bench import CASES
-    from spectral_surgery.bench.runner import run_cases
+    from benchmarks import CASES
+    from benchmarks.runner import run_cases
 
     with output.progress(quiet=quiet, unit=" cases") as progress:
         results = run_cases(list(cases) or list(CASES), quick=quick, progress=progress)
@@ -53,7 +53,7 @@ def command(
 
 
 def _draw(results: list[dict[str, object]], file: Path) -> None:
-    from spectral_surgery.bench import CASES
+    from benchmarks import CASES
 
     drawn = [name for name, case in CASES.items() if case.plot]
     for result in results:

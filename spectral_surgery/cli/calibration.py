@@ -15,14 +15,14 @@ from spectral_surgery.cli import shared
 from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 
 if TYPE_CHECKING:
-    from spectral_surgery.checkpoint.plan import CompressOptions
-    from spectral_surgery.workflows.compress import CompressReport
-    from spectral_surgery.workflows.distill import DistillSettings
-    from spectral_surgery.workflows.heal import HealReport
-    from spectral_surgery.workflows.heal_text import HealData
-    from spectral_surgery.workflows.layer_moments import CalibrationData
-    from spectral_surgery.workflows.progress import Progress
-    from spectral_surgery.workflows.team import Team
+    from spectral_surgery.calibration.layer_moments import CalibrationData
+    from spectral_surgery.commands.compress import CompressReport
+    from spectral_surgery.commands.heal import HealReport
+    from spectral_surgery.files.compressed.plan import CompressOptions
+    from spectral_surgery.pool import Team
+    from spectral_surgery.progress import Progress
+    from spectral_surgery.text.heal_text import HealData
+    from spectral_surgery.training.loop import DistillSettings
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -102,7 +102,7 @@ def run(
     Raises:
         click.UsageError: when --calibrate or --heal meets --shard or --base, or --keep nothing to choose from.
     """
-    from spectral_surgery.workflows import compress as workflow
+    from spectral_surgery.commands import compress as workflow
 
     data, healing = _data(ctx), _healing(ctx)
     keep = ctx.meta[_KEY]["keep"]
@@ -122,7 +122,7 @@ def run(
             ctx,
         )
     if healing is not None:
-        from spectral_surgery.workflows.compress_heal import compress_healed, keeps_important
+        from spectral_surgery.commands.compress.healed import compress_healed, keeps_important
 
         if data is None and keeps_important(source, options, keep):
             options = replace(options, allocation=_allocation(ctx, options, calibrated=False))
@@ -130,7 +130,7 @@ def run(
         _tell_reached(report)
         _tell(healed)
         return report
-    from spectral_surgery.workflows.calibrate import compress_calibrated
+    from spectral_surgery.commands.compress.calibrate import compress_calibrated
 
     report, _ = compress_calibrated(source, out, options, cast("CalibrationData", data), **common)
     _tell_reached(report)
@@ -175,7 +175,7 @@ def _data(ctx: click.Context) -> CalibrationData | None:
     own = ctx.meta.get(_KEY, {})
     if own.get("calibrate") is None:
         return None
-    from spectral_surgery.workflows.layer_moments import CalibrationData
+    from spectral_surgery.calibration.layer_moments import CalibrationData
 
     return CalibrationData(own["calibrate"], own["samples"], own["seq_length"], shared.trusted())
 
@@ -185,7 +185,7 @@ def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
     if own.get("heal") is None:
         return None
     from spectral_surgery.cli.heal import settings_of
-    from spectral_surgery.workflows.heal_text import HealData
+    from spectral_surgery.text.heal_text import HealData
 
     given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
     data = HealData(own["heal"], seq_length=own["seq_length"] if given else 0, trust_remote_code=shared.trusted())

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from spectral_surgery.checkpoint.shim import notes_on
 from spectral_surgery.cli import calibration, output, shared
-from spectral_surgery.workflows.team import team
+from spectral_surgery.files.remote_code import notes_on
+from spectral_surgery.pool import team
 
 if TYPE_CHECKING:
-    from spectral_surgery.checkpoint.plan import CompressOptions, Plan
+    from spectral_surgery.commands.compress import CompressReport
+    from spectral_surgery.files.compressed.plan import CompressOptions, Plan
     from spectral_surgery.hub import Found
-    from spectral_surgery.workflows.compress import CompressReport
 
 Kind = Literal["density", "bits", "max_error"]
 
@@ -128,8 +128,8 @@ def _options(
     copy_nonfinite: bool,
     base: str | None,
 ) -> CompressOptions:
-    from spectral_surgery.checkpoint.plan import CompressOptions
-    from spectral_surgery.spectra.select import Target
+    from spectral_surgery.codec.rate import Target
+    from spectral_surgery.files.compressed.plan import CompressOptions
 
     return CompressOptions(Target(*target), transform, tile, *globs, min_weights, copy_nonfinite, base=base)
 
@@ -137,7 +137,7 @@ def _options(
 def _show_plan(
     outline: AbstractContextManager[Found], options: CompressOptions, base: Path | None, *, as_json: bool
 ) -> None:
-    from spectral_surgery.workflows.compress import plan_compression
+    from spectral_surgery.commands.compress import plan_compression
 
     with outline as found:
         index, plan = plan_compression(found.path, options, compare=found.whole, base=base)

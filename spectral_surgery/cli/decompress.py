@@ -47,7 +47,7 @@ def command(
     Example:
       spectral-surgery decompress ./model-4bit ./model-plain --verify
     """
-    from spectral_surgery.workflows import decompress as workflow
+    from spectral_surgery.commands import decompress as workflow
 
     keep_freed_memory()
     access = shared.hub_access(quiet=quiet)
@@ -84,7 +84,7 @@ def command(
 
 
 def _show_plan(path: Path, *, as_json: bool) -> None:
-    from spectral_surgery.checkpoint.compressed import open_compressed
+    from spectral_surgery.files.compressed.checkpoint import open_compressed
 
     manifest = open_compressed(path, differences=True).manifest
     weights, tensors = sum(r.report.weights for r in manifest.tensors.values()), len(manifest.tensors)

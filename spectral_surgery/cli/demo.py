@@ -21,7 +21,7 @@ def command(threads: int | None, as_json: bool, quiet: bool) -> None:
     Example:
       spectral-surgery demo
     """
-    from spectral_surgery.bench.demo import run_demo
+    from benchmarks.demo import run_demo
 
     with output.progress(quiet=quiet, unit=" steps") as progress:
         report = run_demo(threads=shared.threads_or_all(threads), progress=progress)

@@ -12,7 +12,7 @@ from spectral_surgery.cli import output, shared
 from spectral_surgery.errors import ConfigError
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.evaluate import EvalReport
+    from spectral_surgery.commands.eval import EvalReport
 
 CHECK_FAILED = 3
 _SHOWN = 10  # tensors
@@ -77,8 +77,8 @@ def command(
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
-    from spectral_surgery.workflows.evaluate import Beside, EvalData, evaluate
-    from spectral_surgery.workflows.layer_moments import CalibrationData
+    from spectral_surgery.calibration.layer_moments import CalibrationData
+    from spectral_surgery.commands.eval import Beside, EvalData, evaluate
 
     if plot is not None:
         _check_plot(plot, table=len(b) > 1 or baseline is not None)
@@ -105,7 +105,7 @@ def command(
 
 def _check_plot(plot: Path, *, table: bool) -> None:
     """Before the long part: there is something to draw, something to draw with, and a place for it."""
-    from spectral_surgery.workflows.plots import require_matplotlib
+    from spectral_surgery.commands.plots import require_matplotlib
 
     if not table:
         raise ConfigError("eval --plot: one model or two; several B or --baseline is accepted, whose table is drawn.")
@@ -120,7 +120,7 @@ def _tell(report: EvalReport, *, as_json: bool, plot: Path | None, compared: boo
     else:
         click.echo("\n".join(_shown(report, compared=compared)))
     if plot is not None:
-        from spectral_surgery.workflows.plots import plot_rate_distortion
+        from spectral_surgery.commands.plots import plot_rate_distortion
 
         plot_rate_distortion(report.models, plot, report.models[0].model)
         click.echo(f"plot: {plot}", err=True)

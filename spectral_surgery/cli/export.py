@@ -11,7 +11,7 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.export import ExportPlan, ExportReport
+    from spectral_surgery.commands.export import ExportPlan, ExportReport
 
 
 @click.command("export")
@@ -61,8 +61,8 @@ def command(
       spectral-surgery export ./fourierft ./lora --rank 16 --base ./model
       spectral-surgery export ./adapter ./differences --format delta
     """
-    from spectral_surgery.checkpoint.adapter_files import read_adapter
-    from spectral_surgery.workflows import export as workflow
+    from spectral_surgery.commands import export as workflow
+    from spectral_surgery.files.peft.adapter_files import read_adapter
 
     is_delta = form == workflow.DELTA
     size = None if is_delta else adapter_options.size_of(form, nbytes, max_error, rank, n_frequency)

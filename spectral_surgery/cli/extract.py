@@ -10,8 +10,8 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.extract import ExtractReport
-    from spectral_surgery.workflows.extract_plan import ExtractPlan
+    from spectral_surgery.commands.extract import ExtractReport
+    from spectral_surgery.commands.extract.plan import ExtractPlan
 
 
 @click.command("extract")
@@ -62,8 +62,8 @@ def command(
       spectral-surgery extract ./base ./tuned ./adapter --method spectral_delta --bytes 2000000
       spectral-surgery extract ./base ./tuned ./adapter --method lora --max-error 0.3 --save-rest
     """
-    from spectral_surgery.workflows import extract as workflow
-    from spectral_surgery.workflows.extract_plan import plan_extraction
+    from spectral_surgery.commands import extract as workflow
+    from spectral_surgery.commands.extract.plan import plan_extraction
 
     size = adapter_options.size_of(method, nbytes, max_error, rank, n_frequency)
     if size is None:

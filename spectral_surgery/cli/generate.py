@@ -69,8 +69,8 @@ def command(
     Example:
       spectral-surgery generate ./model-4bit "Once upon a time" --temperature 0.8 --top-p 0.95
     """
-    from spectral_surgery.models import Sampling
-    from spectral_surgery.workflows import generate as workflow
+    from spectral_surgery.commands import generate as workflow
+    from spectral_surgery.hf.models import Sampling
 
     path, _ = shared.hub_access(quiet=as_json).resolve(source)
     report = workflow.generate(

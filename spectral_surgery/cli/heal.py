@@ -13,7 +13,7 @@ from spectral_surgery.cli import output, shared
 from spectral_surgery.memory import LITTLE, keep_freed_memory
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.heal import HealReport
+    from spectral_surgery.commands.heal import HealReport
 
 _KEY = "spectral_surgery.heal"
 
@@ -79,8 +79,8 @@ def command(
     Example:
       spectral-surgery heal ./model-20percent ./model ./model-healed --data notes.txt --minutes 5
     """
-    from spectral_surgery.workflows import heal as workflow
-    from spectral_surgery.workflows.heal_text import HealData
+    from spectral_surgery.commands import heal as workflow
+    from spectral_surgery.text.heal_text import HealData
 
     own = ctx.meta[_KEY]
     if own["blocks"]:
@@ -123,7 +123,7 @@ def settings_of(own: dict[str, Any], ctx: click.Context) -> Any:
     """
     from dataclasses import fields
 
-    from spectral_surgery.workflows.distill import DistillSettings
+    from spectral_surgery.training.loop import DistillSettings
 
     if own.get("steps") and own.get("minutes"):
         raise click.UsageError("one of --steps and --minutes is accepted, not both.", ctx)

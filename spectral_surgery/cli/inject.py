@@ -11,7 +11,7 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.inject import InjectPlan
+    from spectral_surgery.commands.inject import InjectPlan
 
 
 @click.command("inject")
@@ -55,7 +55,7 @@ def command(
     """
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.adapters.base import AdapterSpec
-    from spectral_surgery.workflows import inject as workflow
+    from spectral_surgery.commands import inject as workflow
 
     row = METHODS[method]
     targets = adapter_options.targets_of(target_modules, exclude_modules, layers, modules_to_save, bias)

@@ -40,7 +40,7 @@ def command(
       spectral-surgery inspect org/name
       spectral-surgery inspect ./model --plot spectrum.png
     """
-    from spectral_surgery.workflows import inspect as workflow
+    from spectral_surgery.commands import inspect as workflow
 
     spectrum = spectrum or plot is not None
     access = shared.hub_access(quiet=quiet)
@@ -53,7 +53,7 @@ def command(
             path, whole = outline.path, outline.whole
         found = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
     if plot is not None:
-        from spectral_surgery.workflows.plots import plot_spectra
+        from spectral_surgery.commands.plots import plot_spectra
 
         plot_spectra(found.spectra, plot, path.name)
     if as_json:

@@ -10,8 +10,8 @@ import click
 from spectral_surgery.cli import output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.merge import MergeReport
-    from spectral_surgery.workflows.merge_plan import MergePlan
+    from spectral_surgery.commands.merge import MergeReport
+    from spectral_surgery.commands.merge.plan import MergePlan
 
 
 @click.command("merge")
@@ -45,8 +45,8 @@ def command(
       spectral-surgery merge ./model ./style ./task ./both --weights 0.5,1
       spectral-surgery merge org/model org/adapter ./merged --push org/model-merged --private
     """
-    from spectral_surgery.workflows import merge as workflow
-    from spectral_surgery.workflows.merge_plan import plan_merge
+    from spectral_surgery.commands import merge as workflow
+    from spectral_surgery.commands.merge.plan import plan_merge
 
     factors = _numbers(weights)
     access = shared.hub_access(quiet=quiet)

@@ -53,10 +53,10 @@ def _settings(config: type[Any]) -> list[Mapping[str, object]]:
 
 
 def _rows() -> list[Mapping[str, object]]:
+    from benchmarks import CASES
     from spectral_surgery.adapters import METHODS
-    from spectral_surgery.bench import CASES
+    from spectral_surgery.baselines import BASELINES
     from spectral_surgery.mixers import MIXERS
-    from spectral_surgery.spectra.baselines import BASELINES
     from spectral_surgery.transforms import TRANSFORMS
 
     rows: list[Mapping[str, object]] = [

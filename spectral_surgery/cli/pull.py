@@ -36,7 +36,7 @@ def command(
       spectral-surgery pull org/model-4bit ./model-4bit
       spectral-surgery pull org/model ./tokenizer --include 'tokenizer*'
     """
-    from spectral_surgery.workflows.pull import pull
+    from spectral_surgery.commands.pull import pull
 
     access = shared.hub_access(quiet=quiet)
     with output.progress(quiet=quiet, unit=" tensors") as progress:

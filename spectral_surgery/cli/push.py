@@ -41,7 +41,7 @@ def command(
       spectral-surgery push ./model-4bit org/model-4bit --private
       spectral-surgery push ./adapter org/adapter --dry-run
     """
-    from spectral_surgery.workflows.push import push
+    from spectral_surgery.commands.push import push
 
     access = shared.hub_access(quiet=quiet)
     with output.progress(quiet=quiet, unit=" tensors") as progress:

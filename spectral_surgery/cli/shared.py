@@ -87,7 +87,7 @@ class HubAccess:
         """Push the result of a command; what --json adds, empty when nothing was asked."""
         if not self.push:
             return {}
-        from spectral_surgery.workflows.push import push
+        from spectral_surgery.commands.push import push
 
         report = push(out, self.push, token=self.token)
         click.echo(f"Pushed: {report.url}", err=True)

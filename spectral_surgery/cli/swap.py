@@ -10,7 +10,7 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.swap import SwapPlan, SwapReport
+    from spectral_surgery.commands.swap import SwapPlan, SwapReport
 
 _FILE = click.Path(path_type=Path)
 
@@ -68,12 +68,12 @@ def command(
       spectral-surgery swap ./encoder ./out --mixer fftnet --layers 2 --distill train.csv --sts dev.csv
       spectral-surgery swap ./llama ./out --mixer causal_fftnet --layers 0,2 --distill train.txt --text held-out.txt
     """
+    from spectral_surgery.commands import swap as workflow
+    from spectral_surgery.commands.eval import EvalData
+    from spectral_surgery.commands.swap.fit_layers import FitSettings
+    from spectral_surgery.live.swap import SwapSpec
     from spectral_surgery.mixers import MIXERS
     from spectral_surgery.options import parse_settings
-    from spectral_surgery.surgery.fit_layers import FitSettings
-    from spectral_surgery.surgery.swap import SwapSpec
-    from spectral_surgery.workflows import swap as workflow
-    from spectral_surgery.workflows.evaluate import EvalData
 
     parsed = parse_settings(MIXERS[mixer].config, settings)
     chosen = {name: getattr(parsed, name) for name in {pair.partition("=")[0] for pair in settings}}

@@ -12,7 +12,7 @@ import click
 from spectral_surgery.cli import adapter_options, output, shared
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.train import TrainReport
+    from spectral_surgery.commands.train import TrainReport
 
 _FILE = click.Path(path_type=Path)
 _TOO_LOW = 5  # below a fifth of the usual learning rate nothing much is learned
@@ -96,7 +96,7 @@ def command(
     """
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.adapters.base import AdapterSpec
-    from spectral_surgery.workflows import train as workflow
+    from spectral_surgery.commands import train as workflow
 
     row = METHODS[method]
     targets = adapter_options.targets_of(target_modules, exclude_modules, layers, modules_to_save, bias)
@@ -125,7 +125,7 @@ def command(
 
 
 def _data(options: dict[str, Any]) -> Any:
-    from spectral_surgery.workflows.train import TrainData
+    from spectral_surgery.commands.train import TrainData
 
     columns = tuple(options["columns"].split(",")) if options["columns"] else ()
     return TrainData(
@@ -142,7 +142,7 @@ def _data(options: dict[str, Any]) -> Any:
 def _settings(options: dict[str, Any], usual: float) -> Any:
     from dataclasses import fields
 
-    from spectral_surgery.integrations.trainer import TrainSettings
+    from spectral_surgery.training.trainer import TrainSettings
 
     given = {field.name: options[field.name] for field in fields(TrainSettings) if field.name in options}
     return TrainSettings(**given | {"learning_rate": options["learning_rate"] or usual})

@@ -14,7 +14,7 @@ from spectral_surgery.cli import output, shared
 from spectral_surgery.cli.shared import F
 
 if TYPE_CHECKING:
-    from spectral_surgery.workflows.train_from_scratch import ScratchReport
+    from spectral_surgery.commands.train.from_scratch import ScratchReport
 
 _FILE = click.Path(path_type=Path)
 
@@ -112,8 +112,8 @@ def command(
       spectral-surgery train --init fftnet --data tinyshakespeare.txt ./fftnet --control
       spectral-surgery generate ./fftnet "ROMEO:" --temperature 0.8 --top-k 40
     """
-    from spectral_surgery.integrations.pretrain import STARTS
-    from spectral_surgery.workflows import train_from_scratch as workflow
+    from spectral_surgery.commands.train import from_scratch as workflow
+    from spectral_surgery.training.pretrain import STARTS
 
     length = options["seq_length"]
     options |= {name: options[name] or length for name in ("max_seq_length", "kernel_length")}
@@ -139,8 +139,8 @@ def _of(kind: Any, options: dict[str, Any]) -> Any:
 
 
 def _data(options: dict[str, Any]) -> Any:
+    from spectral_surgery.commands.train.from_scratch import TIKTOKEN, ScratchData
     from spectral_surgery.hub import resolve
-    from spectral_surgery.workflows.train_from_scratch import TIKTOKEN, ScratchData
 
     tokenizer = options["tokenizer"]
     if tokenizer and not tokenizer.startswith(TIKTOKEN):
@@ -150,13 +150,13 @@ def _data(options: dict[str, Any]) -> Any:
 
 
 def _sizes(options: dict[str, Any]) -> Any:
-    from spectral_surgery.integrations.pretrain import ModelSizes
+    from spectral_surgery.training.pretrain import ModelSizes
 
     return _of(ModelSizes, options)
 
 
 def _settings(options: dict[str, Any]) -> Any:
-    from spectral_surgery.integrations.trainer import TrainSettings
+    from spectral_surgery.training.trainer import TrainSettings
 
     return _of(TrainSettings, options | {"head_learning_rate": options["learning_rate"]})
 

@@ -23,14 +23,14 @@ def command(merged: str, out: Path, dry_run: bool, overwrite: bool, as_json: boo
     Example:
       spectral-surgery unmerge ./model-merged ./model-again
     """
-    from spectral_surgery.workflows import unmerge as workflow
+    from spectral_surgery.commands.merge import unmerge as workflow
 
     access = shared.hub_access(quiet=quiet)
     if not dry_run:
         access.prepare()
     path = access.resolve(merged)[0]
     if dry_run:
-        from spectral_surgery.checkpoint.merge_record import read_record
+        from spectral_surgery.files.merge_record import read_record
 
         names = sorted(read_record(path).tensors)
         if as_json:

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_surgery.checkpoint.header import HEADER_LIMIT, read_json
-from spectral_surgery.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
-from spectral_surgery.checkpoint.manifest import FILE_NAME
-from spectral_surgery.checkpoint.merge_record import FOLDER as MERGE_FOLDER
 from spectral_surgery.errors import CheckpointError, HubError
+from spectral_surgery.files.compressed.manifest import FILE_NAME
+from spectral_surgery.files.header import HEADER_LIMIT, read_json
+from spectral_surgery.files.index import INDEX_FILE, SINGLE_FILE, read_index
+from spectral_surgery.files.merge_record import FOLDER as MERGE_FOLDER
 from spectral_surgery.hub.failures import UnansweredError, reaching, retrying
 from spectral_surgery.hub.listing import Listing, RemoteFile, first_bytes, list_files
 from spectral_surgery.hub.repository import Repository, remote

@@ -8,11 +8,11 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.layers.linear import autocast_input, bias_parameter, dense_linear, with_bias
 from spectral_surgery.layers.weight import Spectra, SpectralWeight, compressed
-from spectral_surgery.ops.spectral_matmul import Int8Form, transposed_form
-from spectral_surgery.spectra.codec import Basis
+from spectral_surgery.matmul import Int8Form, transposed_form
 
 
 class SpectralConv1D(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from spectral_surgery.ops.spectral_matmul import Form, HostMatrix
+from spectral_surgery.matmul import Form, HostMatrix
 
 _OF_ANY_LENGTH = ("data", "places", "beyond")  # stored frames, and outliers: as many as there are
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.errors import ShapeError
-from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.quantized import QuantizedSpectrum
 
 _FINER = 1.2
 _WIDE = 0.5  # steps of offset: coefficients were kept by a threshold, and not by rounding

@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.layers.weight import Spectra, SpectralWeight, compressed
-from spectral_surgery.spectra.codec import Basis
 
 
 class SpectralLinear(nn.Module):

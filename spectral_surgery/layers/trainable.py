@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectral_surgery.codec.quantized import INT8_MAX, QuantizedSpectrum
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
 from spectral_surgery.layers.weight import SpectralWeight
-from spectral_surgery.ops.spectral_matmul import Form
-from spectral_surgery.spectra.quantized import INT8_MAX, QuantizedSpectrum
+from spectral_surgery.matmul import Form
 
 
 class TrainableWeight(nn.Module):

@@ -8,9 +8,12 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis, rows_per_frame
+from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers.holder import FormHolder
-from spectral_surgery.ops.spectral_matmul import (
+from spectral_surgery.matmul import (
     RESIDENTS,
     Form,
     Spectrum,
@@ -19,9 +22,6 @@ from spectral_surgery.ops.spectral_matmul import (
     recorded,
     resident_form,
 )
-from spectral_surgery.spectra.codec import Basis, rows_per_frame
-from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.select import Target
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
 Spectra = Spectrum | Sequence[Spectrum]

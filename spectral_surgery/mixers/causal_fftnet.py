@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.causal_conv import causal_fft_conv, causal_fft_conv_step
 from spectral_surgery.mixers.base import MixerMethod, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import AdaptiveSpectralFilter, ModReLU
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_causal
 from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
-from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
 @dataclass(frozen=True)

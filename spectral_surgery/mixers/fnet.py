@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.causal_conv import causal_fft_conv_step
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.fourier_mix import causal_fourier_mix, fourier_mix
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
-from spectral_surgery.ops.causal_fft_conv import causal_fft_conv_step
 
 
 @dataclass(frozen=True)

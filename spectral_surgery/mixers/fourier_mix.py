@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_surgery.causal_conv import causal_fft_conv
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.slabs import channel_slabs, token_slabs
-from spectral_surgery.ops.causal_fft_conv import causal_fft_conv
 
 _BLOCK = 64  # tokens that are made together: of as many, and of the period before them
 _PRODUCTS = 512  # periods up to it are multiplied out; the matrices of longer ones would take more than they save

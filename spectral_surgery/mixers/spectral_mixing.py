@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.causal_conv import causal_fft_conv, causal_fft_conv_step
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import interpolate
@@ -18,7 +19,6 @@ from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.layout import swap
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
 from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
-from spectral_surgery.ops.causal_fft_conv import causal_fft_conv, causal_fft_conv_step
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectral_surgery.adapters.fourierft import FourierFT, FourierFTConfig, auto_scaling, random_positions
 from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.ops.fourier_delta import reference
+from spectral_surgery.fourier import reference
 
 CONFIG = FourierFTConfig(n_frequency=50, scaling=30.0, init_weights=False)
 

@@ -20,7 +20,7 @@ from spectral_surgery.adapters.fourierft_biased import (
 )
 from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.ops.fourier_delta import reference
+from spectral_surgery.fourier import reference
 
 
 @pytest.mark.parametrize(("center", "total"), [(0, 124005), (100, 168894), (200, 249747), (350, 293858), (480, 105874)])

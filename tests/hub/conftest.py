@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub, serving
+from tests.hub_server import TOKEN, LoopbackHub, serving
 from tests.support.hub_client import Client, running
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
 from spectral_surgery.hub.failures import clean
+from tests.hub_server import TOKEN, LoopbackHub
 from tests.support.checkpoints import contents, llama_like, write_folder
 from tests.support.hub_client import Client, running
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spectral_surgery.bench.loopback_hub import LoopbackHub
+from tests.hub_server import LoopbackHub
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 from tests.support.hub_client import Client
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectral_surgery.bench.case import CheckFailedError
-from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
+from benchmarks.case import CheckFailedError
+from tests.hub_server import TOKEN, LoopbackHub
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 from tests.support.hub_client import Client, running
 

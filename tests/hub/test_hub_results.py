@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from spectral_surgery.bench.loopback_hub import TOKEN, LoopbackHub
+from tests.hub_server import TOKEN, LoopbackHub
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 from tests.support.hub_client import ROOT, Client
 from tests.support.tiny import WORDS, save_tokenizer

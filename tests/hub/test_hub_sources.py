@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectral_surgery.bench.loopback_hub import LoopbackHub
 from spectral_surgery.errors import HubError
 from spectral_surgery.hub import Repository, remote, to_push
+from tests.hub_server import LoopbackHub
 from tests.support.checkpoints import llama_like, write_folder
 from tests.support.hub_client import Client, running
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.quantized import QuantizedSpectrum
+from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
-from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.quantized import QuantizedSpectrum
-from spectral_surgery.spectra.select import Target
-from spectral_surgery.surgery.kept import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra
+from spectral_surgery.live.kept_spectra import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra
 
 TARGETS = [Target("density", 0.2), Target("density", 0.05), Target("bits", 1.0), Target("bits", 4.0)]
 
@@ -54,7 +54,7 @@ def test_gradients_pass_the_quantiser_and_reach_kept_coefficients_only() -> None
     toward = torch.randn(64, 70, generator=torch.Generator().manual_seed(2))
     (kept(values) * toward).sum().backward()
     # an orthonormal basis: the gradient of a coefficient is the coefficient of the gradient
-    from spectral_surgery.spectra.codec import Basis
+    from spectral_surgery.codec.encoded import Basis
 
     positions = spectrum.codes.reshape(-1).nonzero()[:, 0]
     expected = Basis(spectrum.transform, spectrum.tile, spectrum.axes).forward(toward).reshape(-1)[positions]
@@ -120,7 +120,7 @@ def test_a_name_that_is_no_parameter_is_refused() -> None:
 @pytest.mark.parametrize("resident", ["coded", "int8"])
 def test_spectral_layers_are_trained_and_freeze_to_what_was_trained(resident: str) -> None:
     from spectral_surgery.layers import SpectralWeight
-    from spectral_surgery.surgery.compress_live import compress_model
+    from spectral_surgery.live.compress_model import compress_model
 
     torch.manual_seed(0)
     model, ids = Tied(), torch.arange(40)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers import SpectralConv1D
-from spectral_surgery.ops.spectral_matmul import RESIDENTS
-from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.select import Target
+from spectral_surgery.matmul import RESIDENTS
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

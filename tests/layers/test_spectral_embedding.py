@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec import encoded as codec
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers import SpectralEmbedding, SpectralLinear
-from spectral_surgery.ops.spectral_matmul import RESIDENTS
-from spectral_surgery.spectra import codec
-from spectral_surgery.spectra.codec import Basis
-from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.select import Target
+from spectral_surgery.matmul import RESIDENTS
 
 IDS = torch.tensor([[0, 299, 5], [63, 64, 5]])
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import EncodedSpectrum
+from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.layers import SpectralExperts, SpectralWeight
-from spectral_surgery.spectra.codec import EncodedSpectrum
-from spectral_surgery.spectra.encode import encode
-from spectral_surgery.spectra.select import Target
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

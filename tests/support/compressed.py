@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.checkpoint.plan import CompressOptions
-from spectral_surgery.spectra.select import Target
-from spectral_surgery.workflows.compress import compress
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.files.compressed.plan import CompressOptions
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,

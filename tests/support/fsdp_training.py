@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
-from spectral_surgery.checkpoint.adapter_files import write_adapter
-from spectral_surgery.integrations.trainer import whole
-from spectral_surgery.surgery.attach import inject, state_of
-from tests.surgery.test_attach import Model
+from spectral_surgery.files.peft.adapter_files import write_adapter
+from spectral_surgery.live.attach import inject, state_of
+from spectral_surgery.training.trainer import whole
+from tests.live.test_attach import Model
 
 SETTINGS = {"fourierft": {"n_frequency": 7, "scaling": 20.0}, "lora": {"r": 2}}
 STEPS, BATCH = 5, 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.bench.loopback_hub import client
-from spectral_surgery.bench.loopback_hub.client import Done
+from tests.hub_server import client
+from tests.hub_server.client import Done
 
 ROOT = Path(__file__).parents[2]
 

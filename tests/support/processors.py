@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spectral_surgery.ops.spectral_matmul.dispatch import Processor
+from spectral_surgery.matmul.dispatch import Processor
 
 PROCESSORS = [Processor(int8, bfloat16) for int8 in (False, True) for bfloat16 in (False, True)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.spectra.quantized import QuantizedSpectrum
+from spectral_surgery.codec.quantized import QuantizedSpectrum
 
 # relative, of products of random activations: what `spectral_matmul` promises on every processor
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}

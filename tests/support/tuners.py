@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters import METHODS
-from spectral_surgery.checkpoint.adapter_config import DIALECTS
+from spectral_surgery.files.peft.adapter_config import DIALECTS
 
 
 class Block(nn.Module):

@@ -61,8 +61,8 @@ def _import_all() -> None:
     import peft  # noqa: F401
     from transformers import LlamaForCausalLM, Qwen2VLForConditionalGeneration, ViTModel, Wav2Vec2ForCTC  # noqa: F401
 
-    import spectral_surgery.workflows.compress
-    import spectral_surgery.workflows.heal  # noqa: F401
+    import spectral_surgery.commands.compress
+    import spectral_surgery.commands.heal  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""Text from a compressed language model beside the dense bfloat16 one: speed, loading and memory of each way to run it.
+
+Ways take turns in one process. Loading maps a dense file and reads none of it, so the time to the first token, for
+which all of a model must be in memory, stands beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.case import Row, require
+from benchmarks.cases.engine import run_command
+from benchmarks.cases.spectral_matmul import THREADS
+from benchmarks.language_model import Size, prompt, write_model
+from benchmarks.peak import peak_bytes
+from benchmarks.timing import Timing, interleaved
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.decompress import decompress
+from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.index import read_index
+from spectral_surgery.hf.models import Sampling, continue_text, load_model, load_tokenizer
+from spectral_surgery.hf.quantizer.load_compressed import load_compressed
+
+FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
+BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4
+NEW, FEW, PROMPT, ROUNDS = 16, 4, 8, 3
+DENSE = "dense bfloat16"
+LIMIT = 0.7  # of the dense bytes, asked for with --max-memory
+LEAST = 50_000_000  # dense bytes: blocks of rows being decoded take 16 MB whatever the model
+LOADING = 2.0  # times the dense model
+EXACT, ROUNDED = 1e-4, 5e-2  # of logits: rounding of a layer goes through all the others
+_CLASS, _PEAK = "AutoModelForCausalLM", "peak_rss_bytes"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a model.
+
+    Attributes:
+        folder: of it.
+        exact: folder of the dense float32 model that it must agree with.
+        resident: form of compressed weights; None for a dense model.
+        max_memory: bytes that they may take.
+    """
+
+    folder: Path
+    exact: Path
+    resident: str | None = None
+    max_memory: int | None = None
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model in memory."""
+        if self.resident is None:
+            return load_model(self.folder, _CLASS, dtype=dtype)[0]
+        return load_compressed(self.folder, self.resident, auto_class=_CLASS, dtype=dtype, max_memory=self.max_memory)
+
+
+def run(quick: bool) -> list[Row]:
+    """Tokens per second, loading time and memory of each way, as multiples of the dense model."""
+    size = QUICK if quick else FULL
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            ways = prepare(Path(scratch), size)
+            models = check(ways, size)
+            tokenizer = load_tokenizer(ways[DENSE].folder)
+            rows = speeds(models, tokenizer, size)
+            del models
+            memory(ways, tokenizer, size, rows)
+            if not quick:
+                _limits(ways, write_model(Path(scratch) / "tiny", TINY), size, rows)
+            return rows
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare(scratch: Path, size: Size) -> dict[str, Way]:
+    """Compressed models, and a dense one of the same weights."""
+    source = write_model(scratch / "source", size)
+    folders = {}
+    for bits in (BITS, NARROW):
+        ours, exact = scratch / f"{bits:g} bits", scratch / f"{bits:g} bits, exact"
+        compress(source, ours, CompressOptions(Target("bits", bits)))
+        decompress(ours, exact, dtype="float32")
+        folders[bits] = (ours, exact)
+    decompress(folders[BITS][0], scratch / "dense")
+    nbytes = read_index(scratch / "dense").nbytes
+    ways = {
+        DENSE: Way(scratch / "dense", folders[BITS][1]),
+        "int8": Way(*folders[BITS], "int8"),
+        "int4, 2 bits stored": Way(*folders[NARROW], "int4"),
+        "coded": Way(*folders[BITS], "coded"),
+    }
+    if nbytes > LEAST:
+        limit = int(LIMIT * nbytes)
+        ways[f"auto, --max-memory {limit / 1e6:.0f}MB"] = Way(*folders[BITS], "auto", limit)
+    return ways
+
+
+def check(ways: Mapping[str, Way], size: Size) -> dict[str, Any]:
+    """The models in bfloat16, once all logits agree with those of the decompressed models in float32."""
+    ids = torch.arange(1, 25).reshape(2, 12) % size.words
+    models = {}
+    with torch.inference_mode():
+        exact = {way.exact for way in ways.values()}
+        expected = {own: load_model(own, _CLASS, dtype=torch.float32)[0](ids).logits for own in exact}
+        for name, way in ways.items():
+            if way.resident is not None:
+                _require_close(name, way.load(torch.float32)(ids).logits, expected[way.exact], EXACT)
+            models[name] = way.load(torch.bfloat16)
+            _require_close(f"{name} in bfloat16", models[name](ids).logits, expected[way.exact], ROUNDED)
+    return models
+
+
+def _require_close(name: str, logits: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    error = float((logits.float() - expected).norm() / expected.norm())
+    require(error <= limit, f"{name}: relative error {error:.2g} of the logits")
+
+
+def _write(model: Any, tokenizer: Any, size: Size, count: int) -> None:
+    _, tokens = continue_text(model, tokenizer, prompt(PROMPT, size.words), Sampling(count), lambda _: None)
+    require(tokens == count, f"{tokens} tokens came instead of {count}")
+
+
+def speeds(models: Mapping[str, Any], tokenizer: Any, size: Size) -> list[Row]:
+    """Tokens per second, and bytes."""
+    timings = interleaved({name: partial(_write, own, tokenizer, size, NEW) for name, own in models.items()}, ROUNDS)
+    base = timings[DENSE].median
+    return [
+        {
+            "model": name,
+            "tokens/s": NEW / timing.median,
+            "speed / dense": base / timing.median,
+            "weights, MB": _held(models[name]) / 1e6,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _held(model: Any) -> int:
+    """Bytes of everything that a model holds."""
+    return sum({own.data_ptr(): own.nbytes for own in (*model.parameters(), *model.buffers())}.values())
+
+
+def memory(ways: Mapping[str, Way], tokenizer: Any, size: Size, rows: list[Row]) -> None:
+    """Add what it takes to load each model, and to have its first tokens, to its row.
+
+    Peak memory is what the process grows by; what it has freed before and uses again does not count.
+    """
+
+    def first(way: Way, count: int) -> None:
+        _write(way.load(torch.bfloat16), tokenizer, size, count)
+
+    loading = interleaved({name: partial(way.load, torch.bfloat16) for name, way in ways.items()}, ROUNDS)
+    ready = interleaved({name: partial(first, way, 1) for name, way in ways.items()}, ROUNDS)
+    for row, (name, way) in zip(rows, ways.items(), strict=True):
+        gc.collect()  # models refer to themselves: those before would be freed on the way, and hide what this one takes
+        peak = peak_bytes(partial(first, way, FEW), torch.device("cpu"))
+        row["load, s"] = loading[name].median
+        row["load / dense"] = _ratio(loading, name)
+        row["to the first token, s"] = ready[name].median
+        row["first token / dense"] = _ratio(ready, name)
+        row["peak memory, MB"] = "" if peak is None else peak / 1e6
+        row["target"] = f"load <= {LOADING:g}x" if name == "int8" else ""
+        row["met"] = _ratio(loading, name) <= LOADING if name == "int8" else ""
+
+
+def _ratio(timings: Mapping[str, Timing], name: str) -> float:
+    return timings[name].median / timings[DENSE].median
+
+
+def _limits(ways: Mapping[str, Way], tiny: Path, size: Size, rows: list[Row]) -> None:
+    """Whether the command stays below the dense bytes: its process, above what it takes with a model of no size."""
+    dense, text = read_index(ways[DENSE].folder).nbytes, prompt(PROMPT, size.words)
+    for row, way in zip(rows, ways.values(), strict=True):
+        row["of the command, MB"] = ""
+        if way.max_memory is not None:
+            limit = ["--resident", str(way.resident), "--max-memory", str(way.max_memory)]
+            peaks = [
+                int(str(run_command("generate", str(own), text, "--max-tokens", str(FEW), *more, quiet=False)[_PEAK]))
+                for own, more in ((tiny, []), (way.folder, limit))
+            ]
+            above = peaks[1] - peaks[0]
+            row["of the command, MB"] = above / 1e6
+            row["target"], row["met"] = f"< {dense / 1e6:.0f} MB", above < dense

@@ -1,0 +1,104 @@
+"""A random language model on disk, of any size, with a tokenizer; no library is needed to make it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
+
+_HEAD = 64  # width of an attention head
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model in Llama's layout.
+
+    Attributes:
+        hidden: width D.
+        inner: width inside the feed-forward layers.
+        layers: number of them.
+        words: of the vocabulary.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    words: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its name; the output layer is tied to the embedding."""
+        wide, inner = self.hidden, self.inner
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.words, wide)}
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            found |= {f"{prefix}.self_attn.{name}_proj.weight": (wide, wide) for name in "qkvo"}
+            found |= {f"{prefix}.mlp.{name}_proj.weight": (inner, wide) for name in ("gate", "up")}
+            found[f"{prefix}.mlp.down_proj.weight"] = (wide, inner)
+            found |= {f"{prefix}.{name}_layernorm.weight": (wide,) for name in ("input", "post_attention")}
+        return found | {"model.norm.weight": (wide,)}
+
+
+def write_model(folder: Path, size: Size) -> Path:
+    """Write a model with Gaussian weights in bfloat16, the same at every call.
+
+    Args:
+        folder: to be made.
+        size: of it.
+    """
+    folder.mkdir(parents=True)
+
+    def chunks(shape: tuple[int, ...], seed: int) -> Iterator[memoryview]:
+        values = torch.ones(shape)
+        if len(shape) > 1:
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+        yield tensor_bytes(values.to(torch.bfloat16))
+
+    shapes = size.shapes().items()
+    write_checkpoint(
+        folder, [Entry(name, "BF16", shape, partial(chunks, shape, n)) for n, (name, shape) in enumerate(shapes)]
+    )
+    for file, body in {"config.json": _config(size), **_tokenizer(size.words)}.items():
+        (folder / file).write_text(json.dumps(body), encoding="utf-8")
+    return folder
+
+
+def prompt(tokens: int, words: int) -> str:
+    """A text of so many tokens."""
+    return " ".join(f"w{1 + 7 * n % (words - 1)}" for n in range(tokens))
+
+
+def _config(size: Size) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // _HEAD,
+        "num_key_value_heads": size.hidden // _HEAD,
+        "vocab_size": size.words,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,  # it never stops by itself
+    }
+
+
+def _tokenizer(words: int) -> dict[str, dict[str, object]]:
+    """One token a word."""
+    inner: dict[str, object] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(words)}, "unk_token": "w0"},
+    }
+    outer: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "w0", "unk_token": "w0"}
+    return {"tokenizer.json": inner, "tokenizer_config.json": outer}

@@ -1,0 +1,72 @@
+"""Run cases: check, then measure, then stamp; a case that fails its check shows no figures."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import CASES
+from benchmarks.case import CheckFailedError
+from spectral_surgery.progress import Progress, silent
+
+
+def run_cases(names: Sequence[str], *, quick: bool = False, progress: Progress = silent) -> list[dict[str, object]]:
+    """Run benchmark cases.
+
+    Args:
+        names: of the cases.
+        quick: smaller inputs, where a case has them.
+        progress: called after each case.
+
+    Returns:
+        For each case its name, help, status (``ok`` or ``FAILED``), reason, rows and stamp.
+
+    Raises:
+        ConfigError: when a name is unknown; nothing is run then.
+    """
+    results: list[dict[str, object]] = []
+    for number, case in enumerate([CASES[name] for name in names]):
+        result: dict[str, object] = {"case": case.name, "help": case.help, "status": "ok", "reason": "", "rows": []}
+        try:
+            result["rows"] = case.run(quick)
+        except CheckFailedError as error:
+            result |= {"status": "FAILED", "reason": str(error)}
+        results.append(result | {"stamp": stamp()})
+        progress(number + 1, len(names), case.name)
+    return results
+
+
+def stamp() -> dict[str, object]:
+    """Where and with what a figure was measured."""
+    return {
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+    here = Path(__file__).parent
+    if git is None:
+        return "unknown"
+    found = subprocess.run(  # noqa: S603 - a fixed command
+        [git, "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Weight updates into adapters."""

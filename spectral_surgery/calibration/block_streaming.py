@@ -1,0 +1,151 @@
+"""A model whose weights are on the disk until their block has its turn: the memory of one block, whatever the depth."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.hf.models import load_model, load_outline
+from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, names_in
+from spectral_surgery.live.blocks import has_blocks
+from spectral_surgery.memory import release_freed_memory
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """A model in float32 that reads its weights when they are needed.
+
+    Attributes:
+        model: a transformers model; parameters that are not needed now are on the meta device.
+        tokenizer: its tokenizer.
+        names: where its parameters are stored.
+        tensors: the same, of those that are read when they are needed; none when all are in memory for good.
+    """
+
+    model: Any
+    tokenizer: Any
+    names: TensorNames
+    tensors: dict[str, StoredParameter]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model had to be loaded at once."""
+        return not self.tensors
+
+    @contextmanager
+    def holding(self, prefix: str = "", without: str = "") -> Iterator[None]:
+        """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards.
+
+        Args:
+            prefix: of their names; empty for all.
+            without: prefix of those that are left out, if any.
+        """
+        names = [own for own in self.tensors if own.startswith(prefix) and not (without and own.startswith(without))]
+        read: dict[str, nn.Parameter] = {}
+        for name in names:  # tied parameters are stored once
+            key = self.tensors[name].name
+            if key not in read:
+                read[key] = nn.Parameter(self.tensors[name].read().float(), requires_grad=False)
+            self._put(name, read[key])
+        try:
+            yield
+        finally:
+            for name in names:
+                shape = self.tensors[name].shape
+                self._put(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+            read.clear()
+            release_freed_memory()
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        self.model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_remote_code: bool = False) -> LazyModel:
+    """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
+
+    Args:
+        folder: a plain checkpoint with a tokenizer.
+        index: of the same.
+        auto_class: class of transformers.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
+        is stored.
+
+    Raises:
+        CheckpointError: when the folder has no model of that kind.
+    """
+    outline, tokenizer = load_outline(folder, auto_class, trust_remote_code=trust_remote_code)
+    outline.config.use_cache = False
+    names = names_in(outline, index)
+    parameters = dict(outline.named_parameters(remove_duplicate=False))
+    found = {name: names.find(name) for name in parameters}
+    tensors = {
+        name: own for name, own in found.items() if own is not None and own.shape == tuple(parameters[name].shape)
+    }
+    tied = {id(parameters[name]): own for name, own in tensors.items()}
+    tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
+    if tensors.keys() == parameters.keys() and has_blocks(outline):
+        return LazyModel(outline, tokenizer, names, tensors)
+    model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.config.use_cache = False
+    return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, names, {})
+
+
+class Shelf:
+    """Tensors in memory up to a limit, and in files beyond it; each lasts as long as what `put` returned for it."""
+
+    def __init__(self, limit: int, folder: Path | None = None) -> None:
+        """Start empty.
+
+        Args:
+            limit: bytes kept in memory.
+            folder: for the files; None for the folder of temporary files.
+        """
+        self._limit, self._used = limit, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="activations-", dir=folder)
+
+    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Put a tensor away; call what is returned to have it.
+
+        A file is mapped for as long as somebody uses the tensor read from it: what only waits takes no memory.
+        """
+        if self._used + tensor.nbytes > self._limit and tensor.numel():
+            return self._filed(tensor)
+
+        def held() -> Tensor:
+            return tensor
+
+        self._used += tensor.nbytes
+        weakref.finalize(held, self._forget, tensor.nbytes)
+        return held
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._folder.cleanup()
+
+    def _filed(self, tensor: Tensor) -> Callable[[], Tensor]:
+        file = tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False)  # noqa: SIM115 - only its name
+        file.close()
+        size, dtype, shape = tensor.numel(), tensor.dtype, tensor.shape
+        torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape).copy_(tensor)
+
+        def held() -> Tensor:
+            return torch.from_file(file.name, size=size, dtype=dtype).reshape(shape)
+
+        weakref.finalize(held, Path(file.name).unlink, missing_ok=True)
+        return held
+
+    def _forget(self, nbytes: int) -> None:
+        self._used -= nbytes

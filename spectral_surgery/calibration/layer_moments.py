@@ -1,0 +1,189 @@
+"""The linear layers of a checkpoint in the order in which a model runs them, with what they are given on some text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.calibration.block_streaming import LazyModel, Shelf, load_lazily
+from spectral_surgery.calibration.expert_moments import expert_moments
+from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
+from spectral_surgery.hf.models import longest_sequence
+from spectral_surgery.live.blocks import blocks_in_turn, moments_of
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, read_sequences
+
+IN_MEMORY = 32 << 20  # bytes of activations; more go to files
+EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time
+BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Text to calibrate on.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        samples: sequences at most.
+        seq_length: tokens of a sequence at most.
+        trust_remote_code: run the code that a model brings along.
+    """
+
+    file: Path
+    samples: int = 512
+    seq_length: int = 256
+    trust_remote_code: bool = False
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work."""
+        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
+
+
+@dataclass(frozen=True)
+class LayerMoment:
+    """A stored matrix in its turn.
+
+    Attributes:
+        block: name of the block that multiplies by it; empty when the model has no list of blocks.
+        matrix: the matrix, and the layers that have its rows.
+        moment: H = Xᵀ X of what they are given, [I, I] float32.
+    """
+
+    block: str
+    matrix: StoredMatrix
+    moment: Tensor
+
+    @property
+    def tensor(self) -> str:
+        """Its name in the checkpoint."""
+        return self.matrix.tensor
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [I, O]."""
+        return self.matrix.transposed
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """From and to, of the tensor that holds it, seen as one matrix."""
+        return self.matrix.first, self.matrix.first + len(self.matrix.weight)
+
+
+def layer_moments(
+    lazy: LazyModel,
+    sequences: Sequence[Sequence[int]],
+    names: Container[str],
+    *,
+    folder: Path | None = None,
+    progress: Progress = silent,
+) -> Iterator[LayerMoment]:
+    """Visit the layers in blocks, one block in memory at a time; layers that no sample reaches are left out.
+
+    All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`; of many experts
+    the later ones also with the layers of their own block.
+
+    Args:
+        lazy: the model, and
+        sequences: the text, from `model_and_text`.
+        names: of the tensors wanted.
+        folder: for activations that do not fit into memory; None for the folder of temporary files.
+        progress: called after each layer.
+
+    Raises:
+        TargetError: when the model cannot be run on text alone, with the cause.
+    """
+    count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
+    with closing(Shelf(IN_MEMORY, folder)) as shelf:
+        batches = equal_lengths(sequences, BATCH_TOKENS)
+        for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
+            matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
+            for group in _groups(matrices):
+                for own, moment in _moments(group, run):
+                    if moment is not None:
+                        yield LayerMoment(block, own, moment)
+                    count += 1
+                    progress(count, total, own.tensor)
+
+
+def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
+    """All layers together, and as many experts as their moments fit into memory; then more experts, if there are."""
+    group: list[StoredMatrix] = []
+    held: dict[str, int] = {}
+    for own in matrices:
+        group.append(own)
+        held |= {key: 4 * expert.width**2 for key, expert in own.experts.items()}
+        if sum(held.values()) > EXPERT_MOMENTS:
+            yield group
+            group, held = [], {}
+    if group:
+        yield group
+
+
+def _moments(
+    group: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
+) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
+    """Of each matrix of a group, while a block runs on all samples; None where no token came."""
+    layers = {key: layer for own in group for key, layer in own.modules.items()}
+    with (
+        moments_of(layers) as moments,
+        expert_moments({key: expert for own in group for key, expert in own.experts.items()}) as of_experts,
+    ):
+        for _ in run():
+            pass
+    moments |= of_experts
+    del of_experts
+    left = Counter(key for own in group for key in own.layers)  # an expert's gate and up projection share one
+    for own in group:
+        seen = [moments[key] for key in own.layers if key in moments]
+        left -= Counter(list(own.layers))
+        for key in own.layers:
+            if key not in left:
+                moments.pop(key, None)
+        yield own, _mean(seen) if seen else None
+
+
+def _mean(moments: Sequence[Tensor]) -> Tensor:
+    """Of layers whose rows are stored as one matrix: mostly they are given the same, and have the same sum."""
+    first, *others = moments
+    if all(own is first for own in others):
+        return first
+    return torch.stack(list(moments)).mean(0)
+
+
+def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) -> tuple[LazyModel, list[list[int]]]:
+    """The model to calibrate, and token sequences to calibrate it on.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        index: of it.
+        data: text.
+
+    Raises:
+        ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
+        CheckpointError: when the model cannot be loaded.
+    """
+    if needs_decoder_input(index.config):
+        raise ConfigError(
+            "calibrate: the model has an encoder and a decoder, and its text alone does not run both; models of one of"
+            " them are accepted."
+        )
+    lazy = load_lazily(source, index, "AutoModel", trust_remote_code=data.trust_remote_code)
+    length, causal = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length), is_causal(index.config)
+    sequences = read_sequences(lazy.tokenizer, data.file, length=length, samples=data.samples, causal=causal)
+    if not any(sequences):
+        raise ConfigError(
+            f"{data.file}: the tokenizer of {source.name} finds no token in it; text that the model reads is accepted."
+        )
+    check_vocabulary(sequences, lazy.model, data.file)
+    return lazy, sequences

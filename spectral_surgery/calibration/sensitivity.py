@@ -1,0 +1,101 @@
+"""How much the hidden states that a model ends with change with errors in the outputs of its layers.
+
+An error e_t in the output of a layer at token t changes the last hidden states by J_t e_t. With v random, of
+independent entries of variance one, and g_t the gradient of v · (last hidden states), the mean of (g_t · e_t)² is
+|J_t e_t|² (Hutchinson, 1990). Where the entries of e_t are independent and of equal variance, it is |g_t|² |e_t|² / O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.live.blocks import Sample, hidden_of
+from spectral_surgery.live.running import called
+
+
+@dataclass
+class Squares:
+    """Squares that are summed up.
+
+    Attributes:
+        total: their sum.
+        count: how many.
+    """
+
+    total: float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Of them; 0 when there is none."""
+        return self.total / max(self.count, 1)
+
+
+@contextmanager
+def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, Squares]]:
+    """Sum the squared gradients with regard to what layers return, in all backward passes while the block lasts.
+
+    Args:
+        layers: modules that return one tensor, by name.
+
+    Yields:
+        The squares by name, filled as gradients pass.
+    """
+    found: dict[str, Squares] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def seen(gradient: Tensor) -> None:
+            own = found.setdefault(name, Squares())
+            own.total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+            own.count += gradient.numel()
+
+        def watch(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(seen)
+
+        return watch
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:
+    """The gradient with regard to the hidden states that a block is given.
+
+    Args:
+        block: in eval mode.
+        sample: what it is given.
+        gradient: with regard to the hidden states that it returns.
+    """
+    if sample.skipped:
+        return gradient
+    hidden = sample.hidden().detach().requires_grad_()
+    with torch.enable_grad():
+        output = hidden_of(called(block, (hidden, *sample.args), sample.named))
+    own: Tensor = torch.autograd.grad(output, hidden, gradient)[0]
+    return own
+
+
+def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient to start with: random, and so long that errors count relative to the hidden state of their token.
+
+    Models normalise their last hidden states, or return normalised ones.
+
+    Args:
+        hidden: [..., D].
+        generator: of the random numbers.
+    """
+    length = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    random = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    found: Tensor = (random / length).to(hidden.dtype)
+    return found

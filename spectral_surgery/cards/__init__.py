@@ -1,0 +1,1 @@
+"""Model cards of the folders that commands write."""

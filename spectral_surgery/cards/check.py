@@ -1,0 +1,114 @@
+"""Whether a folder is what it claims to be, before others get it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from spectral_surgery.cards.adapters import adapter_facts
+from spectral_surgery.cards.card import Facts, as_repository, metadata, read_card
+from spectral_surgery.cards.checkpoints import compressed_facts, merged_facts, plain_facts
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
+from spectral_surgery.files.compressed.manifest import FILE_NAME
+from spectral_surgery.files.compressed.plan import FLOATS
+from spectral_surgery.files.header import named, read_json
+from spectral_surgery.files.index import CheckpointIndex, read_index
+from spectral_surgery.files.merge_record import is_merged, read_record
+from spectral_surgery.files.reader import read_flat
+from spectral_surgery.progress import Progress, silent
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+METRICS_FILE = "metrics.json"  # of train
+_PIECE = 1 << 22  # elements
+
+Kind = Literal["compressed", "adapter", "dense"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder that can be published.
+
+    Attributes:
+        kind: compressed checkpoint, adapter, or any other checkpoint.
+        index: its headers.
+        facts: what its card should say.
+        complete: whether the facts are all that is known; else the command that made the folder may have said more.
+    """
+
+    kind: Kind
+    index: CheckpointIndex
+    facts: Facts
+    complete: bool
+
+
+def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
+    """Check a folder: headers, completeness, and what its kind promises.
+
+    Of a compressed checkpoint every checksum of the manifest is verified; of an adapter the configuration, and that
+    its values are finite.
+
+    Args:
+        folder: written by one of our commands, by transformers or by PEFT.
+        progress: called after each compressed tensor.
+
+    Returns:
+        What it is.
+
+    Raises:
+        CheckpointError: when it is incomplete or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a folder with a checkpoint or an adapter is accepted.")
+    if (folder / FILE_NAME).exists():
+        return _compressed(folder, progress)
+    if (folder / ADAPTER_CONFIG).exists():
+        return _adapter(folder)
+    index = read_index(folder)
+    if is_compressed(folder):
+        raise CheckpointError(
+            f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; a complete folder is "
+            "accepted. Compress again, or fetch it again."
+        )
+    facts = merged_facts(read_record(folder), index) if is_merged(folder) else plain_facts(index)
+    return Checked("dense", index, facts, complete=False)
+
+
+def _compressed(folder: Path, progress: Progress) -> Checked:
+    checkpoint = open_compressed(folder, differences=True)
+    records = checkpoint.manifest.tensors
+    for number, (name, record) in enumerate(records.items()):
+        for part in range(len(record.parts)):
+            checkpoint.part(name, part)  # compares the checksum
+        progress(number + 1, len(records), name)
+    origin = as_repository(metadata(read_card(folder) or "").get("base_model"))
+    return Checked("compressed", checkpoint.index, compressed_facts(checkpoint, origin), complete=True)
+
+
+def _adapter(folder: Path) -> Checked:
+    config: Mapping[str, object] = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise CheckpointError(
+            f"{folder.name}/{ADAPTER_CONFIG}: peft_type is {named([config.get('peft_type')])}; the name of a method is "
+            "accepted. Save the adapter again."
+        )
+    if not (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{folder.name}: {ADAPTER_FILE} is missing; an adapter in the format of PEFT is accepted. Save it again."
+        )
+    index = read_index(folder, adapters=True)
+    for name, info in index.tensors.items():
+        if info.dtype in FLOATS and not all(
+            bool(torch.isfinite(read_flat(info, start, min(start + _PIECE, info.numel)).float()).all())
+            for start in range(0, info.numel, _PIECE)
+        ):
+            raise CheckpointError(
+                f"{folder.name}: {name} has NaN or infinite values; finite ones are accepted. Train the adapter again."
+            )
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
+    return Checked("adapter", index, adapter_facts(config, index, metrics), complete=bool(metrics))

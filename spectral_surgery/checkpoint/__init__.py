@@ -1,1 +1,0 @@
-"""Checkpoint files: headers, bytes, manifests and work lists; nothing here builds a module."""

@@ -1,0 +1,1 @@
+"""The stored form of a matrix: transform, quantise, code, and the way back."""

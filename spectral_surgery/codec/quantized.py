@@ -1,0 +1,182 @@
+"""A spectrum as integer codes: what is stored, and what compressed layers multiply with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.rate import Quantizer
+from spectral_surgery.errors import ShapeError
+from spectral_surgery.transforms import TRANSFORMS, tiles
+
+INT8_MAX = 127
+
+_CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
+_SUMMED = 1 << 16  # numbers of a float32 sum
+
+
+@dataclass(frozen=True)
+class QuantizedSpectrum:
+    """Integer codes of the spectrum of a matrix, in matrix order.
+
+    A coefficient is ``sign(q) * (|q| + offset) * step``. The offset puts reconstruction points at centroids. It is a
+    multiple of ``1 / grid``, so that a spectrum with ``grid > 0`` is exactly an int8 matrix times ``step / grid``.
+
+    Attributes:
+        codes: [O, I] int8, int16 or int32.
+        step: [1] float32, or [I] float32 for one step per column.
+        offset: shift of the reconstruction points, in steps.
+        transform: name in TRANSFORMS.
+        tile: side of the tiles.
+        axes: transformed axes, 0 for O and 1 for I.
+    """
+
+    codes: Tensor
+    step: Tensor
+    offset: float
+    transform: str
+    tile: int
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def coefficients(self) -> Tensor:
+        """The spectrum itself: [O, I] float32."""
+        return dequantize(self.codes, self.step, self.offset)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix: [O, I], inverse-transformed in float32 and cast once."""
+        dense = tiles.inverse(self.coefficients(), TRANSFORMS[self.transform], self.tile, self.axes)
+        return dense.to(dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows ``start`` to ``stop`` of `to_dense`, from the rows of tiles that hold them: [stop - start, I].
+
+        Raises:
+            ShapeError: when the rows are not within the matrix.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ShapeError(f"rows: {start}:{stop} of {self.shape[0]} rows; 0 <= start <= stop <= rows is accepted.")
+        first = start // self.tile * self.tile
+        last = min(-(-stop // self.tile) * self.tile, self.shape[0])
+        part = dequantize(self.codes[first:last], self.step, self.offset)
+        dense = tiles.inverse(part, TRANSFORMS[self.transform], self.tile, self.axes)
+        return dense[start - first : stop - first].to(dtype)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the kept coefficients of a matrix that fix its reconstruction points; they add over its parts."""
+
+    kept: float
+    level: float
+    level_square: float
+    product: float
+    magnitude: float
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of two parts together."""
+        return Moments(
+            self.kept + other.kept,
+            self.level + other.level,
+            self.level_square + other.level_square,
+            self.product + other.product,
+            self.magnitude + other.magnitude,
+        )
+
+    def energy(self, step: float, offset: float) -> float:
+        """Squared norm of the coefficients reconstructed with this step and offset."""
+        return step**2 * (self.level_square + 2 * offset * self.level + offset**2 * self.kept)
+
+
+def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
+    """Codes to coefficients: [O, I] integers to [O, I] float32."""
+    values = codes.to(torch.float32)
+    if offset:
+        values += torch.sign(values) * offset
+    return values.mul_(step)
+
+
+def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> tuple[Tensor, Moments]:
+    """Coefficients to codes.
+
+    Args:
+        coefficients: [O, I] float32.
+        quantizer: dead zone and step.
+        dtype: int8, int16 or int32, wide enough for the largest code.
+
+    Returns:
+        [O, I] codes, and the sums needed to place reconstruction points.
+    """
+    codes = coefficients.new_empty(coefficients.shape, dtype=dtype)
+    moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
+    for some, out in zip(coefficients.reshape(-1).split(_CACHED), codes.view(-1).split(_CACHED), strict=True):
+        moments += _quantize(some, quantizer, out)
+    return codes, moments
+
+
+def _quantize(coefficients: Tensor, quantizer: Quantizer, out: Tensor) -> Moments:
+    magnitude = coefficients.abs()
+    level = magnitude - quantizer.dead_zone
+    level.mul_(1 / quantizer.step).floor_().add_(1).clamp_(0, torch.iinfo(out.dtype).max)
+    kept = (level > 0).to(torch.float32)
+    out.copy_(torch.copysign(level, coefficients))
+    return Moments(
+        float(kept.sum()), float(level.sum()), _dot(level, level), _dot(level, magnitude), _dot(kept, magnitude)
+    )
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """A dot product of float32 in parts: some processors add up a long one in few running sums, which lose digits."""
+    parts = zip(torch.split(left, _SUMMED), torch.split(right, _SUMMED), strict=True)
+    return sum(float(torch.dot(one, other)) for one, other in parts)
+
+
+def code_dtype(peak: float, quantizer: Quantizer) -> torch.dtype:
+    """Narrowest integer type for the codes of coefficients up to ``peak``."""
+    largest = (peak - quantizer.dead_zone) / quantizer.step + 2  # one spare for rounding
+    for dtype in (torch.int8, torch.int16):
+        if largest <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32
+
+
+def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
+    """Step and offset of the least-squares line through the centroids of all levels.
+
+    Args:
+        moments: sums over the kept coefficients.
+        largest: largest code.
+
+    Returns:
+        (step, offset); the offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
+    """
+    if not moments.kept:
+        return 1.0, 0.0
+    spread = moments.level_square * moments.kept - moments.level**2
+    slope = (moments.product * moments.kept - moments.magnitude * moments.level) / (spread or 1.0)
+    offset = 0.0
+    if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
+        offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
+    if largest <= INT8_MAX:
+        offset = _snap(offset, largest)
+    numerator = moments.product + offset * moments.magnitude
+    denominator = moments.level_square + 2 * offset * moments.level + offset**2 * moments.kept
+    return numerator / denominator, offset
+
+
+def grid(largest: int, offset: float) -> int:
+    """Finest integer grid, in parts of a step, on which every reconstruction point fits int8; 0 when none does."""
+    return INT8_MAX // (largest + max(math.ceil(offset), 0))
+
+
+def _snap(offset: float, largest: int) -> float:
+    offset = min(offset, float(INT8_MAX - largest))
+    fine = grid(largest, offset)
+    return round(offset * fine) / fine  # in the same unit interval, or at its end: on the grid of the result too

@@ -1,0 +1,137 @@
+"""What a calibration reached, and why not the rest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
+from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
+from spectral_surgery.hf.tensor_names import TensorNames
+from spectral_surgery.live.blocks import find_blocks, has_blocks
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration left in one matrix.
+
+    Attributes:
+        name: of the tensor.
+        output_error: relative error of the outputs of its layer, on the text.
+        block: of the model that it was calibrated with; empty when the model was run as a whole.
+        rows: of the tensor seen as one matrix, from and to: all, or those of one expert.
+    """
+
+    name: str
+    output_error: float
+    block: str
+    rows: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a calibration reached.
+
+    Attributes:
+        matrices: calibrated in full, of all that are compressed.
+        weights: numbers in calibrated rows, of all that are compressed.
+        left: reason by name of a tensor that was not calibrated, or not in full.
+        whole: the model was run as a whole: all its layers on the inputs that the original gives.
+        largest: name of the tensor with the largest relative error of outputs, and that error.
+    """
+
+    matrices: tuple[int, int]
+    weights: tuple[int, int]
+    left: dict[str, str]
+    whole: bool
+    largest: tuple[str, float]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {
+            "matrices": self.matrices[0],
+            "of_matrices": self.matrices[1],
+            "weights": self.weights[0],
+            "of_weights": self.weights[1],
+            "as_a_whole": self.whole,
+            "largest_output_error": {"name": self.largest[0], "relative_error": self.largest[1]},
+            "not_calibrated": [{"name": name, "reason": reason} for name, reason in self.left.items()],
+        }
+
+
+def coverage_of(plan: Plan, done: Iterable[Calibrated], reasons: Mapping[str, str]) -> Coverage:
+    """Count what was reached.
+
+    Args:
+        plan: what is compressed.
+        done: what was calibrated.
+        reasons: why not, by name of the tensor, of all.
+    """
+    reached: set[tuple[str, int, int]] = set()  # blocks may share layers
+    largest, whole = ("", 0.0), False
+    for own in done:
+        reached.add((own.name, *own.rows))
+        largest = max(largest, (own.name, own.output_error), key=lambda pair: pair[1])
+        whole = whole or not own.block
+    rows: Counter[str] = Counter()
+    for name, start, stop in reached:
+        rows[name] += stop - start
+    sizes = {own.info.name: own for own in plan.tensors}
+    full = [name for name, own in sizes.items() if rows[name] == own.rows]
+    left = {name: reasons[name] for name in sizes if name not in full}
+    for name in left.keys() & rows.keys():
+        left[name] = f"{sizes[name].rows - rows[name]} of {sizes[name].rows} rows, of experts that no token came to"
+    weights = sum(count * sizes[name].columns for name, count in rows.items())
+    return Coverage((len(full), len(sizes)), (weights, plan.weights), left, whole, largest)
+
+
+def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
+    """Why each tensor would not be calibrated, if it is not.
+
+    Args:
+        model: that is run.
+        names: of its parameters.
+        plan: what is compressed.
+
+    Returns:
+        By name of the tensor.
+    """
+    prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
+    owners: dict[str, tuple[str, str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            parameter = names.find(f"{path}.{leaf}")
+            for piece in parameter.pieces if parameter else ():
+                owners.setdefault(piece.info.name, (path, leaf, module))
+    kind = type(model).__name__
+    unclear = {name for stored in names.unclear.values() for name in stored}
+    found = {}
+    for own in plan.tensors:
+        name = own.info.name
+        if name in owners:
+            found[name] = _reason(own, *owners[name], prefix)
+        elif name in unclear:
+            found[name] = f"{kind} holds it in another form than it is stored"
+        else:
+            found[name] = f"no part of {kind}, which is what is run: a head, or for other input than text"
+    return found
+
+
+def seen_by_expert(tensor: PlannedTensor) -> bool:
+    """Whether a tensor is compressed as the matrix that it is, or as those of experts below each other."""
+    return len(tensor.info.shape) == 2 or tensor.columns == tensor.info.shape[-1]
+
+
+def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, prefix: str) -> str:
+    if isinstance(module, nn.Embedding):
+        return "an embedding, which is looked up and not multiplied by"
+    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    if not (leaf == "weight" if linear else leaf in expert_matrices(module)):
+        return f"{leaf} of a {type(module).__name__}: no matrix of a linear layer, nor of experts of a known form"
+    if not seen_by_expert(tensor):
+        return "compressed as one matrix, as its name does not say that it holds those of experts"
+    return "no token of the text came to it" if path.startswith(prefix) else "outside of the list of blocks"

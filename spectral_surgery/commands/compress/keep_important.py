@@ -1,0 +1,183 @@
+"""compress --sparsity --heal: the coefficients kept, and then trained, are those that count most on some text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from spectral_surgery.calibration.curvature import importance_of
+from spectral_surgery.calibration.stored_layers import matrices_of
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.importance import Cut, Importance, cut_at
+from spectral_surgery.commands.compress import CompressReport, choosing_codes, compress, plan_compression
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
+from spectral_surgery.files.compressed.units import Workshop, leave_codes
+from spectral_surgery.files.index import read_index
+from spectral_surgery.files.publish import replace_file
+from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.hf.models import load_model
+from spectral_surgery.hf.tensor_names import names_in
+from spectral_surgery.pool import Team
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.heal_text import HealData, chosen, training_text
+from spectral_surgery.text.objectives import Objective, objective_of
+from spectral_surgery.text.sequences import padded
+
+_BATCHES = 48
+_FILE = "importance.safetensors"
+
+
+def compress_important(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    data: HealData,
+    *,
+    workers: int | Team = 1,
+    threads: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    origin: str | None = None,
+    progress: Progress = silent,
+) -> CompressReport:
+    """Keep a fraction of the coefficients: of linear layers those whose loss changes the model most.
+
+    Args:
+        source: a checkpoint folder with a tokenizer.
+        out: folder to create.
+        options: what is asked, a density; with an allocation of ``slope`` a layer has as many of them as its
+            coefficients count, with ``even`` all have as many.
+        data: text.
+        workers: processes for what is compressed without text, such as embeddings.
+        threads: frames at once.
+        resume: go on with unfinished work of the same source, options and text.
+        overwrite: replace an existing folder, and discard unfinished work.
+        origin: the Hub repository that source is a copy of.
+        progress: called after each batch of text and each weight.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: when there is too little text, or the model does not know its tokens.
+        CheckpointError: as `compress`, and when the model cannot be loaded.
+    """
+    transform = DEFAULT_TRANSFORM if options.transform == AUTO else options.transform
+    options = replace(options, transform=transform, importance=data.digest())
+    index, plan = plan_compression(source, options)
+    planned = {own.info.name: own for own in plan.tensors}
+    with choosing_codes(out, index, options, resume=resume, overwrite=overwrite) as workshop:
+        found = _remembered(workshop)
+        if found is None:
+            found = measure_importance(source, plan, data, progress)
+            _remember(workshop, found)
+        cuts = _cuts(planned, found, options)
+        for done, (name, own) in enumerate(found.items()):
+            coefficients = _coefficients(planned[name], options)
+            codes = cuts[name].codes(coefficients, own)
+            leave_codes(workshop, plan, planned[name], coefficients, codes, threads=threads)
+            progress(done + 1, len(found), name)
+    common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
+    return cast(CompressReport, compress(source, out, options, resume=True, progress=progress, **common))
+
+
+def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progress = silent) -> dict[str, Importance]:
+    """How much the coefficients of the linear layers of a model count on some text.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        plan: what is compressed.
+        data: text.
+        progress: called after each batch.
+
+    Returns:
+        By name of the tensor, in the order of the layers; none for a layer that the text never reaches.
+
+    Raises:
+        ConfigError: when there is too little text, the model does not know its tokens, or weights are not finite.
+        CheckpointError: when the model cannot be loaded.
+    """
+    index = read_index(source)
+    objective = objective_of(index.config)
+    trust = data.trust_remote_code
+    model, tokenizer = load_model(source, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
+    model.requires_grad_(requires_grad=False)
+    planned = {own.info.name: own for own in plan.tensors}
+    weights = {}
+    for matrix in matrices_of(names_in(model, index), planned, "", model):
+        name, layers = matrix.tensor, list[Any](matrix.modules.values())
+        if len(layers) != 1 or layers[0].weight.shape != planned[name].info.shape:
+            continue  # importance is measured by the gradient of one parameter
+        basis = Basis(plan.options.transform, plan.options.tile, planned[name].axes)
+        if not torch.isfinite(layers[0].weight).all():
+            raise ConfigError(f"{name}: has NaN or infinite values; finite weights are accepted. Repair it.")
+        weights[name] = layers[0].weight.requires_grad_(), basis
+    text, _ = training_text(data, tokenizer, model, objective)
+    return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}
+
+
+@dataclass(frozen=True)
+class _Projections:
+    model: Any
+    tokenizer: Any
+    objective: Objective
+    text: list[list[int]]
+    data: HealData
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Callable[[], Tensor]]:
+        generator, lengths = torch.Generator().manual_seed(0), list(map(len, self.text))
+        size = min(self.data.batch_size or self.objective.batch_size, len(self.text))
+        for step in range(_BATCHES):
+            batch = padded(self.tokenizer, [self.text[i] for i in chosen(0, step, 0, lengths, size)])
+
+            def projection(batch: dict[str, Tensor] = batch) -> Tensor:
+                return self.objective.project(self.objective.run(self.model, batch), batch, generator)
+
+            yield projection
+            self.progress(step + 1, _BATCHES, "importance of coefficients")
+
+
+def _cuts(
+    planned: Mapping[str, PlannedTensor], found: Mapping[str, Importance], options: CompressOptions
+) -> dict[str, Cut]:
+    """By name; the same for all of them, or that of each alone."""
+
+    def costs(name: str) -> Tensor:
+        return found[name].costs(_coefficients(planned[name], options))
+
+    if options.allocation == "even":
+        return {name: cut_at([costs(name)], options.target.value) for name in found}
+    return dict.fromkeys(found, cut_at(map(costs, found), options.target.value)) if found else {}
+
+
+def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:
+    weight = read_tensor(tensor.info).float().reshape(tensor.rows, tensor.columns)
+    return Basis(options.transform, options.tile, tensor.axes).forward(weight)
+
+
+def _remember(workshop: Workshop, found: Mapping[str, Importance]) -> None:
+    tensors = {f"{name}.rows": own.rows for name, own in found.items()}
+    tensors |= {f"{name}.columns": own.columns for name, own in found.items()}
+    replace_file(workshop.folder / _FILE, save(tensors, {"key": workshop.key}))
+
+
+def _remembered(workshop: Workshop) -> dict[str, Importance] | None:
+    file = workshop.folder / _FILE
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as state:
+        if (state.metadata() or {}).get("key") != workshop.key:
+            return None
+        names = [key.removesuffix(".rows") for key in state.keys() if key.endswith(".rows")]  # noqa: SIM118 - no dict
+        return {
+            name: Importance(*(state.get_tensor(f"{name}.{side}") for side in ("rows", "columns"))) for name in names
+        }

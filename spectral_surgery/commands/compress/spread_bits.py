@@ -1,0 +1,215 @@
+"""What one more bit would help in each tensor, measured on some text: the first pass of compress --calibrate.
+
+The blocks are run once forwards, which gives the second moments of what layers are given and thereby the error that a
+rate leaves in their outputs, and once backwards, which gives what such errors do to the last hidden states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.calibration.block_streaming import LazyModel, Shelf
+from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, CalibrationData, model_and_text
+from spectral_surgery.calibration.sensitivity import gradient_squares, probe, pull_back
+from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
+from spectral_surgery.codec.allocation import Share, spread_bits, spread_density
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.feedback import feedback_noise
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.files.compressed.plan import Plan
+from spectral_surgery.files.compressed.units import Workshop
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.peft.task import is_causal
+from spectral_surgery.files.publish import replace_file
+from spectral_surgery.live.blocks import (
+    Sample,
+    UnchainedError,
+    captured_inputs,
+    find_blocks,
+    has_blocks,
+    moments_of,
+    next_inputs,
+)
+from spectral_surgery.memory import release_freed_memory
+from spectral_surgery.text.sequences import equal_lengths
+
+_TOKENS = 1 << 13  # of text that costs are measured on
+REACH = 3.0  # bits that a tensor may be from the mean, and powers of two of its density
+_RATES = "rates.json"
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+_Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the block, what its layers multiply by
+
+
+def spread_targets(
+    source: Path, index: CheckpointIndex, plan: Plan, data: CalibrationData, workshop: Workshop
+) -> dict[str, Target]:
+    """Targets of single tensors that together give what was asked of all.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        index: of it.
+        plan: what is compressed, at a rate in bits or density.
+        data: text to measure on.
+        workshop: where the rates are remembered, for a run that goes on with this one.
+
+    Returns:
+        By name; tensors whose cost is not known have none, and keep the mean.
+
+    Raises:
+        ConfigError, CheckpointError: as `layer_moments`.
+    """
+    file, kind = workshop.folder / _RATES, plan.options.target.kind
+    body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if body.get("key") != workshop.key:
+        shares = measure_shares(source, index, plan, data, folder=workshop.folder)
+        spread = spread_density if kind == "density" else spread_bits
+        body = {"key": workshop.key, "rates": spread(shares, plan.options.target.value, REACH)}
+        replace_file(file, json.dumps(body).encode())
+    return {name: Target(kind, rate) for name, rate in body["rates"].items()}
+
+
+def measure_shares(
+    source: Path, index: CheckpointIndex, plan: Plan, data: CalibrationData, *, folder: Path | None = None
+) -> dict[str, Share]:
+    """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
+
+    Args:
+        source: a checkpoint with a tokenizer.
+        index: of it.
+        plan: what is compressed.
+        data: text; part of it is enough.
+        folder: for activations that do not fit into memory; None for the folder of temporary files.
+
+    Returns:
+        By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
+        model without a list of blocks, or that changes hidden states between them.
+
+    Raises:
+        ConfigError, CheckpointError: as `layer_moments`.
+    """
+    lazy, sequences = model_and_text(source, index, data)
+    if not has_blocks(lazy.model):
+        return {}
+    causal = is_causal(index.config)
+    batches = equal_lengths(_part(sequences), BATCH_TOKENS)
+    with closing(Shelf(IN_MEMORY, folder)) as shelf, suppress(UnchainedError):
+        return _Measurement(index, plan, lazy, shelf).run(batches, causal=causal)
+    return {}
+
+
+def _part(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """So many of the sequences, from all over the text, that they have few enough tokens."""
+    every = max(1, math.ceil(sum(map(len, sequences)) / _TOKENS))
+    return list(sequences[::every])
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    index: CheckpointIndex
+    plan: Plan
+    lazy: LazyModel
+    shelf: Shelf
+
+    def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, Share]:
+        blocks = self._blocks()
+        given, errors, tables = self._forwards(blocks, batches)
+        gradients, entered = self._backwards(blocks, given)
+        sizes = {own.info.name: own.info.numel for own in self.plan.tensors}
+        costs = {name: error * gradients.get(name, 0.0) for name, error in errors.items()}
+        for name, part in tables.items():
+            costs[name] = part * entered / sizes[name]
+        if causal:  # an error of the output layer is as bad as one of the same part of what it is given
+            head = next((name for name in _HEADS if name in sizes), self._words())
+            tokens = sum(batch["input_ids"].numel() for batch in batches)
+            costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
+        return {name: Share(sizes[name], own) for name, own in costs.items() if name in sizes and 0 < own < math.inf}
+
+    def _words(self) -> str:
+        words = self.lazy.model.get_input_embeddings()
+        return next((name for name, module in self._tables() if module is words), "")
+
+    def _tables(self) -> Iterator[tuple[str, nn.Embedding]]:
+        """Embeddings by name of the tensor."""
+        for name, module in self.lazy.model.named_modules():
+            info = self.lazy.names.tensor(f"{name}.weight") if isinstance(module, nn.Embedding) else None
+            if info is not None:
+                yield info.name, module
+
+    def _blocks(self) -> list[_Block]:
+        prefix, blocks = find_blocks(self.lazy.model)
+        planned = {own.info.name for own in self.plan.tensors if 1 in own.axes}
+        named = [(f"{prefix}.{number}.", block) for number, block in enumerate(blocks)]
+        return [(name, block, matrices_of(self.lazy.names, planned, name, block)) for name, block in named]
+
+    def _forwards(
+        self, blocks: Sequence[_Block], batches: Sequence[dict[str, Tensor]]
+    ) -> tuple[list[list[Sample]], dict[str, float], dict[str, float]]:
+        """What each block is given, and what the last one returns; squared errors of outputs; parts of embeddings.
+
+        The errors are by tensor, those at no bits, over all tokens, a weight; the parts are of the energy of all
+        embeddings that are compressed.
+        """
+        prefix, modules = find_blocks(self.lazy.model)
+        with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."):
+            given = [[captured_inputs(self.lazy.model, modules, batch, self.shelf.put) for batch in batches]]
+            planned = {own.info.name for own in self.plan.tensors}
+            power = {name: _power(own.weight) for name, own in self._tables() if name in planned}
+        errors: dict[str, float] = {}
+        for name, block, matrices in blocks:
+            with self.lazy.holding(name, ""):
+                with moments_of(_layers(matrices)) as moments:
+                    given.append(next_inputs(block, given[-1], self.shelf.put))
+                for own in matrices:
+                    seen = [moments[key] for key in own.layers if key in moments]
+                    if seen:
+                        noise = feedback_noise(seen[0], self._basis(own.tensor))
+                        errors[own.tensor] = _power(own.weight) * noise
+                        del seen
+                        release_freed_memory()
+        return given, errors, {name: own / (sum(power.values()) or 1.0) for name, own in power.items()}
+
+    def _backwards(self, blocks: Sequence[_Block], given: Sequence[Sequence[Sample]]) -> tuple[dict[str, float], float]:
+        """By tensor, the mean square of the gradient with regard to an output of the layer; the cost of what enters.
+
+        That is what comes of an error as large as the hidden states that the first block is given.
+        """
+        generator = torch.Generator().manual_seed(0)
+        gradients = [self.shelf.put(probe(sample.hidden(), generator)) for sample in given[-1]]
+        found: dict[str, float] = {}
+        for (name, block, matrices), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
+            with self.lazy.holding(name, ""), gradient_squares(_layers(matrices)) as squares:
+                release_freed_memory()
+                pulled = (pull_back(block, own, after()) for own, after in zip(inputs, gradients, strict=True))
+                gradients = [self.shelf.put(own) for own in pulled]
+            for own in matrices:
+                seen = [squares[key] for key in own.layers if key in squares]
+                if seen:
+                    found[own.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
+        entered = 0.0
+        for sample, held in zip(given[0], gradients, strict=True):
+            gradient = held()
+            squared = gradient.double().square().sum(-1) * sample.hidden().double().square().sum(-1)
+            entered += float(squared.sum()) / gradient.shape[-1]
+        return found, entered
+
+    def _basis(self, tensor: str) -> Basis:
+        axes = next(own.axes for own in self.plan.tensors if own.info.name == tensor)
+        return Basis(self.plan.options.transform, self.plan.options.tile, axes)
+
+
+def _layers(matrices: Sequence[StoredMatrix]) -> dict[str, nn.Module]:
+    return {key: layer for own in matrices for key, layer in own.modules.items()}
+
+
+def _power(weight: Tensor) -> float:
+    """Mean square."""
+    return float(torch.linalg.vector_norm(weight)) ** 2 / weight.numel()

@@ -1,0 +1,110 @@
+"""eval: how far checkpoints are apart, tensor by tensor and, with text, as models; beside baselines if asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectral_surgery.commands.eval.table import Beside, Measures, ModelRow, model_table
+from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.scores import EvalData, Judge
+
+__all__ = ["Beside", "EvalData", "EvalReport", "ModelRow", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """How far two checkpoints are apart.
+
+    Attributes:
+        distance: of the tensors of A and B.
+        measures: of A, B or both, by name: perplexity, kl, cosine, spearman.
+        models: A, B and what is beside them, if anything is.
+        seconds: wall time.
+    """
+
+    distance: Distance
+    measures: Measures
+    models: tuple[ModelRow, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def tensors(self) -> tuple[TensorError, ...]:
+        """Tensors that differ, the worst first."""
+        return self.distance.tensors
+
+    @property
+    def equal(self) -> int:
+        """Number of tensors with equal bits or values."""
+        return self.distance.equal
+
+    @property
+    def only_in_one(self) -> tuple[str, ...]:
+        """Names of tensors that one side lacks."""
+        return self.distance.only_in_one
+
+    @property
+    def relative_error(self) -> float:
+        """Of all tensors that differ, together."""
+        return self.distance.relative_error
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {
+            "relative_error": self.distance.relative_error,
+            "equal_tensors": self.distance.equal,
+            "only_in_one": list(self.distance.only_in_one),
+            "tensors": [vars(tensor) for tensor in self.distance.tensors],
+            "measures": self.measures,
+            "models": [row.to_json() for row in self.models],
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    a: Path,
+    b: Path | None,
+    data: EvalData,
+    *,
+    beside: Beside | None = None,
+    adapter: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> EvalReport:
+    """Compare two checkpoints, or a model without and with an adapter; with one model alone, judge it.
+
+    Args:
+        a: a checkpoint, plain or compressed.
+        b: another one with the same tensors; None for A with the adapter, or for A alone.
+        data: text to judge on.
+        beside: more checkpoints, and baselines, for a table of all of them.
+        adapter: folder with an adapter that B has on it.
+        device: models run on it.
+        progress: called after each tensor that is compared, or each model of the table.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: when there is nothing to do, or a baseline cannot be made.
+        CheckpointError: when something cannot be read or loaded.
+    """
+    started = time.perf_counter()
+    beside = beside or Beside()
+    if b is None and not data.given and not beside.given:
+        raise ConfigError("eval: one model and no text; a second model, --text, --sts or --baseline is accepted.")
+    if beside.given:
+        if adapter is not None:
+            raise ConfigError("eval --adapter: beside baselines or several B; one B without baselines is accepted.")
+        others = [path for path in (b, *beside.others) if path is not None]
+        models, apart, measures = model_table(a, others, data, beside, device=device, progress=progress)
+        return EvalReport(apart, measures, models, time.perf_counter() - started)
+    apart = distance(a, b, progress) if b is not None else Distance()
+    measures = {}
+    if data.given:
+        other = b if b is not None else (a if adapter is not None else None)
+        measures = Judge(a, data, device).measures(other, adapter)
+    return EvalReport(apart, measures, seconds=time.perf_counter() - started)

@@ -1,0 +1,154 @@
+"""A checkpoint as a baseline would leave it: every matrix that a compression takes, rounded or pruned instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.baselines import Baseline, BaselineResult
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.plan import CompressOptions, make_plan
+from spectral_surgery.files.compressed.units import copy_entry
+from spectral_surgery.files.header import TensorInfo
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.files.sidecar_files import copy_companions
+from spectral_surgery.files.writer import Entry, tensor_bytes, weights_name, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What of a checkpoint is compressed.
+
+    Attributes:
+        shapes: (rows, columns) of each tensor seen as a matrix, by its name.
+        aliases: second name of a tied tensor -> name in shapes; its bytes count once.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    aliases: Mapping[str, str]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a checkpoint takes, and what it lost.
+
+    Attributes:
+        bits_per_weight: of the matrices that are compressed, everything counted.
+        nbytes: of all tensors; tied ones once.
+        relative_error: of those matrices, Frobenius norm.
+    """
+
+    bits_per_weight: float
+    nbytes: int
+    relative_error: float
+
+
+def matrices_of(index: CheckpointIndex, compressed: CompressedCheckpoint | None) -> Matrices:
+    """What baselines are applied to: what a compressed checkpoint compresses, or what `compress` would.
+
+    Args:
+        index: of the plain checkpoint.
+        compressed: made of it; None for the defaults of `compress`.
+    """
+    if compressed is not None:
+        records = compressed.manifest.tensors
+        shapes = {name: record.matrix for name, record in records.items() if name in index.tensors}
+        return Matrices(shapes, {a: n for a, n in compressed.manifest.aliases.items() if a in index.tensors})
+    plan = make_plan(index, CompressOptions(Target("bits", 4.0)))
+    return Matrices({tensor.info.name: (tensor.rows, tensor.columns) for tensor in plan.tensors}, plan.aliases)
+
+
+def plain_cost(index: CheckpointIndex, matrices: Matrices, relative_error: float) -> Cost:
+    """What a plain checkpoint takes.
+
+    Args:
+        index: its headers.
+        matrices: whose bits are told.
+        relative_error: to the checkpoint it is compared with.
+    """
+    stored = sum(index.tensors[name].nbytes for name in matrices.shapes if name in index.tensors)
+    return Cost(8 * stored / max(matrices.weights, 1), _rest(index, matrices) + stored, relative_error)
+
+
+def write_baseline(
+    index: CheckpointIndex,
+    matrices: Matrices,
+    baseline: Baseline,
+    bits: float | None,
+    folder: Path,
+    *,
+    made: Mapping[str, BaselineResult] = MappingProxyType({}),
+) -> Cost:
+    """Write a checkpoint whose matrices are decoded from a baseline, in float32.
+
+    Args:
+        index: of the plain checkpoint; one tensor of it is in memory at a time.
+        matrices: of it.
+        baseline: what to do with each; a matrix of each expert by itself.
+        bits: per weight, for a baseline that needs a rate.
+        folder: an empty folder.
+        made: tensors that were quantised elsewhere, by name; the baseline is for the others.
+
+    Raises:
+        ConfigError: when the baseline cannot have the rate, or a weight is not finite; the tensor is named.
+    """
+    stored: dict[str, int] = {}
+    lost, energy = [], []
+
+    def entry(info: TensorInfo) -> Entry:
+        name = matrices.aliases.get(info.name, info.name)
+        if name not in matrices.shapes:
+            return copy_entry(info)
+
+        def chunks() -> Iterator[memoryview]:
+            weight = read_tensor(info).float()
+            nbytes, ours = 0, made.get(name)
+            for block in _blocks(weight, matrices.shapes[name]):
+                result = ours or _applied(info.name, baseline, block, bits)
+                nbytes += result.stored_bytes
+                if name not in stored:
+                    lost.append(float((block - result.weight).double().square().sum()))
+                    energy.append(float(block.double().square().sum()))
+                yield tensor_bytes(result.weight)
+            stored[name] = nbytes
+
+        return Entry(info.name, "F32", info.shape, chunks)
+
+    write_checkpoint(folder, [entry(info) for info in index.tensors.values()], name=weights_name(index))
+    copy_companions(index, folder, index.config)
+    total = sum(stored.values())
+    error = math.sqrt(sum(lost) / sum(energy)) if sum(energy) else 0.0
+    return Cost(8 * total / max(matrices.weights, 1), _rest(index, matrices) + total, error)
+
+
+def _applied(name: str, baseline: Baseline, block: Tensor, bits: float | None) -> BaselineResult:
+    try:
+        return baseline.apply(block, bits)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _blocks(weight: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The matrices of a tensor: itself, or one of each expert."""
+    rows, columns = shape
+    fused = weight.ndim > 2 and rows > weight.shape[0]
+    return torch.split(weight.reshape(rows, columns), weight.shape[-2] if fused else rows)
+
+
+def _rest(index: CheckpointIndex, matrices: Matrices) -> int:
+    ours = {*matrices.shapes, *matrices.aliases}
+    return sum(info.nbytes for name, info in index.tensors.items() if name not in ours)

@@ -1,0 +1,50 @@
+"""A checkpoint as a calibrated baseline would leave it, block by block on the same text as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from spectral_surgery.baselines import Baseline, BaselineResult
+from spectral_surgery.calibration.layer_moments import CalibrationData, layer_moments, model_and_text
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.index import CheckpointIndex
+
+
+def calibrated_weights(
+    source: Path,
+    index: CheckpointIndex,
+    names: Mapping[str, object],
+    data: CalibrationData,
+    baseline: Baseline,
+    *,
+    bits: float | None = None,
+) -> dict[str, BaselineResult]:
+    """Compress the linear layers in a model's blocks; what is not in a block has no inputs to go by.
+
+    Args:
+        source: a plain checkpoint with a tokenizer.
+        index: of it.
+        names: tensors wanted.
+        data: text.
+        baseline: one that is calibrated.
+        bits: per weight, for a baseline that needs a rate.
+
+    Returns:
+        By tensor name, in the shape it is stored in.
+
+    Raises:
+        ConfigError: when the baseline cannot have the rate; the tensor is named.
+    """
+    found = {}
+    matrices = [name for name in names if len(index.tensors[name].shape) == 2]
+    for turn in layer_moments(*model_and_text(source, index, data), matrices):
+        weight = turn.matrix.weight.float()
+        try:
+            made = baseline.apply(weight.T if turn.transposed else weight, bits, turn.moment)
+        except ConfigError as error:
+            raise ConfigError(f"{turn.tensor}: {error}") from None
+        dense = made.weight.T.contiguous() if turn.transposed else made.weight
+        turn.matrix.put(dense)
+        found[turn.tensor] = BaselineResult(dense, made.stored_bytes)
+    return found

@@ -1,0 +1,217 @@
+"""heal: the kept coefficients of a compressed checkpoint are trained until it does what the original does.
+
+Positions and steps stay, and the quantiser is in the loop, so the result is as small as it was, and what is stored is
+what was trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import distributed
+
+from spectral_surgery.cards import card as cards
+from spectral_surgery.cards.checkpoints import compressed_facts
+from spectral_surgery.commands.heal.blocks import heal_blocks
+from spectral_surgery.commands.heal.recode import recoded
+from spectral_surgery.commands.heal.session import Healed, Workplace, heal_whole
+from spectral_surgery.commands.plots import plot_training
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
+from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
+from spectral_surgery.files.compressed.units import source_digest
+from spectral_surgery.files.index import CheckpointIndex, read_index
+from spectral_surgery.files.lock import LOCK_FILE, hold
+from spectral_surgery.files.publish import partial_folder, publishing, writing_to
+from spectral_surgery.files.sidecar_files import copy_companions
+from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
+from spectral_surgery.memory import peak_rss_bytes
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.objectives import objective_of
+from spectral_surgery.training.loop import Clock, Course, DistillSettings
+
+STATE = "healing"  # folder of unfinished work
+METRICS_FILE = "heal.json"
+PLOT_FILE = "heal.png"
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """What healing did.
+
+    Attributes:
+        manifest: of the result.
+        objective: row of OBJECTIVES.
+        course: losses by step.
+        trained: weights, and coefficients in them.
+        untrained: compressed tensors that no parameter of the model (or of its blocks) holds, or that text does not
+            reach, such as those that look at images; left as they were.
+        seconds: wall time.
+        peak_rss_bytes: largest resident memory of this process so far.
+        blocks: of block-wise healing, the held-out relative error of every block before and after.
+    """
+
+    manifest: Manifest
+    objective: str
+    course: Course
+    trained: tuple[int, int]
+    untrained: tuple[str, ...]
+    seconds: float
+    peak_rss_bytes: int
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json`` and the file of metrics."""
+        total = self.manifest.report
+        return {
+            "objective": self.objective,
+            "held_out_before": self.course.held_out[0][1],
+            "held_out_after": self.course.best,
+            "best_step": self.course.best_step,
+            "course": asdict(self.course),
+            "blocks": self.blocks,
+            "trained_weights": self.trained[0],
+            "trained_coefficients": self.trained[1],
+            "untrained": list(self.untrained),
+            "bits_per_weight": total.bits_per_weight,
+            "relative_error": total.relative_error,
+            "density": total.density,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def heal(
+    compressed: Path,
+    teacher: Path,
+    out: Path,
+    data: HealData,
+    settings: DistillSettings | None = None,
+    *,
+    blocks: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    origin: str | None = None,
+    progress: Progress = silent,
+    clock: Clock = time.perf_counter,
+) -> HealReport:
+    """Train the kept coefficients of a compressed checkpoint, biases and scales of norms by distillation.
+
+    Under torch.distributed, processes take different batches, and the first one writes.
+
+    Args:
+        compressed: a folder written by compress.
+        teacher: the checkpoint that it was made from, with a tokenizer.
+        out: folder to create, of the same format, with the metrics and a plot beside.
+        data: text; a held-out part decides which step is kept.
+        settings: how; None for 400 steps.
+        blocks: one block after the other, in the memory of one; steps are those of each, minutes those of all.
+        threads: frames encoded at once.
+        device: models run on it; blocks on the CPU.
+        resume: go on with unfinished work of the same models, text and settings.
+        overwrite: replace an existing folder, and discard unfinished work.
+        origin: the Hub repository that the teacher is a copy of.
+        progress: called after each step.
+        clock: tells the time.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: when there is too little text, or the loss is not finite.
+        CheckpointError: when the folder is not a compression of the teacher, or out is taken.
+    """
+    started = time.perf_counter()
+    settings = settings or DistillSettings()
+    checkpoint, index = _opened(compressed, teacher)
+    partial = partial_folder(out, overwrite=overwrite)
+    _check_unfinished(partial, resume=resume, overwrite=overwrite)
+    objective = objective_of(index.config)
+    key = _key(checkpoint, data, settings, blocks=blocks)
+    with writing_to(out):
+        (partial / STATE).mkdir(parents=True, exist_ok=True)
+    with hold(partial, exclusive=not _others(), wait=False):
+        place = Workplace(checkpoint, index, teacher, data, device, partial / STATE, key, threads, clock)
+        healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, progress)
+        entries, report = _result(place, healed, objective.name, time.perf_counter() - started)
+        if _others():
+            distributed.barrier()  # all have read what the first one is about to clear away
+    if _is_first():
+        _write(out, checkpoint, entries, report, overwrite=overwrite, origin=origin)
+    return report
+
+
+def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, CheckpointIndex]:
+    """The student, and the headers of the teacher that it was made from."""
+    checkpoint, index = open_compressed(compressed), read_index(teacher)
+    if checkpoint.manifest.source != source_digest(index):
+        raise CheckpointError(f"{compressed}: was not made from {teacher}; the checkpoint it was made from is needed.")
+    return checkpoint, index
+
+
+def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
+    course, replaced, tensors = healed.course, healed.replaced, place.checkpoint.manifest.tensors
+    told = {"healing": f"{place.data.digest()}, step {course.best_step} of {course.steps}"}
+    entries, manifest = recoded(place.checkpoint, replaced, place.key, healed.vectors, told)
+    untrained = tuple(name for name in tensors if name not in replaced)
+    trained = (len(replaced), healed.coefficients)
+    return entries, HealReport(
+        manifest, objective, course, trained, untrained, seconds, peak_rss_bytes(), healed.blocks
+    )
+
+
+def _write(
+    out: Path,
+    checkpoint: CompressedCheckpoint,
+    entries: Sequence[Entry],
+    report: HealReport,
+    *,
+    overwrite: bool,
+    origin: str | None,
+) -> None:
+    course = report.course
+    with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
+        for left in folder.iterdir():  # of an attempt that was killed while writing
+            if left.name not in (STATE, LOCK_FILE):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
+        write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
+        (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
+        (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        held = [(step, {"loss": loss}) for step, loss in course.held_out]
+        plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
+        cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / STATE)
+
+
+def _check_unfinished(partial: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume or not (partial / STATE).exists() or not any((partial / STATE).iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+        )
+    shutil.rmtree(partial / STATE)
+
+
+def _key(checkpoint: CompressedCheckpoint, data: HealData, settings: DistillSettings, *, blocks: bool) -> str:
+    body = [checkpoint.manifest.to_json(), data.digest(), data.batch_size, data.seq_length, blocks, asdict(settings)]
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _others() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _is_first() -> bool:
+    return not _others() or distributed.get_rank() == 0

@@ -1,0 +1,209 @@
+"""Training the kept coefficients of a model block after block, in the memory of one block."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.calibration.block_streaming import Shelf, load_lazily
+from spectral_surgery.commands.heal.recomputed import recomputed_weights
+from spectral_surgery.commands.heal.session import Healed, Workplace, train_stored_vectors
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames
+from spectral_surgery.live.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
+from spectral_surgery.live.kept_spectra import each_kept_spectrum, train_kept, trained_vectors
+from spectral_surgery.memory import release_freed_memory
+from spectral_surgery.progress import Progress
+from spectral_surgery.text.heal_text import chosen, training_text
+from spectral_surgery.text.objectives import Objective
+from spectral_surgery.text.sequences import equal_lengths
+from spectral_surgery.training.loop import Batch, Clock, Distillation, DistillSettings, distill
+
+_BLOCK_SEQUENCES = 512  # that wait between two blocks
+_LEAST = 1e-6  # minutes of a block: one step
+_IN_MEMORY = 8 << 20  # bytes of activations; more go to files
+
+
+def heal_blocks(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+    """Train block after block, each on what the healed blocks before it give, until it gives what the original gives.
+
+    Args:
+        place: what and where.
+        objective: says how long sequences are.
+        settings: of each block; minutes are those of all together.
+        progress: called after each step of each block.
+
+    Raises:
+        CheckpointError: when nothing can be trained, or the model has no list of blocks that can be read one by one.
+        ConfigError: when the text does not do, a loss is not finite, or another device than the CPU is asked for.
+    """
+    if place.device != "cpu":
+        raise ConfigError(f"heal --blocks --device {place.device}: blocks run on the cpu. Leave one of both out.")
+    lazy = load_lazily(place.teacher, place.index, "AutoModel", trust_remote_code=place.data.trust_remote_code)
+    if lazy.whole:
+        raise CheckpointError(
+            "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"
+            " are accepted. Heal it without --blocks."
+        )
+    train, held = training_text(place.data, lazy.tokenizer, lazy.model, objective)
+    prefix, blocks = find_blocks(lazy.model)
+    tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
+    batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
+    first, healed, left = len(batches[0]), Healed(), _TimeLeft(settings, place.clock)
+    with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
+        with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
+            wanted = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
+            _put_stored(place, lazy.names, lazy.model, f"{prefix}.")
+            given = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
+        for number, block in enumerate(blocks):
+            name = f"{prefix}.{number}"
+            with lazy.holding(f"{name}."):
+                wanted = next_inputs(block, wanted, shelf.put)
+                told = _stage(progress, number, len(blocks))
+                turn = _Turn(name, block, given, [own.hidden for own in wanted], first, lazy.names)
+                _heal_block(place, turn, left.share(len(blocks) - number, healed), told, healed)
+                given = next_inputs(turn.block, given, shelf.put)
+                del turn  # and the trained block with it, before the next one is read
+                gc.collect()  # optimizers refer to themselves
+    if not healed.replaced:
+        raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
+    sides = list(zip(*healed.blocks.values(), strict=True))
+    before, after = (sum(side) / len(side) for side in sides)
+    healed.course.held_out = [(0, before), (healed.course.step, after)]
+    healed.course.best_step = healed.course.step
+    return healed
+
+
+def _put_stored(place: Workplace, names: TensorNames, model: nn.Module, without: str) -> None:
+    """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
+    outside = {name: own for name, own in model.named_parameters() if not name.startswith(without)}
+    shapes = {name: tuple(own.shape) for name, own in outside.items()}
+    with torch.no_grad():
+        for name, info in place.vectors(names, shapes).items():
+            outside[name].copy_(read_tensor(info))
+        for name, (_, parts) in place.spectra(names, shapes).items():
+            outside[name].copy_(torch.cat([part.to_dense() for part in parts]).reshape(outside[name].shape))
+
+
+def _put_parts(place: Workplace, names: TensorNames, block: nn.Module, prefix: str) -> None:
+    """Give a block what is stored of parameters that are made of parts, as fused experts are: they are not trained."""
+    for name, parameter in list(block.named_parameters()):
+        stored = names.find(f"{prefix}{name}")
+        if stored is not None and stored.whole is None:
+            path, _, leaf = name.rpartition(".")
+            value = stored.read(place.stored).to(parameter.dtype)
+            block.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+@dataclass
+class _Turn:
+    """A block, what it is given, and what it should give; the first samples are to train on."""
+
+    name: str
+    block: nn.Module
+    given: Sequence[Sample]
+    targets: Sequence[Held]
+    train: int
+    names: TensorNames
+
+
+def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed) -> None:
+    """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
+    name, first = turn.name, turn.train
+    spectra = place.spectra(turn.names, {f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
+    if not spectra or turn.given[0].skipped:
+        return
+    tensors = {own.removeprefix(f"{name}."): tensor for own, (tensor, _) in spectra.items()}
+    turn.block = student = copy.deepcopy(turn.block, {id(own): own for own in turn.block.parameters()})
+    inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
+    _put_parts(place, turn.names, student, f"{name}.")
+    values = train_kept(student, inside, rounded=place.rounded)
+    del spectra, inside  # all codes of a block
+    release_freed_memory()
+    vectors = train_stored_vectors(place, turn.names, student, f"{name}.")
+
+    def batch(step: int, rank: int) -> Batch:
+        return {"place": torch.tensor(chosen(settings.seed, step, rank, [1] * first, 1)[0])}
+
+    work = Distillation(
+        lambda module, own: module(own["place"]),
+        lambda own, wanted, _: (own - wanted).square().sum() / wanted.square().sum(),
+        _Fed(student, turn.given),
+        _Known(turn.targets),
+        batch,
+        [{"place": torch.tensor(i)} for i in range(first, len(turn.given))],
+        place.folder / f"{name}.safetensors",
+        f"{place.key} {name}",
+        place.settle(student),
+    )
+    course = distill(work, settings, progress, place.clock)
+    for own, parts in each_kept_spectrum(student):
+        healed.replaced[tensors[own]] = place.leave(tensors[own], parts, _original(turn.names, f"{name}.{own}"))
+    healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
+    healed.blocks[name] = (course.held_out[0][1], course.best)
+    healed.coefficients += sum(own.numel() for own in values)
+    healed.course.train += [(healed.course.step + step, loss) for step, loss in course.train]
+    healed.course.step += course.step
+    healed.course.steps += course.steps
+    healed.course.seconds += course.seconds
+
+
+def _original(names: TensorNames, name: str) -> Tensor:
+    """A parameter that the teacher has, read once more: it had to make room for the training."""
+    return cast(StoredParameter, names.find(name)).read()
+
+
+class _Fed(nn.Module):
+    """A block with the arguments of every sample."""
+
+    def __init__(self, block: nn.Module, given: Sequence[Sample]) -> None:
+        super().__init__()
+        self.block, self._given = block, given
+
+    def forward(self, place: Tensor) -> Tensor:
+        with recomputed_weights(self.block):
+            return self._given[int(place)].through(self.block)
+
+
+class _Known(nn.Module):
+    """The outputs of a block, instead of a block."""
+
+    def __init__(self, outputs: Sequence[Held]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, place: Tensor) -> Tensor:
+        return self._outputs[int(place)]()
+
+
+class _TimeLeft:
+    """Shares of the minutes for the blocks that are left, so that all together take what was asked for."""
+
+    def __init__(self, settings: DistillSettings, clock: Clock) -> None:
+        self._settings, self._clock, self._began = settings, clock, clock()
+        self._last, self._trained, self._earlier = self._began, 0.0, 0.0  # seconds of runs before this one
+
+    def share(self, blocks: int, healed: Healed) -> DistillSettings:
+        """Settings of the next of so many blocks."""
+        if self._settings.steps:
+            return self._settings
+        now, trained = self._clock(), healed.course.seconds
+        self._earlier += max(0.0, trained - self._trained - (now - self._last))
+        self._last, self._trained = now, trained
+        left = self._settings.minutes - (now - self._began + self._earlier) / 60
+        return replace(self._settings, minutes=max(left / blocks, _LEAST))
+
+
+def _stage(progress: Progress, number: int, count: int) -> Progress:
+    def report(done: int, total: int, what: str) -> None:
+        progress(number * total + done, count * total, f"block {number + 1}, {what}")
+
+    return report

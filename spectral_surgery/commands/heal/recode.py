@@ -1,0 +1,57 @@
+"""A compressed checkpoint with some of its spectra, and of what it copied, replaced by others of the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.manifest import Manifest
+from spectral_surgery.files.compressed.parts import joined, read_part
+from spectral_surgery.files.compressed.units import copy_entry
+from spectral_surgery.files.writer import Entry, tensor_entry
+
+
+def recoded(
+    checkpoint: CompressedCheckpoint,
+    replaced: Mapping[str, Sequence[Path]],
+    key: str,
+    copied: Mapping[str, Tensor],
+    options: Mapping[str, object],
+) -> tuple[list[Entry], Manifest]:
+    """Entries and manifest of the checkpoint with other spectra.
+
+    Args:
+        checkpoint: where all the rest comes from, bit for bit.
+        replaced: files of the parts of each tensor, in order, see `write_part`; they are read when entries are.
+        key: of these files.
+        copied: other values of tensors that are not compressed.
+        options: added to those of the manifest.
+
+    Returns:
+        Entries for the writer, in the order of the checkpoint, and the manifest.
+
+    Raises:
+        CheckpointError: when a file is missing or damaged.
+    """
+    entries = {name: copy_entry(info) for name, info in checkpoint.index.tensors.items()}
+    records = dict(checkpoint.manifest.tensors)
+    for name, files in replaced.items():
+        parts = []
+        for file in files:
+            found = read_part(file, key)
+            if found is None or found[1] is None:
+                raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
+            parts.append((found[0], found[1]))
+        own, counted = joined(name, parts)
+        records[name] = replace(records[name], parts=counted)
+        entries |= {entry.name: entry for entry in own}
+    entries |= {name: tensor_entry(name, tensor) for name, tensor in copied.items()}
+    manifest = checkpoint.manifest
+    return list(entries.values()), Manifest(
+        records, manifest.aliases, dict(manifest.options) | dict(options), manifest.source
+    )

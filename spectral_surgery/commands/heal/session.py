@@ -1,0 +1,259 @@
+"""Training the kept coefficients of a model, all of it at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.feedback import codes_of, encode_codes
+from spectral_surgery.codec.quantized import QuantizedSpectrum
+from spectral_surgery.commands.heal.held_rate import HeldRate
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.parts import part_record, write_part
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo
+from spectral_surgery.files.reader import DTYPES, read_tensor
+from spectral_surgery.hf.models import load_model
+from spectral_surgery.hf.tensor_names import TensorNames, names_in
+from spectral_surgery.live.blocks import find_blocks, has_blocks
+from spectral_surgery.live.kept_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
+from spectral_surgery.progress import Progress
+from spectral_surgery.text.heal_text import HealData, chosen, training_text
+from spectral_surgery.text.objectives import Objective
+from spectral_surgery.text.sequences import padded
+from spectral_surgery.training.loop import Batch, Clock, Course, Distillation, DistillSettings, distill
+
+_TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What is healed, with what, and where unfinished work is kept.
+
+    Attributes:
+        checkpoint: the compressed one.
+        index: of the teacher.
+        teacher: its folder.
+        data: text.
+        device: models run on it.
+        folder: for unfinished work.
+        key: of this very work.
+        threads: frames encoded at once.
+        clock: tells the time.
+    """
+
+    checkpoint: CompressedCheckpoint
+    index: CheckpointIndex
+    teacher: Path
+    data: HealData
+    device: str
+    folder: Path
+    key: str
+    threads: int
+    clock: Clock
+
+    @property
+    def rounded(self) -> bool:
+        """Whether codes are the original's coefficients, rounded: they were neither chosen by text nor trained."""
+        options = self.checkpoint.manifest.options
+        return not options.get("calibration") and not options.get("healing")
+
+    def settle(self, student: nn.Module) -> Callable[[], None]:
+        """What holds the rate of a student that is about to be trained, where a rate was asked for."""
+        target: Any = self.checkpoint.manifest.options.get("target")
+        return HeldRate(student) if target and target["kind"] == "bits" else lambda: None
+
+    def spectra(
+        self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
+        """The compressed tensor behind each parameter, and its spectra; parameters without one are left out.
+
+        Args:
+            names: where parameters are stored.
+            shapes: by name of the parameters.
+        """
+        found = {}
+        manifest = self.checkpoint.manifest
+        for name, shape in shapes.items():
+            info = names.tensor(name)
+            own = manifest.aliases.get(info.name, info.name) if info else ""
+            record = manifest.tensors.get(own)
+            if record is None or record.shape != shape:
+                continue
+            found[name] = own, [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
+        return found
+
+    def vectors(self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+        """The biases and scales of norms that are stored as they are, by parameter name.
+
+        Args:
+            names: where parameters are stored.
+            shapes: by name of the parameters.
+        """
+        found = {}
+        for name, shape in shapes.items():
+            info = names.tensor(name)
+            if info is not None and len(shape) == 1 and info.shape == shape:
+                own = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
+                if own is not None and own.dtype in _TRAINED and own.shape == shape:
+                    found[name] = own
+        return found
+
+    def stored(self, info: TensorInfo) -> Tensor:
+        """What the compressed checkpoint has of a tensor of the teacher, decoded."""
+        manifest = self.checkpoint.manifest
+        name = manifest.aliases.get(info.name, info.name)
+        record = manifest.tensors.get(name)
+        if record is None:
+            return read_tensor(self.checkpoint.index.tensors[name])
+        parts = [self.checkpoint.part(name, part).to_dense() for part in range(len(record.parts))]
+        return torch.cat(parts).reshape(record.shape)
+
+    def leave(self, tensor: str, spectra: Sequence[QuantizedSpectrum], original: Tensor) -> list[Path]:
+        """Files of the parts of a trained weight, with their distance from the original; see `write_part`."""
+        record = self.checkpoint.manifest.tensors[tensor]
+        number = list(self.checkpoint.manifest.tensors).index(tensor)
+        matrix = original.detach().cpu().float().reshape(record.matrix)
+        files: list[Path] = []
+        for own, part in zip(spectra, record.parts, strict=True):
+            basis = Basis(own.transform, own.tile, own.axes)
+            codes = codes_of(own.codes, own.step, own.offset)
+            made = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
+            files.append(self.folder / f"{number:06d}-{len(files)}-{_rank()}.part")
+            write_part(files[-1], self.key, made[0], part_record(part.rows, *made))
+        return files
+
+
+@dataclass
+class Healed:
+    """What came out of it.
+
+    Attributes:
+        course: how it went; of blocks, the sums and means.
+        replaced: files of the parts of every trained tensor.
+        vectors: trained biases and scales.
+        coefficients: trained.
+        blocks: held-out error of each block before and after.
+    """
+
+    course: Course = field(default_factory=Course)
+    replaced: dict[str, list[Path]] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    coefficients: int = 0
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+    """Train all weights together, end to end.
+
+    Args:
+        place: what and where.
+        objective: what the student takes over.
+        settings: how.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError: when nothing can be trained.
+        ConfigError: when the text does not do, or the loss is not finite.
+        TargetError: when autograd cannot follow the model.
+    """
+    trust = place.data.trust_remote_code
+    teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
+    teacher.requires_grad_(requires_grad=False).to(place.device)
+    student = copy.deepcopy(teacher)
+    names = names_in(teacher, place.index)
+    train, held = training_text(place.data, tokenizer, teacher, objective)
+    reached = _reached(teacher, objective, padded(tokenizer, train[:1]))
+    spectra = place.spectra(names, {name: tuple(own.shape) for name, own in reached.items()})
+    if not spectra:
+        raise CheckpointError("heal: no compressed tensor is a parameter that text reaches; nothing can be trained.")
+    _put_rest(place, student, spectra, objective.auto_class)
+    values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
+    vectors = train_stored_vectors(place, names, student)
+    size = min(place.data.batch_size or objective.batch_size, len(train))
+    lengths = list(map(len, train))
+
+    def batch(step: int, rank: int) -> Batch:
+        return padded(tokenizer, [train[i] for i in chosen(settings.seed, step, rank, lengths, size)])
+
+    held = sorted(held, key=len)
+    batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
+    work = Distillation(
+        objective.run,
+        objective.loss,
+        student,
+        teacher,
+        batch,
+        batches,
+        place.folder / "all.safetensors",
+        place.key,
+        place.settle(student),
+        _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
+    )
+    healed = Healed(distill(work, settings, progress, place.clock), coefficients=sum(own.numel() for own in values))
+    for name, own in each_kept_spectrum(student):
+        tensor = spectra[name][0]
+        healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))
+    healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
+    return healed
+
+
+def _in_blocks(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the trained weights that are in the blocks of a model; all of them where there are none."""
+    prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
+    return [own for name, own in values.items() if name.startswith(prefix)] or list(values.values())
+
+
+def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, nn.Parameter]:
+    """The parameters of the modules that are run on text: not those that look at images."""
+    run: set[nn.Module] = set()
+
+    def see(module: nn.Module, *_: object) -> None:
+        run.add(module)
+
+    handles = [module.register_forward_hook(see) for module in model.modules()]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            objective.run(model, {name: own.to(device) for name, own in batch.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
+    return {name: own for name, own in model.named_parameters() if owners[name] in run}
+
+
+def _put_rest(place: Workplace, student: Any, trained: Mapping[str, tuple[str, object]], auto_class: str) -> None:
+    """Give a student what is stored where it is not trained, as fused experts are not: that is what will run."""
+    if place.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
+        return
+    trust = place.data.trust_remote_code
+    stored = load_model(place.checkpoint.index.root, auto_class, dtype=torch.float32, trust_remote_code=trust)[0]
+    stored.dequantize()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name not in trained:
+                parameter.copy_(stored.get_parameter(name))
+
+
+def train_stored_vectors(place: Workplace, names: TensorNames, student: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
+    shapes = {f"{prefix}{name}": tuple(own.shape) for name, own in student.named_parameters()}
+    found = {name.removeprefix(prefix): info for name, info in place.vectors(names, shapes).items()}
+    with torch.no_grad():
+        for name, info in found.items():
+            student.get_parameter(name).copy_(read_tensor(info))
+    train_vectors(student, {name: _TRAINED[info.dtype] for name, info in found.items()})
+    return {name: info.name for name, info in found.items()}
+
+
+def _rank() -> int:
+    """Of this process: each leaves files of its own."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -1,0 +1,130 @@
+"""Which tensors of a checkpoint a merge changes, found and checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.files.merge_record import Source, Span, is_merged
+from spectral_surgery.files.peft.adapter_files import read_adapter
+from spectral_surgery.targets import ModuleTargets
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Rows of a tensor that are replaced.
+
+    Attributes:
+        values: [N, columns], or a whole tensor.
+        spans: (row of values, row of the tensor, number); none where the whole tensor is replaced.
+        turned: whether rows are those of the tensor with its last two dimensions exchanged.
+    """
+
+    values: Tensor
+    spans: tuple[Span, ...] = ()
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor that is changed: replaced first, then updated, then single rows are replaced.
+
+    Attributes:
+        info: where its numbers are before; None for one that the base does not have.
+        sources: of its update.
+        replaced: what is replaced of it, or all of it: modules_to_save, biases.
+        rows: rows that were trained.
+    """
+
+    info: TensorInfo | None
+    sources: tuple[Source, ...] = ()
+    replaced: tuple[Patch, ...] = ()
+    rows: tuple[Patch, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        whole = [tuple(patch.values.shape) for patch in self.replaced if not patch.spans]
+        return whole[-1] if whole else self.info.shape if self.info else ()
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, decided.
+
+    Attributes:
+        index: the base.
+        states: the adapters.
+        weights: factor of each.
+        targets: tensors that change, or come in, by name.
+        aliases: second name -> first name of tensors that are stored twice, and stay equal.
+        tied: name -> name of parameters that are one, and change together; whether both are stored or not.
+        untied: parameters that were one and are different tensors afterwards.
+        resized: rows before and after, by parameter.
+        config: content of config.json afterwards.
+    """
+
+    index: CheckpointIndex
+    states: tuple[AdapterState, ...]
+    weights: tuple[float, ...]
+    targets: dict[str, Target] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Tensors that are replaced, in whole or in rows."""
+        return tuple(sorted(name for name, target in self.targets.items() if target.replaced or target.rows))
+
+
+def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
+    """Read headers and adapters, and find the tensors they belong to.
+
+    Args:
+        base: a plain checkpoint.
+        adapters: folders with adapters.
+        weights: factor of each; None for 1.
+
+    Raises:
+        ConfigError: when the numbers of adapters and weights differ, or an adapter takes no factor.
+        CheckpointError: when something is damaged, the base is merged or quantised, or an adapter does not fit; all
+            misfits are listed.
+        NotMergeableError: when an adapter is not one weight update.
+    """
+    from spectral_surgery.commands.merge.sites import Finder
+
+    factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
+    if not adapters or len(factors) != len(adapters):
+        raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; one for each is accepted.")
+    if is_merged(base):
+        raise CheckpointError(
+            f"{base}: has adapters merged in; a checkpoint without is accepted. Unmerge it first, and merge all "
+            "adapters"
+            " in one command."
+        )
+    index = read_index(base)
+    if "quantization_config" in index.config:
+        raise CheckpointError(
+            f"{base}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
+        )
+    finder = Finder(index, tuple(read_adapter(folder) for folder in adapters), factors)
+    plan = finder.plan()
+    if finder.wrong:
+        listed = "; ".join(finder.wrong)
+        raise CheckpointError(f"{base}: the adapter does not fit: {listed}. Use the base it was made for.")
+    return plan
+
+
+def without_extra(state: AdapterState) -> AdapterState:
+    """The updates of an adapter alone, for the record."""
+    targets = ModuleTargets(tuple(state.layers), fan_in_fan_out=state.spec.targets.fan_in_fan_out)
+    return replace(state, spec=replace(state.spec, targets=targets), extra={}, rows={}, parameters={})

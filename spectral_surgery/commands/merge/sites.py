@@ -1,0 +1,312 @@
+"""The tensors that belong to the parameters an adapter names: shapes checked, ties kept or undone as PEFT does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.commands.merge.parameter_layers import is_transposed, name_parameters
+from spectral_surgery.commands.merge.plan import MergePlan, Patch, Target
+from spectral_surgery.errors import ConfigError, NotMergeableError, SpectralSurgeryError
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.merge_record import Source
+from spectral_surgery.hf.base_model import base_model
+from spectral_surgery.hf.tensor_names import Piece, StoredParameter
+
+_DTYPES = ("F32", "BF16", "F16")
+OUTPUT = "the output layer"  # that is tied, and whose name nobody knows
+_EMBEDDING = re.compile(r"(embed|wte|shared)[^.]*\.weight$", re.IGNORECASE)
+_VOCABULARY = re.compile(r"(embed|wte|shared|lm_head|decoder|output|head)", re.IGNORECASE)  # has a row for each token
+
+
+class Finder:
+    """Finds what a merge changes.
+
+    Attributes:
+        wrong: what does not fit, in words.
+    """
+
+    def __init__(self, index: CheckpointIndex, states: tuple[AdapterState, ...], weights: tuple[float, ...]) -> None:
+        """Name the layers of adapters as the parameters they change."""
+        self.base = base_model(index)
+        self.wrong: list[str] = []
+        named = []
+        for state in states:
+            own, problems = name_parameters(state, self.base)
+            named.append(own)
+            self.wrong += problems
+        self._states, self._weights = tuple(named), weights
+        self._found: dict[str, Target] = {}
+        self._whole: dict[str, Tensor] = {}  # parameters that are replaced
+        self._apart: set[str] = set()  # tied parameters that become tensors of their own
+        self._resized: dict[str, tuple[int, int]] = {}
+
+    def plan(self) -> MergePlan:
+        """Everything found; not to be used when something is wrong."""
+        for state in self._states:
+            self._collect(state)
+        self._undo_ties()
+        for name, tensor in self._whole.items():
+            self._replace(name, tensor)
+        self._keep_apart()
+        for number, state in enumerate(self._states):
+            if any("magnitude" in own for own in state.layers.values()) and self._weights[number] != 1:
+                raise ConfigError(
+                    f"--weights {self._weights[number]:g}: for an adapter with DoRA, whose magnitudes are those of"
+                    " the whole update; 1 is accepted."
+                )
+            for layer in state.layers:
+                self._update(number, state, layer)
+            for module, (numbers, values) in state.rows.items():
+                self._replace_rows(self.base.named(f"{module}.weight"), numbers, values)
+        stored = self.base.index.tensors
+        aliases = {a: n for a, n in self._stored_ties().items() if not {a, n} & self._apart_stored()}
+        touched = [name for name in self._touched() if name not in self._apart]
+        tied = {a: group[0] for name in touched for group in [self.base.tied_with(name)] for a in group[1:]}
+        if self.base.hides_ties and any(_EMBEDDING.search(name) for name in touched):
+            tied[OUTPUT] = next(name for name in touched if _EMBEDDING.search(name))
+        self._check_vocabulary()
+        return MergePlan(
+            self.base.index,
+            self._states,
+            self._weights,
+            self._found,
+            {alias: name for alias, name in aliases.items() if alias in stored},
+            tied,
+            tuple(sorted(self._apart)),
+            self._resized,
+            self._config(),
+        )
+
+    def _collect(self, state: AdapterState) -> None:
+        """Parameters that an adapter has whole."""
+        for full, tensor in state.extra.items():
+            name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
+            own = self.base.named(name)
+            found = self.base.names.find(own)
+            copy = full.endswith(".base_layer.weight")
+            if copy and _equal(found, tensor):
+                continue  # PEFT's copy of the base, beside an update
+            if own in self._whole and not (copy and torch.equal(self._whole[own], tensor)):
+                self.wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
+            if self.base.hides_ties and _EMBEDDING.search(own):
+                self.wrong.append(
+                    f"{own} is tied to an output layer that is not stored, and transformers does not know this model,"
+                    " so the output layer cannot be kept as PEFT keeps it"
+                )
+            self._whole[own] = tensor
+
+    def _undo_ties(self) -> None:
+        """Parameters that were one come apart when an adapter brings one of them, or different ones, as in PEFT."""
+        for group in {self.base.tied_with(name) for name in self._whole} - {()}:
+            first, *others = (self._whole.get(own) for own in group)
+            if first is not None and all(value is not None and torch.equal(value, first) for value in others):
+                for own in group[1:]:
+                    del self._whole[own]
+            else:
+                self._apart.update(group)
+        if self._apart:  # a configuration says it for all
+            self._apart.update(self.base.ties, self.base.ties.values())
+
+    def _find(self, name: str) -> StoredParameter | None:
+        return self.base.names.find(name) if name in self._apart else self.base.find(name)
+
+    def _targets(self, name: str, found: StoredParameter) -> list[tuple[str, Piece]]:
+        """Names under which the pieces of a parameter are written."""
+        if name in self._apart and not self.base.is_stored(name):
+            return [(name, found.pieces[0])]
+        return [(self._stored_ties().get(piece.info.name, piece.info.name), piece) for piece in found.pieces]
+
+    def _stored_ties(self) -> dict[str, str]:
+        """Second name -> first name of tied parameters that are both stored."""
+        pairs = {}
+        for alias, name in self.base.ties.items():
+            own, root = self.base.names.find(alias), self.base.names.find(name)
+            if own and root and own.pieces[0].info != root.pieces[0].info and alias not in self._apart:
+                pairs[own.pieces[0].info.name] = root.pieces[0].info.name
+        return pairs
+
+    def _apart_stored(self) -> set[str]:
+        found = [self.base.names.find(name) for name in self._apart]
+        return {own.pieces[0].info.name for own in found if own}
+
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        found = self._find(name)
+        if found is None:
+            self._found[name] = Target(None, replaced=(Patch(tensor),))
+            return
+        if found.shape != tuple(tensor.shape) and not self._resize(name, found, tensor):
+            self.wrong.append(f"{name} is {list(found.shape)}, in the adapter {list(tensor.shape)}")
+            return
+        for own, piece in self._targets(name, found):
+            patch = Patch(tensor) if found.whole is not None else Patch(tensor, piece.spans, piece.transposed)
+            old = self._found.get(own, Target(piece.info))
+            self._found[own] = Target(old.info, old.sources, (*old.replaced, patch), old.rows)
+
+    def _keep_apart(self) -> None:
+        """Parameters that are stored under the name of another one, and come apart, get tensors of their own."""
+        for name in self._apart:
+            found = self.base.names.find(name)
+            if found and not self.base.is_stored(name):
+                self._found.setdefault(name, Target(found.pieces[0].info))
+
+    def _resize(self, name: str, found: StoredParameter, tensor: Tensor) -> bool:
+        """Whether an embedding, or an output layer, has another number of tokens in the adapter."""
+        rows = (found.shape[0], tensor.shape[0])
+        tokens = found.shape[0] in _sizes(self.base.index.config) and _VOCABULARY.search(name) is not None
+        if not tokens or found.whole is None or found.shape[1:] != tuple(tensor.shape[1:]):
+            return False
+        self._resized[name] = rows
+        return True
+
+    def _update(self, number: int, state: AdapterState, layer: str) -> None:
+        name = self.base.named(layer if layer in state.parameters else f"{layer}.weight")
+        group = self.base.tied_with(name) if state.spec.targets.ensure_weight_tying else ()
+        if group and name != group[0] and name not in self._apart and self._has(state, group[0]):
+            return  # the same update as that of the embedding
+        found = self._find(name)
+        if found is None:
+            self.wrong.append(f"{name} is not in the base")
+            return
+        turned = is_transposed(state, layer, self.base) if layer in state.parameters else None
+        transposed = self.base.is_transposed(state, layer, found.shape) if turned is None else turned
+        shape = self._resized_shape(name, found)
+        source = Source(number, layer, shape, transposed=transposed).resolved(shape)
+        problem = self._misfit(found, state, source)
+        if problem:
+            self.wrong.append(problem)
+            return
+        self._add(name, found, source)
+        if "bias" in state.layers[layer] and "A" in state.layers[layer] and state.spec.method.peft_type == "LORA":
+            self._update_bias(source)
+
+    def _update_bias(self, source: Source) -> None:
+        name = f"{source.layer}.bias"
+        found = self._find(name)
+        if found is None:
+            raise NotMergeableError(
+                f"{source.layer}: the adapter has a bias (lora_bias), and the base has none to add it to; a base with"
+                " biases is accepted. Keep the adapter beside the model."
+            )
+        self._add(name, found, Source(source.number, source.layer, found.shape))
+
+    def _add(self, name: str, found: StoredParameter, source: Source) -> None:
+        for own, piece in self._targets(name, found):
+            old = self._found.get(own, Target(piece.info))
+            spans = source.spans if found.whole is not None else piece.spans
+            part = Source(source.number, source.layer, source.shape, spans, source.transposed, piece.transposed)
+            part = _short(part, old.shape)
+            self._found[own] = Target(old.info, (*old.sources, part), old.replaced, old.rows)
+
+    def _replace_rows(self, name: str, numbers: tuple[int, ...], values: Tensor) -> None:
+        found = self._find(name)
+        shape = self._resized_shape(name, found) if found else ()
+        if found is None or found.whole is None or len(shape) != 2:
+            self.wrong.append(f"{name} is not in the base as a matrix")
+        elif max(numbers) >= shape[0] or values.shape[1] != shape[1]:
+            rows = f"{len(numbers)} rows up to {max(numbers)} of {values.shape[1]}"
+            self.wrong.append(f"{name} is {list(shape)}, in the adapter {rows}")
+        else:
+            patch = Patch(values, tuple((row, number, 1) for row, number in enumerate(numbers)))
+            for own, piece in self._targets(name, found):
+                old = self._found.get(own, Target(piece.info))
+                self._found[own] = Target(old.info, old.sources, old.replaced, (*old.rows, patch))
+
+    def _misfit(self, found: StoredParameter, state: AdapterState, source: Source) -> str:
+        infos = [piece.info for piece in found.pieces]
+        strange = next((info for info in infos if info.dtype not in _DTYPES), None)
+        if strange is not None:
+            return f"{strange.name} is {strange.dtype}, where {', '.join(_DTYPES)} are accepted"
+        if len(source.shape) < 2:
+            return f"{infos[0].name} is {list(source.shape)}, no matrix"
+        if source.layer in state.parameters:
+            return ""
+        if state.spec.method.peft_type == "LORA":
+            return _lora_misfit(state, source)
+        try:
+            state.build(source.layer, *source.out_in)
+        except NotMergeableError:
+            raise
+        except SpectralSurgeryError as error:
+            return str(error)
+        return ""
+
+    def _has(self, state: AdapterState, name: str) -> bool:
+        return name.removesuffix(".weight") in state.layers
+
+    def _resized_shape(self, name: str, found: StoredParameter) -> tuple[int, ...]:
+        group = self.base.tied_with(name) or (found.name,)
+        rows = next((self._resized[own][1] for own in (name, *group) if own in self._resized), None)
+        return found.shape if rows is None else (rows, *found.shape[1:])
+
+    def _touched(self) -> list[str]:
+        states = self._states
+        layers = [layer if layer in own.parameters else f"{layer}.weight" for own in states for layer in own.layers]
+        rows = [f"{module}.weight" for own in states for module in own.rows]
+        return [*map(self.base.named, [*layers, *rows]), *self._whole]
+
+    def _check_vocabulary(self) -> None:
+        """Embedding and output layer must have as many rows as each other."""
+        if not self._resized or self.base.model is None:
+            return
+        for ask in (self.base.model.get_input_embeddings, self.base.model.get_output_embeddings):
+            module = ask()
+            names = [name for name, own in self.base.model.named_modules() if own is module and module is not None]
+            parameter = f"{names[0]}.weight" if names else ""
+            found = self.base.find(parameter) if names else None
+            if found and self._resized_shape(parameter, found) == found.shape:
+                resized = ", ".join(self._resized)
+                self.wrong.append(f"{resized} has another number of rows, and {parameter} is not in the adapter")
+
+    def _config(self) -> dict[str, object]:
+        config: dict[str, Any] = dict(self.base.index.config)
+        for before, after in self._resized.values():
+            config = _with(config, "vocab_size", before, after)
+        if self._apart:
+            config = {**_with(config, "tie_word_embeddings", True, False), "tie_word_embeddings": False}
+        return config
+
+
+def _lora_misfit(state: AdapterState, source: Source) -> str:
+    out, inside = source.out_in
+    own, rank = state.layers[source.layer], state.spec.config.for_layer(source.layer).r
+    expected = {"A": (rank, inside), "B": (out, rank), "bias": (out,)}
+    expected["magnitude"] = (inside if source.layer in state.embeddings else out,)
+    given = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    wanted = {key: expected[key] for key in given if key in expected}
+    if given == wanted and {"A", "B"} <= given.keys():
+        return ""
+    return f"{source.layer}: the adapter has {given}; {wanted} is accepted for a layer of {out} x {inside}"
+
+
+def _short(source: Source, shape: tuple[int, ...]) -> Source:
+    """Without what the stored tensor says already."""
+    whole = Source(source.number, source.layer, (), (), source.transposed, source.turned)
+    return whole if whole.resolved(shape) == source else source
+
+
+def _equal(found: StoredParameter | None, tensor: Tensor) -> bool:
+    if found is None or found.shape != tuple(tensor.shape):
+        return False
+    base = found.read()
+    return torch.equal(tensor.to(base.dtype), base)
+
+
+def _sizes(config: Mapping[str, Any]) -> set[int]:
+    """All vocabularies of a configuration."""
+    found = {value for key, value in config.items() if key == "vocab_size" and isinstance(value, int)}
+    inner = [_sizes(value) for value in config.values() if isinstance(value, dict)]
+    return found.union(*inner)
+
+
+def _with(config: Mapping[str, Any], key: str, old: object, new: object) -> dict[str, Any]:
+    """A configuration with another value, wherever it has the old one."""
+    return {
+        name: _with(value, key, old, new) if isinstance(value, dict) else new if name == key and value == old else value
+        for name, value in config.items()
+    }

@@ -1,0 +1,278 @@
+"""Plots, for people who would rather look: the only importer of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectral_surgery.commands.eval.table import ModelRow
+from spectral_surgery.commands.inspect import DENSITIES, RATES, Spectrum
+from spectral_surgery.errors import BackendError, ConfigError
+
+# measures of a table of models, the first that there is: how it becomes a distortion, and what that is called
+_DISTORTIONS: dict[str, tuple[Callable[[float], float], str]] = {
+    "kl": (lambda kl: kl, "KL divergence from the original, nats per token"),
+    "cosine": (lambda cosine: 1 - cosine, "1 - cosine of sentence embeddings with the original's"),
+    "relative_error": (lambda error: error, "relative error of the weights"),
+}
+# colour, marker and name in the legend of what a point may belong to; ours are the others
+_FAMILIES = {
+    "gptq": ("tab:red", "s", "GPTQ"),
+    "hqq": ("tab:green", "^", "HQQ"),
+    "int": ("tab:gray", "v", "round to nearest"),
+    "nf4": ("tab:brown", "D", "NormalFloat"),
+    "sparsegpt": ("tab:orange", "P", "SparseGPT"),
+    "wanda": ("tab:purple", "X", "Wanda"),
+    "prune": ("tab:pink", "p", "magnitude pruning"),
+    "svd": ("tab:olive", "d", "truncated SVD"),
+}
+_OURS = {"calibrated": "tab:blue", "healed": "tab:cyan", "calibrated and healed": "navy", "data-free": "steelblue"}
+
+
+def plot_spectra(spectra: Sequence[Spectrum], file: Path, title: str) -> None:
+    """Save energy compaction and rate-distortion of a checkpoint as one PNG.
+
+    Args:
+        spectra: from inspect.
+        file: where to; the ending decides the format.
+        title: above the plot.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    weight = np.array([spectrum.weights for spectrum in spectra], float)
+    share = weight / weight.sum()
+
+    for spectrum in spectra:
+        left.plot(DENSITIES, spectrum.energy_kept, color="tab:blue", alpha=0.15, linewidth=1)
+        right.plot(RATES, spectrum.errors, color="tab:blue", alpha=0.15, linewidth=1)
+    coefficients = share @ np.array([spectrum.energy_kept for spectrum in spectra])
+    plain = share @ np.array([spectrum.energy_kept_weights for spectrum in spectra])
+    left.plot(DENSITIES, coefficients, "o-", color="tab:blue", label="DCT coefficients (mean; each tensor faint)")
+    left.plot(DENSITIES, plain, "s--", color="tab:orange", label="weights (mean)")
+    left.set(xlabel="fraction kept, largest first", ylabel="energy kept", ylim=(0, 1.02), title="energy compaction")
+    left.legend(loc="lower right")
+
+    errors = share @ np.array([spectrum.errors for spectrum in spectra])
+    rates = np.linspace(min(RATES), max(RATES), 50)
+    right.plot(RATES, errors, "o-", color="tab:blue", label="quantised spectrum (mean; each tensor faint)")
+    right.plot(rates, 2.0**-rates, ":", color="black", label=r"Gaussian bound $2^{-R}$")
+    right.set(xlabel="bits per weight", ylabel="relative error", yscale="log", title="rate and distortion")
+    right.legend(loc="upper right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+
+
+def plot_training(
+    train: Sequence[tuple[int, float]],
+    held_out: Sequence[tuple[int, dict[str, float]]],
+    measure: str,
+    best_step: int,
+    file: Path,
+) -> bool:
+    """Save the course of a training as a PNG: loss of both sides, and the measure that decides.
+
+    Args:
+        train: (step, loss) of training batches.
+        held_out: (step, measures) of the held-out examples, "loss" among them.
+        measure: which of them decides.
+        best_step: marked.
+        file: where to.
+
+    Returns:
+        Whether it was: without matplotlib there is no plot.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11 if measure != "loss" else 6.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if measure != "loss" else 1, squeeze=False)[0]
+    if train:
+        panels[0].plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training batches")
+    steps = [step for step, _ in held_out]
+    panels[0].plot(steps, [m["loss"] for _, m in held_out], "o-", color="tab:orange", label="held out")
+    panels[0].set(xlabel="step", ylabel="loss", title="loss")
+    if measure != "loss":
+        panels[1].plot(steps, [m[measure] for _, m in held_out], "o-", color="tab:orange", label="held out")
+        panels[1].set(xlabel="step", ylabel=measure, title=measure)
+    for axes in panels:
+        axes.axvline(best_step, color="black", linestyle=":", label=f"kept: step {best_step}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+    return True
+
+
+def plot_lengths(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], file: Path) -> None:
+    """Save time over sequence length as an image, both axes logarithmic.
+
+    Args:
+        panels: by title, curves by label: (tokens, milliseconds).
+        file: where to; the ending decides the format.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
+    figure = Figure(figsize=(7.5 * len(panels), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        for number, (label, points) in enumerate(curves.items()):
+            line = "--" if label.startswith("SDPA") else "-"
+            axes.loglog(*zip(*points, strict=True), line, marker="os^Dv"[number % 5], markersize=4, label=label, base=2)
+        axes.set(xlabel="tokens", ylabel="milliseconds", title=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+def plot_rate_distortion(rows: Sequence[ModelRow], file: Path, title: str) -> None:
+    """Save what each model of a table lost over what it takes, as one PNG; models of one method are joined.
+
+    Args:
+        rows: from eval; those that lost nothing, such as the first, have no place on a logarithmic axis.
+        file: where to; the ending decides the format.
+        title: above the plot.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+        ConfigError: when no model lost anything.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.cost.relative_error > 0]
+    measure = next((name for name in _DISTORTIONS if any(name in row.measures for row in rows)), "relative_error")
+    distort, label = _DISTORTIONS[measure]
+    lost = [(row, distort(row.measures.get(measure, row.cost.relative_error))) for row in rows]
+    points = [(row, value) for row, value in lost if np.isfinite(value) and value > 0]
+    if not points:
+        raise ConfigError("--plot: no model differs from the first; compressed models or baselines are accepted.")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    texts, lines = [], []
+    for family in dict.fromkeys(row.family for row, _ in points):
+        own = sorted(((row, value) for row, value in points if row.family == family), key=lambda p: _bits(p[0]))
+        ours = family not in _FAMILIES
+        colour, marker, name = _FAMILIES.get(family, (_OURS.get(family, "black"), "o", f"spectral_surgery, {family}"))
+        at = np.array([(_bits(row), value) for row, value in own])
+        width, size, above = (2.5, 9, 3) if ours else (1.2, 6, 2)
+        axes.plot(*at.T, "-", marker=marker, color=colour, label=name, linewidth=width, markersize=size, zorder=above)
+        lines.append(at)
+        texts += [(row.short, xy, colour, ours) for (row, _), xy in zip(own, at, strict=True)]
+    ticks = [bits for bits in (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 16, 32) if _within(bits, lines)]
+    axes.set_xticks(ticks, [f"{bits:g}" for bits in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="stored bits per weight, everything counted", ylabel=label, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    _put_labels(figure, axes, texts, lines)
+    figure.savefig(file, dpi=130)
+
+
+def require_matplotlib() -> None:
+    """Say early that there will be no plot.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 - whether it is there
+    except ImportError:
+        raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
+
+
+def _bits(row: ModelRow) -> float:
+    return row.cost.bits_per_weight
+
+
+def _within(bits: float, lines: Sequence[np.ndarray[Any, Any]]) -> bool:
+    every = np.concatenate(lines)[:, 0]
+    return bool(every.min() * 0.9 <= bits <= every.max() * 1.1)
+
+
+def _put_labels(
+    figure: Any,
+    axes: Any,
+    texts: Sequence[tuple[str, np.ndarray[Any, Any], str, bool]],
+    lines: Sequence[np.ndarray[Any, Any]],
+) -> None:
+    """Name each point beside it, where the name covers least of other names, points and lines.
+
+    Args:
+        figure: with a canvas.
+        axes: drawn on.
+        texts: name, point, colour and whether it is bold.
+        lines: [points, 2] that must stay visible.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # where things are in pixels is known only then
+    figure.set_layout_engine("none")
+    renderer, per_point = figure.canvas.get_renderer(), figure.dpi / 72
+    taken = [axes.get_legend().get_window_extent(renderer)]
+    for line in map(axes.transData.transform, lines):
+        taken += [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in line]
+        taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for a, b in pairwise(line) for x, y in np.linspace(a, b, 20)]
+    for name, at, colour, bold in sorted(texts, key=lambda text: not text[3]):
+        weight = "bold" if bold else "normal"
+        text = axes.annotate(
+            name, at, (0, 0), textcoords="offset points", color=colour, fontsize=8, weight=weight, zorder=4,
+            ha="center", va="center", arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+        )  # fmt: skip
+        here = axes.transData.transform(at)
+        size = text.get_window_extent(renderer)
+        found = []
+        for x, y in _places(size.width, size.height, per_point):
+            box = Bbox.from_bounds(here[0] + x - size.width / 2, here[1] + y - size.height / 2, size.width, size.height)
+            covered = sum(_shared(box, other) for other in taken) + 10 * _outside(box, axes.bbox)
+            found.append((covered + 0.1 * float(np.hypot(x, y)), (x / per_point, y / per_point), box))
+        _, offset, box = min(found, key=lambda place: place[0])
+        text.set_position(offset)
+        taken.append(box)
+
+
+def _places(width: float, height: float, per_point: float) -> Iterator[tuple[float, float]]:
+    """Centres that a name of so many pixels may have around its point: on rings, the closest first."""
+    for gap in (7, 16, 28, 42):
+        for turn in np.arange(16) * np.pi / 8:
+            x, y = float(np.cos(turn)), float(np.sin(turn))
+            yield x * (width / 2 + gap * per_point), y * (height / 2 + gap * per_point)
+
+
+def _shared(one: Any, other: Any) -> float:
+    """Pixels that both boxes cover."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(max(width, 0) * max(height, 0))
+
+
+def _outside(box: Any, frame: Any) -> float:
+    """Pixels of a box that are not in the frame."""
+    return float(box.width * box.height) - _shared(box, frame)

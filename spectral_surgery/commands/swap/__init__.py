@@ -1,0 +1,269 @@
+"""swap: mixers in place of the attention of some layers of a checkpoint, trained to do what it did."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from spectral_surgery.cards import card as cards
+from spectral_surgery.cards.checkpoints import swapped_facts
+from spectral_surgery.commands.swap.fit_layers import FitSettings, LayerFit, SwappedPair, distill
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.index import CheckpointIndex, read_index
+from spectral_surgery.files.peft.task import is_causal
+from spectral_surgery.files.publish import partial_folder, publishing
+from spectral_surgery.files.reader import DTYPES
+from spectral_surgery.files.sidecar_files import check_apart, copy_companions
+from spectral_surgery.files.swap_record import SwapRecord
+from spectral_surgery.hf.models import load_tokenizer, load_whole, outline_model, save_weights
+from spectral_surgery.live.blocks import Batch
+from spectral_surgery.live.families import FAMILIES
+from spectral_surgery.live.swap import SwapSpec, resolved, shared_copy, swap_attention
+from spectral_surgery.mixers import require_causal
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.examples import read_examples
+from spectral_surgery.text.scores import EvalData, judge
+from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, read_sequences
+
+METRICS_FILE = "metrics.json"
+_HELD_OUT = 0.05  # of the text to distil on
+_HELD_OUT_SEQUENCES = 128
+_BATCH_TOKENS = 1024
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class DistillData:
+    """Text to train mixers on.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        samples: sequences at most; 0 for all.
+        seq_length: tokens of a sequence at most.
+    """
+
+    file: Path
+    samples: int = 20000
+    seq_length: int = 256
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """What a swap would do.
+
+    Attributes:
+        index: the source.
+        record: mixer, layers and all settings.
+        causal: whether the model is, and so the mixer.
+        parameters: of the model before and after.
+    """
+
+    index: CheckpointIndex
+    record: SwapRecord
+    causal: bool
+    parameters: tuple[int, int]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {
+            "mixer": self.record.mixer,
+            "settings": dict(self.record.settings),
+            "layers": list(self.record.layers),
+            "causal": self.causal,
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+        }
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did.
+
+    Attributes:
+        plan: what was asked.
+        fits: how well each new layer gives the outputs of the attention it replaces; empty without distillation.
+        training: settings of the distillation; None without.
+        measures: of the original (``_a``) and of the result (``_b``), by name; empty without text to judge on.
+        seconds: wall time.
+    """
+
+    plan: SwapPlan
+    fits: tuple[LayerFit, ...]
+    training: FitSettings | None
+    measures: dict[str, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json`` and the file of metrics."""
+        return self.plan.to_json() | {
+            "leak": 0.0 if self.plan.causal else None,
+            "training": asdict(self.training) if self.training else None,
+            "layer_errors": [asdict(fit) for fit in self.fits],
+            "measures": self.measures,
+            "seconds": self.seconds,
+        }
+
+
+def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
+    """Check a swap and settle its settings; only headers and the configuration are read.
+
+    Args:
+        source: a checkpoint, or the outline of one.
+        spec: as asked.
+        trust_remote_code: run the code that a model brings along.
+
+    Raises:
+        CheckpointError: when the source is damaged, quantised, compressed or swapped.
+        ConfigError: when family, mixer, settings or layers are not accepted.
+        CausalityError: when the model is causal and the mixer is not.
+    """
+    index = read_index(source)
+    if "quantization_config" in index.config:
+        raise CheckpointError(
+            f"{source}: is quantised, compressed or swapped; a plain checkpoint is accepted. Decompress it first, or"
+            " start from the original."
+        )
+    family = FAMILIES[str(index.config.get("model_type"))]
+    model = outline_model(index.root, trust_remote_code=trust_remote_code)
+    spec, before = resolved(model, spec), _count(model)
+    with torch.device("meta"):
+        swap_attention(model, spec.mixer, spec.layers, spec.settings)
+    record = SwapRecord(spec.mixer, spec.layers, dict(spec.settings))
+    return SwapPlan(index, record, family.causal(model.config), (before, _count(model)))
+
+
+def swap(
+    source: Path,
+    out: Path,
+    spec: SwapSpec,
+    *,
+    data: DistillData | None = None,
+    training: FitSettings | None = None,
+    judged_on: EvalData | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> SwapReport:
+    """Write a checkpoint with mixers in place of some of its attentions.
+
+    After `import spectral_surgery`, ``from_pretrained`` rebuilds it; all other weights keep their bits.
+
+    Args:
+        source: a plain checkpoint folder.
+        out: folder to create.
+        spec: which layers, and what for.
+        data: text to train the mixers on; None leaves them as they start.
+        training: how; None for the defaults.
+        judged_on: text to judge original and result on.
+        seed: of what mixers start from at random.
+        trust_remote_code: run the code that a model brings along.
+        overwrite: replace an existing folder.
+        progress: called after each step of training.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: as `plan_swap`, and when out is taken.
+        ConfigError: as `plan_swap`, and when text cannot be read or does not fit the model.
+        CausalityError: as `plan_swap`, and when a mixer marked causal is found not to be.
+        TargetError: when attention is not dense.
+    """
+    started = time.perf_counter()
+    check_apart(source, out)
+    partial_folder(out, overwrite=overwrite)
+    plan = plan_swap(source, spec, trust_remote_code=trust_remote_code)
+    judged_on = judged_on or EvalData()
+    _check_text(plan, data, judged_on)
+    pair = _pair(plan, seed, trust_remote_code=trust_remote_code)
+    reads = data or judged_on.text or judged_on.sts
+    tokenizer = load_tokenizer(plan.index.root, trust_remote_code=trust_remote_code) if reads else None
+    fits: list[LayerFit] = []
+    if data is not None:
+        training = training or FitSettings(seed=seed)
+        batches, held_out = _batches(tokenizer, data, pair, training.seed, causal=plan.causal)
+        fits = distill(pair, batches, held_out, training, progress)
+    dtype = _stored_dtype(plan.index)
+    for layer in pair.swapped.values():  # judged as they will be read
+        layer.to(dtype).float()
+    measures = _measured(pair, tokenizer, judged_on, plan)
+    report = SwapReport(plan, tuple(fits), training if data else None, measures, time.perf_counter() - started)
+    _write(out, pair.student, report, dtype, overwrite=overwrite)
+    return report
+
+
+def _check_text(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -> None:
+    """Refuse text that cannot be read or does not fit, before hours of work."""
+    given = {"--distill": data.file if data else None, "--text": judged_on.text, "--sts": judged_on.sts}
+    named = [option for option, file in given.items() if file is not None]
+    kind = str(plan.index.config.get("model_type"))
+    if named and FAMILIES[kind].vision:
+        raise ConfigError(f"{named[0]}: text, and {kind} takes images; a model of text is accepted with it.")
+    if judged_on.sts is not None and plan.causal:
+        raise ConfigError(f"--sts: embeddings of sentences, and {kind} predicts tokens; --text is accepted with it.")
+    for file in given.values():
+        if file is not None:
+            read_examples(file)
+
+
+def _batches(
+    tokenizer: Any, data: DistillData, pair: SwappedPair, seed: int, *, causal: bool
+) -> tuple[list[Batch], list[Batch]]:
+    """What to train on, and what is held out: of one long text the end, else a random choice."""
+    found = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
+    check_vocabulary(found, pair.teacher, data.file)
+    if not causal:
+        found = random.Random(seed).sample(found, len(found))  # noqa: S311 - no secret
+    held = min(max(1, round(_HELD_OUT * len(found))), _HELD_OUT_SEQUENCES)
+    return equal_lengths(found[:-held], _BATCH_TOKENS), equal_lengths(found[-held:], _BATCH_TOKENS)
+
+
+def _pair(plan: SwapPlan, seed: int, *, trust_remote_code: bool) -> SwappedPair:
+    """The model before and after, which share what is not swapped."""
+    model = load_whole(plan.index.root, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    student = shared_copy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        swapped = swap_attention(student, plan.record.mixer, plan.record.layers, plan.record.settings)
+    if plan.causal:
+        first = next(iter(swapped.values())).projected
+        require_causal(first, first.width, plan.record.mixer)
+    return SwappedPair(model, student, swapped)
+
+
+def _measured(pair: SwappedPair, tokenizer: Any, data: EvalData, plan: SwapPlan) -> dict[str, float]:
+    if data.text is None and data.sts is None:
+        return {}
+    causal = is_causal(plan.index.config)
+    models = [cast(Any, pair.teacher), cast(Any, pair.student)]
+    return judge(models if causal else [own.base_model for own in models], tokenizer, data, causal=causal)
+
+
+def _write(out: Path, student: Any, report: SwapReport, dtype: torch.dtype, *, overwrite: bool) -> None:
+    index = report.plan.index
+    config = {**index.config, "quantization_config": report.plan.record.to_json()}
+    with publishing(out, overwrite=overwrite) as folder:
+        save_weights(student, folder, dtype)
+        copy_companions(index, folder, config)
+        (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        cards.write_derived(folder, swapped_facts(index, report.to_json()))
+
+
+def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
+    """The dtype that from_pretrained chooses: of config.json, else of the first floating tensor."""
+    named = index.config.get("dtype") or index.config.get("torch_dtype")
+    names = {str(DTYPES[code]).removeprefix("torch."): DTYPES[code] for code in _FLOATS}
+    if isinstance(named, str) and named in names:
+        return names[named]
+    return next((DTYPES[info.dtype] for info in index.tensors.values() if info.dtype in _FLOATS), torch.float32)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

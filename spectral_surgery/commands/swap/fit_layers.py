@@ -1,0 +1,252 @@
+"""Training mixers to do what the attention they replace does.
+
+First layer by layer: each sees the inputs that the attention has in the original model, and is to give its outputs.
+Then, where asked, together: the swapped model is to end where the original does. Only the mixers and their projections
+are trained.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.live.blocks import Batch
+from spectral_surgery.live.families import AttentionSite, chosen
+from spectral_surgery.live.running import called
+from spectral_surgery.live.swapped import SwappedAttention, real_tokens
+
+_WARM_UP = 0.05  # of the steps
+_CLIP = 1.0  # of the norm of the gradient
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it stops a forward pass behind the last layer of interest
+    pass
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to train.
+
+    Attributes:
+        steps: layer by layer, one batch each.
+        end_to_end_steps: of the whole swapped model, after those.
+        learning_rate: of AdamW, the largest; it rises for a while, and falls to 0 as a cosine.
+        end_to_end_learning_rate: the same of the second stage.
+        seed: of the order of batches.
+    """
+
+    steps: int = 500
+    end_to_end_steps: int = 0
+    learning_rate: float = 1e-3
+    end_to_end_learning_rate: float = 3e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How far a new layer is from the attention it replaces: relative error of outputs, on held-out text.
+
+    Attributes:
+        layer: its number.
+        before: training.
+        after: the training of the layer alone.
+    """
+
+    layer: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class SwappedPair:
+    """A model before and after.
+
+    Attributes:
+        teacher: the original, in eval mode.
+        student: the swapped one, in eval mode; it may share all other parameters.
+        swapped: the new layers of the student by number.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    swapped: Mapping[int, SwappedAttention]
+
+    @contextmanager
+    def only_new_trained(self) -> Iterator[list[nn.Parameter]]:
+        """Freeze all but the new layers while the block lasts; yields the parameters of these."""
+        new = [parameter for layer in self.swapped.values() for parameter in layer.parameters()]
+        others = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        try:
+            for parameter in others:
+                parameter.requires_grad_(False)
+            for parameter in new:
+                parameter.requires_grad_(True)
+            yield new
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+
+def distill(
+    pair: SwappedPair,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    settings: FitSettings,
+    progress: Callable[[int, int, str], None],
+) -> list[LayerFit]:
+    """Train the new layers.
+
+    Args:
+        pair: the models.
+        batches: to train on, arguments of the models by name.
+        held_out: to judge on.
+        settings: how.
+        progress: called after each step with (done, all, loss).
+
+    Returns:
+        How well each layer fits.
+
+    Raises:
+        ConfigError: when there is nothing to train on or to judge on.
+    """
+    if not batches or not held_out:
+        raise ConfigError(
+            f"distill: {len(batches)} batches to train on and {len(held_out)} to judge on; some of both are accepted."
+            " Give more text."
+        )
+    places = chosen(pair.teacher, tuple(pair.swapped))
+    first = _Stage(settings.steps, settings.learning_rate, settings.seed)
+    second = _Stage(settings.end_to_end_steps, settings.end_to_end_learning_rate, settings.seed + 1)
+
+    def alone(batch: Batch) -> Tensor:
+        return torch.stack(list(_layer_losses(pair, places, batch).values())).mean()
+
+    def say(done: int, loss: float) -> None:
+        progress(done, first.steps + second.steps, f"loss {loss:.4f}")
+
+    with pair.only_new_trained() as parameters:
+        before = _judge(pair, places, held_out)
+        _train(alone, parameters, batches, first, say)
+        after = _judge(pair, places, held_out)
+        _train(partial(_apart, pair), parameters, batches, second, lambda done, loss: say(first.steps + done, loss))
+    return [LayerFit(number, before[number], after[number]) for number in pair.swapped]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    steps: int
+    rate: float
+    seed: int
+
+
+def relative(y: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error as a part of the energy of what is wanted."""
+    return (y.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp_min(1e-12)
+
+
+def _train(
+    loss_of: Callable[[Batch], Tensor],
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Batch],
+    stage: _Stage,
+    say: Callable[[int, float], None],
+) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.0)
+    order = _endless(len(batches), stage.seed)
+    for step in range(stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate * _schedule(step, stage.steps)
+        loss = loss_of(batches[next(order)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        say(step + 1, loss.item())
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, round(_WARM_UP * steps))
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _endless(count: int, seed: int) -> Iterator[int]:
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    while True:
+        yield from draw.sample(range(count), count)
+
+
+def _judge(pair: SwappedPair, places: Mapping[int, AttentionSite], batches: Sequence[Batch]) -> dict[int, float]:
+    with torch.no_grad():
+        rows = [_layer_losses(pair, places, batch) for batch in batches]
+    return {number: math.sqrt(sum(float(row[number]) for row in rows) / len(rows)) for number in places}
+
+
+def _layer_losses(pair: SwappedPair, places: Mapping[int, AttentionSite], batch: Batch) -> dict[int, Tensor]:
+    """Squared relative error of each new layer on the inputs that the teacher has for it."""
+    with _seen(places) as seen, torch.no_grad(), suppress(_Enough):
+        _run(pair.teacher, batch)
+    losses = {}
+    for number, (x, mask, wanted) in seen.items():
+        real = real_tokens(mask, x)
+        y = pair.swapped[number].projected(x, real)
+        losses[number] = relative(y, wanted) if real is None else relative(y[real], wanted[real])
+    return losses
+
+
+@contextmanager
+def _seen(places: Mapping[int, AttentionSite]) -> Iterator[dict[int, tuple[Tensor, Any, Tensor]]]:
+    """Inputs, masks and outputs of attentions, by layer, filled as the model runs."""
+    found: dict[int, tuple[Tensor, Any, Tensor]] = {}
+    given: dict[int, tuple[Tensor, Any]] = {}
+
+    def enter(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given[number] = (args[0] if args else named["hidden_states"], named.get("attention_mask"))
+
+        return hook
+
+    def leave(number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], y: Tensor) -> None:
+            found[number] = (*given.pop(number), y)
+            if number == max(places):
+                raise _Enough
+
+        return hook
+
+    handles = []
+    for number, site in places.items():
+        handles.append(site.attention.register_forward_pre_hook(enter(number), with_kwargs=True))
+        handles.append(site.output.register_forward_hook(leave(number)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states behind the last block."""
+    base = cast(Any, model).base_model
+    return cast(Tensor, called(base, named={**batch, "use_cache": False}).last_hidden_state)
+
+
+def _apart(pair: SwappedPair, batch: Batch) -> Tensor:
+    """How far two models end from each other: KL of the next tokens in nats, or relative squared error of states."""
+    teacher, student = cast(Any, pair.teacher), cast(Any, pair.student)
+    if teacher.get_output_embeddings() is None:
+        with torch.no_grad():
+            wanted = _run(teacher, batch)
+        return relative(_run(student, batch), wanted)
+    with torch.no_grad():
+        logs = called(teacher, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
+    own = called(student, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
+    return cast(Tensor, (logs.exp() * (logs - own)).sum(-1).mean())

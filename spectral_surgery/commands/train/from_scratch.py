@@ -1,0 +1,257 @@
+"""train --init: a language model from nothing but a text, beside what it has to be better than."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from spectral_surgery.cards.check import METRICS_FILE
+from spectral_surgery.commands.plots import plot_training
+from spectral_surgery.commands.train import PLOT_FILE, check_out, set_seed
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.publish import replace_file
+from spectral_surgery.hf.models import load_tokenizer
+from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.examples import Example, read_examples
+from spectral_surgery.text.tasks import TASKS, Features
+from spectral_surgery.training.pretrain import (
+    STARTS,
+    ModelSizes,
+    judge,
+    require_transformers,
+    train_whole,
+    unigram,
+    vocabulary_of,
+)
+from spectral_surgery.training.tokenizers import learn_bpe, tiktoken_named
+from spectral_surgery.training.trainer import History, Job, TrainSettings
+
+CONTROL = "control"  # folder of the second model
+TIKTOKEN = "tiktoken:"
+_TASK = TASKS["causal-lm"]
+
+
+@dataclass(frozen=True)
+class ScratchData:
+    """What to learn from.
+
+    Attributes:
+        file: text, JSONL or CSV.
+        columns: of CSV and JSONL files: the text.
+        validation_fraction: part of the text, after the one to train on, that decides which weights are kept.
+        test_fraction: part at the end, on which the result is judged once.
+        tokenizer: folder of one, or ``tiktoken:NAME``; None to learn a byte-level BPE from the part to train on.
+        vocabulary: tokens of that BPE.
+        seq_length: tokens of an example.
+    """
+
+    file: Path
+    columns: tuple[str, ...] = ()
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    tokenizer: str | None = None
+    vocabulary: int = 1024
+    seq_length: int = 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model and how it did.
+
+    Attributes:
+        start: row of STARTS.
+        folder: where it is.
+        parameters: numbers that it has.
+        history: losses by step.
+        test: measures of `judge` on the part that was never looked at.
+    """
+
+    start: str
+    folder: Path
+    parameters: int
+    history: History
+    test: dict[str, float]
+
+    @property
+    def validation_loss(self) -> float:
+        """Of the weights that were kept."""
+        losses = [own["loss"] for step, own in self.history.held_out if step == self.history.best_step]
+        return losses[-1] if losses else float("nan")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json`` and the file of metrics."""
+        return {
+            "init": self.start,
+            "parameters": self.parameters,
+            "test": self.test,
+            "validation_loss": self.validation_loss,
+            "best_step": self.history.best_step,
+            "steps": self.history.steps,
+            "seconds": self.history.seconds,
+            "train_loss": [list(row) for row in self.history.train],
+            "held_out": [{"step": step, **measures} for step, measures in self.history.held_out],
+        }
+
+
+@dataclass(frozen=True)
+class ScratchReport:
+    """What a training from nothing did.
+
+    Attributes:
+        models: the one asked for and, with a control, that.
+        unigram: measures on the test part of the mere frequencies of tokens.
+        vocabulary: tokens that there are.
+        examples: trained on, validated on, tested on.
+    """
+
+    models: tuple[Trained, ...]
+    unigram: dict[str, float]
+    vocabulary: int
+    examples: tuple[int, int, int]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and reports."""
+        return self.models[0].history.is_main
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        parts = dict(zip(("train", "validation", "test"), self.examples, strict=True))
+        return {
+            "models": [model.to_json() for model in self.models],
+            "unigram": self.unigram,
+            "vocabulary": self.vocabulary,
+            "examples": parts,
+        }
+
+
+def train_from_scratch(
+    start: str,
+    out: Path,
+    data: ScratchData,
+    sizes: ModelSizes,
+    settings: TrainSettings,
+    *,
+    control: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ScratchReport:
+    """Train a language model and write it, its tokenizer, metrics and a plot of the loss to a folder.
+
+    Args:
+        start: row of STARTS.
+        out: folder for the model; it also holds checkpoints and TensorBoard logs.
+        data: what to learn from.
+        sizes: of the model.
+        settings: how to train.
+        control: row of STARTS to train on the same data into ``out/control``.
+        resume: go on from the last checkpoints in out.
+        overwrite: discard what is in out.
+        progress: called after each step.
+
+    Returns:
+        The report.
+
+    Raises:
+        BackendError: when a library is missing.
+        ConfigError: when data or settings do not fit.
+        CheckpointError: when out is taken, or there is no such tokenizer.
+    """
+    require_transformers()
+    names = [start, *([control] if control else [])]
+    rows = [STARTS[name] for name in names]
+    folders = [out, out / CONTROL][: len(rows)]
+    for folder in folders:
+        check_out(folder, resume=resume, overwrite=overwrite)
+    if data.seq_length > sizes.max_seq_length:
+        raise ConfigError(
+            f"--seq-length {data.seq_length}: at most {sizes.max_seq_length}, the --max-seq-length, is accepted."
+        )
+    tokenizer, parts = _prepare(data)
+    vocabulary = vocabulary_of(tokenizer)
+    settings = replace(settings, eval_every=_eval_every(settings))
+    trained = []
+    for row, folder in zip(rows, folders, strict=True):
+        set_seed(settings.seed)
+        model = row.build(sizes, vocabulary)
+        job = Job(model, tokenizer, _TASK, settings, parts[0], parts[1], folder, progress)
+        trained.append(_trained(row.name, job, parts[2], resume=resume))
+    known = unigram(parts[0], parts[2], vocabulary["vocab_size"])
+    counts = (len(parts[0]), len(parts[1]), len(parts[2]))
+    report = ScratchReport(tuple(trained), known, vocabulary["vocab_size"], counts)
+    if report.is_main:
+        of_data = asdict(data) | {"file": str(data.file)}
+        _write(report, {"data": of_data, "settings": asdict(settings), "sizes": asdict(sizes)})
+    return report
+
+
+def _trained(start: str, job: Job, test: list[Features], *, resume: bool) -> Trained:
+    """Train one model, judge and save it."""
+    history = train_whole(job, resume=resume)
+    model: Any = job.model
+    measures = judge(model, test, job.settings.batch_size)
+    if history.is_main:
+        model.save_pretrained(job.folder)
+        job.tokenizer.save_pretrained(job.folder)
+    return Trained(start, job.folder, model.num_parameters(), history, measures)
+
+
+def contiguous(texts: Sequence[str], fractions: Sequence[float]) -> list[list[str]]:
+    """Cut texts into parts that follow each other and do not overlap: one text by characters, several by their number.
+
+    Args:
+        texts: in order.
+        fractions: sizes of all parts but the first, between 0 and 1 together.
+
+    Returns:
+        The parts, the first being what is left.
+
+    Raises:
+        ConfigError: when the fractions leave nothing.
+    """
+    if min(fractions) <= 0 or sum(fractions) >= 1:
+        said = ", ".join(f"{fraction:g}" for fraction in fractions)
+        raise ConfigError(f"validation and test fraction {said}: above 0 each and below 1 together are accepted.")
+    whole = texts if len(texts) > 1 else texts[0]
+    starts = [round(len(whole) * (1 - sum(fractions[number:]))) for number in range(len(fractions))]
+    edges = [0, *starts, len(whole)]
+    parts = [whole[low:high] for low, high in pairwise(edges)]
+    if not all(parts):
+        raise ConfigError(f"data: {len(whole)} pieces for {len(parts)} parts; more text is accepted.")
+    return [[part] if isinstance(part, str) else list(part) for part in parts]
+
+
+def _prepare(data: ScratchData) -> tuple[Any, list[list[Features]]]:
+    """The tokenizer, and the tokens of the three parts."""
+    examples: list[Example] = read_examples(data.file, data.columns)
+    texts = contiguous([example.texts[0] for example in examples], (data.validation_fraction, data.test_fraction))
+    tokenizer = _tokenizer(data, "\n".join(texts[0]))
+    return tokenizer, [_TASK.encode(tokenizer, [(text,) for text in part], data.seq_length) for part in texts]
+
+
+def _tokenizer(data: ScratchData, text: str) -> Any:
+    if data.tokenizer is None:
+        return learn_bpe(text, data.vocabulary)
+    if data.tokenizer.startswith(TIKTOKEN):
+        return tiktoken_named(data.tokenizer.removeprefix(TIKTOKEN))
+    return load_tokenizer(Path(data.tokenizer))
+
+
+def _eval_every(settings: TrainSettings) -> int:
+    """At least one evaluation, or no weights would be kept as the best."""
+    return min(settings.eval_every, settings.steps) if settings.steps else settings.eval_every
+
+
+def _write(report: ScratchReport, how: Mapping[str, object]) -> None:
+    for model in report.models:
+        settled = {**how, **report.to_json(), "models": [model.to_json()]}
+        if model is report.models[0]:
+            settled["models"] = [own.to_json() for own in report.models]
+        replace_file(model.folder / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
+        history = model.history
+        plot_training(history.train, history.held_out, "loss", history.best_step, model.folder / PLOT_FILE)

@@ -1,0 +1,1 @@
+"""Files of checkpoints: headers, bytes, whole folders; nothing here builds a module."""

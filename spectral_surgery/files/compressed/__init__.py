@@ -1,0 +1,1 @@
+"""Compressed checkpoints on disk: plan, parts, manifest, and the way back."""

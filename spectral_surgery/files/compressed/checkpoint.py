@@ -1,0 +1,161 @@
+"""A compressed checkpoint on disk: spectra by name, read part by part and checked against the manifest."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from spectral_surgery.codec.encoded import EncodedSpectrum
+from spectral_surgery.errors import CheckpointError, LimitError
+from spectral_surgery.files.compressed.difference import base_name
+from spectral_surgery.files.compressed.manifest import (
+    FILE_NAME,
+    QUANT_METHOD,
+    SUFFIXES,
+    Manifest,
+    manifest_of,
+    read_manifest,
+)
+from spectral_surgery.files.header import read_json
+from spectral_surgery.files.index import CheckpointIndex, read_index
+from spectral_surgery.files.reader import read_flat, read_tensor
+from spectral_surgery.files.sidecar_files import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """Headers and manifest of a compressed folder; spectra are read when asked for.
+
+    Attributes:
+        index: headers of all files.
+        manifest: what is compressed, and how.
+        tables: frame offsets and steps that are read already, by tensor; see `with_tables`.
+    """
+
+    index: CheckpointIndex
+    manifest: Manifest
+    tables: Mapping[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+
+    def with_tables(self) -> CompressedCheckpoint:
+        """The same, with the frame offsets and steps of all tensors in memory, for threads that read many parts.
+
+        Raises:
+            CheckpointError: when they are damaged.
+        """
+        return replace(self, tables={name: self._tables(name) for name in self.manifest.tensors})
+
+    def part(self, name: str, part: int) -> EncodedSpectrum:
+        """One part of a compressed tensor, as frames.
+
+        Args:
+            name: tensor name in the manifest.
+            part: which of its parts.
+
+        Returns:
+            The encoded rows of that part.
+
+        Raises:
+            CheckpointError: when the stored bytes do not have their checksum.
+        """
+        record = self.manifest.tensors[name]
+        codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]
+        offsets, steps = self.tables.get(name) or self._tables(name)
+        first = sum(p.frames for p in record.parts[:part])
+        here = record.parts[part]
+        ends = offsets[first : first + here.frames + 1]
+        data = read_flat(codes, ends[0], ends[-1]).numpy().data
+        if zlib.crc32(data) != here.crc32:
+            raise CheckpointError(
+                f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
+            )
+        frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
+        return EncodedSpectrum(
+            frames,
+            (here.rows[1] - here.rows[0], record.matrix[1]),
+            here.rows_per_frame,
+            steps[part, :-1].clone(),
+            float(steps[part, -1]),
+            record.basis(part),
+        )
+
+    def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
+        codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
+        offsets = read_tensor(frames).tolist()
+        if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
+            raise LimitError(
+                f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again."
+            )
+        steps = read_tensor(step).float()
+        if not bool(torch.isfinite(steps).all()):
+            raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
+        return offsets, steps
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder claims to be a compressed checkpoint; nothing is checked.
+
+    Args:
+        folder: any path.
+    """
+    if (folder / FILE_NAME).exists():
+        return True
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    quantised = config.get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
+
+
+def open_compressed(folder: Path, *, differences: bool = False) -> CompressedCheckpoint:
+    """Open a compressed folder; reads headers and the manifest, and checks that they agree.
+
+    Args:
+        folder: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
+        differences: whether spectra may stand for differences to another checkpoint, which are no weights.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says,
+            or when it holds differences and those are not expected.
+    """
+    if not (folder / FILE_NAME).exists() and (folder / CONFIG_FILE).exists():
+        index = read_index(folder)
+        manifest = manifest_of(index.metadata) or read_manifest(folder)
+    else:
+        manifest, index = read_manifest(folder), read_index(folder)
+    base = base_name(manifest.options)
+    if base is not None and not differences:
+        raise CheckpointError(
+            f"{folder.name}: holds differences to {base}, and no weights; a compressed model is accepted. Decompress it"
+            " with --base first."
+        )
+    for name, record in manifest.tensors.items():
+        frames = sum(part.frames for part in record.parts)
+        steps = {(len(record.parts), 2), (len(record.parts), record.matrix[1] + 1)}
+        _check(index, f"{name}.spectral_codes", ("U8",), None)
+        _check(index, f"{name}.spectral_frames", ("I64",), {(frames + 1,)})
+        _check(index, f"{name}.spectral_step", ("F32", "BF16"), steps)
+    for alias, name in manifest.aliases.items():
+        if name not in manifest.tensors and name not in index.tensors:
+            raise CheckpointError(
+                f"{alias}: tied to {name}, which is missing; a complete folder is accepted. Fetch it again."
+            )
+    return CompressedCheckpoint(index, manifest)
+
+
+def _check(
+    index: CheckpointIndex, name: str, dtypes: tuple[str, ...], shapes: set[tuple[int]] | set[tuple[int, int]] | None
+) -> None:
+    info = index.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"{name}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
+    if info.dtype not in dtypes or (shapes is not None and info.shape not in shapes):
+        raise CheckpointError(
+            f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "
+            "both must come from one run. Fetch both again."
+        )

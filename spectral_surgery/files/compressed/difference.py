@@ -1,0 +1,101 @@
+"""Differences to a base checkpoint: which tensors have a counterpart there, and whether it is the same base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.files.reader import read_bytes, read_flat
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_PIECE = 1 << 24
+_MARK = " sha256:"
+
+
+def describe(base: CheckpointIndex, name: str) -> str:
+    """A base in words and a checksum over all its tensors, which are read for it.
+
+    Args:
+        base: the checkpoint.
+        name: what to call it.
+
+    Returns:
+        ``<name> sha256:<hex>``.
+    """
+    digest = hashlib.sha256()
+    for info in base.tensors.values():
+        digest.update(json.dumps([info.name, info.dtype, info.shape]).encode())
+        for start in range(0, info.nbytes, _PIECE):
+            digest.update(read_bytes(info, start, min(start + _PIECE, info.nbytes)))
+    return f"{name}{_MARK}{digest.hexdigest()}"
+
+
+def base_name(options: Mapping[str, object]) -> str | None:
+    """What the base of a compressed checkpoint is called; None when it holds no differences.
+
+    Args:
+        options: of its manifest.
+    """
+    text = options.get("base")
+    return str(text).rpartition(_MARK)[0] if text else None
+
+
+def check_base(options: Mapping[str, object], base: Path | None, where: str) -> CheckpointIndex | None:
+    """Read the headers of the right base; all of its tensors are read to see that it is.
+
+    Args:
+        options: of the manifest.
+        base: what was given.
+        where: the compressed folder, for errors.
+
+    Returns:
+        The base; None where none is needed.
+
+    Raises:
+        ConfigError: when one was given and none is needed.
+        CheckpointError: when one is needed and not given, or has other tensors than the one the differences are to.
+    """
+    name = base_name(options)
+    if name is None:
+        if base is not None:
+            raise ConfigError(f"{where}: holds no differences; it is decompressed without --base.")
+        return None
+    if base is None:
+        raise CheckpointError(f"{where}: holds differences to {name}; that checkpoint is needed too. Use --base.")
+    index = read_index(base)
+    if describe(index, name) != options["base"]:
+        raise CheckpointError(
+            f"{base}: is not the {name} that {where} holds differences to; the checkpoint with the same tensors,"
+            " bit for bit, is accepted."
+        )
+    return index
+
+
+def counterpart(base: CheckpointIndex | None, name: str, shape: tuple[int, ...]) -> TensorInfo | None:
+    """The tensor of a base that one of another checkpoint is the difference to; None when it has none.
+
+    Args:
+        base: the base, if any.
+        name: of the tensor.
+        shape: of the tensor.
+    """
+    info = base.tensors.get(name) if base is not None else None
+    return info if info is not None and info.shape == shape and info.dtype in _FLOATS else None
+
+
+def read_rows(info: TensorInfo, rows: tuple[int, int], columns: int) -> Tensor:
+    """Rows of a tensor seen as a matrix: [N, I] float32.
+
+    Args:
+        info: the tensor.
+        rows: first and end.
+        columns: of the matrix.
+    """
+    start, stop = rows
+    return read_flat(info, start * columns, stop * columns).reshape(stop - start, columns).float()

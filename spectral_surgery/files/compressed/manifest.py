@@ -1,0 +1,229 @@
+"""The manifest of a compressed checkpoint: what each stored spectrum decodes to, checked before anything is decoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+from spectral_surgery.codec.encoded import Basis, EncodingReport
+from spectral_surgery.errors import CheckpointError, ConfigError, FormatVersionError, LimitError
+from spectral_surgery.files.reader import DTYPES
+from spectral_surgery.transforms import TRANSFORMS
+
+FORMAT_VERSION = 1
+FILE_NAME = "spectral_surgery.json"
+QUANT_METHOD = "spectral_surgery"
+SUFFIXES = ("spectral_codes", "spectral_frames", "spectral_step")
+_MAX_BYTES = 256 << 20
+_MAX_WEIGHTS = 1 << 44
+_MAX_TILE = 4096
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A row range of a compressed tensor that was encoded on its own.
+
+    Attributes:
+        rows: first row and end of the range.
+        rows_per_frame: rows of each of its frames.
+        transform: name in TRANSFORMS.
+        crc32: of its frames.
+        report: measured when it was encoded.
+    """
+
+    rows: tuple[int, int]
+    rows_per_frame: int
+    transform: str
+    crc32: int
+    report: EncodingReport
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return -(-(self.rows[1] - self.rows[0]) // self.rows_per_frame)
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A compressed tensor.
+
+    Attributes:
+        dtype: safetensors code of the original.
+        shape: shape of the original.
+        matrix: (rows, columns) it was seen as.
+        tile: side of the transform tiles.
+        axes: transformed axes of the matrix.
+        parts: row ranges, in order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    tile: int
+    axes: tuple[int, ...]
+    parts: tuple[PartRecord, ...]
+
+    @property
+    def report(self) -> EncodingReport:
+        """Measurements of all parts together."""
+        return reduce(add, (part.report for part in self.parts))
+
+    def basis(self, part: int) -> Basis:
+        """Transform of one part."""
+        return Basis(self.parts[part].transform, self.tile, self.axes)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All compressed tensors by name, tied names, and how the folder was made."""
+
+    tensors: dict[str, TensorRecord]
+    aliases: dict[str, str]
+    options: Mapping[str, object]
+    source: str
+
+    @property
+    def report(self) -> EncodingReport:
+        """Measurements of all tensors together."""
+        return reduce(add, (record.report for record in self.tensors.values()))
+
+    def to_json(self) -> str:
+        """Text of the manifest; equal manifests give equal text."""
+        body = {
+            "format_version": FORMAT_VERSION,
+            "quant_method": QUANT_METHOD,
+            "source": self.source,
+            "options": self.options,
+            "aliases": self.aliases,
+            "tensors": {name: asdict(record) for name, record in self.tensors.items()},
+        }
+        return json.dumps(body, sort_keys=True, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a compressed folder.
+
+    Args:
+        folder: the checkpoint folder.
+
+    Returns:
+        The manifest; sizes in it are consistent with each other, and bounded.
+
+    Raises:
+        CheckpointError: when there is none or it is damaged.
+        FormatVersionError: when a newer release wrote it.
+        LimitError: when it claims impossible sizes.
+    """
+    path = folder / FILE_NAME
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise LimitError(f"{path.name}: {path.stat().st_size} bytes; at most {_MAX_BYTES} are accepted.")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder.name}: no {FILE_NAME}; a folder written by compress is accepted. Is it compressed at all?"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name}: cannot be read ({error}); the JSON that compress wrote is accepted. Fetch it again."
+        ) from None
+    return parse_manifest(body)
+
+
+def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
+    """The manifest in the header of a weight file; None when there is none.
+
+    Args:
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: when it is damaged; see `read_manifest`.
+    """
+    text = metadata.get(QUANT_METHOD)
+    if text is None:
+        return None
+    try:
+        return parse_manifest(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(
+            f"{QUANT_METHOD} in the header: cannot be read ({error}); the JSON that save_pretrained wrote is accepted."
+            " Fetch the file again."
+        ) from None
+
+
+def parse_manifest(body: object) -> Manifest:
+    """Check the parsed JSON of a manifest; see `read_manifest`."""
+    if not isinstance(body, dict) or body.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{FILE_NAME}: not a manifest of this format; the file that compress wrote is accepted.")
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{FILE_NAME}: format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade spectral-surgery to read "
+            "newer files."
+        )
+    try:
+        tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
+        aliases = {str(alias): str(name) for alias, name in body["aliases"].items()}
+        options, source = dict(body["options"]), str(body["source"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(
+            f"{FILE_NAME}: damaged ({error!r}); the file that compress wrote is accepted. Fetch it again."
+        ) from None
+    return Manifest(tensors, aliases, options, source)
+
+
+def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
+    rows, columns = map(_count, body["matrix"])
+    shape = tuple(map(_count, body["shape"]))
+    record = TensorRecord(
+        str(body["dtype"]),
+        shape,
+        (rows, columns),
+        _count(body["tile"]),
+        tuple(map(int, body["axes"])),
+        tuple(parse_part(part) for part in body["parts"]),
+    )
+    weights = 1
+    for size in shape:
+        weights *= size
+    if weights > _MAX_WEIGHTS or not weights or weights != rows * columns:
+        raise LimitError(
+            f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; the sizes compress wrote are accepted."
+        )
+    ends = [0, *(part.rows[1] for part in record.parts)]
+    if ends[-1] != rows or any(
+        part.rows[0] != end or part.rows[1] <= end for part, end in zip(record.parts, ends, strict=False)
+    ):
+        raise LimitError(f"{name}: parts do not cover {rows} rows in order; the parts compress wrote are accepted.")
+    if record.dtype not in DTYPES or not 1 <= record.tile <= _MAX_TILE or record.axes not in ((0, 1), (1,), (0,), ()):
+        raise CheckpointError(
+            f"{name}: dtype {record.dtype}, tile {record.tile} or axes {record.axes} is unknown. Fetch the manifest "
+            "again."
+        )
+    return record
+
+
+def parse_part(body: dict[str, Any]) -> PartRecord:
+    """Check the parsed JSON of one part."""
+    start, stop = map(int, body["rows"])
+    TRANSFORMS[body["transform"]]  # refuses unknown names
+    report = EncodingReport(**{key: body["report"][key] for key in EncodingReport.__dataclass_fields__})
+    height = _count(body["rows_per_frame"])
+    if not height:
+        raise ValueError("rows_per_frame is 0")
+    return PartRecord((start, stop), height, body["transform"], int(body["crc32"]), report)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value

@@ -1,0 +1,128 @@
+"""Encoded parts of tensors as files of their own, and the entries of a checkpoint that are joined from them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from spectral_surgery.codec.encoded import EncodedSpectrum, EncodingReport, steps_bytes
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.manifest import SUFFIXES, PartRecord, parse_part
+from spectral_surgery.files.index import TensorInfo, read_index
+from spectral_surgery.files.reader import read_bytes, read_tensor, release
+from spectral_surgery.files.writer import Entry, replace_file, tensor_entry
+
+_PIECE = 1 << 20  # bytes of codes read at a time: what the cache holds
+
+
+def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
+    """What the manifest says of encoded rows."""
+    crc = 0
+    for frame in encoded.frames:
+        crc = zlib.crc32(frame, crc)
+    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
+
+
+def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: PartRecord | None) -> None:
+    """Leave a part in a file, whole or not at all.
+
+    Args:
+        path: of the file.
+        key: of everything that decided its bytes.
+        encoded: the part; None where it is to be copied.
+        record: what the manifest will say of it.
+    """
+    tensors = {}
+    if encoded is not None:
+        lengths = torch.tensor([0, *map(len, encoded.frames)])
+        data = bytearray().join(encoded.frames)
+        tensors = {
+            "codes": torch.frombuffer(data, dtype=torch.uint8),
+            "frames": torch.cumsum(lengths, 0),
+            "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
+        }
+    metadata = {"key": key, "record": json.dumps(asdict(record) if record else None)}
+    replace_file(path, save(tensors, metadata))
+
+
+def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
+    """Where the tensors of a part are, and its record; None for a file that is missing, damaged or of another key.
+
+    Args:
+        path: of the file.
+        key: that it must have.
+        verify: read the codes and compare their checksum.
+    """
+    if not path.exists():
+        return None
+    try:
+        index = read_index(path)
+    except CheckpointError:
+        return None  # cut short by a full disk or a power failure: it is done again
+    if index.metadata.get("key") != key:
+        return None
+    body = json.loads(index.metadata["record"])
+    record = parse_part(body) if body else None
+    codes = index.tensors.get("codes")
+    if record and (codes is None or (verify and zlib.crc32(read_bytes(codes, 0, codes.nbytes)) != record.crc32)):
+        return None
+    return index.tensors, record
+
+
+def joined(
+    name: str, parts: Sequence[tuple[Mapping[str, TensorInfo], PartRecord]]
+) -> tuple[list[Entry], tuple[PartRecord, ...]]:
+    """A compressed tensor, joined from the files of its parts a piece at a time.
+
+    Args:
+        name: of the tensor.
+        parts: all of them in order, see `read_part`.
+
+    Returns:
+        Its entries, and the records with the bytes that steps take beside those of the other parts.
+    """
+    files, records = zip(*parts, strict=True)
+    codes, frames, step = (f"{name}.{suffix}" for suffix in SUFFIXES)
+    offsets = [torch.zeros(1, dtype=torch.int64)]
+    for file in files:
+        offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
+    places = torch.cat(offsets)
+    steps = _stored_steps([read_tensor(file["step"]) for file in files])
+
+    def chunks() -> Iterator[bytearray]:
+        for file in files:
+            info = file["codes"]
+            for start in range(0, info.nbytes, _PIECE):
+                yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
+            release(info.file)
+
+    entries = [
+        Entry(codes, "U8", (int(places[-1]),), chunks),
+        Entry(frames, "I64", tuple(places.shape), lambda: [places.numpy().tobytes()]),
+        tensor_entry(step, steps),
+    ]
+    return entries, tuple(map(_counted, files, records, steps))
+
+
+def _stored_steps(parts: Sequence[Tensor]) -> Tensor:
+    """Steps and offset of each part: [P, 2] or [P, I + 1] float32, with half the bytes where that loses nothing.
+
+    A part with one step has it for every column, where another part has a step for each.
+    """
+    longest = max(map(len, parts))
+    steps = torch.stack([torch.cat((own[:1].expand(longest - len(own)), own)) for own in parts])
+    half = steps.bfloat16()
+    return half if longest > 2 and torch.equal(half.float(), steps) else steps
+
+
+def _counted(file: Mapping[str, TensorInfo], record: PartRecord, steps: Tensor) -> PartRecord:
+    """The record of a part with the bytes of its steps as they are stored."""
+    more = steps.nbytes - steps_bytes(file["step"].numel)
+    return replace(record, report=replace(record.report, stored_bytes=record.report.stored_bytes + more))

@@ -1,0 +1,297 @@
+"""What compressing a checkpoint will do, decided from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from spectral_surgery.codec.encoded import Basis, rows_per_frame
+from spectral_surgery.codec.rate import Magnitudes, Target, for_density, for_error
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.compressed.difference import counterpart
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo
+from spectral_surgery.files.reader import read_bytes
+from spectral_surgery.targets import matching
+from spectral_surgery.transforms import TRANSFORMS
+
+PART_WEIGHTS = 1 << 23  # a part is what one worker holds in memory: 32 MiB of float32 coefficients
+BYTES_PER_WEIGHT = 22  # measured peak while encoding a part: input, coefficients, codes, frames and temporaries
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+AUTO = "auto"
+DEFAULT_TRANSFORM = "dct"
+MAX_TILE = 4096
+
+_EMBEDDING = re.compile(r"(embed|wte|wpe|shared\.weight)", re.IGNORECASE)
+_HEAD = re.compile(r"(lm_head|embed_out|output\.weight|decoder\.weight|classifier\.weight)")
+_EXPERT = re.compile(r"experts?\b")
+_ROUTER = re.compile(r"(\.gate\.weight|router)")
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Everything that decides the bytes of a compressed checkpoint.
+
+    Attributes:
+        target: density, bits or error asked of every tensor.
+        transform: name in TRANSFORMS, or ``auto`` to choose per part by measured rate and distortion.
+        tile: side of the transform tiles.
+        include: globs of tensor names; empty means every matrix.
+        exclude: globs of tensor names that are copied.
+        min_weights: smaller tensors are copied.
+        copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
+        calibration: the text that codes were chosen by, in words and a checksum.
+        importance: the text that says which coefficients are kept, in words and a checksum.
+        base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
+        allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed.
+    """
+
+    target: Target
+    transform: str = "dct"
+    tile: int = 64
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_weights: int = 4096
+    copy_nonfinite: bool = False
+    calibration: str | None = None
+    importance: str | None = None
+    base: str | None = None
+    allocation: Literal["even", "slope"] = "even"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tile <= MAX_TILE:
+            raise ConfigError(f"tile {self.tile}: out of range; 1 to {MAX_TILE} is accepted.")
+        if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):
+            fitting = ", ".join(t.name for t in TRANSFORMS.values() if t.accepts(self.tile))
+            raise ConfigError(
+                f"tile {self.tile}: refused by {self.transform}; {fitting} accept it. Change --tile or --transform."
+            )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for the manifest and for recognising unfinished work."""
+        return asdict(self)
+
+    def candidates(self, axes: tuple[int, ...]) -> list[Basis]:
+        """Bases to choose from for a matrix transformed along ``axes``; the default transform comes first."""
+        if self.transform != AUTO:
+            return [Basis(self.transform, self.tile, axes)]
+        names = [DEFAULT_TRANSFORM, *(name for name in TRANSFORMS if name != DEFAULT_TRANSFORM)]
+        return [Basis(name, self.tile, axes) for name in names if TRANSFORMS[name].accepts(self.tile)]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor to compress, seen as a matrix.
+
+    Attributes:
+        info: where it is stored.
+        rows: rows of the matrix (experts are stacked).
+        columns: columns of the matrix.
+        axes: transformed axes; an embedding only along its features, so that a row decodes from one frame.
+        parts: row ranges that are compressed one by one, cut at the matrices of a stack (experts) and at PART_WEIGHTS.
+        base: the tensor whose difference is compressed instead, if any.
+        target: asked of this tensor; None for that of the options.
+    """
+
+    info: TensorInfo
+    rows: int
+    columns: int
+    axes: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...]
+    base: TensorInfo | None = None
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of one tensor: what a worker does at a time."""
+
+    tensor: PlannedTensor
+    part: int
+    ordinal: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the part."""
+        start, stop = self.tensor.parts[self.part]
+        return (stop - start) * self.tensor.columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compressing will do.
+
+    Attributes:
+        options: see CompressOptions.
+        tensors: what is compressed, by name.
+        copied: reason by name of every tensor stored bit for bit.
+        aliases: second name of a tied tensor -> the name it is stored under.
+    """
+
+    options: CompressOptions
+    tensors: tuple[PlannedTensor, ...]
+    copied: dict[str, str]
+    aliases: dict[str, str]
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """Every part of every tensor, in file order."""
+        pairs = [(tensor, part) for tensor in self.tensors for part in range(len(tensor.parts))]
+        return tuple(Unit(tensor, part, ordinal) for ordinal, (tensor, part) in enumerate(pairs))
+
+    @property
+    def weights(self) -> int:
+        """Number of weights to compress."""
+        return sum(tensor.info.numel for tensor in self.tensors)
+
+    def with_targets(self, targets: Mapping[str, Target]) -> Plan:
+        """The same plan, with targets of their own for some tensors.
+
+        Args:
+            targets: by name of the tensor.
+        """
+        return replace(self, tensors=tuple(replace(own, target=targets.get(own.info.name)) for own in self.tensors))
+
+    def predicted_bits(self) -> float:
+        """Stored bits per weight to expect: as asked, or as of Gaussian coefficients."""
+        if self.options.target.kind == "bits":
+            return self.options.target.value
+        gaussian = Magnitudes(np.random.default_rng(0).standard_normal(1 << 16))
+        value = self.options.target.value
+        if self.options.target.kind == "density":
+            quantizer = for_density(gaussian, gaussian.quantile(value))
+        else:
+            quantizer = for_error(gaussian, value)
+        return gaussian.estimate(quantizer).entropy * 1.015
+
+    def predicted_memory(self) -> int:
+        """Bytes one worker needs at its largest part, on top of the interpreter and torch."""
+        return BYTES_PER_WEIGHT * max((unit.weights for unit in self.units), default=0)
+
+    def shard(self, index: int, count: int) -> list[Unit]:
+        """Units of one of ``count`` shards, balanced by weights: each next largest goes to the least loaded."""
+        loads = [0] * count
+        mine = []
+        for unit in sorted(self.units, key=lambda u: (-u.weights, u.ordinal)):
+            least = loads.index(min(loads))
+            loads[least] += unit.weights
+            if least == index:
+                mine.append(unit)
+        return mine
+
+
+def make_plan(
+    index: CheckpointIndex, options: CompressOptions, *, compare: bool = True, base: CheckpointIndex | None = None
+) -> Plan:
+    """Decide what happens to every tensor.
+
+    Args:
+        index: headers of the checkpoint.
+        options: what was asked.
+        compare: find tied tensors, for which some are read; otherwise none is taken to be tied.
+        base: compress differences to the tensors of this checkpoint, where it has the same.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TargetError: when a pattern matches nothing.
+        ConfigError: when nothing is left to compress.
+    """
+    names = list(index.tensors)
+    included = matching(names, options.include, option="--include") if options.include else None
+    excluded = matching(names, options.exclude, option="--exclude")
+    aliases = find_tied(index) if compare else {}
+    tensors, copied = [], {}
+    for name, info in index.tensors.items():
+        if name in aliases:
+            continue
+        reason = _why_copied(info, options, included, excluded)
+        if reason:
+            copied[name] = reason
+        else:
+            tensors.append(replace(_planned(info, options.tile), base=counterpart(base, name, info.shape)))
+    if not tensors:
+        reasons = "; ".join(sorted(set(copied.values())))
+        raise ConfigError(
+            f"{index.root.name}: no tensor is left to compress ({reasons}); at least one matrix is needed. Widen "
+            "--include or lower --min-weights."
+        )
+    return Plan(options, tuple(tensors), copied, aliases)
+
+
+def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] | None, excluded: set[str]) -> str:
+    reasons = {
+        f"{info.dtype} is not floating": info.dtype not in FLOATS,
+        "excluded": info.name in excluded,
+        "not included": included is not None and info.name not in included,
+        "not a matrix": len(info.shape) < 2,
+        f"fewer than {options.min_weights} weights": info.numel < max(options.min_weights, 1),
+        "expert router (name it with --include to compress it)": included is None and _ROUTER.search(info.name),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _planned(info: TensorInfo, tile: int) -> PlannedTensor:
+    columns = info.shape[-1]
+    height = info.numel // columns  # rows that must stay together: all, or one expert
+    if len(info.shape) > 2 and (_EXPERT.search(info.name) or _is_stack(info.shape)):
+        height = info.shape[-2]
+    elif len(info.shape) > 2:
+        columns = info.numel // info.shape[0]  # a convolution kernel is [O, I * kh * kw]
+        height = info.shape[0]
+    rows = info.numel // columns
+    frame = rows_per_frame(columns, tile)
+    step = max(1, PART_WEIGHTS // (frame * columns)) * frame
+    parts = tuple(
+        (start, min(start + step, block + height))
+        for block in range(0, rows, height)
+        for start in range(block, block + height, step)
+    )
+    axes = (1,) if _EMBEDDING.search(info.name) else (0, 1)
+    return PlannedTensor(info, rows, columns, axes, parts)
+
+
+def _is_stack(shape: Sequence[int]) -> bool:
+    """Whether it is some matrices, one above the other, and no convolution: fewer of them than a side of each."""
+    return len(shape) == 3 and shape[0] <= min(shape[1:])
+
+
+def find_tied(index: CheckpointIndex) -> dict[str, str]:
+    """Tensors stored twice: output heads and embeddings of equal shape, dtype and bytes.
+
+    Args:
+        index: headers of the checkpoint.
+
+    Returns:
+        Second name -> first name. Bytes are compared, so a head that merely has the shape of an embedding is no alias.
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[TensorInfo]] = {}
+    for info in index.tensors.values():
+        if len(info.shape) == 2 and (_EMBEDDING.search(info.name) or _HEAD.search(info.name)):
+            groups.setdefault((info.dtype, info.shape), []).append(info)
+    aliases: dict[str, str] = {}
+    for group in groups.values():
+        group.sort(key=lambda info: not _EMBEDDING.search(info.name))  # stored under the name of the embedding
+        for position, info in enumerate(group):
+            for other in group[:position]:
+                if other.name not in aliases and _same_bytes(info, other):
+                    aliases[info.name] = other.name
+                    break
+    return aliases
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo, piece: int = 1 << 22) -> bool:
+    return all(_piece(a, start, piece) == _piece(b, start, piece) for start in _starts(a.nbytes, piece))
+
+
+def _starts(nbytes: int, piece: int) -> Iterator[int]:
+    yield from range(0, nbytes, piece)
+
+
+def _piece(info: TensorInfo, start: int, piece: int) -> bytearray:
+    return read_bytes(info, start, min(start + piece, info.nbytes))

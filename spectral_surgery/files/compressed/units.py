@@ -1,0 +1,236 @@
+"""The work list of a compression: each part is encoded into a file of its own, and all of them are joined at the end.
+
+A unit file is written under a temporary name and renamed, so what is there is complete; it carries a key of everything
+that
+decided its bytes. A crash costs the units under way, and a rerun keeps the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, EncodingReport
+from spectral_surgery.codec.feedback import Codes, codes_of, encode_codes
+from spectral_surgery.codec.parallel import one_torch_thread
+from spectral_surgery.codec.pick_transform import choose_basis
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.compressed.difference import read_rows
+from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
+from spectral_surgery.files.compressed.parts import joined, part_record, read_part, write_part
+from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor, Unit
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo
+from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
+from spectral_surgery.files.writer import Entry
+
+UNITS = "units"  # folder of unfinished work
+PIECE = 1 << 20  # bytes of a copied tensor read at a time: what the cache holds
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where unfinished work lives, and the key that its unit files must carry."""
+
+    folder: Path
+    key: str
+
+    def path(self, unit: Unit) -> Path:
+        """File of a unit."""
+        return self.folder / f"{unit.ordinal:06d}.unit"
+
+
+def work_key(index: CheckpointIndex, options: CompressOptions) -> str:
+    """Digest of what decides the result: options, format, and names, shapes, sizes and times of the files."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in index.files]
+    body = json.dumps([FORMAT_VERSION, options.to_json(), files, source_digest(index)], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def source_digest(index: CheckpointIndex) -> str:
+    """SHA-256 over names, dtypes, shapes and sizes of all tensors of a checkpoint."""
+    rows = [(info.name, info.dtype, info.shape, info.nbytes) for info in index.tensors.values()]
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+
+
+def is_done(workshop: Workshop, unit: Unit) -> bool:
+    """Whether a unit file of this very work is there and intact."""
+    return read_part(workshop.path(unit), workshop.key) is not None
+
+
+def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+    """Encode one part and leave its file.
+
+    Args:
+        workshop: where to.
+        unit: which part.
+        options: what was asked.
+        threads: frames encoded at once.
+
+    Returns:
+        The measured report, or None when the part is not finite and is to be copied.
+
+    Raises:
+        ConfigError: when the weights are not finite (and may not be copied) or cannot be encoded; the tensor is named.
+    """
+    done = read_part(workshop.path(unit), workshop.key)
+    if done is not None:
+        return done[1].report if done[1] else None
+    with one_torch_thread():
+        return _encode_unit(workshop, unit, options, threads)
+
+
+def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+    tensor = unit.tensor
+    start, stop = tensor.parts[unit.part]
+    weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
+    if tensor.base is not None:
+        weight = weight.float() - read_rows(tensor.base, (start, stop), tensor.columns)
+    try:
+        target = tensor.target or options.target
+        basis = choose_basis(weight, target, options.candidates(tensor.axes))
+        encoded, report = encode(weight, target, basis, threads=threads)
+    except ConfigError as error:
+        if _is_finite(weight):
+            raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
+        if not options.copy_nonfinite:
+            raise ConfigError(
+                f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
+                "Repair it, or use --copy-nonfinite to pass such tensors through."
+            ) from None
+        write_part(workshop.path(unit), workshop.key, None, None)
+        return None
+    write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
+    return report
+
+
+def leave_codes(
+    workshop: Workshop,
+    plan: Plan,
+    tensor: PlannedTensor,
+    coefficients: Tensor,
+    codes: Codes,
+    *,
+    first: int = 0,
+    threads: int = 1,
+) -> None:
+    """Leave the unit files of a tensor, or of rows of it that are whole parts, whose codes were chosen elsewhere.
+
+    Args:
+        workshop: where to.
+        plan: the plan it belongs to.
+        tensor: which.
+        coefficients: [O, I] float32, what the codes stand for.
+        codes: of them.
+        first: row of the tensor that they begin at.
+        threads: frames encoded at once.
+    """
+    basis = Basis(plan.options.transform, plan.options.tile, tensor.axes)
+    for unit in _units_of(plan, tensor, (first, first + len(coefficients))):
+        start, stop = tensor.parts[unit.part]
+        own = replace(codes, values=codes.values[start - first : stop - first])
+        encoded, report = encode_codes(coefficients[start - first : stop - first], own, basis, threads=threads)
+        write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
+
+
+def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[Unit]:
+    units = (unit for unit in plan.units if unit.tensor is tensor)
+    return [unit for unit in units if rows[0] <= tensor.parts[unit.part][0] < rows[1]]
+
+
+def finished_codes(
+    workshop: Workshop, plan: Plan, tensor: PlannedTensor, rows: tuple[int, int] | None = None
+) -> Codes | None:
+    """What `leave_codes` was given, if all its unit files are there.
+
+    Args:
+        workshop: where they are.
+        plan: the plan they belong to.
+        tensor: which.
+        rows: of it, from and to; None for all.
+
+    Returns:
+        The codes, or None.
+    """
+    parts, step = [], torch.ones(2)
+    for unit in _units_of(plan, tensor, rows or (0, tensor.rows)):
+        done = read_part(workshop.path(unit), workshop.key)
+        if done is None or done[1] is None:
+            return None
+        start, stop = tensor.parts[unit.part]
+        step = read_tensor(done[0]["step"])
+        offsets = read_tensor(done[0]["frames"]).tolist()
+        data = memoryview(read_bytes(done[0]["codes"], 0, done[0]["codes"].nbytes))
+        frames = tuple(data[a:b] for a, b in pairwise(offsets))
+        basis = Basis(done[1].transform, plan.options.tile, tensor.axes)
+        shape = (stop - start, tensor.columns)
+        encoded = EncodedSpectrum(frames, shape, done[1].rows_per_frame, step[:-1], float(step[-1]), basis)
+        parts += [encoded.codes(frame).to(torch.int32) for frame in range(len(frames))]
+    return codes_of(torch.cat(parts), step[:-1], float(step[-1]))
+
+
+def _is_finite(weight: Tensor) -> bool:
+    values = weight.float() if weight.element_size() == 1 else weight
+    return bool(torch.isfinite(values).all())
+
+
+def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:
+    """Everything the compressed checkpoint consists of, once all units were written or found intact by this run.
+
+    Args:
+        workshop: where the unit files are.
+        plan: the plan they belong to.
+        index: the source, for tensors that are copied.
+
+    Returns:
+        Entries for the writer, the manifest, and the reasons for every tensor that is copied.
+
+    Raises:
+        CheckpointError: when a unit is missing.
+    """
+    units: dict[str, list[Unit]] = {}
+    for unit in plan.units:
+        units.setdefault(unit.tensor.info.name, []).append(unit)
+    copied = dict(plan.copied)
+    entries: list[Entry] = []
+    records: dict[str, TensorRecord] = {}
+    for tensor in plan.tensors:
+        parts = []
+        for unit in units[tensor.info.name]:
+            done = read_part(workshop.path(unit), workshop.key, verify=False)
+            if done is None:
+                raise CheckpointError(
+                    f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
+                    "again with --resume."
+                )
+            parts.append(done)
+        finite = [(file, record) for file, record in parts if record is not None]
+        if len(finite) < len(parts):
+            copied[tensor.info.name] = "not finite"
+            continue
+        own, counted = joined(tensor.info.name, finite)
+        records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
+        entries += own
+    entries += [copy_entry(index.tensors[name]) for name in copied]
+    return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
+
+
+def copy_entry(info: TensorInfo) -> Entry:
+    """A tensor copied bit for bit, a piece at a time."""
+
+    def chunks() -> Iterator[bytearray]:
+        for start in range(0, info.nbytes, PIECE):
+            yield read_bytes(info, start, min(start + PIECE, info.nbytes))
+
+    return Entry(info.name, info.dtype, info.shape, chunks)
+
+
+def _record(tensor: PlannedTensor, parts: tuple[PartRecord, ...], tile: int) -> TensorRecord:
+    return TensorRecord(tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, parts)

@@ -1,0 +1,324 @@
+"""What a checkpoint holds and where its bytes are, from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import NoReturn
+
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json, reading
+
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "CheckpointIndex",
+    "TensorInfo",
+    "is_adapter",
+    "read_index",
+    "refuse_adapter",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_CONFIG, _ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_FOREIGN = frozenset(
+    {
+        ".onnx",
+        ".onnx_data",
+        ".h5",
+        ".keras",
+        ".msgpack",
+        ".ot",
+        ".gguf",
+        ".ggml",
+        ".tflite",
+        ".pb",
+        ".npz",
+    }
+)
+_EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
+_PIECE = 1 << 20  # bytes compared at a time
+_MODULE = re.compile(r"\d+_\w+")  # "2_Dense": a sentence-transformers module is part of the model
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """A checkpoint, seen from its headers.
+
+    Attributes:
+        root: the folder; of a lone file, the folder it is in.
+        tensors: by name, sorted.
+        files: the files that hold them, sorted.
+        other_files: relative to root, to be copied as bytes: configuration, tokenizer, modules.
+        skipped_files: relative to root: weights in other formats, or no part of this model.
+        config: content of config.json, empty without one.
+        metadata: free text in the headers of the files, by key; the last file with a key has it.
+        notes: what is odd about it and was read all the same, in sentences for the user.
+    """
+
+    root: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    other_files: tuple[Path, ...]
+    skipped_files: tuple[Path, ...]
+    config: dict[str, object]
+    metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it.
+
+    Args:
+        folder: any path.
+    """
+    if not (folder / _ADAPTER_CONFIG).is_file() or (folder / INDEX_FILE).is_file():
+        return False
+    return all(path.name in _ADAPTER_FILES for path in folder.glob("*.safetensors"))
+
+
+def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
+    """Read the headers of a checkpoint.
+
+    Where an index and the files disagree, the checkpoint is what transformers loads: names that no file has do not
+    count, and of a tensor in several files the one in the last file does.
+
+    Args:
+        source: a folder with an indexed, a single or several ``.safetensors`` files, or one
+            safetensors file of any name. Weights at the top level of a folder are the model.
+            Links to files are followed, links to folders are not.
+        adapters: whether the folder of an adapter, which is no model, will do.
+
+    Returns:
+        The index; a lone file has neither other files nor configuration.
+
+    Raises:
+        CheckpointError: when there is no checkpoint, or it is an adapter, pickled, incomplete,
+            ambiguous or damaged.
+        LimitError: when a header or JSON file is longer than any real one.
+    """
+    with reading(source):
+        if source.is_file():
+            return _lone_file(source)
+        if not source.is_dir():
+            raise CheckpointError(
+                f"{source}: no such file or folder; a .safetensors file or a folder with some is"
+                " accepted. Check the path."
+            )
+        if not adapters:
+            refuse_adapter(source)
+        top = {path for path in source.iterdir() if path.is_file()}
+        weight_map = _read_weight_map(source, top)
+        files = _shards(source, weight_map) if weight_map else _unindexed(source, top)
+        headers = {file: read_header(file) for file in files}
+        notes = _disagreements(source, weight_map, headers) if weight_map else ()
+        header = _merged(headers, twice=bool(weight_map))
+        others, skipped = _other_files(source, files)
+        config = read_json(source / "config.json") if source / "config.json" in top else {}
+        return CheckpointIndex(source, header.tensors, tuple(files), others, skipped, config, header.metadata, notes)
+
+
+def _lone_file(file: Path) -> CheckpointIndex:
+    if file.suffix.lower() in _PICKLES:
+        _refuse_pickle(file.parent, [file.name])
+    header = _merged({file: read_header(file)}, twice=False)
+    return CheckpointIndex(file.parent, header.tensors, (file,), (), (), {}, header.metadata)
+
+
+def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
+    """Tensor name -> file; empty without an index, or with a single file that it does not name."""
+    path = root / INDEX_FILE
+    if path not in top:
+        return {}
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path}: weight_map is {named([weight_map])}; the file of every tensor by name is"
+            " accepted. Download it again."
+        )
+    if root / SINGLE_FILE in top and SINGLE_FILE not in weight_map.values():
+        return {}  # as transformers loads it
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {named([name])} is in {named([shard])}; a .safetensors file is"
+                " accepted. Download it again."
+            )
+        parts = PureWindowsPath(shard)  # knows both separators, and drives
+        if parts.anchor or ".." in parts.parts:
+            raise CheckpointError(
+                f"{path}: {named([shard])} leads out of the folder; paths below it are accepted."
+                " Do not trust this checkpoint."
+            )
+    return weight_map
+
+
+def _shards(root: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    shards = sorted({root / shard for shard in weight_map.values()})
+    missing = [str(shard.relative_to(root)) for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{root}: {len(missing)} of {len(shards)} weight files are missing: {named(missing)}; "
+            f"all that {INDEX_FILE} names are needed. Download them."
+        )
+    return shards
+
+
+def _unindexed(root: Path, top: set[Path]) -> list[Path]:
+    if root / SINGLE_FILE in top:
+        return [root / SINGLE_FILE]
+    found = sorted(path for path in top if path.suffix == ".safetensors")
+    if found:
+        return found
+    pickles = sorted(path.name for path in top if path.suffix.lower() in _PICKLES)
+    if pickles:
+        _refuse_pickle(root, pickles)
+    foreign = sorted(path.name for path in top if _holds_weights(path))
+    deeper = sorted({path.parent.name for path in root.glob("*/*.safetensors")})
+    hint = "Check the path."
+    if foreign:
+        hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
+    elif deeper:
+        hint = f"Give one of its folders that have some: {named(deeper)}."
+    raise CheckpointError(f"{root}: no weights; a folder with .safetensors files is accepted. {hint}")
+
+
+def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
+    config = root / "config.json"
+    if config.is_file():
+        architectures = read_json(config).get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        model = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
+        convert = (
+            f"    from transformers import {model}\n"
+            f"    {model}.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})"
+        )
+    else:
+        source, target = str(root / names[0]), str(root / SINGLE_FILE)
+        convert = (
+            "    import safetensors.torch, torch\n"
+            f"    tensors = torch.load({source!r}, weights_only=True)\n"
+            f"    safetensors.torch.save_file(tensors, {target!r})"
+        )
+    raise CheckpointError(
+        f"{root}: the weights are pickled ({named(names)}); safetensors is accepted, and pickle"
+        " refused since loading it can run code. If you trust who made it, convert it once with"
+        f" these lines of Python:\n{convert}"
+    )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse the folder of an adapter where a model is needed.
+
+    Args:
+        folder: any path.
+
+    Raises:
+        CheckpointError: when it is one.
+    """
+    if not is_adapter(folder):
+        return
+    config = read_json(folder / _ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
+    known = named([base]) if isinstance(base, str) and base else "a base model"
+    raise CheckpointError(
+        f"{folder}: is an adapter ({named([config.get('peft_type')])}) for {known}; a model is accepted. Give that"
+        " model, or merge the adapter into it first."
+    )
+
+
+def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
+    """The headers of all files as one, tensors sorted by name; of those that may be there twice, the last one."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for file, header in headers.items():
+        again = sorted(header.tensors.keys() & tensors.keys())
+        if again and not twice:
+            raise CheckpointError(
+                f"{file}: {named(again)} also in {tensors[again[0]].file.name}; every tensor in one"
+                " file is accepted. Give one of the files instead of the folder."
+            )
+        tensors |= header.tensors
+        metadata |= header.metadata
+    return Header(dict(sorted(tensors.items())), metadata)
+
+
+def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> tuple[str, ...]:
+    """Where an index does not say what its files hold, in sentences; refused where that leaves a doubt."""
+    holders: dict[str, list[TensorInfo]] = {}
+    for header in headers.values():
+        for name, info in header.tensors.items():
+            holders.setdefault(name, []).append(info)
+    strangers = [
+        file
+        for file, header in headers.items()
+        if not any(root / weight_map.get(n, "") == file for n in header.tensors)
+    ]
+    if strangers:
+        raise CheckpointError(
+            f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; a complete checkpoint is"
+            " accepted. Download it again."
+        )
+    several = {name: infos for name, infos in holders.items() if len(infos) > 1}
+    for name, infos in several.items():
+        meant = next((info for info in infos if info.file == root / weight_map.get(name, "")), infos[-1])
+        if meant.file != infos[-1].file and not _same_bytes(meant, infos[-1]):
+            raise CheckpointError(
+                f"{root}: {named([name])} is in {meant.file.name}, which {INDEX_FILE} names, with other values than in"
+                f" {infos[-1].file.name}, which transformers loads; one of them is accepted. Remove the other."
+            )
+    absent = sorted(weight_map.keys() - holders.keys())
+    elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and not _among(root / weight_map[n], infos))
+    return tuple(
+        f"{INDEX_FILE}: {len(names)} of its names {what}: {named(names)}."
+        for names, what in (
+            (absent, "are in no file, and are left out"),
+            (elsewhere, "are in another file than it says, and were taken from there"),
+            (sorted(several), "are in several files, of which the last counts, as for transformers"),
+        )
+        if names
+    )
+
+
+def _among(file: Path, infos: Iterable[TensorInfo]) -> bool:
+    return any(info.file == file for info in infos)
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.start)
+        other.seek(b.start)
+        return all(
+            one.read(min(_PIECE, a.nbytes - done)) == other.read(min(_PIECE, a.nbytes - done))
+            for done in range(0, a.nbytes, _PIECE)
+        )
+
+
+def _other_files(root: Path, files: list[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    others, skipped = [], []
+    for path in sorted(set(root.rglob("*")).difference(files)):
+        relative = path.relative_to(root)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        folder = relative.parts[0] if len(relative.parts) > 1 else ""
+        if folder in _EXPORTS or (_holds_weights(path) and not _MODULE.fullmatch(folder)):
+            skipped.append(relative)
+        elif not path.name.endswith(".index.json"):
+            others.append(relative)
+    return tuple(others), tuple(skipped)
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.suffix.lower() in _PICKLES | _FOREIGN

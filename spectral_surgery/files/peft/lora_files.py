@@ -1,0 +1,152 @@
+"""How PEFT stores LoRA: other names and shapes for embeddings and convolutions, and what some variants add.
+
+Here A is [R, I] and B [O, R] whatever the module. PEFT has A [R, O] and B [I, R] for an embedding of O rows, A [R, C,
+kh, kw] and B [O, R, 1, 1] for a convolution, and the magnitude of DoRA in the shape that its norm comes out in.
+Source: PEFT 0.21.2, `tuners/lora/layer.py` and `tuners/trainable_tokens/layer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.header import named
+
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_INPUT = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
+Layers = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Layers of an adapter, every one as a matrix.
+
+    Attributes:
+        layers: tensors by layer and key: A [R, I], B [O, R], bias [O], magnitude [O], or [I] of an embedding.
+        embeddings: which are embeddings.
+        kernels: sides of the kernel by convolution.
+    """
+
+    layers: Layers
+    embeddings: frozenset[str] = frozenset()
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def as_matrices(stored: Mapping[str, Mapping[str, Tensor]]) -> Plain:
+    """Give every layer the shapes that a linear layer has.
+
+    Args:
+        stored: tensors by layer and key, as PEFT has them.
+    """
+    layers: Layers = {}
+    embeddings, kernels = set(), {}
+    for layer, tensors in stored.items():
+        own = dict(tensors)
+        if "embedding_A" in own and "embedding_B" in own:
+            a, b = own.pop("embedding_A"), own.pop("embedding_B")
+            own |= {"A": b.T.contiguous(), "B": a.T.contiguous()}
+            embeddings.add(layer)
+        elif "A" in own and own["A"].dim() > 2:
+            kernels[layer] = tuple(own["A"].shape[2:])
+            own |= {key: own[key].flatten(1) for key in ("A", "B") if key in own}
+        if "magnitude" in own:
+            own["magnitude"] = own["magnitude"].flatten()
+        layers[layer] = own
+    return Plain(layers, frozenset(embeddings), kernels)
+
+
+def as_stored(state: AdapterState) -> Layers:
+    """The reverse of `as_matrices`."""
+    layers: Layers = {}
+    for layer, tensors in state.layers.items():
+        own, kernel = dict(tensors), state.kernels.get(layer)
+        if layer in state.embeddings:
+            own |= {"embedding_A": own.pop("B").T.contiguous(), "embedding_B": own.pop("A").T.contiguous()}
+        elif kernel is not None:
+            ones = (1,) * len(kernel)
+            own["A"] = own["A"].reshape(len(own["A"]), -1, *kernel)
+            own["B"] = own["B"].reshape(*own["B"].shape, *ones)
+            if "magnitude" in own:
+                own["magnitude"] = own["magnitude"].reshape(1, -1, *ones)
+        layers[layer] = own
+    return layers
+
+
+def misfits(plain: Plain, config: Mapping[str, object]) -> list[str]:
+    """Tensors that are there, or are not, against what adapter_config.json says, in words.
+
+    Args:
+        plain: layers that are modules.
+        config: content of adapter_config.json.
+    """
+    problems = []
+    for layer, own in plain.layers.items():
+        problems += [f"{layer}.lora_{key} is unexpected" for key in own if key.startswith("embedding_")]
+        for key, name, said in (
+            ("magnitude", "lora_magnitude_vector", "use_dora"),
+            ("bias", "lora_B.bias", "lora_bias"),
+        ):
+            if (key in own) != bool(config.get(said)):
+                problems.append(f"{layer}.{name} is {'unexpected' if key in own else 'missing'}: {said} says so")
+    return problems
+
+
+def features(state: AdapterState) -> dict[str, object]:
+    """What adapter_config.json says of it beyond the settings."""
+    keys = {key for own in state.layers.values() for key in own}
+    return {"lora_bias": "bias" in keys, "use_dora": "magnitude" in keys}
+
+
+def trained_rows(
+    tensors: Mapping[str, Tensor], config: Mapping[str, object], where: str
+) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Rows of embeddings that were trained, PEFT's trainable_token_indices.
+
+    Args:
+        tensors: by name in the model.
+        config: content of adapter_config.json.
+        where: the file, for errors.
+
+    Returns:
+        (row numbers, new rows) by module.
+
+    Raises:
+        CheckpointError: when numbers and rows do not belong together.
+    """
+    said = config.get("trainable_token_indices")
+    found: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(_ROWS):
+            continue
+        module = name.removesuffix(_ROWS)
+        numbers = said
+        if isinstance(said, dict):
+            numbers = next((own for end, own in said.items() if f".{module}".endswith(f".{end}")), None)
+        rows = tuple(n for n in numbers if type(n) is int and n >= 0) if isinstance(numbers, list) else ()
+        if tensor.dim() != 2 or numbers != list(rows) or not len(rows) == len(tensor) == len({*rows}):
+            raise CheckpointError(
+                f"{where}: trainable_token_indices is {named([said])}, and {name} has shape {list(tensor.shape)}; a row"
+                " for each number is accepted. Save the adapter again, or fetch it again."
+            )
+        found[module] = (rows, tensor)
+    return found
+
+
+def is_rows(name: str) -> bool:
+    """Whether a tensor holds trained rows of an embedding."""
+    return name.endswith(_ROWS)
+
+
+def is_base_copy(name: str, layers: Mapping[str, object]) -> bool:
+    """Whether PEFT stored a weight of the base beside its adapter, or an embedding whole because it was resized."""
+    module, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        return False
+    if module.endswith(".base_layer"):
+        known = module.removesuffix(".base_layer")
+        return leaf == "weight" and (known in layers or known.endswith(_ROWS.rpartition(".")[0]))
+    return module.rpartition(".")[2] in (*_INPUT, "lm_head", "embed_out", "output_embeddings", "output_projection")

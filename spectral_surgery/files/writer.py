@@ -1,0 +1,276 @@
+"""Safetensors files, written as a stream.
+
+Sizes follow from dtypes and shapes, so a header is written before the first tensor exists, and no
+more than one chunk of one tensor is in memory. Equal entries give equal bytes, the same bytes as
+the reference writer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, named
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.publish import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
+from spectral_surgery.files.reader import CODES
+
+__all__ = [
+    "MAX_SHARD_SIZE",
+    "PT_METADATA",
+    "Entry",
+    "partial_folder",
+    "publishing",
+    "replace_file",
+    "tensor_bytes",
+    "tensor_entry",
+    "weights_metadata",
+    "weights_name",
+    "write_checkpoint",
+    "write_file",
+    "writing_to",
+]
+
+PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # loaders ask for it
+MAX_SHARD_SIZE = 5 * 10**9  # bytes
+_NAME_KEY = "weights_name"  # in the header of a compressed checkpoint: what its source's files were called
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_MODEL = "model"
+_RANK: Mapping[str, int] = MappingProxyType({code: rank for rank, code in enumerate(DTYPE_BITS)})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write.
+
+    Attributes:
+        name: its key.
+        dtype: safetensors code, a key of DTYPE_BITS.
+        shape: sizes, in elements.
+        chunks: called once, when its turn comes; gives its bytes in order, in pieces of any size.
+
+    Raises:
+        CheckpointError: when dtype and shape do not make whole bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | bytearray | memoryview]]
+
+    def __post_init__(self) -> None:
+        """Refuse what no file can hold."""
+        bits = math.prod(self.shape) * DTYPE_BITS.get(self.dtype, 1)
+        if self.dtype not in DTYPE_BITS or bits % 8 or any(size < 0 for size in self.shape):
+            raise CheckpointError(
+                f"{self.name}: {self.dtype} of shape {named([self.shape])} cannot be stored; whole"
+                f" bytes of {', '.join(DTYPE_BITS)} are accepted. Cast or reshape it."
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor as bytes, in row-major order; shares memory where it can.
+
+    Args:
+        tensor: of any shape and dtype, on any device.
+
+    Returns:
+        A flat view of unsigned bytes.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_entry(name: str, tensor: Tensor) -> Entry:
+    """An entry for a tensor that is in memory.
+
+    Args:
+        name: its key.
+        tensor: of any shape, on any device.
+
+    Returns:
+        The entry, which keeps the tensor alive.
+
+    Raises:
+        CheckpointError: when safetensors has no such dtype.
+    """
+    code = CODES.get(tensor.dtype)
+    if code is None:
+        raise CheckpointError(
+            f"{name}: {tensor.dtype} cannot be stored; {', '.join(map(str, CODES))} are accepted. Cast it."
+        )
+    return Entry(name, code, tuple(tensor.shape), lambda: [tensor_bytes(tensor)])
+
+
+def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA) -> None:
+    """Write one safetensors file: header, then every tensor; widest dtype first, then by name.
+
+    Args:
+        path: file to write or overwrite.
+        entries: the tensors, in any order.
+        metadata: free text by key.
+
+    Raises:
+        CheckpointError: when a name repeats, chunks disagree with a declared size, or the file
+            cannot be written.
+        LimitError: when the header would be too long to be read again.
+    """
+    _check_names(path, entries)
+    ordered = sorted(entries, key=lambda entry: (-_RANK[entry.dtype], entry.name))
+    header = _header(path, ordered, metadata)
+    with writing_to(path), path.open("wb") as file:
+        file.write(header)
+        for entry in ordered:
+            _stream(file, path, entry)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_checkpoint(
+    folder: Path,
+    entries: Sequence[Entry],
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    metadata: Mapping[str, str] = PT_METADATA,
+    name: str = _MODEL,
+) -> list[Path]:
+    """Write a checkpoint into a folder, by default under the names that transformers looks for.
+
+    Args:
+        folder: an existing folder; see `publishing`.
+        entries: the tensors. They fill shards in this order, as in huggingface_hub.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        metadata: free text by key, in every file.
+        name: of the files, before number and ending; see `weights_name`.
+
+    Returns:
+        The safetensors files, in order.
+
+    Raises:
+        CheckpointError: when a name repeats, chunks disagree with a declared size, or a file cannot
+            be written.
+        ConfigError: when max_shard_size is not positive.
+        LimitError: when a header would be too long to be read again.
+    """
+    _check_names(folder, entries)
+    shards = _shards(entries, max_shard_size)
+    files = [f"{name}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    if len(shards) == 1:
+        files = [f"{name}.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        write_file(folder / file, shard, metadata=metadata)
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+        total = sum(entry.nbytes for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        replace_file(folder / f"{name}.safetensors.index.json", text.encode())
+    with writing_to(folder):
+        sync(folder)
+    return [folder / file for file in files]
+
+
+def weights_name(index: CheckpointIndex) -> str:
+    """What the weight files of a checkpoint are called, before number and ending, so that its tools find them again.
+
+    Args:
+        index: plain, or compressed by us, which says what its source had.
+
+    Returns:
+        ``model`` for a model of transformers, and where files have several names; else as it is, such as
+        ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
+    """
+    names = {_NUMBER.sub("", file.stem) for file in index.files}
+    name = index.metadata.get(_NAME_KEY, names.pop() if len(names) == 1 else _MODEL)
+    return name if "model_type" not in index.config and _PLAIN_NAME.fullmatch(name) else _MODEL
+
+
+def weights_metadata(index: CheckpointIndex) -> dict[str, str]:
+    """Metadata for a checkpoint made from another one, under usual file names, that keeps the unusual ones.
+
+    Args:
+        index: what it is made from.
+    """
+    name = weights_name(index)
+    return {**PT_METADATA, **({_NAME_KEY: name} if name != _MODEL else {})}
+
+
+def _check_names(where: Path, entries: Sequence[Entry]) -> None:
+    counts = Counter(entry.name for entry in entries)
+    bad = [name for name, count in counts.items() if count > 1 or name == METADATA_KEY]
+    if bad:
+        raise CheckpointError(
+            f"{where}: names {named(bad)} repeat or are reserved; different names other than"
+            f" {METADATA_KEY} are accepted. Rename the tensors."
+        )
+
+
+def _shards(entries: Sequence[Entry], max_shard_size: int) -> list[list[Entry]]:
+    if max_shard_size < 1:
+        raise ConfigError(f"max_shard_size: {max_shard_size} is no size; 1 or more is accepted.")
+    shards: list[list[Entry]] = []
+    current: list[Entry] = []
+    room = max_shard_size
+    for entry in entries:
+        if entry.nbytes > max_shard_size:
+            shards.append([entry])
+            continue
+        if entry.nbytes > room:
+            shards.append(current)
+            current, room = [], max_shard_size
+        current.append(entry)
+        room -= entry.nbytes
+    return [*shards, current] if current or not shards else shards
+
+
+def _header(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        offsets = [start, end]
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+    try:
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: a name is not text ({error}); valid Unicode is accepted. Rename the tensor."
+        ) from None
+    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8
+    if len(raw) > HEADER_LIMIT:
+        raise LimitError(
+            f"{path}: the header would be {len(raw)} bytes; at most {HEADER_LIMIT} are accepted. Write smaller shards."
+        )
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _stream(file: BinaryIO, path: Path, entry: Entry) -> None:
+    written = 0
+    for chunk in entry.chunks():
+        written += memoryview(chunk).nbytes
+        if written > entry.nbytes:
+            break
+        write_pieces(file, chunk)
+    if written != entry.nbytes:
+        raise CheckpointError(
+            f"{path}: {named([entry.name])} came with {written} bytes; {entry.dtype} of shape"
+            f" {named([entry.shape])} takes {entry.nbytes}. The producer of its chunks is wrong."
+        )

@@ -1,0 +1,109 @@
+"""y = x ΔWᵀ for ΔW = scaling * Re ifft2(sparse real spectrum)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.fourier.dense import delta_rows as pick
+from spectral_surgery.fourier.dispatch import Way, choose
+from spectral_surgery.fourier.linear import fourier_linear
+from spectral_surgery.fourier.one_row import row_residual
+from spectral_surgery.fourier.rfft_positions import Delta, Places, fold
+from spectral_surgery.fourier.weight import fourier_weight
+
+__all__ = ["Places", "adapted_linear", "delta_rows", "delta_weight", "fold", "fourier_delta"]
+
+
+def fourier_delta(
+    x: Tensor, coefficients: Tensor, positions: Tensor | Places, out_features: int, scaling: float
+) -> Tensor:
+    """The residual x ΔWᵀ, without forming ΔW.
+
+    Args:
+        x: [..., I] any float dtype; transformed in float32, float64 as it is.
+        coefficients: [K] float.
+        positions: [K] integers, row * I + column, all different; or the same `fold`ed once and for all.
+        out_features: O.
+        scaling: factor on top of torch's 1 / (O I).
+
+    Returns:
+        [..., O] in the dtype of x (float32 under autocast).
+    """
+    places = positions if isinstance(positions, Places) else fold(positions, out_features, x.shape[-1])
+    y: Tensor = fourier_linear(x, None, None, False, coefficients, *places, out_features, x.shape[-1], scaling)
+    return y
+
+
+def delta_weight(
+    coefficients: Tensor, positions: Tensor | Places, shape: tuple[int, int], scaling: float, base: Tensor | None = None
+) -> Tensor:
+    """ΔW, or a weight with it.
+
+    Args:
+        coefficients: [K] float.
+        positions: as in `fourier_delta`.
+        shape: (O, I).
+        scaling: as in `fourier_delta`.
+        base: [O, I] to add it to, in its dtype; left as it is.
+
+    Returns:
+        [O, I] in the dtype of the base, else of the coefficients.
+    """
+    places = positions if isinstance(positions, Places) else fold(positions, *shape)
+    weight: Tensor = fourier_weight(base, coefficients, *places, *shape, scaling)
+    return weight
+
+
+def delta_rows(ids: Tensor, coefficients: Tensor, places: Places, shape: tuple[int, int], scaling: float) -> Tensor:
+    """Some rows of ΔW, the others not formed where they are many.
+
+    Args:
+        ids: [...] int64, in 0 .. O-1.
+        coefficients: [K] float.
+        places: folded positions.
+        shape: (O, I).
+        scaling: as in `fourier_delta`.
+
+    Returns:
+        [..., I] in the dtype of the coefficients.
+    """
+    if ids.numel() >= shape[0] // 2:  # half of them are transformed for all
+        return torch.nn.functional.embedding(ids, delta_weight(coefficients, places, shape, scaling))
+    return pick(ids.reshape(-1), Delta(coefficients, places, shape, scaling)).view(*ids.shape, shape[1])
+
+
+def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linear
+    x: Tensor, weight: Tensor, bias: Tensor | None, coefficients: Tensor, places: Places, scaling: float
+) -> Tensor:
+    """The output x Wᵀ + b + x ΔWᵀ, the update beside the weight or inside it, whichever is faster.
+
+    Args:
+        x: [..., I], any float dtype.
+        weight: [O, I] in the dtype of x.
+        bias: [O] or None.
+        coefficients: [K] float.
+        places: folded positions.
+        scaling: as in `fourier_delta`.
+
+    Returns:
+        [..., O] in the dtype of x.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
+        compiling, scale = torch.compiler.is_compiling(), scaling / (shape[0] * shape[1])
+        residual = None if compiling else row_residual(x, coefficients, places, shape[0], scale)
+        if residual is not None:
+            if x.dtype == torch.float32:
+                return torch.nn.functional.linear(x, weight, residual if bias is None else residual + bias)
+            return (torch.nn.functional.linear(x, weight, bias) + residual).to(x.dtype)
+    way = choose(x, weight, coefficients)
+    if way is Way.BESIDE:
+        beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
+        return beside
+    if way is Way.INSIDE:
+        held = delta_weight(coefficients.detach(), places, shape, scaling, weight)
+        inside: Tensor = fourier_linear(x, held, bias, True, coefficients, *places, *shape, scaling)
+        return inside
+    dense: Tensor = torch.nn.functional.linear(x, delta_weight(coefficients, places, shape, scaling, weight), bias)
+    return dense

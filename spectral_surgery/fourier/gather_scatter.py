@@ -1,0 +1,71 @@
+"""From the bins of one spectrum to those of another: gather, multiply, scatter.
+
+On a GPU one Triton kernel does the three; everywhere else, and where Triton is missing, operators of torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.fourier import triton
+
+
+def take(spectrum: Tensor, source: Tensor) -> Tensor:
+    """Bins of every row.
+
+    Args:
+        spectrum: [T, F] complex.
+        source: [K] int64.
+
+    Returns:
+        [T, K] complex.
+    """
+    return spectrum.gather(1, source.expand(len(spectrum), -1))
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Values times weights, in place.
+
+    Args:
+        values: [T, K] complex; overwritten.
+        weights: [K, 2] real factors of the real and the imaginary parts.
+    """
+    torch.view_as_real(values).mul_(weights)
+    return values
+
+
+def scatter(values: Tensor, target: Tensor, bins: int, room: Tensor | None = None) -> Tensor:
+    """Sums of values by bin.
+
+    Args:
+        values: [T, K] complex.
+        target: [K] int64, the bin each is added to.
+        bins: F.
+        room: [T, F'] complex, not needed any more; overwritten and returned where it has the shape.
+
+    Returns:
+        [T, F] complex.
+    """
+    sums = values.new_zeros(len(values), bins) if room is None or room.shape[1] != bins else room.zero_()
+    if values.is_cuda:  # has no scatter_add of complex numbers
+        return sums.index_add_(1, target, values)
+    return sums.scatter_add_(1, target.expand(len(values), -1), values)
+
+
+def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
+    """`take`, multiply, then `scatter`.
+
+    Args:
+        spectrum: [T, F] complex; may be overwritten.
+        source: [K] int64, bins to take.
+        target: [K] int64, increasing, where to add them.
+        weights: [K, 2] real.
+        bins: of the result.
+
+    Returns:
+        [T, bins] complex.
+    """
+    if spectrum.is_cuda and triton.available():
+        return triton.mix(spectrum, source, target, weights, bins)
+    return scatter(weighted(take(spectrum, source), weights), target, bins, spectrum)

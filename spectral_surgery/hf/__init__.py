@@ -1,0 +1,1 @@
+"""Plug-ins of transformers and PEFT, and what is read from their models."""

@@ -1,0 +1,1 @@
+"""FFTNet as models of transformers."""

@@ -1,0 +1,52 @@
+"""What transformers raises for a folder that it cannot load, as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectral_surgery.errors import CheckpointError, SpectralSurgeryError
+from spectral_surgery.files.header import read_json
+from spectral_surgery.files.remote_code import own_auto_map
+
+_RAISED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError)
+_LONGEST = 300  # characters of a reason
+
+
+@contextmanager
+def loading(folder: Path, problem: str) -> Iterator[None]:
+    """Turn what is raised meanwhile into a CheckpointError.
+
+    Args:
+        folder: with a config.json.
+        problem: what is wrong with it, before the reason.
+
+    Raises:
+        CheckpointError: with the reason; for a model with code of its own, with the option that runs it.
+    """
+    try:
+        yield
+    except SpectralSurgeryError:
+        raise
+    except _RAISED as error:
+        reason = " ".join(f"{error or type(error).__name__}".split())
+        if "trust_remote_code" in reason and not own_code(folder):  # transformers takes our shim for the model's code
+            reason = "it has no class of this kind for the architecture in config.json"
+        elif "trust_remote_code" in reason:
+            raise CheckpointError(
+                f"{folder}: the model has code of its own, which config.json names (auto_map); models that transformers"
+                " knows are accepted without --trust-remote-code (in Python trust_remote_code=True). Read the code, and"
+                " run it with that."
+            ) from error
+        raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
+
+
+def own_code(folder: Path) -> dict[str, object]:
+    """The code that a model brings along, by what it is for, such as AutoModel; empty of most models.
+
+    Args:
+        folder: with a config.json.
+    """
+    file = folder / "config.json"
+    return own_auto_map(read_json(file).get("auto_map")) if file.is_file() else {}

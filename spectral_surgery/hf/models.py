@@ -1,0 +1,384 @@
+"""Models and tokenizers from a folder: the only importer of transformers outside the plug-ins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.files.peft.task import class_for
+from spectral_surgery.hf.load_errors import loading, own_code
+from spectral_surgery.live.blocks import text_config
+from spectral_surgery.live.running import called, running
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A transformer encoder with mean pooling, as sentence-transformers runs it.
+
+    Attributes:
+        model: a transformers encoder in eval mode.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def embed(self, sentences: Sequence[str]) -> Tensor:
+        """Sentence embeddings, mean-pooled over tokens and normalised: [N, D] float32."""
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # equal lengths need little padding
+        parts = []
+        for start in range(0, len(sentences), _BATCH):
+            own = [sentences[i] for i in order[start : start + _BATCH]]
+            batch = self.tokenizer(own, padding=True, truncation=True, return_tensors="pt")
+            with torch.inference_mode():
+                hidden = called(self.model, named=batch).last_hidden_state  # [B, T, D]
+            mask = batch["attention_mask"].unsqueeze(-1)
+            parts.append((hidden * mask).sum(1) / mask.sum(1))
+        found = torch.cat(parts)
+        found = torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace parameters by name, in place."""
+        self.model.load_state_dict(dict(weights), strict=False)
+
+
+def load_model(
+    folder: Path,
+    auto_class: str,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a local folder.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``; see `class_for`.
+        dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model of that kind.
+    """
+    transformers = _transformers()
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        model = _class(transformers, folder, auto_class).from_pretrained(
+            folder, local_files_only=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    return _padding(model, tokenizer).eval(), tokenizer
+
+
+def load_classifier(
+    folder: Path,
+    labels: Sequence[str] | int,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Load a model with a head for some classes: its own where it has one of that size, else a new one.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        labels: the classes, or the number of outputs.
+        dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
+    """
+    transformers, auto_class = _transformers(), "AutoModelForSequenceClassification"
+    settings: dict[str, Any] = {"num_labels": labels}
+    if not isinstance(labels, int):
+        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings |= {"local_files_only": True, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        model, told = getattr(transformers, auto_class).from_pretrained(
+            folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        )
+    misfits = sorted({str(name) for name, *_ in told["mismatched_keys"]})
+    inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        raise CheckpointError(
+            f"{folder}: {', '.join(inside[:3])} in the file have other shapes than config.json says; a head of another"
+            " size is accepted, no more."
+        )
+    return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *told["missing_keys"]}))
+
+
+def _padding(model: Any, tokenizer: Any) -> Any:
+    """A model that knows the padding token; models of several parts have none of their own."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Build a model without weights: parameters are on the meta device, buffers are real.
+
+    Args:
+        folder: a Hugging Face folder with a tokenizer.
+        auto_class: class of transformers that knows the architecture; see `class_for`.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        (model in eval mode, tokenizer with a padding token).
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model of that kind.
+    """
+    transformers = _transformers()
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    trust = {"trust_remote_code": trust_remote_code}
+    with loading(folder, f"cannot be loaded by {auto_class}"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        own = _class(transformers, folder, auto_class)
+        with _without_weights():
+            if hasattr(own, "from_config"):
+                model = own.from_config(config, dtype=torch.float32, **trust)
+            else:
+                model = own._from_config(config, dtype=torch.float32)
+        model.tie_weights()
+    return model.eval().requires_grad_(requires_grad=False), tokenizer
+
+
+def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a model with the class that its config.json names, so that every tensor of the folder has its place.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model that transformers knows.
+    """
+    transformers = _transformers()
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(folder, "cannot be loaded"):
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        own = _class_of(transformers, config, folder)
+        return own.from_pretrained(folder, dtype=dtype or "auto", **local).eval()
+
+
+def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
+
+    Args:
+        folder: a Hugging Face folder; only its configuration is read.
+        trust_remote_code: run the code that a model brings along.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when transformers does not know the configuration.
+    """
+    transformers = _transformers()
+    from transformers.initialization import no_init_weights
+
+    with loading(folder, "has no configuration that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        own = _class_of(transformers, config, folder)
+        with _without_weights(), no_init_weights():
+            if hasattr(own, "from_config"):
+                model = own.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = own(config)
+        model.tie_weights()
+        return model.eval()
+
+
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a model as transformers does, under the names and in the shards that it reads.
+
+    Args:
+        model: of transformers; cast in place.
+        folder: exists; a configuration is written too.
+        dtype: of the files.
+    """
+    model.to(dtype).save_pretrained(folder)
+
+
+def _without_weights() -> AbstractContextManager[object]:
+    """Build modules without memory for their parameters; buffers, which no file has, get their values."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise BackendError(
+            "accelerate: not installed; it is needed to build models without weights. pip install"
+            " 'spectral-surgery[hf]'"
+        ) from None
+    return cast("AbstractContextManager[object]", init_empty_weights(include_buffers=False))
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a local folder, with a padding token.
+
+    Args:
+        folder: a Hugging Face folder.
+        trust_remote_code: run the code that a model brings along.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no tokenizer.
+    """
+    transformers = _transformers()
+    with loading(folder, "has no tokenizer that can be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_tokens: new tokens at most.
+        temperature: 0 for the likeliest token.
+        top_k: choose among so many tokens; 0 for all.
+        top_p: choose among the likeliest tokens of so much probability.
+        seed: of the choices.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def longest_sequence(model: Any) -> int | None:
+    """Tokens that a model can read at most, as far as its configuration says."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def continue_text(
+    model: Any, tokenizer: Any, prompt: str, sampling: Sampling, emit: Callable[[str], None]
+) -> tuple[int, int]:
+    """Let a language model continue a text.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the model.
+        prompt: the text, as it is.
+        sampling: how tokens are chosen.
+        emit: called with each piece of new text.
+
+    Returns:
+        (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
+
+    Raises:
+        ConfigError: when the prompt has no tokens, or as many as the model can read.
+    """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[1]:
+        raise ConfigError("generate: the prompt has no tokens; some text is accepted.")
+    context = longest_sequence(model) or ids.shape[1] + sampling.max_tokens
+    if ids.shape[1] >= context:
+        raise ConfigError(
+            f"generate: the prompt has {ids.shape[1]} tokens; at most {context - 1} are accepted by this model. Cut it."
+        )
+    streamer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # noqa: ARG005 - transformers names it
+    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        choice |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    ids = ids.to(next(model.parameters()).device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(sampling.seed)
+        named = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": min(sampling.max_tokens, context - ids.shape[1]),
+            "pad_token_id": tokenizer.pad_token_id,
+            "streamer": streamer,
+            **choice,
+        }
+        with running(model):
+            tokens = model.generate(ids, **named)
+    return ids.shape[1], tokens.shape[1] - ids.shape[1]
+
+
+def load_encoder(folder: Path) -> SentenceEncoder:
+    """Load a sentence encoder from a local folder, in float32.
+
+    Args:
+        folder: a plain Hugging Face folder with a tokenizer.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model.
+    """
+    return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
+
+
+def _class(transformers: Any, folder: Path, auto_class: str) -> Any:
+    """An Auto class, or the class that a folder names where that would choose another kind of model.
+
+    A model with code of its own may be found by other Auto classes only.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    brought = [name for name in own_code(folder) if name.startswith("AutoModel")]
+    if brought and auto_class not in brought:
+        auto_class = brought[0]
+    return getattr(transformers, class_for(config, auto_class), None) or getattr(transformers, auto_class)
+
+
+def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
+    """The class that a configuration names; the Auto class that finds it, where the model brings its own code."""
+    name = str((config.architectures or ["none"])[0])
+    own_code = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
+    own = getattr(transformers, name, None) or getattr(transformers, auto, None)
+    if own is None:
+        raise CheckpointError(
+            f"{folder}: config.json names the class {name}; one that transformers has is accepted. Name it in"
+            " architectures."
+        )
+    return own
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError:
+        raise BackendError(
+            "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
+        ) from None
+    logging.disable_progress_bar()
+    return transformers

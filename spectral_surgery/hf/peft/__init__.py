@@ -1,0 +1,1 @@
+"""The adapter methods of this package as methods of PEFT."""

@@ -1,0 +1,1 @@
+"""Compressed folders in transformers: loading, running, saving."""

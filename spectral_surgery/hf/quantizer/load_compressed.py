@@ -1,0 +1,121 @@
+"""load_compressed: a compressed folder as a model of transformers, in the form and the memory that are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_surgery.errors import BackendError, CheckpointError, LimitError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
+from spectral_surgery.files.compressed.manifest import SUFFIXES
+from spectral_surgery.files.peft.task import class_for
+from spectral_surgery.hf.load_errors import loading
+from spectral_surgery.hf.quantizer.loading import AUTO, NARROW, STREAMED, resident_bytes, residents_for
+from spectral_surgery.matmul import STREAM_BYTES
+
+BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them
+
+_NARROW_BITS = 3.25  # stored bits of a weight: of more, too many codes are beyond half a byte
+
+
+def load_compressed(
+    folder: Path | str,
+    resident: str = AUTO,
+    *,
+    auto_class: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a compressed folder without decoding its weights.
+
+    Args:
+        folder: written by compress, or by save_pretrained of a compressed model.
+        resident: ``int8``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by block; coded
+            where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else coded.
+        auto_class: class of transformers, such as ``AutoModelForCausalLM``, see `class_for`; None for the one in
+            config.json.
+        dtype: of activations and of what is not compressed; None for the stored one.
+        device: where to, or a ``device_map`` such as ``auto``.
+        max_memory: bytes that the weights may take on the device, with the blocks of rows under way; with ``auto``, as
+            many weights are int8 as fit, of the others those with narrow codes int4, and what does not fit is coded,
+            or streamed to a GPU.
+        trust_remote_code: run the code that a model brings along.
+
+    Returns:
+        A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder is no compressed model.
+        ConfigError: when there is no such resident form, or codes do not fit it.
+        LimitError: when the weights do not fit max_memory.
+    """
+    folder = Path(folder)
+    checkpoint = open_compressed(folder)
+    residents = residents_for(checkpoint, resident)
+    if max_memory is not None:
+        residents = _within(checkpoint, residents, resident, max_memory, str(device))
+    transformers = _transformers()
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(folder, "transformers cannot load it"):
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        own = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
+        if own is None:
+            raise CheckpointError(
+                f"{folder.name}: transformers has no {auto_class or _architecture(config)}; one of its classes is"
+                " accepted. Name it with auto_class."
+            )
+        config.quantization_config = {**config.quantization_config, "resident": residents}
+        device_map = None if str(device) == "cpu" else device
+        return own.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
+
+
+def _class(transformers: Any, config: Any, wanted: str | None) -> Any:
+    """A class by name; without a name the one in config.json, or the Auto class that finds it in a model's own code."""
+    name = wanted or _architecture(config)
+    own_code = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
+    return getattr(transformers, name, None) or getattr(transformers, auto, None)
+
+
+def _architecture(config: Any) -> str:
+    return str((config.architectures or ["AutoModel"])[0])
+
+
+def _within(
+    checkpoint: CompressedCheckpoint, residents: dict[str, str], resident: str, limit: int, device: str
+) -> dict[str, str]:
+    """Resident forms that fit a limit: those that are there, or faster and faster ones for as long as they fit."""
+    spectra = {f"{name}.{suffix}" for name in residents for suffix in SUFFIXES}
+    rest = sum(info.nbytes for name, info in checkpoint.index.tensors.items() if name not in spectra)
+    smallest = STREAMED if device.startswith("cuda") else "coded"
+    fixed = rest + (STREAM_BYTES if smallest == STREAMED else torch.get_num_threads() * BLOCK_BYTES)
+    chosen = dict.fromkeys(residents, smallest) if resident == AUTO else residents
+    needed = fixed + sum(resident_bytes(checkpoint, name, form) for name, form in chosen.items())
+    if needed > limit:
+        remedy = f"Use resident {smallest}" if set(chosen.values()) != {smallest} else "Compress to fewer bits"
+        raise LimitError(
+            f"max_memory: {limit} bytes; {needed} are needed for the weights and the blocks of rows under way, and"
+            f" accepted. {remedy}."
+        )
+    for form in (NARROW, AUTO) if resident == AUTO else ():
+        for name, held in chosen.items():
+            more = resident_bytes(checkpoint, name, form) - resident_bytes(checkpoint, name, held)
+            fits = form == AUTO or checkpoint.manifest.tensors[name].report.bits_per_weight <= _NARROW_BITS
+            if fits and needed + more <= limit:
+                chosen[name], needed = form, needed + more
+    return chosen
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise BackendError(
+            "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
+        ) from None
+    return transformers

@@ -1,0 +1,253 @@
+"""How the tensors of a compressed folder get into a model of transformers.
+
+transformers renames stored names, ties parameters and decides devices and dtypes; all of that is kept. Of the three
+tensors of a spectrum it reads the smallest, the step, as a messenger: when the step of a weight arrives, on the device
+and in the dtype that the weight should have, the weight is read from the files by our own reader, and put where
+`spectral_plan` says. What is held dense is decoded one at a time.
+Source: transformers 5.24, `core_model_loading.py` and `modeling_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ConfigError, SpectralSurgeryError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.hf.quantizer.class_swap import stand_in
+from spectral_surgery.hf.quantizer.fused_experts import install_matrices
+from spectral_surgery.hf.quantizer.loading_plan import Plan, row_ranges
+from spectral_surgery.hf.quantizer.prefetch import Ahead
+from spectral_surgery.layers import SpectralWeight
+from spectral_surgery.matmul import RESIDENTS, Form, Spectrum, resident_form
+
+AUTO, NARROW, STREAMED = "auto", "narrow", "streamed"
+UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
+Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
+_FIRST = {AUTO: "int8", NARROW: "int4", STREAMED: STREAMED}  # where codes do not fit these, weights are coded
+
+
+@dataclass
+class Loading:
+    """One load: the folder, the plan, and what is left to do.
+
+    Attributes:
+        checkpoint: the folder.
+        residents: resident form by stored name; ``auto`` for others.
+        plan: made when transformers has settled its conversions.
+        ties: those that transformers had, before `untie`: of the whole model, and of its models by name, where one
+            has its own.
+        conversions: of transformers alone, that were used; what save_pretrained reverts.
+        renaming: ours, by which messengers reach converters of transformers.
+        ahead: the forms of matrices, made on all cores before they are installed.
+        error: the first one. transformers would go on and report it as one of many; it is raised in the end.
+    """
+
+    checkpoint: CompressedCheckpoint
+    residents: Mapping[str, str]
+    plan: Plan | None = None
+    ties: tuple[dict[str, str], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
+    conversions: list[Any] = field(default_factory=list)
+    renaming: Any = None
+    ahead: Ahead[Resident] | None = None
+    error: SpectralSurgeryError | None = None
+
+    def fill(
+        self, model: nn.Module, target: str, tensors: Mapping[str, list[Tensor]], missing: set[str]
+    ) -> dict[str, list[Tensor]]:
+        """Load the weight whose messenger has arrived.
+
+        Args:
+            model: being loaded.
+            target: a parameter.
+            tensors: what transformers read for it by pattern, steps in the place of what is compressed.
+            missing: parameters that have no value yet; those that get one here are taken out.
+
+        Returns:
+            The same with steps replaced by decoded tensors; nothing when spectra took the place.
+        """
+        plan = cast(Plan, self.plan)
+        missing.difference_update(plan.slots.get(target, plan.made[target]))
+        if self.error is not None:
+            return {}
+        try:
+            if target in plan.dense:
+                return {
+                    pattern: self._decoded(plan.sources[target][pattern], read) for pattern, read in tensors.items()
+                }
+            self._install(model, plan, target, next(iter(tensors.values()))[0])
+        except SpectralSurgeryError as error:
+            self.error = error
+        return {}
+
+    def _decoded(self, names: Sequence[str], read: Sequence[Tensor]) -> list[Tensor]:
+        compressed = self.checkpoint.manifest.tensors
+        return [
+            decoded(self.checkpoint, name).to(tensor) if name in compressed else tensor
+            for name, tensor in zip(names, read, strict=True)
+        ]
+
+    def _install(self, model: nn.Module, plan: Plan, target: str, like: Tensor) -> None:
+        if target in plan.experts:
+            stored = [[self._taken(name) for name in names] for names in plan.experts[target]]
+            install_matrices(model, target, stored, like)
+            return
+        forms, resident = self._taken(plan.stored(target)[0])
+        groups, rows = [plan.slots.get(target, ())], [(0, sum(form.shape[0] for form in forms))]
+        if target in plan.divided:
+            groups, rows = [(name,) for name in plan.made[target]], list(row_ranges(plan, target, rows[0][1]))
+        for group, between in zip(groups, rows, strict=True):
+            weight = SpectralWeight(_within(forms, between), resident, like.dtype)
+            weight = weight if like.is_cpu else weight.to(like.device)
+            for parameter in group:
+                stand_in(model.get_submodule(parameter.removesuffix(".weight")), weight)
+
+    def begin(self) -> None:
+        """Expect what the plan will install, in the order in which transformers asks for it."""
+        plan = cast(Plan, self.plan)
+        spectral = [target for target in plan.sources if target not in plan.dense]
+        groups = [own for target in spectral for own in plan.experts.get(target, (plan.stored(target),))]
+        names = [name for own in groups for name in own]
+        self.checkpoint = self.checkpoint.with_tables()
+        self.ahead = Ahead(self._forms, names, torch.get_num_threads())
+
+    def _forms(self, name: str) -> Resident:
+        cuts = cast(Plan, self.plan).cuts.get(name, ())
+        return resident_forms(self.checkpoint, name, self.residents.get(name, AUTO), cuts)
+
+    def _taken(self, name: str) -> Resident:
+        return self.ahead.take(name) if self.ahead else self._forms(name)
+
+
+def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:
+    """The forms of a range of rows; they are cut at its ends."""
+    ends = [0, *accumulate(form.shape[0] for form in forms)]
+    return [form for form, first in zip(forms, ends, strict=False) if between[0] <= first < between[1]]
+
+
+def untie(model: Any, load: Loading, plan: Plan) -> None:
+    """Take ties between spectral layers, which share their weight itself, from transformers, and tell it of others.
+
+    Args:
+        model: a PreTrainedModel, changed in place.
+        load: remembers the ties that it had.
+        plan: what becomes spectral.
+    """
+    from transformers import PreTrainedModel
+
+    ours = {*plan.apart, *(name for group in plan.slots.values() for name in group)}
+    every = {one: other for one, other in model.all_tied_weights_keys.items() if one not in plan.apart}
+    load.ties = every, {}
+    for prefix, part in model.named_modules(remove_duplicate=False):
+        # those without ties keep their None: a dictionary, even an empty one, makes PEFT look for input embeddings
+        if isinstance(part, PreTrainedModel) and part._tied_weights_keys is not None:
+            dot = f"{prefix}." if prefix else ""
+            load.ties[1][prefix] = vars(part).get("_tied_weights_keys")
+            ties = part.get_expanded_tied_weights_keys(all_submodels=False)
+            part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
+    kept = {one: other for one, other in every.items() if one not in ours}
+    model.all_tied_weights_keys = {**plan.tied, **kept}
+
+
+def retie(model: Any, load: Loading) -> None:
+    """Give transformers the ties back that it had.
+
+    Args:
+        model: that `untie` changed; changed in place.
+        load: what `untie` filled.
+    """
+    model.all_tied_weights_keys, parts = dict(load.ties[0]), load.ties[1]
+    for name, own in parts.items():
+        part = model.get_submodule(name)
+        if own is None:
+            vars(part).pop("_tied_weights_keys", None)  # those of its class hold again
+        else:
+            part._tied_weights_keys = own
+
+
+def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
+    """A compressed tensor as it was: float32, in its original shape."""
+    record = checkpoint.manifest.tensors[name]
+    parts = [checkpoint.part(name, part).to_dense() for part in range(len(record.parts))]
+    return torch.cat(parts).reshape(record.shape)
+
+
+def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str, cuts: Sequence[int] = ()) -> Resident:
+    """A compressed matrix in memory; one part of it is read at a time.
+
+    Args:
+        checkpoint: the folder.
+        name: of a matrix in the manifest.
+        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; ``narrow`` is the same with int4.
+            Where they do not fit what is streamed, they are coded too.
+        cuts: rows between tiles at which forms end, besides those of the parts.
+
+    Returns:
+        Its forms, and the name in RESIDENTS.
+
+    Raises:
+        ConfigError: when the codes do not fit the resident form.
+    """
+    wanted = _FIRST.get(resident, resident)
+    try:
+        return [resident_form(spectrum, wanted) for spectrum in _spectra(checkpoint, name, cuts)], wanted
+    except ConfigError as error:
+        if resident not in _FIRST:
+            raise ConfigError(f"{name}: {error}") from None
+    return resident_forms(checkpoint, name, "coded", cuts)
+
+
+def _spectra(checkpoint: CompressedCheckpoint, name: str, cuts: Sequence[int]) -> Iterator[Spectrum]:
+    for number, part in enumerate(checkpoint.manifest.tensors[name].parts):
+        spectrum, (first, last) = checkpoint.part(name, number), part.rows
+        ends = [first, *(row for row in cuts if first < row < last), last]
+        whole = spectrum.decode() if len(ends) > 2 else None
+        for start, stop in pairwise(ends):
+            yield replace(whole, codes=whole.codes[start - first : stop - first]) if whole else spectrum
+
+
+def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
+    """Bytes of a compressed tensor where it computes, in a resident form, or in the larger one of two."""
+    report = checkpoint.manifest.tensors[name].report
+    forms = (_FIRST[resident], "coded") if resident in (AUTO, NARROW) else (resident,)
+    return max(RESIDENTS[form].most_bytes(report.weights, report.stored_bytes) for form in forms)
+
+
+def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
+    """What a parameter will take in memory, for the map of devices.
+
+    Args:
+        load: with its plan, or without one yet.
+        name: of the parameter.
+        parameter: as the model has it.
+    """
+    plan = load.plan
+    if plan is None:
+        return parameter.element_size()
+    groups = {target: plan.slots.get(target, made) for target, made in plan.made.items() if target not in plan.dense}
+    target = next((target for target, group in groups.items() if name in group), None)
+    if target is None:
+        return parameter.element_size()
+    stored = plan.stored(target)
+    weights = sum(load.checkpoint.manifest.tensors[own].report.weights for own in stored)
+    return sum(resident_bytes(load.checkpoint, own, load.residents.get(own, AUTO)) for own in stored) / weights
+
+
+def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:
+    """The resident form of every compressed tensor.
+
+    Args:
+        checkpoint: the folder.
+        resident: name in RESIDENTS, or ``auto``.
+
+    Raises:
+        ConfigError: when there is no such form.
+    """
+    if resident != AUTO:
+        RESIDENTS[resident]
+    return dict.fromkeys(checkpoint.manifest.tensors, resident)

@@ -1,0 +1,291 @@
+"""Which tensor of a compressed folder goes where in a model of transformers, and what becomes of it there.
+
+A linear layer or an embedding becomes a layer that multiplies by the spectrum; so does a subclass that only adds to
+what these do, and each of several layers among which transformers divides the rows of one tensor. Fused experts, and
+other parameters that their modules only multiply by, stay spectra too. Any other compressed tensor (convolutions,
+position tables that are added) is held dense: `Plan.dense` names them.
+Source: transformers 5.24, `core_model_loading.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
+from spectral_surgery.hf.quantizer.class_swap import is_conv1d, standing_for
+from spectral_surgery.hf.quantizer.fused_experts import Stored, stored_matrices
+from spectral_surgery.hf.quantizer.weight_uses import only_multiplies
+from spectral_surgery.live.heads import classifier_heads
+
+STEP = SUFFIXES[2]
+ANY = ""  # the pattern of a tensor that is renamed at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of a folder go.
+
+    Attributes:
+        sources: parameter -> pattern of the converter that makes it -> stored names, in the order of transformers; only
+            parameters that something compressed goes into, and of several that one converter makes the first. The
+            pattern is empty for a mere renaming.
+        made: the same parameters -> all that are made with them, themselves first.
+        slots: parameter -> all parameters tied to it, itself first: those whose module becomes a spectral layer.
+        divided: parameter -> first row of each of those in `made`: layers that have a range of rows of one spectrum.
+        experts: parameter -> stored names, of parameters of other modules that are run from their codes.
+        aliases: second name -> first name, parameters of equal bytes that the files hold once.
+        apart: parameters that the model would tie to others, but that the files hold by themselves.
+    """
+
+    sources: dict[str, dict[str, list[str]]]
+    made: dict[str, tuple[str, ...]]
+    slots: dict[str, tuple[str, ...]]
+    divided: dict[str, tuple[int, ...]]
+    experts: dict[str, Stored]
+    aliases: dict[str, str]
+    apart: frozenset[str]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Aliases that are not among the slots, so that transformers has to tie them."""
+        ours = {name for group in self.slots.values() for name in group}
+        return {alias: name for alias, name in self.aliases.items() if alias not in ours}
+
+    @cached_property
+    def dense(self) -> dict[str, tuple[str, ...]]:
+        """Parameters that are decoded when they are loaded, and all that are made with them."""
+        spectral = self.slots.keys() | self.divided.keys() | self.experts.keys()
+        return {target: self.made[target] for target in self.sources if target not in spectral}
+
+    @cached_property
+    def cuts(self) -> dict[str, tuple[int, ...]]:
+        """Rows at which the spectrum of a stored tensor is cut, by its name."""
+        return {self.stored(target)[0]: starts for target, starts in self.divided.items()}
+
+    def stored(self, target: str) -> list[str]:
+        """All stored names of a parameter in `sources`."""
+        return [name for names in self.sources[target].values() for name in names]
+
+
+def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequence[Any]) -> Plan:
+    """Decide where everything goes.
+
+    Args:
+        model: a PreTrainedModel whose parameters are on the meta device.
+        checkpoint: the folder.
+        conversions: renamings and converters of transformers for this model.
+
+    Returns:
+        The plan; names that the model does not have are left out, and transformers reports them.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    expected, prefix = model.state_dict(), model.base_model_prefix
+
+    def place(name: str) -> tuple[str, str]:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if renamed not in expected and name in expected:
+            renamed, pattern = rename_source_key(name, [], [], prefix, expected)
+        return renamed, pattern or ANY
+
+    tensors = checkpoint.manifest.tensors
+    stored = {f"{name}.{suffix}" for name in tensors for suffix in SUFFIXES}
+    names = [*tensors, *(name for name in checkpoint.index.tensors if name not in stored)]
+    sources: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = place(name)
+        if target in expected:
+            sources.setdefault(target, {}).setdefault(pattern, []).append(name)
+    ties = model.all_tied_weights_keys
+    apart = frozenset(one for one, other in ties.items() if one in sources and other in sources)
+    sources = {
+        target: by for target, by in sources.items() if any(name in tensors for own in by.values() for name in own)
+    }
+    again = {place(alias)[0]: place(name)[0] for alias, name in checkpoint.manifest.aliases.items()}
+    again = {alias: name for alias, name in again.items() if alias != name and {alias, name} <= expected.keys()}
+    groups = _groups([*((one, other) for one, other in ties.items() if one not in apart), *again.items()])
+    owner = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    made = {target: _made(target, owner.get(next(iter(by))), expected) for target, by in sources.items()}
+    slots: dict[str, tuple[str, ...]] = {}
+    divided: dict[str, tuple[int, ...]] = {}
+    heads = tuple(f"{name}." for name in classifier_heads(model))  # adapters train copies of them, which must be dense
+    inside = {target: by for target, by in sources.items() if not (heads and target.startswith(heads))}
+    for target, by in inside.items():
+        group = (target, *(other for other in groups.get(target, ()) if other != target))
+        shape = tensors[by[ANY][0]].shape if ANY in by else None
+        if shape is not None and all(_becomes_spectral(model, name, shape, alone=len(group) == 1) for name in group):
+            slots[target] = group
+        elif ANY not in by and groups.keys().isdisjoint(made[target]):
+            starts = _divided(model, made[target], by, tensors, owner[next(iter(by))])
+            divided |= {target: starts} if starts else {}
+    found = {target: stored_matrices(model, target, by, tensors, converters) for target, by in inside.items()}
+    experts = {
+        target: stored
+        for target, stored in found.items()
+        if stored and target not in groups and target not in slots and target not in divided
+    }
+    return Plan(sources, made, slots, divided, experts, again, apart)
+
+
+def _groups(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Every name with all names that are tied to it, over any number of steps."""
+    groups: dict[str, set[str]] = {}
+    for one, other in pairs:
+        whole = groups.get(one, {one}) | groups.get(other, {other})
+        groups |= dict.fromkeys(whole, whole)
+    return groups
+
+
+def _made(target: str, converter: Any, expected: Iterable[str]) -> tuple[str, ...]:
+    """All parameters that a converter makes with one; it goes by the first of its patterns."""
+    if converter is None or len(converter.target_patterns) == 1:
+        return (target,)
+    first, *others = converter.target_patterns
+    before, found, after = target.partition(first)
+    names = (f"{before}{pattern}{after}" for pattern in others) if found else ()
+    return (target, *(name for name in names if name in expected))
+
+
+def _becomes_spectral(model: nn.Module, parameter: str, shape: tuple[int, ...], *, alone: bool) -> bool:
+    """Whether a layer of ours can stand in."""
+    owner, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf != "weight" or not owner or tuple(cast(Tensor, module.weight).shape) != shape:
+        return False
+    if is_conv1d(module):
+        return alone  # it has the transposed weight
+    own: Any = type(module)
+    if own in (nn.Linear, nn.Embedding):
+        return own is nn.Linear or module.max_norm is None
+    known = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
+    outside = isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention computes with its weight
+    return known and not outside and not hasattr(module, "spectrum") and only_multiplies(own, leaf) and _fits(own)
+
+
+def _fits(own: Any) -> bool:
+    try:
+        standing_for(own)
+    except TypeError:
+        return False
+    return True
+
+
+def _divided(
+    model: nn.Module,
+    made: Sequence[str],
+    by: Mapping[str, Sequence[str]],
+    tensors: Mapping[str, TensorRecord],
+    converter: Any,
+) -> tuple[int, ...]:
+    """First rows of layers that one tensor is cut into; nothing where cuts go through tiles, or more is done."""
+    from transformers.core_model_loading import Chunk, Split
+
+    names = [name for own in by.values() for name in own]
+    plain = len(converter.operations) == 1 and type(converter.operations[0]) in (Chunk, Split)
+    if not plain or converter.operations[0].dim != 0 or len(names) != 1 or len(made) != len(converter.target_patterns):
+        return ()
+    record = tensors[names[0]]
+    shapes = [tuple(model.get_parameter(name).shape) for name in made]
+    starts = [0, *accumulate(shape[0] for shape in shapes)]
+    alike = type(converter.operations[0]) is Split or len({shape[0] for shape in shapes}) == 1
+    fits = record.shape == record.matrix == (starts[-1], shapes[0][-1]) and alike
+    if not fits or not all(_cuts_between_tiles(record, row) for row in starts):
+        return ()
+    spectral = all(_becomes_spectral(model, name, own, alone=True) for name, own in zip(made, shapes, strict=True))
+    return tuple(starts[:-1]) if spectral and not any(is_conv1d(_owner(model, name)) for name in made) else ()
+
+
+def _cuts_between_tiles(record: TensorRecord, row: int) -> bool:
+    inside = [part.rows[0] for part in record.parts if part.rows[0] < row < part.rows[1]]
+    return 0 not in record.axes or all((row - start) % record.tile == 0 for start in inside)
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
+    """Refuse a folder of which nothing goes into the model.
+
+    Raises:
+        CheckpointError: when no compressed tensor has a place.
+    """
+    if not plan.sources:
+        some = ", ".join(list(checkpoint.manifest.tensors)[:3])
+        raise CheckpointError(
+            f"{checkpoint.index.root.name}: none of its {len(checkpoint.manifest.tensors)} compressed tensors ({some})"
+            " is in the model; the class of the architecture in config.json is accepted. Load it with that class."
+        )
+
+
+def stripping(names: Sequence[str], others: Sequence[str], patterns: Sequence[str]) -> str:
+    """A regular expression that takes the suffix off messengers that converters of transformers should see as weights.
+
+    Args:
+        names: compressed tensors whose parameter a converter makes.
+        others: other compressed tensors, which it must not match.
+        patterns: of those converters.
+
+    Returns:
+        With the stripped name as its first group.
+    """
+    general = "|".join(pattern.replace("*.", r".*\.") for pattern in patterns)
+    expression = rf"^(.*(?:{general}).*)\.{STEP}"
+    if any(re.search(expression, f"{name}.{STEP}") for name in others):
+        expression = rf"^({'|'.join(map(re.escape, names))})\.{STEP}"
+    return expression
+
+
+def held_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Parameters that files hold compressed and memory does not, with the class of their module.
+
+    Args:
+        model: that the plan was made for.
+        plan: where everything went.
+    """
+    names = (name for made in plan.dense.values() for name in made)
+    return {name: type(_owner(model, name)).__name__ for name in names}
+
+
+def said_of_dense(checkpoint: CompressedCheckpoint, plan: Plan, held: Mapping[str, str]) -> str:
+    """One line about `held_dense`.
+
+    Args:
+        checkpoint: the folder.
+        plan: where everything went.
+        held: what it gave; not empty.
+    """
+    tensors = checkpoint.manifest.tensors
+    names = [name for target in plan.dense for name in plan.stored(target) if name in tensors]
+    share = sum(tensors[name].report.weights for name in names) / checkpoint.manifest.report.weights
+    kinds = ", ".join(f"{count} of {kind}" for kind, count in Counter(held.values()).most_common(5))
+    return (
+        f"{checkpoint.index.root.name}: {len(names)} of {len(tensors)} compressed tensors, {share:.1%} of their"
+        " weights, are held dense in memory, as heads that are trained whole, or since their modules do more than"
+        f" multiply by them ({kinds});"
+        " model.hf_quantizer.held_dense names them."
+    )
+
+
+def row_ranges(plan: Plan, target: str, rows: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each parameter of a divided one, in the order of `Plan.made`.
+
+    Args:
+        plan: with the parameter in `divided`.
+        target: its name.
+        rows: of the whole tensor.
+    """
+    return pairwise([*plan.divided[target], rows])

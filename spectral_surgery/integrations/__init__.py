@@ -1,1 +1,0 @@
-"""Plug-ins of other libraries: adapter methods for PEFT."""

@@ -1,0 +1,1 @@
+"""Operations on models in memory; nothing here opens a file."""

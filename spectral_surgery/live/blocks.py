@@ -1,0 +1,299 @@
+"""Running a model block by block, and the second moments of what its linear layers are given.
+
+Activations of all samples wait between two blocks, so that a block is run twice: once to see the inputs of its layers,
+and again, after these were changed, for what the next block will be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectral_surgery.errors import ConfigError, TargetError
+from spectral_surgery.live.running import called
+
+Batch = dict[str, Tensor]
+_BESIDE = 0.25  # of the parameters of the blocks may be in other lists
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position")
+Held = Callable[[], Tensor]  # activations that wait, perhaps on the disk, until they are called for
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # by place, and by name; without the hidden states
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a block is given for some sequences.
+
+    Attributes:
+        hidden: hidden states, [B, T, D].
+        args: the other arguments that are given by place.
+        named: those that are given by name.
+        later: both of the blocks after it, which may differ: masks of windows, rotary angles, biases of the first one;
+            None of a block that text alone does not run, such as one that looks at images.
+        skipped: whether the block is such a one.
+    """
+
+    hidden: Held
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    later: tuple[Arguments | None, ...] = ()
+    skipped: bool = False
+
+    def through(self, block: nn.Module) -> Tensor:
+        """The hidden states that a block gives; those that are there, where it is skipped."""
+        if self.skipped:
+            return self.hidden()
+        return hidden_of(called(block, (self.hidden(), *self.args), self.named))
+
+
+def _all_there(prefix: str, without: str) -> AbstractContextManager[None]:  # noqa: ARG001 - nothing to do
+    return nullcontext()
+
+
+def _in_memory(tensor: Tensor) -> Held:
+    return lambda: tensor
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the last block
+    pass
+
+
+class UnchainedError(TargetError):
+    """A model does something of its own between two blocks."""
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Whether a model has one list of blocks that holds most of it, each run once, by itself."""
+    lists = sorted(_lists(model).values(), key=_size)
+    if not lists or any(isinstance(block, nn.ModuleList) for block in lists[-1]):
+        return False
+    planned = getattr(text_config(model), "num_hidden_layers", None)
+    again = isinstance(planned, int) and planned > len(lists[-1])  # the same blocks are run several times
+    return not again and sum(map(_size, lists[:-1])) <= _BESIDE * _size(lists[-1])
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that most parameters of what reads text are in, and its name.
+
+    Raises:
+        TargetError: when there is none.
+    """
+    lists = _lists(model)
+    if not lists:
+        raise TargetError(f"{type(model).__name__}: has no list of blocks; a transformer is accepted.")
+    return max(lists.items(), key=lambda own: _size(own[1]))
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the part of a model that reads text; None when the model has none."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules in the part of a model that reads text; those inside others are left out."""
+    config = text_config(model)
+    parts = ((name, own) for name, own in model.named_modules() if getattr(own, "config", None) is config)
+    prefix, part = next(parts, ("", model))
+    found: dict[str, nn.ModuleList] = {}
+    for inner, module in part.named_modules(prefix=prefix):
+        inside = any(inner.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            found[inner] = module
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def blocks_in_turn(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    holding: Callable[[str, str], AbstractContextManager[None]] = _all_there,
+    keep: Callable[[Tensor], Held] = _in_memory,
+) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor]]]]:
+    """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
+
+    A model without a list of blocks, or that does something of its own between them, is one block, with the empty
+    name, that is run from its beginning.
+
+    Args:
+        model: in eval mode; a block may be changed while it is the turn's.
+        batches: arguments of the model by name.
+        holding: has the parameters of one prefix (all, if empty) without those of another in memory meanwhile.
+        keep: puts activations away until they are needed.
+
+    Yields:
+        (name of the block, the block, a function that runs it on one sample after the other and yields its outputs).
+
+    Raises:
+        ConfigError: when there is no sample.
+    """
+    if not batches:
+        raise ConfigError("calibrate: no text; some is accepted.")
+    prefix, blocks = find_blocks(model) if has_blocks(model) else ("", nn.ModuleList())
+    inputs: list[Sample] = []
+    if len(blocks):
+        with suppress(UnchainedError), holding("", f"{prefix}."), holding(f"{prefix}.0.", ""):
+            inputs = [captured_inputs(model, blocks, batch, keep) for batch in batches]
+    if not inputs:
+        with holding("", ""):
+            yield "", model, partial(_run_whole, model, batches)
+        return
+    for number, block in enumerate(blocks):
+        name = f"{prefix}.{number}"
+        with holding(f"{name}.", ""):
+            yield name, block, partial(outputs_of, block, inputs)
+            if number + 1 < len(blocks):
+                inputs = next_inputs(block, inputs, keep)
+
+
+@contextmanager
+def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Sum the second moments of the inputs of layers while the block lasts.
+
+    Args:
+        layers: modules that take [..., I], by name. Those that are given the same tensor share one sum.
+
+    Yields:
+        H = Xᵀ X, [I, I] float32, by name; filled as the layers run.
+    """
+    found: dict[str, Tensor] = {}
+    leaders: dict[str, str] = {}
+    last: tuple[Tensor, str] | None = None  # kept alive, since a new tensor may get the id of one that is gone
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal last
+            x = cast(Tensor, args[0])
+            if name not in leaders:
+                leaders[name] = last[1] if last is not None and last[0] is x else name
+            if leaders[name] == name:
+                flat = x.detach().reshape(-1, x.shape[-1]).float()
+                if name not in found:
+                    found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+                found[name].addmm_(flat.T, flat)
+                last = (x, name)
+
+        return see
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield found
+        for name, leader in leaders.items():
+            found[name] = found[leader]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def captured_inputs(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, keep: Callable[[Tensor], Held] = _in_memory
+) -> Sample:
+    """What a model gives to its first block, and what besides hidden states to the others; only the first one is run.
+
+    Args:
+        model: in eval mode.
+        blocks: of it.
+        batch: arguments of the model by name.
+        keep: puts the hidden states away.
+
+    Raises:
+        TargetError: when a block is not run, or more than once.
+        UnchainedError: when a block is given something else than what the one before it returned.
+    """
+    seen: dict[int, tuple[Tensor, Arguments]] = {}
+    returned: list[Any] = []
+
+    def watched(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if number <= max(seen, default=-1):
+                raise TargetError(
+                    f"{type(model).__name__}: runs its blocks more than once, or in another order than their list; a"
+                    " model that runs each of them once is accepted."
+                )
+            seen[number] = _without_hidden(args, named)
+            if returned and not torch.equal(seen[number][0], hidden_of(returned[0])):
+                raise UnchainedError(
+                    f"{type(model).__name__}: changes the hidden states between its blocks; a model that hands what a"
+                    " block returns to the next one is accepted."
+                )
+            if number == len(blocks) - 1:
+                raise _Reached
+            if not number:
+                returned.append(forward(*args, **named))
+            return returned[0]
+
+        return lambda *args, **named: run(args, named)
+
+    try:
+        for number, block in enumerate(blocks):
+            block.forward = watched(number, block.forward)  # some call it themselves, so that hooks would not see it
+        with torch.no_grad(), suppress(_Reached):
+            called(model, named=batch)
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+    if 0 not in seen:
+        raise TargetError(
+            f"{type(model).__name__}: the first of {len(blocks)} blocks in a list is not run on text alone; a model"
+            " that does is accepted."
+        )
+    hidden, (args, named) = seen[0]
+    later = tuple(seen[number][1] if number in seen else None for number in range(1, len(blocks)))
+    return Sample(keep(hidden), args, named, later)
+
+
+def _without_hidden(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """The hidden states, and the other arguments."""
+    named = {key: value for key, value in named.items() if key not in _CACHES}  # they would grow with every run
+    if args:
+        return args[0], (args[1:], named)
+    name = next(key for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return named.pop(name), ((), named)
+
+
+def next_inputs(
+    block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = _in_memory
+) -> list[Sample]:
+    """The arguments of the next block: the hidden states that this one gives, and what the model gives it besides."""
+    found = []
+    for sample, hidden in zip(inputs, outputs_of(block, inputs), strict=True):
+        first, *rest = sample.later or (None,)
+        args, named = first or ((), {})
+        found.append(Sample(keep(hidden), args, named, tuple(rest), skipped=first is None))
+    return found
+
+
+@torch.no_grad()
+def outputs_of(block: nn.Module, inputs: Sequence[Sample]) -> Iterator[Tensor]:
+    """Hidden states that a block gives for one sample after the other; no gradients."""
+    for sample in inputs:
+        yield sample.through(block)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
+    if isinstance(output, dict):
+        return cast(Tensor, output.get("hidden_states", next(iter(output.values()))))
+    return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)
+
+
+@torch.no_grad()
+def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield hidden_of(called(model, named={**batch, "return_dict": False}))

@@ -1,0 +1,28 @@
+"""y = x Wᵀ with W a spectrum: the transforms act on the activations, never on the weight."""
+
+from __future__ import annotations
+
+from spectral_surgery.matmul.code_blocks import Spectrum
+from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.host_offload import HostMatrix
+from spectral_surgery.matmul.int8 import Int8Form, transposed_form
+from spectral_surgery.matmul.operator import form_matmul, form_matmul_transposed
+from spectral_surgery.matmul.reference import spectral_matmul
+from spectral_surgery.matmul.resident import RESIDENTS, resident_form
+from spectral_surgery.matmul.row_blocks import block_streaming_matmul
+from spectral_surgery.matmul.transfers import STREAM_BYTES
+
+__all__ = [
+    "RESIDENTS",
+    "STREAM_BYTES",
+    "Form",
+    "HostMatrix",
+    "Int8Form",
+    "Spectrum",
+    "block_streaming_matmul",
+    "form_matmul",
+    "form_matmul_transposed",
+    "resident_form",
+    "spectral_matmul",
+    "transposed_form",
+]

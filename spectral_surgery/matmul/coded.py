@@ -1,0 +1,138 @@
+"""The stored frames themselves, decoded a block of rows at a time while others multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.coding import decode_frame
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.matmul import integer
+from spectral_surgery.matmul.code_blocks import Spectrum, as_encoded
+from spectral_surgery.matmul.levels import levels_of
+from spectral_surgery.matmul.workers import Span, in_turn
+
+_BLOCK = 1 << 20  # codes decoded at a time by one thread
+
+
+@dataclass(frozen=True)
+class CodedForm:
+    """Entropy-coded frames; see `Form`.
+
+    Attributes:
+        data: [bytes] uint8, the frames.
+        ends: [frames + 1] int64 byte offsets.
+        scale: [1] or [I] float32.
+        offset: [1] float32, shift of the reconstruction points, in steps.
+        basis: transform, tile and axes.
+        size: (O, I).
+        rows_per_frame: rows of a frame, whole tiles.
+    """
+
+    data: Tensor
+    ends: Tensor
+    scale: Tensor
+    offset: Tensor
+    basis: Basis
+    size: tuple[int, int]
+    rows_per_frame: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.size
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        operand = integer.prepare(x, accuracy)
+
+        def rows(span: Span) -> Tensor:
+            levels, parts = self._block(span, x.device)
+            y = integer.product(operand, levels)
+            return y if parts == 1 else y.div_(parts)
+
+        return torch.cat(list(in_turn(rows, self._spans())), 1)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        operand = integer.prepare(g, accuracy, adjoint=True)
+
+        def rows(span: Span) -> Tensor:
+            levels, parts = self._block(span, g.device)
+            start = span[0] * self.rows_per_frame
+            return integer.adjoint(operand.terms(start, start + len(levels)), levels).div_(parts)
+
+        wide = torch.promote_types(operand.dtype, torch.float32)
+        out = g.new_zeros((len(g), self.size[1]), dtype=wide)
+        for part in in_turn(rows, self._spans()):
+            out += part
+        return out
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] float32; each frame that holds one of them is decoded once."""
+        out = torch.empty((len(rows), self.size[1]), device=rows.device)
+        frames = rows // self.rows_per_frame
+        for frame in sorted(set(frames.tolist())):
+            levels, parts = self._block((frame, frame + 1), rows.device)
+            here = frames == frame
+            out[here] = levels[rows[here] - frame * self.rows_per_frame].to(torch.float32) / parts
+        return out
+
+    def recorded_levels(self) -> Tensor:
+        """Refused.
+
+        Raises:
+            ConfigError: always: frames are decoded by Python.
+        """
+        raise ConfigError(
+            "resident 'coded': is decoded by Python, which cannot be exported or traced; int8 and streamed are"
+            " accepted. Load the model with one of them, or call model.dequantize() first."
+        )
+
+    def _spans(self) -> list[Span]:
+        frames = len(self.ends) - 1
+        each = max(1, _BLOCK // (self.rows_per_frame * self.size[1]))
+        return [(first, min(first + each, frames)) for first in range(0, frames, each)]
+
+    def _block(self, span: Span, device: torch.device) -> tuple[Tensor, float]:
+        parts = [self._codes(frame) for frame in range(*span)]
+        codes = parts[0] if len(parts) == 1 else torch.cat(parts)
+        levels, scale = levels_of(codes, float(self.offset))
+        return levels.to(device), scale
+
+    def _codes(self, frame: int) -> Tensor:
+        first, last = self.ends[frame : frame + 2].tolist()
+        rows = min(self.rows_per_frame, self.size[0] - frame * self.rows_per_frame)
+        data = self.data[first:last].cpu().numpy().data
+        return torch.from_numpy(decode_frame(data, rows * self.size[1])).reshape(rows, self.size[1])
+
+
+def coded_form(spectrum: Spectrum) -> CodedForm:
+    """The stored frames of a spectrum, as they are."""
+    encoded = as_encoded(spectrum)
+    ends = torch.tensor([0, *map(len, encoded.frames)]).cumsum(0)
+    return CodedForm(
+        _joined(encoded.frames),
+        ends,
+        encoded.step.to(torch.float32).clone(),
+        torch.tensor([encoded.offset], dtype=torch.float32),
+        encoded.basis,
+        encoded.shape,
+        encoded.rows_per_frame,
+    )
+
+
+def _joined(frames: Sequence[bytes | memoryview]) -> Tensor:
+    """One frame after the other, where they are if they are so in memory, as those that were just read."""
+    owner: object = frames[0].obj if isinstance(frames[0], memoryview) else None
+    places = [(np.frombuffer(frame, np.uint8).ctypes.data, len(frame)) for frame in frames]
+    adjacent = all(start + length == following for (start, length), (following, _) in pairwise(places))
+    if isinstance(owner, np.ndarray) and adjacent and sum(map(len, frames)) == owner.nbytes:
+        return torch.from_numpy(owner)
+    return torch.frombuffer(bytearray().join(frames), dtype=torch.uint8)

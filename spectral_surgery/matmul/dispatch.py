@@ -1,0 +1,96 @@
+"""Which product suits a device, a number of tokens and an accuracy: measured crossovers, no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from spectral_surgery.matmul import triton
+
+Way = Literal["packed", "planes", "blocks", "triton"]
+
+_MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
+_PACKED_TERMS = 32
+_PACKED_TOKENS = 8, 16  # at most: without dot products of bfloat16, and with them
+_NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the instruction set has; all that a choice may depend on, beside what it chooses for.
+
+    Attributes:
+        int8: dot products of int8 into int32; without them int8 products may saturate.
+        bfloat16: dot products of bfloat16; without them, bfloat16 products are slower than float32 ones.
+    """
+
+    int8: bool
+    bfloat16: bool
+
+
+@lru_cache(maxsize=1)
+def processor() -> Processor:
+    """This one: torch is asked once, and what it cannot tell is taken as missing.
+
+    Nothing else asks it, and nobody keeps the answer: to replace this function is to be on another processor.
+    """
+
+    def has(name: str) -> bool:
+        return bool(getattr(torch.cpu, name, bool)())
+
+    return Processor(has("_is_vnni_supported"), has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
+
+
+def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint: bool = False) -> Way:
+    """How to multiply activations by an int8 matrix.
+
+    Args:
+        device: type of the device.
+        tokens: T.
+        terms: summed per output.
+        accuracy: dtype of the activations as the caller gave them.
+        adjoint: whether outputs are columns of the matrix: torch's weight-only kernel has rows only.
+
+    Returns:
+        ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
+        ``planes``: activations as several int8 digits, exact int8 products.
+        ``blocks``: blocks of rows converted to floating point.
+        ``triton``: a kernel that converts in registers, on GPUs.
+    """
+    if device == "cuda" and accuracy != torch.float64 and triton.available():
+        return "triton"
+    if device != "cpu" or accuracy == torch.float64:
+        return "blocks"
+    has = processor()
+    whole = not terms % _PACKED_TERMS  # torch's kernel reads beyond a row of other lengths
+    if accuracy == torch.bfloat16 and not adjoint and whole and tokens <= _PACKED_TOKENS[has.bfloat16]:
+        return "packed"
+    if accuracy == torch.bfloat16 and has.bfloat16:
+        return "blocks"
+    return "planes" if has.int8 and terms <= _MAX_INT32_TERMS else "blocks"
+
+
+def block_dtype(device: str, accuracy: torch.dtype) -> torch.dtype:
+    """Floating type that ``blocks`` multiplies in."""
+    if accuracy == torch.bfloat16 and (device != "cpu" or processor().bfloat16):
+        return torch.bfloat16
+    if accuracy == torch.float16 and device != "cpu":
+        return torch.float16
+    return torch.float64 if accuracy == torch.float64 else torch.float32
+
+
+def transform_dtype(device: str, tokens: int, accuracy: torch.dtype) -> torch.dtype:
+    """Floating type that activations are transformed in."""
+    if accuracy == torch.float64:
+        return torch.float64
+    native = accuracy == torch.bfloat16 and tokens > _NATIVE_TOKENS
+    return block_dtype(device, accuracy) if native else torch.float32
+
+
+def packed_tokens(terms: int) -> int:
+    """How many tokens of bfloat16 torch's int8 weight-only kernel takes on a CPU; 0 where it takes none."""
+    most = _PACKED_TOKENS[processor().bfloat16]
+    return most if way("cpu", most, terms, torch.bfloat16) == "packed" else 0

@@ -1,0 +1,143 @@
+"""Levels that stay in host memory and cross the bus as they are, half a byte or one byte a weight, at every product."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.matmul.code_blocks import Spectrum
+from spectral_surgery.matmul.int4 import Int4Form, int4_form, outlier_bytes
+from spectral_surgery.matmul.int8 import Int8Form, int8_form
+from spectral_surgery.matmul.outliers import add_adjoint, add_levels, add_product
+from spectral_surgery.matmul.transfers import BUFFER_BYTES, bus
+
+_MOST_BEYOND = 1 << 12  # one code in so many may be beyond a nibble: these stay on the device
+
+
+@dataclass(frozen=True)
+class HostMatrix:
+    """A matrix that no layer moves to its device; pinned where there is a GPU.
+
+    Attributes:
+        codes: [O, n] int8.
+    """
+
+    codes: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> HostMatrix:
+        """Bring codes to where copies to a GPU start from."""
+        codes = codes.cpu()
+        return cls(codes.pin_memory() if torch.cuda.is_available() else codes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also those in other processes, are pinned as this is."""
+        return HostMatrix.of, (self.codes,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.codes.nbytes
+
+
+@dataclass(frozen=True)
+class StreamedForm:
+    """Codes in host memory; see `Form`.
+
+    Attributes:
+        host: of an `Int4Form` or an `Int8Form`.
+        scale: [1] or [I] float32; the device of the layer.
+        grid: [2] int8 of an `Int4Form`, on that device; [0] of an `Int8Form`.
+        places: of the codes beyond nibbles, as in an `Int4Form`, on that device; [0] of an `Int8Form`.
+        beyond: of their levels, the same.
+        basis: transform, tile and axes.
+        columns: I.
+    """
+
+    host: HostMatrix
+    scale: Tensor
+    grid: Tensor
+    places: Tensor
+    beyond: Tensor
+    basis: Basis
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (len(self.host.codes), self.columns)
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        with self._blocks(x.device) as blocks:
+            y = torch.cat([self._form(block).product(x, accuracy) for _, block in blocks], 1)
+        return add_product(y, x, self.places, self.beyond, self.columns)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        out: Tensor | None = None
+        with self._blocks(g.device) as blocks:
+            for start, block in blocks:
+                part = self._form(block).adjoint(g[:, start : start + len(block)], accuracy)
+                out = part if out is None else out.add_(part)
+        if out is None:
+            return g.new_zeros((len(g), self.columns))
+        return add_adjoint(out, g, self.places, self.beyond, self.columns)
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] int8 on the device of the rows; only these cross the bus."""
+        own = self._form(self.host.codes[rows.cpu()].to(rows.device))
+        levels = own.levels(torch.arange(len(rows), device=rows.device))
+        return add_levels(levels, rows, self.places, self.beyond, self.columns)
+
+    def recorded_levels(self) -> Tensor:
+        """[O, I] int8 on the device of the layer, where all of them arrive at once."""
+        form = self._form(self.host.codes.to(self.scale.device))
+        if isinstance(form, Int4Form):
+            form = replace(form, places=self.places, beyond=self.beyond)
+        return form.recorded_levels()
+
+    def _blocks(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
+        codes = self.host.codes
+        return closing(bus(device).blocks(codes, BUFFER_BYTES // codes.shape[1]))
+
+    def _form(self, codes: Tensor) -> Int4Form | Int8Form:
+        if self.grid.numel():
+            nothing = self.places[:0], self.beyond[:0]  # of this block alone: those of the whole are added at the end
+            return Int4Form(codes, self.scale, self.grid, *nothing, self.basis, self.columns)
+        return Int8Form(codes, self.scale, self.basis)
+
+
+def streamed_bytes(weights: int, stored: int) -> int:
+    """Bytes on the device, at most; the codes are in host memory."""
+    del stored
+    return outlier_bytes(weights, _MOST_BEYOND)
+
+
+def streamed_form(spectrum: Spectrum) -> StreamedForm:
+    """Levels of a spectrum in host memory: 4 bits each where they fit, else 8.
+
+    Raises:
+        ConfigError: when they do not fit 8 bits, or a row is larger than a buffer.
+    """
+    form: Int4Form | Int8Form
+    try:
+        form = int4_form(spectrum, _MOST_BEYOND)
+    except ConfigError:
+        form = int8_form(spectrum)
+    codes = form.codes
+    if codes.shape[1] > BUFFER_BYTES:
+        raise ConfigError(
+            f"resident 'streamed': a row of {codes.shape[1]} bytes; up to {BUFFER_BYTES} are accepted. Use int8."
+        )
+    grid, places, beyond = codes.new_empty(0), codes.new_empty(0, dtype=torch.int32), codes.new_empty(0)
+    if isinstance(form, Int4Form):
+        grid, places, beyond = form.grid, form.places, form.beyond
+    return StreamedForm(HostMatrix.of(codes), form.scale, grid, places, beyond, form.basis, form.shape[1])

@@ -1,0 +1,140 @@
+"""Half a byte a weight, where all but a few codes fit: signed nibbles, unpacked a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.encoded import Basis, frame_spans
+from spectral_surgery.codec.hugepages import empty
+from spectral_surgery.matmul import integer, triton
+from spectral_surgery.matmul.code_blocks import Spectrum, basis_of, code_blocks, reach, refusal
+from spectral_surgery.matmul.levels import Grid, grid_of
+from spectral_surgery.matmul.outliers import add_block, add_levels, add_product
+
+_LOW, _HIGH = -8, 7
+_MOST_BEYOND = 64  # one code in so many may be beyond a nibble
+_FEW = 16  # tokens on a GPU: more are faster with unpacked levels than with outliers of their own
+_BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
+
+
+@dataclass(frozen=True)
+class Int4Form:
+    """Codes as nibbles; see `Form`.
+
+    Attributes:
+        codes: [O, ceil(I / 2)] int8: the low nibbles are the first half of the columns, the high ones the rest.
+        scale: [1] or [I] float32.
+        basis: transform, tile and axes.
+        grid: [2] int8, `Grid` of the reconstruction points: parts and shift.
+        places: [n] int32 or int64, row * I + column of the codes that nibbles do not hold, ascending.
+        beyond: [n] int8, their levels less those of the nearest nibbles.
+        columns: I.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    grid: Tensor
+    places: Tensor
+    beyond: Tensor
+    basis: Basis
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return (self.codes.shape[0], self.columns)
+
+    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, I] to [T, O]."""
+        operand = integer.prepare(x, accuracy)
+        if operand.how == "triton" and (len(x) <= _FEW or not len(self.places)):
+            y = triton.packed_product(operand.x, self.codes, self.grid)
+            return add_product(y, x, self.places, self.beyond, self.columns)
+        parts = [integer.product(operand, levels) for _, levels in self.blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
+        """[T, O] to [T, I]."""
+        operand = integer.prepare(g, accuracy, adjoint=True)
+        wide = torch.promote_types(operand.dtype, torch.float32)
+        out = g.new_zeros((len(g), self.columns), dtype=wide)
+        for start, levels in self.blocks():
+            out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
+        return out
+
+    def levels(self, rows: Tensor) -> Tensor:
+        """[n] int64 to [n, I] int8."""
+        packed = self.codes[rows]
+        levels = self._unpack(packed, packed.new_empty((len(packed), self.columns)))
+        return add_levels(levels, rows, self.places, self.beyond, self.columns)
+
+    def recorded_levels(self) -> Tensor:
+        """[O, I] int8, without a look at the grid."""
+        low = self.codes.bitwise_left_shift(4).bitwise_right_shift(4)  # keeps the sign
+        high = self.codes.bitwise_right_shift(4)
+        codes = torch.cat([low, high], 1)[:, : self.columns]
+        levels = (codes * self.grid[0] + codes.sign() * self.grid[1]).flatten()
+        return levels.index_add(0, self.places, self.beyond).reshape(-1, self.columns)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and levels of blocks of rows, one after the other in the same memory."""
+        rows, columns = self.shape
+        spans = frame_spans(rows, max(1, _BLOCK // columns))
+        buffer = self.codes.new_empty((spans[0][1], columns))
+        for start, stop in spans:
+            levels = self._unpack(self.codes[start:stop], buffer[: stop - start])
+            yield start, add_block(levels, start, self.places, self.beyond)
+
+    def _unpack(self, packed: Tensor, out: Tensor) -> Tensor:
+        half = packed.shape[1]
+        torch.bitwise_left_shift(packed, 4, out=out[:, :half]).bitwise_right_shift_(4)  # keeps the sign
+        torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=out[:, half:])
+        parts, shift = self.grid.tolist()
+        return Grid(parts, shift).levels_(out)
+
+
+def outlier_bytes(weights: int, most_beyond: int = _MOST_BEYOND) -> int:
+    """What codes beyond nibbles take at most: a place in 4 bytes and a level in one for each."""
+    return 5 * (weights // most_beyond)
+
+
+def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
+    """Nibbles of a spectrum, decoded block by block.
+
+    Args:
+        spectrum: codes or stored frames.
+        most_beyond: one code in so many may be none of -8 to 7.
+
+    Raises:
+        ConfigError: when more of its codes do not fit 4 bits, or one of them or their offset no int8 grid.
+    """
+    rows, columns = spectrum.shape
+    half = -(-columns // 2)
+    packed = empty((rows, half), torch.int8).to(spectrum.step.device)
+    grid, parts, shift, low, high = grid_of(spectrum.offset), 0, 0, 0, 0
+    index = torch.int32 if rows * columns <= torch.iinfo(torch.int32).max else torch.int64
+    found = [(torch.empty(0, dtype=index), torch.empty(0, dtype=torch.int8))]
+    for start, codes in code_blocks(spectrum):
+        least, most = reach(codes)
+        low, high = min(low, least), max(high, most)
+        part = codes.clamp(_LOW, _HIGH).to(torch.int8)
+        if least < _LOW or most > _HIGH:
+            rest = (codes - part).reshape(-1)
+            places = torch.nonzero(rest).reshape(-1)
+            found.append(((places + start * columns).to(index).cpu(), rest[places].cpu()))
+        beyond = sum(len(places) for places, _ in found)
+        if grid is None or beyond * most_beyond > rows * columns or not grid.fits(low, high):
+            but = f", but for one code in {most_beyond}"
+            raise refusal(spectrum, "int4", (low, high), (_LOW, _HIGH), but)
+        parts, shift = grid.parts, grid.shift
+        block = packed[start : start + len(part)]
+        block.copy_(part[:, :half] & 15)
+        block[:, : columns - half] |= part[:, half:] << 4
+    places, rest = (torch.cat(own).to(packed.device) for own in zip(*found, strict=True))
+    stored = torch.tensor([parts, shift], dtype=torch.int8, device=packed.device)
+    scale = spectrum.step.to(torch.float32) / parts
+    return Int4Form(packed, scale, stored, places, (rest * parts).to(torch.int8), basis_of(spectrum), columns)

@@ -1,0 +1,126 @@
+"""Products of floating activations with an int8 matrix, which never becomes a floating matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from spectral_surgery.matmul import triton
+from spectral_surgery.matmul.dispatch import Way, block_dtype, way
+from spectral_surgery.transforms.base import constants
+
+_BLOCK = 1 << 20  # weights converted at a time: they stay in cache
+_BLOCKS = 4  # at least: a small matrix is not converted at once either
+_DIGIT = 256
+_TOKENS = 32  # split into digits at a time: they stay in cache
+_NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Activations ready to be multiplied by the blocks of a matrix.
+
+    Attributes:
+        x: [T, K] floating.
+        how: see `dispatch.way`.
+        dtype: floating type of products with blocks that are not int8.
+        digits: [planes, T, K] int8, the lowest first; no plane unless the way is ``planes``.
+        unit: [T, 1] float32: x is the number that the digits make up times this.
+    """
+
+    x: Tensor
+    how: Way
+    dtype: torch.dtype
+    digits: Tensor
+    unit: Tensor
+
+    def terms(self, start: int, stop: int) -> Operand:
+        """The same for some of the K terms, as the adjoint of a block of rows needs them."""
+        return replace(self, x=self.x[:, start:stop], digits=self.digits[..., start:stop])
+
+
+def prepare(x: Tensor, accuracy: torch.dtype, *, adjoint: bool = False) -> Operand:
+    """Choose a way and convert activations once.
+
+    Args:
+        x: [T, K] float32, float64 or a 16-bit type.
+        accuracy: dtype of the activations as the caller gave them.
+        adjoint: whether `adjoint` will be called instead of `product`.
+    """
+    how = way(x.device.type, len(x), x.shape[1], accuracy, adjoint=adjoint)
+    dtype = block_dtype(x.device.type, accuracy)
+    if how == "planes":
+        return Operand(x, how, dtype, *_digits(x, 3 if accuracy == torch.float32 else 2))
+    return Operand(x.to(torch.bfloat16 if how == "packed" else dtype), how, dtype, _NOTHING, _NOTHING)
+
+
+def product(operand: Operand, matrix: Tensor) -> Tensor:
+    """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type."""
+    if matrix.dtype == torch.int8 and operand.how == "packed":
+        return torch._weight_int8pack_mm(operand.x, matrix, ones(len(matrix), matrix.device))
+    if matrix.dtype == torch.int8 and operand.how == "planes":
+        return _planes(operand, matrix.T)
+    if matrix.dtype == torch.int8 and operand.how == "triton":
+        return triton.product(operand.x, matrix, operand.dtype)
+    x = operand.x.to(operand.dtype)
+    out = x.new_empty((len(x), len(matrix)))
+    for start, stop, block in _blocks(matrix, x.dtype):
+        out[:, start:stop] = x @ block.T
+    return out
+
+
+def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
+    """G M: [T, r] and M [r, I], int8 or float32, to [T, I] float32 or float64."""
+    if matrix.dtype == torch.int8 and operand.how == "planes":
+        return _planes(operand, matrix)
+    if matrix.dtype == torch.int8 and operand.how == "triton":
+        return triton.product(operand.x, matrix.T, torch.float32)
+    g = operand.x.to(operand.dtype)
+    wide = torch.promote_types(g.dtype, torch.float32)  # sums over blocks keep their bits
+    out = g.new_zeros((len(g), matrix.shape[1]), dtype=wide)
+    for start, stop, block in _blocks(matrix, g.dtype):
+        out += g[:, start:stop] @ block
+    return out
+
+
+@lru_cache(maxsize=64)
+def ones(count: int, device: torch.device) -> Tensor:
+    """[count] bfloat16, the scales that torch's int8 kernel asks for: ours are applied before."""
+    with constants():
+        return torch.ones(count, dtype=torch.bfloat16, device=device)
+
+
+def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    rows, columns = matrix.shape
+    height = max(1, min(_BLOCK // max(columns, 1), -(-rows // _BLOCKS)))
+    buffer = matrix.new_empty((height, columns), dtype=dtype)
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
+        yield start, stop, buffer[: stop - start].copy_(matrix[start:stop])
+
+
+def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows of x as ``count`` int8 digits times a unit each; the error is about 2^-8count of the peak of the row."""
+    unit = x.abs().amax(1, keepdim=True).to(torch.float32).div_(127 * _DIGIT ** (count - 1))
+    unit.clamp_min_(torch.finfo(torch.float32).tiny)
+    digits = torch.empty((count, *x.shape), dtype=torch.int8, device=x.device)
+    for start in range(0, len(x), _TOKENS):
+        some = slice(start, start + _TOKENS)
+        rest = (x[some] / unit[some]).round_().to(torch.int32)
+        for digit in digits[:, some]:
+            digit.copy_(rest)  # keeps the low byte, signed
+            rest.sub_(digit).bitwise_right_shift_(8)
+    return digits, unit
+
+
+def _planes(operand: Operand, matrix: Tensor) -> Tensor:
+    count, tokens, terms = operand.digits.shape
+    sums = torch._int_mm(operand.digits.reshape(count * tokens, terms), matrix).reshape(count, tokens, matrix.shape[1])
+    total = sums[-1].to(torch.float32)
+    for digit in range(count - 2, -1, -1):
+        total.mul_(_DIGIT).add_(sums[digit])
+    return total.mul_(operand.unit)

@@ -1,0 +1,159 @@
+"""Products for those who record operations before they run them: torch.export, torch.jit.trace and torch.compile.
+
+Nothing here looks at a number, or at how many tokens there are, and nothing is called but what torch has: a graph that
+was recorded on one machine gives the same on another, without this package. The price is that the levels of a matrix
+become floating-point numbers for each product. Gradients keep the levels themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.matmul.activations import transform_matrix
+from spectral_surgery.matmul.coded import CodedForm
+from spectral_surgery.matmul.form import Form
+from spectral_surgery.transforms import IDENTITY, TRANSFORMS
+
+
+def recording(forms: Sequence[Form]) -> bool:
+    """Whether operations are recorded; torch.compile leaves the frames of coded forms to Python, as they cannot be."""
+    if whole_graph():
+        return True
+    return torch.compiler.is_compiling() and not any(isinstance(form, CodedForm) for form in forms)
+
+
+def whole_graph() -> bool:
+    """Whether all has to be recorded: torch.export and torch.jit.trace have nobody to leave Python to."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+def left_to_python(function: Callable[[Tensor, Sequence[Form]], Tensor], x: Tensor, forms: Sequence[Form]) -> Tensor:
+    """Call a function between two graphs of torch.compile."""
+    return function(x, forms)
+
+
+def product(x: Tensor, forms: Sequence[Form]) -> Tensor:
+    """X Wᵀ, with the rows of W in one or more forms: [..., I] to [..., O], in float32 or wider."""
+    wide, parts = x.to(_wide(x)), []
+    for form in forms:
+        levels, basis = form.recorded_levels(), form.basis
+        rows, columns = constant_shape(levels)
+        inside = _along(wide, columns, basis, 1, inverse=False) * form.scale.to(wide.dtype)
+        parts.append(_along(_times(inside, levels, x.dtype, turned=True), rows, basis, 0, inverse=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def product_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
+    """X V, with the rows of V, [I, O], in one or more forms: [..., I] to [..., O], in float32 or wider."""
+    wide, start = x.to(_wide(x)), 0
+    total: Tensor | None = None
+    for form in forms:
+        levels, basis = form.recorded_levels(), form.basis
+        rows, columns = constant_shape(levels)
+        inside = _along(wide.narrow(-1, start, rows), rows, basis, 0, inverse=False)
+        y = _times(inside, levels, x.dtype, turned=False) * form.scale.to(wide.dtype)
+        y = _along(y, columns, basis, 1, inverse=True)
+        total, start = y if total is None else total + y, start + rows
+    return cast(Tensor, total)
+
+
+def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
+    """Rows of W: [...] integers to [..., I] float32; what becomes of others than its rows is left to torch."""
+    whole: Tensor | None = None
+    start = 0
+    for form in forms:
+        levels = form.recorded_levels()
+        height, columns = constant_shape(levels)
+        own = ids - start if len(forms) > 1 else ids
+        inside = own.clamp(0, height - 1) if len(forms) > 1 else own
+        found = _along(_row_levels(inside, levels, form.basis) * form.scale, columns, form.basis, 1, inverse=True)
+        whole = found if whole is None else torch.where((own >= 0).unsqueeze(-1), found, whole)
+        start += height
+    return cast(Tensor, whole)
+
+
+def constant_shape(weight: Tensor) -> tuple[int, int]:
+    """(O, I) of a matrix that is no input, about which who traces need not be warned."""
+    if not torch._C._is_tracing():
+        return weight.shape[0], weight.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(weight.shape[0]), int(weight.shape[1])
+
+
+class _Product(Function):
+    """X M, with M as it is held for the gradient: torch would keep its floating-point copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(levels)
+        return x @ levels.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (levels,) = ctx.saved_tensors
+        return grads[0] @ levels.to(grads[0].dtype).mT, None
+
+
+def _times(x: Tensor, levels: Tensor, accuracy: torch.dtype, *, turned: bool) -> Tensor:
+    matrix = levels.mT if turned else levels
+    narrow = x if x.is_cpu or accuracy == torch.float64 else x.to(accuracy)  # 16 bits hold levels, and CPUs are slow
+    if whole_graph() or not (torch.is_grad_enabled() and x.requires_grad):
+        return (narrow @ matrix.to(narrow.dtype)).to(x.dtype)
+    return cast(Tensor, _Product.apply(narrow, matrix)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _along(x: Tensor, length: int, basis: Basis, axis: int, *, inverse: bool) -> Tensor:
+    """Transform tiles of the last dimension, which has a known length, if the axis of the matrix was transformed."""
+    if axis not in basis.axes or basis.transform == IDENTITY.name:
+        return x
+    rest = length % basis.tile
+    count, parts = length // basis.tile, []
+    if count:
+        tiles = x.narrow(-1, 0, length - rest).unflatten(-1, (count, basis.tile))
+        parts.append((tiles @ _matrix(basis.transform, basis.tile, x, inverse=inverse)).flatten(-2))
+    if rest:
+        last = x.narrow(-1, length - rest, rest)
+        taken = TRANSFORMS[basis.transform].accepts(rest)
+        parts.append(last @ _matrix(basis.transform, rest, x, inverse=inverse) if taken else last)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _row_levels(ids: Tensor, levels: Tensor, basis: Basis) -> Tensor:
+    """Rows of the spectrum, [..., I] float32, transformed back along rows: each from all rows of its tile."""
+    if 0 not in basis.axes or basis.transform == IDENTITY.name:
+        return levels[ids].to(torch.float32)
+    height, tile = constant_shape(levels)[0], basis.tile
+    first = ids // tile * tile
+    inside = torch.arange(tile, device=ids.device)
+    rows_of_tile = (first.unsqueeze(-1) + inside).clamp(max=height - 1)
+    like, rest = levels.new_empty(0, dtype=torch.float32), height % tile
+    share = _matrix(basis.transform, tile, like, inverse=False)[ids - first]  # [..., tile]
+    if rest:
+        short = torch.eye(rest, device=ids.device)
+        if TRANSFORMS[basis.transform].accepts(rest):
+            short = _matrix(basis.transform, rest, like, inverse=False)
+        short = torch.nn.functional.pad(short, (0, tile - rest, 0, tile - rest))
+        share = torch.where((first == height - rest).unsqueeze(-1), short[ids - first], share)
+    return (share.unsqueeze(-2) @ levels[rows_of_tile].to(torch.float32)).squeeze(-2)
+
+
+def _matrix(transform: str, points: int, like: Tensor, *, inverse: bool) -> Tensor:
+    return cast(Tensor, _constant_matrix(transform, points, like.dtype, like.device, inverse))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of torch
+def _constant_matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
+    return transform_matrix(transform, points, dtype, device, inverse)

@@ -1,1 +1,0 @@
-"""Computing with spectra: one folder for each operation, a plain reference in each."""

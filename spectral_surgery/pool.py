@@ -1,0 +1,157 @@
+"""Processes that share a list of work: each takes the next item when it is free, so nobody waits for a slow one.
+
+A team can be made before its work is known, and before the caller imports torch: the others import in the meantime.
+What is taken is counted in a file, whose lock the system gives back when a process is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from threading import Thread
+from typing import TypeVar
+
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.memory import keep_freed_memory
+
+T = TypeVar("T")
+
+_ALL = (1 << 62).to_bytes(8, "little")  # items taken, when nobody is to take another one
+
+
+@dataclass(frozen=True)
+class Team:
+    """The calling process and its helpers.
+
+    Attributes:
+        size: processes, the calling one counted.
+        pool: of the others; None when there are none.
+        taken: file with the number of items that somebody has taken.
+    """
+
+    size: int
+    pool: ProcessPoolExecutor | None
+    taken: Path
+
+    def share(self, work: Callable[[T], object], items: Sequence[T], *, last: bool = False) -> Iterator[int]:
+        """Do work on every item, in all processes; the caller does its part while it asks for more.
+
+        Args:
+            work: what to do, able to be pickled, such as a `functools.partial`.
+            items: of which every process takes the next one, from the first to the last.
+            last: the others end when nothing is left to take: ending takes half a second, while the caller can go on.
+
+        Yields:
+            Numbers of the items that the calling process has done. Earlier ones are done, or others are at them.
+
+        Raises:
+            CheckpointError: when one of the processes was killed.
+        """
+        self.taken.write_bytes(bytes(8))
+        try:
+            others = self._ask(work, items)
+            if last and self.pool is not None:
+                self.pool.shutdown(wait=False)
+            for number in _remaining(self.taken, len(items)):
+                work(items[number])
+                yield number
+                for future in others:
+                    if future.done():
+                        future.result()  # raises what went wrong there
+            for future in others:
+                future.result()
+        except BrokenProcessPool:
+            raise CheckpointError(
+                "compress: a worker was killed, most likely for memory; finished parts are kept. "
+                "Run again with --resume and fewer --workers; a script of your own needs `if __name__ == '__main__':`."
+            ) from None
+
+    def _ask(self, work: Callable[[T], object], items: Sequence[T]) -> list[Future[None]]:
+        if self.pool is None:
+            return []
+        return [self.pool.submit(_take_part, self.taken, work, items) for _ in range(self.size - 1)]
+
+    def stop(self) -> None:
+        """Let everybody finish what they are at, and take nothing more."""
+        with self.taken.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(_ALL)
+
+
+@contextmanager
+def team(size: int, *, loads: str = "spectral_surgery.files.compressed.units") -> Iterator[Team]:
+    """Start processes; they end with the block.
+
+    Args:
+        size: how many, the calling one counted.
+        loads: a module that the others import at once.
+
+    Yields:
+        The team.
+    """
+    with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as folder:
+        taken = Path(folder) / "taken"
+        taken.write_bytes(bytes(8))
+        pool = _pool(size - 1, loads) if size > 1 else None
+        own = Team(size, pool, taken)
+        try:
+            yield own
+        finally:
+            own.stop()
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(size: int, loads: str) -> ProcessPoolExecutor:
+    # spawn: forking a process that runs torch threads may deadlock
+    pool = ProcessPoolExecutor(size, mp_context=get_context("spawn"), initializer=_start, initargs=(loads,))
+    for _ in range(size):
+        pool.submit(_nothing)  # starts a process
+    return pool
+
+
+def _start(loads: str) -> None:
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    keep_freed_memory()
+    import_module(loads)
+
+
+def _end_with(sentinel: int) -> None:
+    """End when the process that started us does, should it be killed: nobody waits for what we do."""
+    wait([sentinel])
+    os._exit(1)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _take_part(taken: Path, work: Callable[[T], object], items: Sequence[T]) -> None:
+    for number in _remaining(taken, len(items)):
+        work(items[number])
+
+
+def _remaining(taken: Path, count: int) -> Iterator[int]:
+    while (number := _take(taken)) < count:
+        yield number
+
+
+def _take(taken: Path) -> int:
+    with taken.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        number = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        file.write((number + 1).to_bytes(8, "little"))
+    return number

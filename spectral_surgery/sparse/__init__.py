@@ -1,0 +1,1 @@
+"""Sparse spectral tensors: a tensor as its largest spectral coefficients."""

@@ -1,1 +1,0 @@
-"""Operations on live models; nothing here opens a file."""

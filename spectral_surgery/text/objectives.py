@@ -1,0 +1,210 @@
+"""What a student is asked to take over from its teacher, for each kind of model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.peft.task import needs_decoder_input, task_of
+from spectral_surgery.live.running import called
+from spectral_surgery.registry import Table
+
+Batch = dict[str, Tensor]
+Keep = Literal["important", "largest"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of OBJECTIVES.
+
+    Attributes:
+        name: of the row.
+        summary: one line for a table.
+        auto_class: class of transformers that loads such models.
+        run: (model, batch) to its outputs.
+        loss: (outputs of the student, of the teacher, batch) to a scalar.
+        project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the
+            curvature of the loss where the student is the teacher, up to a factor.
+        keep: which coefficients healing starts with, the ``important`` or the ``largest``: what was better on the
+            models at hand.
+        batch_size: usual sequences of a step.
+        seq_length: usual tokens of a sequence at most.
+    """
+
+    name: str
+    summary: str
+    auto_class: str
+    run: Callable[[nn.Module, Batch], Any]
+    loss: Callable[[Any, Any, Batch], Tensor]
+    project: Callable[[Any, Batch, torch.Generator], Tensor]
+    keep: Keep
+    batch_size: int
+    seq_length: int
+
+
+def objective_of(config: Mapping[str, object]) -> Objective:
+    """The row for a model; embeddings for what has no task of its own.
+
+    Args:
+        config: content of config.json.
+
+    Raises:
+        ConfigError: for encoder-decoder models that a text alone does not run.
+    """
+    if needs_decoder_input(config):
+        raise ConfigError(
+            "heal: the model has an encoder and a decoder, and its text alone does not run both; models of one of them"
+            " are accepted."
+        )
+    return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task_of(config) or "", "embeddings")]
+
+
+def _plain(model: nn.Module, batch: Batch) -> Any:
+    return called(model, named={**batch, "use_cache": False})
+
+
+def _with_hidden(model: nn.Module, batch: Batch) -> Any:
+    outputs = called(model, named={**batch, "output_hidden_states": True})
+    if not getattr(outputs, "hidden_states", None):  # None, or none of the layers that are recorded
+        raise ConfigError(
+            f"heal: {type(model).__name__} returns no hidden states when it is asked for them; a model that does is"
+            " accepted."
+        )
+    return outputs
+
+
+def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """KL(teacher || student), nats per token."""
+    divergence = functional.kl_div(
+        student.logits.float().log_softmax(-1),
+        teacher.logits.float().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    )
+    mask = batch["attention_mask"]
+    return (divergence.sum(-1) * mask).sum() / mask.sum()
+
+
+def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
+    mask = batch["attention_mask"][..., None]
+    first, second = (_pooled(own.hidden_states[-1], mask) for own in (student, teacher))
+    return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, mask)
+
+
+def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """KL of the classes (squared error of a single score) + mean relative squared error of the hidden states."""
+    if teacher.logits.shape[-1] == 1:
+        own = functional.mse_loss(student.logits, teacher.logits)
+    else:
+        own = functional.kl_div(
+            student.logits.float().log_softmax(-1),
+            teacher.logits.float().log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    return own + _hidden(student, teacher, batch["attention_mask"][..., None])
+
+
+def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))
+    pooler = getattr(teacher, "pooler_output", None)
+    errors = [
+        _masked(own - wanted, mask).square().sum() / _masked(wanted, mask).square().sum() for own, wanted in states
+    ]
+    if pooler is not None:
+        errors.append((student.pooler_output - pooler).square().sum() / pooler.square().sum())
+    return torch.stack(errors).mean()
+
+
+def _project_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Log-likelihood of tokens drawn from the model itself: the curvature of KL is the Fisher information."""
+    mask = batch["attention_mask"]
+    return (_drawn(outputs.logits, generator) * mask).sum() / mask.sum().sqrt()
+
+
+def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    mask = batch["attention_mask"][..., None]
+    pooled = functional.normalize(_pooled(outputs.hidden_states[-1], mask), dim=-1)
+    return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, mask, generator)
+
+
+def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    logits = outputs.logits
+    own = _noise(logits, generator) if logits.shape[-1] == 1 else _drawn(logits, generator).sum() / math.sqrt(2)
+    return own / math.sqrt(len(logits)) + _project_hidden(outputs, batch["attention_mask"][..., None], generator)
+
+
+def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> Tensor:
+    states = [_masked(own, mask) for own in outputs.hidden_states]
+    if getattr(outputs, "pooler_output", None) is not None:
+        states.append(outputs.pooler_output)
+    return torch.stack([_noise(own, generator) / own.detach().norm() for own in states]).sum() / math.sqrt(len(states))
+
+
+def _masked(states: Tensor, mask: Tensor) -> Tensor:
+    """Without padding; some models go on with fewer states than tokens, which no mask belongs to."""
+    return states * mask if states.shape[1] == mask.shape[1] else states
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * mask).sum(1) / mask.sum(1) if states.shape[1] == mask.shape[1] else states.mean(1)
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return (x * torch.randn(x.shape, generator=generator).to(x.device)).sum()
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """[..., V] to the log-probability, [...], of one of them each, drawn at random."""
+    logs = logits.float().log_softmax(-1)
+    flat = logs.detach().exp().reshape(-1, logs.shape[-1]).cpu()
+    picked = torch.multinomial(flat, 1, generator=generator).to(logs.device)
+    return logs.gather(-1, picked.reshape(*logs.shape[:-1], 1))[..., 0]
+
+
+OBJECTIVES: Table[Objective] = Table(
+    "objective",
+    (
+        Objective(
+            "tokens",
+            "distributions of the next token",
+            "AutoModelForCausalLM",
+            _plain,
+            _tokens,
+            _project_tokens,
+            "largest",
+            4,
+            256,
+        ),
+        Objective(
+            "classes",
+            "distributions of the class, and hidden states",
+            "AutoModelForSequenceClassification",
+            _with_hidden,
+            _classes,
+            _project_classes,
+            "important",
+            24,
+            128,
+        ),
+        Objective(
+            "embeddings",
+            "sentence embeddings, and hidden states",
+            "AutoModel",
+            _with_hidden,
+            _embeddings,
+            _project_embeddings,
+            "important",
+            24,
+            128,
+        ),
+    ),
+)

@@ -1,0 +1,179 @@
+"""Models on text: perplexity and KL of language models, embeddings and rank correlation of sentence encoders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.index import read_index
+from spectral_surgery.files.peft.adapter_files import read_adapter
+from spectral_surgery.files.peft.task import is_causal
+from spectral_surgery.hf.models import SentenceEncoder, load_model
+from spectral_surgery.live.attach import load
+from spectral_surgery.live.running import called
+from spectral_surgery.text.examples import read_examples
+from spectral_surgery.text.tasks import spearman
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Text to judge models on.
+
+    Attributes:
+        text: for perplexity and KL of language models, or cosine of sentence embeddings, a line being a sentence.
+        sts: CSV of sentence pairs with scores, for the rank correlation of a sentence encoder.
+        samples: sequences, lines or pairs at most; 0 for all.
+        seq_length: tokens of a sequence.
+        trust_remote_code: run the code that a model brings along.
+    """
+
+    text: Path | None = None
+    sts: Path | None = None
+    samples: int = 0
+    seq_length: int = 256
+    trust_remote_code: bool = False
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return self.text is not None or self.sts is not None
+
+
+class Judge:
+    """Holds model A in memory, and one other at a time beside it."""
+
+    def __init__(self, a: Path, data: EvalData, device: str) -> None:
+        """Load A.
+
+        Args:
+            a: a model, plain or compressed, with its tokenizer.
+            data: text to judge on.
+            device: models run on it.
+
+        Raises:
+            CheckpointError: when it cannot be loaded.
+        """
+        self._data, self._device = data, device
+        self._causal = data.text is not None and is_causal(read_index(a).config)
+        self._model, self._tokenizer = self._load(a)
+
+    def measures(self, other: Path | None = None, adapter: Path | None = None) -> dict[str, float]:
+        """Measures of A, of another model, and of both, by name.
+
+        Args:
+            other: the other model; None for A alone.
+            adapter: folder with an adapter that the other one has on it.
+
+        Returns:
+            perplexity_a, perplexity_b, kl, same_top; or cosine; spearman_a, spearman_b.
+        """
+        models = [self._model]
+        if other is not None:
+            model = self._load(other)[0]
+            if adapter is not None:
+                load(model, read_adapter(adapter))
+            models.append(model.to(self._device))
+        return judge(models, self._tokenizer, self._data, causal=self._causal)
+
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        auto_class = "AutoModelForCausalLM" if self._causal else "AutoModel"
+        trust = self._data.trust_remote_code
+        model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust)
+        return model.to(self._device), tokenizer
+
+
+def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
+    """Judge one or two models on text.
+
+    Args:
+        models: in eval mode, on one device.
+        tokenizer: of both.
+        data: text.
+        causal: whether they are language models with their heads, and --text is for perplexity; else encoders.
+
+    Returns:
+        Measures by name, those of the models ending in ``_a`` and ``_b``.
+
+    Raises:
+        ConfigError: when the text cannot be read, or does not fit.
+    """
+    measures: dict[str, float] = {}
+    if data.text is not None and causal:
+        text = " ".join(example.texts[0] for example in read_examples(data.text))
+        measures |= compare_logits(models, tokenizer, text, data.seq_length, data.samples)
+    elif data.text is not None:
+        lines = [line for e in read_examples(data.text) for line in e.texts[0].splitlines() if line.strip()]
+        measures |= _cosines(models, tokenizer, lines[: data.samples or None])
+    if data.sts is not None:
+        measures |= _spearman(models, tokenizer, data)
+    return measures
+
+
+def compare_logits(
+    models: Sequence[Any], tokenizer: Any, text: str, seq_length: int, samples: int = 0
+) -> dict[str, float]:
+    """Perplexity of language models on a text, cut into sequences, and how far a second one is from the first.
+
+    Args:
+        models: one or two, on one device.
+        tokenizer: of both.
+        text: any.
+        seq_length: tokens of a sequence.
+        samples: sequences at most; 0 for all.
+
+    Returns:
+        ``perplexity_a``; of two models also ``perplexity_b``, ``kl`` (mean of KL(A || B) per token, nats) and
+        ``same_top`` (part of the tokens where both rank the same one first).
+
+    Raises:
+        ConfigError: when the text is too short.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    length = min(seq_length, len(ids))
+    if length < 2:
+        raise ConfigError("eval --text: fewer than two tokens; some text is accepted.")
+    rows = ids[: len(ids) // length * length].reshape(-1, length)[: samples or None]
+    sums = {"a": 0.0, "b": 0.0, "kl": 0.0, "top": 0.0}
+    for row in rows:
+        batch = row[None].to(next(models[0].parameters()).device)
+        with torch.inference_mode():
+            logs = [called(model, (batch,)).logits[0, :-1].float().log_softmax(-1) for model in models]
+        for name, log in zip("ab", logs, strict=False):
+            sums[name] -= float(log.gather(-1, batch[0, 1:, None]).sum())
+        if len(logs) == 2:
+            sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+    tokens = rows.shape[0] * (length - 1)
+    found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
+    both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
+    return found | both
+
+
+def _cosines(models: Sequence[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:
+    if len(models) < 2:
+        raise ConfigError(
+            "eval --text: one sentence encoder has nothing to be compared with; a second one is accepted."
+        )
+    first, second = (SentenceEncoder(model, tokenizer).embed(lines) for model in models)
+    return {"cosine": float((first * second).sum(-1).mean())}
+
+
+def _spearman(models: Sequence[Any], tokenizer: Any, data: EvalData) -> dict[str, float]:
+    if data.sts is None:
+        return {}
+    pairs = read_examples(data.sts)[: data.samples or None]
+    if any(len(pair.texts) != 2 or not isinstance(pair.label, float) for pair in pairs):
+        raise ConfigError(f"{data.sts}: rows are not two sentences and a score; such rows are accepted.")
+    scores = torch.tensor([float(pair.label or 0) for pair in pairs]).numpy()
+    found = {}
+    for name, model in zip(("spearman_a", "spearman_b"), models, strict=False):
+        encoder = SentenceEncoder(model, tokenizer)
+        sides = [encoder.embed([pair.texts[side] for pair in pairs]) for side in (0, 1)]
+        found[name] = spearman((sides[0] * sides[1]).sum(-1).numpy(), scores)
+    return found

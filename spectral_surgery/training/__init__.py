@@ -1,0 +1,1 @@
+"""Training: adapters, models from nothing, and the loop that heals compressed ones."""

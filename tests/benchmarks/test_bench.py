@@ -1,0 +1,178 @@
+"""Benchmarks refuse to print figures of wrong results; their parts are right on small inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import benchmarks as bench
+from benchmarks import case as case_module
+from benchmarks import language_model, runner, timing, weights
+from benchmarks.case import BenchCase, CheckFailedError, require
+from benchmarks.cases import coding, engine, generate, rate, spectral_matmul, speed
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.hf.models import load_tokenizer
+from spectral_surgery.registry import Table
+
+
+def matrix(rows: int = 300, columns: int = 200) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def wrong(_: bool) -> list[case_module.Row]:
+    require(False, "2 is not 3")
+    return [{"speed": 1}]
+
+
+def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = BenchCase("good", "works", lambda quick: [{"quick": quick}])
+    monkeypatch.setattr(runner, "CASES", Table("bench case", (good, BenchCase("bad", "fails", wrong))))
+    results = runner.run_cases(["good", "bad"], quick=True)
+    assert [r["status"] for r in results] == ["ok", "FAILED"]
+    assert results[0]["rows"] == [{"quick": True}]
+    assert results[1]["rows"] == []
+    assert "2 is not 3; the figures of this case are not shown" in str(results[1]["reason"])
+    assert {"commit", "torch", "device", "threads", "date"} <= runner.stamp().keys()
+    with pytest.raises(ConfigError, match="bench case 'odd': unknown"):
+        runner.run_cases(["good", "odd"])
+
+
+def test_names_are_those_of_the_commands() -> None:
+    assert list(bench.CASES) == [
+        "coding",
+        "rate",
+        "tiles",
+        "speed",
+        "spectral_matmul",
+        "generate",
+        "fourierft",
+        "mixers",
+        "memory",
+        "text",
+        "calibrate",
+        "learned_bases",
+        "hub",
+        "workers",
+    ]
+
+
+def test_timings_are_medians_of_interleaved_calls() -> None:
+    calls: list[str] = []
+    got = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert got["a"].p20 <= got["a"].median <= got["a"].p80
+
+
+def test_rows_on_a_small_matrix() -> None:
+    row = coding.overhead({"w": matrix()}, 3.0)
+    assert 1.0 < float(str(row["stored / entropy"])) < 1.06
+    assert float(str(coding.decode_speed(matrix(), Target("bits", 3.0))["Gsym/s per core"])) > 0
+    assert rate.measure({"w": matrix()}, Target("bits", 3.0)).bits_per_weight == pytest.approx(3, rel=0.01)
+    assert len(speed.naive_pipeline(matrix(128, 128))) > 1000
+    assert speed.fft_top(matrix(10, 10), 0.2).numel() == 20
+
+
+def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
+    rows = spectral_matmul.on_device(64, torch.device("cpu"))
+    found = {(row["layer"], row["tokens"]) for row in rows}
+    assert found == {(name, tokens) for name in ("int8", "int4", "dense bfloat16") for tokens in (1, 8, 64, 512)}
+    assert all(float(str(row["ms"])) > 0 for row in rows)
+
+
+def test_rows_of_streaming_and_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = spectral_matmul.streaming(64, torch.device("cpu"))
+    names = {"streamed, 2 bits stored", "streamed, 4 bits stored", "bfloat16"}
+    assert {(row["from host memory"], row["tokens"]) for row in rows} == {(n, t) for n in names for t in (1, 64)}
+    monkeypatch.setattr(spectral_matmul, "find_spec", lambda _: None)
+    layers, skipped = spectral_matmul.bitsandbytes_layers(64)
+    assert layers == {}
+    assert skipped == [{"skipped": "bitsandbytes", "reason": "not installed; pip install bitsandbytes"}]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_layers_of_another_package_are_checked(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(torch.nn.Linear):
+        def __init__(self, *sizes: int, bias: bool, **_: object) -> None:
+            super().__init__(*sizes, bias=bias, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not runs:
+                raise NotImplementedError("no kernel")
+            return super().forward(x)
+
+    modules = SimpleNamespace(Linear4bit=Other, Linear8bitLt=Other)
+    monkeypatch.setattr(spectral_matmul, "find_spec", lambda _: True)
+    monkeypatch.setattr(spectral_matmul, "import_module", lambda _: modules)
+    layers, skipped = spectral_matmul.bitsandbytes_layers(64)
+    assert len(layers) == (2 if runs else 0)
+    assert [row["reason"] for row in skipped] == ([] if runs else ["no kernel"] * 2)
+    monkeypatch.setattr(Other, "forward", lambda self, x: 2 * torch.nn.functional.linear(x, self.weight))
+    with pytest.raises(CheckFailedError, match="bitsandbytes nf4: relative error 1"):
+        spectral_matmul.bitsandbytes_layers(64)
+
+
+def test_a_generating_model_that_differs_fails_the_check(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    size = generate.TINY
+    ways = generate.prepare(tmp_path, size)
+    models = generate.check(ways, size)
+    assert list(models) == list(ways) == ["dense bfloat16", "int8", "int4, 2 bits stored", "coded"]
+    tokenizer = load_tokenizer(ways["coded"].folder)
+    rows = generate.speeds(models, tokenizer, size)
+    generate.memory(ways, tokenizer, size, rows)
+    assert [row["model"] for row in rows] == list(ways)
+    assert all(float(str(row[key])) > 0 for row in rows for key in ("tokens/s", "load, s", "to the first token, s"))
+    other = language_model.write_model(tmp_path / "other", replace(size, layers=2))
+    with pytest.raises(CheckFailedError, match=r"another in bfloat16: relative error .* of the logits"):
+        generate.check({"another": generate.Way(other, ways["int8"].exact)}, size)
+
+
+def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rate.encode
+    monkeypatch.setattr(rate, "encode", lambda w, *a, **k: real(w + 0.01, *a, **k))
+    with pytest.raises(CheckFailedError, match="w: error"):
+        rate.measure({"w": matrix()}, Target("bits", 3.0))
+
+
+def test_generated_checkpoints_and_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_SIDE", 128)
+    folder = engine.generate(tmp_path / "source", 1)
+    body = engine.run_command("compress", str(folder), str(tmp_path / "out"), "--bits", "4")
+    assert body["bits_per_weight"] == pytest.approx(4, rel=0.01)
+    with pytest.raises(CheckFailedError, match=r"compress failed: Error: .*is not empty"):
+        engine.run_command("compress", str(folder), str(tmp_path / "out"), "--bits", "4")
+    with pytest.raises(BackendError, match=r"GB are needed. Use --quick"):
+        engine._require_room(tmp_path, 1 << 60)
+
+
+def test_weights_come_from_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(weights.PACKAGE)
+    linear = weights.linear_weights()
+    assert len(linear) == 37
+    assert sum(w.numel() for w in linear.values()) == 10_764_288
+    monkeypatch.setattr(weights, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"not installed; .*spectral-surgery\[demo\]"):
+        weights.checkpoint_folder()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_demo_on_real_weights() -> None:
+    pytest.importorskip(weights.PACKAGE)
+    pytest.importorskip("transformers")
+    from benchmarks.demo import run_demo
+
+    rows = {row.method: row for row in run_demo(threads=2).rows}
+    ours, nf4 = rows["spectral --bits 4"], rows["nf4 g64, double quantisation"]
+    assert ours.bits_per_weight < nf4.bits_per_weight
+    assert ours.relative_error < 0.85 * nf4.relative_error
+    assert ours.cosine > 0.96
+    fifth = rows["spectral --sparsity 0.2"]
+    assert fifth.bits_per_weight <= 1.45
+    assert fifth.relative_error <= 0.592
+    assert fifth.cosine > rows["prune, bytes of --sparsity 0.2"].cosine

@@ -1,0 +1,68 @@
+"""Parts of one tensor that were encoded in different ways are stored as one tensor."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
+from spectral_surgery.codec.feedback import Codes
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import choosing_codes, compress, plan_compression
+from spectral_surgery.commands.decompress import decompress
+from spectral_surgery.files.compressed.checkpoint import open_compressed
+from spectral_surgery.files.compressed.parts import read_part
+from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.units import leave_codes, run_unit
+from spectral_surgery.files.index import read_index
+from spectral_surgery.files.reader import read_bytes, read_tensor
+from tests.support.checkpoints import gaussian, write_folder
+
+NAME, EXPERTS, HEIGHT, WIDTH = "model.layers.0.mlp.experts.down_proj", 4, 64, 96
+OPTIONS = CompressOptions(Target("bits", 3.0), min_weights=1, calibration="some text")
+
+
+@pytest.mark.parametrize("chosen", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, chosen: tuple[int, ...]) -> None:
+    source = write_folder(tmp_path / "source", {NAME: gaussian(EXPERTS, HEIGHT, WIDTH)})
+    index, plan = plan_compression(source, OPTIONS)
+    (tensor,) = plan.tensors
+    weight, basis = read_tensor(tensor.info), Basis(OPTIONS.transform, OPTIONS.tile, tensor.axes)
+    with choosing_codes(tmp_path / "out", index, OPTIONS, resume=False, overwrite=False) as workshop:
+        for expert in chosen:
+            coefficients = basis.forward(weight[expert])
+            steps = 0.05 * torch.linspace(1, 2, WIDTH).bfloat16().float()
+            codes = Codes((coefficients / (0.4 * steps)).round().to(torch.int32), 0.4, 0.0, steps)
+            leave_codes(workshop, plan, tensor, coefficients, codes, first=expert * HEIGHT)
+        for unit in plan.units:
+            run_unit(workshop, unit, OPTIONS, 1)
+        alone = [_alone(workshop.path(unit), workshop.key) for unit in plan.units]
+    report = compress(source, tmp_path / "out", OPTIONS, resume=True)
+    assert report is not None
+    stored = open_compressed(tmp_path / "out")
+    for number, one in enumerate(alone):
+        part = stored.part(NAME, number)
+        assert part.frames == one.frames
+        assert part.offset == one.offset
+        assert torch.equal(part.decode().coefficients(), one.decode().coefficients())
+        assert torch.equal(part.to_dense(), one.to_dense())
+    assert decompress(tmp_path / "out", tmp_path / "plain", verify=True).failures == ()
+    on_disk = sum(own.nbytes for own in read_index(tmp_path / "out").tensors.values())
+    shared = 8 * (EXPERTS - 1)  # every part counts the offset that it begins at
+    assert stored.manifest.report.stored_bytes == on_disk + shared
+
+
+def _alone(file: Path, key: str) -> EncodedSpectrum:
+    """What a unit file holds."""
+    found = read_part(file, key)
+    assert found is not None
+    assert found[1] is not None
+    tensors, record = found
+    codes, step = tensors["codes"], read_tensor(tensors["step"])
+    data = bytes(read_bytes(codes, 0, codes.nbytes))
+    frames = tuple(data[a:b] for a, b in pairwise(read_tensor(tensors["frames"]).tolist()))
+    basis = Basis(record.transform, OPTIONS.tile)
+    return EncodedSpectrum(frames, (HEIGHT, WIDTH), record.rows_per_frame, step[:-1], float(step[-1]), basis)
