@@ -24,7 +24,7 @@ setup: .venv/dev
 	@touch $@ .venv/demo
 
 demo: .venv/demo
-	$(BIN)/spectral-surgery demo
+	$(BIN)/python -m benchmarks.demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
@@ -47,7 +47,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 bench: .venv/dev
-	$(BIN)/spectral-surgery bench
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import CASES
 from benchmarks.case import CheckFailedError
+from benchmarks.cases import CASES
 from spectral_surgery.progress import Progress, silent
 
 

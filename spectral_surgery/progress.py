@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import count
 from typing import Protocol
-
-from spectral_surgery.files.writer import Entry
 
 
 class Progress(Protocol):
@@ -19,17 +14,3 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, what: str) -> None:
     """Report nothing."""
-
-
-def told(entries: Sequence[Entry], progress: Progress) -> list[Entry]:
-    """The same entries; each is reported when it was written."""
-    places = count(1)
-
-    def entry(own: Entry) -> Entry:
-        def chunks() -> Iterable[bytes | bytearray | memoryview]:
-            yield from own.chunks()
-            progress(next(places), len(entries), own.name)
-
-        return replace(own, chunks=chunks)
-
-    return [entry(own) for own in entries]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.case import Row, require
 from benchmarks.peak import peak_bytes
+from benchmarks.plot import plot_lengths
 from benchmarks.timing import interleaved
-from spectral_surgery.commands.plots import plot_lengths
 from spectral_surgery.mixers import MIXERS, leak
 from spectral_surgery.mixers.base import refuse_cache
 from spectral_surgery.mixers.cache import MixerCache

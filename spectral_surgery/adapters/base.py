@@ -1,6 +1,6 @@
 """What an adapter is: a weight update of one linear map, kept as a few numbers and applied to activations.
 
-Weights are [O, I]; a layer that stores them otherwise is turned at the border (`surgery.modules`).
+Weights are [O, I]; a layer that stores them otherwise is turned at the border.
 """
 
 from __future__ import annotations

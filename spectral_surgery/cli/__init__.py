@@ -28,8 +28,6 @@ _COMMANDS = (
     "pull",
     "generate",
     "methods",
-    "demo",
-    "bench",
     "completion",
 )
 
@@ -75,9 +73,14 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; deliberate errors become one line, anything else is a bug and keeps its traceback."""
+    """Run the command line."""
+    run(cli)
+
+
+def run(command: click.Command) -> None:
+    """Run a command; deliberate errors become one line, anything else is a bug and keeps its traceback."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = command.main(standalone_mode=False)
     except SpectralSurgeryError as error:
         click.echo(f"Error: {error}", err=True)
         code = 1

@@ -105,7 +105,7 @@ def command(
 
 def _check_plot(plot: Path, *, table: bool) -> None:
     """Before the long part: there is something to draw, something to draw with, and a place for it."""
-    from spectral_surgery.commands.plots import require_matplotlib
+    from spectral_surgery.plotting import require_matplotlib
 
     if not table:
         raise ConfigError("eval --plot: one model or two; several B or --baseline is accepted, whose table is drawn.")
@@ -120,7 +120,7 @@ def _tell(report: EvalReport, *, as_json: bool, plot: Path | None, compared: boo
     else:
         click.echo("\n".join(_shown(report, compared=compared)))
     if plot is not None:
-        from spectral_surgery.commands.plots import plot_rate_distortion
+        from spectral_surgery.commands.eval.plot import plot_rate_distortion
 
         plot_rate_distortion(report.models, plot, report.models[0].model)
         click.echo(f"plot: {plot}", err=True)

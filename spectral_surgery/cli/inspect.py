@@ -53,7 +53,7 @@ def command(
             path, whole = outline.path, outline.whole
         found = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
     if plot is not None:
-        from spectral_surgery.commands.plots import plot_spectra
+        from spectral_surgery.commands.inspect.plot import plot_spectra
 
         plot_spectra(found.spectra, plot, path.name)
     if as_json:

@@ -16,7 +16,7 @@ from spectral_surgery.errors import ConfigError
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(name: str | None, as_json: bool) -> None:
-    """List what can be chosen: adapters, transforms, mixers, baselines and benchmarks, and where they come from.
+    """List what can be chosen: adapters, transforms, mixers and baselines, and where they come from.
 
     With the name of an adapter method or mixer, its settings for -o NAME=VALUE.
 
@@ -53,7 +53,6 @@ def _settings(config: type[Any]) -> list[Mapping[str, object]]:
 
 
 def _rows() -> list[Mapping[str, object]]:
-    from benchmarks import CASES
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.baselines import BASELINES
     from spectral_surgery.mixers import MIXERS
@@ -67,5 +66,4 @@ def _rows() -> list[Mapping[str, object]]:
     ]
     rows += [{"kind": "mixer", "name": m.name, "what": f"causal: {m.is_causal}. {m.source}"} for m in MIXERS.values()]
     rows += [{"kind": "baseline", "name": b.name, "what": b.help} for b in BASELINES.values()]
-    rows += [{"kind": "bench", "name": c.name, "what": c.help} for c in CASES.values()]
     return rows

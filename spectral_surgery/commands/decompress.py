@@ -19,9 +19,9 @@ from spectral_surgery.files.compressed.plan import FLOATS
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, read_flat
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.progress import Progress, silent, told
+from spectral_surgery.progress import Progress, silent
 
 _PIECE = 1 << 22  # elements of a copied tensor converted or compared at a time
 
@@ -155,7 +155,7 @@ class _Entries:
         for alias, name in manifest.aliases.items():
             record = manifest.tensors.get(name)
             entries[alias] = self._decoded(alias, name, record) if record else self._copied(alias, index.tensors[name])
-        return told([entries[name] for name in sorted(entries)], self.progress)
+        return reported([entries[name] for name in sorted(entries)], self.progress)
 
     def _decoded(self, as_name: str, name: str, record: TensorRecord) -> Entry:
         code = self.code or record.dtype

@@ -100,7 +100,7 @@ def export(
     """Write an adapter in another form.
 
     FouRA without a gate, or with a frozen one, is a LoRA: nothing is lost. Other methods are approximated as
-    `workflows.extract` does it. Biases and modules_to_save are carried over.
+    `commands.extract` does it. Biases and modules_to_save are carried over.
 
     Args:
         adapter: folder with an adapter.

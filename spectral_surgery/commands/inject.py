@@ -237,7 +237,7 @@ def _names_in(model: nn.Module, modules: Iterable[str]) -> list[str]:
 def _copied(
     names: TensorNames, model: nn.Module, spec: AdapterSpec, layers: Mapping[str, object], asked: tuple[str, ...]
 ) -> dict[str, StoredParameter]:
-    """What is trained whole: modules_to_save and biases, as `surgery.attach.state_of` names them."""
+    """What is trained whole: modules_to_save and biases, as `live.attach.state_of` names them."""
     targets = spec.targets
     wanted = {name: name for name in model.state_dict() if targets.saves(name)}
     for own in asked:

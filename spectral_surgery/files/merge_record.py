@@ -86,7 +86,7 @@ class MergedTensor:
 
     Attributes:
         sources: every update in it.
-        coding: what the bytes are: ``update``, what `surgery.undo` makes, with factors of DoRA before it; ``whole``,
+        coding: what the bytes are: ``update``, what `live.undo` makes, with factors of DoRA before it; ``whole``,
             the base compressed; ``xor``, the differing bits compressed.
         step: of the grid the update was rounded to.
         offset: of its bytes in the data file.

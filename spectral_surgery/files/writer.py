@@ -12,8 +12,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -26,6 +27,7 @@ from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.publish import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
 from spectral_surgery.files.reader import CODES
+from spectral_surgery.progress import Progress
 
 __all__ = [
     "MAX_SHARD_SIZE",
@@ -34,6 +36,7 @@ __all__ = [
     "partial_folder",
     "publishing",
     "replace_file",
+    "reported",
     "tensor_bytes",
     "tensor_entry",
     "weights_metadata",
@@ -274,3 +277,22 @@ def _stream(file: BinaryIO, path: Path, entry: Entry) -> None:
             f"{path}: {named([entry.name])} came with {written} bytes; {entry.dtype} of shape"
             f" {named([entry.shape])} takes {entry.nbytes}. The producer of its chunks is wrong."
         )
+
+
+def reported(entries: Sequence[Entry], progress: Progress) -> list[Entry]:
+    """The same entries; progress is called when one is written.
+
+    Args:
+        entries: what will be written, in order.
+        progress: called with the number written, the number of all, and the name.
+    """
+    written = count(1)
+
+    def entry(old: Entry) -> Entry:
+        def chunks() -> Iterator[bytes | bytearray | memoryview]:
+            yield from old.chunks()
+            progress(next(written), len(entries), old.name)
+
+        return replace(old, chunks=chunks)
+
+    return [entry(old) for old in entries]

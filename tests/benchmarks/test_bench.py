@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import benchmarks as bench
 from benchmarks import case as case_module
+from benchmarks import cases as bench
 from benchmarks import language_model, runner, timing, weights
 from benchmarks.case import BenchCase, CheckFailedError, require
 from benchmarks.cases import coding, engine, generate, rate, spectral_matmul, speed

@@ -10,12 +10,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-import benchmarks as bench
+from benchmarks import cases as bench
 from benchmarks import peak
+from benchmarks.__main__ import command
 from benchmarks.case import CheckFailedError
 from benchmarks.cases import mixers as case
 from spectral_surgery import memory
-from spectral_surgery.cli import cli
 from spectral_surgery.mixers import MIXERS
 from spectral_surgery.registry import Table
 
@@ -92,8 +92,9 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "CASES", Table("bench case", [bench.CASES["mixers"], bench.CASES["rate"]]))
     monkeypatch.setattr("benchmarks.runner.CASES", bench.CASES)
+    monkeypatch.setattr("benchmarks.__main__.CASES", bench.CASES)
     file = tmp_path / "lengths.png"
-    done = CliRunner().invoke(cli, ["bench", "mixers", "--quick", "--quiet", "--plot", str(file)])
+    done = CliRunner().invoke(command, ["mixers", "--quick", "--quiet", "--plot", str(file)])
     assert done.exit_code == 0, done.output
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "times faster at 1024" in done.output
@@ -103,7 +104,8 @@ def test_nothing_to_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     quick = replace(bench.CASES["rate"], run=lambda _: [{"speed": 1}])
     monkeypatch.setattr(bench, "CASES", Table("bench case", [bench.CASES["mixers"], quick]))
     monkeypatch.setattr("benchmarks.runner.CASES", bench.CASES)
-    done = CliRunner().invoke(cli, ["bench", "rate", "--plot", str(tmp_path / "x.png")])
+    monkeypatch.setattr("benchmarks.__main__.CASES", bench.CASES)
+    done = CliRunner().invoke(command, ["rate", "--plot", str(tmp_path / "x.png")])
     assert done.exit_code != 0
     assert "--plot: nothing to draw; mixers is accepted" in done.output + str(done.exception)
 

@@ -19,7 +19,7 @@ SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has processes ignore it
 from spectral_surgery.cli import main
-from spectral_surgery.workflows import compress
+from spectral_surgery.commands import compress
 
 own = compress.run_unit
 compress.run_unit = lambda *arguments, **options: (own(*arguments, **options), time.sleep(0.5))[0]
@@ -102,7 +102,6 @@ def test_usage_errors_exit_with_2(source: Path, tmp_path: Path) -> None:
         ),
         (("decompress", "SOURCE", "OUT"), "no spectral_surgery.json"),
         (("methods", "nonsense"), "methods 'nonsense': unknown"),
-        (("bench", "nonsense"), "bench case 'nonsense': unknown; known: coding"),
     ],
 )
 def test_failures_are_one_line_and_exit_with_1(
@@ -189,7 +188,7 @@ def test_completion(shell: str) -> None:
 
 def test_methods_lists_every_table() -> None:
     names = {row["name"] for row in result("methods")["methods"]}
-    assert {"dct", "hadamard", "int4-g128", "coding", "workers"} <= names
+    assert {"dct", "hadamard", "int4-g128", "fourierft"} <= names
     assert len(result("methods", "dct")["methods"]) == 1
     assert [row["setting"] for row in result("methods", "hybrid")["methods"]] == ["heads", "window", "bins"]
     assert [row["kind"] for row in result("methods", "fnet")["methods"]] == ["mixer"]

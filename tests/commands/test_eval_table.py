@@ -19,7 +19,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.eval import Beside, EvalData, ModelRow, evaluate
 from spectral_surgery.commands.eval.baselines import Cost, matrices_of, write_baseline
-from spectral_surgery.commands.plots import plot_rate_distortion
+from spectral_surgery.commands.eval.plot import plot_rate_distortion
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.files.index import read_index

@@ -225,7 +225,7 @@ def test_coded_in_a_forked_process() -> None:
     """Threads that decode do not live on in a child: it starts its own."""
     program = """
 import multiprocessing, sys, torch
-from spectral_surgery.ops import spectral_matmul as op
+from spectral_surgery import matmul as op
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.rate import Target
 torch.set_num_threads(2)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 _INTERPRETED = """
 import torch
-from spectral_surgery.ops import spectral_matmul as op
+from spectral_surgery import matmul as op
 from spectral_surgery.matmul import integer, triton
 from spectral_surgery.matmul.int4 import Int4Form
 from spectral_surgery.codec.encoded import Basis

@@ -21,7 +21,6 @@ from spectral_surgery.cards.checkpoints import compressed_facts
 from spectral_surgery.commands.heal.blocks import heal_blocks
 from spectral_surgery.commands.heal.recode import recoded
 from spectral_surgery.commands.heal.session import Healed, Workplace, heal_whole
-from spectral_surgery.commands.plots import plot_training
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
@@ -36,6 +35,7 @@ from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.heal_text import HealData
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.training.loop import Clock, Course, DistillSettings
+from spectral_surgery.training.plot import plot_training
 
 STATE = "healing"  # folder of unfinished work
 METRICS_FILE = "heal.json"

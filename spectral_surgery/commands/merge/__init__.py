@@ -32,11 +32,11 @@ from spectral_surgery.files.merge_record import (
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.reader import CODES, read_bytes, read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.hf.tensor_names import as_rows
 from spectral_surgery.live.undo import digest, merge_weight
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.progress import Progress, silent, told
+from spectral_surgery.progress import Progress, silent
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
 
@@ -164,7 +164,7 @@ class _Work:
     def entries(self) -> list[Entry]:
         """Of the merged checkpoint, by name."""
         names = {name: self.plan.aliases.get(name, name) for name in (*self.plan.index.tensors, *self.plan.targets)}
-        return told([self._entry(name, names[name]) for name in sorted(names)], self.progress)
+        return reported([self._entry(name, names[name]) for name in sorted(names)], self.progress)
 
     def _entry(self, as_name: str, name: str) -> Entry:
         target, info = self.plan.targets.get(name), self.plan.index.tensors.get(name)

@@ -29,9 +29,9 @@ from spectral_surgery.files.merge_record import (
 from spectral_surgery.files.peft.adapter_files import read_adapter
 from spectral_surgery.files.reader import read_bytes, read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.live.undo import Undo, digest, unmerge_weight
-from spectral_surgery.progress import Progress, silent, told
+from spectral_surgery.progress import Progress, silent
 
 _PIECE = 1 << 24  # bytes of a copied tensor at a time
 
@@ -112,7 +112,7 @@ class _Work:
     def entries(self) -> list[Entry]:
         """Of the base."""
         kept = [name for name in self.index.tensors if not self._is_added(name)]
-        return told([self._entry(name) for name in kept], self.progress)
+        return reported([self._entry(name) for name in kept], self.progress)
 
     def _is_added(self, name: str) -> bool:
         return name in self.record.tensors and self.record.tensors[name].base is None

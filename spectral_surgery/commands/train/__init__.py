@@ -15,7 +15,6 @@ import torch
 
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.cards.check import METRICS_FILE
-from spectral_surgery.commands.plots import plot_training
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.index import refuse_adapter
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
@@ -26,6 +25,7 @@ from spectral_surgery.live.heads import trained_heads
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import Example, read_examples, split
 from spectral_surgery.text.tasks import TASKS, Features, Task
+from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.trainer import CHECKPOINTS, History, Job, TrainSettings, run
 
 PLOT_FILE = "loss.png"

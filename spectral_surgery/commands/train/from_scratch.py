@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from spectral_surgery.cards.check import METRICS_FILE
-from spectral_surgery.commands.plots import plot_training
 from spectral_surgery.commands.train import PLOT_FILE, check_out, set_seed
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.publish import replace_file
@@ -18,6 +17,7 @@ from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import Example, read_examples
 from spectral_surgery.text.tasks import TASKS, Features
+from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.pretrain import (
     STARTS,
     ModelSizes,

@@ -1,4 +1,4 @@
-"""spectral-surgery bench."""
+"""``python -m benchmarks``: run cases, and print their figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from spectral_surgery.cli import output
+from benchmarks.cases import CASES
+from benchmarks.runner import run_cases
+from spectral_surgery.cli import output, run
 from spectral_surgery.errors import ConfigError
 
 CHECK_FAILED = 3
 
 
-@click.command("bench")
+@click.command("benchmarks", epilog="Cases: " + "; ".join(f"{name}: {case.help}" for name, case in CASES.items()))
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
 @click.option("--quick", is_flag=True, help="Smaller inputs where a case has them.")
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
@@ -27,16 +29,12 @@ def command(
 ) -> None:
     """Measure: each case first checks its results, then times them beside what else a user could pick.
 
-    A case whose check fails prints FAILED and no numbers, and the exit code is 3. `spectral-surgery methods` lists the
-    cases.
+    A case whose check fails prints FAILED and no numbers, and the exit code is 3. `--help` lists the cases.
 
     \b
     Example:
-      spectral-surgery bench coding rate
+      python -m benchmarks coding rate
     """
-    from benchmarks import CASES
-    from benchmarks.runner import run_cases
-
     with output.progress(quiet=quiet, unit=" cases") as progress:
         results = run_cases(list(cases) or list(CASES), quick=quick, progress=progress)
     if file:
@@ -53,8 +51,6 @@ def command(
 
 
 def _draw(results: list[dict[str, object]], file: Path) -> None:
-    from benchmarks import CASES
-
     drawn = [name for name, case in CASES.items() if case.plot]
     for result in results:
         draw, rows = CASES[str(result["case"])].plot, result["rows"]
@@ -78,3 +74,7 @@ def _text(result: dict[str, object]) -> str:
     stamp = result.get("stamp", {})
     stamped = ", ".join(f"{key} {value}" for key, value in stamp.items()) if isinstance(stamp, dict) else ""
     return "\n\n".join([title, *map(output.table, blocks), stamped])
+
+
+if __name__ == "__main__":
+    run(command)

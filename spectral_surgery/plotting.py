@@ -1,0 +1,38 @@
+"""Figures of matplotlib that need no display."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectral_surgery.errors import BackendError
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure with a canvas.
+
+    Args:
+        width: inches.
+        height: inches.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def require_matplotlib() -> None:
+    """Find out before long work that there will be no plot.
+
+    Raises:
+        BackendError: when matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 - whether it is there
+    except ImportError:
+        raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
