@@ -24,6 +24,7 @@ from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import SentenceEncoder, load_encoder
 from spectral_surgery.progress import Progress, silent
+from spectral_surgery.run import Run
 
 _TARGETS = {"--sparsity 0.2": Target("density", 0.2), "--bits 4": Target("bits", 4.0)}
 _SENTENCES = Path(__file__).with_name("sentences.txt")
@@ -135,9 +136,7 @@ class _Bench:
 
     def ours(self, scratch: Path, option: str, target: Target, threads: int) -> tuple[DemoRow, CompressReport]:
         source, folder, plain = checkpoint_folder(), scratch / target.kind, scratch / f"{target.kind}-plain"
-        made = compress(source, folder, CompressOptions(target), threads=threads)
-        if made is None:
-            raise CheckpointError(f"{folder.name}: unfinished after all parts. This is a bug: please report it.")
+        made = compress(source, folder, CompressOptions(target), run=Run(threads=threads))
         failures = decompress(folder, plain, verify=True, threads=threads).failures
         names = list(made.manifest.tensors)
         error = _relative_error(_weights(source, names), _weights(plain, names))

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from spectral_surgery.codec.quality import bits_per_weight, energy_kept, relative_error, snr_db
     from spectral_surgery.codec.quantized import QuantizedSpectrum
     from spectral_surgery.codec.rate import Target
-    from spectral_surgery.commands.compress import CompressReport, compress
-    from spectral_surgery.commands.compress.calibrate import compress_calibrated
-    from spectral_surgery.commands.compress.healed import compress_healed
+    from spectral_surgery.commands.compress import CompressReport, Healing, compress, compress_shard
     from spectral_surgery.commands.decompress import DecompressReport, decompress
     from spectral_surgery.commands.eval import evaluate
     from spectral_surgery.commands.extract import extract
@@ -57,6 +55,7 @@ if TYPE_CHECKING:
     from spectral_surgery.live.kept_spectra import freeze_spectra, kept_spectra, train_kept, unfreeze_spectra
     from spectral_surgery.live.swap import swap_attention
     from spectral_surgery.mixers import MIXERS
+    from spectral_surgery.run import Run
     from spectral_surgery.sparse.tensor import SparseSpectralTensor, sst
     from spectral_surgery.targets import ModuleTargets
     from spectral_surgery.text.heal_text import HealData
@@ -84,9 +83,11 @@ _HOMES = {
     "FFTNetModel": "hf.fftnet.models",
     "HealData": "text.heal_text",
     "HealReport": "commands.heal",
+    "Healing": "commands.compress",
     "METHODS": "adapters",
     "MIXERS": "mixers",
     "ModuleTargets": "targets",
+    "Run": "run",
     "QuantizedSpectrum": "codec.quantized",
     "SparseSpectralTensor": "sparse.tensor",
     "SpectralConv1D": "layers",
@@ -98,8 +99,7 @@ _HOMES = {
     "accelerate_peft": "hf.peft.accelerate",
     "bits_per_weight": "codec.quality",
     "compress": "commands.compress",
-    "compress_calibrated": "commands.compress.calibrate",
-    "compress_healed": "commands.compress.healed",
+    "compress_shard": "commands.compress",
     "compress_model": "live.compress_model",
     "decompress": "commands.decompress",
     "detach": "live.attach",
@@ -156,8 +156,10 @@ __all__ = [
     "FFTNetModel",
     "HealData",
     "HealReport",
+    "Healing",
     "ModuleTargets",
     "QuantizedSpectrum",
+    "Run",
     "SparseSpectralTensor",
     "SpectralConv1D",
     "SpectralEmbedding",
@@ -167,9 +169,8 @@ __all__ = [
     "accelerate_peft",
     "bits_per_weight",
     "compress",
-    "compress_calibrated",
-    "compress_healed",
     "compress_model",
+    "compress_shard",
     "decompress",
     "detach",
     "encode",

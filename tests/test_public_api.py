@@ -12,10 +12,10 @@ def test_public_names() -> None:
     expected = (
         "AdapterSpec AdapterState Basis CalibrationData CheckpointIndex CompressOptions CompressReport "
         "CompressedCheckpoint DecompressReport DistillSettings EncodedSpectrum EncodingReport FFTNetConfig "
-        "FFTNetForCausalLM FFTNetForMaskedLM FFTNetForSequenceClassification FFTNetModel HealData HealReport "
-        "METHODS MIXERS ModuleTargets QuantizedSpectrum SparseSpectralTensor SpectralConv1D SpectralEmbedding "
+        "FFTNetForCausalLM FFTNetForMaskedLM FFTNetForSequenceClassification FFTNetModel HealData HealReport Healing "
+        "METHODS MIXERS ModuleTargets QuantizedSpectrum Run SparseSpectralTensor SpectralConv1D SpectralEmbedding "
         "SpectralLinear SpectralSurgeryError TRANSFORMS Target accelerate_peft bits_per_weight compress "
-        "compress_calibrated compress_healed compress_model decompress detach encode energy_kept evaluate "
+        "compress_model compress_shard decompress detach encode energy_kept evaluate "
         "extract freeze_spectra heal inject kept_spectra load_compressed merge open_compressed pull push "
         "read_adapter read_index relative_error resolve snr_db sst state_of swap swap_attention train "
         "train_from_scratch train_kept unfreeze_spectra unmerge write_adapter"

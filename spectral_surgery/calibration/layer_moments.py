@@ -45,7 +45,13 @@ class CalibrationData:
     trust_remote_code: bool = False
 
     def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work."""
+        """What it is, for the manifest and for recognising unfinished work.
+
+        Raises:
+            ConfigError: when the file cannot be read.
+        """
+        if not self.file.is_file():
+            raise ConfigError(f"--calibrate {self.file}: no such file; a text, .csv or .jsonl file is accepted.")
         body = hashlib.sha256(self.file.read_bytes()).hexdigest()
         return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
 

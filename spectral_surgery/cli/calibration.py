@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,13 +16,9 @@ from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 
 if TYPE_CHECKING:
     from spectral_surgery.calibration.layer_moments import CalibrationData
-    from spectral_surgery.commands.compress import CompressReport
+    from spectral_surgery.commands.compress import CompressReport, Healing
     from spectral_surgery.commands.heal import HealReport
     from spectral_surgery.files.compressed.plan import CompressOptions
-    from spectral_surgery.pool import Team
-    from spectral_surgery.progress import Progress
-    from spectral_surgery.text.heal_text import HealData
-    from spectral_surgery.training.loop import DistillSettings
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -82,59 +78,33 @@ def calibration_options(function: F) -> F:
     return function
 
 
-def run(
-    ctx: click.Context,
-    source: Path,
-    out: Path,
-    options: CompressOptions,
-    *,
-    workers: Team,
-    threads: int,
-    shard: tuple[int, int],
-    resume: bool,
-    overwrite: bool,
-    origin: str | None,
-    base: Path | None,
-    progress: Progress,
-) -> CompressReport | None:
-    """Compress, with text where some was given.
+def texts(
+    ctx: click.Context, options: CompressOptions, shard: tuple[int, int]
+) -> tuple[CompressOptions, CalibrationData | None, Healing | None]:
+    """What the options of text say, with --allocation in the options of compress.
 
     Raises:
-        click.UsageError: when --calibrate or --heal meets --shard or --base, or --keep nothing to choose from.
+        click.UsageError: when --keep has nothing to choose from, or a shard is asked for text.
     """
-    from spectral_surgery.commands import compress as workflow
-
-    data, healing = _data(ctx), _healing(ctx)
-    keep = ctx.meta[_KEY]["keep"]
-    if keep is not None and (healing is None or data is not None):
+    calibrate, heal, given = _data(ctx), _healing(ctx), ctx.meta[_KEY]
+    if given["keep"] is not None and (heal is None or calibrate is not None):
         raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.", ctx)
-    if data is not None:
-        options = replace(options, allocation=_allocation(ctx, options, calibrated=True))
-    common: dict[str, Any] = {"workers": workers, "threads": threads, "resume": resume, "overwrite": overwrite}
-    common |= {"origin": origin, "progress": progress}
-    blockwise = data is not None and healing is None  # healing has the whole model in memory
-    keep_freed_memory(LITTLE if blockwise else WORTH_KEEPING)
-    if data is None and healing is None:
-        return workflow.compress(source, out, options, shard=shard, base=base, **common)
-    if base is not None or shard[1] > 1:
+    if shard[1] > 1 and (calibrate or heal):
         raise click.UsageError(
-            "--calibrate and --heal go through a whole model; they have no --shard or --base. Run heal under torchrun.",
-            ctx,
+            "--calibrate and --heal go through a whole model; they have no --shard. Run heal under torchrun.", ctx
         )
-    if healing is not None:
-        from spectral_surgery.commands.compress.healed import compress_healed, keeps_important
+    blockwise = calibrate is not None and heal is None  # healing has the whole model in memory
+    keep_freed_memory(LITTLE if blockwise else WORTH_KEEPING)
+    return replace(options, allocation=given["allocation"]), calibrate, heal
 
-        if data is None and keeps_important(source, options, keep):
-            options = replace(options, allocation=_allocation(ctx, options, calibrated=False))
-        report, healed = compress_healed(source, out, options, *healing, calibration=data, keep=keep, **common)
-        _tell_reached(report)
-        _tell(healed)
-        return report
-    from spectral_surgery.commands.compress.calibrate import compress_calibrated
 
-    report, _ = compress_calibrated(source, out, options, cast("CalibrationData", data), **common)
+def show_text(report: CompressReport | None) -> None:
+    """Print what text was good for, where there was some."""
+    if report is None:
+        return
     _tell_reached(report)
-    return report
+    if report.healing is not None:
+        _tell(report.healing)
 
 
 def _tell_reached(report: CompressReport) -> None:
@@ -143,7 +113,8 @@ def _tell_reached(report: CompressReport) -> None:
         return
     click.echo(
         f"{reached.matrices[0]} weights calibrated, of {reached.matrices[1]}: {reached.weights[0]:,} of"
-        f" {reached.weights[1]:,} numbers; largest error of outputs {reached.largest[1]:.4f}, {reached.largest[0]}",
+        f" {reached.weights[1]:,} numbers; largest error of outputs {reached.largest.output_error:.4f},"
+        f" {reached.largest.name}",
         err=True,
     )
     reasons: dict[str, list[str]] = {}
@@ -165,12 +136,6 @@ def _tell(healed: HealReport) -> None:
     )
 
 
-def _allocation(ctx: click.Context, options: CompressOptions, *, calibrated: bool) -> Any:
-    """As asked; a calibrated kept set was worse for being spread."""
-    even = calibrated and options.target.kind == "density"
-    return ctx.meta[_KEY]["allocation"] or ("even" if even else "slope")
-
-
 def _data(ctx: click.Context) -> CalibrationData | None:
     own = ctx.meta.get(_KEY, {})
     if own.get("calibrate") is None:
@@ -180,13 +145,14 @@ def _data(ctx: click.Context) -> CalibrationData | None:
     return CalibrationData(own["calibrate"], own["samples"], own["seq_length"], shared.trusted())
 
 
-def _healing(ctx: click.Context) -> tuple[HealData, DistillSettings] | None:
+def _healing(ctx: click.Context) -> Healing | None:
     own = ctx.meta.get(_KEY, {})
     if own.get("heal") is None:
         return None
     from spectral_surgery.cli.heal import settings_of
+    from spectral_surgery.commands.compress import Healing
     from spectral_surgery.text.heal_text import HealData
 
     given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
     data = HealData(own["heal"], seq_length=own["seq_length"] if given else 0, trust_remote_code=shared.trusted())
-    return data, settings_of(own, ctx)
+    return Healing(data, settings_of(own, ctx), own["keep"])

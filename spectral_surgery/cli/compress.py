@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from spectral_surgery.cli import calibration, output, shared
-from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.pool import team
 
 if TYPE_CHECKING:
@@ -85,29 +84,27 @@ def command(
     """
     chosen, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
     own = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
+    from spectral_surgery.commands.compress import compress, compress_shard
+    from spectral_surgery.run import Run
+
     access = shared.hub_access(quiet=quiet)
     before, name = access.base()
-    globs = (include, exclude)
-    options = _options(chosen, transform, tile, globs, min_weights, copy_nonfinite=copy_nonfinite, base=name)
+    options = _options(
+        chosen, transform, tile, (include, exclude), min_weights, copy_nonfinite=copy_nonfinite, base=name
+    )
     if dry_run:
         _show_plan(access.outline(source), options, before, as_json=as_json)
         return
     path, origin = access.prepare().resolve(source)
+    options, calibrate, heal = calibration.texts(ctx, options, part)
     with output.progress(quiet=quiet, unit=" weights") as progress:
-        report = calibration.run(
-            ctx,
-            path,
-            out,
-            options,
-            workers=own,
-            threads=shared.threads_or_all(threads, workers),
-            shard=part,
-            resume=resume,
-            overwrite=overwrite,
-            origin=origin,
-            base=before,
-            progress=progress,
+        run = Run(own, shared.threads_or_all(threads, workers), resume, overwrite, origin, progress)
+        report = (
+            compress(path, out, options, calibrate=calibrate, heal=heal, base=before, run=run)
+            if part[1] == 1
+            else compress_shard(path, out, options, part, base=before, run=run)
         )
+    calibration.show_text(report)
     _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
 
 
@@ -138,6 +135,7 @@ def _show_plan(
     outline: AbstractContextManager[Found], options: CompressOptions, base: Path | None, *, as_json: bool
 ) -> None:
     from spectral_surgery.commands.compress import plan_compression
+    from spectral_surgery.files.remote_code import notes_on
 
     with outline as found:
         index, plan = plan_compression(found.path, options, compare=found.whole, base=base)

@@ -80,6 +80,7 @@ def command(
       spectral-surgery heal ./model-20percent ./model ./model-healed --data notes.txt --minutes 5
     """
     from spectral_surgery.commands import heal as workflow
+    from spectral_surgery.run import Run
     from spectral_surgery.text.heal_text import HealData
 
     own = ctx.meta[_KEY]
@@ -100,12 +101,8 @@ def command(
             data,
             settings_of(own, ctx),
             blocks=own["blocks"],
-            threads=shared.threads_or_all(threads),
             device=own["device"],
-            resume=resume,
-            overwrite=overwrite,
-            origin=origin,
-            progress=progress,
+            run=Run(1, shared.threads_or_all(threads), resume, overwrite, origin, progress),
         )
     if first:
         show(report, out, access.pushed(out), as_json=as_json)

@@ -7,12 +7,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.lock import LOCK_FILE
 
 _PIECE = 1 << 17  # bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -142,6 +143,37 @@ def publishing(out: Path, *, overwrite: bool, keep_partial: bool = False) -> Ite
         if not (done or keep_partial):
             shutil.rmtree(partial, ignore_errors=True)
     _publish(partial, out.resolve(), overwrite=overwrite)
+
+
+def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
+    """Clear unfinished work away, if there is any; a run that failed before its first result has left none.
+
+    Args:
+        partial: from `partial_folder`.
+        overwrite: whether that is allowed.
+
+    Raises:
+        CheckpointError: when it is not.
+    """
+    if not any(path.is_file() and path.name != LOCK_FILE for path in partial.rglob("*")):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+        )
+    shutil.rmtree(partial)
+
+
+def clear_folder(folder: Path, *, keep: Collection[str]) -> None:
+    """Remove what an attempt that was killed while writing has left; the lock stays.
+
+    Args:
+        folder: from `publishing`.
+        keep: names of what is not removed.
+    """
+    for path in folder.iterdir():
+        if path.name not in (*keep, LOCK_FILE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _publish(partial: Path, out: Path, *, overwrite: bool) -> None:

@@ -15,11 +15,11 @@ from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.calibration.layer_moments import CalibrationData
-from spectral_surgery.commands.compress.calibrate import compress_calibrated
 from spectral_surgery.hf.models import load_model
 from tests.commands.test_train import WORDS, save_tokenizer
 
@@ -70,8 +70,9 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
     include = next(glob for kind, glob in blocks.items() if source.parent.name.startswith(kind))
     options = CompressOptions(Target("bits", 2.5), include=(include,))
     plain = compress(source, tmp_path / "plain", options)
-    with_text, done = compress_calibrated(source, tmp_path / "text", options, CalibrationData(text, 64, 16))
+    with_text = compress(source, tmp_path / "text", options, calibrate=CalibrationData(text, 64, 16))
     assert plain is not None
+    done = with_text.calibration.layers if with_text.calibration else ()
     assert len(done) == len(with_text.manifest.tensors)
     assert all(0 < own.output_error < 0.5 for own in done)
     bits = with_text.manifest.report.bits_per_weight
@@ -86,13 +87,13 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
 
 def test_density_is_met(tmp_path: Path, bert: Path, text: Path) -> None:
     options = CompressOptions(Target("density", 0.2), include=("*encoder*",))
-    report, _ = compress_calibrated(bert, tmp_path / "out", options, CalibrationData(text, 64, 16))
+    report = compress(bert, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
     assert report.manifest.report.density == pytest.approx(0.2, abs=0.001)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path, text: Path) -> None:
     options, data = CompressOptions(Target("bits", 3.0)), CalibrationData(text, 32, 16)
-    compress_calibrated(bert, tmp_path / "whole", options, data)
+    compress(bert, tmp_path / "whole", options, calibrate=data)
     seen: list[str] = []
 
     def stop(done: int, total: int, what: str) -> None:
@@ -101,10 +102,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_calibrated(bert, tmp_path / "parts", options, data, progress=stop)
+        compress(bert, tmp_path / "parts", options, calibrate=data, run=Run(progress=stop))
     with pytest.raises(CheckpointError, match="holds unfinished work; use --resume"):
-        compress_calibrated(bert, tmp_path / "parts", options, data)
-    compress_calibrated(bert, tmp_path / "parts", options, data, resume=True)
+        compress(bert, tmp_path / "parts", options, calibrate=data)
+    compress(bert, tmp_path / "parts", options, calibrate=data, run=Run(resume=True))
     for file in ("model.safetensors", "spectral_surgery.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "parts.partial").exists()
@@ -113,9 +114,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
 def test_what_calibration_does_not_take(tmp_path: Path, bert: Path, text: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="--calibrate: minimises the error itself; --bits or --sparsity"):
-        compress_calibrated(bert, out, CompressOptions(Target("max_error", 0.1)), CalibrationData(text))
+        compress(bert, out, CompressOptions(Target("max_error", 0.1)), calibrate=CalibrationData(text))
     with pytest.raises(ConfigError, match=r"--calibrate .*gone: no such file"):
-        compress_calibrated(bert, out, CompressOptions(Target("bits", 3)), CalibrationData(tmp_path / "gone"))
+        compress(bert, out, CompressOptions(Target("bits", 3)), calibrate=CalibrationData(tmp_path / "gone"))
     assert not out.exists()
 
 
@@ -144,5 +145,7 @@ def test_text_without_a_token_is_named(tmp_path: Path, text: Path) -> None:
     for allocation in ("even", "slope"):
         options = CompressOptions(Target("bits", 3.0), allocation=allocation)
         with pytest.raises(ConfigError, match=r"text\.txt: the tokenizer of model finds no token in it"):
-            compress_calibrated(tmp_path / "model", tmp_path / "out", options, CalibrationData(text), overwrite=True)
+            compress(
+                tmp_path / "model", tmp_path / "out", options, calibrate=CalibrationData(text), run=Run(overwrite=True)
+            )
     assert not (tmp_path / "out").exists()

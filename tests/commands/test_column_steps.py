@@ -9,6 +9,7 @@ import torch
 
 from spectral_surgery.codec import feedback_rate
 from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.plan import CompressOptions
@@ -16,7 +17,6 @@ from spectral_surgery.files.compressed.plan import CompressOptions
 pytest.importorskip("transformers")
 
 from spectral_surgery.calibration.layer_moments import CalibrationData
-from spectral_surgery.commands.compress.calibrate import compress_calibrated
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.text.heal_text import HealData
@@ -32,7 +32,7 @@ def test_they_are_stored_run_and_healed(
     monkeypatch.setattr(feedback_rate, "COLUMN_STEP_BITS", 0)  # always worth it: matrices are small here
     source, text = save_model(kind, tmp_path / "model"), write_text(tmp_path / "text.txt")
     options = CompressOptions(target, include=("*layers*",) if kind == "llama" else ("*.h.*",))
-    compress_calibrated(source, tmp_path / "out", options, CalibrationData(text, 64, 16))
+    compress(source, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
     stored = open_compressed(tmp_path / "out")
     steps = {name: own for name, own in stored.index.tensors.items() if name.endswith("spectral_step")}
     if kind == "llama":

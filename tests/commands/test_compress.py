@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress, plan_compression
+from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.files import publish
@@ -26,6 +26,7 @@ from spectral_surgery.files.compressed import parts as part_files
 from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed import units
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -88,9 +89,9 @@ def test_report_counts_the_bytes_on_disk(tmp_path: Path, source: Path) -> None:
 
 def test_same_bytes_whatever_the_workers_threads_and_shards(tmp_path: Path, source: Path) -> None:
     compress(source, tmp_path / "one", FIFTH)
-    compress(source, tmp_path / "threads", FIFTH, threads=3)
-    compress(source, tmp_path / "workers", FIFTH, workers=2)
-    results = [compress(source, tmp_path / "shards", FIFTH, shard=(i, 3)) for i in (2, 0, 1)]
+    compress(source, tmp_path / "threads", FIFTH, run=Run(threads=3))
+    compress(source, tmp_path / "workers", FIFTH, run=Run(workers=2))
+    results = [compress_shard(source, tmp_path / "shards", FIFTH, (i, 3)) for i in (2, 0, 1)]
     assert [r is None for r in results] == [True, True, False]
     expected = contents(tmp_path / "one")
     for other in ("threads", "workers", "shards"):
@@ -209,7 +210,7 @@ def test_nonfinite_weights_are_refused_or_copied(tmp_path: Path, bad: float) -> 
         compress(source, tmp_path / "out", FIFTH)
     assert not (tmp_path / "out").exists()
     report = compress(
-        source, tmp_path / "out", CompressOptions(Target("density", 0.2), copy_nonfinite=True), overwrite=True
+        source, tmp_path / "out", CompressOptions(Target("density", 0.2), copy_nonfinite=True), run=Run(overwrite=True)
     )
     assert report is not None
     assert report.copied["bad"] == "not finite"
@@ -223,25 +224,25 @@ def test_output_in_the_way_and_unfinished_work(tmp_path: Path, source: Path) -> 
     with pytest.raises(CheckpointError, match=r"is not empty; .*--overwrite"):
         compress(source, tmp_path / "out", FIFTH)
     assert (tmp_path / "out" / "mine").read_text() == "keep"
-    assert compress(source, tmp_path / "out", FIFTH, overwrite=True) is not None
+    assert compress(source, tmp_path / "out", FIFTH, run=Run(overwrite=True)) is not None
     assert not (tmp_path / "out" / "mine").exists()
-    compress(source, tmp_path / "half", FIFTH, shard=(0, 2))
+    compress_shard(source, tmp_path / "half", FIFTH, (0, 2))
     with pytest.raises(CheckpointError, match=r"half\.partial: holds unfinished work; use --resume"):
         compress(source, tmp_path / "half", FIFTH)
-    assert compress(source, tmp_path / "half", FIFTH, resume=True) is not None
+    assert compress(source, tmp_path / "half", FIFTH, run=Run(resume=True)) is not None
     assert contents(tmp_path / "half") == contents(tmp_path / "out")
 
 
 def test_resume_ignores_work_of_other_options_and_damaged_units(tmp_path: Path, source: Path) -> None:
-    compress(source, tmp_path / "out", CompressOptions(Target("bits", 5.0)), shard=(0, 2))
+    compress_shard(source, tmp_path / "out", CompressOptions(Target("bits", 5.0)), (0, 2))
     unit = next((tmp_path / "out.partial" / "units").iterdir())
     compress(source, tmp_path / "expected", FIFTH)
-    compress(source, tmp_path / "third", FIFTH, shard=(0, 2))
+    compress_shard(source, tmp_path / "third", FIFTH, (0, 2))
     for file in (tmp_path / "third.partial" / "units").iterdir():
         file.write_bytes(file.read_bytes()[:-3])
     assert unit.exists()
     for name in ("out", "third"):
-        compress(source, tmp_path / name, FIFTH, resume=True)
+        compress(source, tmp_path / name, FIFTH, run=Run(resume=True))
         assert contents(tmp_path / name) == contents(tmp_path / "expected")
 
 
@@ -253,7 +254,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path, source: Path) -> No
         hold(tmp_path / "out.partial", exclusive=True, wait=False),
         pytest.raises(CheckpointError, match=r"out\.partial: another process is working in it"),
     ):
-        compress(source, tmp_path / "out", FIFTH, resume=True)
+        compress(source, tmp_path / "out", FIFTH, run=Run(resume=True))
 
 
 def test_a_full_disk_publishes_nothing_and_resumes(
@@ -272,7 +273,7 @@ def test_a_full_disk_publishes_nothing_and_resumes(
     with pytest.raises(CheckpointError, match="no space left"):
         compress(source, tmp_path / "out", FIFTH)
     assert not (tmp_path / "out").exists()
-    compress(source, tmp_path / "out", FIFTH, resume=True)
+    compress(source, tmp_path / "out", FIFTH, run=Run(resume=True))
     compress(source, tmp_path / "expected", FIFTH)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
@@ -283,9 +284,10 @@ from pathlib import Path
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
+from spectral_surgery.run import Run
 if __name__ == "__main__":
     print("ready", flush=True)
-    compress(Path(sys.argv[1]), Path(sys.argv[2]), CompressOptions(Target("bits", 3.0)), resume=True)
+    compress(Path(sys.argv[1]), Path(sys.argv[2]), CompressOptions(Target("bits", 3.0)), run=Run(resume=True))
 """
 
 
@@ -319,7 +321,7 @@ def test_a_quantised_source_is_refused(tmp_path: Path, source: Path) -> None:
 def test_the_source_is_never_overwritten(source: Path, out: str) -> None:
     before = contents(source)
     with pytest.raises(CheckpointError, match="overlaps the source"):
-        compress(source, source / out, FIFTH, overwrite=True)
+        compress(source, source / out, FIFTH, run=Run(overwrite=True))
     with pytest.raises(CheckpointError, match="overlaps the source"):
         decompress(source, source / out, overwrite=True)
     assert contents(source) == before
@@ -328,7 +330,7 @@ def test_the_source_is_never_overwritten(source: Path, out: str) -> None:
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_shard_out_of_range(tmp_path: Path, source: Path, shard: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="out of range; 0/n to n-1/n"):
-        compress(source, tmp_path / "out", FIFTH, shard=shard)
+        compress_shard(source, tmp_path / "out", FIFTH, shard)
 
 
 def test_a_killed_worker_is_reported_and_its_work_resumed(
@@ -338,9 +340,9 @@ def test_a_killed_worker_is_reported_and_its_work_resumed(
 
     monkeypatch.setattr(module, "run_unit", _die)
     with pytest.raises(CheckpointError, match=r"a worker was killed, .*--resume and fewer --workers"):
-        compress(source, tmp_path / "out", FIFTH, workers=2)
+        compress(source, tmp_path / "out", FIFTH, run=Run(workers=2))
     monkeypatch.undo()
-    assert compress(source, tmp_path / "out", FIFTH, resume=True) is not None
+    assert compress(source, tmp_path / "out", FIFTH, run=Run(resume=True)) is not None
 
 
 def _die(workshop: units.Workshop, *_: object, **__: object) -> None:
@@ -358,10 +360,12 @@ from pathlib import Path
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
+from spectral_surgery.run import Run
 if __name__ == "__main__":
     def say(done, total, what):
         print(multiprocessing.active_children()[0].pid, flush=True)
-    compress(Path(sys.argv[1]), Path(sys.argv[2]), CompressOptions(Target("bits", 3.0)), workers=2, progress=say)
+    options = CompressOptions(Target("bits", 3.0))
+    compress(Path(sys.argv[1]), Path(sys.argv[2]), options, run=Run(workers=2, progress=say))
 """
 
 
@@ -380,7 +384,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     assert not _runs(worker)
     options = CompressOptions(Target("bits", 3.0))
     assert not (tmp_path / "out").exists()
-    compress(source, tmp_path / "out", options, resume=True)
+    compress(source, tmp_path / "out", options, run=Run(resume=True))
     compress(source, tmp_path / "expected", options)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 

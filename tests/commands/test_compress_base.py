@@ -21,6 +21,7 @@ from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.run import Run
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 
 Q, DOWN, EMBED, HEAD = (
@@ -88,7 +89,7 @@ def test_narrow_weights_and_other_dtypes(tmp_path: Path) -> None:
     }
     tuned[HEAD] = tuned[EMBED].clone()
     before, after = write_folder(tmp_path / "base", base), write_folder(tmp_path / "tuned", tuned)
-    compress(after, tmp_path / "out", CompressOptions(Target("max_error", 0.01)), base=before, workers=2)
+    compress(after, tmp_path / "out", CompressOptions(Target("max_error", 0.01)), base=before, run=Run(workers=2))
     assert decompress(tmp_path / "out", tmp_path / "plain", base=before, verify=True).failures == ()
     wide = decompress(tmp_path / "out", tmp_path / "wide", base=before, dtype="float32", verify=True)
     assert wide.failures == ()
@@ -104,7 +105,7 @@ def test_the_same_bytes_at_every_call_and_a_card_that_names_the_base(
 ) -> None:
     base, tuned = folders
     compress(tuned, tmp_path / "a", OPTIONS, base=base)
-    compress(tuned, tmp_path / "b", OPTIONS, base=base, workers=2)
+    compress(tuned, tmp_path / "b", OPTIONS, base=base, run=Run(workers=2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     card = (tmp_path / "a" / "README.md").read_text()
     assert "spectral-surgery compress SOURCE OUT --base base --max-error 0.1" in card

@@ -15,6 +15,7 @@ from benchmarks.language_model import Size, prompt, write_model
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 
 SIZE, TINY = Size(1024, 2816, 2, 512), Size(64, 64, 1, 512)
 DENSE = 4 * 25_700_000  # bytes in float32
@@ -43,7 +44,7 @@ print(json.dumps([limited, peak_bytes(run(dense, Running(dtype="float32")), cpu)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak")
 def test_memory_stays_below_the_dense_size(tmp_path: Path) -> None:
     dense, tiny = write_model(tmp_path / "dense", SIZE), write_model(tmp_path / "tiny", TINY)
-    compress(dense, tmp_path / "ours", CompressOptions(Target("bits", 3.0)), threads=2)
+    compress(dense, tmp_path / "ours", CompressOptions(Target("bits", 3.0)), run=Run(threads=2))
     folders = [str(tiny), str(tmp_path / "ours"), str(dense)]
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, prompt(4, SIZE.words), *folders, str(LIMIT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,19 +14,18 @@ from click.testing import CliRunner
 
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.compress import Healing, compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.calibration.layer_moments import CalibrationData
-from spectral_surgery.commands.compress.calibrate import compress_calibrated
-from spectral_surgery.commands.compress.healed import compress_healed
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.text.heal_text import HealData
@@ -124,14 +123,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heal(sparse, bert, tmp_path / "parts", data, FEW, progress=stop)
+        heal(sparse, bert, tmp_path / "parts", data, FEW, run=Run(progress=stop))
     with pytest.raises(CheckpointError, match=r"parts\.partial: holds unfinished work; use --resume"):
         heal(sparse, bert, tmp_path / "parts", data, FEW)
     other = DistillSettings(steps=13, eval_every=4)
     with pytest.raises(CheckpointError, match=r"is of other models, text or settings\. Use --overwrite"):
-        heal(sparse, bert, tmp_path / "parts", data, other, resume=True)
+        heal(sparse, bert, tmp_path / "parts", data, other, run=Run(resume=True))
     done: list[int] = []
-    heal(sparse, bert, tmp_path / "parts", data, FEW, resume=True, progress=lambda step, *_: done.append(step))
+    heal(sparse, bert, tmp_path / "parts", data, FEW, run=Run(resume=True, progress=lambda step, *_: done.append(step)))
     assert done[0] == 5  # the last evaluation was after step 4
     for file in FILES:
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -167,13 +166,13 @@ def test_interrupted_blocks_go_on_to_the_same_bytes(tmp_path: Path, sparse: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heal(sparse, bert, tmp_path / "parts", data, FEW, blocks=True, progress=stop)
+        heal(sparse, bert, tmp_path / "parts", data, FEW, blocks=True, run=Run(progress=stop))
     done: list[int] = []
 
     def note(step: int, *_: object) -> None:
         done.append(step)
 
-    heal(sparse, bert, tmp_path / "parts", data, FEW, blocks=True, resume=True, progress=note)
+    heal(sparse, bert, tmp_path / "parts", data, FEW, blocks=True, run=Run(resume=True, progress=note))
     assert done[0] == 17  # of the second block, the last evaluation was after step 4
     for file in FILES:
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -183,7 +182,7 @@ def test_damaged_unfinished_work_is_named(tmp_path: Path, sparse: Path, bert: Pa
     (tmp_path / "out.partial" / "healing").mkdir(parents=True)
     (tmp_path / "out.partial" / "healing" / "all.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="unfinished work cannot be read"):
-        heal(sparse, bert, tmp_path / "out", HealData(text, 16, 16), FEW, resume=True)
+        heal(sparse, bert, tmp_path / "out", HealData(text, 16, 16), FEW, run=Run(resume=True))
 
 
 def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Path, text: Path) -> None:
@@ -195,13 +194,18 @@ def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_healed(bert, tmp_path / "out", options, data, FAST, calibration=calibration, progress=stop)
-    assert (tmp_path / "out.unhealed").exists()
-    with pytest.raises(CheckpointError, match=r"out\.unhealed: holds work of other options"):
-        compress_healed(bert, tmp_path / "out", SPARSE, data, FEW, calibration=calibration, resume=True)
-    report, healed = compress_healed(bert, tmp_path / "out", options, data, FAST, calibration=calibration, resume=True)
-    assert healed.course.step == 12
-    assert not (tmp_path / "out.unhealed").exists()
+        compress(
+            bert, tmp_path / "out", options, calibrate=calibration, heal=Healing(data, FAST), run=Run(progress=stop)
+        )
+    assert (tmp_path / "out.partial" / "unhealed").exists()
+    with pytest.raises(CheckpointError, match=r"out\.partial: holds work of other options"):
+        compress(bert, tmp_path / "out", SPARSE, calibrate=calibration, heal=Healing(data, FEW), run=Run(resume=True))
+    report = compress(
+        bert, tmp_path / "out", options, calibrate=calibration, heal=Healing(data, FAST), run=Run(resume=True)
+    )
+    assert report.healing is not None
+    assert report.healing.course.step == 12
+    assert not (tmp_path / "out.partial").exists()
     assert report.manifest.options["calibration"]
     assert report.output_bytes < report.input_bytes / 4
     assert report.manifest.report.bits_per_weight < 2.02  # as asked, though training makes codes more even
@@ -293,7 +297,7 @@ def test_classifiers_heal_and_encoder_decoders_are_refused(tmp_path: Path, text:
     with pytest.raises(ConfigError, match="heal: the model has an encoder and a decoder, and its text alone does not"):
         heal(tmp_path / "t5-sparse", t5, tmp_path / "no", HealData(text, 16, 16), FEW)
     with pytest.raises(ConfigError, match="calibrate: the model has an encoder and a decoder, and its text alone"):
-        compress_calibrated(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), CalibrationData(text, 8, 16))
+        compress(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), calibrate=CalibrationData(text, 8, 16))
 
 
 def run(*words: object) -> tuple[int, str]:

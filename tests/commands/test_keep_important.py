@@ -11,12 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress, plan_compression
-from spectral_surgery.commands.compress.healed import compress_healed
-from spectral_surgery.commands.compress.keep_important import compress_important, measure_importance
+from spectral_surgery.commands.compress import CompressReport, Healing, compress, plan_compression
+from spectral_surgery.commands.compress.keep_important import measure_importance
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 from spectral_surgery.text.heal_text import HealData
 from spectral_surgery.training.loop import DistillSettings
 from tests.commands.test_calibrate import KINDS, save_model
@@ -27,11 +27,16 @@ SPARSE = CompressOptions(Target("density", 0.2), allocation="slope")
 FEW = DistillSettings(steps=4, eval_every=4, warmup_steps=2)
 
 
+def kept(source: Path, out: Path, options: CompressOptions, data: HealData) -> CompressReport:
+    """Kept by importance, and hardly healed: positions do not change."""
+    return compress(source, out, options, heal=Healing(data, DistillSettings(steps=1), "important"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: Path) -> None:
     source, data = save_model(kind, tmp_path / "model"), HealData(text, 16, 16)
     found = measure_importance(source, plan_compression(source, SPARSE)[1], data)
-    report = compress_important(source, tmp_path / "out", SPARSE, data)
+    report = kept(source, tmp_path / "out", SPARSE, data)
     assert report.manifest.report.density == pytest.approx(0.2, abs=3e-3)
     densities = {name: own.report.density for name, own in report.manifest.tensors.items()}
     assert found.keys() <= densities.keys()
@@ -39,7 +44,7 @@ def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: P
     for name in densities.keys() - found.keys():  # embeddings
         assert "emb" in name or "wte" in name or "wpe" in name or "head" in name
         assert densities[name] == pytest.approx(0.2, abs=2e-3)
-    compress_important(source, tmp_path / "even", replace(SPARSE, allocation="even"), data)
+    kept(source, tmp_path / "even", replace(SPARSE, allocation="even"), data)
     for name, own in open_compressed(tmp_path / "even").manifest.tensors.items():
         assert own.report.density == pytest.approx(0.2, abs=3e-3), name
 
@@ -47,14 +52,14 @@ def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: P
 def test_what_is_kept_costs_the_model_more_to_lose_than_what_is_largest(tmp_path: Path, bert: Path, text: Path) -> None:
     data = HealData(text, 16, 16)
     found = measure_importance(bert, plan_compression(bert, SPARSE)[1], data)
-    compress_important(bert, tmp_path / "own", SPARSE, data)
+    kept(bert, tmp_path / "own", SPARSE, data)
     compress(bert, tmp_path / "plain", replace(SPARSE, allocation="even"))
-    kept = {}
+    energy = {}
     for name in ("own", "plain"):
         checkpoint = open_compressed(tmp_path / name)
         spectra = {tensor: checkpoint.part(tensor, 0).decode().coefficients() for tensor in found}
-        kept[name] = sum(float(own.costs(spectra[tensor]).sum()) for tensor, own in found.items())
-    assert kept["own"] > 1.02 * kept["plain"]
+        energy[name] = sum(float(own.costs(spectra[tensor]).sum()) for tensor, own in found.items())
+    assert energy["own"] > 1.02 * energy["plain"]
 
 
 def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path, text: Path) -> None:
@@ -77,12 +82,12 @@ def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path,
 def test_language_models_keep_the_largest(tmp_path: Path, text: Path) -> None:
     source, data = save_model("llama", tmp_path / "model"), HealData(text, 16, 16)
     plain = replace(SPARSE, allocation="even")
-    report, _ = compress_healed(source, tmp_path / "out", plain, data, FEW)
+    report = compress(source, tmp_path / "out", plain, heal=Healing(data, FEW))
     assert report.manifest.options["importance"] is None
-    report, _ = compress_healed(source, tmp_path / "asked", plain, data, FEW, keep="important")
+    report = compress(source, tmp_path / "asked", plain, heal=Healing(data, FEW, "important"))
     assert report.manifest.options["importance"]
     with pytest.raises(ConfigError, match="allocation slope: needs text to measure on"):
-        compress_healed(source, tmp_path / "slope", SPARSE, data, FEW)
+        compress(source, tmp_path / "slope", SPARSE, heal=Healing(data, FEW))
 
 
 def test_what_is_kept_can_only_be_asked_for_where_something_is_dropped(tmp_path: Path, bert: Path, text: Path) -> None:
@@ -105,10 +110,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_healed(bert, tmp_path / "out", SPARSE, data, FEW, progress=interrupt)
+        compress(bert, tmp_path / "out", SPARSE, heal=Healing(data, FEW), run=Run(progress=interrupt))
     assert not (tmp_path / "out").exists()
-    compress_healed(bert, tmp_path / "out", SPARSE, data, FEW, resume=True)
-    compress_healed(bert, tmp_path / "straight", SPARSE, data, FEW)
+    compress(bert, tmp_path / "out", SPARSE, heal=Healing(data, FEW), run=Run(resume=True))
+    compress(bert, tmp_path / "straight", SPARSE, heal=Healing(data, FEW))
     files = ("model.safetensors", "spectral_surgery.json")
     one, other = contents(tmp_path / "out"), contents(tmp_path / "straight")
     assert all(one[name] == other[name] for name in files)
@@ -117,7 +122,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
 def test_too_little_text_is_refused(tmp_path: Path, bert: Path) -> None:
     (tmp_path / "short.txt").write_text("one")
     with pytest.raises(ConfigError, match=r"short\.txt: gives 1 sequence"):
-        compress_important(bert, tmp_path / "out", SPARSE, HealData(tmp_path / "short.txt"))
+        kept(bert, tmp_path / "out", SPARSE, HealData(tmp_path / "short.txt"))
 
 
 @pytest.mark.parametrize(
@@ -134,5 +139,5 @@ def test_weights_that_are_not_finite(tmp_path: Path, bert: Path, text: Path, ten
     tensors[tensor].view(-1)[3] = math.nan
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError, match=message):
-        compress_important(tmp_path / "model", tmp_path / "out", SPARSE, HealData(text, 16, 16))
+        kept(tmp_path / "model", tmp_path / "out", SPARSE, HealData(text, 16, 16))
     assert not (tmp_path / "out").exists()

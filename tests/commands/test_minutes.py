@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 from spectral_surgery.training.loop import Batch, Course, Distillation, DistillSettings, distill
 
 SETTINGS = {"patience": 0, "warmup_steps": 1, "learning_rate": 0.01}
@@ -132,7 +133,14 @@ def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> No
     settings = DistillSettings(steps=0, minutes=1.0, eval_every=1000, warmup_steps=2)
     data = HealData(text, 4, 16)
     report = heal(
-        tmp_path / "sparse", bert, tmp_path / "out", data, settings, blocks=blocks, progress=passes, clock=clock
+        tmp_path / "sparse",
+        bert,
+        tmp_path / "out",
+        data,
+        settings,
+        blocks=blocks,
+        clock=clock,
+        run=Run(progress=passes),
     )
     assert seconds == pytest.approx(60, rel=0.1)
     assert 28 <= report.course.step <= 38

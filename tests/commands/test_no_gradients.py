@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.compress import Healing, compress
 from spectral_surgery.errors import SpectralSurgeryError, TargetError
 from spectral_surgery.files.compressed.plan import CompressOptions
 from tests.support.tiny import save_tokenizer
@@ -18,7 +18,6 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from spectral_surgery.commands.compress.healed import compress_healed
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.text.heal_text import HealData
 from spectral_surgery.training.loop import DistillSettings
@@ -46,7 +45,7 @@ def test_blocks_with_a_backward_pass_of_their_own(tmp_path: Path, text: Path, ke
     source = save_reformer(tmp_path / "model")
     options = CompressOptions(Target("density", 0.3), include=include, min_weights=1)
     with pytest.raises(TargetError, match=REFUSED):
-        compress_healed(source, tmp_path / "out", options, HealData(text, 16, 16), FEW, keep=keep)
+        compress(source, tmp_path / "out", options, heal=Healing(HealData(text, 16, 16), FEW, keep))
 
 
 def test_block_after_block(tmp_path: Path, text: Path) -> None:
@@ -65,5 +64,5 @@ def test_blocks_under_no_grad(
     monkeypatch.setattr(layer, "forward", torch.no_grad()(layer.forward))
     options = CompressOptions(Target("density", 0.3), include=include, min_weights=1)
     with pytest.raises(TargetError, match=REFUSED):
-        compress_healed(bert, tmp_path / "out", options, HealData(text, 16, 16), FEW, keep=keep)
+        compress(bert, tmp_path / "out", options, heal=Healing(HealData(text, 16, 16), FEW, keep))
     assert not (tmp_path / "out").exists()

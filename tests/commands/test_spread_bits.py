@@ -14,11 +14,11 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import CompressReport, compress, plan_compression
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.calibration.layer_moments import CalibrationData
-from spectral_surgery.commands.compress.calibrate import compress_calibrated
 from spectral_surgery.commands.compress.spread_bits import measure_shares
 from tests.commands.test_calibrate import save_model
 
@@ -35,7 +35,7 @@ def rates(report: CompressReport, kind: str) -> dict[str, float]:
 def test_the_whole_rate_is_met(tmp_path: Path, bert: Path, text: Path, kind: str, value: float, measured: str) -> None:
     target = Target("bits" if kind == "bits" else "density", value)
     options = CompressOptions(target, include=("*encoder*",), allocation="slope")
-    report, _ = compress_calibrated(bert, tmp_path / "out", options, CalibrationData(text, 64, 16))
+    report = compress(bert, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
     assert float(getattr(report.manifest.report, measured)) == pytest.approx(value, rel=0.01)
     found = rates(report, measured)
     assert found[OUTPUT] > 1.1 * found[QUERY]  # what is added to the residual stream matters most
@@ -66,17 +66,17 @@ def test_slopes_need_text(tmp_path: Path, bert: Path) -> None:
 
 def test_rates_are_remembered(tmp_path: Path, bert: Path, text: Path) -> None:
     options, data = CompressOptions(Target("bits", 3.0), allocation="slope"), CalibrationData(text, 32, 16)
-    compress_calibrated(bert, tmp_path / "whole", options, data)
+    compress(bert, tmp_path / "whole", options, calibrate=data)
 
     def stop(done: int, total: int, what: str) -> None:  # noqa: ARG001 - a progress callback
         if done == total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_calibrated(bert, tmp_path / "parts", options, data, progress=stop)
+        compress(bert, tmp_path / "parts", options, calibrate=data, run=Run(progress=stop))
     (file,) = tmp_path.glob("parts.partial/**/rates.json")
     assert len(json.loads(file.read_text())["rates"]) == 13  # two blocks of six layers, and the table of positions
-    compress_calibrated(bert, tmp_path / "parts", options, data, resume=True)
+    compress(bert, tmp_path / "parts", options, calibrate=data, run=Run(resume=True))
     for name in ("model.safetensors", "spectral_surgery.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -19,6 +19,7 @@ from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.files.compressed.units import leave_codes, run_unit
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_bytes, read_tensor
+from spectral_surgery.run import Run
 from tests.support.checkpoints import gaussian, write_folder
 
 NAME, EXPERTS, HEIGHT, WIDTH = "model.layers.0.mlp.experts.down_proj", 4, 64, 96
@@ -40,7 +41,7 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
         for unit in plan.units:
             run_unit(workshop, unit, OPTIONS, 1)
         alone = [_alone(workshop.path(unit), workshop.key) for unit in plan.units]
-    report = compress(source, tmp_path / "out", OPTIONS, resume=True)
+    report = compress(source, tmp_path / "out", OPTIONS, run=Run(resume=True))
     assert report is not None
     stored = open_compressed(tmp_path / "out")
     for number, one in enumerate(alone):

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
-from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import compressed_facts
-from spectral_surgery.codec.rate import Target
+from spectral_surgery.calibration.layer_moments import CalibrationData
+from spectral_surgery.commands.compress.calibrate import calibrated
 from spectral_surgery.commands.compress.coverage import Coverage
+from spectral_surgery.commands.compress.job import Job, opened
+from spectral_surgery.commands.compress.keep_important import keep_important
+from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, write_healed
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.difference import describe
-from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
-from spectral_surgery.files.compressed.plan import CompressOptions, Plan, Unit, make_plan
-from spectral_surgery.files.compressed.units import UNITS, Workshop, is_done, join, run_unit, work_key
+from spectral_surgery.files.compressed.manifest import FILE_NAME, QUANT_METHOD, Manifest
+from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, make_plan
+from spectral_surgery.files.compressed.units import UNITS
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
+from spectral_surgery.files.publish import clear_folder, publishing
 from spectral_surgery.files.remote_code import notes_on
-from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import partial_folder, publishing, weights_metadata, write_checkpoint, writing_to
+from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.pool import Team, team
-from spectral_surgery.progress import Progress, silent
+from spectral_surgery.run import Run
+from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.objectives import Keep, objective_of
+from spectral_surgery.training.loop import DistillSettings
+
+_UNHEALED = "unhealed"  # folder of what is compressed and not yet healed
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Healing as the last stage of a compression.
+
+    Attributes:
+        data: text.
+        settings: how.
+        keep: of a density without calibration: the coefficients that count most on the text, or the largest; None for
+            what is usual for the model.
+    """
+
+    data: HealData
+    settings: DistillSettings = field(default_factory=DistillSettings)
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,7 @@ class CompressReport:
         not_copied_files: files of other weight formats left out.
         notes: what was odd about the source, in sentences.
         calibration: what text reached; None without text, or when an earlier run had it.
+        healing: what healing did; None without it.
     """
 
     manifest: Manifest
@@ -56,6 +76,7 @@ class CompressReport:
     not_copied_files: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     calibration: Coverage | None = None
+    healing: HealReport | None = None
 
     @property
     def compression_ratio(self) -> float:
@@ -86,6 +107,7 @@ class CompressReport:
             "files_left_out": list(self.not_copied_files),
             "notes": list(self.notes),
             "calibration": self.calibration.to_json() if self.calibration else None,
+            "healing": self.healing.to_json() if self.healing else None,
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "seconds": self.seconds,
@@ -151,173 +173,169 @@ def compress(
     out: Path,
     options: CompressOptions,
     *,
-    workers: int | Team = 1,
-    threads: int = 1,
-    shard: tuple[int, int] = (0, 1),
-    resume: bool = False,
-    overwrite: bool = False,
-    origin: str | None = None,
+    calibrate: CalibrationData | None = None,
+    heal: Healing | None = None,
     base: Path | None = None,
-    targets: Mapping[str, Target] | None = None,
-    progress: Progress = silent,
-) -> CompressReport | None:
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> CompressReport:
     """Compress a checkpoint into a new folder, which appears at the end, whole.
 
-    The bytes do not depend on workers, threads, shards or interruptions.
+    The bytes do not depend on workers, threads or interruptions.
 
     Args:
-        source: a checkpoint folder or a .safetensors file.
+        source: a checkpoint folder or a .safetensors file; with text, one with a tokenizer.
         out: folder to create.
         options: what is asked.
-        workers: processes, which import the calling script: it needs a ``__main__`` guard; or a team of them, of which
-            this is the last work.
-        threads: frames at once in each worker.
-        shard: (index, count) of this machine among those that share a file system; the last to finish joins parts.
-        resume: go on with unfinished work of the same source and options.
-        overwrite: replace an existing folder, and discard unfinished work.
-        origin: the Hub repository that source is a copy of, for the model card.
+        calibrate: text that codes are chosen by; a rate or a density has to be asked for.
+        heal: then train the kept coefficients on text until the model does what the source does.
         base: compress differences to this checkpoint, which decompressing needs again; errors and rates are theirs.
-        targets: of tensors that are asked for something else, by name.
-        progress: called as parts are done.
+        run: how the work is carried out.
+
+    Raises:
+        CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
+        ConfigError: when options do not go together, or text is too short or foreign to the model.
+        TargetError: when the model cannot be run on text alone.
+    """
+    started = time.perf_counter()
+    if base is not None and (calibrate or heal):
+        raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+    important = calibrate is None and heal is not None and keeps_important(source, options, heal.keep)
+    options = _settled(options, calibrate, heal.data if heal and important else None)
+    check_apart(source, out)
+    check_apart(base or source, out)
+    index, plan = plan_compression(source, options, base=base)
+    with opened(source, out, index, plan, run) as begun:
+        job, unhealed, reached = begun, begun.folder / _UNHEALED, None
+        if not (heal and _is_there(unhealed, plan)):
+            if calibrate:
+                job, reached = calibrated(job, calibrate)
+            elif heal and important:
+                keep_important(job, heal.data)
+            job.encode()
+        if heal is None:
+            report = _finish(job, out, started)
+        else:
+            report = _healed(job, unhealed, out, heal, started)
+    return replace(report, calibration=reached)
+
+
+def compress_shard(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    shard: tuple[int, int],
+    *,
+    base: Path | None = None,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> CompressReport | None:
+    """Do one share of a compression without text, together with other processes or machines that share a file system.
+
+    Args:
+        source: as for `compress`.
+        out: as for `compress`.
+        options: as for `compress`.
+        shard: (index, count); the last of them to finish joins the parts.
+        base: as for `compress`.
+        run: how the work is carried out; unfinished work of the same source and options is always gone on with.
 
     Returns:
         The report; None when parts of other shards are still missing.
 
     Raises:
-        CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
+        CheckpointError: as `compress`.
+        ConfigError: when there is no such shard.
     """
     started = time.perf_counter()
-    _check(options, shard)
-    check_apart(source, out)
-    check_apart(base or source, out)
-    index, plan = plan_compression(source, options, base=base)
-    plan, alone = plan.with_targets(targets or {}), shard[1] == 1
-    aside = partial_folder(out, overwrite=overwrite)
-    if alone and not resume:
-        discard(aside, overwrite=overwrite)
-    workshop = Workshop(aside / UNITS, work_key(index, plan.options))
-    with writing_to(out):
-        workshop.folder.mkdir(parents=True, exist_ok=True)
-        with hold(aside, exclusive=alone, wait=not alone), _team(workers) as own:
-            _run(workshop, plan, plan.shard(*shard), own, threads=threads, progress=progress)
-            if not alone and not all(is_done(workshop, unit) for unit in plan.units):
-                return None
-        with hold(aside, exclusive=True, wait=True):
-            if not workshop.folder.exists():  # another shard joined everything
-                return None
-            return _finish(workshop, plan, index, out, overwrite=overwrite, origin=origin, started=started)
-
-
-@contextmanager
-def choosing_codes(
-    out: Path, index: CheckpointIndex, options: CompressOptions, *, resume: bool, overwrite: bool
-) -> Iterator[Workshop]:
-    """Where codes that are chosen elsewhere are left; `compress` with resume then does the rest.
-
-    Args:
-        out: folder to create.
-        index: of the source.
-        options: what is asked.
-        resume: go on with unfinished work of the same source and options.
-        overwrite: replace an existing folder, and discard unfinished work.
-
-    Raises:
-        CheckpointError: when out is taken, or unfinished work is in the way.
-    """
-    partial = partial_folder(out, overwrite=overwrite)
-    if not resume:
-        discard(partial, overwrite=overwrite)
-    workshop = Workshop(partial / UNITS, work_key(index, options))
-    with writing_to(out):
-        workshop.folder.mkdir(parents=True, exist_ok=True)
-        with hold(partial, exclusive=True, wait=False):
-            yield workshop
-
-
-def _check(options: CompressOptions, shard: tuple[int, int]) -> None:
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
-    if options.allocation != "even" and options.calibration is None and options.importance is None:
-        raise ConfigError(f"allocation {options.allocation}: needs text to measure on; without any, even is accepted.")
+    check_apart(source, out)
+    check_apart(base or source, out)
+    index, plan = plan_compression(source, _settled(options, None, None), base=base)
+    with opened(source, out, index, plan, run, alone=False) as job:
+        if not job.encode(shard):
+            return None
+    with hold(job.folder, exclusive=True, wait=True):
+        if not job.workshop.folder.exists():  # another shard joined everything
+            return None
+        return _finish(job, out, started)
 
 
-def _team(workers: int | Team) -> AbstractContextManager[Team]:
-    return team(workers) if isinstance(workers, int) else nullcontext(workers)
-
-
-def discard(aside: Path, *, overwrite: bool) -> None:
-    """Clear unfinished work away, if there is any; a run that failed before its first result has left none.
+def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
+    """Whether healing keeps the coefficients that count most, and not the largest.
 
     Args:
-        aside: where it is.
-        overwrite: whether that is allowed.
+        source: a checkpoint folder.
+        options: what is asked.
+        keep: as for `Healing`.
 
     Raises:
-        CheckpointError: when it is not.
+        ConfigError: when keep is given and no density is asked for.
     """
-    if not any(path.is_file() and path.name != LOCK_FILE for path in aside.rglob("*")):
-        return
-    if not overwrite:
-        raise CheckpointError(
-            f"{aside.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
-        )
-    shutil.rmtree(aside)
+    if options.target.kind != "density":
+        if keep is not None:
+            raise ConfigError(f"--keep {keep}: goes with --sparsity; with --bits and --max-error nothing is dropped.")
+        return False
+    return (keep or objective_of(read_index(source).config).keep) == "important"
 
 
-def _run(workshop: Workshop, plan: Plan, units: list[Unit], own: Team, *, threads: int, progress: Progress) -> None:
-    weights = list(accumulate(unit.weights for unit in units))  # largest first
-    last = -1
-    for last in own.share(partial(run_unit, workshop, options=plan.options, threads=threads), units, last=True):
-        progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may still be at earlier ones
-    if last + 1 < len(units):
-        progress(weights[-1], weights[-1], units[-1].tensor.info.name)
-
-
-def _finish(
-    workshop: Workshop,
-    plan: Plan,
-    index: CheckpointIndex,
-    out: Path,
-    *,
-    overwrite: bool,
-    origin: str | None,
-    started: float,
-) -> CompressReport:
-    entries, manifest, copied = join(workshop, plan, index)
-    with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
-        _clear_leftovers(folder)
-        files = write_checkpoint(folder, entries, metadata=weights_metadata(index))
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        marked = dict(index.config) | {"quantization_config": _quantization_config(plan.options)}
-        copy_companions(index, folder, marked)
-        facts = compressed_facts(open_compressed(folder, differences=True), origin)
-        cards.write_derived(folder, facts)
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        shutil.rmtree(workshop.folder)
-        output = sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
-    return CompressReport(
-        manifest,
-        copied,
-        index.nbytes,
-        output,
-        time.perf_counter() - started,
-        peak_rss_bytes(),
-        tuple(str(path) for path in index.skipped_files),
-        (*index.notes, *notes_on(index.config)),
+def _settled(
+    options: CompressOptions, calibrate: CalibrationData | None, important: HealData | None
+) -> CompressOptions:
+    """The options with everything decided that was left open."""
+    if calibrate is None and important is None:
+        if options.allocation == "slope":
+            raise ConfigError("allocation slope: needs text to measure on; without any, even is accepted.")
+        return replace(options, allocation="even")
+    # measured: a calibrated kept set is worse for being spread
+    even = calibrate is not None and options.target.kind == "density"
+    return replace(
+        options,
+        transform=DEFAULT_TRANSFORM if options.transform == AUTO else options.transform,
+        allocation=options.allocation or ("even" if even else "slope"),
+        calibration=calibrate.digest() if calibrate else None,
+        importance=important.digest() if important else None,
     )
 
 
-def _clear_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():  # of an attempt that was killed while joining
-        if path.name not in (UNITS, LOCK_FILE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _finish(job: Job, out: Path, started: float) -> CompressReport:
+    with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
+        clear_folder(folder, keep=(UNITS,))
+        manifest, copied, size = job.write(folder)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        shutil.rmtree(job.workshop.folder)
+    return _report(job, manifest, copied, size, started)
 
 
-def _quantization_config(options: CompressOptions) -> dict[str, object]:
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        options.target.kind: options.target.value,
-        "transform": options.transform,
-        "tile": options.tile,
-    }
+def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float) -> CompressReport:
+    if not unhealed.exists():
+        with publishing(unhealed, overwrite=True) as folder:
+            job.write(folder)
+    shutil.rmtree(job.workshop.folder, ignore_errors=True)
+    checkpoint = open_compressed(unhealed)
+    state = job.folder / STATE
+    entries, healed = heal_checkpoint(
+        checkpoint, job.index, job.source, data=heal.data, settings=heal.settings, state=state, run=job.run
+    )
+    with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
+        clear_folder(folder, keep=(_UNHEALED, STATE))
+        size = write_healed(folder, checkpoint, entries, healed, job.run.origin)
+        shutil.rmtree(unhealed)
+    report = _report(job, healed.manifest, dict(job.plan.copied), size, started)
+    return replace(report, healing=healed)
+
+
+def _report(job: Job, manifest: Manifest, copied: dict[str, str], size: int, started: float) -> CompressReport:
+    index, seconds = job.index, time.perf_counter() - started
+    left_out = tuple(str(path) for path in index.skipped_files)
+    notes = (*index.notes, *notes_on(index.config))
+    return CompressReport(manifest, copied, index.nbytes, size, seconds, peak_rss_bytes(), left_out, notes)
+
+
+def _is_there(unhealed: Path, plan: Plan) -> bool:
+    """Whether an earlier run has compressed, and not yet healed."""
+    if not (unhealed / FILE_NAME).exists():
+        return False
+    there, asked = open_compressed(unhealed).manifest.options, json.loads(json.dumps(plan.options.to_json()))
+    if there != asked:
+        raise CheckpointError(f"{unhealed.parent.name}: holds work of other options. Use --overwrite to discard it.")
+    return True

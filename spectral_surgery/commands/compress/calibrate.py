@@ -2,15 +2,12 @@
 
 The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
 already compressed; then every weight is quantised with error feedback at the asked rate, and left as a finished unit
-of the compression, which does the rest as without text.
+of the compression, which then encodes the rest as without text.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,89 +15,50 @@ from spectral_surgery.calibration.layer_moments import CalibrationData, LayerMom
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
 from spectral_surgery.codec.feedback_rate import codes_at
-from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import CompressReport, choosing_codes, compress, plan_compression
 from spectral_surgery.commands.compress.coverage import Calibrated, Coverage, coverage_of, reasons_of, seen_by_expert
+from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.commands.compress.spread_bits import spread_targets
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
-from spectral_surgery.files.compressed.units import Workshop, finished_codes, leave_codes
-from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.compressed.plan import PlannedTensor
+from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.pool import Team
-from spectral_surgery.progress import Progress, silent
 
 
-def compress_calibrated(
-    source: Path,
-    out: Path,
-    options: CompressOptions,
-    data: CalibrationData,
-    *,
-    workers: int | Team = 1,
-    threads: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    origin: str | None = None,
-    progress: Progress = silent,
-) -> tuple[CompressReport, list[Calibrated]]:
-    """Compress a checkpoint with text to judge by.
+def calibrated(job: Job, data: CalibrationData) -> tuple[Job, Coverage]:
+    """Choose codes with text to judge by, and leave them as finished units.
 
     Args:
-        source: a checkpoint folder with a tokenizer.
-        out: folder to create.
-        options: what is asked, in bits or density.
+        job: a compression at a rate or a density.
         data: text.
-        workers: processes for what is compressed without text, such as embeddings.
-        threads: frames at once.
-        resume: go on with unfinished work of the same source, options and text.
-        overwrite: replace an existing folder, and discard unfinished work.
-        origin: the Hub repository that source is a copy of.
-        progress: called after each weight.
 
     Returns:
-        (the report, with what was reached; what was calibrated).
+        The job, with a rate for each tensor when rates are spread; and what was reached.
 
     Raises:
-        ConfigError: when the target is an error, there is no text, or nothing to calibrate.
-        CheckpointError: as `compress`, and when the model cannot be loaded.
+        ConfigError: when the target is an error, there is too little text, or nothing to calibrate.
+        CheckpointError: when the model cannot be loaded.
         TargetError: when the model cannot be run on text alone.
     """
-    started = time.perf_counter()
-    if options.target.kind == "max_error":
+    if job.plan.options.target.kind == "max_error":
         raise ConfigError("--calibrate: minimises the error itself; --bits or --sparsity is accepted with it.")
-    if not data.file.is_file():
-        raise ConfigError(f"--calibrate {data.file}: no such file; a text, .csv or .jsonl file is accepted.")
-    transform = DEFAULT_TRANSFORM if options.transform == AUTO else options.transform
-    options = replace(options, transform=transform, calibration=data.digest())
-    index, plan = plan_compression(source, options)
-    targets: dict[str, Target] = {}
-    with choosing_codes(out, index, options, resume=resume, overwrite=overwrite) as workshop:
-        if options.allocation == "slope":
-            targets = spread_targets(source, index, plan, data, workshop)
-        own = _Calibration(index, plan.with_targets(targets), workshop, threads, progress)
-        done, coverage = own.run(source, data)
-    common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
-    report = compress(source, out, options, resume=True, targets=targets, **common)
-    seconds = time.perf_counter() - started
-    return replace(cast(CompressReport, report), calibration=coverage, seconds=seconds), done
+    if job.plan.options.allocation == "slope":
+        targets = spread_targets(job.source, job.index, job.plan, data, job.workshop)
+        job = job.with_plan(job.plan.with_targets(targets))
+    return job, _Calibration(job).run(data)
 
 
 @dataclass(frozen=True)
 class _Calibration:
-    index: CheckpointIndex
-    plan: Plan
-    workshop: Workshop
-    threads: int
-    progress: Progress
+    job: Job
 
-    def run(self, source: Path, data: CalibrationData) -> tuple[list[Calibrated], Coverage]:
+    def run(self, data: CalibrationData) -> Coverage:
         """Calibrate block after block."""
-        planned = {own.info.name: own for own in self.plan.tensors}
-        lazy, sequences = model_and_text(source, self.index, data)
-        reasons = reasons_of(lazy.model, lazy.names, self.plan)
-        wanted = [name for name, own in planned.items() if seen_by_expert(own)]
-        turns = layer_moments(lazy, sequences, wanted, folder=self.workshop.folder, progress=self.progress)
+        job, plan = self.job, self.job.plan
+        planned = {tensor.info.name: tensor for tensor in plan.tensors}
+        lazy, sequences = model_and_text(job.source, job.index, data)
+        reasons = reasons_of(lazy.model, lazy.names, plan)
+        wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
+        turns = layer_moments(lazy, sequences, wanted, folder=job.workshop.folder, progress=job.run.progress)
         done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         if not done:
             told = "; ".join(
@@ -110,13 +68,14 @@ class _Calibration:
                 f"calibrate: none of {len(planned)} matrices is in a linear layer that this text is multiplied by:"
                 f" {told}. Compress it without text."
             )
-        return done, coverage_of(self.plan, done, reasons)
+        return coverage_of(plan, done, reasons)
 
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()
-        basis = Basis(self.plan.options.transform, self.plan.options.tile, tensor.axes)
+        job, options = self.job, self.job.plan.options
+        basis = Basis(options.transform, options.tile, tensor.axes)
         weight = turn.matrix.weight.float()
-        codes = finished_codes(self.workshop, self.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
+        codes = finished_codes(job.workshop, job.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
         release_freed_memory()
@@ -128,11 +87,11 @@ class _Calibration:
     def _chosen(self, turn: LayerMoment, tensor: PlannedTensor, weight: Tensor, basis: Basis) -> Codes:
         """Codes with error feedback, which are left in the workshop too."""
         coefficients = basis.forward(weight)
-        own = coefficients.T.contiguous() if turn.transposed else coefficients
-        target = tensor.target or self.plan.options.target
+        job, turned = self.job, coefficients.T.contiguous() if turn.transposed else coefficients
+        target = tensor.target or job.plan.options.target
         factor = feedback_factor(turn.moment, basis)
         release_freed_memory()
-        found = codes_at(own, factor, target, basis, column_steps=not turn.transposed)
+        found = codes_at(turned, factor, target, basis, column_steps=not turn.transposed)
         codes = found.T if turn.transposed else found
-        leave_codes(self.workshop, self.plan, tensor, coefficients, codes, first=turn.rows[0], threads=self.threads)
+        leave_codes(job.workshop, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

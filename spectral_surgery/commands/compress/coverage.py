@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,19 @@ class Coverage:
         weights: numbers in calibrated rows, of all that are compressed.
         left: reason by name of a tensor that was not calibrated, or not in full.
         whole: the model was run as a whole: all its layers on the inputs that the original gives.
-        largest: name of the tensor with the largest relative error of outputs, and that error.
+        layers: what was calibrated, in order.
     """
 
     matrices: tuple[int, int]
     weights: tuple[int, int]
     left: dict[str, str]
     whole: bool
-    largest: tuple[str, float]
+    layers: tuple[Calibrated, ...]
+
+    @property
+    def largest(self) -> Calibrated:
+        """The layer with the largest relative error of its outputs."""
+        return max(self.layers, key=lambda layer: layer.output_error)
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
@@ -58,12 +63,12 @@ class Coverage:
             "weights": self.weights[0],
             "of_weights": self.weights[1],
             "as_a_whole": self.whole,
-            "largest_output_error": {"name": self.largest[0], "relative_error": self.largest[1]},
+            "largest_output_error": {"name": self.largest.name, "relative_error": self.largest.output_error},
             "not_calibrated": [{"name": name, "reason": reason} for name, reason in self.left.items()],
         }
 
 
-def coverage_of(plan: Plan, done: Iterable[Calibrated], reasons: Mapping[str, str]) -> Coverage:
+def coverage_of(plan: Plan, done: Sequence[Calibrated], reasons: Mapping[str, str]) -> Coverage:
     """Count what was reached.
 
     Args:
@@ -72,11 +77,10 @@ def coverage_of(plan: Plan, done: Iterable[Calibrated], reasons: Mapping[str, st
         reasons: why not, by name of the tensor, of all.
     """
     reached: set[tuple[str, int, int]] = set()  # blocks may share layers
-    largest, whole = ("", 0.0), False
-    for own in done:
-        reached.add((own.name, *own.rows))
-        largest = max(largest, (own.name, own.output_error), key=lambda pair: pair[1])
-        whole = whole or not own.block
+    whole = False
+    for layer in done:
+        reached.add((layer.name, *layer.rows))
+        whole = whole or not layer.block
     rows: Counter[str] = Counter()
     for name, start, stop in reached:
         rows[name] += stop - start
@@ -86,7 +90,7 @@ def coverage_of(plan: Plan, done: Iterable[Calibrated], reasons: Mapping[str, st
     for name in left.keys() & rows.keys():
         left[name] = f"{sizes[name].rows - rows[name]} of {sizes[name].rows} rows, of experts that no token came to"
     weights = sum(count * sizes[name].columns for name, count in rows.items())
-    return Coverage((len(full), len(sizes)), (weights, plan.weights), left, whole, largest)
+    return Coverage((len(full), len(sizes)), (weights, plan.weights), left, whole, tuple(done))
 
 
 def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,16 +16,15 @@ from spectral_surgery.calibration.curvature import importance_of
 from spectral_surgery.calibration.stored_layers import matrices_of
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.importance import Cut, Importance, cut_at
-from spectral_surgery.commands.compress import CompressReport, choosing_codes, compress, plan_compression
+from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, PlannedTensor
+from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor
 from spectral_surgery.files.compressed.units import Workshop, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.publish import replace_file
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import names_in
-from spectral_surgery.pool import Team
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.heal_text import HealData, chosen, training_text
 from spectral_surgery.text.objectives import Objective, objective_of
@@ -35,58 +34,32 @@ _BATCHES = 48
 _FILE = "importance.safetensors"
 
 
-def compress_important(
-    source: Path,
-    out: Path,
-    options: CompressOptions,
-    data: HealData,
-    *,
-    workers: int | Team = 1,
-    threads: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    origin: str | None = None,
-    progress: Progress = silent,
-) -> CompressReport:
-    """Keep a fraction of the coefficients: of linear layers those whose loss changes the model most.
+def keep_important(job: Job, data: HealData) -> None:
+    """Keep a fraction of the coefficients, and leave their codes as finished units.
+
+    Of linear layers those are kept whose loss changes the model most. With an allocation of ``slope`` a layer has as
+    many of them as its coefficients count, with ``even`` all have as many.
 
     Args:
-        source: a checkpoint folder with a tokenizer.
-        out: folder to create.
-        options: what is asked, a density; with an allocation of ``slope`` a layer has as many of them as its
-            coefficients count, with ``even`` all have as many.
+        job: a compression at a density.
         data: text.
-        workers: processes for what is compressed without text, such as embeddings.
-        threads: frames at once.
-        resume: go on with unfinished work of the same source, options and text.
-        overwrite: replace an existing folder, and discard unfinished work.
-        origin: the Hub repository that source is a copy of.
-        progress: called after each batch of text and each weight.
-
-    Returns:
-        The report.
 
     Raises:
         ConfigError: when there is too little text, or the model does not know its tokens.
-        CheckpointError: as `compress`, and when the model cannot be loaded.
+        CheckpointError: when the model cannot be loaded.
     """
-    transform = DEFAULT_TRANSFORM if options.transform == AUTO else options.transform
-    options = replace(options, transform=transform, importance=data.digest())
-    index, plan = plan_compression(source, options)
-    planned = {own.info.name: own for own in plan.tensors}
-    with choosing_codes(out, index, options, resume=resume, overwrite=overwrite) as workshop:
-        found = _remembered(workshop)
-        if found is None:
-            found = measure_importance(source, plan, data, progress)
-            _remember(workshop, found)
-        cuts = _cuts(planned, found, options)
-        for done, (name, own) in enumerate(found.items()):
-            coefficients = _coefficients(planned[name], options)
-            codes = cuts[name].codes(coefficients, own)
-            leave_codes(workshop, plan, planned[name], coefficients, codes, threads=threads)
-            progress(done + 1, len(found), name)
-    common: dict[str, Any] = {"workers": workers, "threads": threads, "overwrite": overwrite, "origin": origin}
-    return cast(CompressReport, compress(source, out, options, resume=True, progress=progress, **common))
+    workshop, plan, progress = job.workshop, job.plan, job.run.progress
+    planned = {tensor.info.name: tensor for tensor in plan.tensors}
+    found = _remembered(workshop)
+    if found is None:
+        found = measure_importance(job.source, plan, data, progress)
+        _remember(workshop, found)
+    cuts = _cuts(planned, found, plan.options)
+    for done, (name, importance) in enumerate(found.items()):
+        coefficients = _coefficients(planned[name], plan.options)
+        codes = cuts[name].codes(coefficients, importance)
+        leave_codes(workshop, plan, planned[name], coefficients, codes, threads=job.run.threads)
+        progress(done + 1, len(found), name)
 
 
 def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progress = silent) -> dict[str, Importance]:

@@ -27,11 +27,11 @@ from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
 from spectral_surgery.files.compressed.units import source_digest
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
-from spectral_surgery.files.publish import partial_folder, publishing, writing_to
+from spectral_surgery.files.publish import clear_folder, discard_unfinished, partial_folder, publishing, writing_to
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
-from spectral_surgery.progress import Progress, silent
+from spectral_surgery.run import Run
 from spectral_surgery.text.heal_text import HealData
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.training.loop import Clock, Course, DistillSettings
@@ -96,12 +96,8 @@ def heal(
     settings: DistillSettings | None = None,
     *,
     blocks: bool = False,
-    threads: int = 1,
     device: str = "cpu",
-    resume: bool = False,
-    overwrite: bool = False,
-    origin: str | None = None,
-    progress: Progress = silent,
+    run: Run = Run(),  # noqa: B008 - frozen
     clock: Clock = time.perf_counter,
 ) -> HealReport:
     """Train the kept coefficients of a compressed checkpoint, biases and scales of norms by distillation.
@@ -115,12 +111,8 @@ def heal(
         data: text; a held-out part decides which step is kept.
         settings: how; None for 400 steps.
         blocks: one block after the other, in the memory of one; steps are those of each, minutes those of all.
-        threads: frames encoded at once.
         device: models run on it; blocks on the CPU.
-        resume: go on with unfinished work of the same models, text and settings.
-        overwrite: replace an existing folder, and discard unfinished work.
-        origin: the Hub repository that the teacher is a copy of.
-        progress: called after each step.
+        run: how the work is carried out, in this process alone.
         clock: tells the time.
 
     Returns:
@@ -130,24 +122,99 @@ def heal(
         ConfigError: when there is too little text, or the loss is not finite.
         CheckpointError: when the folder is not a compression of the teacher, or out is taken.
     """
-    started = time.perf_counter()
-    settings = settings or DistillSettings()
     checkpoint, index = _opened(compressed, teacher)
-    partial = partial_folder(out, overwrite=overwrite)
-    _check_unfinished(partial, resume=resume, overwrite=overwrite)
-    objective = objective_of(index.config)
-    key = _key(checkpoint, data, settings, blocks=blocks)
+    partial = partial_folder(out, overwrite=run.overwrite)
+    if not run.resume:
+        discard_unfinished(partial, overwrite=run.overwrite)
     with writing_to(out):
         (partial / STATE).mkdir(parents=True, exist_ok=True)
     with hold(partial, exclusive=not _others(), wait=False):
-        place = Workplace(checkpoint, index, teacher, data, device, partial / STATE, key, threads, clock)
-        healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, progress)
-        entries, report = _result(place, healed, objective.name, time.perf_counter() - started)
+        entries, report = heal_checkpoint(
+            checkpoint,
+            index,
+            teacher,
+            data=data,
+            settings=settings or DistillSettings(),
+            state=partial / STATE,
+            run=run,
+            blocks=blocks,
+            device=device,
+            clock=clock,
+        )
         if _others():
             distributed.barrier()  # all have read what the first one is about to clear away
     if _is_first():
-        _write(out, checkpoint, entries, report, overwrite=overwrite, origin=origin)
+        with publishing(out, overwrite=run.overwrite, keep_partial=True) as folder:
+            clear_folder(folder, keep=(STATE,))
+            write_healed(folder, checkpoint, entries, report, run.origin)
     return report
+
+
+def heal_checkpoint(
+    checkpoint: CompressedCheckpoint,
+    index: CheckpointIndex,
+    teacher: Path,
+    *,
+    data: HealData,
+    settings: DistillSettings,
+    state: Path,
+    run: Run,
+    blocks: bool = False,
+    device: str = "cpu",
+    clock: Clock = time.perf_counter,
+) -> tuple[list[Entry], HealReport]:
+    """Heal without writing the result.
+
+    Args:
+        checkpoint: the compressed one.
+        index: of the teacher.
+        teacher: its folder.
+        data: as for `heal`.
+        settings: as for `heal`.
+        state: folder of unfinished work.
+        run: threads and progress are used.
+        blocks: as for `heal`.
+        device: as for `heal`.
+        clock: as for `heal`.
+
+    Returns:
+        What to write, which reads from the checkpoint and the folder; and the report.
+    """
+    started = time.perf_counter()
+    objective = objective_of(index.config)
+    state.mkdir(parents=True, exist_ok=True)
+    key = _key(checkpoint, data, settings, blocks=blocks)
+    place = Workplace(checkpoint, index, teacher, data, device, state, key, run.threads, clock)
+    healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, run.progress)
+    return _result(place, healed, objective.name, time.perf_counter() - started)
+
+
+def write_healed(
+    folder: Path, checkpoint: CompressedCheckpoint, entries: Sequence[Entry], report: HealReport, origin: str | None
+) -> int:
+    """Write what healing made, and remove its unfinished work.
+
+    Args:
+        folder: to write into, which holds the unfinished work.
+        checkpoint: what was healed.
+        entries: from `heal_checkpoint`.
+        report: from `heal_checkpoint`.
+        origin: the Hub repository that the teacher is a copy of.
+
+    Returns:
+        Bytes of weights and manifest.
+    """
+    course = report.course
+    copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
+    files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
+    (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
+    (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    held = [(step, {"loss": loss}) for step, loss in course.held_out]
+    plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
+    cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / STATE)
+    return sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
 
 
 def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, CheckpointIndex]:
@@ -167,41 +234,6 @@ def _result(place: Workplace, healed: Healed, objective: str, seconds: float) ->
     return entries, HealReport(
         manifest, objective, course, trained, untrained, seconds, peak_rss_bytes(), healed.blocks
     )
-
-
-def _write(
-    out: Path,
-    checkpoint: CompressedCheckpoint,
-    entries: Sequence[Entry],
-    report: HealReport,
-    *,
-    overwrite: bool,
-    origin: str | None,
-) -> None:
-    course = report.course
-    with publishing(out, overwrite=overwrite, keep_partial=True) as folder:
-        for left in folder.iterdir():  # of an attempt that was killed while writing
-            if left.name not in (STATE, LOCK_FILE):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
-        write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
-        (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
-        (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        held = [(step, {"loss": loss}) for step, loss in course.held_out]
-        plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
-        cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder / STATE)
-
-
-def _check_unfinished(partial: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume or not (partial / STATE).exists() or not any((partial / STATE).iterdir()):
-        return
-    if not overwrite:
-        raise CheckpointError(
-            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
-        )
-    shutil.rmtree(partial / STATE)
 
 
 def _key(checkpoint: CompressedCheckpoint, data: HealData, settings: DistillSettings, *, blocks: bool) -> str:

@@ -47,7 +47,8 @@ class CompressOptions:
         calibration: the text that codes were chosen by, in words and a checksum.
         importance: the text that says which coefficients are kept, in words and a checksum.
         base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
-        allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed.
+        allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed; None
+            for what is usual: slope with text, but even of a density with calibration.
     """
 
     target: Target
@@ -60,7 +61,7 @@ class CompressOptions:
     calibration: str | None = None
     importance: str | None = None
     base: str | None = None
-    allocation: Literal["even", "slope"] = "even"
+    allocation: Literal["even", "slope"] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tile <= MAX_TILE:

@@ -1,0 +1,134 @@
+"""A compression under way: its plan, the folder of its finished units, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+from spectral_surgery.cards import card as cards
+from spectral_surgery.cards.checkpoints import compressed_facts
+from spectral_surgery.files.compressed.checkpoint import open_compressed
+from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
+from spectral_surgery.files.compressed.plan import CompressOptions, Plan, Unit
+from spectral_surgery.files.compressed.units import UNITS, Workshop, is_done, join, run_unit, work_key
+from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.lock import hold
+from spectral_surgery.files.publish import discard_unfinished, partial_folder, writing_to
+from spectral_surgery.files.sidecar_files import copy_companions
+from spectral_surgery.files.writer import weights_metadata, write_checkpoint
+from spectral_surgery.pool import Team, team
+from spectral_surgery.run import Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compression under way.
+
+    Attributes:
+        source: the checkpoint.
+        index: of it.
+        plan: what is compressed; stages that ask for other rates of some tensors go on with another plan.
+        workshop: the finished units.
+        run: how the work is carried out.
+    """
+
+    source: Path
+    index: CheckpointIndex
+    plan: Plan
+    workshop: Workshop
+    run: Run
+
+    @property
+    def folder(self) -> Path:
+        """``<out>.partial``."""
+        return self.workshop.folder.parent
+
+    def with_plan(self, plan: Plan) -> Job:
+        """The same work by another plan."""
+        return replace(self, plan=plan)
+
+    def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
+        """Encode the units that are not there yet.
+
+        Args:
+            shard: (index, count): which of them.
+
+        Returns:
+            Whether the units of all shards are there.
+        """
+        units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
+        weights = list(accumulate(unit.weights for unit in units))  # largest first
+        work = partial(run_unit, self.workshop, options=options, threads=self.run.threads)
+        last = -1
+        with _team(self.run.workers) as workers:
+            for last in workers.share(work, units, last=True):
+                progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
+        if last + 1 < len(units):
+            progress(weights[-1], weights[-1], units[-1].tensor.info.name)
+        return shard[1] == 1 or all(self.is_done(unit) for unit in self.plan.units)
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether a unit is there and intact."""
+        return is_done(self.workshop, unit)
+
+    def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
+        """Join the units to a compressed checkpoint, and remove them.
+
+        Args:
+            folder: to write into.
+
+        Returns:
+            The manifest, the reason by name of each tensor that is copied, and the bytes of weights and manifest.
+        """
+        entries, manifest, copied = join(self.workshop, self.plan, self.index)
+        files = write_checkpoint(folder, entries, metadata=weights_metadata(self.index))
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        marked = dict(self.index.config) | {"quantization_config": _quantization_config(self.plan.options)}
+        copy_companions(self.index, folder, marked)
+        cards.write_derived(folder, compressed_facts(open_compressed(folder, differences=True), self.run.origin))
+        return manifest, copied, sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
+
+
+@contextmanager
+def opened(
+    source: Path, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, alone: bool = True
+) -> Iterator[Job]:
+    """Begin a compression, or go on with one.
+
+    Args:
+        source: the checkpoint.
+        out: folder to create.
+        index: of the source.
+        plan: what is compressed.
+        run: how the work is carried out.
+        alone: whether no other process works in the folder at the same time.
+
+    Raises:
+        CheckpointError: when out is taken, unfinished work is in the way, or another process is at it.
+    """
+    aside = partial_folder(out, overwrite=run.overwrite)
+    if alone and not run.resume:
+        discard_unfinished(aside, overwrite=run.overwrite)
+    job = Job(source, index, plan, Workshop(aside / UNITS, work_key(index, plan.options)), run)
+    with writing_to(out):
+        job.workshop.folder.mkdir(parents=True, exist_ok=True)
+    with hold(aside, exclusive=alone, wait=not alone):
+        yield job
+
+
+def _team(workers: int | Team) -> AbstractContextManager[Team]:
+    return team(workers) if isinstance(workers, int) else nullcontext(workers)
+
+
+def _quantization_config(options: CompressOptions) -> dict[str, object]:
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        options.target.kind: options.target.value,
+        "transform": options.transform,
+        "tile": options.tile,
+    }
