@@ -5,12 +5,10 @@ from __future__ import annotations
 from benchmarks.case import BenchCase
 from benchmarks.cases import (
     adapters,
-    calibrate,
     coding,
     engine,
     generate,
     hub,
-    learned_bases,
     mixers,
     rate,
     spectral_matmul,
@@ -34,10 +32,6 @@ CASES = Table(
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", mixers.run, mixers.plot),
         BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
         BenchCase("text", "peak memory of calibrate and block-wise heal, for models of different depth", text.run),
-        BenchCase("calibrate", "what each part of calibration is worth, at 2 bits on a real model", calibrate.run),
-        BenchCase(
-            "learned_bases", "the eigenbasis of the inputs, bytes counted, beside the calibrated dct", learned_bases.run
-        ),
         BenchCase("hub", "bytes that push, pull and inspect move, with the real client and a Hub here", hub.run),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
     ),

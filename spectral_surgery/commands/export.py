@@ -31,7 +31,7 @@ from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
 from spectral_surgery.hf.base_model import BaseModel, base_model
-from spectral_surgery.live.merge import total_delta
+from spectral_surgery.live.merging import total_delta
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.targets import ModuleTargets
 

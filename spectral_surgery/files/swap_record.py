@@ -61,13 +61,3 @@ def read_record(body: Mapping[str, Any]) -> SwapRecord:
             " an object are accepted. Swap again, or fetch it again."
         )
     return SwapRecord(mixer, tuple(layers or ()), settings)
-
-
-def is_swapped(config: Mapping[str, object]) -> bool:
-    """Whether a configuration is that of a swapped model.
-
-    Args:
-        config: content of config.json.
-    """
-    quantised = config.get("quantization_config")
-    return isinstance(quantised, Mapping) and quantised.get("quant_method") == SWAP_METHOD

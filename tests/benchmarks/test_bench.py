@@ -54,8 +54,6 @@ def test_names_are_those_of_the_commands() -> None:
         "mixers",
         "memory",
         "text",
-        "calibrate",
-        "learned_bases",
         "hub",
         "workers",
     ]

@@ -68,7 +68,7 @@ def hidden(folder: Path) -> torch.Tensor:
 def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text: Path) -> None:
     blocks = {"llama": "*proj*", "bert": "encoder*", "gpt2": "*.h.*"}
     include = next(glob for kind, glob in blocks.items() if source.parent.name.startswith(kind))
-    options = CompressOptions(Target("bits", 2.5), include=(include,))
+    options = CompressOptions(Target("bits", 2.5), include=(include,), allocation="even")
     plain = compress(source, tmp_path / "plain", options)
     with_text = compress(source, tmp_path / "text", options, calibrate=CalibrationData(text, 64, 16))
     assert plain is not None

@@ -10,7 +10,7 @@ from torch import nn
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.heal.held_rate import HeldRate
-from spectral_surgery.live.kept_spectra import kept_spectra, train_kept, trained_weights
+from spectral_surgery.live.trained_spectra import kept_spectra, train_kept, trained_weights
 
 
 def in_training(*, shared: bool = False) -> tuple[nn.Sequential, list[nn.Parameter]]:

@@ -18,7 +18,7 @@ from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.layers import SpectralLinear
 from spectral_surgery.live.attach import adapted_layers, detach, inject
-from spectral_surgery.live.merge import merge
+from spectral_surgery.live.merging import merge
 from spectral_surgery.targets import ModuleTargets
 from tests.support.compressed import compressed_folder, output, save_tokenizer
 

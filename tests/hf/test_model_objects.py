@@ -157,7 +157,7 @@ def test_counts_what_weights_stand_for(folders: dict[str, Path], family: str) ->
 def test_counts_what_is_trained(folders: dict[str, Path]) -> None:
     model = load("llama", folders["llama"])
     before = model.num_parameters()
-    spectral_surgery.unfreeze_spectra(model)
+    spectral_surgery.live.unfreeze_spectra(model)
     kept = sum(own.numel() for name, own in model.named_parameters() if name.endswith("spectrum.values"))
     assert kept
     assert model.num_parameters() == before

@@ -18,7 +18,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.peft.adapter_files import read_adapter, write_adapter
 from spectral_surgery.hf.quantizer.saving import spectral_layers
 from spectral_surgery.live import attach
-from spectral_surgery.live.compress_model import compress_model
+from spectral_surgery.live.compression import compress_model
 from spectral_surgery.live.trained_copy import trained_copy
 from spectral_surgery.targets import ModuleTargets
 from tests.support.compressed import compressed_folder, dense_model, output

@@ -15,7 +15,7 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.errors import NotMergeableError
 from spectral_surgery.live.attach import inject
-from spectral_surgery.live.merge import merge, unmerge
+from spectral_surgery.live.merging import merge, unmerge
 from spectral_surgery.targets import ModuleTargets
 from tests.support.tiny import outputs, tiny
 from tests.support.tuners import IDS, LORA, OURS, TUNERS, Small, Tuner, answer, stir, weights

@@ -12,7 +12,7 @@ from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
-from spectral_surgery.live.kept_spectra import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra
+from spectral_surgery.live.trained_spectra import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra
 
 TARGETS = [Target("density", 0.2), Target("density", 0.05), Target("bits", 1.0), Target("bits", 4.0)]
 
@@ -120,7 +120,7 @@ def test_a_name_that_is_no_parameter_is_refused() -> None:
 @pytest.mark.parametrize("resident", ["coded", "int8"])
 def test_spectral_layers_are_trained_and_freeze_to_what_was_trained(resident: str) -> None:
     from spectral_surgery.layers import SpectralWeight
-    from spectral_surgery.live.compress_model import compress_model
+    from spectral_surgery.live.compression import compress_model
 
     torch.manual_seed(0)
     model, ids = Tied(), torch.arange(40)

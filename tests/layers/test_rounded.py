@@ -8,7 +8,7 @@ from torch import nn
 
 from spectral_surgery.errors import TargetError
 from spectral_surgery.layers.rounded import Rounded
-from spectral_surgery.live.kept_spectra import train_vectors, trained_vectors
+from spectral_surgery.live.trained_spectra import train_vectors, trained_vectors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames
 from spectral_surgery.live.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
-from spectral_surgery.live.kept_spectra import each_kept_spectrum, train_kept, trained_vectors
+from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, trained_vectors
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.progress import Progress
 from spectral_surgery.text.heal_text import chosen, training_text

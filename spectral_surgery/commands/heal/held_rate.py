@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.live.kept_spectra import trained_weights
+from spectral_surgery.live.trained_spectra import trained_weights
 
 _WIDEST = 8.0  # times the usual dead zone; the search ends there
 _HALVINGS = 10

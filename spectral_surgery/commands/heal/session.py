@@ -22,8 +22,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import DTYPES, read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import TensorNames, names_in
-from spectral_surgery.live.blocks import find_blocks, has_blocks
-from spectral_surgery.live.kept_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
+from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
 from spectral_surgery.text.heal_text import HealData, chosen, training_text
 from spectral_surgery.text.objectives import Objective
@@ -162,7 +161,6 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     Raises:
         CheckpointError: when nothing can be trained.
         ConfigError: when the text does not do, or the loss is not finite.
-        TargetError: when autograd cannot follow the model.
     """
     trust = place.data.trust_remote_code
     teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
@@ -195,7 +193,6 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         place.folder / "all.safetensors",
         place.key,
         place.settle(student),
-        _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
     )
     healed = Healed(distill(work, settings, progress, place.clock), coefficients=sum(own.numel() for own in values))
     for name, own in each_kept_spectrum(student):
@@ -203,12 +200,6 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))
     healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
     return healed
-
-
-def _in_blocks(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
-    """Those of the trained weights that are in the blocks of a model; all of them where there are none."""
-    prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
-    return [own for name, own in values.items() if name.startswith(prefix)] or list(values.values())
 
 
 def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear
-from spectral_surgery.live.compress_model import compress_model
+from spectral_surgery.live.compression import compress_model
 from spectral_surgery.targets import ModuleTargets
 
 

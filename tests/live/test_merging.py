@@ -13,7 +13,7 @@ from torch import nn
 from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.errors import ConfigError, NotMergeableError, UnmergeError
 from spectral_surgery.live import attach
-from spectral_surgery.live.merge import merge, merge_and_unload, total_delta, unmerge
+from spectral_surgery.live.merging import merge, merge_and_unload, total_delta, unmerge
 from spectral_surgery.live.undo import merge_weight, unmerge_weight
 from tests.live.test_attach import IDS, Model, bits, lora, same_bits, stir
 
