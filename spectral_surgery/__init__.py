@@ -10,7 +10,7 @@ import ast
 from importlib import import_module
 from pathlib import Path
 
-from spectral_surgery.hf.after_import import when_imported
+from spectral_surgery.after_import import when_imported
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ import spectral_surgery
 
 PACKAGE = Path(spectral_surgery.__file__).parent
 LAYERS = (
-    {"errors", "registry", "options", "targets", "memory", "progress", "plotting", "pool", "run"},
+    {"after_import", "errors", "registry", "options", "targets", "memory", "progress", "plotting", "pool", "run"},
     {"transforms"},
     {"codec"},
     {"sparse"},

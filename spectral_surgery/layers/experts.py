@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.layers.linear import autocast_input
 from spectral_surgery.layers.weight import SpectralWeight
+from spectral_surgery.matmul import recorded
 
 
 class SpectralExperts(nn.Module):
@@ -58,7 +59,6 @@ class SpectralExperts(nn.Module):
         """Resident bytes of all experts."""
         return sum(weight.nbytes for weight in self.weights)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Multiply each row by the matrix of its expert, one expert after the other.
 
@@ -72,6 +72,9 @@ class SpectralExperts(nn.Module):
         Raises:
             ShapeError: when the counts are not one for each expert, or do not add up to S.
         """
+        return recorded.left_to_python(self._products, x, counts)  # the counts are numbers, which no graph has
+
+    def _products(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(counts) != len(self.experts) or sum(counts) != len(x):
             raise ShapeError(
                 f"experts: {len(counts)} counts that add up to {sum(counts)}; {len(self.experts)} of {len(x)} rows are"

@@ -121,7 +121,7 @@ class SpectralWeight(nn.Module):
         if recorded.recording(forms):
             return recorded.rows(ids, forms)
         if torch.compiler.is_compiling():
-            return cast(Tensor, recorded.left_to_python(_found_rows, ids, forms))
+            return recorded.left_to_python(_found_rows, ids, forms)
         return _found_rows(ids, forms)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
         with unrounded(x.device.type):
             return recorded.product(x, forms)
     if torch.compiler.is_compiling():
-        return cast(Tensor, recorded.left_to_python(form_matmul, x, forms))
+        return recorded.left_to_python(form_matmul, x, forms)
     if len(forms) == 1 and (quick := few_tokens(x, forms[0])) is not None:
         return quick
     flat = _checked(x, forms[0].shape[1])
@@ -100,7 +100,7 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
         with unrounded(x.device.type):
             return recorded.product_transposed(x, forms)
     if torch.compiler.is_compiling():
-        return cast(Tensor, recorded.left_to_python(form_matmul_transposed, x, forms))
+        return recorded.left_to_python(form_matmul_transposed, x, forms)
     flat = _checked(x, sum(form.shape[0] for form in forms))
     with unrounded(x.device.type):
         wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))

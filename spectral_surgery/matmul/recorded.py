@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from spectral_surgery.after_import import when_imported
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
 from spectral_surgery.matmul.coded import CodedForm
@@ -34,10 +35,9 @@ def whole_graph() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-def left_to_python(function: Callable[[Tensor, Sequence[Form]], Tensor], x: Tensor, forms: Sequence[Form]) -> Tensor:
+def left_to_python(function: Callable[[Tensor, Sequence[Any]], Tensor], x: Tensor, others: Sequence[Any]) -> Tensor:
     """Call a function between two graphs of torch.compile."""
-    return function(x, forms)
+    return function(x, others)
 
 
 def product(x: Tensor, forms: Sequence[Form]) -> Tensor:
@@ -151,9 +151,18 @@ def _row_levels(ids: Tensor, levels: Tensor, basis: Basis) -> Tensor:
 
 
 def _matrix(transform: str, points: int, like: Tensor, *, inverse: bool) -> Tensor:
-    return cast(Tensor, _constant_matrix(transform, points, like.dtype, like.device, inverse))
+    return _constant_matrix(transform, points, like.dtype, like.device, inverse)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of torch
 def _constant_matrix(transform: str, points: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
     return transform_matrix(transform, points, dtype, device, inverse)
+
+
+def mark() -> None:
+    """Tell torch.compile which function it cannot record, and which is constant."""
+    globals()["left_to_python"] = torch.compiler.disable(left_to_python)
+    torch.compiler.assume_constant_result(_constant_matrix)
+
+
+# Not before someone compiles: to mark a function imports torch.compile, which takes seconds and needs a cache to write.
+when_imported("torch._dynamo", __name__, mark.__name__)

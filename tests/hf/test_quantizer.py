@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import spectral_surgery
+from spectral_surgery.after_import import when_imported
 from spectral_surgery.codec.encoded import EncodedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
@@ -19,7 +20,6 @@ from spectral_surgery.errors import CheckpointError, ConfigError, FormatVersionE
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.hf.after_import import when_imported
 from spectral_surgery.hf.quantizer import load_compressed as load_module
 from spectral_surgery.hf.quantizer.saving import spectral_layers
 from spectral_surgery.layers import SpectralLinear, SpectralWeight

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from spectral_surgery.after_import import when_imported
 from spectral_surgery.errors import BackendError
-from spectral_surgery.hf.after_import import when_imported
 
 HOME = "spectral_surgery_test_home"
 LIBRARY = "spectral_surgery_test_library"
@@ -82,3 +84,13 @@ def test_a_version_that_does_not_fit_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="not this one"):
         assert importlib.import_module(LIBRARY).value == 1
     assert issubclass(BackendError, Exception)
+
+
+def test_layers_import_no_compiler(tmp_path: Path) -> None:
+    """To import torch.compile takes seconds, and fails where its cache cannot be written."""
+    code = "import sys, torch; before = set(sys.modules); import spectral_surgery.layers, spectral_surgery.adapters\n"
+    code += "assert not (set(sys.modules) - before) & {'torch._dynamo', 'torch._inductor'}"
+    (tmp_path / "file").touch()
+    nowhere = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache"), "HOME": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env={**os.environ, **nowhere})
+    assert done.returncode == 0, done.stderr.decode()
