@@ -10,7 +10,7 @@ import pickle
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,8 +18,11 @@ import torch
 import spectral_surgery
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.decompress import decompress
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.hf import swapped_models as swap_plugin
+from spectral_surgery.hf.quantizer.loading import Loading, retie, untie
+from spectral_surgery.hf.quantizer.loading_plan import Plan
 from spectral_surgery.hf.quantizer.saving import spectral_layers
 from spectral_surgery.matmul import HostMatrix
 from tests.support.compressed import FAMILIES, LLAMA, compressed_folder, dense_model, output, save_tokenizer
@@ -315,3 +318,30 @@ def test_dequantize_leaves_parameters_of_a_type_of_their_own(folders: dict[str, 
     model.dequantize(torch.bfloat16)
     assert norm.weight.dtype == torch.float32
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_ties_of_a_model_under_two_names() -> None:
+    """What transformers has tied is tied again after a model inside was seen twice."""
+
+    class Twice(transformers.LlamaPreTrainedModel):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.first = transformers.LlamaForCausalLM(config)
+            self.second = self.first
+            self.post_init()
+
+    model = Twice(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    inside, every = dict(model.first._tied_weights_keys), dict(model.all_tied_weights_keys)
+    group = ("first.model.embed_tokens.weight", "first.lm_head.weight")
+    slots = {group[0]: (*group, *(name.replace("first", "second") for name in group))}
+    plan = Plan({}, {}, slots, {}, {}, {}, frozenset())
+    for keys in (None, dict(inside)):  # of its class, and of itself
+        if keys is not None:
+            model.first._tied_weights_keys = keys
+        load = Loading(cast(CompressedCheckpoint, None), {})
+        untie(model, load, plan)
+        assert model.first._tied_weights_keys == {}
+        retie(model, load)
+        assert vars(model.first).get("_tied_weights_keys") == keys
+        assert model.first._tied_weights_keys == inside
+        assert model.all_tied_weights_keys == every

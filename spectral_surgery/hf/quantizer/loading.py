@@ -162,12 +162,12 @@ def retie(model: Any, load: Loading) -> None:
         load: what `untie` filled.
     """
     model.all_tied_weights_keys, parts = dict(load.ties[0]), load.ties[1]
-    for name, own in parts.items():
+    for name, keys in reversed(parts.items()):  # of a model with two names, the first one has those before `untie`
         part = model.get_submodule(name)
-        if own is None:
+        if keys is None:
             vars(part).pop("_tied_weights_keys", None)  # those of its class hold again
         else:
-            part._tied_weights_keys = own
+            part._tied_weights_keys = keys
 
 
 def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
