@@ -22,6 +22,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import DTYPES, read_tensor
 
 Span = tuple[int, int, int]  # first row of the parameter, first row of the stored tensor, number of rows
+ANY = ""  # the pattern of a tensor that is renamed at most
 _LABELS = 1 << 62  # random ones below: no arithmetic on labels gives another label
 
 
@@ -173,21 +174,19 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, dot_natural_key
+    from transformers.core_model_loading import WeightConverter
 
     if not isinstance(model, PreTrainedModel):
         return TensorNames(index)
     conversions = get_model_conversion_mapping(model)
     expected = model.state_dict()
-    place = placing(model, conversions)
     whole: dict[str, StoredParameter] = {}
     groups: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(index.tensors, key=dot_natural_key):
-        target, pattern = place(name)
-        if target in expected and pattern is not None:
-            groups.setdefault(target, {}).setdefault(pattern, []).append(name)
-        elif target in expected and index.tensors[name].shape == tuple(expected[target].shape):
-            whole[target] = as_stored(target, index.tensors[name])
+    for target, by in sources_of(model, index.tensors, conversions).items():
+        for name in by.pop(ANY, ()):
+            if index.tensors[name].shape == tuple(expected[target].shape):
+                whole[target] = as_stored(target, index.tensors[name])
+        groups |= {target: by} if by else {}
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     unclear: dict[str, tuple[str, ...]] = {}
     for first, stored in groups.items():
@@ -213,7 +212,7 @@ def as_stored(name: str, info: TensorInfo) -> StoredParameter:
     return StoredParameter(name, info.shape, (Piece(info, ((0, 0, rows_of(info.shape)),)),))
 
 
-def placing(model: Any, conversions: Sequence[Any]) -> Callable[[str], tuple[str, str | None]]:
+def placing(model: Any, conversions: Sequence[Any]) -> Callable[[str], tuple[str, str]]:
     """How transformers renames stored tensors.
 
     Args:
@@ -221,7 +220,8 @@ def placing(model: Any, conversions: Sequence[Any]) -> Callable[[str], tuple[str
         conversions: renamings and converters of transformers for it.
 
     Returns:
-        A function: stored name -> (parameter, or the first of those that a converter makes; pattern of the converter).
+        A function: stored name -> (parameter, or the first of those that a converter makes; pattern of the converter,
+        or ANY).
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -229,13 +229,30 @@ def placing(model: Any, conversions: Sequence[Any]) -> Callable[[str], tuple[str
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     expected, prefix = model.state_dict(), model.base_model_prefix
 
-    def place(name: str) -> tuple[str, str | None]:
+    def place(name: str) -> tuple[str, str]:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
             renamed, pattern = rename_source_key(name, [], [], prefix, expected)
-        return renamed, pattern
+        return renamed, pattern or ANY
 
     return place
+
+
+def sources_of(model: Any, names: Iterable[str], conversions: Sequence[Any]) -> dict[str, dict[str, list[str]]]:
+    """Parameter -> pattern of the converter that makes it -> stored names, in the order of transformers.
+
+    Of several parameters that one converter makes it is the first; the pattern is ANY for a mere renaming. Names that
+    the model does not have are left out.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    place, expected = placing(model, conversions), model.state_dict()
+    sources: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = place(name)
+        if target in expected:
+            sources.setdefault(target, {}).setdefault(pattern, []).append(name)
+    return sources
 
 
 def _converted(

@@ -26,10 +26,10 @@ from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
 from spectral_surgery.hf.quantizer.class_swap import is_conv1d, standing_for
 from spectral_surgery.hf.quantizer.fused_experts import Stored, stored_matrices
 from spectral_surgery.hf.quantizer.weight_uses import only_multiplies
+from spectral_surgery.hf.tensor_names import ANY, placing, sources_of
 from spectral_surgery.live.heads import classifier_heads
 
 STEP = SUFFIXES[2]
-ANY = ""  # the pattern of a tensor that is renamed at most
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ class Plan:
     """Where the tensors of a folder go.
 
     Attributes:
-        sources: parameter -> pattern of the converter that makes it -> stored names, in the order of transformers; only
-            parameters that something compressed goes into, and of several that one converter makes the first. The
-            pattern is empty for a mere renaming.
+        sources: as of `sources_of`, only parameters that something compressed goes into.
         made: the same parameters -> all that are made with them, themselves first.
         slots: parameter -> all parameters tied to it, itself first: those whose module becomes a spectral layer.
         divided: parameter -> first row of each of those in `made`: layers that have a range of rows of one spectrum.
@@ -89,26 +87,14 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     Returns:
         The plan; names that the model does not have are left out, and transformers reports them.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter
 
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    expected, prefix = model.state_dict(), model.base_model_prefix
-
-    def place(name: str) -> tuple[str, str]:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, expected)
-        if renamed not in expected and name in expected:
-            renamed, pattern = rename_source_key(name, [], [], prefix, expected)
-        return renamed, pattern or ANY
-
+    expected, place = model.state_dict(), placing(model, conversions)
     tensors = checkpoint.manifest.tensors
     stored = {f"{name}.{suffix}" for name in tensors for suffix in SUFFIXES}
-    names = [*tensors, *(name for name in checkpoint.index.tensors if name not in stored)]
-    sources: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = place(name)
-        if target in expected:
-            sources.setdefault(target, {}).setdefault(pattern, []).append(name)
+    plain = (name for name in checkpoint.index.tensors if name not in stored)
+    sources = sources_of(model, (*tensors, *plain), conversions)
     ties = model.all_tied_weights_keys
     apart = frozenset(one for one, other in ties.items() if one in sources and other in sources)
     sources = {
