@@ -52,13 +52,7 @@ def peak_rss_growth(call: Callable[[], R]) -> tuple[R, int | None]:
     """Memory a call needs at its peak beyond what is there before it, results included.
 
     Linux can be asked to watch resident memory anew. What freed memory the process still holds is first given back, or
-    it would hide what the call takes.
-
-    Args:
-        call: what is measured.
-
-    Returns:
-        What the call gives, and bytes, or None where the system does not tell.
+    it would hide what the call takes. Returns what the call gives, and bytes, or None where the system does not tell.
     """
     if not _RESET.exists():
         return call(), None

@@ -93,7 +93,6 @@ def team(size: int, *, loads: str = "spectral_surgery.files.compressed.units") -
     """Start processes; they end with the block.
 
     Args:
-        size: how many, the calling one counted.
         loads: a module that the others import at once.
 
     Yields:

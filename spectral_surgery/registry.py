@@ -30,7 +30,6 @@ class Table(Mapping[str, T]):
 
         Args:
             kind: What a row is, for error texts: "transform", "adapter method", "mixer".
-            rows: The rows, in the order in which they will be listed.
 
         Raises:
             ConfigError: If two rows share a name.

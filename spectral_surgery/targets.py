@@ -19,12 +19,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
     """Names that match at least one pattern.
 
     Args:
-        names: dotted names.
         patterns: shell globs, where ``*`` also crosses dots: ``encoder.*.weight``.
-        option: what the patterns came from, for the error.
-
-    Returns:
-        The names matched.
 
     Raises:
         TargetError: when a pattern matches no name.
@@ -104,13 +99,10 @@ class ModuleTargets:
         return tuple(dict.fromkeys(name for name, target in pairs if f".{name}".endswith(f".{target}")))
 
     def select(self, names: Iterable[str]) -> list[str]:
-        """The modules meant, of those that can carry an adapter.
+        """The modules meant, of those that can carry an adapter. Returns the names matched, in order.
 
         Args:
             names: dotted names of all modules that can.
-
-        Returns:
-            The names matched, in order.
 
         Raises:
             TargetError: when there is none.
@@ -138,7 +130,6 @@ def pattern_value(patterns: Mapping[str, V], name: str, default: V) -> V:
 
     Args:
         patterns: value by regular expression over the end of a dotted name.
-        name: dotted module name.
         default: when none matches.
     """
     for pattern, value in patterns.items():

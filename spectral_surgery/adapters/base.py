@@ -21,19 +21,17 @@ class Adapter(Protocol):
     def forward(self, x: Tensor) -> Tensor:
         """The residual of activations.
 
+        Returns [..., O] in the dtype of x, computed in float32; differentiable in x and the parameters.
+
         Args:
             x: [..., I], any float dtype.
-
-        Returns:
-            [..., O] in the dtype of x, computed in float32; differentiable in x and the parameters.
         """
         ...
 
     def delta_weight(self) -> Tensor:
         """The weight update itself.
 
-        Returns:
-            [O, I] float32, differentiable in the parameters; ``forward(x) = x @ delta_weight().T``.
+        Returns [O, I] float32, differentiable in the parameters; ``forward(x) = x @ delta_weight().T``.
 
         Raises:
             NotMergeableError: when the residual is not linear in x.
@@ -41,13 +39,10 @@ class Adapter(Protocol):
         ...
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight update, for embeddings.
+        """Rows of the weight update, for embeddings: [..., I] float32, ``delta_weight()[ids]``, without forming it.
 
         Args:
             ids: [...] int64, in 0 .. O-1.
-
-        Returns:
-            [..., I] float32: ``delta_weight()[ids]``, without forming it.
 
         Raises:
             NotMergeableError: as `delta_weight`.
@@ -59,11 +54,7 @@ class MethodConfig(Protocol):
     """Settings of a method: a frozen dataclass; the help text of a field is its metadata["help"]."""
 
     def for_layer(self, name: str) -> Self:
-        """The settings of one layer, patterns resolved.
-
-        Args:
-            name: dotted module name.
-        """
+        """The settings of one layer, patterns resolved."""
         ...
 
 

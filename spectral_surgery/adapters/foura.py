@@ -122,8 +122,7 @@ class Foura(nn.Module):
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The same update as a LoRA of rank R, r or for dft 2 r, with nothing left out of the factors.
 
-        Returns:
-            A [R, I] and B [O, R] float32, with ΔW = B A; columns of B are zero for components closed by the gate.
+        Returns a [R, I] and B [O, R] float32, with ΔW = B A; columns of B are zero for components closed by the gate.
 
         Raises:
             NotMergeableError: while the gate is dynamic.

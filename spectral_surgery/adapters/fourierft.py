@@ -58,12 +58,6 @@ class FourierFT(nn.Module):
     ) -> None:
         """Place n_frequency coefficients.
 
-        Args:
-            config: settings.
-            out_features: O.
-            in_features: I.
-            positions: [n_frequency] increasing places, which are stored; None for those that PEFT draws, which are not.
-
         Raises:
             ConfigError: when n_frequency does not fit the layer, or scaling is still "auto".
         """
@@ -107,13 +101,12 @@ class FourierFT(nn.Module):
     def fused_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Output of a linear with this update, in one pass over its activations.
 
+        Returns [..., O] in the dtype of x; None where dtypes are mixed, as under autocast, or the weight is not plain.
+
         Args:
             x: [..., I].
             weight: [O, I] of the base.
             bias: [O] of the base, or None.
-
-        Returns:
-            [..., O] in the dtype of x; None where dtypes are mixed, as under autocast, or the weight is not plain.
         """
         plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype
         if not plain or torch.is_autocast_enabled(x.device.type):
@@ -138,13 +131,7 @@ class FourierFT(nn.Module):
 def random_positions(count: int, n_frequency: int, seed: int) -> Tensor:
     """The places PEFT draws: row * I + column in an [O, I] spectrum.
 
-    Args:
-        count: O * I.
-        n_frequency: how many.
-        seed: of a CPU generator.
-
-    Returns:
-        [n_frequency] int64, all different; shared, not to be written to.
+    Returns [n_frequency] int64, all different; shared, not to be written to.
     """
     with torch.device("cpu"):
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -172,7 +159,6 @@ def auto_scaling(config: FourierFTConfig, shapes: list[tuple[int, int]]) -> Four
     One number serves all layers, since the files hold one: the geometric mean over them.
 
     Args:
-        config: with scaling a number or "auto".
         shapes: [O, I] of the target layers.
     """
     if config.scaling != "auto":

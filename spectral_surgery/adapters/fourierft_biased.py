@@ -55,11 +55,6 @@ class FourierFTBiasedConfig:
 def build(config: FourierFTBiasedConfig, out_features: int, in_features: int) -> FourierFT:
     """A FourierFT update of an [O, I] weight whose places are drawn in the band, and stored.
 
-    Args:
-        config: settings.
-        out_features: O.
-        in_features: I.
-
     Raises:
         ConfigError: when a setting does not fit the layer, or scaling is still "auto".
     """
@@ -93,12 +88,10 @@ class Band:
     def log_weights(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """Log of the sampling weights exp(-((D² - fc²) / (D W))²) of some rows of a spectrum.
 
+        Returns [n, I] float32, at most 0.
+
         Args:
             rows: [n] integers.
-            shape: (O, I).
-
-        Returns:
-            [n, I] float32, at most 0.
         """
         vertical, horizontal = (torch.fft.fftfreq(size, dtype=torch.float64, device="cpu") for size in shape)
         distance = torch.hypot(vertical[rows][:, None], horizontal)
@@ -111,14 +104,7 @@ class Band:
 def draw(shape: tuple[int, int], n_frequency: int, band: Band, seed: int) -> Tensor:
     """Draw places without replacement, by the n largest of log weight + Gumbel noise.
 
-    Args:
-        shape: (O, I).
-        n_frequency: how many.
-        band: of the sampling weights.
-        seed: of a CPU generator.
-
-    Returns:
-        [n_frequency] int64, increasing; shared, not to be written to.
+    Returns [n_frequency] int64, increasing; shared, not to be written to.
 
     Raises:
         ConfigError: when there are fewer basis functions.

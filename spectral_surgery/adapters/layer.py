@@ -78,16 +78,11 @@ def forms_of(modules: Mapping[str, nn.Module]) -> tuple[frozenset[str], dict[str
 
 
 def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor:
-    """What an adapter adds to the output of a module.
+    """What an adapter adds to the output of a module. Returns like the output of base; float32 for embeddings.
 
     Args:
-        kind: of the module.
-        base: the module.
         adapter: an `Adapter` of its shape.
         x: its input: [..., I], [B, C, H, W], or ids.
-
-    Returns:
-        Like the output of base; float32 for embeddings.
 
     Raises:
         NotMergeableError: for a convolution or an embedding, when the adapter has no one weight update.
@@ -109,13 +104,11 @@ def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tens
 def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
     """Output of a plain linear with one adapter inside its weight, where the adapter knows that to be cheaper.
 
+    Returns [..., O], or None to take the sum of both outputs.
+
     Args:
-        base: any module.
         adapter: an `Adapter` of its shape.
         x: [..., I].
-
-    Returns:
-        [..., O], or None to take the sum of both outputs.
     """
     own = getattr(adapter, "fused_linear", None)
     if own is None or type(base) is not nn.Linear or _is_observed(base):

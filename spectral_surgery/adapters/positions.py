@@ -14,11 +14,6 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 def check_count(n_frequency: int, most: int, shape: tuple[int, int]) -> None:
     """Refuse a number of coefficients that a layer does not have.
 
-    Args:
-        n_frequency: asked for.
-        most: there are.
-        shape: (O, I) of the layer.
-
     Raises:
         ConfigError: when it is not in 1 .. most.
     """
@@ -36,7 +31,6 @@ def register_positions(module: nn.Module, positions: Tensor, shape: tuple[int, i
         module: to hold it; loading a state dict with other places than increasing ones of the spectrum raises
             CheckpointError.
         positions: [K] integers, row * I + column, strictly increasing.
-        shape: (O, I) of the spectrum.
 
     Raises:
         CheckpointError: when they are none.

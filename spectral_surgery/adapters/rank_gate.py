@@ -62,13 +62,10 @@ class RankGate(nn.Module):
         self.register_load_state_dict_post_hook(_note_frozen)  # type: ignore[no-untyped-call]
 
     def forward(self, magnitudes: Tensor) -> Tensor:
-        """The mask.
+        """The mask. Returns zeros and ones, [..., R] or, once frozen, [R]; in the dtype of the magnitudes.
 
         Args:
             magnitudes: [..., R] of the components.
-
-        Returns:
-            Zeros and ones, [..., R] or, once frozen, [R]; in the dtype of the magnitudes.
         """
         if self.is_frozen:
             return (self.frozen_mask > 0).to(magnitudes.dtype)

@@ -23,7 +23,6 @@ class SavedModule(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
-        """Wrap a module."""
         super().__init__()
         self.base_layer = base_layer
         self.copies = nn.ModuleDict()
@@ -83,7 +82,6 @@ class TrainedBias(nn.Module):
     """
 
     def __init__(self, host: nn.Module) -> None:
-        """Hang on a module that has a bias."""
         super().__init__()
         self._host = (host,)  # in a tuple, so that it does not become a child of its child
         self.original = cast(nn.Parameter, host.bias)

@@ -64,12 +64,6 @@ class SpectralDelta(nn.Module):
     ) -> None:
         """Place n_frequency coefficients.
 
-        Args:
-            config: settings.
-            out_features: O.
-            in_features: I.
-            positions: [n_frequency] integers, row * I + column, increasing; None to draw them.
-
         Raises:
             ConfigError: when n_frequency does not fit the layer or the positions, or the transform is unknown.
             CheckpointError: when the positions are not increasing places of the spectrum.
@@ -123,14 +117,13 @@ class SpectralDelta(nn.Module):
     ) -> SpectralDelta:
         """The best adapter for a weight update: its largest coefficients.
 
+        Returns an adapter on the device of delta; its squared error is the energy of what it leaves out.
+
         Args:
             delta: [O, I] real, finite.
             n_frequency: coefficients to keep; equal magnitudes in order of their places.
             transform: basis of both axes.
             scaling: factor of ΔW, by which the coefficients are divided.
-
-        Returns:
-            An adapter on the device of delta; its squared error is the energy of what it leaves out.
 
         Raises:
             ShapeError: when delta is no matrix.

@@ -62,7 +62,6 @@ class Baseline:
 
         Args:
             weight: [O, I], floating and finite.
-            bits: Per weight, for a budgeted baseline; others ignore it.
             moment: H = Xᵀ X of the inputs, [I, I], for a calibrated baseline; others ignore it.
 
         Raises:

@@ -65,14 +65,12 @@ def gptq(
 def group_grids(weight: Tensor, top: int, group: int, *, search: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group of a row.
 
+    Returns both [O, ceil(I / group)] float32: scales of float16, and integers from 0 to top.
+
     Args:
         weight: [O, I] float32.
-        top: largest code.
         group: columns of a group; the last one may be shorter.
         search: whether to try narrower ranges than from the least to the largest weight.
-
-    Returns:
-        Both [O, ceil(I / group)] float32: scales of float16, and integers from 0 to top.
     """
     groups = in_groups(weight, group)  # [O, G, group]
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)

@@ -42,17 +42,14 @@ def zero_points(groups: Tensor, real: Tensor, scale: Tensor, zero: Tensor, top: 
     """Solve for the zero points of given scales.
 
     In turn, what is left by rounding, e, is shrunk to the proximal point of the l_p norm, which leaves outliers, and
-    the zero point becomes what is best for the rest in the least squares.
+    the zero point becomes what is best for the rest in the least squares. Returns [O, G, 1], of the iteration with the
+    least mean absolute error; iterations stop where it no longer falls.
 
     Args:
         groups: [O, G, group] float32.
         real: [1, G, group], 1 where there is a weight.
         scale: [O, G, 1].
         zero: [O, G, 1] to start from.
-        top: largest code.
-
-    Returns:
-        [O, G, 1], of the iteration with the least mean absolute error; iterations stop where it no longer falls.
     """
     best, least, beta, count = zero, float("inf"), _BETA, real.sum(-1, keepdim=True)
     for _ in range(_ITERATIONS):

@@ -31,15 +31,11 @@ def prune(weight: Tensor, bits: float) -> BaselineResult:
 
 
 def kept_at(name: str, weight: Tensor, bits: float) -> int:
-    """How many weights fit into a budget beside the bitmap.
+    """How many weights fit into a budget beside the bitmap. Returns 1 to O * I.
 
     Args:
-        name: Of the method, for the error.
         weight: [O, I].
         bits: Budget in bits per weight.
-
-    Returns:
-        1 to O * I.
 
     Raises:
         ConfigError: If none does.
@@ -59,6 +55,5 @@ def pruned(weight: Tensor, kept: int) -> BaselineResult:
 
     Args:
         weight: [O, I] float32, values of bfloat16.
-        kept: How many of them are stored.
     """
     return BaselineResult(weight, whole_bytes(weight.numel()) + 2 * kept)

@@ -38,7 +38,6 @@ def int_groups(weight: Tensor, *, bits: int, group: int) -> BaselineResult:
 
     Args:
         weight: [O, I] float32.
-        bits: Of a code.
         group: Weights that share a scale; the last group of a row may be shorter.
     """
     columns = weight.shape[1]

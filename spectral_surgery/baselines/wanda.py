@@ -30,13 +30,12 @@ def wanda(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
 def wanda_mask(weight: Tensor, moment: Tensor, kept: int) -> Tensor:
     """What is kept: the same number in each row, the first rows one more where that does not come out even.
 
+    Returns [O, I] bool.
+
     Args:
         weight: [O, I].
         moment: H, [I, I].
         kept: How many in all.
-
-    Returns:
-        [O, I] bool.
     """
     rows = len(weight)
     scores = weight.abs() * moment.diagonal().clamp_min(0).sqrt()

@@ -16,15 +16,13 @@ def causal_fft_conv(x: Tensor, kernel: Tensor, chunk: int | None = None) -> Tens
 
     Changing x at t changes no bit of y before t: an FFT over all of time would spread rounding noise there, so it only
     carries whole blocks to later ones, zero-padded to twice their size. Kernels too short to gain from an FFT are
-    multiplied out. Memory beyond the output does not grow with T.
+    multiplied out. Memory beyond the output does not grow with T. Returns [..., N, T] in the dtype of x, computed in
+    float32 or, from float64, in float64. Differentiable once.
 
     Args:
         x: [..., N, T] float, N signals that share their kernels.
         kernel: [..., L], or [..., J, L] with a chunk, J = ceil(T / chunk): kernel j makes the outputs of chunk j.
         chunk: tokens of a chunk; None for one kernel.
-
-    Returns:
-        [..., N, T] in the dtype of x, computed in float32 or, from float64, in float64. Differentiable once.
 
     Raises:
         ShapeError: when there is no token or lag, or the kernel does not fit.
@@ -40,12 +38,11 @@ def causal_fft_conv(x: Tensor, kernel: Tensor, chunk: int | None = None) -> Tens
 def causal_fft_conv_step(history: Tensor, kernel: Tensor) -> Tensor:
     """The output for the newest of the last L tokens: what `causal_fft_conv` gives for it, at O(L) an output.
 
+    Returns [..., N] in float32 or float64.
+
     Args:
         history: [..., L, N], oldest first, zeros before the first token.
         kernel: [..., L]; leading dimensions broadcast with those of history.
-
-    Returns:
-        [..., N] in float32 or float64.
     """
     kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     with torch.autocast(history.device.type, enabled=False):

@@ -85,15 +85,12 @@ class _Slab:
 
 
 def convolve(x: Tensor, kernel: Tensor, chunk: int | None) -> Tensor:
-    """Convolve every group with its kernels.
+    """Convolve every group with its kernels: [G, N, T].
 
     Args:
         x: [G, N, T] float32 or float64.
         kernel: [G, J, L] with a chunk, else [G, 1, L]; of the dtype of x, L <= T.
         chunk: tokens of a chunk, or None.
-
-    Returns:
-        [G, N, T].
     """
     length, lags = x.shape[-1], kernel.shape[-1]
     products = lags <= PRODUCT_LAGS

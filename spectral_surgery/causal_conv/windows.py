@@ -16,13 +16,11 @@ PRODUCT_SIZE = 128  # blocks no longer than this are multiplied, longer ones hal
 def by_products(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Blocks by one matrix product: the fastest for short kernels, (past + size) multiply-adds an output.
 
+    Returns [K, M, size].
+
     Args:
         rows: [K, M, past + size].
         kernel: [K, L].
-        size: of the block.
-
-    Returns:
-        [K, M, size].
     """
     return torch.bmm(rows.contiguous(), toeplitz(kernel, rows.shape[-1], size).mT)
 
@@ -30,13 +28,11 @@ def by_products(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
 def by_fft(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Blocks by FFT of what is before them, halving the block until products are cheaper: O(log² size) an output.
 
+    Returns [K, M, size].
+
     Args:
         rows: [K, M, past + size].
         kernel: [K, L].
-        size: of the block.
-
-    Returns:
-        [K, M, size].
     """
     past = rows.shape[-1] - size
     y = _within(rows[..., past:], kernel)
@@ -46,13 +42,10 @@ def by_fft(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
 def toeplitz(kernel: Tensor, width: int, size: int) -> Tensor:
     """The matrix of a convolution on a window: entry (t, u) is kernel[width - size + t - u], zero outside the kernel.
 
+    Returns [K, size, width].
+
     Args:
         kernel: [K, L].
-        width: tokens of the window.
-        size: outputs, those of the last tokens of the window.
-
-    Returns:
-        [K, size, width].
     """
     lags = kernel.shape[-1]
     kernel = kernel[:, : min(lags, width)].flip(-1)

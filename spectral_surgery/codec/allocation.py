@@ -41,13 +41,11 @@ class Share:
 def spread_bits(shares: Mapping[str, Share], bits: float, reach: float = math.inf) -> dict[str, float]:
     """Bits per weight of each tensor.
 
+    Returns by name; within what the codec takes, and with the mean that was asked for.
+
     Args:
         shares: by name.
         bits: of all tensors together.
-        reach: how far a tensor may be from that.
-
-    Returns:
-        By name; within what the codec takes, and with the mean that was asked for.
     """
     low, high = max(_FEWEST_BITS, bits - reach), min(_MOST_BITS, bits + reach)
 
@@ -60,13 +58,12 @@ def spread_bits(shares: Mapping[str, Share], bits: float, reach: float = math.in
 def spread_density(shares: Mapping[str, Share], density: float, reach: float = math.inf) -> dict[str, float]:
     """Fraction of the coefficients of each tensor to keep, taken to be Gaussian.
 
+    Returns by name, with the mean that was asked for.
+
     Args:
         shares: by name.
         density: of all tensors together.
         reach: factor by which a tensor may be denser or sparser than that.
-
-    Returns:
-        By name, with the mean that was asked for.
     """
     low, high = density / reach, min(1.0, density * reach)
 

@@ -92,11 +92,10 @@ def entropy(codes: Codes) -> float:
 def choose_layout(codes: Codes) -> Layout:
     """Find the layout that stores these codes in the fewest bytes, by trying every plausible one.
 
+    Returns the best layout; where two differ by little, the one that decodes faster.
+
     Args:
         codes: [n] signed integers, typical of the frames to come.
-
-    Returns:
-        The best layout; where two differ by little, the one that decodes faster.
     """
     scores = {layout: _cost(codes, layout) for layout in _candidates(codes)}
     return min(scores, key=lambda layout: scores[layout])
@@ -134,14 +133,11 @@ def _candidates(codes: Codes) -> Iterator[Layout]:
 
 
 def encode_frame(codes: Codes, layout: Layout) -> bytes:
-    """Encode the codes of one frame.
+    """Encode the codes of one frame. Returns the frame: a header, then its sections.
 
     Args:
         codes: [n] int8, int16 or int32.
         layout: how to lay them out; any layout with fewer low bits than a code has holds any codes.
-
-    Returns:
-        The frame: a header, then its sections.
 
     Raises:
         ConfigError: when codes is not a flat signed integer array.
@@ -179,15 +175,13 @@ def encode_frame(codes: Codes, layout: Layout) -> bytes:
 def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None) -> Codes:
     """Decode one frame; the inverse of `encode_frame`.
 
-    Every size is checked against ``count`` before anything of that size is allocated.
+    Every size is checked against ``count`` before anything of that size is allocated. Returns [count] int8, int16 or
+    int32, as encoded; ``out`` itself where codes are int8 and it is given.
 
     Args:
         frame: the bytes of one frame.
         count: number of codes it must hold.
         out: [count] int8, where int8 codes are written to.
-
-    Returns:
-        [count] int8, int16 or int32, as encoded; ``out`` itself where codes are int8 and it is given.
 
     Raises:
         CheckpointError: when the frame is damaged.

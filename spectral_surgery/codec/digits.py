@@ -34,8 +34,6 @@ def unpack(packed: Bytes, base: int, each: int, out: Bytes, less: int = 0) -> No
 
     Args:
         packed: bytes.
-        base: of the digits.
-        each: digits of a byte.
         out: where digits are written to, as many as it has room for; the last ones may be padding.
         less: subtracted from each, modulo 256.
 

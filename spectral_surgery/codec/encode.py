@@ -47,17 +47,16 @@ def encode(
 ) -> tuple[EncodedSpectrum, EncodingReport]:
     """Compress a matrix, and measure the result by decoding it.
 
+    Returns the encoded matrix and the measured report. A target in bits is met within half a percent where the matrix
+    has that much to say and outweighs the fixed cost of about 40 bytes: from some 40,000 weights on. A density is met
+    to the coefficient, but equal magnitudes are kept or dropped together, and less than a thousandth of a step is not
+    kept. An error target is never exceeded by the decoded matrix, [O, I] float32.
+
     Args:
         weight: [O, I] of any floating type, finite, on the CPU.
         target: density, bits or error asked for.
         basis: transform, tile and axes; the default is DCT tiles of 64 along both axes.
         threads: frames worked on at once; the result does not depend on it.
-
-    Returns:
-        The encoded matrix and the measured report. A target in bits is met within half a percent where the matrix has
-        that much to say and outweighs the fixed cost of about 40 bytes: from some 40,000 weights on. A density is met
-        to the coefficient, but equal magnitudes are kept or dropped together, and less than a thousandth of a step is
-        not kept. An error target is never exceeded by the decoded matrix, [O, I] float32.
 
     Raises:
         ShapeError: when the weight is not a non-empty matrix.
@@ -197,15 +196,13 @@ def _closest(
     """Correct the goal until the rate is the asked one.
 
     With layouts chosen anew the rate jumps where others become the smallest; with the same ones it does not. So the
-    goal is corrected with new ones until it is near, or caught between two, and then with the same ones.
+    goal is corrected with new ones until it is near, or caught between two, and then with the same ones. Returns the
+    setting with the nearest rate.
 
     Args:
         setting: to begin with.
         rate: what a setting gives, as a multiple of what was asked.
         for_goal: the setting for a goal: with the layouts and the dead zone of another, or with the best.
-
-    Returns:
-        The setting with the nearest rate.
     """
     tried: list[tuple[_Setting, float]] = []
     held: _Setting | None = None  # whose layouts are kept

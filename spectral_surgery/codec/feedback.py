@@ -76,13 +76,11 @@ def _steps(step: float, columns: Tensor | None) -> Tensor:
 def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the inverse of H in the domain of the codes.
 
+    Returns U, [I, I] float32, with H'⁻¹ = Uᵀ U.
+
     Args:
         moment: H = Xᵀ X, [I, I] of any scale, symmetric.
-        basis: of the codes.
         damping: added to the diagonal, relative to its mean; columns that are never used get the mean.
-
-    Returns:
-        U, [I, I] float32, with H'⁻¹ = Uᵀ U.
 
     Raises:
         ShapeError: when H is not square.
@@ -139,12 +137,10 @@ def _invert_upper(triangle: Tensor) -> None:
 def feedback_noise(moment: Tensor, basis: Basis) -> float:
     """What errors of variance one leave in the squared outputs when they are fed forward, a weight.
 
+    Returns the mean over columns of the part of H' that those before it do not predict.
+
     Args:
         moment: H = Xᵀ X, [I, I].
-        basis: of the codes.
-
-    Returns:
-        The mean over columns of the part of H' that those before it do not predict.
 
     Raises:
         ShapeError, ConfigError: as `feedback_factor`.
@@ -157,14 +153,11 @@ def step_shape(factor: Tensor, power: float) -> Tensor:
     """Steps of columns relative to each other: what a column loses weighs as much as in any other.
 
     A step s in column j costs s² / U_jj² in the outputs, and saves log s bits. With a coder of its own for each column,
-    steps in proportion to U_jj were the best; with one coder for all, a lower power is.
+    steps in proportion to U_jj were the best; with one coder for all, a lower power is. Returns [I] float32, with
+    geometric mean 1.
 
     Args:
         factor: from `feedback_factor`.
-        power: of U_jj.
-
-    Returns:
-        [I] float32, with geometric mean 1.
     """
     logs = factor.diagonal().log() * power
     return (logs - logs.mean()).exp()
@@ -181,9 +174,6 @@ def feedback_codes(
         quantizer: dead zone and step.
         offset: of the reconstruction points, in steps.
         columns: [I] multiples of the dead zone and step for each column; None for ones.
-
-    Returns:
-        The codes.
     """
     rest, steps = coefficients.clone(), _steps(quantizer.step, columns).expand(coefficients.shape[1])
     dead_zone = quantizer.dead_zone / quantizer.step
@@ -226,8 +216,6 @@ def stored_codes(codes: Codes, basis: Basis, *, threads: int = 1) -> EncodedSpec
     """The stored form of codes that were chosen elsewhere.
 
     Args:
-        codes: of a spectrum.
-        basis: of the coefficients.
         threads: frames worked on at once; the result does not depend on it.
     """
     height, frames = encode_rows(codes.values, basis.tile, threads=threads)
@@ -240,14 +228,11 @@ def encode_codes(
 ) -> tuple[EncodedSpectrum, EncodingReport]:
     """Store codes that were chosen elsewhere, and measure them by decoding what is stored.
 
+    Returns the stored form, and its report.
+
     Args:
         coefficients: [O, I] float32, what the codes stand for.
-        codes: of them.
-        basis: of the coefficients.
         threads: frames worked on at once; the result does not depend on it.
-
-    Returns:
-        The stored form, and its report.
     """
     encoded = stored_codes(codes, basis, threads=threads)
     spans = frame_spans(len(codes.values), encoded.rows_per_frame)

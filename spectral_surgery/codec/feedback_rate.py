@@ -25,17 +25,13 @@ _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost m
 
 
 def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis, *, column_steps: bool = True) -> Codes:
-    """Codes at the asked bits or density.
+    """Codes at the asked bits or density. Returns the codes; all zero for a zero matrix.
 
     Args:
         coefficients: C, [O, I] float32.
         factor: from `feedback_factor`.
         target: bits or density.
-        basis: of the coefficients.
         column_steps: allow a step for every column, where that is worth its bytes.
-
-    Returns:
-        The codes; all zero for a zero matrix.
     """
     if not torch.count_nonzero(coefficients):
         return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)

@@ -25,13 +25,11 @@ def choose_layouts(powers: Sequence[float], codes: Callable[[int], Tensor]) -> l
     """One layout for all frames of about the same scale, tried on the first of them.
 
     One for all frames would miss the rate where rows differ: small codes in bytes that are wide enough for large ones.
+    Returns the layout of each frame.
 
     Args:
         powers: mean square of each frame, in any unit.
         codes: [r, k] integers of a frame that layouts are tried on, by the number of the frame; see `middle`.
-
-    Returns:
-        The layout of each frame.
     """
     found: dict[int | None, Layout] = {}
     layouts = []
@@ -52,15 +50,11 @@ def middle(rows: Tensor, tile: int) -> Tensor:
 
 
 def encode_rows(codes: Tensor, tile: int, *, threads: int = 1) -> tuple[int, tuple[bytes, ...]]:
-    """The frames of a matrix of codes.
+    """The frames of a matrix of codes. Returns rows of a frame, and the frames.
 
     Args:
         codes: [O, I] integers, on the CPU.
-        tile: side of the tiles.
         threads: frames worked on at once; the result does not depend on it.
-
-    Returns:
-        Rows of a frame, and the frames.
 
     Raises:
         CheckpointError: when a frame does not decode to its codes.

@@ -39,7 +39,6 @@ def unpack_places(packed: Bytes, count: int) -> Places:
 
     Args:
         packed: gap bytes.
-        count: number of places there are.
 
     Raises:
         CheckpointError: when a place is not below ``count``.

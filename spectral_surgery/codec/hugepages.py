@@ -18,15 +18,7 @@ HUGE = 2 << 20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU whose values are not set.
-
-    Args:
-        shape: of it.
-        dtype: of it.
-
-    Returns:
-        The tensor; its memory is given back with it.
-    """
+    """A tensor on the CPU whose values are not set. Returns the tensor; its memory is given back with it."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):

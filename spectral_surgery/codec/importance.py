@@ -74,7 +74,6 @@ class Cut:
 
         Args:
             coefficients: [O, I] float32.
-            importance: of them.
         """
         costs = importance.costs(coefficients)
         kept = (costs >= self.threshold) & (costs > 0)

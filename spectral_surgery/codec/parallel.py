@@ -32,13 +32,11 @@ def one_torch_thread() -> Iterator[None]:
 def parallel_map(function: Callable[[A], B], items: Sequence[A], threads: int) -> list[B]:
     """Apply a function to every item, in order; torch and numpy release the interpreter lock, so threads suffice.
 
+    Returns the results, in the order of the items.
+
     Args:
         function: what to apply; each call uses one thread.
-        items: its arguments.
         threads: calls at once.
-
-    Returns:
-        The results, in the order of the items.
     """
     with one_torch_thread():
         if threads <= 1 or len(items) <= 1:

@@ -21,9 +21,6 @@ def choose_basis(weight: Tensor, target: Target, candidates: Sequence[Basis]) ->
         weight: [O, I]; rows of tiles are sampled evenly, about 2^20 weights.
         target: as for `encode`.
         candidates: the first one is kept unless another is better by more than 1 %.
-
-    Returns:
-        The winner.
     """
     if len(candidates) == 1:
         return candidates[0]

@@ -104,15 +104,12 @@ def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
 
 
 def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> tuple[Tensor, Moments]:
-    """Coefficients to codes.
+    """Coefficients to codes: [O, I] codes, and the sums needed to place reconstruction points.
 
     Args:
         coefficients: [O, I] float32.
         quantizer: dead zone and step.
         dtype: int8, int16 or int32, wide enough for the largest code.
-
-    Returns:
-        [O, I] codes, and the sums needed to place reconstruction points.
     """
     codes = coefficients.new_empty(coefficients.shape, dtype=dtype)
     moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -150,12 +147,7 @@ def code_dtype(peak: float, quantizer: Quantizer) -> torch.dtype:
 def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
     """Step and offset of the least-squares line through the centroids of all levels.
 
-    Args:
-        moments: sums over the kept coefficients.
-        largest: largest code.
-
-    Returns:
-        (step, offset); the offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
+    Returns (step, offset); the offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
     """
     if not moments.kept:
         return 1.0, 0.0

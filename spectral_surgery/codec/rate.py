@@ -79,7 +79,6 @@ class Magnitudes:
     """
 
     def __init__(self, sample: npt.NDArray[Any]) -> None:
-        """Sort the sample once; everything else is look-ups."""
         self.sorted: Floats = np.sort(np.abs(sample.reshape(-1))).astype(np.float64)
         zero = np.zeros(1)
         self._sum = np.concatenate((zero, np.cumsum(self.sorted)))
@@ -120,12 +119,8 @@ def for_bits(magnitudes: Magnitudes, entropy: float, near: Quantizer | None = No
     """Quantiser with the least error at a given entropy.
 
     Args:
-        magnitudes: what is quantised.
         entropy: bits per coefficient.
         near: the quantiser for an entropy that differs by a few percent, whose dead zone in steps is then taken over.
-
-    Returns:
-        The quantiser.
     """
     ratios = _DEAD_ZONES if near is None else np.array([near.dead_zone / near.step])
     steps = _steps(magnitudes, lambda s: ratios * s, lambda found, _: found <= entropy, len(ratios))

@@ -18,17 +18,13 @@ __all__ = ["Places", "adapted_linear", "delta_rows", "delta_weight", "fold", "fo
 def fourier_delta(
     x: Tensor, coefficients: Tensor, positions: Tensor | Places, out_features: int, scaling: float
 ) -> Tensor:
-    """The residual x ΔWᵀ, without forming ΔW.
+    """The residual x ΔWᵀ, without forming ΔW: [..., O] in the dtype of x (float32 under autocast).
 
     Args:
         x: [..., I] any float dtype; transformed in float32, float64 as it is.
         coefficients: [K] float.
         positions: [K] integers, row * I + column, all different; or the same `fold`ed once and for all.
-        out_features: O.
         scaling: factor on top of torch's 1 / (O I).
-
-    Returns:
-        [..., O] in the dtype of x (float32 under autocast).
     """
     places = positions if isinstance(positions, Places) else fold(positions, out_features, x.shape[-1])
     y: Tensor = fourier_linear(x, None, None, False, coefficients, *places, out_features, x.shape[-1], scaling)
@@ -38,17 +34,13 @@ def fourier_delta(
 def delta_weight(
     coefficients: Tensor, positions: Tensor | Places, shape: tuple[int, int], scaling: float, base: Tensor | None = None
 ) -> Tensor:
-    """ΔW, or a weight with it.
+    """ΔW, or a weight with it: [O, I] in the dtype of the base, else of the coefficients.
 
     Args:
         coefficients: [K] float.
         positions: as in `fourier_delta`.
-        shape: (O, I).
         scaling: as in `fourier_delta`.
         base: [O, I] to add it to, in its dtype; left as it is.
-
-    Returns:
-        [O, I] in the dtype of the base, else of the coefficients.
     """
     places = positions if isinstance(positions, Places) else fold(positions, *shape)
     weight: Tensor = fourier_weight(base, coefficients, *places, *shape, scaling)
@@ -56,17 +48,12 @@ def delta_weight(
 
 
 def delta_rows(ids: Tensor, coefficients: Tensor, places: Places, shape: tuple[int, int], scaling: float) -> Tensor:
-    """Some rows of ΔW, the others not formed where they are many.
+    """Some rows of ΔW, the others not formed where they are many: [..., I] in the dtype of the coefficients.
 
     Args:
         ids: [...] int64, in 0 .. O-1.
         coefficients: [K] float.
-        places: folded positions.
-        shape: (O, I).
         scaling: as in `fourier_delta`.
-
-    Returns:
-        [..., I] in the dtype of the coefficients.
     """
     if ids.numel() >= shape[0] // 2:  # half of them are transformed for all
         return torch.nn.functional.embedding(ids, delta_weight(coefficients, places, shape, scaling))
@@ -78,16 +65,14 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
 ) -> Tensor:
     """The output x Wᵀ + b + x ΔWᵀ, the update beside the weight or inside it, whichever is faster.
 
+    Returns [..., O] in the dtype of x.
+
     Args:
         x: [..., I], any float dtype.
         weight: [O, I] in the dtype of x.
         bias: [O] or None.
         coefficients: [K] float.
-        places: folded positions.
         scaling: as in `fourier_delta`.
-
-    Returns:
-        [..., O] in the dtype of x.
     """
     shape = (weight.shape[0], weight.shape[1])
     if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():

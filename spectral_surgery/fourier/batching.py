@@ -13,14 +13,10 @@ def loop(
 ) -> tuple[Any, Any]:
     """Call a function for every index and stack the results.
 
-    Args:
-        function: gives a tensor or a tuple of tensors.
-        size: of the mapped dimension.
-        in_dims: which dimension of each argument is mapped, or None.
-        arguments: of the function.
+    Returns results, and which of their dimensions is mapped: the first.
 
-    Returns:
-        Results, and which of their dimensions is mapped: the first.
+    Args:
+        in_dims: which dimension of each argument is mapped, or None.
     """
     results = []
     for index in range(size):

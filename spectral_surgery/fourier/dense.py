@@ -19,14 +19,10 @@ _BLOCK = 128  # rows of ΔW at a time
 
 
 def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
-    """W + ΔW.
+    """W + ΔW: [O, I] in the dtype of the weight, else of the coefficients.
 
     Args:
         weight: [O, I], any float dtype; None for ΔW alone.
-        delta: the update.
-
-    Returns:
-        [O, I] in the dtype of the weight, else of the coefficients.
     """
     (rows, columns), coefficients = delta.shape, delta.coefficients
     like = coefficients if weight is None else weight
@@ -45,14 +41,10 @@ def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
 
 
 def delta_rows(ids: Tensor, delta: Delta) -> Tensor:
-    """Rows of ΔW, differentiable in the coefficients.
+    """Rows of ΔW, differentiable in the coefficients: [N, I] in the dtype of the coefficients.
 
     Args:
         ids: [N] int64, in 0 .. O-1.
-        delta: the update.
-
-    Returns:
-        [N, I] in the dtype of the coefficients.
     """
     (rows, columns), coefficients = delta.shape, delta.coefficients
     order, column, _ = delta.places.indices[:3].unbind()
@@ -65,14 +57,11 @@ def delta_rows(ids: Tensor, delta: Delta) -> Tensor:
 
 
 def coefficients_of(weight: Tensor, delta: Delta) -> Tensor:
-    """The gradient of the coefficients, given that of ΔW.
+    """The gradient of the coefficients, given that of ΔW: [K] float32, or float64 for a float64 weight.
 
     Args:
         weight: [O, I], any float dtype.
         delta: the update; its coefficients give the number only.
-
-    Returns:
-        [K] float32, or float64 for a float64 weight.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     order, columns = delta.places.indices[:2].unbind()

@@ -12,14 +12,11 @@ from spectral_surgery.fourier import triton
 
 
 def take(spectrum: Tensor, source: Tensor) -> Tensor:
-    """Bins of every row.
+    """Bins of every row: [T, K] complex.
 
     Args:
         spectrum: [T, F] complex.
         source: [K] int64.
-
-    Returns:
-        [T, K] complex.
     """
     return spectrum.gather(1, source.expand(len(spectrum), -1))
 
@@ -36,16 +33,12 @@ def weighted(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def scatter(values: Tensor, target: Tensor, bins: int, room: Tensor | None = None) -> Tensor:
-    """Sums of values by bin.
+    """Sums of values by bin: [T, F] complex.
 
     Args:
         values: [T, K] complex.
         target: [K] int64, the bin each is added to.
-        bins: F.
         room: [T, F'] complex, not needed any more; overwritten and returned where it has the shape.
-
-    Returns:
-        [T, F] complex.
     """
     sums = values.new_zeros(len(values), bins) if room is None or room.shape[1] != bins else room.zero_()
     if values.is_cuda:  # has no scatter_add of complex numbers
@@ -54,17 +47,13 @@ def scatter(values: Tensor, target: Tensor, bins: int, room: Tensor | None = Non
 
 
 def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
-    """`take`, multiply, then `scatter`.
+    """`take`, multiply, then `scatter`: [T, bins] complex.
 
     Args:
         spectrum: [T, F] complex; may be overwritten.
         source: [K] int64, bins to take.
         target: [K] int64, increasing, where to add them.
         weights: [K, 2] real.
-        bins: of the result.
-
-    Returns:
-        [T, bins] complex.
     """
     if spectrum.is_cuda and triton.available():
         return triton.mix(spectrum, source, target, weights, bins)

@@ -35,7 +35,7 @@ def linear_op(  # noqa: PLR0917 - operators of torch take tensors and numbers on
     in_features: int,
     scaling: float,
 ) -> Tensor:
-    """Output of a linear map with its update.
+    """Output of a linear map with its update: [..., O] in the dtype of x.
 
     Args:
         x: [..., I], any float dtype.
@@ -45,12 +45,6 @@ def linear_op(  # noqa: PLR0917 - operators of torch take tensors and numbers on
         coefficients: [K] float.
         indices: as in `Places`.
         factors: as in `Places`.
-        out_features: O.
-        in_features: I.
-        scaling: of the update.
-
-    Returns:
-        [..., O] in the dtype of x.
     """
     if weight is None:
         y = x.new_zeros(*x.shape[:-1], out_features)
@@ -82,21 +76,14 @@ def linear_backward_op(  # noqa: PLR0917 - operators of torch take tensors and n
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `linear_op`.
 
+    Returns dx [..., I] in the dtype of dy and d(coefficients) [K] in that of the coefficients; [0] for what is not
+    wanted.
+
     Args:
         dy: [..., O].
         x: [..., I]; None when the gradient of the coefficients is not wanted.
         weight: [O, I] or None, as there.
         want_dx: whether the gradient of x is wanted.
-        fused: as there.
-        coefficients: as there, and what follows.
-        indices: as there.
-        factors: as there.
-        out_features: O.
-        in_features: I.
-        scaling: as there.
-
-    Returns:
-        dx [..., I] in the dtype of dy and d(coefficients) [K] in that of the coefficients; [0] for what is not wanted.
     """
     dx = dy.new_empty(0)
     if want_dx:

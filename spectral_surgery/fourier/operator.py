@@ -43,7 +43,6 @@ def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
     Args:
         y: [T, O], any float dtype.
         x: [T, I], any float dtype.
-        delta: the update.
     """
     route = _route(delta, x, 0)
     for rows in _blocks(x, delta):
@@ -53,14 +52,12 @@ def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
 def add_backward(dx: Tensor | None, x: Tensor | None, dy: Tensor, delta: Delta) -> Tensor | None:
     """Add dy ΔW in place, and find the gradient of the coefficients; both from one spectrum of dy.
 
+    Returns [K] in the precision of the transforms, or None.
+
     Args:
         dx: [T, I]; None when it is not wanted.
         x: [T, I]; None when the gradient of the coefficients is not wanted.
         dy: [T, O].
-        delta: the update.
-
-    Returns:
-        [K] in the precision of the transforms, or None.
     """
     if dx is None and x is None:
         return None

@@ -26,17 +26,13 @@ def delta_weight(coefficients: Tensor, positions: Tensor, shape: tuple[int, int]
 
 
 def fourier_delta(x: Tensor, coefficients: Tensor, positions: Tensor, out_features: int, scaling: float) -> Tensor:
-    """The residual x ΔWᵀ, by forming ΔW.
+    """The residual x ΔWᵀ, by forming ΔW: [..., O].
 
     Args:
         x: [..., I] real.
         coefficients: [K] real.
         positions: [K] int64, row * I + column.
-        out_features: O.
         scaling: as in `delta_weight`.
-
-    Returns:
-        [..., O].
     """
     weight = delta_weight(coefficients, positions, (out_features, x.shape[-1]), scaling)
     return torch.nn.functional.linear(x, weight)

@@ -20,17 +20,13 @@ def available() -> bool:
 
 
 def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
-    """The same as `mix.mix`.
+    """The same as `mix.mix`: [T, bins] complex.
 
     Args:
         spectrum: [T, F] complex64 or complex128.
         source: [K] int64.
         target: [K] int64, increasing.
         weights: [K, 2] in the precision of the spectrum.
-        bins: of the result.
-
-    Returns:
-        [T, bins] complex.
     """
     rows = len(spectrum)
     out = torch.empty(rows, bins, dtype=spectrum.dtype, device=spectrum.device)

@@ -24,19 +24,13 @@ def weight_op(  # noqa: PLR0917 - operators of torch take tensors and numbers on
     in_features: int,
     scaling: float,
 ) -> Tensor:
-    """A weight with its update.
+    """A weight with its update: [O, I] in the dtype of the weight, else of the coefficients.
 
     Args:
         weight: [O, I], any float dtype; None for the update alone.
         coefficients: [K] float.
         indices: as in `Places`.
         factors: as in `Places`.
-        out_features: O.
-        in_features: I.
-        scaling: of the update.
-
-    Returns:
-        [O, I] in the dtype of the weight, else of the coefficients.
     """
     return merged_weight(weight, Delta(coefficients, Places(indices, factors), (out_features, in_features), scaling))
 
@@ -53,19 +47,10 @@ def weight_backward_op(  # noqa: PLR0917 - operators of torch take tensors and n
     in_features: int,
     scaling: float,
 ) -> Tensor:
-    """The gradient of the coefficients of `weight_op`.
+    """The gradient of the coefficients of `weight_op`: [K] in the dtype of the coefficients.
 
     Args:
         gradient: [O, I], that of its result.
-        coefficients: as there, and what follows.
-        indices: as there.
-        factors: as there.
-        out_features: O.
-        in_features: I.
-        scaling: as there.
-
-    Returns:
-        [K] in the dtype of the coefficients.
     """
     delta = Delta(coefficients, Places(indices, factors), (out_features, in_features), scaling)
     return coefficients_of(gradient, delta).to(coefficients.dtype)

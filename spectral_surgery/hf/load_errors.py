@@ -18,10 +18,6 @@ _LONGEST = 300  # characters of a reason
 def loading(folder: Path, problem: str) -> Iterator[None]:
     """Turn what is raised meanwhile into a CheckpointError.
 
-    Args:
-        folder: with a config.json.
-        problem: what is wrong with it, before the reason.
-
     Raises:
         CheckpointError: with the reason; for a model with code of its own, with the option that runs it.
     """
@@ -43,10 +39,6 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
 
 
 def own_code(folder: Path) -> dict[str, object]:
-    """The code that a model brings along, by what it is for, such as AutoModel; empty of most models.
-
-    Args:
-        folder: with a config.json.
-    """
+    """The code that a model brings along, by what it is for, such as AutoModel; empty of most models."""
     file = folder / "config.json"
     return own_auto_map(read_json(file).get("auto_map")) if file.is_file() else {}

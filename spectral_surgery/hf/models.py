@@ -60,16 +60,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a local folder.
+    """Load a model and its tokenizer from a local folder: (model in eval mode, tokenizer with a padding token).
 
     Args:
-        folder: a Hugging Face folder with a tokenizer.
         auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``; see `class_for`.
         dtype: of the weights; None for the stored one.
         trust_remote_code: run the code that a model brings along.
-
-    Returns:
-        (model in eval mode, tokenizer with a padding token).
 
     Raises:
         BackendError: when transformers is not installed.
@@ -93,14 +89,11 @@ def load_classifier(
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Load a model with a head for some classes: its own where it has one of that size, else a new one.
 
+    Returns (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
+
     Args:
-        folder: a Hugging Face folder with a tokenizer.
-        labels: the classes, or the number of outputs.
         dtype: of the weights; None for the stored one.
         trust_remote_code: run the code that a model brings along.
-
-    Returns:
-        (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
 
     Raises:
         BackendError: when transformers is not installed.
@@ -136,13 +129,11 @@ def _padding(model: Any, tokenizer: Any) -> Any:
 def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Build a model without weights: parameters are on the meta device, buffers are real.
 
+    Returns (model in eval mode, tokenizer with a padding token).
+
     Args:
-        folder: a Hugging Face folder with a tokenizer.
         auto_class: class of transformers that knows the architecture; see `class_for`.
         trust_remote_code: run the code that a model brings along.
-
-    Returns:
-        (model in eval mode, tokenizer with a padding token).
 
     Raises:
         BackendError: when transformers is not installed.
@@ -166,13 +157,11 @@ def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = Fal
 def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """Load a model with the class that its config.json names, so that every tensor of the folder has its place.
 
+    Returns the model in eval mode.
+
     Args:
-        folder: a Hugging Face folder.
         dtype: of the weights; None for the stored one.
         trust_remote_code: run the code that a model brings along.
-
-    Returns:
-        The model in eval mode.
 
     Raises:
         BackendError: when transformers is not installed.
@@ -219,8 +208,6 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
     Args:
         model: of transformers; cast in place.
-        folder: exists; a configuration is written too.
-        dtype: of the files.
     """
     model.to(dtype).save_pretrained(folder)
 
@@ -241,7 +228,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a local folder, with a padding token.
 
     Args:
-        folder: a Hugging Face folder.
         trust_remote_code: run the code that a model brings along.
 
     Raises:
@@ -288,15 +274,10 @@ def continue_text(
 ) -> tuple[int, int]:
     """Let a language model continue a text.
 
-    Args:
-        model: a causal language model.
-        tokenizer: of the model.
-        prompt: the text, as it is.
-        sampling: how tokens are chosen.
-        emit: called with each piece of new text.
+    Returns (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
 
-    Returns:
-        (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
+    Args:
+        emit: called with each piece of new text.
 
     Raises:
         ConfigError: when the prompt has no tokens, or as many as the model can read.
@@ -331,12 +312,6 @@ def continue_text(
 
 def load_encoder(folder: Path) -> SentenceEncoder:
     """Load a sentence encoder from a local folder, in float32.
-
-    Args:
-        folder: a plain Hugging Face folder with a tokenizer.
-
-    Returns:
-        The encoder.
 
     Raises:
         BackendError: when transformers is not installed.

@@ -82,11 +82,7 @@ class StoredParameter:
         return self.numel * info.nbytes // max(info.numel, 1)
 
     def read(self, stored: Callable[[TensorInfo], Tensor] = read_tensor) -> Tensor:
-        """The parameter, put together from the files.
-
-        Args:
-            stored: reads a stored tensor, in its shape.
-        """
+        """The parameter, put together from the files."""
         if self.whole is not None:
             return stored(self.whole)
         made = torch.empty(self.shape, dtype=DTYPES[self.pieces[0].info.dtype])
@@ -170,7 +166,6 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
 
     Args:
         model: a PreTrainedModel, with or without numbers; any other module has the stored names.
-        index: of the checkpoint.
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -203,25 +198,15 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
 
 
 def as_stored(name: str, info: TensorInfo) -> StoredParameter:
-    """A parameter that is a stored tensor.
-
-    Args:
-        name: of the parameter.
-        info: the tensor.
-    """
+    """A parameter that is a stored tensor."""
     return StoredParameter(name, info.shape, (Piece(info, ((0, 0, rows_of(info.shape)),)),))
 
 
 def placing(model: Any, conversions: Sequence[Any]) -> Callable[[str], tuple[str, str]]:
     """How transformers renames stored tensors.
 
-    Args:
-        model: a PreTrainedModel.
-        conversions: renamings and converters of transformers for it.
-
-    Returns:
-        A function: stored name -> (parameter, or the first of those that a converter makes; pattern of the converter,
-        or ANY).
+    Returns a function: stored name -> (parameter, or the first of those that a converter makes; pattern of the
+    converter, or ANY).
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

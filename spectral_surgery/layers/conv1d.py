@@ -29,11 +29,6 @@ class SpectralConv1D(nn.Module):
     def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         """Put a layer around a weight.
 
-        Args:
-            spectrum: of V, or of Vᵀ.
-            bias: [O].
-            transposed: whether it is of Vᵀ.
-
         Raises:
             ShapeError: when the bias is not [O].
         """
@@ -64,7 +59,6 @@ class SpectralConv1D(nn.Module):
             bits: stored bits per weight.
             max_error: relative Frobenius error of the weight.
             transform: name in TRANSFORMS.
-            tile: side of the transform tiles.
             resident: name in RESIDENTS.
 
         Raises:
@@ -93,7 +87,6 @@ class SpectralConv1D(nn.Module):
         """Make a layer of the spectrum of V [I, O], or of spectra of consecutive row ranges of it.
 
         Args:
-            spectra: codes or stored frames, as checkpoints hold them.
             bias: [O].
             resident: name in RESIDENTS.
             dtype: floating type that the weight counts as.

@@ -23,12 +23,6 @@ class SpectralEmbedding(nn.Module):
     """
 
     def __init__(self, spectrum: SpectralWeight, padding_idx: int | None = None) -> None:
-        """Put an embedding around a table.
-
-        Args:
-            spectrum: [O, I].
-            padding_idx: row of padding.
-        """
         super().__init__()
         self.num_embeddings, self.embedding_dim = spectrum.shape
         self.padding_idx = padding_idx
@@ -49,12 +43,10 @@ class SpectralEmbedding(nn.Module):
         """Compress an embedding, along its features only, so that a row decodes alone; it is not changed.
 
         Args:
-            embedding: without max_norm.
             sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
             bits: stored bits per weight.
             max_error: relative Frobenius error of the table.
             transform: name in TRANSFORMS.
-            tile: points of the transform tiles.
             resident: name in RESIDENTS.
 
         Raises:
@@ -86,8 +78,6 @@ class SpectralEmbedding(nn.Module):
         """Make an embedding of a spectrum, or of spectra of consecutive row ranges: codes, or stored frames.
 
         Args:
-            spectra: of the table.
-            padding_idx: row of padding.
             resident: name in RESIDENTS.
             dtype: floating type of the output.
 

@@ -27,7 +27,6 @@ class SpectralExperts(nn.Module):
 
         Args:
             weights: of each expert, all of one shape.
-            transposed: whether they are [I, O].
 
         Raises:
             ShapeError: when there is none, or shapes differ.
@@ -62,12 +61,11 @@ class SpectralExperts(nn.Module):
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Multiply each row by the matrix of its expert, one expert after the other.
 
+        Returns [S, O] in the dtype of x (under autocast: in the autocast dtype).
+
         Args:
             x: [S, I] floating, the rows of the first expert first.
             counts: rows of each expert.
-
-        Returns:
-            [S, O] in the dtype of x (under autocast: in the autocast dtype).
 
         Raises:
             ShapeError: when the counts are not one for each expert, or do not add up to S.

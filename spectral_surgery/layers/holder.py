@@ -20,7 +20,6 @@ class FormHolder(nn.Module):
     """
 
     def __init__(self, form: Form) -> None:
-        """Take over the tensors of a form."""
         super().__init__()
         self._kind: Callable[..., Form] = type(form)
         self._rest: dict[str, object] = {}

@@ -38,7 +38,6 @@ class KeptSpectrum(nn.Module):
 
         Args:
             spectra: of consecutive row ranges of the weight, seen as a matrix.
-            shape: of the weight.
             original: the weight that the codes were rounded from: training starts there, with finer steps where a
                 threshold had chosen what to keep. Without, it starts at what is stored.
 
@@ -94,7 +93,6 @@ class KeptSpectrum(nn.Module):
 
         Args:
             values: [K].
-            dead_zone: as the attribute.
         """
         parts = enumerate(self._split(values))
         return [(math.prod(self._grids[part].shape), self._codes(part, own, dead_zone)) for part, own in parts]

@@ -26,10 +26,6 @@ class SpectralLinear(nn.Module):
     def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None) -> None:
         """Put a layer around a weight, which several layers may share (tied embeddings).
 
-        Args:
-            spectrum: W, [O, I].
-            bias: [O].
-
         Raises:
             ShapeError: when the bias is not [O].
         """
@@ -53,12 +49,10 @@ class SpectralLinear(nn.Module):
         """Compress a linear layer; it is not changed.
 
         Args:
-            linear: any nn.Linear.
             sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
             bits: stored bits per weight.
             max_error: relative Frobenius error of the weight.
             transform: name in TRANSFORMS.
-            tile: side of the transform tiles.
             resident: name in RESIDENTS.
 
         Raises:
@@ -77,7 +71,6 @@ class SpectralLinear(nn.Module):
         """Make a layer of a spectrum, or of spectra of consecutive row ranges: codes, or stored frames.
 
         Args:
-            spectra: of the weight.
             bias: [O].
             resident: name in RESIDENTS.
             dtype: floating type that the weight counts as.

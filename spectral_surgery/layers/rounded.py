@@ -20,7 +20,6 @@ class Rounded(nn.Module):
 
         Args:
             vector: [N].
-            dtype: that it is stored in.
         """
         super().__init__()
         rms = float(vector.detach().float().square().mean().sqrt())

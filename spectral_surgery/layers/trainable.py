@@ -21,7 +21,6 @@ class TrainableWeight(nn.Module):
     """
 
     def __init__(self, weight: SpectralWeight) -> None:
-        """Start at a weight, which is not changed."""
         super().__init__()
         self.kept = KeptSpectrum([_spectrum(form) for form in weight.forms], weight.shape)
         self.values = nn.Parameter(self.kept.start)

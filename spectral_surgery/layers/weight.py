@@ -43,7 +43,6 @@ class SpectralWeight(nn.Module):
 
         Args:
             forms: of consecutive row ranges of W.
-            resident: name in RESIDENTS, which says what the forms are.
             dtype: floating type that W counts as; ``.half()`` and its like change it.
 
         Raises:

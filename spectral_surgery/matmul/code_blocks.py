@@ -27,10 +27,7 @@ def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple
     """The grid of the reconstruction points, once it is sure that these codes fit it and the resident form.
 
     Args:
-        spectrum: whose offset counts.
         codes: [r, I], of some of its rows.
-        resident: name of the form.
-        limits: smallest and largest code that the form holds.
 
     Raises:
         ConfigError: when they do not fit.
@@ -53,15 +50,7 @@ def reach(codes: Tensor) -> tuple[int, int]:
 def refusal(
     spectrum: Spectrum, resident: str, found: tuple[int, int], limits: tuple[int, int], but: str = ""
 ) -> ConfigError:
-    """Why codes, or their offset, do not fit a resident form.
-
-    Args:
-        spectrum: whose offset counts.
-        resident: name of the form.
-        found: smallest and largest code.
-        limits: smallest and largest code that the form holds.
-        but: which others it holds.
-    """
+    """Why codes, or their offset, do not fit a resident form."""
     (low, high), grid = found, grid_of(spectrum.offset)
     if grid is None and low >= limits[0] and high <= limits[1]:
         return ConfigError(
@@ -79,7 +68,6 @@ def code_blocks(spectrum: Spectrum, out: Tensor | None = None) -> Iterator[tuple
     """First row and codes [r, I] of blocks of rows, each about one frame.
 
     Args:
-        spectrum: codes or stored frames.
         out: [O, I] int8 on the CPU, where stored int8 codes are decoded to.
     """
     if isinstance(spectrum, EncodedSpectrum):

@@ -47,18 +47,13 @@ def processor() -> Processor:
 def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint: bool = False) -> Way:
     """How to multiply activations by an int8 matrix.
 
-    Args:
-        device: type of the device.
-        tokens: T.
-        terms: summed per output.
-        accuracy: dtype of the activations as the caller gave them.
-        adjoint: whether outputs are columns of the matrix: torch's weight-only kernel has rows only.
+    Returns ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
+    ``planes``: activations as several int8 digits, exact int8 products. ``blocks``: blocks of rows converted to
+    floating point. ``triton``: a kernel that converts in registers, on GPUs.
 
-    Returns:
-        ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
-        ``planes``: activations as several int8 digits, exact int8 products.
-        ``blocks``: blocks of rows converted to floating point.
-        ``triton``: a kernel that converts in registers, on GPUs.
+    Args:
+        terms: summed per output.
+        adjoint: whether outputs are columns of the matrix: torch's weight-only kernel has rows only.
     """
     if device == "cuda" and accuracy != torch.float64 and triton.available():
         return "triton"

@@ -33,12 +33,12 @@ class _Steps(NamedTuple):
 def few_tokens(x: Tensor, form: Form) -> Tensor | None:
     """Y = x Wᵀ, bit for bit what the general way gives.
 
+    Returns [..., O] float32; None for whatever is not bfloat16 on a CPU without gradients, int8 or int4, and few
+    tokens.
+
     Args:
         x: [..., I].
         form: of W, [O, I].
-
-    Returns:
-        [..., O] float32; None for whatever is not bfloat16 on a CPU without gradients, int8 or int4, and few tokens.
     """
     if x.dtype != torch.bfloat16 or not isinstance(form, Int8Form | Int4Form) or not x.is_cpu:
         return None

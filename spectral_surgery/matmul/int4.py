@@ -106,7 +106,6 @@ def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
     """Nibbles of a spectrum, decoded block by block.
 
     Args:
-        spectrum: codes or stored frames.
         most_beyond: one code in so many may be none of -8 to 7.
 
     Raises:

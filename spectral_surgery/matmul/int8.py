@@ -70,11 +70,10 @@ def int8_form(spectrum: Spectrum) -> Int8Form:
 def transposed_form(forms: Sequence[Int8Form]) -> Int8Form | None:
     """The form of Vᵀ from those of row ranges of V, so that its rows serve kernels that have rows only.
 
+    Returns one form, or None where tiles, transforms or scales do not allow it.
+
     Args:
         forms: of consecutive row ranges.
-
-    Returns:
-        One form, or None where tiles, transforms or scales do not allow it.
     """
     basis = forms[0].basis
     cut = [form.shape[0] for form in forms[:-1]]

@@ -48,7 +48,6 @@ def prepare(x: Tensor, accuracy: torch.dtype, *, adjoint: bool = False) -> Opera
 
     Args:
         x: [T, K] float32, float64 or a 16-bit type.
-        accuracy: dtype of the activations as the caller gave them.
         adjoint: whether `adjoint` will be called instead of `product`.
     """
     how = way(x.device.type, len(x), x.shape[1], accuracy, adjoint=adjoint)

@@ -55,12 +55,11 @@ def grid_of(offset: float) -> Grid | None:
 def levels_of(codes: Tensor, offset: float) -> tuple[Tensor, float]:
     """Codes to what products are taken with.
 
+    Returns (levels, parts): int8 levels in parts of a step where they fit, else float32 levels in steps (parts 1).
+
     Args:
         codes: [r, I] int8, int16 or int32.
         offset: shift of the reconstruction points, in steps.
-
-    Returns:
-        (levels, parts): int8 levels in parts of a step where they fit, else float32 levels in steps (parts 1).
     """
     grid = grid_of(offset)
     if grid == Grid(1, 0) and codes.dtype == torch.int8:

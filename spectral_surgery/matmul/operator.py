@@ -51,12 +51,11 @@ class _Adjoint(Function):
 def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
     """Y = x Wᵀ, with the rows of W in one or more forms.
 
+    Returns [..., O]: float64 for float64, else float32 or a 16-bit type; see the module for how exact it is.
+
     Args:
         x: [..., I] floating.
         forms: their rows follow each other.
-
-    Returns:
-        [..., O]: float64 for float64, else float32 or a 16-bit type; see the module for how exact it is.
 
     Raises:
         ShapeError: when the width of x is not I.
@@ -85,12 +84,11 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
 def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
     """Y = x V, with the rows of V, [I, O], in one or more forms: for weights that are stored transposed.
 
+    Returns [..., O], as `form_matmul`.
+
     Args:
         x: [..., I] floating.
         forms: their rows follow each other.
-
-    Returns:
-        [..., O], as `form_matmul`.
 
     Raises:
         ShapeError: when the width of x is not I.

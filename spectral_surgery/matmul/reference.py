@@ -9,14 +9,10 @@ from spectral_surgery.codec.quantized import QuantizedSpectrum
 
 
 def spectral_matmul(x: Tensor, spectrum: QuantizedSpectrum) -> Tensor:
-    """Y = x Wᵀ, by decompressing W.
+    """Y = x Wᵀ, by decompressing W: [..., O] in the dtype of x.
 
     Args:
         x: [..., I] floating.
-        spectrum: of W.
-
-    Returns:
-        [..., O] in the dtype of x.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return torch.nn.functional.linear(x.to(wide), spectrum.to_dense(wide)).to(x.dtype)

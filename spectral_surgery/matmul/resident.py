@@ -53,11 +53,7 @@ def resident_form(spectrum: Spectrum, resident: str) -> Form:
     """Hold a spectrum in memory.
 
     Args:
-        spectrum: codes, or stored frames.
         resident: name in RESIDENTS.
-
-    Returns:
-        The form.
 
     Raises:
         ConfigError: when the name is unknown, or the codes do not fit.

@@ -22,15 +22,13 @@ def block_streaming_matmul(x: Tensor, weights: Weights, block_size: int = 512) -
 
     A block of rows or columns of a spectrum is no block of the weight: every coefficient reaches every weight of its
     tile (of the whole matrix, for a Fourier spectrum). What is exact is to transform x, to take the products with the
-    rows of the spectrum block by block, and to transform them back. Differentiable in x.
+    rows of the spectrum block by block, and to transform them back. Differentiable in x. Returns [..., O] in the dtype
+    of x, computed in float32, or in float64 for float64.
 
     Args:
         x: [..., I] real floating.
         weights: of an [O, I] weight W: a sparse spectrum, codes, or the complex matrix ``torch.fft.fft2(W)``.
         block_size: rows of the spectrum at a time, 1 or more.
-
-    Returns:
-        [..., O] in the dtype of x, computed in float32, or in float64 for float64.
 
     Raises:
         ShapeError: when the weights are no matrix, or the width of x is not I.

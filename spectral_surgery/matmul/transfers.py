@@ -42,11 +42,6 @@ class CudaTransfers:
     """Copies on a stream of their own, ordered by events."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take the buffers.
-
-        Args:
-            device: a GPU.
-        """
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._blocks: list[Tensor] = [torch.empty(0)] * BUFFERS
@@ -81,7 +76,6 @@ class HostTransfers:
     """Nothing to move: blocks are used where they are."""
 
     def __init__(self) -> None:
-        """Begin with no blocks."""
         self._blocks: list[Tensor] = [torch.empty(0)] * BUFFERS
 
     def start(self, buffer: int, block: Tensor) -> None:
@@ -101,11 +95,6 @@ class Bus:
     """What all matrices of a device share; products take turns in using it."""
 
     def __init__(self, transfers: Transfers) -> None:
-        """Begin with free buffers.
-
-        Args:
-            transfers: of the device.
-        """
         self._transfers = transfers
         self._turn = 0
         self._lock = Lock()

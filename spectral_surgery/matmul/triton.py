@@ -55,15 +55,11 @@ def blocks(tokens: int, rows: int, terms: int) -> Blocks:
 
 
 def product(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """X Mᵀ with float32 sums.
+    """X Mᵀ with float32 sums: [T, r].
 
     Args:
         x: [T, K] float32, bfloat16 or float16; float32 products are not rounded to fewer bits.
         matrix: [r, K] int8, with any strides.
-        dtype: of the result.
-
-    Returns:
-        [T, r].
     """
     tokens, terms = x.shape
     rows, cut = len(matrix), blocks(len(x), len(matrix), terms)
@@ -76,15 +72,12 @@ def product(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def packed_product(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
-    """X Mᵀ with float32 sums, M as nibbles.
+    """X Mᵀ with float32 sums, M as nibbles: [T, r] in the dtype of x.
 
     Args:
         x: [T, K] float32, bfloat16 or float16.
         packed: [r, ceil(K / 2)] int8, as in `Int4Form`.
         grid: [2] int8, parts and shift of the levels.
-
-    Returns:
-        [T, r] in the dtype of x.
     """
     tokens, terms = x.shape
     rows, half = packed.shape

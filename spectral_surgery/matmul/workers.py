@@ -21,10 +21,6 @@ def in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[T
 
     Only as many blocks are in memory as torch has threads. Each runs on one of them: that costs no synchronisation
     within the many small steps of a block.
-
-    Args:
-        function: of the first row (or frame) of a block and its end.
-        spans: the blocks.
     """
     threads = min(torch.get_num_threads(), len(spans))
     if threads < 2:

@@ -28,14 +28,13 @@ class Mixer(Protocol):
     def __call__(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """Mix tokens; modules implement it as `forward`.
 
+        Returns [B, T, D] in the dtype of x, zero at padding; transforms are computed in float32.
+
         Args:
             x: [B, T, D], any float dtype.
             mask: [B, T], zero or False at padding, which may be left, right or between; None for none. A sequence gives
                 what it gives alone without its padding.
             cache: from `new_cache`: x then continues the sequences seen before, and the cache is updated.
-
-        Returns:
-            [B, T, D] in the dtype of x, zero at padding; transforms are computed in float32.
 
         Raises:
             ShapeError: when x is not [B, T, D] with at least one token, or mask or cache do not fit it.
@@ -45,11 +44,6 @@ class Mixer(Protocol):
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:
         """An empty cache for decoding.
-
-        Args:
-            batch: B.
-            device: of the tokens to come.
-            dtype: of the tokens to come.
 
         Raises:
             CausalityError: when the mixer is not causal.
@@ -84,7 +78,6 @@ class MixerMethod(Generic[ConfigT]):
         """A mixer with the default settings, or some of them changed.
 
         Args:
-            width: D.
             settings: values by field name of the config.
 
         Raises:

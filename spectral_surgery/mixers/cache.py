@@ -47,21 +47,17 @@ class MixerCache:
 
         Args:
             rows: [N] int64, all different.
-            part: cache of N sequences.
         """
         self.lengths = self.lengths.index_copy(0, rows.to(self.lengths.device), part.lengths)
         for name, state in self.states.items():
             self.states[name] = state.index_copy(0, rows.to(state.device), part.states[name])
 
     def push(self, name: str, token: Tensor) -> Tensor:
-        """Add the newest entry to a history, and drop the oldest.
+        """Add the newest entry to a history, and drop the oldest. Returns the state, [B, L, ...].
 
         Args:
             name: of a state [B, L, ...], oldest first.
             token: [B, ...].
-
-        Returns:
-            The state, [B, L, ...].
         """
         state = self.states[name]
         self.states[name] = torch.cat((state[:, 1:], token.unsqueeze(1).to(state.dtype)), 1)
@@ -69,15 +65,11 @@ class MixerCache:
 
 
 def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """The last tokens of each sequence, oldest first, zeros before the first.
+    """The last tokens of each sequence, oldest first, zeros before the first: [B, count, ...].
 
     Args:
         x: [B, T, ...], each sequence from the left.
         lengths: [B] int64, tokens of each; None for T.
-        count: how many.
-
-    Returns:
-        [B, count, ...].
     """
     batch, tokens = x.shape[:2]
     if lengths is None:

@@ -32,12 +32,11 @@ class InverseFourierTransform(nn.Module):
     def forward(self, spectrum: Tensor, length: int) -> Tensor:
         """Go back to time; imaginary parts at zero and at the Nyquist frequency do not count.
 
+        Returns [B, T, D] float32 or float64.
+
         Args:
             spectrum: [B, F, D] complex.
             length: T; F alone does not tell 2 F - 2 from 2 F - 1.
-
-        Returns:
-            [B, T, D] float32 or float64.
         """
         x: Tensor = torch.fft.irfft(spectrum, n=length, dim=1, norm="ortho")
         return x
@@ -53,10 +52,7 @@ class AdaptiveSpectralFilter(nn.Module):
         """Start at gain 1.
 
         Args:
-            width: D.
             heads: H; the D / H channels of a head share their gains.
-            bins: frequencies at which gains are given.
-            hidden: width of the MLP.
             init_std: standard deviation of real and imaginary part around 1 and 0 at the start.
 
         Raises:
@@ -76,14 +72,10 @@ class AdaptiveSpectralFilter(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def gain(self, context: Tensor, length: int) -> Tensor:
-        """Gains of the frequencies of a length.
+        """Gains of the frequencies of a length: [..., T // 2 + 1, H] complex.
 
         Args:
             context: [..., D], tokens pooled; zeros give the gain of an unknown past.
-            length: T.
-
-        Returns:
-            [..., T // 2 + 1, H] complex.
         """
         hidden = nn.functional.gelu(self.up(self.norm(context.to(self.up.weight.dtype))))
         change = torch.tanh(wide(self.down(hidden))).reshape(*context.shape[:-1], self.heads, self.bins, 2)
@@ -91,15 +83,11 @@ class AdaptiveSpectralFilter(nn.Module):
         return gain.transpose(-1, -2)
 
     def forward(self, spectrum: Tensor, context: Tensor, length: int) -> Tensor:
-        """Multiply a spectrum by its gains.
+        """Multiply a spectrum by its gains: [B, F, D] complex.
 
         Args:
             spectrum: [B, F, D] complex.
             context: [B, D].
-            length: T.
-
-        Returns:
-            [B, F, D] complex.
         """
         return amplify(spectrum, self.gain(context, length))
 
@@ -113,11 +101,6 @@ class ModReLU(nn.Module):
     def __init__(self, heads: int, bins: int, bias: float = -0.1) -> None:
         """Start with one bias everywhere; 0 changes nothing, exactly.
 
-        Args:
-            heads: H.
-            bins: frequencies at which biases are given.
-            bias: at the start.
-
         Raises:
             ConfigError: when a setting is out of range.
         """
@@ -127,14 +110,10 @@ class ModReLU(nn.Module):
         self.bias = nn.Parameter(torch.full((heads, bins), float(bias)))
 
     def forward(self, z: Tensor, length: int) -> Tensor:
-        """Apply it to a spectrum.
+        """Apply it to a spectrum: like z.
 
         Args:
             z: [..., F, D] complex, D a multiple of H.
-            length: T.
-
-        Returns:
-            As z.
         """
         return modrelu(z, self.of_length(length))
 
@@ -144,28 +123,22 @@ class ModReLU(nn.Module):
 
 
 def amplify(spectrum: Tensor, gain: Tensor) -> Tensor:
-    """Multiply the channels of each head by the gains of the head.
+    """Multiply the channels of each head by the gains of the head: [B, F, D] complex.
 
     Args:
         spectrum: [B, F, D] complex.
         gain: [B, F, H] complex.
-
-    Returns:
-        [B, F, D] complex.
     """
     heads = spectrum.reshape(*spectrum.shape[:-1], gain.shape[-1], -1)
     return (heads * gain.unsqueeze(-1)).flatten(-2)
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:
-    """max(|z| + b, 0) z / |z|, and b = 0 gives z itself.
+    """max(|z| + b, 0) z / |z|, and b = 0 gives z itself. Returns a tensor like z.
 
     Args:
         z: [..., F, D] complex, D a multiple of H.
         bias: [F, H].
-
-    Returns:
-        As z.
     """
     heads = z.reshape(*z.shape[:-1], bias.shape[-1], -1)
     square = heads.real * heads.real + heads.imag * heads.imag
@@ -175,13 +148,10 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
 def interpolate(values: Tensor, length: int, dim: int) -> Tensor:
     """Values at evenly spaced frequencies to values at the frequencies of a length, linearly.
 
+    Returns [..., T // 2 + 1, ...], exact where a frequency is a bin.
+
     Args:
         values: [..., bins, ...] real, from frequency zero to Nyquist.
-        length: T.
-        dim: of the bins.
-
-    Returns:
-        [..., T // 2 + 1, ...], exact where a frequency is a bin.
 
     Raises:
         ShapeError: when there are fewer than 2 bins.

@@ -15,7 +15,7 @@ from spectral_surgery.mixers.layout import swap
 
 
 def filtered(function: Callable[..., Tensor], slabs: Sequence[slice], x: Tensor, *others: Tensor) -> Tensor:
-    """Apply a function to the spectrum of x, some channels at a time.
+    """Apply a function to the spectrum of x, some channels at a time: [B, T, D]. Differentiable once.
 
     Args:
         function: (spectrum [B, F, n], its channels, *others) to a spectrum of the same shape, complex and
@@ -23,9 +23,6 @@ def filtered(function: Callable[..., Tensor], slabs: Sequence[slice], x: Tensor,
         slabs: runs of channels that together are all of them.
         x: [B, T, D] float32 or float64.
         others: whole, for every slab.
-
-    Returns:
-        [B, T, D]. Differentiable once.
     """
     y: Tensor = _Filtered.apply(function, slabs, x, *others)
     return y

@@ -39,7 +39,6 @@ class FNetMixer(nn.Module):
     is_causal = False
 
     def __init__(self, config: FNetMixerConfig, width: int) -> None:  # noqa: ARG002 - as every mixer
-        """Nothing to learn."""
         super().__init__()
         self.width = width
 

@@ -49,7 +49,6 @@ class HybridSpectralAttention(nn.Module):
         """Put two mixers in a row.
 
         Args:
-            spectral: for the far tokens.
             attention: for the near ones, of the same width and direction.
 
         Raises:

@@ -11,13 +11,11 @@ from torch import Tensor
 def swap(x: Tensor) -> Tensor:
     """Exchange the last two of three dimensions, in memory too.
 
-    Sequence by sequence, since torch transposes matrices several times faster than batches of them.
+    Sequence by sequence, since torch transposes matrices several times faster than batches of them. Returns [B, N, M],
+    contiguous.
 
     Args:
         x: [B, M, N].
-
-    Returns:
-        [B, N, M], contiguous.
     """
     y: Tensor = _Swap.apply(x)
     return y

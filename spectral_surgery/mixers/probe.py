@@ -36,10 +36,7 @@ def leak(
 
     Args:
         mixer: maps [1, T, D] to [1, T, D]; not changed.
-        width: D.
-        tokens: T.
         cuts: first replaced tokens; those beyond T are not used.
-        seed: of parameters and tokens.
     """
     copied = copy.deepcopy(mixer).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -65,8 +62,6 @@ def require_causal(mixer: nn.Module, width: int, name: str) -> None:
 
     Args:
         mixer: maps [1, T, D] to [1, T, D].
-        width: D.
-        name: for the error.
 
     Raises:
         CausalityError: when it does, or when the mixer does not react at all.

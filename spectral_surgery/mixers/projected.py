@@ -16,11 +16,6 @@ class ProjectedMixer(nn.Module):
     def __init__(self, value: nn.Linear, mixer: Mixer, output: nn.Linear) -> None:
         """Take over three modules.
 
-        Args:
-            value: from the width of the model to that of the mixer.
-            mixer: any.
-            output: back.
-
         Raises:
             ShapeError: when the widths do not meet.
         """

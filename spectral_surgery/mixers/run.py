@@ -28,7 +28,6 @@ class CausalCore(Protocol):
         Args:
             x: [B, T, D], each sequence from the left.
             lengths: [B] int64 on the CPU, tokens of each; None for T. Only the filling of a cache needs it.
-            cache: to be filled.
         """
         ...
 
@@ -42,15 +41,13 @@ def run_bidirectional(
 ) -> Tensor:
     """Apply a mixer of whole sequences, sequences of the same length together.
 
+    Returns [B, T, D] in the dtype of x, zero at padding.
+
     Args:
         mix: [B, T, D] to [B, T, D].
-        width: D.
         x: [B, T, D].
         mask: [B, T] or None.
         cache: must be None.
-
-    Returns:
-        [B, T, D] in the dtype of x, zero at padding.
 
     Raises:
         ShapeError: when x or mask do not fit.
@@ -73,14 +70,12 @@ def run_bidirectional(
 def run_causal(core: CausalCore, x: Tensor, mask: Tensor | None, cache: MixerCache | None) -> Tensor:
     """Apply a causal mixer to whole sequences, or continue those of a cache.
 
+    Returns [B, T, D] in the dtype of x, zero at padding.
+
     Args:
-        core: the mixer.
         x: [B, T, D].
         mask: [B, T] or None; of these T tokens only.
         cache: or None; an empty one takes a whole prompt at once, a used one a token at a time.
-
-    Returns:
-        [B, T, D] in the dtype of x, zero at padding.
 
     Raises:
         ShapeError: when x, mask or cache do not fit.

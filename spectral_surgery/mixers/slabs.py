@@ -18,7 +18,6 @@ def channel_slabs(x: Tensor, group: int = 1, *, split: bool = True) -> list[slic
     """Cut the channels of x [B, T, D] into runs.
 
     Args:
-        x: what is long.
         group: channels that belong together, D a multiple: a run is a part of one group, or some whole ones.
         split: whether a part of a group may be a run.
     """
@@ -34,8 +33,6 @@ def token_slabs(x: Tensor, count: int, multiple: int = 1) -> list[slice]:
     """Cut some tokens of x [B, T, D] into runs.
 
     Args:
-        x: what is long.
-        count: tokens that are cut.
         multiple: of which runs start at a multiple.
     """
     share = max(1, SLAB * x.shape[1] // x.numel())
@@ -48,7 +45,6 @@ def in_slabs(function: Callable[[slice], Tensor], runs: Sequence[slice], like: T
     Where gradients are recorded it is called once for all: autograd keeps its temporaries anyway.
 
     Args:
-        function: a run to that part of the output.
         runs: of everything there is along the dimension.
         like: has the shape, dtype and device of the output.
         dim: 1 for tokens, 2 for channels.

@@ -22,9 +22,7 @@ class WindowAttention(nn.Module):
         """Draw the projections.
 
         Args:
-            width: D.
             heads: a divisor of D.
-            window: tokens in view.
             is_causal: whether later tokens are out of view.
 
         Raises:

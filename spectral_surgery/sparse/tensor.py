@@ -248,9 +248,9 @@ def sst(
 ) -> SparseSpectralTensor:
     """Keep the largest spectral coefficients of a tensor.
 
-    On weights that look like white noise this loses as much as pruning: keeping 20 % of a real
-    transform leaves a relative error of 0.59, and of rfft2 0.69, since it keeps or drops two
-    numbers at a time.
+    On weights that look like white noise this loses as much as pruning: keeping 20 % of a real transform leaves a
+    relative error of 0.59, and of rfft2 0.69, since it keeps or drops two numbers at a time. Returns the spectrum, on
+    the device of `tensor`.
 
     Args:
         tensor: One or more dimensions, floating and finite. A vector is seen as one row, more than
@@ -263,9 +263,6 @@ def sst(
         tile: Points in a tile, P; None for whole axes, at most 8192 points each. rfft2 has none.
         axes: Axes to transform, 0 for O and 1 for I; None for all (a vector has only axis 1).
         dtype: Of the stored values: float32, float16 or bfloat16; rfft2 stores complex64.
-
-    Returns:
-        The spectrum, on the device of `tensor`.
 
     Raises:
         ConfigError: If the dtype of `tensor`, its values, or an option is not accepted.
@@ -301,12 +298,11 @@ def sst(
 def largest(scores: Tensor, count: int) -> Tensor:
     """Return the positions of the largest scores, increasing; among equal scores the first win.
 
+    Returns [count] int64. Unlike `torch.topk`, the same for the same scores everywhere.
+
     Args:
         scores: [n], no NaN.
         count: How many, 1 to n.
-
-    Returns:
-        [count] int64. Unlike `torch.topk`, the same for the same scores everywhere.
     """
     threshold = scores.kthvalue(len(scores) - count + 1).values
     keep = scores > threshold

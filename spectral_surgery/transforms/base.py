@@ -77,10 +77,6 @@ class Transform:
     def require(self, n: int, what: str) -> None:
         """Refuse a length that the transform does not accept.
 
-        Args:
-            n: The length.
-            what: What the length is to the caller, for the text: "tile" or "length".
-
         Raises:
             ConfigError: If it is refused; the text names an accepted length nearby.
         """

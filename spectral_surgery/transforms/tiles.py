@@ -31,8 +31,6 @@ def forward(x: Tensor, transform: Transform, tile: int, axes: tuple[int, ...]) -
 
     Args:
         x: [..., O, I], real.
-        transform: A row of TRANSFORMS.
-        tile: Points in a tile, P.
         axes: Subset of (0, 1): 0 = rows O, 1 = columns I.
 
     Raises:

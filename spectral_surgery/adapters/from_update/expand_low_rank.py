@@ -29,15 +29,14 @@ _OVERSAMPLING, _ITERATIONS = 16, 3
 def expand(delta: Tensor, most: int, enough: float | None, config: Any) -> Expansion:
     """The leading singular triples of a weight update.
 
+    Returns Components with parts ``down`` [K, I] and ``up`` [K, O] whose outer products are the components, balanced:
+    both have the norm √s.
+
     Args:
         delta: [O, I] float32.
         most: at most so many.
         enough: energy with which to stop; None for ``most``.
         config: not used.
-
-    Returns:
-        Components with parts ``down`` [K, I] and ``up`` [K, O] whose outer products are the components, balanced:
-        both have the norm √s.
     """
     del config
     u, s, vh = _decompose(delta, most, enough)

@@ -21,14 +21,12 @@ from spectral_surgery.transforms.fast import FAST
 def expand_delta(delta: Tensor, most: int, enough: float | None, config: Any) -> Expansion:
     """The largest coefficients of an orthonormal transform of both axes.
 
+    Returns Components with parts ``values`` and ``positions``; nothing is out of reach.
+
     Args:
         delta: [O, I] float32.
         most: at most so many.
         enough: energy with which to stop; None for ``most``.
-        config: SpectralDelta's settings.
-
-    Returns:
-        Components with parts ``values`` and ``positions``; nothing is out of reach.
     """
     coefficients = FAST[config.transform].forward2(delta).reshape(-1)
     gains = coefficients.double().square()
@@ -42,15 +40,12 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
     """The largest coefficients of FourierFT's basis, the functions cos(2 pi (p j / O + q k / I)), at any places.
 
     They span the matrices with ΔW[p, q] = ΔW[-p, -q]: half of the space, and half of the energy of a generic update.
+    Returns Components with parts ``values`` and ``positions``.
 
     Args:
         delta: [O, I] float32.
         most: at most so many.
         enough: energy with which to stop; None for ``most``.
-        config: settings of FourierFT with stored places.
-
-    Returns:
-        Components with parts ``values`` and ``positions``.
     """
     values, gains = _cosines(delta)
     rows, columns = delta.shape
@@ -68,14 +63,12 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
 def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -> Expansion:
     """FourierFT's coefficients at the places that PEFT draws, in the order in which it draws them.
 
+    Returns Components with parts ``values`` and ``functions``, which tells places with the same basis function.
+
     Args:
         delta: [O, I] float32.
         most: at most so many.
         enough: energy with which to stop; None for ``most``.
-        config: FourierFT's settings.
-
-    Returns:
-        Components with parts ``values`` and ``functions``, which tells places with the same basis function.
     """
     rows, columns = delta.shape
     values, gains = _cosines(delta)

@@ -156,6 +156,5 @@ def count_for(gains: Tensor, enough: float) -> int:
 
     Args:
         gains: [K] float64, in order.
-        enough: energy.
     """
     return min(int((gains.cumsum(0) < enough).sum()) + 1, len(gains))

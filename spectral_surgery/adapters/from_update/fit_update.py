@@ -67,17 +67,13 @@ def fit(
 ) -> Fit:
     """Approximate weight updates by adapters of one method, one layer in memory at a time.
 
+    Returns the adapters; of a budget, spent by equal slope over all layers.
+
     Args:
-        extractor: row of EXTRACTORS.
-        config: settings of its method; the number of components is set here.
-        updates: what to approximate.
         size: bytes of all adapters together, relative error of each, or components of each.
         dtype: of the stored floats.
         max_count: no layer has more components, whatever the size.
         report: called with the name of each layer that is done.
-
-    Returns:
-        The adapters; of a budget, spent by equal slope over all layers.
 
     Raises:
         ConfigError: when the settings cannot be kept, ΔW is not finite, nothing differs, the error is out of the

@@ -207,11 +207,8 @@ def _model() -> Any:
             """Token numbers [B, T] to vectors [B, T, D].
 
             Args:
-                input_ids: the tokens.
                 attention_mask: [B, T], zero at padding; with a cache also [B, all tokens so far].
-                cache: continue these sequences.
                 past_key_values: the name of cache before transformers 5.24.
-                use_cache: remember them.
                 output_hidden_states: return what each block gives, too.
                 return_dict: False for a tuple instead of names.
 

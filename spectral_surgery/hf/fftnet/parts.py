@@ -23,7 +23,6 @@ class FFTNetBlock(nn.Module):
         """Build mixer and MLP.
 
         Args:
-            config: an FFTNetConfig.
             is_causal: from left to right, or both ways.
 
         Raises:
@@ -83,7 +82,6 @@ def empty_cache(blocks: Iterable[Any], x: Tensor) -> FFTNetCache:
     """What `FFTNetBlock`s remember before the first token.
 
     Args:
-        blocks: of a model.
         x: [B, T, D], as it will go in.
 
     Raises:
@@ -99,17 +97,13 @@ def through_blocks(
     memory: FFTNetCache | None,
     run: Callable[..., Tensor] | None,
 ) -> list[Tensor]:
-    """Apply one `FFTNetBlock` after the other.
+    """Apply one `FFTNetBlock` after the other. Returns x, and what each block gives: [B, T, D] each.
 
     Args:
-        blocks: of a model.
         x: [B, T, D].
         mask: [B, T], or None.
         memory: updated, or None.
         run: calls a block so that less is kept for the backward pass; None to call it as it is.
-
-    Returns:
-        x, and what each block gives: [B, T, D] each.
     """
     states = [x]
     for number, block in enumerate(blocks):
@@ -139,7 +133,6 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
     Args:
         ids: [B, T].
         mask: [B, T], or None.
-        vocabulary: how many numbers there are.
 
     Raises:
         ShapeError: when ids are not [B, T] with at least one token, or the mask does not fit.
@@ -160,16 +153,12 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
 
 
 def places(ids: Tensor, mask: Tensor | None, seen: Tensor | None, longest: int) -> Tensor:
-    """Where tokens stand in their sequences, padding not counted.
+    """Where tokens stand in their sequences, padding not counted: [B, T] int64; [1, T] when all sequences are alike.
 
     Args:
         ids: [B, T].
         mask: [B, T], zero or False at padding; None for none.
         seen: [B], tokens that came before; None for none.
-        longest: tokens that a sequence may have.
-
-    Returns:
-        [B, T] int64; [1, T] when all sequences are alike.
 
     Raises:
         ShapeError: when a sequence is too long.
@@ -191,13 +180,10 @@ def sinusoids(at: Tensor, width: int) -> Tensor:
     """Sines and cosines of positions, of geometrically spaced wavelengths.
 
     Source: arXiv 1706.03762, section 3.5.
+    Returns [B, T, D] float32.
 
     Args:
         at: [B, T] positions.
-        width: D, odd or even.
-
-    Returns:
-        [B, T, D] float32.
     """
     waves = torch.arange((width + 1) // 2, device=at.device, dtype=torch.float32)
     angles = at[..., None] * torch.exp(waves * (-2 * math.log(_LONGEST_WAVE) / width))

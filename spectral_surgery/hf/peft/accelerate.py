@@ -19,14 +19,11 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
 
     Everything else stays PEFT's: several adapters, switching, disabling, merging, saving, dtypes and the names in state
     dicts. The outputs and gradients are equal up to rounding. Layers that PEFT adds later keep its own forward until
-    this is called again.
+    this is called again. Returns how many layers have the fast forward now, or PEFT's own.
 
     Args:
         model: a PeftModel, or a model with FourierFT adapters loaded by transformers; changed in place.
         enabled: False to undo it.
-
-    Returns:
-        How many layers have the fast forward now, or PEFT's own.
 
     Raises:
         BackendError: when PEFT is not installed.

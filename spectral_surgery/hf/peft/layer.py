@@ -73,8 +73,6 @@ class MethodLayer(nn.Module):
         """Add a fresh adapter.
 
         Args:
-            adapter_name: its name.
-            config: the method's settings for this layer.
             inference_mode: whether it is frozen.
 
         Raises:

@@ -64,9 +64,6 @@ def train_dense_copies() -> None:
 def add_peft_type(name: str) -> None:
     """Add a member to PEFT's enumeration of methods, which has no public way to do it.
 
-    Args:
-        name: in capitals.
-
     Raises:
         BackendError: when enumerations of this Python or PEFT work otherwise.
     """
@@ -116,11 +113,7 @@ class TargetSettings:
 
 @cache
 def config_class(name: str) -> type[Any]:
-    """The PEFT configuration of a method: PEFT's own fields, `TargetSettings`, and the settings of the method.
-
-    Args:
-        name: of a row of METHODS.
-    """
+    """The PEFT configuration of a method: PEFT's own fields, `TargetSettings`, and the settings of the method."""
     from peft import PeftConfig, PeftType
 
     method = METHODS[name]
@@ -152,11 +145,7 @@ def config_class(name: str) -> type[Any]:
 
 @cache
 def layer_class(name: str) -> type[MethodLayer]:
-    """The PEFT layer of a method.
-
-    Args:
-        name: of a row of METHODS.
-    """
+    """The PEFT layer of a method."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     attributes = {"method": METHODS[name], "adapter_layer_names": (f"{name}_adapter",), "__module__": __name__}
@@ -243,11 +232,7 @@ class MethodTuner:
 
 @cache
 def tuner_class(name: str) -> type[Any]:
-    """The PEFT tuner of a method.
-
-    Args:
-        name: of a row of METHODS.
-    """
+    """The PEFT tuner of a method."""
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
 

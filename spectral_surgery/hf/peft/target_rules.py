@@ -15,15 +15,8 @@ def misread_by_peft(model_type: object, peft_type: str, layers: Iterable[str]) -
 
     Some models multiply by the weight of a layer without running it, so that an adapter has no effect. For LoRA, in
     models whose experts were layers before transformers 5, names such as gate_proj mean those experts, also where a
-    dense layer has one of them; and layers that fused kernels of state space models read past are refused.
-
-    Args:
-        model_type: of config.json.
-        peft_type: PEFT's name of the method.
-        layers: names of the layers.
-
-    Returns:
-        Reason by name; without PEFT, of the first kind alone.
+    dense layer has one of them; and layers that fused kernels of state space models read past are refused. Returns
+    Reason by name; without PEFT, of the first kind alone.
     """
     leaves = {name: name.rpartition(".")[2] for name in layers}
     reasons = {

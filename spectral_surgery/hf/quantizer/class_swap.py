@@ -126,7 +126,6 @@ def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
 
     Args:
         module: a stand-in; changed in place.
-        weight: as its class has it.
     """
     module.__class__ = cast(Any, module).stands_for
     del module._modules["spectrum"]

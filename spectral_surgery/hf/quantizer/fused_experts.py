@@ -50,15 +50,12 @@ class ExpertsForward:
     _apply_gate: Any
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run experts on the tokens that are routed to them.
+        """Run experts on the tokens that are routed to them: [T, D] in the dtype of hidden_states.
 
         Args:
             hidden_states: [T, D].
             top_k_index: [T, k] experts of each token; numbers from `num_experts` on are left out.
             top_k_weights: [T, k].
-
-        Returns:
-            [T, D] in the dtype of hidden_states.
         """
         if whole_graph():
             return self._by_every_expert(hidden_states, top_k_index, top_k_weights)
@@ -122,11 +119,7 @@ def fused_matrices(module: nn.Module) -> tuple[str, ...]:
 def expert_matrices(module: nn.Module) -> dict[str, bool]:
     """The parameters with a matrix for each expert, [E, ...], that calibration knows the use of.
 
-    Args:
-        module: any.
-
-    Returns:
-        By name, whether experts multiply by their matrix and not by the transposed one.
+    Returns by name, whether experts multiply by their matrix and not by the transposed one.
     """
     known = dict.fromkeys(fused_matrices(module), bool(getattr(module, "is_transposed", False)))
     return known or {
@@ -206,15 +199,11 @@ def stored_matrices(
 ) -> Stored | None:
     """Whether a parameter can be run from its codes.
 
+    Returns the stored names, in order of rows; None where it has to be decoded.
+
     Args:
-        model: with parameters on the meta device.
         parameter: its name in the model.
         by: stored names that make it, by pattern of the converter; the pattern is empty for a mere renaming.
-        tensors: what is compressed.
-        converters: of transformers.
-
-    Returns:
-        The stored names, in order of rows; None where it has to be decoded.
     """
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)
@@ -274,7 +263,6 @@ def install_matrices(
 
     Args:
         model: changed in place.
-        parameter: its name.
         stored: forms of row ranges and the resident form, for each name that `stored_matrices` gave.
         like: a tensor on the device and of the dtype that the parameter should have.
     """

@@ -32,6 +32,9 @@ def load_compressed(
 ) -> Any:
     """Load a compressed folder without decoding its weights.
 
+    Returns a PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it
+    compressed.
+
     Args:
         folder: written by compress, or by save_pretrained of a compressed model.
         resident: ``int8``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by block; coded
@@ -44,9 +47,6 @@ def load_compressed(
             many weights are int8 as fit, of the others those with narrow codes int4, and what does not fit is coded,
             or streamed to a GPU.
         trust_remote_code: run the code that a model brings along.
-
-    Returns:
-        A PreTrainedModel in eval mode. ``model.dequantize()`` makes it dense, ``save_pretrained`` keeps it compressed.
 
     Raises:
         BackendError: when transformers is not installed.

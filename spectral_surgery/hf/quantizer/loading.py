@@ -62,14 +62,11 @@ class Loading:
     ) -> dict[str, list[Tensor]]:
         """Load the weight whose messenger has arrived.
 
+        Returns the same with steps replaced by decoded tensors; nothing when spectra took the place.
+
         Args:
-            model: being loaded.
-            target: a parameter.
             tensors: what transformers read for it by pattern, steps in the place of what is compressed.
             missing: parameters that have no value yet; those that get one here are taken out.
-
-        Returns:
-            The same with steps replaced by decoded tensors; nothing when spectra took the place.
         """
         plan = cast(Plan, self.plan)
         missing.difference_update(plan.slots.get(target, plan.made[target]))
@@ -135,8 +132,6 @@ def untie(model: Any, load: Loading, plan: Plan) -> None:
 
     Args:
         model: a PreTrainedModel, changed in place.
-        load: remembers the ties that it had.
-        plan: what becomes spectral.
     """
     from transformers import PreTrainedModel
 
@@ -178,17 +173,11 @@ def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
 
 
 def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str, cuts: Sequence[int] = ()) -> Resident:
-    """A compressed matrix in memory; one part of it is read at a time.
+    """A compressed matrix in memory; one part of it is read at a time. Returns its forms, and the name in RESIDENTS.
 
     Args:
-        checkpoint: the folder.
-        name: of a matrix in the manifest.
         resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; ``narrow`` is the same with int4.
             Where they do not fit what is streamed, they are coded too.
-        cuts: rows between tiles at which forms end, besides those of the parts.
-
-    Returns:
-        Its forms, and the name in RESIDENTS.
 
     Raises:
         ConfigError: when the codes do not fit the resident form.
@@ -219,13 +208,7 @@ def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -
 
 
 def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
-    """What a parameter will take in memory, for the map of devices.
-
-    Args:
-        load: with its plan, or without one yet.
-        name: of the parameter.
-        parameter: as the model has it.
-    """
+    """What a parameter will take in memory, for the map of devices."""
     plan = load.plan
     if plan is None:
         return parameter.element_size()
@@ -242,7 +225,6 @@ def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, 
     """The resident form of every compressed tensor.
 
     Args:
-        checkpoint: the folder.
         resident: name in RESIDENTS, or ``auto``.
 
     Raises:

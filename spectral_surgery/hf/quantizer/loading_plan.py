@@ -79,13 +79,7 @@ class Plan:
 def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequence[Any]) -> Plan:
     """Decide where everything goes.
 
-    Args:
-        model: a PreTrainedModel whose parameters are on the meta device.
-        checkpoint: the folder.
-        conversions: renamings and converters of transformers for this model.
-
-    Returns:
-        The plan; names that the model does not have are left out, and transformers reports them.
+    Returns the plan; names that the model does not have are left out, and transformers reports them.
     """
     from transformers.core_model_loading import WeightConverter
 
@@ -220,13 +214,10 @@ def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
 def stripping(names: Sequence[str], others: Sequence[str], patterns: Sequence[str]) -> str:
     """A regular expression that takes the suffix off messengers that converters of transformers should see as weights.
 
-    Args:
-        names: compressed tensors whose parameter a converter makes.
-        others: other compressed tensors, which it must not match.
-        patterns: of those converters.
+    Returns with the stripped name as its first group.
 
-    Returns:
-        With the stripped name as its first group.
+    Args:
+        others: other compressed tensors, which it must not match.
     """
     general = "|".join(pattern.replace("*.", r".*\.") for pattern in patterns)
     expression = rf"^(.*(?:{general}).*)\.{STEP}"
@@ -239,7 +230,6 @@ def held_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Parameters that files hold compressed and memory does not, with the class of their module.
 
     Args:
-        model: that the plan was made for.
         plan: where everything went.
     """
     names = (name for made in plan.dense.values() for name in made)
@@ -250,7 +240,6 @@ def said_of_dense(checkpoint: CompressedCheckpoint, plan: Plan, held: Mapping[st
     """One line about `held_dense`.
 
     Args:
-        checkpoint: the folder.
         plan: where everything went.
         held: what it gave; not empty.
     """
@@ -271,7 +260,5 @@ def row_ranges(plan: Plan, target: str, rows: int) -> Iterator[tuple[int, int]]:
 
     Args:
         plan: with the parameter in `divided`.
-        target: its name.
-        rows: of the whole tensor.
     """
     return pairwise([*plan.divided[target], rows])

@@ -92,7 +92,6 @@ class Operation:
         """Put it into a converter.
 
         Args:
-            load: what it fills.
             whole: nothing comes after it, so that results go by the name of the parameter.
             last: others have come before it; what is already in its place is not set again.
         """

@@ -23,7 +23,6 @@ class Ahead(Generic[T]):
 
         Args:
             make: called once for each name, on one thread.
-            names: in the order in which they will be taken.
             threads: calls at once.
         """
         self._make = make

@@ -40,15 +40,11 @@ def spectral_experts(model: nn.Module) -> dict[str, Held]:
 
 
 def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What save_pretrained should write.
+    """What save_pretrained should write: (tensors under the names of the checkpoint, metadata of the files).
 
     Args:
         model: loaded by `load`.
-        load: its folder, from which compressed tensors are copied.
         plan: where they went.
-
-    Returns:
-        (tensors under the names of the checkpoint, metadata of the files).
 
     Raises:
         CheckpointError: when the folder is gone or incomplete.
@@ -152,7 +148,6 @@ def dequantize(model: Any, load: Loading) -> None:
 
     Args:
         model: changed in place.
-        load: what loaded it.
     """
     decode(model, {})
     model._weight_conversions = load.conversions
@@ -160,14 +155,10 @@ def dequantize(model: Any, load: Loading) -> None:
 
 
 def decode_layers(model: nn.Module, spectra: Container[int]) -> list[str]:
-    """Give layers of ours dense weights; tied ones share their parameter again.
+    """Give layers of ours dense weights; tied ones share their parameter again. Returns the names of the layers.
 
     Args:
         model: changed in place.
-        spectra: ids of the spectra of those that are meant.
-
-    Returns:
-        The names of the layers.
     """
     chosen = [(name, layer) for name, layer in spectral_layers(model) if id(layer.spectrum) in spectra]
     done: dict[int, nn.Parameter] = {}

@@ -22,12 +22,7 @@ _ASKED = {"dtype", "device", "shape", "ndim", "size", "dim", "requires_grad"}
 
 @cache
 def only_multiplies(own: type[nn.Module], leaf: str) -> bool:
-    """Whether a weight is used by its own class, and for nothing but products, look-ups of rows and its shape.
-
-    Args:
-        own: class of the module that has it.
-        leaf: its name there.
-    """
+    """Whether a weight is used by its own class, and for nothing but products, look-ups of rows and its shape."""
     used, waiting, seen = False, [("forward", own)], set()
     while waiting:
         name, start = waiting.pop()

@@ -28,12 +28,6 @@ class Bound:
     """A method of one model, that does not keep the model alive: who deletes a model wants its memory back at once."""
 
     def __init__(self, function: Callable[..., Any], model: Any) -> None:
-        """Bind.
-
-        Args:
-            function: of this module; takes the model first.
-            model: of transformers.
-        """
         self._function = function
         self._model = weakref.ref(model)
 
@@ -67,7 +61,6 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
     """Count parameters as the dense model has them.
 
     Args:
-        model: of transformers.
         only_trainable: spectra are not trained, unless `train_kept` has made values of them: these count.
         exclude_embeddings: also those that a head shares.
     """
@@ -92,10 +85,6 @@ def resize_token_embeddings(
         model: of transformers, changed in place.
         new_num_tokens: rows of the table; None for as many as there are.
         pad_to_multiple_of: of which it is made a multiple.
-        mean_resizing: see transformers.
-
-    Returns:
-        The embedding.
     """
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     rows = ends[0].weight.shape[0]
