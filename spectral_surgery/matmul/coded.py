@@ -16,7 +16,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.matmul import integer
 from spectral_surgery.matmul.code_blocks import Spectrum, as_encoded
 from spectral_surgery.matmul.levels import levels_of
-from spectral_surgery.matmul.workers import Span, in_turn
+from spectral_surgery.matmul.workers import Span, map_ordered
 
 _BLOCK = 1 << 20  # codes decoded at a time by one thread
 
@@ -57,7 +57,7 @@ class CodedForm:
             y = integer.product(operand, levels)
             return y if parts == 1 else y.div_(parts)
 
-        return torch.cat(list(in_turn(rows, self._spans())), 1)
+        return torch.cat(list(map_ordered(rows, self._spans())), 1)
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
@@ -70,7 +70,7 @@ class CodedForm:
 
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.size[1]), dtype=wide)
-        for part in in_turn(rows, self._spans()):
+        for part in map_ordered(rows, self._spans()):
             out += part
         return out
 

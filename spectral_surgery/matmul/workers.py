@@ -13,10 +13,10 @@ from torch import Tensor
 from spectral_surgery.codec.parallel import one_torch_thread
 
 Span = tuple[int, int]
-_AHEAD = 4  # blocks for each thread whose results may wait
+_WAITING = 4  # blocks for each thread whose results may wait
 
 
-def in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[Tensor]:
+def map_ordered(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[Tensor]:
     """Results in order; while one block is multiplied, the next ones are decoded.
 
     Only as many blocks are in memory as torch has threads. Each runs on one of them: that costs no synchronisation
@@ -28,8 +28,8 @@ def in_turn(function: Callable[[Span], Tensor], spans: list[Span]) -> Iterator[T
         return
     pool = _pool(threads)
     with one_torch_thread():
-        for first in range(0, len(spans), _AHEAD * threads):
-            yield from pool.map(function, spans[first : first + _AHEAD * threads])
+        for first in range(0, len(spans), _WAITING * threads):
+            yield from pool.map(function, spans[first : first + _WAITING * threads])
 
 
 @lru_cache(maxsize=8)

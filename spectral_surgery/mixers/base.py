@@ -92,11 +92,6 @@ class MixerMethod(Generic[ConfigT]):
         return self.build(self.config(**(settings or {})), width)
 
 
-def wide(x: Tensor) -> Tensor:
-    """The same numbers in the dtype transforms are computed in: float64 stays, all else becomes float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def require_range(where: str, value: float, low: float, high: float | None = None) -> None:
     """Accept a setting between two bounds.
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.causal_conv import causal_fft_conv, causal_fft_conv_step
-from spectral_surgery.mixers.base import MixerMethod, require_range, wide
+from spectral_surgery.mixers.base import MixerMethod, require_range
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import AdaptiveSpectralFilter, ModReLU
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.layout import transpose_tokens
 from spectral_surgery.mixers.run import run_causal
 from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
+from spectral_surgery.transforms.base import as_real
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class CausalFFTNetMixer(nn.Module):
 
     def mix(self, x: Tensor, lengths: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `CausalCore.mix`; [B, T, D] float32."""
-        tokens = wide(x)
+        tokens = as_real(x)
         kernels = self.kernel(self._contexts(tokens)).transpose(1, 2)  # [B, H, J, L]
         if cache is not None:
             self._fill(cache, x, kernels, lengths)
@@ -75,8 +76,8 @@ class CausalFFTNetMixer(nn.Module):
 
         def mixed(channels: slice) -> Tensor:
             heads = slice(channels.start // group, -(-channels.stop // group))
-            signals = swap(tokens[..., channels]).reshape(len(x), heads.stop - heads.start, -1, x.shape[1])
-            return swap(causal_fft_conv(signals, kernels[:, heads], self.chunk).flatten(1, 2))
+            signals = transpose_tokens(tokens[..., channels]).reshape(len(x), heads.stop - heads.start, -1, x.shape[1])
+            return transpose_tokens(causal_fft_conv(signals, kernels[:, heads], self.chunk).flatten(1, 2))
 
         by_heads = channel_slabs(tokens, group, split=False)  # or kernels would be laid out anew for every part
         return in_slabs(mixed, by_heads, tokens, 2)
@@ -117,7 +118,7 @@ class CausalFFTNetMixer(nn.Module):
         places = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
         last = ((places - 1).clamp_min(0) // self.chunk).to(x.device)
         cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        cache.states["total"] = wide(x).sum(1)  # padding is zero
+        cache.states["total"] = as_real(x).sum(1)  # padding is zero
         cache.states["kernel"] = kernels[torch.arange(len(x), device=x.device), :, last]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import ShapeError
-from spectral_surgery.mixers.base import require_heads, require_range, wide
+from spectral_surgery.mixers.base import require_heads, require_range
+from spectral_surgery.transforms.base import as_real
 
 _SMALL = 1e-3  # magnitudes below it are treated as it, which bounds the gradient of modReLU
 
@@ -22,7 +23,7 @@ class FourierTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x [B, T, D], real: [B, T // 2 + 1, D] complex64 (complex128 from float64)."""
-        spectrum: Tensor = torch.fft.rfft(wide(x), dim=1, norm="ortho")
+        spectrum: Tensor = torch.fft.rfft(as_real(x), dim=1, norm="ortho")
         return spectrum
 
 
@@ -78,8 +79,8 @@ class AdaptiveSpectralFilter(nn.Module):
             context: [..., D], tokens pooled; zeros give the gain of an unknown past.
         """
         hidden = nn.functional.gelu(self.up(self.norm(context.to(self.up.weight.dtype))))
-        change = torch.tanh(wide(self.down(hidden))).reshape(*context.shape[:-1], self.heads, self.bins, 2)
-        gain = torch.view_as_complex(interpolate(wide(self.filter) + change, length, dim=-2))  # [..., H, F]
+        change = torch.tanh(as_real(self.down(hidden))).reshape(*context.shape[:-1], self.heads, self.bins, 2)
+        gain = torch.view_as_complex(interpolate(as_real(self.filter) + change, length, dim=-2))  # [..., H, F]
         return gain.transpose(-1, -2)
 
     def forward(self, spectrum: Tensor, context: Tensor, length: int) -> Tensor:
@@ -119,7 +120,7 @@ class ModReLU(nn.Module):
 
     def of_length(self, length: int) -> Tensor:
         """Biases [T // 2 + 1, H] of the frequencies of a length."""
-        return interpolate(wide(self.bias), length, dim=1).T
+        return interpolate(as_real(self.bias), length, dim=1).T
 
 
 def amplify(spectrum: Tensor, gain: Tensor) -> Tensor:

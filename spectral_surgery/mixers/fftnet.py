@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.mixers.base import MixerMethod, refuse_cache, wide
+from spectral_surgery.mixers.base import MixerMethod, refuse_cache
 from spectral_surgery.mixers.cache import MixerCache
 from spectral_surgery.mixers.components import (
     AdaptiveSpectralFilter,
@@ -21,6 +21,7 @@ from spectral_surgery.mixers.components import (
 from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.run import run_bidirectional
 from spectral_surgery.mixers.slabs import channel_slabs
+from spectral_surgery.transforms.base import as_real
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class FFTNetMixer(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        length, tokens = x.shape[1], wide(x)
+        length, tokens = x.shape[1], as_real(x)
         gain, bias = self.filter.gain(tokens.mean(1), length), self.activation.of_length(length)
         group = self.width // self.filter.heads
 

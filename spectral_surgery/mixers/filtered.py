@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.layout import transpose_tokens
 
 
 def filtered(function: Callable[..., Tensor], slabs: Sequence[slice], x: Tensor, *others: Tensor) -> Tensor:
@@ -72,13 +72,13 @@ class _Filtered(torch.autograd.Function):
 
 def _spectrum(x: Tensor) -> Tensor:
     """[B, T, n] to [B, F, n], channels first in memory."""
-    spectrum: Tensor = torch.fft.rfft(swap(x), norm="ortho")
+    spectrum: Tensor = torch.fft.rfft(transpose_tokens(x), norm="ortho")
     return spectrum.transpose(1, 2)
 
 
 def _tokens(spectrum: Tensor, length: int) -> Tensor:
     """[B, F, n] to [B, T, n]."""
-    return swap(torch.fft.irfft(spectrum.transpose(1, 2), n=length, norm="ortho"))
+    return transpose_tokens(torch.fft.irfft(spectrum.transpose(1, 2), n=length, norm="ortho"))
 
 
 def _scale_inner(spectrum: Tensor, length: int, factor: float) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from spectral_surgery.causal_conv import causal_fft_conv_step
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
+from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.fourier_mix import causal_fourier_mix, fourier_mix
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
+from spectral_surgery.transforms.base import as_real
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FNetMixer(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        return fourier_mix(wide(x))
+        return fourier_mix(as_real(x))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """FNet cannot decode.
@@ -87,11 +88,11 @@ class CausalFNetMixer(nn.Module):
         """As `CausalCore.mix`; [B, T, D] float32."""
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        return causal_fourier_mix(wide(x), self.kernel_length)
+        return causal_fourier_mix(as_real(x), self.kernel_length)
 
     def step(self, x: Tensor, cache: MixerCache) -> Tensor:
         """As `CausalCore.step`; [B, D] float32."""
-        history = wide(cache.push("inputs", x))  # [B, L, D]
+        history = as_real(cache.push("inputs", x))  # [B, L, D]
         now = cache.lengths.to(x.device)[:, None]
         lags = torch.arange(self.kernel_length, device=x.device)
         turn = (now * (now - lags)) % self.kernel_length * (2 * math.pi / self.kernel_length)  # [B, L]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.causal_conv import causal_fft_conv
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.layout import transpose_tokens
 from spectral_surgery.mixers.slabs import channel_slabs, token_slabs
 
 _BLOCK = 64  # tokens that are made together: of as many, and of the period before them
@@ -51,7 +51,7 @@ def _by_chirps(x: Tensor, period: int) -> Tensor:
     Source: Bluestein's algorithm; for an even L.
     """
     width, spectrum = x.shape[2], torch.fft.rfft(x, norm="ortho")
-    signals = swap(torch.cat((spectrum.real, spectrum.imag), 2))  # [B, 2 K, T]
+    signals = transpose_tokens(torch.cat((spectrum.real, spectrum.imag), 2))  # [B, 2 K, T]
     cos, sin = _chirp(torch.arange(x.shape[1], device=x.device), period, x.dtype)  # of the sign -i
     across, up = _chirp(torch.arange(min(x.shape[1], period), device=x.device), period, x.dtype)
     chirped = torch.cat((signals * cos, signals * sin), 1)  # [B, 4 K, T]
@@ -63,7 +63,7 @@ def _by_chirps(x: Tensor, period: int) -> Tensor:
     real, imaginary = real_cos - imaginary_sin, imaginary_cos + real_sin  # of sums of real and of imaginary parts
     even = (real * cos - imaginary * sin).chunk(2, 1)[0]
     odd = (real * sin + imaginary * cos).chunk(2, 1)[1]
-    return swap(_whole(even, -odd, 1, width)) / math.sqrt(period)
+    return transpose_tokens(_whole(even, -odd, 1, width)) / math.sqrt(period)
 
 
 def _chirp(places: Tensor, period: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,9 +98,9 @@ class _FourierMix(torch.autograd.Function):
             if run.start == 0:
                 reversed_run = torch.cat((x[:, :1], reversed_run), 1)
             conjugate = torch.fft.rfft(reversed_run, norm="ortho").conj()
-            spectrum[..., run] = swap((torch.fft.rfft(x[:, run], norm="ortho") + conjugate) / 2)
+            spectrum[..., run] = transpose_tokens((torch.fft.rfft(x[:, run], norm="ortho") + conjugate) / 2)
         for run in channel_slabs(y[..., : width // 2 + 1]):
-            tokens = swap(torch.fft.hfft(spectrum[:, run], n=length, norm="ortho"))
+            tokens = transpose_tokens(torch.fft.hfft(spectrum[:, run], n=length, norm="ortho"))
             y[..., run] = tokens
             _mirror(y, tokens, run)
         return y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def swap(x: Tensor) -> Tensor:
+def transpose_tokens(x: Tensor) -> Tensor:
     """Exchange the last two of three dimensions, in memory too.
 
     Sequence by sequence, since torch transposes matrices several times faster than batches of them. Returns [B, N, M],
@@ -17,11 +17,11 @@ def swap(x: Tensor) -> Tensor:
     Args:
         x: [B, M, N].
     """
-    y: Tensor = _Swap.apply(x)
+    y: Tensor = _Transpose.apply(x)
     return y
 
 
-class _Swap(torch.autograd.Function):
+class _Transpose(torch.autograd.Function):
     """The transposition and its adjoint, both fast."""
 
     @staticmethod
@@ -35,4 +35,4 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004 - torch gives a context
         """[B, N, M] to [B, M, N]."""
-        return swap(grad)
+        return transpose_tokens(grad)

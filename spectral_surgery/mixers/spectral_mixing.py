@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.causal_conv import causal_fft_conv, causal_fft_conv_step
-from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range, wide
+from spectral_surgery.mixers.base import MixerMethod, refuse_cache, require_range
 from spectral_surgery.mixers.cache import MixerCache, last_tokens
 from spectral_surgery.mixers.components import interpolate
 from spectral_surgery.mixers.filtered import filtered
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.layout import transpose_tokens
 from spectral_surgery.mixers.run import run_bidirectional, run_causal
 from spectral_surgery.mixers.slabs import channel_slabs, in_slabs
+from spectral_surgery.transforms.base import as_real
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ class SpectralMixing(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D] float32."""
-        tokens = wide(x)
+        tokens = as_real(x)
 
         def amplify(spectrum: Tensor, channels: slice, values: Tensor) -> Tensor:
             return spectrum * torch.view_as_complex(interpolate(values[channels], x.shape[1], dim=1)).T
 
-        return filtered(amplify, channel_slabs(tokens), tokens, wide(self.filter))
+        return filtered(amplify, channel_slabs(tokens), tokens, as_real(self.filter))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
         """It cannot decode.
@@ -97,18 +98,18 @@ class CausalSpectralMixing(nn.Module):
 
     def kernel(self) -> Tensor:
         """[D, L] float32: entry s weighs the token s places back."""
-        kernel: Tensor = torch.fft.irfft(torch.view_as_complex(wide(self.filter)), n=self.kernel_length)
+        kernel: Tensor = torch.fft.irfft(torch.view_as_complex(as_real(self.filter)), n=self.kernel_length)
         return kernel
 
     def mix(self, x: Tensor, lengths: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:
         """As `CausalCore.mix`; [B, T, D] float32."""
         if cache is not None:
             cache.states["inputs"] = last_tokens(x, lengths, self.kernel_length)
-        tokens, kernel = wide(x), self.kernel()
+        tokens, kernel = as_real(x), self.kernel()
 
         def mixed(channels: slice) -> Tensor:
-            signals = swap(tokens[..., channels]).transpose(0, 1)  # [n, B, T]
-            return swap(causal_fft_conv(signals, kernel[channels]).transpose(0, 1))
+            signals = transpose_tokens(tokens[..., channels]).transpose(0, 1)  # [n, B, T]
+            return transpose_tokens(causal_fft_conv(signals, kernel[channels]).transpose(0, 1))
 
         return in_slabs(mixed, channel_slabs(tokens), tokens, 2)
 

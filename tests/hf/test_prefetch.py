@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.hf.quantizer.prefetch import Ahead
+from spectral_surgery.hf.quantizer.prefetch import Prefetcher
 
 
 @pytest.mark.parametrize("order", ["abcdefgh", "hgfedcba", "acegxbdfh"])
@@ -18,9 +18,9 @@ def test_each_is_made_once_in_whatever_order_it_is_taken(order: str) -> None:
         made.append(name)
         return name.upper()
 
-    ahead = Ahead(make, "abcdefgh", 2)
-    assert [ahead.take(name) for name in order] == list(order.upper())
-    ahead.close()
+    prefetcher = Prefetcher(make, "abcdefgh", 2)
+    assert [prefetcher.take(name) for name in order] == list(order.upper())
+    prefetcher.close()
     assert sorted(made) == sorted(order)
 
 
@@ -33,12 +33,12 @@ def test_only_a_few_are_made_ahead() -> None:
         done.release()
         return name
 
-    ahead = Ahead(make, "abcdefghijkl", 2)
+    prefetcher = Prefetcher(make, "abcdefghijkl", 2)
     for _ in range(4):
         assert done.acquire(timeout=10)  # before any is asked for
-    ahead.take("a")
+    prefetcher.take("a")
     assert done.acquire(timeout=10)
-    ahead.close()
+    prefetcher.close()
     assert sorted(made) == list("abcde")
 
 
@@ -48,9 +48,9 @@ def test_errors_come_when_they_are_asked_for() -> None:
             raise ConfigError("b: is wrong; a is accepted.")
         return name
 
-    ahead = Ahead(make, "abc", 1)
-    assert ahead.take("a") == "a"
+    prefetcher = Prefetcher(make, "abc", 1)
+    assert prefetcher.take("a") == "a"
     with pytest.raises(ConfigError, match="b: is wrong"):
-        ahead.take("b")
-    assert ahead.take("c") == "c"
-    ahead.close()
+        prefetcher.take("b")
+    assert prefetcher.take("c") == "c"
+    prefetcher.close()

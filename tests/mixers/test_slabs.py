@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectral_surgery.mixers import slabs
-from spectral_surgery.mixers.layout import swap
+from spectral_surgery.mixers.layout import transpose_tokens
 from spectral_surgery.mixers.slabs import channel_slabs, token_slabs
 from tests.mixers.cases import BIDIRECTIONAL, WIDTH, random_mixer, tokens
 
@@ -45,7 +45,7 @@ def test_runs_of_tokens_start_at_multiples(slab: int, monkeypatch: pytest.Monkey
 
 def test_swap() -> None:
     x = tokens(3, 4, 5, dtype=torch.float64).requires_grad_()
-    assert torch.equal(swap(x), x.transpose(1, 2))
-    assert swap(x).is_contiguous()
-    assert torch.autograd.gradcheck(swap, x)
-    assert torch.equal(swap(x.transpose(1, 2)), x)
+    assert torch.equal(transpose_tokens(x), x.transpose(1, 2))
+    assert transpose_tokens(x).is_contiguous()
+    assert torch.autograd.gradcheck(transpose_tokens, x)
+    assert torch.equal(transpose_tokens(x.transpose(1, 2)), x)

@@ -22,7 +22,7 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.hf.quantizer.class_swap import stand_in
 from spectral_surgery.hf.quantizer.fused_experts import install_matrices
 from spectral_surgery.hf.quantizer.loading_plan import Plan, row_ranges
-from spectral_surgery.hf.quantizer.prefetch import Ahead
+from spectral_surgery.hf.quantizer.prefetch import Prefetcher
 from spectral_surgery.layers import SpectralWeight
 from spectral_surgery.matmul import RESIDENTS, Form, Spectrum, resident_form
 
@@ -44,7 +44,7 @@ class Loading:
             has its own.
         conversions: of transformers alone, that were used; what save_pretrained reverts.
         renaming: ours, by which messengers reach converters of transformers.
-        ahead: the forms of matrices, made on all cores before they are installed.
+        prefetched: the forms of matrices, made on all cores before they are installed.
         error: the first one. transformers would go on and report it as one of many; it is raised in the end.
     """
 
@@ -54,7 +54,7 @@ class Loading:
     ties: tuple[dict[str, str], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
     conversions: list[Any] = field(default_factory=list)
     renaming: Any = None
-    ahead: Ahead[Resident] | None = None
+    prefetched: Prefetcher[Resident] | None = None
     error: SpectralSurgeryError | None = None
 
     def fill(
@@ -111,14 +111,14 @@ class Loading:
         groups = [own for target in spectral for own in plan.experts.get(target, (plan.stored(target),))]
         names = [name for own in groups for name in own]
         self.checkpoint = self.checkpoint.with_tables()
-        self.ahead = Ahead(self._forms, names, torch.get_num_threads())
+        self.prefetched = Prefetcher(self._forms, names, torch.get_num_threads())
 
     def _forms(self, name: str) -> Resident:
         cuts = cast(Plan, self.plan).cuts.get(name, ())
         return resident_forms(self.checkpoint, name, self.residents.get(name, AUTO), cuts)
 
     def _taken(self, name: str) -> Resident:
-        return self.ahead.take(name) if self.ahead else self._forms(name)
+        return self.prefetched.take(name) if self.prefetched else self._forms(name)
 
 
 def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:

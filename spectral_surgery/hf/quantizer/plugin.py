@@ -261,9 +261,9 @@ def _settle(load: Loading, plan: planning.Plan, model: Any) -> dict[str, str]:
     """Freeze what was decoded, say so, and keep the conversions: saving is ours alone. Errors surface here."""
     from transformers.utils import logging
 
-    if load.ahead is not None:
-        load.ahead.close()
-        load.ahead = None
+    if load.prefetched is not None:
+        load.prefetched.close()
+        load.prefetched = None
     if load.error is not None:
         raise load.error
     ours = operation_class()

@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Results of a function by name, a few of them computed ahead in the order that is expected.
 
     What is made ahead would be made anyway, so that nothing but what is under way takes additional memory.
