@@ -19,8 +19,8 @@ _MOST_BITS, _FEWEST_BITS = 8.0, 0.5  # what the codec can be asked for
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a tensor has a part in the rate for.
+class TensorCost:
+    """One tensor's share of the budget.
 
     Attributes:
         weights: number of them, n.
@@ -35,17 +35,19 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.weights < 1 or not 0 < self.cost < math.inf:
-            raise ConfigError(f"share: {self.weights} weights at {self.cost:g}; positive finite numbers are accepted.")
+            raise ConfigError(
+                f"tensor cost: expected positive finite numbers, got {self.weights} weights at {self.cost:g}."
+            )
 
 
-def spread_bits(shares: Mapping[str, Share], bits: float, reach: float = math.inf) -> dict[str, float]:
+def spread_bits(shares: Mapping[str, TensorCost], bits: float, reach: float = math.inf) -> dict[str, float]:
     """Bits per weight of each tensor.
 
     Returns by name; within what the codec takes, and with the mean that was asked for.
 
     Args:
         shares: by name.
-        bits: of all tensors together.
+        bits: of all tensors together; no tensor is further from it than reach.
     """
     low, high = max(_FEWEST_BITS, bits - reach), min(_MOST_BITS, bits + reach)
 
@@ -55,7 +57,7 @@ def spread_bits(shares: Mapping[str, Share], bits: float, reach: float = math.in
     return _balanced(shares, bits, at)
 
 
-def spread_density(shares: Mapping[str, Share], density: float, reach: float = math.inf) -> dict[str, float]:
+def spread_density(shares: Mapping[str, TensorCost], density: float, reach: float = math.inf) -> dict[str, float]:
     """Fraction of the coefficients of each tensor to keep, taken to be Gaussian.
 
     Returns by name, with the mean that was asked for.
@@ -74,7 +76,9 @@ def spread_density(shares: Mapping[str, Share], density: float, reach: float = m
     return _balanced(shares, density, at)
 
 
-def _balanced(shares: Mapping[str, Share], mean: float, at: Callable[[float], dict[str, float]]) -> dict[str, float]:
+def _balanced(
+    shares: Mapping[str, TensorCost], mean: float, at: Callable[[float], dict[str, float]]
+) -> dict[str, float]:
     """The level, found by halving, at which the mean is as asked."""
     total = sum(own.weights for own in shares.values())
     low, high = -600.0, 600.0  # costs are powers of two between these, or all is clipped

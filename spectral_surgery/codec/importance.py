@@ -58,7 +58,7 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """What is kept of one or of several matrices.
 
     Attributes:
@@ -85,7 +85,7 @@ class Cut:
         return Codes(torch.where(kept, values, 0.0).to(torch.int32), step)
 
 
-def cut_at(costs: Iterable[Tensor], density: float) -> Cut:
+def threshold_at(costs: Iterable[Tensor], density: float) -> Threshold:
     """Where to cut so that a fraction of all coefficients is kept, those that cost most.
 
     Args:
@@ -105,4 +105,4 @@ def cut_at(costs: Iterable[Tensor], density: float) -> Cut:
     threshold = 2.0 ** ((lowest + inside) / _BINS - _OCTAVES)
     dropped, everything = float(sums[:lowest].sum()), float(sums.sum())
     rounding = max(_ROUNDING_SHARE * dropped, _ROUNDING_FLOOR * everything) / (density * float(kept[0]))
-    return Cut(threshold if lowest else 0.0, rounding)
+    return Threshold(threshold if lowest else 0.0, rounding)

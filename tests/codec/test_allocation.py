@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectral_surgery.codec.allocation import Share, spread_bits, spread_density
+from spectral_surgery.codec.allocation import TensorCost, spread_bits, spread_density
 from spectral_surgery.errors import ConfigError
 
-SHARES = {"a": Share(1000, 4.0), "b": Share(3000, 1.0), "c": Share(500, 0.01)}
+SHARES = {"a": TensorCost(1000, 4.0), "b": TensorCost(3000, 1.0), "c": TensorCost(500, 0.01)}
 
 
-def mean(rates: dict[str, float], shares: dict[str, Share]) -> float:
+def mean(rates: dict[str, float], shares: dict[str, TensorCost]) -> float:
     return sum(rates[name] * own.weights for name, own in shares.items()) / sum(own.weights for own in shares.values())
 
 
@@ -45,7 +45,7 @@ def test_no_other_rates_of_the_same_mean_cost_less() -> None:
     st.floats(0.1, 10.0),
 )
 def test_rates_stay_in_range(numbers: list[tuple[int, float]], bits: float, reach: float) -> None:
-    shares = {str(place): Share(*own) for place, own in enumerate(numbers)}
+    shares = {str(place): TensorCost(*own) for place, own in enumerate(numbers)}
     rates = spread_bits(shares, bits, reach)
     assert all(max(0.5, bits - reach) <= own <= min(8.0, bits + reach) for own in rates.values())
     assert mean(rates, shares) == pytest.approx(bits, abs=1e-6)
@@ -55,7 +55,7 @@ def test_densities_have_equal_slopes() -> None:
     rates = spread_density(SHARES, 0.2)
     assert mean(rates, SHARES) == pytest.approx(0.2, abs=1e-9)
     assert rates["a"] > rates["b"] > rates["c"]
-    kept = spread_density({"a": Share(7, 2.0), "b": Share(9, 2.0)}, 0.3)
+    kept = spread_density({"a": TensorCost(7, 2.0), "b": TensorCost(9, 2.0)}, 0.3)
     assert kept == pytest.approx({"a": 0.3, "b": 0.3})
     near = spread_density(SHARES, 0.2, reach=2.0)
     assert all(0.1 <= own <= 0.4 for own in near.values())
@@ -65,6 +65,6 @@ def test_densities_have_equal_slopes() -> None:
 @pytest.mark.parametrize("cost", [0.0, -1.0, math.inf, math.nan])
 def test_costs_that_are_none(cost: float) -> None:
     with pytest.raises(ConfigError, match=r"share: 5 weights at .*; positive finite numbers are accepted"):
-        Share(5, cost)
+        TensorCost(5, cost)
     with pytest.raises(ConfigError, match="share: 0 weights"):
-        Share(0, 1.0)
+        TensorCost(0, 1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.importance import Importance, cut_at
+from spectral_surgery.codec.importance import Importance, threshold_at
 from spectral_surgery.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def test_gradients_that_say_nothing(squares: Tensor) -> None:
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.99])
 def test_one_cut_keeps_what_costs_most_of_all_matrices(density: float) -> None:
     costs = [own.costs(c) for c, own in matrices()]
-    cut = cut_at(costs, density)
+    cut = threshold_at(costs, density)
     flat = torch.cat([own.reshape(-1) for own in costs])
     exact = flat.sort(descending=True).values[round(density * len(flat)) - 1]
     assert cut.threshold == pytest.approx(float(exact), rel=2e-3)
@@ -57,7 +57,7 @@ def test_everything_is_kept_but_zeros() -> None:
     coefficients = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     coefficients[:3] = 0
     own = Importance(torch.ones(32), torch.ones(32))
-    codes = cut_at([own.costs(coefficients)], 1.0).codes(coefficients, own)
+    codes = threshold_at([own.costs(coefficients)], 1.0).codes(coefficients, own)
     assert torch.equal(codes.values != 0, coefficients != 0)
     error = (codes.coefficients() - coefficients).norm() / coefficients.norm()
     assert float(error) < 0.015
@@ -66,14 +66,14 @@ def test_everything_is_kept_but_zeros() -> None:
 def test_nothing_of_a_matrix_may_be_left() -> None:
     (large, important), *_ = matrices()
     small = 1e-6 * large
-    cut = cut_at([important.costs(large), important.costs(small)], 0.2)
+    cut = threshold_at([important.costs(large), important.costs(small)], 0.2)
     assert not cut.codes(small, important).values.any()
     assert cut.codes(large, important).values.any()
 
 
 def test_rounding_costs_little_beside_dropping() -> None:
     pairs = matrices()
-    cut = cut_at([own.costs(c) for c, own in pairs], 0.2)
+    cut = threshold_at([own.costs(c) for c, own in pairs], 0.2)
     dropped = rounded = 0.0
     for coefficients, own in pairs:
         codes = cut.codes(coefficients, own)

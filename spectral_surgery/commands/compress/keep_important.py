@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_surgery.calibration.curvature import importance_of
 from spectral_surgery.calibration.stored_layers import matrices_of
 from spectral_surgery.codec.encoded import Basis
-from spectral_surgery.codec.importance import Cut, Importance, cut_at
+from spectral_surgery.codec.importance import Importance, Threshold, threshold_at
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor
@@ -121,15 +121,15 @@ class _Projections:
 
 def _cuts(
     planned: Mapping[str, PlannedTensor], found: Mapping[str, Importance], options: CompressOptions
-) -> dict[str, Cut]:
+) -> dict[str, Threshold]:
     """By name; the same for all of them, or that of each alone."""
 
     def costs(name: str) -> Tensor:
         return found[name].costs(_coefficients(planned[name], options))
 
     if options.allocation == "even":
-        return {name: cut_at([costs(name)], options.target.value) for name in found}
-    return dict.fromkeys(found, cut_at(map(costs, found), options.target.value)) if found else {}
+        return {name: threshold_at([costs(name)], options.target.value) for name in found}
+    return dict.fromkeys(found, threshold_at(map(costs, found), options.target.value)) if found else {}
 
 
 def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:

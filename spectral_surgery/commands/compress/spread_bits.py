@@ -20,7 +20,7 @@ from spectral_surgery.calibration.block_streaming import LazyModel, Shelf
 from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, CalibrationData, model_and_text
 from spectral_surgery.calibration.sensitivity import gradient_squares, probe, pull_back
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
-from spectral_surgery.codec.allocation import Share, spread_bits, spread_density
+from spectral_surgery.codec.allocation import TensorCost, spread_bits, spread_density
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import feedback_noise
 from spectral_surgery.codec.rate import Target
@@ -79,7 +79,7 @@ def spread_targets(
 
 def measure_shares(
     source: Path, index: CheckpointIndex, plan: Plan, data: CalibrationData, *, folder: Path | None = None
-) -> dict[str, Share]:
+) -> dict[str, TensorCost]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
     Args:
@@ -119,7 +119,7 @@ class _Measurement:
     lazy: LazyModel
     shelf: Shelf
 
-    def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, Share]:
+    def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, TensorCost]:
         blocks = self._blocks()
         given, errors, tables = self._forwards(blocks, batches)
         gradients, entered = self._backwards(blocks, given)
@@ -131,7 +131,9 @@ class _Measurement:
             head = next((name for name in _HEADS if name in sizes), self._words())
             tokens = sum(batch["input_ids"].numel() for batch in batches)
             costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
-        return {name: Share(sizes[name], own) for name, own in costs.items() if name in sizes and 0 < own < math.inf}
+        return {
+            name: TensorCost(sizes[name], own) for name, own in costs.items() if name in sizes and 0 < own < math.inf
+        }
 
     def _words(self) -> str:
         words = self.lazy.model.get_input_embeddings()
