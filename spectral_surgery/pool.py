@@ -102,11 +102,11 @@ def team(size: int, *, loads: str = "spectral_surgery.files.compressed.units") -
         taken = Path(folder) / "taken"
         taken.write_bytes(bytes(8))
         pool = _pool(size - 1, loads) if size > 1 else None
-        own = Team(size, pool, taken)
+        team = Team(size, pool, taken)
         try:
-            yield own
+            yield team
         finally:
-            own.stop()
+            team.stop()
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
 

@@ -94,8 +94,8 @@ class ModuleTargets:
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """Names that parameters of a module would have, if target_parameters mean them."""
-        own = [f"{module}.{target.rpartition('.')[2]}" for target in self.target_parameters]
-        pairs = zip(own, self.target_parameters, strict=True)
+        names = [f"{module}.{target.rpartition('.')[2]}" for target in self.target_parameters]
+        pairs = zip(names, self.target_parameters, strict=True)
         return tuple(dict.fromkeys(name for name, target in pairs if f".{name}".endswith(f".{target}")))
 
     def select(self, names: Iterable[str]) -> list[str]:

@@ -147,7 +147,7 @@ class AdapterState:
     def only_merged(self) -> str:
         """What a live model here has no place for, in words; empty when there is nothing."""
         lora = self.spec.method.peft_type == "LORA"
-        keys = {key for own in self.layers.values() for key in own} if lora else set()
+        keys = {key for tensors in self.layers.values() for key in tensors} if lora else set()
         found = {"DoRA": "magnitude" in keys, "lora_bias": "bias" in keys}
         found |= {"target_parameters": bool(self.parameters), "trainable_token_indices": bool(self.rows)}
         return ", ".join(name for name, there in found.items() if there)

@@ -35,14 +35,14 @@ def regroups(module: nn.Module) -> bool:
     Subclasses of nn.Linear may multiply groups of their inputs by parts of the weight. They are run without numbers;
     one that does not run so counts as plain.
     """
-    own = getattr(module, "stands_for", type(module))  # of a compressed layer, the class that it was
-    if not isinstance(module, nn.Linear) or own.forward is nn.Linear.forward:
+    cls = getattr(module, "stands_for", type(module))  # of a compressed layer, the class that it was
+    if not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward:
         return False
     shape, weight = shape_of(module), module._parameters.get("weight")
     if weight is not None and (type(weight) is not nn.Parameter or weight.shape != shape or weight.dtype.itemsize < 2):
         return False  # quantised
     dtype = torch.float32 if weight is None else weight.dtype
-    hollow = own.__new__(own)
+    hollow = cls.__new__(cls)
     tensors = {
         kind: {
             name: None if x is None else torch.empty_like(x, device="meta") for name, x in vars(module)[kind].items()
@@ -53,7 +53,7 @@ def regroups(module: nn.Module) -> bool:
     vars(hollow).update(vars(module) | tensors)
     tokens = shape[0]  # which every grouping of the outputs divides
     try:
-        y = own.forward(hollow, torch.empty(tokens, shape[1], dtype=dtype, device="meta"))
+        y = cls.forward(hollow, torch.empty(tokens, shape[1], dtype=dtype, device="meta"))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     return not isinstance(y, Tensor) or y.shape != (tokens, shape[0])
@@ -87,17 +87,17 @@ def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tens
     Raises:
         NotMergeableError: for a convolution or an embedding, when the adapter has no one weight update.
     """
-    own = cast(Adapter, adapter)
+    update = cast(Adapter, adapter)
     if kind == "linear":
         return cast(Tensor, adapter(x))
     if kind == "embedding":
         scale: Any = getattr(base, "embed_scale", 1.0)  # of scaled embeddings, which multiply what they look up
-        return own.rows(x) * (scale.to(cast(Tensor, base.weight).dtype) if isinstance(scale, Tensor) else scale)
+        return update.rows(x) * (scale.to(cast(Tensor, base.weight).dtype) if isinstance(scale, Tensor) else scale)
     conv = cast(nn.Conv2d, base)
     if conv.padding_mode != "zeros":
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
     padding = conv.padding if conv.padding_mode == "zeros" else 0
-    delta = own.delta_weight().reshape(conv.weight.shape).to(x.dtype)
+    delta = update.delta_weight().reshape(conv.weight.shape).to(x.dtype)
     return torch.conv2d(x, delta, None, conv.stride, padding, conv.dilation, conv.groups)
 
 
@@ -110,10 +110,10 @@ def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
         adapter: an `Adapter` of its shape.
         x: [..., I].
     """
-    own = getattr(adapter, "fused_linear", None)
-    if own is None or type(base) is not nn.Linear or _is_observed(base):
+    fused = getattr(adapter, "fused_linear", None)
+    if fused is None or type(base) is not nn.Linear or _is_observed(base):
         return None
-    return cast("Tensor | None", own(x, base.weight, base.bias))
+    return cast("Tensor | None", fused(x, base.weight, base.bias))
 
 
 def _is_observed(base: nn.Module) -> bool:
@@ -180,8 +180,8 @@ class AdaptedLayer(nn.Module):
             return fused
         y = self.base_layer(x)
         for name, weight in self.active.items():
-            own = residual(self.kind, self.base_layer, self.adapters[name], x)
-            y = y + (own if weight == 1 else weight * own).to(y.dtype)
+            added = residual(self.kind, self.base_layer, self.adapters[name], x)
+            y = y + (added if weight == 1 else weight * added).to(y.dtype)
         return y
 
     @property

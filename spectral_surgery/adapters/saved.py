@@ -61,8 +61,8 @@ class SavedModule(nn.Module):
     def activate(self, names: list[str]) -> None:
         """Use and train the last of these copies; none: the base."""
         self.chosen = names[-1] if names else None
-        for name, own in self.copies.items():
-            own.requires_grad_(name == self.chosen)
+        for name, module in self.copies.items():
+            module.requires_grad_(name == self.chosen)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The numbers of a copy, by name inside the module."""
@@ -114,15 +114,15 @@ class TrainedBias(nn.Module):
     def drop(self, name: str) -> None:
         """Forget a copy; with the last one, leave the module."""
         del self.copies[name]
-        self.activate([own for own in [self.chosen] if own is not None and own != name])
+        self.activate([active for active in [self.chosen] if active is not None and active != name])
         if not self.copies:
             delattr(self._host[0], BIAS_RECORD)
 
     def activate(self, names: list[str]) -> None:
         """Use and train the last of these copies; none: the original."""
         self.chosen = names[-1] if names else None
-        for name, own in self.copies.items():
-            own.requires_grad_(name == self.chosen)
+        for name, module in self.copies.items():
+            module.requires_grad_(name == self.chosen)
         self.enabled = self._enabled
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ def gptq(
         stop = min(start + group, columns)
         scale, zero = (grid[:, start:stop] for grid in static)
         if not reorder:
-            own = group_grids(rest[:, start:stop], top, group, search=search)
-            scale, zero = (grid.expand(rows, stop - start) for grid in own)
+            grids = group_grids(rest[:, start:stop], top, group, search=search)
+            scale, zero = (grid.expand(rows, stop - start) for grid in grids)
         errors = torch.empty(rows, stop - start)
         for column in range(start, stop):
             values, at = rest[:, column], column - start

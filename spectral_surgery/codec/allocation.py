@@ -52,7 +52,7 @@ def spread_bits(shares: Mapping[str, TensorCost], bits: float, reach: float = ma
     low, high = max(_FEWEST_BITS, bits - reach), min(_MOST_BITS, bits + reach)
 
     def at(level: float) -> dict[str, float]:
-        return {name: min(max(level + math.log(own.cost, 4), low), high) for name, own in shares.items()}
+        return {name: min(max(level + math.log(share.cost, 4), low), high) for name, share in shares.items()}
 
     return _balanced(shares, bits, at)
 
@@ -70,8 +70,8 @@ def spread_density(shares: Mapping[str, TensorCost], density: float, reach: floa
     low, high = density / reach, min(1.0, density * reach)
 
     def at(level: float) -> dict[str, float]:
-        kept = {name: math.erfc(2.0**-level / math.sqrt(2 * own.cost)) for name, own in shares.items()}
-        return {name: min(max(own, low), high) for name, own in kept.items()}
+        kept = {name: math.erfc(2.0**-level / math.sqrt(2 * share.cost)) for name, share in shares.items()}
+        return {name: min(max(rate, low), high) for name, rate in kept.items()}
 
     return _balanced(shares, density, at)
 
@@ -80,7 +80,7 @@ def _balanced(
     shares: Mapping[str, TensorCost], mean: float, at: Callable[[float], dict[str, float]]
 ) -> dict[str, float]:
     """The level, found by halving, at which the mean is as asked."""
-    total = sum(own.weights for own in shares.values())
+    total = sum(share.weights for share in shares.values())
     low, high = -600.0, 600.0  # costs are powers of two between these, or all is clipped
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

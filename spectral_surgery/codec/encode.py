@@ -115,7 +115,7 @@ class _Stored:
 
 
 def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, EncodingReport]:
-    peaks = [own.peak for own in spectrum.frames]
+    peaks = [frame.peak for frame in spectrum.frames]
     if not all(peak <= _LARGEST for peak in peaks):  # NaN compares false, and max() may skip it
         raise ConfigError(
             f"encode: weight has NaN or infinite values (or overflows float32, or exceeds {_LARGEST:g}); "
@@ -215,12 +215,12 @@ def _closest(
         if not held and abs(ratio - 1) < _BITS_NEAR:
             held = setting
         elif not held and around and attempt < _ATTEMPTS // 2:
-            (low, below), (high, above) = ((own.goal, found) for own, found in around)
+            (low, below), (high, above) = ((trial.goal, found) for trial, found in around)
             setting = for_goal(low * (high / low) ** (math.log(1 / below) / math.log(above / below)), None)
             continue
         elif not held and around:
             held = around[0][0]  # its layouts are the better ones at a jump: fewer bits at about the same goal
-        same = [(own.goal, found) for own, found in tried if not held or own.layouts is held.layouts]
+        same = [(trial.goal, found) for trial, found in tried if not held or trial.layouts is held.layouts]
         goal, ratio = min(same, key=lambda pair: abs(pair[1] - 1))
         setting = for_goal(goal * ratio ** (-1 / _slope(same)), held)
     return min(tried, key=lambda pair: abs(pair[1] - 1))[0]
@@ -304,7 +304,7 @@ def _measured(spectrum: _Spectrum, stored: _Stored) -> tuple[EncodedSpectrum, En
         spectrum.weight.numel(),
         encoded.stored_bytes,
         int(stored.moments.kept),
-        energy=sum(own.energy for own in spectrum.frames),
+        energy=sum(frame.energy for frame in spectrum.frames),
         error_energy=sum(parallel_map(lost, range(len(stored.codes)), spectrum.threads)),
         stored_energy=stored.moments.energy(float(encoded.step), encoded.offset),
     )
@@ -316,13 +316,13 @@ def _energy(x: Tensor) -> float:
 
 
 def _sample(frames: list[_Frame]) -> FloatArray:
-    flat = [own.coefficients.reshape(-1) for own in frames]
+    flat = [frame.coefficients.reshape(-1) for frame in frames]
     stride = max(1, sum(map(len, flat)) // _SAMPLE) | 1  # odd: does not resonate with tiles
-    return np.concatenate([own[::stride].numpy() for own in flat])
+    return np.concatenate([frame[::stride].numpy() for frame in flat])
 
 
 def _exact_threshold(spectrum: _Spectrum, magnitudes: Magnitudes, density: float) -> float:
-    frames = [own.coefficients for own in spectrum.frames]
+    frames = [frame.coefficients for frame in spectrum.frames]
     keep = max(1, round(density * sum(f.numel() for f in frames)))
     low = magnitudes.quantile(min(1.0, density + 0.01)) if density < 0.99 else 0.0
     high = magnitudes.quantile(max(0.0, density - 0.01)) if density > 0.01 else float("inf")

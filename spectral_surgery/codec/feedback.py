@@ -181,14 +181,14 @@ def feedback_codes(
     for start in range(0, rest.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rest.shape[1])
         errors = torch.empty(rest.shape[0], stop - start)
-        block, own = rest[:, start:stop], factor[start:stop, start:stop]
+        block, square = rest[:, start:stop], factor[start:stop, start:stop]
         for column in range(stop - start):
             values, step = block[:, column], steps[start + column]
             level = (values.abs() / step - dead_zone).floor_().add_(1).clamp_(min=0)
             kept = torch.copysign(level + offset * (level > 0), values)
             codes[:, start + column] = torch.copysign(level, values).to(torch.int32)
-            error = (values - kept * step) / own[column, column]
-            block[:, column:] -= error[:, None] * own[column, column:]
+            error = (values - kept * step) / square[column, column]
+            block[:, column:] -= error[:, None] * square[column, column:]
             errors[:, column] = error
         rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     return Codes(codes, quantizer.step, offset, columns)
@@ -206,9 +206,9 @@ def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
     for rows, kept in zip(torch.split(weight, _COLUMNS), torch.split(restored, _COLUMNS), strict=True):
         exact, difference = rows.double(), rows.double() - kept
         for start in range(0, len(moment), _COLUMNS):
-            own, columns = moment[:, start : start + _COLUMNS].double(), slice(start, start + _COLUMNS)
-            whole += float(((exact @ own) * exact[:, columns]).sum())
-            lost += float(((difference @ own) * difference[:, columns]).sum())
+            moments, columns = moment[:, start : start + _COLUMNS].double(), slice(start, start + _COLUMNS)
+            whole += float(((exact @ moments) * exact[:, columns]).sum())
+            lost += float(((difference @ moments) * difference[:, columns]).sum())
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
@@ -238,9 +238,9 @@ def encode_codes(
     spans = frame_spans(len(codes.values), encoded.rows_per_frame)
 
     def measured(frame: int) -> tuple[float, float, float]:
-        own, values = (whole[slice(*spans[frame])] for whole in (coefficients, codes.values))
+        exact, values = (whole[slice(*spans[frame])] for whole in (coefficients, codes.values))
         held = dequantize(values, encoded.step, codes.offset)
-        return _energy(own), _energy(own - held), _energy(held)
+        return _energy(exact), _energy(exact - held), _energy(held)
 
     energies = parallel_map(measured, range(len(spans)), threads)
     kept = int(torch.count_nonzero(codes.values))

@@ -49,7 +49,7 @@ class Importance:
                 f"importance: squared gradients have a mean of {mean}; positive finite ones are accepted. Look for"
                 " NaN or infinite weights."
             )
-        damped = [(own.double() / mean + _DAMPING) / (1 + _DAMPING) for own in (rows, columns)]
+        damped = [(means.double() / mean + _DAMPING) / (1 + _DAMPING) for means in (rows, columns)]
         return cls((damped[0] * mean).float(), damped[1].float())
 
     def costs(self, coefficients: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def threshold_at(costs: Iterable[Tensor], density: float) -> Threshold:
     """
     size = 2 * _OCTAVES * _BINS
     counts, sums = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    for own in costs:
-        flat = own.reshape(-1)
+    for matrix in costs:
+        flat = matrix.reshape(-1)
         place = (flat.log2().add_(_OCTAVES).mul_(_BINS)).nan_to_num_(neginf=0.0).clamp_(0, size - 1).long()
         counts += torch.bincount(place, minlength=size)
         sums += torch.bincount(place, weights=flat.double(), minlength=size)

@@ -65,8 +65,8 @@ class BaseModel:
 
     def tied_with(self, name: str) -> tuple[str, ...]:
         """All names of a parameter that is tied, the root first; none when it is not."""
-        own = self.named(name)
-        root = self.ties.get(own, own)
+        parameter = self.named(name)
+        root = self.ties.get(parameter, parameter)
         others = [alias for alias, other in self.ties.items() if other == root]
         return (root, *others) if others else ()
 
@@ -84,9 +84,9 @@ class BaseModel:
 
     def module(self, name: str) -> nn.Module | None:
         """The module of an adapter's layer; None when it is not known."""
-        for own in self._spellings(name) if self.model is not None else ():
+        for spelling in self._spellings(name) if self.model is not None else ():
             try:
-                found: nn.Module = self.model.get_submodule(own)
+                found: nn.Module = self.model.get_submodule(spelling)
             except AttributeError:
                 continue
             return found
@@ -99,12 +99,12 @@ class BaseModel:
         module = self.module(layer)
         if module is not None:
             return type(module).__name__ == "Conv1D"
-        own = state.layers[layer]
-        low_rank = "A" in own and "B" in own and own["A"].dim() == own["B"].dim() == 2
-        told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
+        factors = state.layers[layer]
+        low_rank = "A" in factors and "B" in factors and factors["A"].dim() == factors["B"].dim() == 2
+        told = (factors["B"].shape[0], factors["A"].shape[1]) if low_rank else ()
         if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
             return tuple(shape) != told
-        known = [own for own in state.layers if is_conv1d(own, self.index.config.get("model_type"))]
+        known = [other for other in state.layers if is_conv1d(other, self.index.config.get("model_type"))]
         return layer in known if known else state.spec.targets.fan_in_fan_out
 
     def _spellings(self, name: str) -> Iterator[str]:
@@ -140,10 +140,10 @@ def _ties(index: CheckpointIndex, model: Any, names: TensorNames) -> dict[str, s
         return same
     ties: dict[str, str] = {}
     for alias, name in model.all_tied_weights_keys.items():
-        own, root = names.find(alias), names.find(name)
-        if own is None or root is None:
+        tensor, root = names.find(alias), names.find(name)
+        if tensor is None or root is None:
             continue
-        first, second = own.pieces[0].info.name, root.pieces[0].info.name
+        first, second = tensor.pieces[0].info.name, root.pieces[0].info.name
         if first == second or same.get(first) == second or same.get(second) == first:
             ties[alias] = name
     return ties

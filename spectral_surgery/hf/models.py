@@ -38,8 +38,8 @@ class SentenceEncoder:
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # equal lengths need little padding
         parts = []
         for start in range(0, len(sentences), _BATCH):
-            own = [sentences[i] for i in order[start : start + _BATCH]]
-            batch = self.tokenizer(own, padding=True, truncation=True, return_tensors="pt")
+            texts = [sentences[i] for i in order[start : start + _BATCH]]
+            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
                 hidden = called(self.model, named=batch).last_hidden_state  # [B, T, D]
             mask = batch["attention_mask"].unsqueeze(-1)
@@ -144,12 +144,12 @@ def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = Fal
     trust = {"trust_remote_code": trust_remote_code}
     with loading(folder, f"cannot be loaded by {auto_class}"):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
-        own = _class(transformers, folder, auto_class)
+        cls = _class(transformers, folder, auto_class)
         with _without_weights():
-            if hasattr(own, "from_config"):
-                model = own.from_config(config, dtype=torch.float32, **trust)
+            if hasattr(cls, "from_config"):
+                model = cls.from_config(config, dtype=torch.float32, **trust)
             else:
-                model = own._from_config(config, dtype=torch.float32)
+                model = cls._from_config(config, dtype=torch.float32)
         model.tie_weights()
     return model.eval().requires_grad_(requires_grad=False), tokenizer
 
@@ -171,8 +171,8 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_c
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with loading(folder, "cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-        own = _class_of(transformers, config, folder)
-        return own.from_pretrained(folder, dtype=dtype or "auto", **local).eval()
+        cls = _class_of(transformers, config, folder)
+        return cls.from_pretrained(folder, dtype=dtype or "auto", **local).eval()
 
 
 def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -193,12 +193,12 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        own = _class_of(transformers, config, folder)
+        cls = _class_of(transformers, config, folder)
         with _without_weights(), no_init_weights():
-            if hasattr(own, "from_config"):
-                model = own.from_config(config, trust_remote_code=trust_remote_code)
+            if hasattr(cls, "from_config"):
+                model = cls.from_config(config, trust_remote_code=trust_remote_code)
             else:
-                model = own(config)
+                model = cls(config)
         model.tie_weights()
         return model.eval()
 
@@ -338,13 +338,13 @@ def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
     name = str((config.architectures or ["none"])[0])
     own_code = getattr(config, "auto_map", None) or {}
     auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
-    own = getattr(transformers, name, None) or getattr(transformers, auto, None)
-    if own is None:
+    cls = getattr(transformers, name, None) or getattr(transformers, auto, None)
+    if cls is None:
         raise CheckpointError(
             f"{folder}: config.json names the class {name}; one that transformers has is accepted. Name it in"
             " architectures."
         )
-    return own
+    return cls
 
 
 def _transformers() -> Any:

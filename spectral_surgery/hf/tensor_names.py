@@ -138,11 +138,11 @@ class TensorNames:
             name: in the model, or in the same model with a head more or less, which has one prefix more or less; or
                 the stored name.
         """
-        for own in self._spellings(name):
-            if own in self.parameters:
-                return self.parameters[own]
-            if own in self.index.tensors and own not in self.unclear:
-                return as_stored(own, self.index.tensors[own])
+        for spelling in self._spellings(name):
+            if spelling in self.parameters:
+                return self.parameters[spelling]
+            if spelling in self.index.tensors and spelling not in self.unclear:
+                return as_stored(spelling, self.index.tensors[spelling])
         return None
 
     def tensor(self, name: str) -> TensorInfo | None:
@@ -156,7 +156,7 @@ class TensorNames:
         if inner.count(".") >= 2:
             yield inner
         outer = cast("dict[str, list[str]]", self._shorter).get(name, [])  # type: ignore[attr-defined]  # set above
-        known = [own for own in outer if own in self.parameters] or outer
+        known = [spelling for spelling in outer if spelling in self.parameters] or outer
         if len(known) == 1:
             yield known[0]
 
@@ -248,7 +248,7 @@ def _converted(
     patterns = [pattern for pattern, names in stored.items() for _ in names]
     for transposed in (False, True):
         probes = _Probes(infos, transposed)
-        converter = copy.deepcopy(next(own for own in converters if patterns[0] in own.source_patterns))
+        converter = copy.deepcopy(next(entry for entry in converters if patterns[0] in entry.source_patterns))
         for pattern, info, probe in zip(patterns, infos, probes.tensors(), strict=True):
             converter.add_tensor(first, info.name, pattern, probe)
         try:
@@ -277,7 +277,7 @@ class _Probes:
         made = [
             part if len(shape) < 2 else part.reshape(*shape[:-1], 1) for part, shape in zip(parts, shapes, strict=True)
         ]
-        return [own.mT if self._transposed and own.ndim > 1 else own for own in made]
+        return [part.mT if self._transposed and part.ndim > 1 else part for part in made]
 
     def parameter(self, model: Any, name: str, made: Any) -> StoredParameter | None:
         """What came out, as rows of the stored tensors; None when it is anything else."""
@@ -290,7 +290,7 @@ class _Probes:
             return None
         pieces = self._pieces(self._order[place])
         stored = [self._turned(piece.info.shape) for piece in pieces]
-        widths = {own[-1] if len(own) > 1 else 1 for own in stored}
+        widths = {shape[-1] if len(shape) > 1 else 1 for shape in stored}
         alike = widths == {shape[-1] if len(shape) > 1 else 1} and len({piece.info.dtype for piece in pieces}) == 1
         return StoredParameter(name, shape, pieces) if alike else None
 
@@ -307,8 +307,8 @@ class _Probes:
             first = int(rows[start]) - int(ends_of[number]) + self._counts[number]
             spans.setdefault(number, []).append((start, first, count))
         return tuple(
-            Piece(self._infos[number], tuple(own), self._transposed and len(self._infos[number].shape) > 1)
-            for number, own in spans.items()
+            Piece(self._infos[number], tuple(runs), self._transposed and len(self._infos[number].shape) > 1)
+            for number, runs in spans.items()
         )
 
     def _turned(self, shape: Sequence[int]) -> tuple[int, ...]:

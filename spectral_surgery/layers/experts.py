@@ -90,8 +90,8 @@ class SpectralExperts(nn.Module):
         """The fused parameter, decoded expert by expert; None for its `dtype`."""
         device = self.weights[0].forms[0].scale.device
         dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
-        for own, weight in zip(dense, self.weights, strict=True):
-            own.copy_(weight.to_dense(torch.float32))
+        for matrix, weight in zip(dense, self.weights, strict=True):
+            matrix.copy_(weight.to_dense(torch.float32))
         return dense
 
     def extra_repr(self) -> str:

@@ -46,32 +46,34 @@ class KeptSpectrum(nn.Module):
         """
         super().__init__()
         self.shape, self.dead_zone = tuple(shape), 1.0
-        if sum(math.prod(own.shape) for own in spectra) != math.prod(self.shape):
-            sizes = [list(own.shape) for own in spectra]
+        if sum(math.prod(spectrum.shape) for spectrum in spectra) != math.prod(self.shape):
+            sizes = [list(spectrum.shape) for spectrum in spectra]
             raise ShapeError(f"KeptSpectrum: spectra of {sizes} for a weight of {list(self.shape)}; equal sizes fit.")
-        self._grids = [_trainable(own, finer=original is not None) for own in spectra]
+        self._grids = [_trainable(spectrum, finer=original is not None) for spectrum in spectra]
         self._scales: list[float] = []
         starts, row = [], 0
-        for part, own in enumerate(spectra):
-            stored = own.coefficients().reshape(-1)
+        for part, spectrum in enumerate(spectra):
+            stored = spectrum.coefficients().reshape(-1)
             positions = stored.nonzero()[:, 0]
             values = stored[positions]
             if original is not None:
-                rows = original.reshape(-1, own.shape[1])[row : row + own.shape[0]]
-                values = Basis(own.transform, own.tile, own.axes).forward(rows.cpu()).reshape(-1)[positions]
-            row += own.shape[0]
+                rows = original.reshape(-1, spectrum.shape[1])[row : row + spectrum.shape[0]]
+                values = (
+                    Basis(spectrum.transform, spectrum.tile, spectrum.axes).forward(rows.cpu()).reshape(-1)[positions]
+                )
+            row += spectrum.shape[0]
             self._scales.append(float(values.square().mean().sqrt()) if len(values) else 1.0)
             starts.append(values / self._scales[-1])
             self.register_buffer(f"positions_{part}", positions.to(_index_dtype(stored.numel())))
             step = self._grids[part].step
-            steps = step if step.numel() == 1 else step.expand(own.shape).reshape(-1)[positions]
+            steps = step if step.numel() == 1 else step.expand(spectrum.shape).reshape(-1)[positions]
             self.register_buffer(f"steps_{part}", steps)
         self.start = torch.cat(starts)
 
     def forward(self, values: Tensor) -> Tensor:
         """[K] float32 to the weight, in float32; autocast does not reach it."""
         with torch.autocast(values.device.type, enabled=False):
-            rows = [self._rows(part, own) for part, own in enumerate(self._split(values))]
+            rows = [self._rows(part, numbers) for part, numbers in enumerate(self._split(values))]
             return (rows[0] if len(rows) == 1 else torch.cat(rows)).reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -81,10 +83,10 @@ class KeptSpectrum(nn.Module):
     def spectra(self, values: Tensor) -> list[QuantizedSpectrum]:
         """The spectra that values [K] stand for, one for each row range."""
         found = []
-        for part, own in enumerate(self._split(values.detach())):
+        for part, numbers in enumerate(self._split(values.detach())):
             grid = self._grids[part]
             codes = torch.zeros(math.prod(grid.shape), dtype=torch.int32)
-            codes[self._positions(part).cpu().long()] = self._codes(part, own, self.dead_zone).cpu().to(torch.int32)
+            codes[self._positions(part).cpu().long()] = self._codes(part, numbers, self.dead_zone).cpu().to(torch.int32)
             found.append(replace(grid, codes=codes.reshape(grid.shape)))
         return found
 
@@ -95,7 +97,7 @@ class KeptSpectrum(nn.Module):
             values: [K].
         """
         parts = enumerate(self._split(values))
-        return [(math.prod(self._grids[part].shape), self._codes(part, own, dead_zone)) for part, own in parts]
+        return [(math.prod(self._grids[part].shape), self._codes(part, numbers, dead_zone)) for part, numbers in parts]
 
     def _rows(self, part: int, values: Tensor) -> Tensor:
         grid = self._grids[part]

@@ -93,8 +93,8 @@ class StreamedForm:
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8 on the device of the rows; only these cross the bus."""
-        own = self._form(self.host.codes[rows.cpu()].to(rows.device))
-        levels = own.levels(torch.arange(len(rows), device=rows.device))
+        form = self._form(self.host.codes[rows.cpu()].to(rows.device))
+        levels = form.levels(torch.arange(len(rows), device=rows.device))
         return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
     def recorded_levels(self) -> Tensor:

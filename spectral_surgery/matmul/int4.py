@@ -133,7 +133,7 @@ def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
         block = packed[start : start + len(part)]
         block.copy_(part[:, :half] & 15)
         block[:, : columns - half] |= part[:, half:] << 4
-    places, rest = (torch.cat(own).to(packed.device) for own in zip(*found, strict=True))
+    places, rest = (torch.cat(pieces).to(packed.device) for pieces in zip(*found, strict=True))
     stored = torch.tensor([parts, shift], dtype=torch.int8, device=packed.device)
     scale = spectrum.step.to(torch.float32) / parts
     return Int4Form(packed, scale, stored, places, (rest * parts).to(torch.int8), basis_of(spectrum), columns)

@@ -38,8 +38,8 @@ def add_levels(levels: Tensor, rows: Tensor, places: Tensor, beyond: Tensor, col
         counts = ends - starts
         to = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
         before = torch.repeat_interleave(counts.cumsum(0) - counts - starts, counts)
-        own = torch.arange(len(to), device=rows.device) - before
-        levels[to, places[own] % columns] += beyond[own]
+        number = torch.arange(len(to), device=rows.device) - before
+        levels[to, places[number] % columns] += beyond[number]
     return levels
 
 

@@ -72,10 +72,10 @@ def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
     for form in forms:
         levels = form.recorded_levels()
         height, columns = constant_shape(levels)
-        own = ids - start if len(forms) > 1 else ids
-        inside = own.clamp(0, height - 1) if len(forms) > 1 else own
+        local = ids - start if len(forms) > 1 else ids
+        inside = local.clamp(0, height - 1) if len(forms) > 1 else local
         found = _along(_row_levels(inside, levels, form.basis) * form.scale, columns, form.basis, 1, inverse=True)
-        whole = found if whole is None else torch.where((own >= 0).unsqueeze(-1), found, whole)
+        whole = found if whole is None else torch.where((local >= 0).unsqueeze(-1), found, whole)
         start += height
     return cast(Tensor, whole)
 

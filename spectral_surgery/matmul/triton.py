@@ -121,9 +121,9 @@ def _kernel(kind: str) -> Any:
         for start in range(split * K, terms, SPLITS * K):
             term = start + tl.arange(0, K)
             live = term < terms
-            own = tl.load(x_row + term[None, :] * x1, mask=live_token[:, None] & live[None, :], other=0.0)
+            values = tl.load(x_row + term[None, :] * x1, mask=live_token[:, None] & live[None, :], other=0.0)
             level = tl.load(m_row + term[:, None] * m1, mask=live[:, None] & live_row[None, :], other=0)
-            total = tl.dot(own, level.to(own.dtype), total, input_precision=PRECISION)
+            total = tl.dot(values, level.to(values.dtype), total, input_precision=PRECISION)
         to = out + (split * tokens + token).to(tl.int64)[:, None] * rows + row[None, :]
         tl.store(to, total, mask=live_token[:, None] & live_row[None, :])
 

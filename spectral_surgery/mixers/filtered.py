@@ -50,7 +50,7 @@ class _Filtered(torch.autograd.Function):
         """Add up the gradients of the slabs."""
         x, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        own = x.new_empty(x.shape) if needed[0] else None
+        x_grad = x.new_empty(x.shape) if needed[0] else None
         rest = [torch.zeros_like(other) if need else None for other, need in zip(others, needed[1:], strict=True)]
         for slab in ctx.slabs:
             inputs = [
@@ -62,12 +62,12 @@ class _Filtered(torch.autograd.Function):
             # a frequency within stands for its conjugate too, which counts on the way there and on the way back
             outer = _scale_inner(_spectrum(grad[..., slab]), x.shape[1], 2.0)
             found = iter(torch.autograd.grad(z, [tensor for tensor in inputs if tensor.requires_grad], outer))
-            if own is not None:
-                own[..., slab] = _tokens(_scale_inner(next(found), x.shape[1], 0.5), x.shape[1])
+            if x_grad is not None:
+                x_grad[..., slab] = _tokens(_scale_inner(next(found), x.shape[1], 0.5), x.shape[1])
             for total in rest:
                 if total is not None:
                     total.add_(next(found))
-        return None, None, own, *rest
+        return None, None, x_grad, *rest
 
 
 def _spectrum(x: Tensor) -> Tensor:

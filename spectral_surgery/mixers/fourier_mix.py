@@ -59,7 +59,7 @@ def _by_chirps(x: Tensor, period: int) -> Tensor:
         causal_fft_conv(chirped, kernel.expand(len(x), -1))
         for kernel in (across, -up)  # conjugate
     )
-    (real_cos, real_sin), (imaginary_cos, imaginary_sin) = (own.chunk(2, 1) for own in (by_real, by_imaginary))
+    (real_cos, real_sin), (imaginary_cos, imaginary_sin) = (pair.chunk(2, 1) for pair in (by_real, by_imaginary))
     real, imaginary = real_cos - imaginary_sin, imaginary_cos + real_sin  # of sums of real and of imaginary parts
     even = (real * cos - imaginary * sin).chunk(2, 1)[0]
     odd = (real * sin + imaginary * cos).chunk(2, 1)[1]
@@ -164,10 +164,10 @@ def _mixed(x: Tensor, matrices: Tensor, count: int) -> Tensor:
     spectrum = torch.fft.rfft(x, norm="ortho")
     padding = (0, 0, reach - size - (x.shape[1] - count), -count % size)
     sums = [
-        _sums(torch.nn.functional.pad(part, padding), own)
-        for part, own in zip((spectrum.real, spectrum.imag), matrices, strict=True)
+        _sums(torch.nn.functional.pad(part, padding), matrix)
+        for part, matrix in zip((spectrum.real, spectrum.imag), matrices, strict=True)
     ]
-    even, odd = (own[:, :count] for own in sums)
+    even, odd = (total[:, :count] for total in sums)
     return _whole(even, odd, 2, x.shape[2])
 
 
@@ -176,9 +176,9 @@ def _sums(tokens: Tensor, matrices: Tensor) -> Tensor:
     every, size, reach = matrices.shape
     blocks = (tokens.shape[1] - reach) // size + 1
     y = tokens.new_empty(len(tokens), blocks, size, tokens.shape[2])
-    for own, sequence in zip(y, tokens, strict=True):
+    for out, sequence in zip(y, tokens, strict=True):
         windows = sequence.unfold(0, reach, size).mT  # [J, L + s, K], overlapping
         for first in range(min(every, blocks)):
             part = windows[first::every]
-            own[first::every] = torch.bmm(matrices[first].expand(len(part), -1, -1), part)
+            out[first::every] = torch.bmm(matrices[first].expand(len(part), -1, -1), part)
     return y.flatten(1, 2)

@@ -50,11 +50,11 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
     values, gains = _cosines(delta)
     rows, columns = delta.shape
     half = gains.shape[1]
-    own = _first_of_mirrors(rows, columns)
-    reach = float(gains[own].sum())
-    gains[~own] = -1.0  # the same function as another place
+    first = _first_of_mirrors(rows, columns)
+    reach = float(gains[first].sum())
+    gains[~first] = -1.0  # the same function as another place
     flat = gains.reshape(-1)
-    chosen = _best(flat, min(most, int(own.sum())), enough)
+    chosen = _best(flat, min(most, int(first.sum())), enough)
     positions = chosen // half * columns + chosen % half
     parts = {"values": values.reshape(-1)[chosen] / config.scaling, "positions": positions}
     return Expansion(_energy(delta), reach, flat[chosen], flat[chosen], parts)
@@ -78,13 +78,13 @@ def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -
     beyond = (column >= half) | ~_first_of_mirrors(rows, columns)[row, column.clamp_max(half - 1)]
     row, column = torch.where(beyond, -row % rows, row), torch.where(beyond, -column % columns, column)
     functions = row * half + column
-    own = gains.reshape(-1)[functions]
-    own[~_first_seen(functions)] = 0.0
-    count = most if enough is None else count_for(own, enough)
+    gain = gains.reshape(-1)[functions]
+    gain[~_first_seen(functions)] = 0.0
+    count = most if enough is None else count_for(gain, enough)
     reach = float(gains[_first_of_mirrors(rows, columns)].sum())
     order = torch.full((count,), reach / delta.numel(), dtype=torch.float64)
     parts = {"values": values.reshape(-1)[functions[:count]] / config.scaling, "functions": functions[:count]}
-    return Expansion(_energy(delta), reach, own[:count], order, parts)
+    return Expansion(_energy(delta), reach, gain[:count], order, parts)
 
 
 def _cosines(delta: Tensor) -> tuple[Tensor, Tensor]:

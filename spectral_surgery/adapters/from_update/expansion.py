@@ -128,23 +128,23 @@ class Allocation:
     def add(self, name: str, expansion: Expansion, cost: int) -> None:
         """Let the components of one more layer compete."""
         self.layers[name], self.costs[name] = expansion, cost
-        held = sum(self.costs[own] * len(self.layers[own].order) for own in self.layers)
+        held = sum(self.costs[layer] * len(self.layers[layer].order) for layer in self.layers)
         if self.budget is not None and held > 2 * self.budget:
             self.settle()
 
     def settle(self) -> None:
         """Drop what the budget does not pay for."""
         if self.budget is not None and self.layers:
-            for own, count in zip(self.layers, self._counts(self.budget), strict=True):
-                if count < len(self.layers[own].order):
-                    self.layers[own] = self.layers[own].first(count)
+            for layer, count in zip(self.layers, self._counts(self.budget), strict=True):
+                if count < len(self.layers[layer].order):
+                    self.layers[layer] = self.layers[layer].first(count)
 
     def _counts(self, budget: int) -> list[int]:
         """Components that are worth it, by layer."""
-        lengths = torch.tensor([len(own.order) for own in self.layers.values()])
+        lengths = torch.tensor([len(expansion.order) for expansion in self.layers.values()])
         owners = torch.repeat_interleave(lengths)
         costs = torch.tensor(list(self.costs.values()), dtype=torch.float64)[owners]
-        slopes = torch.cat([own.order for own in self.layers.values()]) / costs
+        slopes = torch.cat([expansion.order for expansion in self.layers.values()]) / costs
         best = slopes.argsort(descending=True, stable=True)  # within a layer in its order
         affordable = int((costs[best].cumsum(0) <= budget).sum())
         counts: list[int] = torch.bincount(owners[best[:affordable]], minlength=len(self.layers)).tolist()

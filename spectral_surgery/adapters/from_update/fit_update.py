@@ -101,7 +101,7 @@ def fit(
             allocation.add(update.layer, expansion, cost)
         report(update.layer)
     allocation.settle()
-    counts = {layer: len(own.gains) for layer, own in allocation.layers.items()}
+    counts = {layer: len(expansion.gains) for layer, expansion in allocation.layers.items()}
     kept = {layer: count for layer, count in counts.items() if count}
     _check_something(counts, size, allocation.costs)
     settled = extractor.settle(config, kept)

@@ -56,10 +56,10 @@ def __getattr__(name: str) -> Any:
     return _CLASSES[name]()
 
 
-def _at_top(own: Any) -> Any:
+def _at_top(cls: Any) -> Any:
     """Say that a class is found in this module, which pickle wants to know."""
-    own.__qualname__ = own.__name__
-    return own
+    cls.__qualname__ = cls.__name__
+    return cls
 
 
 @cache

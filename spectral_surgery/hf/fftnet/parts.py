@@ -30,14 +30,14 @@ class FFTNetBlock(nn.Module):
         """
         super().__init__()
         width, hidden = config.d_model, config.ff_hidden_dim or 4 * config.d_model
-        own = {"heads": config.num_heads, "mlp_hidden_dim": config.mlp_hidden_dim, "init_std": config.init_std}
-        own["modrelu_bias"] = config.modrelu_bias
+        settings = {"heads": config.num_heads, "mlp_hidden_dim": config.mlp_hidden_dim, "init_std": config.init_std}
+        settings["modrelu_bias"] = config.modrelu_bias
         if is_causal:
             mixer = MIXERS["causal_fftnet"].fresh(
-                width, {**own, "kernel_length": config.kernel_length, "chunk": config.chunk}
+                width, {**settings, "kernel_length": config.kernel_length, "chunk": config.chunk}
             )
         else:
-            mixer = MIXERS["fftnet"].fresh(width, {**own, "bins": config.kernel_length // 2 + 1})
+            mixer = MIXERS["fftnet"].fresh(width, {**settings, "bins": config.kernel_length // 2 + 1})
         self.mixer_norm = nn.LayerNorm(width) if config.layer_norm else nn.Identity()
         self.mixer = ProjectedMixer(nn.Linear(width, width), mixer, nn.Linear(width, width))  # type: ignore[arg-type]
         self.mlp_norm = nn.LayerNorm(width) if config.layer_norm else nn.Identity()

@@ -122,9 +122,9 @@ def config_class(name: str) -> type[Any]:
         def __post_init__(self) -> None:
             super().__post_init__()
             self.peft_type = PeftType(method.peft_type)
-            for own in ("target_modules", "exclude_modules"):  # PEFT compares them as sets
-                value = getattr(self, own)
-                setattr(self, own, set(value) if isinstance(value, list) else value)
+            for key in ("target_modules", "exclude_modules"):  # PEFT compares them as sets
+                value = getattr(self, key)
+                setattr(self, key, set(value) if isinstance(value, list) else value)
 
     hints = get_type_hints(method.config)
     settings = [
@@ -226,8 +226,8 @@ class MethodTuner:
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # <layer>.<method>_adapter.<adapter>.<key> -> <layer>.<file name of key>; PEFT inverts it when it loads
-        layer, found, own = key.rpartition(f".{cls.method.name}_adapter.{adapter_name}.")
-        return f"{layer}.{cls.method.file_name(own)}" if found else key
+        layer, found, inner = key.rpartition(f".{cls.method.name}_adapter.{adapter_name}.")
+        return f"{layer}.{cls.method.file_name(inner)}" if found else key
 
 
 @cache

@@ -32,12 +32,12 @@ class _StandIn:
 
     def become_dense(self, done: dict[int, nn.Parameter]) -> None:
         """See `surgery.trained_copy`."""
-        key, own = id(self.spectrum), cast(nn.Module, self)
+        key, module = id(self.spectrum), cast(nn.Module, self)
         if key not in done:
             weight = self.spectrum.to_dense()
             turned = isinstance(self, SpectralConv1D) and self.transposed
             done[key] = nn.Parameter((weight.T if turned else weight).contiguous())
-        stand_out(own, done[key])
+        stand_out(module, done[key])
 
     def _lazy(self, *, turned: bool = False) -> Tensor:
         held: object = self.spectrum
@@ -79,7 +79,7 @@ class _Conv1D(_StandIn, SpectralConv1D):
 
 
 @cache
-def standing_for(own: type[nn.Module]) -> type[nn.Module]:
+def standing_for(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of layers that stand for those of a class.
 
     Args:
@@ -88,13 +88,13 @@ def standing_for(own: type[nn.Module]) -> type[nn.Module]:
     Raises:
         TypeError: when Python cannot put ours behind it.
     """
-    if own is nn.Linear:
+    if cls is nn.Linear:
         return LinearStandIn
-    if own is nn.Embedding:
+    if cls is nn.Embedding:
         return EmbeddingStandIn
-    linear, embedding = issubclass(own, nn.Linear), issubclass(own, nn.Embedding)
-    bases = (own, LinearStandIn if linear else EmbeddingStandIn) if linear or embedding else (_Conv1D, own)
-    return type(own.__name__, bases, {"__module__": own.__module__, "stands_for": own})
+    linear, embedding = issubclass(cls, nn.Linear), issubclass(cls, nn.Embedding)
+    bases = (cls, LinearStandIn if linear else EmbeddingStandIn) if linear or embedding else (_Conv1D, cls)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "stands_for": cls})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -110,7 +110,7 @@ def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:
             `weight_uses.only_multiplies` accepts; changed in place.
         spectrum: of its weight as checkpoints store it; several layers may share it.
     """
-    own: Any = type(module)
+    cls: Any = type(module)
     del module._parameters["weight"]
     if is_conv1d(module):
         made = SpectralConv1D.from_weight(spectrum)
@@ -118,7 +118,7 @@ def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:
             setattr(module, name, getattr(made, name))
         spectrum = made.spectrum
     module.spectrum = spectrum
-    module.__class__ = standing_for(own)
+    module.__class__ = standing_for(cls)
 
 
 def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
@@ -134,6 +134,6 @@ def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
     module.weight = weight
 
 
-def _empty(own: Any) -> nn.Module:
-    made = standing_for(own)
+def _empty(cls: Any) -> nn.Module:
+    made = standing_for(cls)
     return made.__new__(made)

@@ -102,7 +102,9 @@ class ExpertsForward:
         else:
             rows = torch.split(x, list(counts))
             dense = matrices if self.is_transposed else matrices.mT
-            y = torch.cat([own @ dense[expert] for expert, own in enumerate(rows) if len(own)] or [x @ dense[0]])
+            y = torch.cat(
+                [tokens @ dense[expert] for expert, tokens in enumerate(rows) if len(tokens)] or [x @ dense[0]]
+            )
         if self.has_bias:
             y = y + getattr(self, f"{name}_bias")[ids]
         return cast(Tensor, y)
@@ -112,8 +114,10 @@ def fused_matrices(module: nn.Module) -> tuple[str, ...]:
     """Names of the fused parameters of experts that `ExpertsForward` can run; none of any other module."""
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return ()
-    own = module._parameters
-    return tuple(leaf for leaf in own if leaf in _MATRICES and _is_fused(own[leaf], cast(int, module.num_experts)))
+    parameters = module._parameters
+    return tuple(
+        leaf for leaf in parameters if leaf in _MATRICES and _is_fused(parameters[leaf], cast(int, module.num_experts))
+    )
 
 
 def expert_matrices(module: nn.Module) -> dict[str, bool]:
@@ -150,22 +154,22 @@ class _Holder:
 
 
 @cache
-def _holding(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+def _holding(cls: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
     """The class of modules of which these parameters are spectra: it runs them, or reads them as lazy weights."""
-    settings: dict[str, Any] = {"__module__": own.__module__, "stands_for": own, "leaves": leaves}
-    if _decorated(own, leaves[0]):
-        return type(own.__name__, (ExpertsForward, own, _Holder), settings)
-    readers = {leaf: property(_reader(_place(own, leaf))) for leaf in leaves}
-    return type(own.__name__, (_Holder, own), settings | readers)
+    settings: dict[str, Any] = {"__module__": cls.__module__, "stands_for": cls, "leaves": leaves}
+    if _decorated(cls, leaves[0]):
+        return type(cls.__name__, (ExpertsForward, cls, _Holder), settings)
+    readers = {leaf: property(_reader(_place(cls, leaf))) for leaf in leaves}
+    return type(cls.__name__, (_Holder, cls), settings | readers)
 
 
-def _decorated(own: type[nn.Module], leaf: str) -> bool:
-    return hasattr(own, "_apply_gate") and leaf in _MATRICES
+def _decorated(cls: type[nn.Module], leaf: str) -> bool:
+    return hasattr(cls, "_apply_gate") and leaf in _MATRICES
 
 
-def _place(own: type[nn.Module], leaf: str) -> str:
+def _place(cls: type[nn.Module], leaf: str) -> str:
     """The name of the spectra as a part of their module; that of the parameter where it is not read as a tensor."""
-    return leaf if _decorated(own, leaf) else f"{leaf}_spectra"
+    return leaf if _decorated(cls, leaf) else f"{leaf}_spectra"
 
 
 def _reader(place: str) -> Any:
@@ -178,15 +182,15 @@ def _reader(place: str) -> Any:
     return read
 
 
-def _empty(own: Any, leaves: tuple[str, ...]) -> nn.Module:
-    made = _holding(own, leaves)
+def _empty(cls: Any, leaves: tuple[str, ...]) -> nn.Module:
+    made = _holding(cls, leaves)
     return made.__new__(made)
 
 
 def held_parameters(module: nn.Module) -> dict[str, tuple[str, Held]]:
     """Parameters of a module that are spectra, by name: the name of the spectra as its part, and themselves."""
-    own = getattr(type(module), "stands_for", type(module))
-    places = {leaf: _place(own, leaf) for leaf in getattr(type(module), "leaves", ())}
+    cls = getattr(type(module), "stands_for", type(module))
+    places = {leaf: _place(cls, leaf) for leaf in getattr(type(module), "leaves", ())}
     return {leaf: (place, cast(Held, module._modules[place])) for leaf, place in places.items()}
 
 
@@ -220,20 +224,20 @@ def stored_matrices(
         return None
     found = tuple(tuple(by[pattern]) for pattern in patterns)
     heights = [{tensors[name].shape for name in names} for names in found]
-    if any(len(names) != len(whole) for names in found) or any(len(own) != 1 for own in heights):
+    if any(len(names) != len(whole) for names in found) or any(len(shape) != 1 for shape in heights):
         return None
-    shapes = [next(iter(own)) for own in heights]
-    fit = all(len(own) == 2 and own[1] == whole.shape[2] for own in shapes)
-    return found if fit and sum(own[0] for own in shapes) == whole.shape[1] else None
+    shapes = [next(iter(shape)) for shape in heights]
+    fit = all(len(shape) == 2 and shape[1] == whole.shape[2] for shape in shapes)
+    return found if fit and sum(shape[0] for shape in shapes) == whole.shape[1] else None
 
 
 def _can_hold(module: nn.Module, leaf: str, whole: nn.Parameter) -> bool:
     if isinstance(module, nn.Linear | nn.Embedding) or not leaf:
         return False
-    own: Any = type(module)
+    cls: Any = type(module)
     if all(hasattr(module, flag) for flag in _FLAGS):
         return leaf in fused_matrices(module)
-    return whole.ndim in (2, 3) and ((own.__name__, leaf) in _MULTIPLIED_OUTSIDE or only_multiplies(own, leaf))
+    return whole.ndim in (2, 3) and ((cls.__name__, leaf) in _MULTIPLIED_OUTSIDE or only_multiplies(cls, leaf))
 
 
 def _aligned(record: TensorRecord, shape: tuple[int, ...]) -> bool:
@@ -277,22 +281,22 @@ def install_matrices(
                 forms[row // height if len(group) == 1 else expert].append(form)
                 row += form.shape[0]
     resident = stored[0][0][1]
-    weights = [SpectralWeight(own, resident, like.dtype).to(like.device) for own in forms]
+    weights = [SpectralWeight(part, resident, like.dtype).to(like.device) for part in forms]
     transposed = bool(getattr(module, "is_transposed", False))
     put_parameter(module, leaf, SpectralExperts(weights, transposed=transposed) if front else weights[0])
 
 
 def put_parameter(module: nn.Module, leaf: str, value: Held | nn.Parameter) -> None:
     """Replace one of the parameters of a module; it is of its own class again when none is a spectrum."""
-    own: Any = getattr(type(module), "stands_for", type(module))
+    cls: Any = getattr(type(module), "stands_for", type(module))
     held = {name: part for name, (_, part) in held_parameters(module).items()}
-    module.__class__ = own
-    delattr(module, _place(own, leaf) if leaf in held else leaf)
+    module.__class__ = cls
+    delattr(module, _place(cls, leaf) if leaf in held else leaf)
     if isinstance(value, nn.Parameter):
         held.pop(leaf, None)
         setattr(module, leaf, value)
     else:
         held[leaf] = value
-        setattr(module, _place(own, leaf), value)
+        setattr(module, _place(cls, leaf), value)
     if held:
-        module.__class__ = _holding(own, tuple(held))
+        module.__class__ = _holding(cls, tuple(held))

@@ -128,22 +128,22 @@ class Stack:
 
     def turn(self) -> Stack:
         """Each transposed."""
-        return Stack(tuple(own.turn() for own in self.matrices))
+        return Stack(tuple(matrix.turn() for matrix in self.matrices))
 
     def cast(self, dtype: torch.dtype) -> Stack:
         """The same in another floating type."""
-        return Stack(tuple(own.cast(dtype) for own in self.matrices))
+        return Stack(tuple(matrix.cast(dtype) for matrix in self.matrices))
 
     def dense(self) -> Tensor:
         """Decoded, one after the other."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for place, own in zip(out, self.matrices, strict=True):
-            place.copy_(own.dense())
+        for place, matrix in zip(out, self.matrices, strict=True):
+            place.copy_(matrix.dense())
         return out
 
     def product(self, x: Tensor) -> Tensor:
         """Each batch of x, [E, T, O], by its matrix: [E, T, I]."""
-        return torch.stack([own.product(rows).to(x.dtype) for rows, own in zip(x, self.matrices, strict=True)])
+        return torch.stack([matrix.product(rows).to(x.dtype) for rows, matrix in zip(x, self.matrices, strict=True)])
 
 
 Source = Rows | Stack
@@ -253,8 +253,8 @@ def _unbound(of: Source, dim: int = 0) -> list[Rows] | None:
 
 
 def _viewed(of: Source, size: Sequence[int]) -> Source | None:
-    known = -_count([own for own in size if own != -1])
-    shape = tuple(_count(of.shape) // -known if own == -1 else own for own in size)
+    known = -_count([length for length in size if length != -1])
+    shape = tuple(_count(of.shape) // -known if length == -1 else length for length in size)
     if shape == of.shape:
         return of
     fits = isinstance(of, Rows) and not of.turned and len(shape) == 3 and shape[2] == of.shape[1]
@@ -265,7 +265,9 @@ def _viewed(of: Source, size: Sequence[int]) -> Source | None:
 
 def _expanded(of: Source, size: Sequence[int], *, implicit: bool = False) -> Source | None:
     del implicit
-    same = len(size) == len(of.shape) and all(own in (-1, there) for own, there in zip(size, of.shape, strict=True))
+    same = len(size) == len(of.shape) and all(
+        length in (-1, there) for length, there in zip(size, of.shape, strict=True)
+    )
     return of if same else None
 
 

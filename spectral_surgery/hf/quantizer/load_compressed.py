@@ -63,15 +63,15 @@ def load_compressed(
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with loading(folder, "transformers cannot load it"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-        own = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
-        if own is None:
+        cls = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
+        if cls is None:
             raise CheckpointError(
                 f"{folder.name}: transformers has no {auto_class or _architecture(config)}; one of its classes is"
                 " accepted. Name it with auto_class."
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device
-        return own.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
+        return cls.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
 
 
 def _class(transformers: Any, config: Any, wanted: str | None) -> Any:

@@ -108,8 +108,8 @@ class Loading:
         """Expect what the plan will install, in the order in which transformers asks for it."""
         plan = cast(Plan, self.plan)
         spectral = [target for target in plan.sources if target not in plan.dense]
-        groups = [own for target in spectral for own in plan.experts.get(target, (plan.stored(target),))]
-        names = [name for own in groups for name in own]
+        groups = [group for target in spectral for group in plan.experts.get(target, (plan.stored(target),))]
+        names = [name for group in groups for name in group]
         self.checkpoint = self.checkpoint.with_tables()
         self.prefetched = Prefetcher(self._forms, names, torch.get_num_threads())
 
@@ -217,8 +217,8 @@ def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
     if target is None:
         return parameter.element_size()
     stored = plan.stored(target)
-    weights = sum(load.checkpoint.manifest.tensors[own].report.weights for own in stored)
-    return sum(resident_bytes(load.checkpoint, own, load.residents.get(own, AUTO)) for own in stored) / weights
+    weights = sum(load.checkpoint.manifest.tensors[part].report.weights for part in stored)
+    return sum(resident_bytes(load.checkpoint, part, load.residents.get(part, AUTO)) for part in stored) / weights
 
 
 def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:

@@ -92,7 +92,7 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     ties = model.all_tied_weights_keys
     apart = frozenset(one for one, other in ties.items() if one in sources and other in sources)
     sources = {
-        target: by for target, by in sources.items() if any(name in tensors for own in by.values() for name in own)
+        target: by for target, by in sources.items() if any(name in tensors for names in by.values() for name in names)
     }
     again = {place(alias)[0]: place(name)[0] for alias, name in checkpoint.manifest.aliases.items()}
     again = {alias: name for alias, name in again.items() if alias != name and {alias, name} <= expected.keys()}
@@ -147,17 +147,17 @@ def _becomes_spectral(model: nn.Module, parameter: str, shape: tuple[int, ...], 
         return False
     if is_conv1d(module):
         return alone  # it has the transposed weight
-    own: Any = type(module)
-    if own in (nn.Linear, nn.Embedding):
-        return own is nn.Linear or module.max_norm is None
+    cls: Any = type(module)
+    if cls in (nn.Linear, nn.Embedding):
+        return cls is nn.Linear or module.max_norm is None
     known = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
     outside = isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention computes with its weight
-    return known and not outside and not hasattr(module, "spectrum") and only_multiplies(own, leaf) and _fits(own)
+    return known and not outside and not hasattr(module, "spectrum") and only_multiplies(cls, leaf) and _fits(cls)
 
 
-def _fits(own: Any) -> bool:
+def _fits(cls: Any) -> bool:
     try:
-        standing_for(own)
+        standing_for(cls)
     except TypeError:
         return False
     return True
@@ -173,7 +173,7 @@ def _divided(
     """First rows of layers that one tensor is cut into; nothing where cuts go through tiles, or more is done."""
     from transformers.core_model_loading import Chunk, Split
 
-    names = [name for own in by.values() for name in own]
+    names = [name for group in by.values() for name in group]
     plain = len(converter.operations) == 1 and type(converter.operations[0]) in (Chunk, Split)
     if not plain or converter.operations[0].dim != 0 or len(names) != 1 or len(made) != len(converter.target_patterns):
         return ()
@@ -184,7 +184,7 @@ def _divided(
     fits = record.shape == record.matrix == (starts[-1], shapes[0][-1]) and alike
     if not fits or not all(_cuts_between_tiles(record, row) for row in starts):
         return ()
-    spectral = all(_becomes_spectral(model, name, own, alone=True) for name, own in zip(made, shapes, strict=True))
+    spectral = all(_becomes_spectral(model, name, shape, alone=True) for name, shape in zip(made, shapes, strict=True))
     return tuple(starts[:-1]) if spectral and not any(is_conv1d(_owner(model, name)) for name in made) else ()
 
 

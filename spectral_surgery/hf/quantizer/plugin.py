@@ -270,7 +270,7 @@ def _settle(load: Loading, plan: planning.Plan, model: Any) -> dict[str, str]:
     for entry in model._weight_conversions:
         operations = getattr(entry, "operations", None)
         if operations is not None:
-            operations[:] = [own for own in operations if not isinstance(own, ours)]
+            operations[:] = [operation for operation in operations if not isinstance(operation, ours)]
         if operations != [] and entry is not load.renaming:
             load.conversions.append(entry)
     model._weight_conversions = []

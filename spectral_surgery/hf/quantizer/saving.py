@@ -61,7 +61,7 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
     dense = {name: value for name, value in dense.items() if name not in gone and name not in plan.tied}
     apart = (name for target in plan.divided if target not in replaced for name in plan.made[target])
     dense |= {
-        name: layers[own].spectrum.to_dense() for name in apart if (own := name.removesuffix(".weight")) in layers
+        name: layers[layer].spectrum.to_dense() for name in apart if (layer := name.removesuffix(".weight")) in layers
     }
     names = _checkpoint_names(model, load, {*spectra, *plan.aliases, *plan.aliases.values()})
     state = _reverted(model, load, remove_tied_weights_from_state_dict(dense, model))

@@ -21,12 +21,12 @@ _ASKED = {"dtype", "device", "shape", "ndim", "size", "dim", "requires_grad"}
 
 
 @cache
-def only_multiplies(own: type[nn.Module], leaf: str) -> bool:
+def only_multiplies(cls: type[nn.Module], leaf: str) -> bool:
     """Whether a weight is used by its own class, and for nothing but products, look-ups of rows and its shape."""
-    used, waiting, seen = False, [("forward", own)], set()
+    used, waiting, seen = False, [("forward", cls)], set()
     while waiting:
         name, start = waiting.pop()
-        owner = _owner(start, own, name)
+        owner = _owner(start, cls, name)
         if owner is None or (name, owner) in seen:
             continue
         seen.add((name, owner))
@@ -34,22 +34,22 @@ def only_multiplies(own: type[nn.Module], leaf: str) -> bool:
             used = used or (owner in (nn.Linear, nn.Embedding) and name == "forward" and leaf == "weight")
             continue
         method = _Method.read(getattr(owner, name))
-        if method is None or not all(method.fine(use, rows=issubclass(own, nn.Embedding)) for use in method.uses(leaf)):
+        if method is None or not all(method.fine(use, rows=issubclass(cls, nn.Embedding)) for use in method.uses(leaf)):
             return False
         used = used or bool(method.uses(leaf))
-        waiting += [(called, own) for called in method.calls("self")]
-        waiting += [(called, _behind(owner, own)) for called in method.calls("super")]
+        waiting += [(called, cls) for called in method.calls("self")]
+        waiting += [(called, _behind(owner, cls)) for called in method.calls("super")]
     return used
 
 
-def _owner(start: type, own: type, name: str) -> type | None:
+def _owner(start: type, cls: type, name: str) -> type | None:
     """The class whose method of a name is called, looked for from a class on, in the order of another."""
-    order = own.__mro__
+    order = cls.__mro__
     return next((cls for cls in order[order.index(start) :] if inspect.isfunction(vars(cls).get(name))), None)
 
 
-def _behind(owner: type, own: type) -> type:
-    return own.__mro__[own.__mro__.index(owner) + 1]
+def _behind(owner: type, cls: type) -> type:
+    return cls.__mro__[cls.__mro__.index(owner) + 1]
 
 
 class _Method:

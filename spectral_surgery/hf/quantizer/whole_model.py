@@ -143,11 +143,11 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     alternation, patterns, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
     for name, tensor in _loaded(model):
         found = alternation.search(name) if alternation is not None else None
-        own = plan[patterns[found.lastgroup]] if found is not None else dtype
+        wanted = plan[patterns[found.lastgroup]] if found is not None else dtype
         if tensor.is_floating_point() and (
             found is not None or tensor.dtype == before
         ):  # others have a type of their own
-            tensor.data = tensor.data.to(own)
+            tensor.data = tensor.data.to(wanted)
     model.config.dtype = dtype
 
 
@@ -156,4 +156,6 @@ def _loaded(model: Any) -> Iterable[tuple[str, torch.Tensor]]:
     spectra = (name for name, part in model.named_modules() if isinstance(part, SpectralWeight))
     inside = tuple(f"{name}." for name in spectra)
     yield from model.named_parameters()
-    yield from ((name, own) for name, own in model.named_buffers() if name in saved and not name.startswith(inside))
+    yield from (
+        (name, buffer) for name, buffer in model.named_buffers() if name in saved and not name.startswith(inside)
+    )
