@@ -51,33 +51,21 @@ class SpectralConv1D(nn.Module):
         tile: int = 64,
         resident: str = "int8",
     ) -> Self:
-        """Compress a Conv1D; it is not changed.
+        """Compress a Conv1D, which is not changed; settings as of `SpectralLinear.from_dense`.
 
         Args:
             conv1d: with ``weight`` [I, O], ``bias`` [O] or None, and ``nf``.
-            sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
-            bits: stored bits per weight.
-            max_error: relative Frobenius error of the weight.
-            transform: name in TRANSFORMS.
-            resident: name in RESIDENTS.
 
         Raises:
-            ConfigError: when it is no Conv1D, none or several targets are given, or the codes do not fit.
+            ConfigError: when it is not a Conv1D, none or several targets are given, or the codes do not fit.
         """
         if not hasattr(conv1d, "nf") or not isinstance(getattr(conv1d, "weight", None), Tensor):
             raise ConfigError(
                 f"SpectralConv1D: {type(conv1d).__name__} has no nf and weight; transformers' Conv1D is accepted."
                 " Use SpectralLinear for nn.Linear."
             )
-        basis = Basis(transform, tile)
-        weight = compressed(
-            cast(Tensor, conv1d.weight).T,
-            sparsity=sparsity,
-            bits=bits,
-            max_error=max_error,
-            basis=basis,
-            resident=resident,
-        )
+        targets = {"density": sparsity, "bits": bits, "max_error": max_error}
+        weight = compressed(cast(Tensor, conv1d.weight).T, targets, Basis(transform, tile), resident)
         return cls(weight, cast("Tensor | None", conv1d.bias), transposed=True)
 
     @classmethod

@@ -40,14 +40,9 @@ class SpectralEmbedding(nn.Module):
         tile: int = 64,
         resident: str = "int8",
     ) -> Self:
-        """Compress an embedding, along its features only, so that a row decodes alone; it is not changed.
+        """Compress an embedding, which is not changed; settings as of `SpectralLinear.from_dense`.
 
-        Args:
-            sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
-            bits: stored bits per weight.
-            max_error: relative Frobenius error of the table.
-            transform: name in TRANSFORMS.
-            resident: name in RESIDENTS.
+        It is transformed along its features only, so that a row decodes alone.
 
         Raises:
             ConfigError: for max_norm, none or several targets, or codes that do not fit the resident form.
@@ -57,14 +52,8 @@ class SpectralEmbedding(nn.Module):
                 f"SpectralEmbedding: max_norm {embedding.max_norm:g} rescales the table while it is used; None is"
                 " accepted. Leave this embedding as it is."
             )
-        weight = compressed(
-            embedding.weight,
-            sparsity=sparsity,
-            bits=bits,
-            max_error=max_error,
-            basis=Basis(transform, tile, (1,)),
-            resident=resident,
-        )
+        targets = {"density": sparsity, "bits": bits, "max_error": max_error}
+        weight = compressed(embedding.weight, targets, Basis(transform, tile, (1,)), resident)
         return cls(weight, embedding.padding_idx)
 
     @classmethod

@@ -58,10 +58,8 @@ class SpectralLinear(nn.Module):
         Raises:
             ConfigError: when none or several targets are given, or the codes do not fit the resident form.
         """
-        basis = Basis(transform, tile)
-        weight = compressed(
-            linear.weight, sparsity=sparsity, bits=bits, max_error=max_error, basis=basis, resident=resident
-        )
+        targets = {"density": sparsity, "bits": bits, "max_error": max_error}
+        weight = compressed(linear.weight, targets, Basis(transform, tile), resident)
         return cls(weight, linear.bias)
 
     @classmethod

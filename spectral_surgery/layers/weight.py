@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -144,34 +144,23 @@ class SpectralWeight(nn.Module):
 
 def compressed(
     weight: Tensor,
-    *,
-    sparsity: float | None = None,
-    bits: float | None = None,
-    max_error: float | None = None,
-    basis: Basis | None = None,
-    resident: str = "int8",
+    targets: Mapping[str, float | None],
+    basis: Basis,
+    resident: str,
 ) -> SpectralWeight:
-    """Compress a matrix into a weight on its device.
+    """Compress a matrix [O, I] into a weight on its device.
 
     Args:
-        weight: [O, I] floating.
-        sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
-        bits: stored bits per weight.
-        max_error: relative Frobenius error.
-        basis: transform, tile and axes.
-        resident: name in RESIDENTS.
+        targets: density, bits and max_error, of which one is not None.
 
     Raises:
         ConfigError: when none or several targets are given, or the codes do not fit the resident form.
     """
     RESIDENTS[resident]  # refuses unknown names before the work
-    asked = {"density": sparsity, "bits": bits, "max_error": max_error}
-    given = [(kind, value) for kind, value in asked.items() if value is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"from_dense: {len(given)} of sparsity, bits and max_error are given; exactly one is accepted. Use bits=4."
-        )
-    kind, value = given[0]
+    chosen = [(kind, value) for kind, value in targets.items() if value is not None]
+    if len(chosen) != 1:
+        raise ConfigError(f"from_dense: expected one of sparsity, bits and max_error, got {len(chosen)}. Use bits=4.")
+    kind, value = chosen[0]
     target = Target(kind, value)  # type: ignore[arg-type]  # the keys above
     encoded, _ = encode(weight.detach().cpu(), target, basis, threads=torch.get_num_threads())
     return SpectralWeight.from_spectra(encoded, resident, weight.dtype).to(weight.device)
