@@ -31,8 +31,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
         if not hits:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TargetError(
-                f"{option} '{pattern}': matches none of {len(names)} tensors; "
-                f"globs over names such as {some} are accepted."
+                f"{option} '{pattern}': matches none of {len(names)} tensors; expected globs over names such as {some}."
             )
         found.update(hits)
     return found
@@ -72,7 +71,7 @@ class ModuleTargets:
             ConfigError: for an unknown bias, or a regular expression that is none.
         """
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise ConfigError(f"bias '{self.bias}': unknown; none, all and <method>_only are accepted.")
+            raise ConfigError(f"bias '{self.bias}': unknown; expected none, all and <method>_only.")
         for pattern in (self.target_modules, self.exclude_modules):
             if isinstance(pattern, str):
                 _compiled(pattern)
@@ -113,7 +112,7 @@ class ModuleTargets:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TargetError(
                 f"target_modules {self.target_modules!r}: matches none of {len(names)} modules that can carry an"
-                f" adapter; ends of names such as {some}, a regular expression or all-linear are accepted."
+                f" adapter; expected ends of names such as {some}, a regular expression or all-linear."
             )
         return found
 
@@ -151,6 +150,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"target_modules '{pattern}': is no regular expression ({error}); one, a list of names or all-linear is"
-            " accepted."
+            f"target_modules '{pattern}': is not a regular expression ({error}); expected one, a list of names or"
+            " all-linear."
         ) from None

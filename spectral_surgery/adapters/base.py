@@ -165,8 +165,8 @@ class AdapterState:
         given = {key: tuple(value.shape) for key, value in self.layers[name].items()}
         if expected != given:
             raise CheckpointError(
-                f"{name}: the adapter has {given}; {expected} is accepted for a layer of"
-                f" {out_features} x {in_features}. Use the base model it was made for."
+                f"{name}: the adapter has {given}; expected {expected} for a layer of {out_features} x {in_features}."
+                " Use the base model it was made for."
             )
         adapter.load_state_dict(self.layers[name])
         return adapter

@@ -70,7 +70,7 @@ class Foura(nn.Module):
         largest = min(out_features, in_features) // self.basis.parts
         if not 0 < config.r <= largest:
             raise ConfigError(
-                f"r {config.r}: 1 to {largest} is accepted for {config.transform} and a layer of {out_features} x"
+                f"r {config.r}: expected 1 to {largest} for {config.transform} and a layer of {out_features} x"
                 f" {in_features}. Change r, or rank_pattern for some layers."
             )
         self.shape = (out_features, in_features)
@@ -129,8 +129,8 @@ class Foura(nn.Module):
         """
         if self.gate is not None and not self.gate.is_frozen:
             raise NotMergeableError(
-                "foura: the gate depends on the input, so no one weight update has its effect; a frozen gate or none"
-                " is accepted. Call freeze_gate() after training, or train with use_gate false."
+                "foura: the gate depends on the input, so no one weight update has its effect; expected a frozen gate"
+                " or none. Call freeze_gate() after training, or train with use_gate false."
             )
         down = self.basis.fold_down(as_real(self.A), self.shape[1])
         up = self.basis.fold_up(as_real(self.B), self.shape[0])

@@ -65,11 +65,11 @@ class FourierFT(nn.Module):
         count = out_features * in_features
         if not 0 < config.n_frequency <= count:
             raise ConfigError(
-                f"n_frequency {config.n_frequency}: 1 to {count} is accepted for a layer of"
-                f" {out_features} x {in_features}. Change n_frequency, or n_frequency_pattern for some layers."
+                f"n_frequency {config.n_frequency}: expected 1 to {count} for a layer of {out_features} x"
+                f" {in_features}. Change n_frequency, or n_frequency_pattern for some layers."
             )
         if config.scaling == "auto":
-            raise ConfigError("scaling 'auto': not resolved; a number is accepted here. Use the method's resolve.")
+            raise ConfigError("scaling 'auto': not resolved; expected a number here. Use the method's resolve.")
         self.shape = (out_features, in_features)
         self.scaling = float(config.scaling)
         start = torch.zeros if config.init_weights else torch.randn

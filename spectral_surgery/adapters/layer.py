@@ -142,8 +142,8 @@ class AdaptedLayer(nn.Module):
         kind = kind_of(base_layer)
         if kind is None:
             raise ConfigError(
-                f"{type(base_layer).__name__}: cannot carry an adapter; Linear, Conv1D, Conv2d, Embedding and modules"
-                " that map in_features to out_features are accepted. Choose other target_modules."
+                f"{type(base_layer).__name__}: cannot carry an adapter; expected Linear, Conv1D, Conv2d, Embedding and"
+                " modules that map in_features to out_features. Choose other target_modules."
             )
         self.kind: Kind = kind
         self.base_layer = base_layer
@@ -223,8 +223,8 @@ class AdaptedLayer(nn.Module):
     def _check_not_merged(self) -> None:
         if self.merged is not None:
             raise ConfigError(
-                f"adapters {', '.join(self.active)}: are merged into the weight; a model with adapters beside it is"
-                " accepted. Unmerge it first."
+                f"adapters {', '.join(self.active)}: are merged into the weight; expected a model with adapters beside"
+                " it. Unmerge it first."
             )
 
     def _fused(self, x: Tensor) -> Tensor | None:

@@ -48,7 +48,7 @@ class Lora(nn.Module):
         """
         super().__init__()
         if config.r < 1:
-            raise ConfigError(f"r {config.r}: 1 or more is accepted.")
+            raise ConfigError(f"r {config.r}: expected 1 or more.")
         self.scaling = config.lora_alpha / config.r
         self.A = nn.Parameter(torch.empty(config.r, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, config.r))

@@ -19,8 +19,8 @@ def check_count(n_frequency: int, most: int, shape: tuple[int, int]) -> None:
     """
     if not 0 < n_frequency <= most:
         raise ConfigError(
-            f"n_frequency {n_frequency}: 1 to {most} is accepted for a layer of {shape[0]} x {shape[1]}."
-            " Change n_frequency, or n_frequency_pattern for some layers."
+            f"n_frequency {n_frequency}: expected 1 to {most} for a layer of {shape[0]} x {shape[1]}. Change"
+            " n_frequency, or n_frequency_pattern for some layers."
         )
 
 
@@ -49,6 +49,6 @@ def _check(module: nn.Module, _: Any = None, *, count: int) -> None:
     increasing = bool((positions[1:] > positions[:-1]).all())
     if not (increasing and int(positions[0]) >= 0 and int(positions[-1]) < count):
         raise CheckpointError(
-            f"positions: {positions[:4].tolist()}... are not increasing places of a spectrum; 0 to {count - 1}, each at"
-            " most once and in order, are accepted. Write the adapter again."
+            f"positions: {positions[:4].tolist()}... are not increasing places of a spectrum; expected 0 to"
+            f" {count - 1}, each at most once and in order. Write the adapter again."
         )

@@ -39,14 +39,13 @@ class RankGate(nn.Module):
         """
         super().__init__()
         if rank < 2:
-            raise ConfigError(f"use_gate with r {rank}: nothing to choose between; r of 2 or more is accepted.")
+            raise ConfigError(f"use_gate with r {rank}: nothing to choose between; expected r of 2 or more.")
         if not 0 < threshold < 1:
             raise ConfigError(
-                f"gate_threshold {threshold:g}: out of range; above 0 and below 1 is accepted, where a fresh gate is"
-                " open."
+                f"gate_threshold {threshold:g}: out of range; expected above 0 and below 1, where a fresh gate is open."
             )
         if not sharpness > 0:
-            raise ConfigError(f"gate_sharpness {sharpness:g}: out of range; above 0 is accepted.")
+            raise ConfigError(f"gate_sharpness {sharpness:g}: out of range; expected above 0.")
         self.threshold, self.sharpness = threshold, sharpness
         self.hidden = nn.Linear(rank, rank)
         self.logits = nn.Linear(rank, rank)

@@ -73,15 +73,15 @@ class Baseline:
         if self.calibrated:
             columns = weight.shape[1]
             if moment is None:
-                raise ConfigError(f"{self.name}: no inputs to go by; H = Xᵀ X, [{columns}, {columns}], is accepted.")
+                raise ConfigError(f"{self.name}: no inputs to go by; expected H = Xᵀ X, [{columns}, {columns}].")
             if tuple(moment.shape) != (columns, columns):
-                raise ShapeError(f"{self.name}: H is {tuple(moment.shape)}; ({columns}, {columns}) is accepted.")
+                raise ShapeError(f"{self.name}: H is {tuple(moment.shape)}; expected ({columns}, {columns}).")
             arguments.append(moment)
         if self.budgeted:
             if bits is None or not math.isfinite(bits):
                 raise ConfigError(
-                    f"{self.name}: no rate to meet ({bits}); finite bits per weight are "
-                    "accepted. Give those of the compression to compare with."
+                    f"{self.name}: no rate to meet ({bits}); expected finite bits per weight. Give those of the"
+                    " compression to compare with."
                 )
             arguments.append(bits)
         return self.method(weight, *arguments)
@@ -100,11 +100,9 @@ def whole_bytes(bits: int) -> int:
 
 def _checked(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.numel():
-        raise ShapeError(
-            f"baseline: the weight has shape {tuple(weight.shape)}; a non-empty matrix [O, I] is accepted."
-        )
+        raise ShapeError(f"baseline: the weight has shape {tuple(weight.shape)}; expected a non-empty matrix [O, I].")
     if not weight.is_floating_point():
-        raise ConfigError(f"baseline: the weight is {weight.dtype}; floating ones are accepted.")
+        raise ConfigError(f"baseline: the weight is {weight.dtype}; expected floating ones.")
     wide = weight.detach().float()
     if not wide.isfinite().all():
         raise ConfigError("baseline: the weight is not finite in float32; finite ones are.")

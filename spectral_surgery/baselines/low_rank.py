@@ -25,7 +25,7 @@ def svd(weight: Tensor, bits: float) -> BaselineResult:
     rank = min(math.floor(bits * weight.numel() / 8) // of_one, *weight.shape)
     if rank < 1:
         raise ConfigError(
-            f"svd: {bits:g} bits per weight cannot hold rank 1; at least {8 * of_one / weight.numel():.4g} is accepted."
+            f"svd: {bits:g} bits per weight cannot hold rank 1; expected at least {8 * of_one / weight.numel():.4g}."
         )
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = values[:rank].sqrt()

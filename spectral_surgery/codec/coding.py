@@ -143,7 +143,7 @@ def encode_frame(codes: Codes, layout: Layout) -> bytes:
         ConfigError: when codes is not a flat signed integer array.
     """
     if codes.ndim != 1 or codes.dtype not in (np.int8, np.int16, np.int32):
-        raise ConfigError(f"encode_frame: codes are {codes.dtype} {codes.shape}; int8, int16 or int32 [n] is accepted.")
+        raise ConfigError(f"encode_frame: codes are {codes.dtype} {codes.shape}; expected int8, int16 or int32 [n].")
     raw = b""
     high: Codes = codes
     if layout.low_bits:
@@ -220,8 +220,8 @@ class _Sections:
             if not (declared == size or (not exactly and 0 <= declared < size)):
                 wanted = f"{size} belong" if exactly else f"at most {size} belong"
                 raise LimitError(
-                    f"spectral frame: a section declares {declared} bytes where {wanted}; only sizes that fit are "
-                    "accepted. The data is damaged or hostile: do not use it."
+                    f"spectral frame: a section declares {declared} bytes where {wanted}; expected only sizes that fit."
+                    " The data is damaged or hostile: do not use it."
                 )
             # exactly the declared size, or an error
             return np.frombuffer(_decompressor().decompress(section, allow_extra_data=False), np.uint8)

@@ -63,9 +63,9 @@ def encode(
         ConfigError: when it is not floating, not finite, has magnitudes above 1e25 or none above 1e-30.
     """
     if weight.ndim != 2 or not weight.numel():
-        raise ShapeError(f"encode: weight is {tuple(weight.shape)}; a non-empty [O, I] matrix is accepted.")
+        raise ShapeError(f"encode: weight is {tuple(weight.shape)}; expected a non-empty [O, I] matrix.")
     if not weight.is_floating_point():
-        raise ConfigError(f"encode: weight is {weight.dtype}; a floating type is accepted.")
+        raise ConfigError(f"encode: weight is {weight.dtype}; expected a floating type.")
     weight = weight.detach()
     basis = basis or Basis()
     height = rows_per_frame(weight.shape[1], basis.tile)
@@ -118,13 +118,13 @@ def _search(spectrum: _Spectrum, target: Target) -> tuple[EncodedSpectrum, Encod
     peaks = [frame.peak for frame in spectrum.frames]
     if not all(peak <= _LARGEST for peak in peaks):  # NaN compares false, and max() may skip it
         raise ConfigError(
-            f"encode: weight has NaN or infinite values (or overflows float32, or exceeds {_LARGEST:g}); "
-            "finite values of usual size are accepted."
+            f"encode: weight has NaN or infinite values (or overflows float32, or exceeds {_LARGEST:g}); expected"
+            " finite values of usual size."
         )
     peak = max(peaks)
     if 0 < peak < _SMALLEST:
         raise ConfigError(
-            f"encode: all magnitudes are below {_SMALLEST:g}; larger ones are accepted. Rescale or exclude it."
+            f"encode: all magnitudes are below {_SMALLEST:g}; expected larger ones. Rescale or exclude it."
         )
     if not peak:
         return _measured(spectrum, _encode(spectrum, Quantizer(1.0, 1.0), peak))

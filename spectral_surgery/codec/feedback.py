@@ -55,7 +55,7 @@ class Codes:
             ShapeError: when every column has its own step: rows have none.
         """
         if self.columns is not None:
-            raise ShapeError("transpose: every column has its own step; codes with one step are accepted.")
+            raise ShapeError("transpose: every column has its own step; expected codes with one step.")
         return Codes(self.values.T.contiguous(), self.step, self.offset)
 
     def coefficients(self) -> Tensor:
@@ -87,10 +87,10 @@ def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> T
         ConfigError: when H is not finite, or zero.
     """
     if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-        raise ShapeError(f"moment: is {tuple(moment.shape)}; a square matrix is accepted.")
+        raise ShapeError(f"moment: is {tuple(moment.shape)}; expected a square matrix.")
     mean = float(moment.diagonal().double().mean())
     if not mean > 0 or mean == float("inf"):
-        raise ConfigError("moment: inputs are zero or not finite; some text that reaches this layer is accepted.")
+        raise ConfigError("moment: inputs are zero or not finite; expected some text that reaches this layer.")
     turned = Basis(basis.transform, basis.tile, (0, 1)).forward(moment) if 1 in basis.axes else moment.float()
     root = turned.clone() if turned.data_ptr() == moment.data_ptr() else turned
     root.div_(mean).diagonal().add_(damping)

@@ -46,8 +46,8 @@ class Importance:
         mean = float(rows.double().mean())
         if not 0 < mean < math.inf:
             raise ConfigError(
-                f"importance: squared gradients have a mean of {mean}; positive finite ones are accepted. Look for"
-                " NaN or infinite weights."
+                f"importance: squared gradients have a mean of {mean}; expected positive finite ones. Look for NaN or"
+                " infinite weights."
             )
         damped = [(means.double() / mean + _DAMPING) / (1 + _DAMPING) for means in (rows, columns)]
         return cls((damped[0] * mean).float(), damped[1].float())

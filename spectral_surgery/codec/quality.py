@@ -72,8 +72,8 @@ def bits_per_weight(stored_bytes: int, weights: int) -> float:
     """
     if weights < 1 or stored_bytes < 0:
         raise ConfigError(
-            f"bits_per_weight: {stored_bytes} bytes for {weights} weights; bytes of 0 or more and "
-            "at least one weight are accepted."
+            f"bits_per_weight: {stored_bytes} bytes for {weights} weights; expected bytes of 0 or more and at least one"
+            " weight."
         )
     return 8 * stored_bytes / weights
 
@@ -92,10 +92,10 @@ def _check(where: str, reference: Tensor, actual: Tensor) -> None:
     for name, x in (("reference", reference), ("actual", actual)):
         if not isinstance(x, Tensor):
             raise DomainError(
-                f"{where}: {name} is a {type(x).__name__}; tensors are accepted. "
-                "Bring a spectrum back to space first, with to_spatial() or to_dense()."
+                f"{where}: {name} is a {type(x).__name__}; expected tensors. Bring a spectrum back to space first, with"
+                " to_spatial() or to_dense()."
             )
     if reference.shape != actual.shape:
         raise ShapeError(
-            f"{where}: shapes {tuple(reference.shape)} and {tuple(actual.shape)} differ; equal shapes are accepted."
+            f"{where}: shapes {tuple(reference.shape)} and {tuple(actual.shape)} differ; expected equal shapes."
         )

@@ -62,7 +62,7 @@ class QuantizedSpectrum:
             ShapeError: when the rows are not within the matrix.
         """
         if not 0 <= start <= stop <= self.shape[0]:
-            raise ShapeError(f"rows: {start}:{stop} of {self.shape[0]} rows; 0 <= start <= stop <= rows is accepted.")
+            raise ShapeError(f"rows: {start}:{stop} of {self.shape[0]} rows; expected 0 <= start <= stop <= rows.")
         first = start // self.tile * self.tile
         last = min(-(-stop // self.tile) * self.tile, self.shape[0])
         part = dequantize(self.codes[first:last], self.step, self.offset)

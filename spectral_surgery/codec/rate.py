@@ -47,12 +47,12 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.kind not in _RANGES:
-            raise ConfigError(f"target '{self.kind}': unknown; {', '.join(_RANGES)} are accepted.")
+            raise ConfigError(f"target '{self.kind}': unknown; expected {', '.join(_RANGES)}.")
         low, high = _RANGES[self.kind]
         inside = low <= self.value <= high and (self.kind != "density" or self.value > 0)
         if not inside:
             bracket = "(" if self.kind == "density" else "["
-            raise ConfigError(f"{self.kind} {self.value:g}: out of range; {bracket}{low:g}, {high:g}] is accepted.")
+            raise ConfigError(f"{self.kind} {self.value:g}: out of range; expected {bracket}{low:g}, {high:g}].")
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
             reason = "it has no class of this kind for the architecture in config.json"
         elif "trust_remote_code" in reason:
             raise CheckpointError(
-                f"{folder}: the model has code of its own, which config.json names (auto_map); models that transformers"
-                " knows are accepted without --trust-remote-code (in Python trust_remote_code=True). Read the code, and"
-                " run it with that."
+                f"{folder}: the model has code of its own, which config.json names (auto_map); expected models that"
+                " transformers knows without --trust-remote-code (in Python trust_remote_code=True). Read the code,"
+                " and run it with that."
             ) from error
         raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
 

@@ -113,8 +113,8 @@ def load_classifier(
     inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise CheckpointError(
-            f"{folder}: {', '.join(inside[:3])} in the file have other shapes than config.json says; a head of another"
-            " size is accepted, no more."
+            f"{folder}: {', '.join(inside[:3])} in the file have other shapes than config.json says; expected a head of"
+            " another size, no more."
         )
     return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *told["missing_keys"]}))
 
@@ -284,11 +284,11 @@ def continue_text(
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
-        raise ConfigError("generate: the prompt has no tokens; some text is accepted.")
+        raise ConfigError("generate: the prompt has no tokens; expected some text.")
     context = longest_sequence(model) or ids.shape[1] + sampling.max_tokens
     if ids.shape[1] >= context:
         raise ConfigError(
-            f"generate: the prompt has {ids.shape[1]} tokens; at most {context - 1} are accepted by this model. Cut it."
+            f"generate: the prompt has {ids.shape[1]} tokens; expected at most {context - 1} for this model. Cut it."
         )
     streamer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # noqa: ARG005 - transformers names it
@@ -341,7 +341,7 @@ def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
     cls = getattr(transformers, name, None) or getattr(transformers, auto, None)
     if cls is None:
         raise CheckpointError(
-            f"{folder}: config.json names the class {name}; one that transformers has is accepted. Name it in"
+            f"{folder}: config.json names the class {name}; expected one that transformers has. Name it in"
             " architectures."
         )
     return cls

@@ -77,7 +77,7 @@ class Rebuilder:
         """Refuse to swap on the fly."""
         if not self.pre_quantized:
             raise ConfigError(
-                f"quantization_config: {SWAP_METHOD} for a folder that is not swapped; a swapped one is accepted. Run"
+                f"quantization_config: {SWAP_METHOD} for a folder that is not swapped; expected a swapped one. Run"
                 " `spectral-surgery swap` first."
             )
 

@@ -36,7 +36,7 @@ class SpectralExperts(nn.Module):
         self.experts = nn.ModuleList(weights)
         shapes = sorted({weight.shape for weight in self.weights})
         if len(shapes) != 1:
-            raise ShapeError(f"experts: {len(self.experts)} of shapes {shapes}; one or more of one shape are accepted.")
+            raise ShapeError(f"experts: {len(self.experts)} of shapes {shapes}; expected one or more of one shape.")
 
     @property
     def weights(self) -> list[SpectralWeight]:
@@ -75,8 +75,8 @@ class SpectralExperts(nn.Module):
     def _products(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(counts) != len(self.experts) or sum(counts) != len(x):
             raise ShapeError(
-                f"experts: {len(counts)} counts that add up to {sum(counts)}; {len(self.experts)} of {len(x)} rows are"
-                " accepted."
+                f"experts: {len(counts)} counts that add up to {sum(counts)}; expected {len(self.experts)} of {len(x)}"
+                " rows."
             )
         x = autocast_input(x)
         parts = [

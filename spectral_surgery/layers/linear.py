@@ -114,7 +114,7 @@ def bias_parameter(bias: Tensor | None, out_features: int) -> nn.Parameter | Non
     if bias is None:
         return None
     if tuple(bias.shape) != (out_features,):
-        raise ShapeError(f"bias: is {tuple(bias.shape)}; ({out_features},) is accepted.")
+        raise ShapeError(f"bias: is {tuple(bias.shape)}; expected ({out_features},).")
     return nn.Parameter(bias.detach().clone())
 
 

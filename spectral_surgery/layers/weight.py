@@ -52,9 +52,7 @@ class SpectralWeight(nn.Module):
         self.resident = resident
         widths = sorted({form.shape[1] for form in forms})
         if len(widths) != 1:
-            raise ShapeError(
-                f"spectra: {len(forms)} with {widths} columns; one or more of the same width are accepted."
-            )
+            raise ShapeError(f"spectra: {len(forms)} with {widths} columns; expected one or more of the same width.")
         self.parts = nn.ModuleList(map(FormHolder, forms))
         self._like = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
@@ -184,7 +182,7 @@ def _found_rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
     rows, columns = sum(form.shape[0] for form in forms), forms[0].shape[1]
     flat = ids.reshape(-1).long()
     if flat.is_cpu and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
-        raise ShapeError(f"rows: {int(flat.min())} to {int(flat.max())} were asked for; 0 to {rows - 1} are accepted.")
+        raise ShapeError(f"rows: {int(flat.min())} to {int(flat.max())} were asked for; expected 0 to {rows - 1}.")
     if len(forms) == 1:
         return _rows(forms[0], flat).reshape(*ids.shape, columns)
     out = torch.empty(len(flat), columns, device=flat.device)

@@ -54,13 +54,13 @@ def refusal(
     (low, high), grid = found, grid_of(spectrum.offset)
     if grid is None and low >= limits[0] and high <= limits[1]:
         return ConfigError(
-            f"resident '{resident}': an offset of {spectrum.offset:g} steps is on no grid of int8; a multiple of 1/n,"
-            " n up to 127, is accepted. Use coded."
+            f"resident '{resident}': an offset of {spectrum.offset:g} steps is on no grid of int8; expected a multiple"
+            " of 1/n, n up to 127. Use coded."
         )
     most = INT8_MAX if grid is None else (INT8_MAX - max(grid.shift, 0)) // grid.parts
     return ConfigError(
-        f"resident '{resident}': codes reach {low} to {high}; {max(limits[0], -most)} to {min(limits[1], most)} are"
-        f" accepted at this offset{but}. Use coded, or fewer bits."
+        f"resident '{resident}': codes reach {low} to {high}; expected {max(limits[0], -most)} to"
+        f" {min(limits[1], most)} at this offset{but}. Use coded, or fewer bits."
     )
 
 
@@ -97,6 +97,4 @@ def check(spectrum: Spectrum) -> None:
     """
     shape, steps = tuple(spectrum.shape), spectrum.step.numel()
     if len(shape) != 2 or not min(shape) or steps not in (1, shape[1]):
-        raise ShapeError(
-            f"spectrum: shape {shape} with {steps} steps; a non-empty [O, I] with 1 or I steps is accepted."
-        )
+        raise ShapeError(f"spectrum: shape {shape} with {steps} steps; expected a non-empty [O, I] with 1 or I steps.")

@@ -91,8 +91,8 @@ class CodedForm:
             ConfigError: always: frames are decoded by Python.
         """
         raise ConfigError(
-            "resident 'coded': is decoded by Python, which cannot be exported or traced; int8 and streamed are"
-            " accepted. Load the model with one of them, or call model.dequantize() first."
+            "resident 'coded': is decoded by Python, which cannot be exported or traced; expected int8 and streamed."
+            " Load the model with one of them, or call model.dequantize() first."
         )
 
     def _spans(self) -> list[Span]:

@@ -135,7 +135,7 @@ def streamed_form(spectrum: Spectrum) -> StreamedForm:
     codes = form.codes
     if codes.shape[1] > BUFFER_BYTES:
         raise ConfigError(
-            f"resident 'streamed': a row of {codes.shape[1]} bytes; up to {BUFFER_BYTES} are accepted. Use int8."
+            f"resident 'streamed': a row of {codes.shape[1]} bytes; expected up to {BUFFER_BYTES}. Use int8."
         )
     grid, places, beyond = codes.new_empty(0), codes.new_empty(0, dtype=torch.int32), codes.new_empty(0)
     if isinstance(form, Int4Form):

@@ -114,9 +114,9 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
 
 def _checked(x: Tensor, columns: int) -> Tensor:
     if not x.is_floating_point():
-        raise ConfigError(f"spectral matmul: x is {x.dtype}; a floating type is accepted. Convert x first.")
+        raise ConfigError(f"spectral matmul: x is {x.dtype}; expected a floating type. Convert x first.")
     if x.ndim == 0 or x.shape[-1] != columns:
-        raise ShapeError(f"spectral matmul: x is {tuple(x.shape)}; [..., {columns}] is accepted.")
+        raise ShapeError(f"spectral matmul: x is {tuple(x.shape)}; expected [..., {columns}].")
     return x.reshape(-1, columns)
 
 

@@ -37,13 +37,13 @@ def block_streaming_matmul(x: Tensor, weights: Weights, block_size: int = 512) -
     """
     shape = tuple(weights.shape)
     if block_size < 1:
-        raise ConfigError(f"block_streaming_matmul: block_size {block_size}; 1 or more is accepted.")
+        raise ConfigError(f"block_streaming_matmul: block_size {block_size}; expected 1 or more.")
     if len(shape) != 2:
-        raise ShapeError(f"block_streaming_matmul: the weights are {shape}; a matrix [O, I] is accepted.")
+        raise ShapeError(f"block_streaming_matmul: the weights are {shape}; expected a matrix [O, I].")
     if not x.is_floating_point():
-        raise DomainError(f"block_streaming_matmul: x is {x.dtype}; a real floating type is accepted.")
+        raise DomainError(f"block_streaming_matmul: x is {x.dtype}; expected a real floating type.")
     if x.ndim == 0 or x.shape[-1] != shape[1]:
-        raise ShapeError(f"block_streaming_matmul: x is {tuple(x.shape)}; [..., {shape[1]}] is accepted.")
+        raise ShapeError(f"block_streaming_matmul: x is {tuple(x.shape)}; expected [..., {shape[1]}].")
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat = x.reshape(-1, shape[1]).to(exact)
     if isinstance(weights, SparseSpectralTensor):
@@ -66,7 +66,7 @@ def _fourier(x: Tensor, spectrum: Tensor, block_size: int) -> Tensor:
     """With W = Re ifft2(F): y = Re ifft(ifft(x) Fᵀ), as Fourier matrices are symmetric."""
     if not spectrum.is_complex():
         raise DomainError(
-            f"block_streaming_matmul: the weights are a {spectrum.dtype} tensor; a spectrum is accepted: of sst(), of"
+            f"block_streaming_matmul: the weights are a {spectrum.dtype} tensor; expected a spectrum: of sst(), of"
             " codes, or the complex torch.fft.fft2(W)."
         )
     inside = torch.fft.ifft(x)

@@ -100,7 +100,7 @@ def require_range(where: str, value: float, low: float, high: float | None = Non
     """
     if value < low or (high is not None and value > high):
         accepted = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
-        raise ConfigError(f"{where} {value:g}: {accepted} is accepted.")
+        raise ConfigError(f"{where} {value:g}: expected {accepted}.")
 
 
 def require_heads(heads: int, width: int) -> None:
@@ -110,7 +110,7 @@ def require_heads(heads: int, width: int) -> None:
         ConfigError: when it does not.
     """
     if heads < 1 or width % heads:
-        raise ConfigError(f"heads {heads}: a divisor of the width, {width}, is accepted.")
+        raise ConfigError(f"heads {heads}: expected a divisor of the width, {width}.")
 
 
 def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
@@ -121,11 +121,11 @@ def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
     """
     if x.ndim != 3 or not x.numel() or x.shape[-1] != width or not x.is_floating_point():
         raise ShapeError(
-            f"mixer: x is {tuple(x.shape)} {x.dtype}; floating [B, T, {width}] with at least one sequence and one token"
-            " is accepted."
+            f"mixer: x is {tuple(x.shape)} {x.dtype}; expected floating [B, T, {width}] with at least one sequence and"
+            " one token."
         )
     if mask is not None and mask.shape != x.shape[:2]:
-        raise ShapeError(f"mixer: mask is {tuple(mask.shape)}; {tuple(x.shape[:2])} is accepted for this x.")
+        raise ShapeError(f"mixer: mask is {tuple(mask.shape)}; expected {tuple(x.shape[:2])} for this x.")
 
 
 def refuse_cache(mixer: str) -> NoReturn:

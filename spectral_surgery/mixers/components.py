@@ -159,7 +159,7 @@ def interpolate(values: Tensor, length: int, dim: int) -> Tensor:
     """
     bins = values.shape[dim]
     if bins < 2:
-        raise ShapeError(f"interpolate: {bins} bins; at least 2 are accepted.")
+        raise ShapeError(f"interpolate: {bins} bins; expected at least 2.")
     each, uneven = divmod(length, 2 * (bins - 1))
     trailing = [1] * (values.ndim - 1 - dim % values.ndim)
     if not uneven:  # the same shares between any two bins: several times faster

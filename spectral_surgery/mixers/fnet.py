@@ -77,7 +77,7 @@ class CausalFNetMixer(nn.Module):
         super().__init__()
         require_range("kernel_length", config.kernel_length, 2)
         if config.kernel_length % 2:
-            raise ConfigError(f"kernel_length {config.kernel_length}: even lengths are accepted.")
+            raise ConfigError(f"kernel_length {config.kernel_length}: expected even lengths.")
         self.width, self.kernel_length = width, config.kernel_length
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: MixerCache | None = None) -> Tensor:

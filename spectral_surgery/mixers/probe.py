@@ -70,5 +70,5 @@ def require_causal(mixer: nn.Module, width: int, name: str) -> None:
     if found.before != 0 or not found.after > 0:
         raise CausalityError(
             f"{name}: replacing later tokens changes earlier outputs by {found.before:g} and later ones by"
-            f" {found.after:g}; 0 and more is accepted. Use a mixer marked causal."
+            f" {found.after:g}; expected 0 and more. Use a mixer marked causal."
         )

@@ -23,7 +23,7 @@ class ProjectedMixer(nn.Module):
         if not value.out_features == mixer.width == output.in_features:
             raise ShapeError(
                 f"projected mixer: widths {value.out_features}, {mixer.width}, {output.in_features} of value, mixer and"
-                " output; one width is accepted."
+                " output; expected one width."
             )
         self.value, self.mixer, self.output = value, mixer, output
         self.width, self.is_causal = value.in_features, mixer.is_causal

@@ -75,13 +75,12 @@ class Domain:
         """
         if not self.shape or min(self.shape) < 1:
             raise ShapeError(
-                f"spectrum: shape {self.shape} holds no weights; at least one dimension, each of "
-                "1 or more, is accepted."
+                f"spectrum: shape {self.shape} holds no weights; expected at least one dimension, each of 1 or more."
             )
         if self.numel > MAX_NUMEL:
             raise LimitError(
-                f"spectrum: shape {self.shape} has {self.numel} weights; at most {MAX_NUMEL} are "
-                "accepted. Split the tensor."
+                f"spectrum: shape {self.shape} has {self.numel} weights; expected at most {MAX_NUMEL}. Split the"
+                " tensor."
             )
         self._check_axes()
         if not self.half_plane:
@@ -160,14 +159,13 @@ class Domain:
     def _check_tile(self, transform: Transform) -> None:
         if self.tile is not None and self.tile < 1:
             raise ConfigError(
-                f"spectrum: tile {self.tile} is less than 1; 1 or more, or None for whole axes, "
-                "is accepted. Use tile=128."
+                f"spectrum: tile {self.tile} is less than 1; expected 1 or more, or None for whole axes. Use tile=128."
             )
         for axis in self.axes:
             length = self.matrix_shape[axis]
             if min(self.tile or length, length) > MAX_AXIS:
                 raise LimitError(
-                    f"spectrum: a tile of {self.tile or length} on an axis of {length} is too "
-                    f"long; at most {MAX_AXIS} is accepted. Use tile=128."
+                    f"spectrum: a tile of {self.tile or length} on an axis of {length} is too long; expected at most"
+                    f" {MAX_AXIS}. Use tile=128."
                 )
             transform.require(self.tile or length, "tile")

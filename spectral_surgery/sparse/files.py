@@ -69,10 +69,10 @@ def read(path: Path) -> Stored:
             names = sorted(file.keys())
             tensors = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); a safetensors file is accepted.") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file.") from error
     if text is None or names != ["positions", "values"]:
         raise CheckpointError(
-            f"{path}: holds {', '.join(names) or 'nothing'}; a file written by SparseSpectralTensor.save is accepted."
+            f"{path}: holds {', '.join(names) or 'nothing'}; expected a file written by SparseSpectralTensor.save."
         )
     positions, values = tensors
     domain, dtype = _parse(path, text)
@@ -89,15 +89,15 @@ def _parse(path: Path, text: str) -> tuple[Domain, torch.dtype]:
     version = header.get("version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version is {version}; {FORMAT_VERSION} is accepted. Use the release that wrote it."
+            f"{path}: format version is {version}; expected {FORMAT_VERSION}. Use the release that wrote it."
         )
     shape, axes, tile = header.get("shape"), header.get("axes"), header.get("tile")
     transform, dtype = header.get("transform"), header.get("dtype")
     numbers = _integers(shape) and _integers(axes) and _integers([0 if tile is None else tile])
     if not (numbers and isinstance(transform, str) and dtype in list(DTYPES)):
         raise CheckpointError(
-            f"{path}: header {text[:200]} is malformed; integers for shape, axes and tile, and "
-            f"the names of a transform and of a dtype ({', '.join(DTYPES)}) are accepted."
+            f"{path}: header {text[:200]} is malformed; expected integers for shape, axes and tile, and the names of a"
+            f" transform and of a dtype ({', '.join(DTYPES)})."
         )
     domain = Domain(tuple(shape), tile, transform, tuple(axes))
     try:
@@ -115,26 +115,26 @@ def _check_values(path: Path, values: Tensor, domain: Domain) -> None:
     accepted = (torch.complex64,) if domain.half_plane else VALUE_DTYPES
     if values.dtype not in accepted or values.ndim != 1 or not values.numel():
         raise CheckpointError(
-            f"{path}: values are {values.dtype} {tuple(values.shape)}; a non-empty vector of "
-            f"{' or '.join(map(str, accepted))} is accepted for {domain.transform}."
+            f"{path}: values are {values.dtype} {tuple(values.shape)}; expected a non-empty vector of"
+            f" {' or '.join(map(str, accepted))} for {domain.transform}."
         )
     if not values.isfinite().all():
-        raise CheckpointError(f"{path}: values are not all finite; finite ones are accepted.")
+        raise CheckpointError(f"{path}: values are not all finite; expected finite ones.")
 
 
 def _check_positions(path: Path, positions: Tensor, count: int, domain: Domain) -> None:
     if positions.dtype not in (torch.int32, torch.int64) or positions.shape != (count,):
         raise CheckpointError(
-            f"{path}: positions are {positions.dtype} {tuple(positions.shape)}; int32 or int64 of "
-            f"shape ({count},) are accepted, one for each value."
+            f"{path}: positions are {positions.dtype} {tuple(positions.shape)}; expected int32 or int64 of shape"
+            f" ({count},), one for each value."
         )
     if not (positions[1:] > positions[:-1]).all():
-        raise CheckpointError(f"{path}: positions are not strictly increasing; sorted, unique ones are accepted.")
+        raise CheckpointError(f"{path}: positions are not strictly increasing; expected sorted, unique ones.")
     rows, columns = domain.spectrum_shape
     if positions[0] < 0 or positions[-1] >= rows * columns:
         raise CheckpointError(
-            f"{path}: positions run from {int(positions[0])} to {int(positions[-1])}; 0 to "
-            f"{rows * columns - 1} is accepted."
+            f"{path}: positions run from {int(positions[0])} to {int(positions[-1])}; expected 0 to"
+            f" {rows * columns - 1}."
         )
     if not domain.freedom(positions).all():
-        raise CheckpointError(f"{path}: a position is the conjugate of another; one of each pair is accepted.")
+        raise CheckpointError(f"{path}: a position is the conjugate of another; expected one of each pair.")

@@ -113,11 +113,11 @@ class SparseSpectralTensor:
             )
         _require_spatial("matmul", x)
         if not x.is_floating_point():
-            raise DomainError(f"matmul: x is {x.dtype}; real floating dtypes are accepted. Convert x first.")
+            raise DomainError(f"matmul: x is {x.dtype}; expected real floating dtypes. Convert x first.")
         if x.ndim == 0 or x.shape[-1] != self.shape[1]:
             raise ShapeError(
-                f"matmul: x has shape {tuple(x.shape)}; [..., {self.shape[1]}] is accepted by a "
-                f"spectrum of shape {self.shape}."
+                f"matmul: x has shape {tuple(x.shape)}; expected [..., {self.shape[1]}] for a spectrum of shape"
+                f" {self.shape}."
             )
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         frequencies = self.domain.from_input(x.reshape(-1, self.shape[1]).to(exact))  # [N, I or F]
@@ -231,8 +231,8 @@ class SparseSpectralTensor:
             _refuse(operation, other)
         if self.domain != other.domain:
             raise DomainError(
-                f"{operation}: {self.domain} and {other.domain} differ; spectra of the same "
-                "shape, tile, transform and axes are accepted. Call to_spatial() on both first."
+                f"{operation}: {self.domain} and {other.domain} differ; expected spectra of the same shape, tile,"
+                " transform and axes. Call to_spatial() on both first."
             )
         return other
 
@@ -272,16 +272,15 @@ def sst(
     """
     _require_spatial("sst", tensor)
     if tensor.dtype not in sparse_io.DTYPES.values():
-        raise ConfigError(f"sst: the tensor is {tensor.dtype}; {', '.join(sparse_io.DTYPES)} are accepted.")
+        raise ConfigError(f"sst: the tensor is {tensor.dtype}; expected {', '.join(sparse_io.DTYPES)}.")
     if not 0 < sparsity <= 1:
         raise ConfigError(
-            f"sst: sparsity {sparsity} is not a fraction to keep; above 0 and up to 1 is "
-            "accepted. Use 0.2 to keep 20 %."
+            f"sst: sparsity {sparsity} is not a fraction to keep; expected above 0 and up to 1. Use 0.2 to keep 20 %."
         )
     if dtype not in sparse_io.VALUE_DTYPES or (transform == RFFT2 and dtype != torch.float32):
         raise ConfigError(
-            f"sst: values cannot be stored as {dtype} for {transform}; torch.float32 is accepted, "
-            "and for real transforms torch.float16 and torch.bfloat16."
+            f"sst: values cannot be stored as {dtype} for {transform}; expected torch.float32, and for real transforms"
+            " torch.float16 and torch.bfloat16."
         )
     if axes is None:
         axes = (1,) if tensor.ndim == 1 and transform != RFFT2 else (0, 1)
@@ -289,7 +288,7 @@ def sst(
     domain = Domain(shape, None if transform == RFFT2 else tile, transform, tuple(axes))
     domain.check()
     if not tensor.isfinite().all():
-        raise ConfigError("sst: the tensor is not finite; finite values are accepted.")
+        raise ConfigError("sst: the tensor is not finite; expected finite values.")
     stored = torch.complex64 if transform == RFFT2 else dtype
     count = max(1, round(sparsity * tensor.numel()))
     return _keep(tensor.detach(), count, domain, stored, tensor.dtype)
@@ -321,8 +320,8 @@ def _keep(x: Tensor, count: int, domain: Domain, stored: torch.dtype, dtype: tor
     if not values.isfinite().all():
         peak = float(spectrum.abs().max())
         raise ConfigError(
-            f"sst: a coefficient of {peak:.3g} does not fit {stored}; smaller ones are accepted. "
-            "Store torch.float32 or torch.bfloat16, or scale the tensor."
+            f"sst: a coefficient of {peak:.3g} does not fit {stored}; expected smaller ones. Store torch.float32 or"
+            " torch.bfloat16, or scale the tensor."
         )
     return _build(values, positions, domain, dtype)
 
@@ -352,7 +351,7 @@ def _build(values: Tensor, positions: Tensor, domain: Domain, dtype: torch.dtype
 def _require_spatial(where: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise DomainError(
-            f"{where}: got a {type(x).__name__}; a spatial tensor is accepted. Call to_spatial() on a spectrum first."
+            f"{where}: got a {type(x).__name__}; expected a spatial tensor. Call to_spatial() on a spectrum first."
         )
 
 

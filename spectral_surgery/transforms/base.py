@@ -97,8 +97,7 @@ def as_real(x: Tensor) -> Tensor:
     """
     if x.is_complex():
         raise DomainError(
-            f"transform: the input is {x.dtype}; real tensors are accepted. "
-            "Transform the real and imaginary parts apart."
+            f"transform: the input is {x.dtype}; expected real tensors. Transform the real and imaginary parts apart."
         )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 

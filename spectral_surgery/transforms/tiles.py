@@ -56,8 +56,7 @@ def _apply(x: Tensor, transform: Transform, along: Along, tile: int, axes: tuple
         )
     if not set(axes) <= {0, 1}:
         raise ConfigError(
-            f"{transform.name}: axes {axes} are unknown; a subset of (0, 1) is accepted. "
-            "Use 0 for rows and 1 for columns."
+            f"{transform.name}: axes {axes} are unknown; expected a subset of (0, 1). Use 0 for rows and 1 for columns."
         )
     x = as_real(x)
     if 1 in axes:
@@ -84,4 +83,4 @@ def _one_axis(x: Tensor, transform: Transform, along: Along, tile: int, dim: Dim
 
 def _require_positive(tile: int) -> None:
     if tile < 1:
-        raise ConfigError(f"tiles: tile {tile} is less than 1; 1 or more is accepted. Use 64.")
+        raise ConfigError(f"tiles: tile {tile} is less than 1; expected 1 or more. Use 64.")

@@ -199,9 +199,9 @@ def test_no_dense_projection(config: FouraConfig, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"r": 0}, "r 0: 1 to 12 is accepted for dct and a layer of 12 x 20"),
-        ({"r": 13}, "r 13: 1 to 12 is accepted .* Change r, or rank_pattern"),
-        ({"r": 7, "transform": "dft"}, "r 7: 1 to 6 is accepted for dft"),
+        ({"r": 0}, "r 0: expected 1 to 12 for dct and a layer of 12 x 20"),
+        ({"r": 13}, "r 13: expected 1 to 12 .* Change r, or rank_pattern"),
+        ({"r": 7, "transform": "dft"}, "r 7: expected 1 to 6 for dft"),
         ({"transform": "haar"}, "transform 'haar': unknown; known: dct, hartley, dft"),
         ({"use_gate": True, "r": 1}, "use_gate with r 1: nothing to choose between"),
         ({"use_gate": True, "gate_threshold": 1.0}, "gate_threshold 1: out of range; above 0 and below 1"),

@@ -135,13 +135,13 @@ def test_rows_are_rows_of_the_update() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 961])
 def test_counts_that_do_not_fit(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"n_frequency {count}: 1 to 960 is accepted for a layer of 40 x 24"):
+    with pytest.raises(ConfigError, match=f"n_frequency {count}: expected 1 to 960 for a layer of 40 x 24"):
         FourierFT(FourierFTConfig(n_frequency=count), 40, 24)
 
 
 def test_scaling_must_be_resolved() -> None:
     config = FourierFTConfig(n_frequency=50, scaling="auto")
-    with pytest.raises(ConfigError, match="scaling 'auto': not resolved; a number is accepted"):
+    with pytest.raises(ConfigError, match="scaling 'auto': not resolved; expected a number"):
         FourierFT(config, 40, 24)
     resolved = auto_scaling(config, [(40, 24)])
     torch.manual_seed(0)

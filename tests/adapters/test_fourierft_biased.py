@@ -52,7 +52,7 @@ def test_every_basis_function_can_be_drawn_once(shape: tuple[int, int]) -> None:
     places = draw(shape, len(functions), Band(0.1, 0.2), 0).tolist()
     drawn = {frozenset([(p // columns, p % columns), (-(p // columns) % rows, -p % columns)]) for p in places}
     assert drawn == functions
-    with pytest.raises(ConfigError, match=f"n_frequency {len(functions) + 1}: 1 to {len(functions)} is accepted"):
+    with pytest.raises(ConfigError, match=f"n_frequency {len(functions) + 1}: expected 1 to {len(functions)}"):
         draw(shape, len(functions) + 1, Band(0.1, 0.2), 0)
 
 
@@ -156,12 +156,12 @@ def test_auto_scaling_is_that_of_fourierft() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"n_frequency": 0}, "n_frequency 0: 1 to 122 is accepted for a layer of 12 x 20"),
+        ({"n_frequency": 0}, "n_frequency 0: expected 1 to 122 for a layer of 12 x 20"),
         ({"n_frequency": -1}, "n_frequency -1: 1 to 122"),
         ({"n_frequency": 123}, "n_frequency 123: 1 to 122"),
         ({"scaling": "auto"}, "scaling 'auto': not resolved; .* Use the method's resolve"),
         ({"center_frequency": -0.1}, "center_frequency -0.1: negative; 0 or more"),
-        ({"bandwidth": 0.0}, "bandwidth 0: not positive; above 0 is accepted. Use 0.26"),
+        ({"bandwidth": 0.0}, "bandwidth 0: not positive; expected above 0. Use 0.26"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], text: str) -> None:

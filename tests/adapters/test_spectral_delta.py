@@ -123,15 +123,15 @@ def test_wrong_places(positions: list[int], text: str) -> None:
 
 def test_wrong_settings() -> None:
     for n in (0, 241):
-        with pytest.raises(ConfigError, match=f"n_frequency {n}: 1 to 240 is accepted for a layer of 12 x 20"):
+        with pytest.raises(ConfigError, match=f"n_frequency {n}: expected 1 to 240 for a layer of 12 x 20"):
             SpectralDelta(SpectralDeltaConfig(n_frequency=n), 12, 20)
     with pytest.raises(ConfigError, match=r"positions: of shape \(2,\); \[3\], one for each"):
         SpectralDelta(SpectralDeltaConfig(n_frequency=3), 12, 20, torch.tensor([1, 2]))
     with pytest.raises(ConfigError, match="transform 'haar': unknown; known: dct, hartley"):
         SpectralDelta(SpectralDeltaConfig(n_frequency=3, transform="haar"), 12, 20)  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match=r"from_delta: delta has shape \(3,\); \[O, I\] is accepted"):
+    with pytest.raises(ShapeError, match=r"from_delta: delta has shape \(3,\); expected \[O, I\]"):
         SpectralDelta.from_delta(torch.zeros(3), 1)
     with pytest.raises(ConfigError, match="from_delta: delta is not finite"):
         SpectralDelta.from_delta(torch.tensor([[float("nan")]]), 1)
-    with pytest.raises(ConfigError, match="n_frequency 7: 1 to 6 is accepted"):
+    with pytest.raises(ConfigError, match="n_frequency 7: expected 1 to 6"):
         SpectralDelta.from_delta(torch.zeros(2, 3), 7)

@@ -93,7 +93,7 @@ def test_usage_errors_exit_with_2(source: Path, tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         (("inspect", "./missing"), "missing: no such file or folder"),
-        (("compress", "SOURCE", "OUT", "--bits", "40"), "bits 40: out of range; [0.5, 8] is accepted"),
+        (("compress", "SOURCE", "OUT", "--bits", "40"), "bits 40: out of range; expected [0.5, 8]"),
         (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "dcd"), "transform 'dcd': unknown; known: "),
         (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "hadamard", "--tile", "48"), "tile 48"),
         (

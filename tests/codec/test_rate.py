@@ -58,13 +58,13 @@ def test_more_bits_less_error() -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "text"),
     [
-        ("density", 0.0, r"density 0: out of range; \(0, 1\] is accepted"),
+        ("density", 0.0, r"density 0: out of range; expected \(0, 1\]"),
         ("density", 1.1, "density 1.1"),
-        ("bits", 0.4, r"bits 0.4: out of range; \[0.5, 8\] is accepted"),
+        ("bits", 0.4, r"bits 0.4: out of range; expected \[0.5, 8\]"),
         ("bits", 9, "bits 9"),
         ("max_error", 0.0, "max_error 0"),
         ("max_error", float("nan"), "max_error nan"),
-        ("sparsity", 0.2, "target 'sparsity': unknown; density, bits, max_error are accepted"),
+        ("sparsity", 0.2, "target 'sparsity': unknown; expected density, bits, max_error"),
     ],
 )
 def test_requests_out_of_range(kind: str, value: float, text: str) -> None:

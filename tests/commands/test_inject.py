@@ -138,8 +138,8 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path) -> None:
     for source, count, targets, error, match in (
         (marked, 9, ("q_proj",), CheckpointError, "marked: is quantised or compressed, and its headers do not tell"),
         (base, 9, ("nothing",), TargetError, r"target_modules \('nothing',\): matches none of 4 modules"),
-        (base, 0, ("q_proj",), ConfigError, "n_frequency 0: 1 to 12480 is accepted for a layer of 130 x 96"),
-        (base, 12481, ("q_proj",), ConfigError, "n_frequency 12481: 1 to 12480 is accepted"),
+        (base, 0, ("q_proj",), ConfigError, "n_frequency 0: expected 1 to 12480 for a layer of 130 x 96"),
+        (base, 12481, ("q_proj",), ConfigError, "n_frequency 12481: expected 1 to 12480"),
     ):
         with pytest.raises(error, match=match):
             inject(source, out, AdapterSpec(row, row.config(n_frequency=count), ModuleTargets(targets)))

@@ -76,7 +76,7 @@ def test_two_models_learn_and_write_everything_down(tmp_path: Path, text: Path) 
     assert json.loads((out / "control/metrics.json").read_text())["models"] == [control.to_json()]
     found = generate(out, "the cat", Sampling(max_tokens=100, temperature=0.8, top_k=5), Running())
     assert found.prompt_tokens + found.tokens == 24  # as far as the model reads
-    with pytest.raises(ConfigError, match="generate: the prompt has 31 tokens; at most 23 are accepted"):
+    with pytest.raises(ConfigError, match="generate: the prompt has 31 tokens; expected at most 23"):
         generate(out, "q" * 31, Sampling(), Running())
 
 

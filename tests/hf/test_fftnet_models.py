@@ -255,7 +255,7 @@ def test_sinusoids_are_those_of_the_paper() -> None:
         (ids(1, 65), None, ShapeError, r"input_ids: 65 tokens; at most 64, the model's max_seq_length"),
         (torch.zeros(0, 5, dtype=torch.long), None, ShapeError, r"input_ids: shape \(0, 5\); \[B, T\] with at least"),
         (torch.zeros(2, 0, dtype=torch.long), None, ShapeError, r"input_ids: shape \(2, 0\)"),
-        (torch.tensor([[1, 40]]), None, ConfigError, "input_ids: token 40; 0 to 39 are accepted. Use the tokenizer"),
+        (torch.tensor([[1, 40]]), None, ConfigError, "input_ids: token 40; expected 0 to 39. Use the tokenizer"),
         (torch.tensor([[1, -1]]), None, ConfigError, "input_ids: token -1; 0 to 39"),
         (ids(1, 5), torch.ones(1, 4), ShapeError, r"attention_mask: shape \(1, 4\); \(1, 5\), that of input_ids"),
     ],
@@ -277,7 +277,7 @@ def test_bad_input(name: str, tokens: Tensor, mask: Tensor | None, error: type[E
         ({"dropout": 1.0}, r"FFTNetConfig: dropout 1\.0; at least 0 and less than 1"),
         ({"num_heads": 3}, "heads 3: a divisor of the width, 16"),
         ({"kernel_length": 1}, "kernel_length 1: at least 2"),
-        ({"is_causal": False}, "FFTNetForCausalLM: is_causal False in the configuration; True is accepted"),
+        ({"is_causal": False}, "FFTNetForCausalLM: is_causal False in the configuration; expected True"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], text: str) -> None:

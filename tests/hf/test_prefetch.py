@@ -45,7 +45,7 @@ def test_only_a_few_are_made_ahead() -> None:
 def test_errors_come_when_they_are_asked_for() -> None:
     def make(name: str) -> str:
         if name == "b":
-            raise ConfigError("b: is wrong; a is accepted.")
+            raise ConfigError("b: is wrong; expected a.")
         return name
 
     prefetcher = Prefetcher(make, "abc", 1)

@@ -70,5 +70,5 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="SpectralConv1D: Linear has no nf and weight; transformers' Conv1D is acc"):
         SpectralConv1D.from_dense(nn.Linear(3, 4), bits=4)
     spectrum, _ = encode(noise(32, 64), Target("bits", 4.0))
-    with pytest.raises(ShapeError, match=r"bias: is \(32,\); \(64,\) is accepted"):
+    with pytest.raises(ShapeError, match=r"bias: is \(32,\); expected \(64,\)"):
         SpectralConv1D.from_quantized(spectrum, noise(32))

@@ -59,9 +59,9 @@ def test_types_and_bytes() -> None:
 
 def test_bad_input() -> None:
     own = experts()
-    with pytest.raises(ShapeError, match="2 counts that add up to 4; 3 of 4 rows are accepted"):
+    with pytest.raises(ShapeError, match="2 counts that add up to 4; expected 3 of 4 rows"):
         own(noise(4, 24), (2, 2))
-    with pytest.raises(ShapeError, match="3 counts that add up to 5; 3 of 4 rows are accepted"):
+    with pytest.raises(ShapeError, match="3 counts that add up to 5; expected 3 of 4 rows"):
         own(noise(4, 24), (2, 2, 1))
     other = SpectralWeight.from_spectra(encoded(0, rows=8))
     with pytest.raises(ShapeError, match=r"experts: 2 of shapes \[\(8, 24\), \(40, 24\)\]; one or more of one shape"):

@@ -172,7 +172,7 @@ def test_what_is_refused() -> None:
         swap_attention(model, "fnt", [0])
     with pytest.raises(ConfigError, match=r"fftnet: setting 'head' is unknown; .*heads.* accepted"):
         swap_attention(model, "fftnet", [0], {"head": 2})
-    with pytest.raises(ConfigError, match=r"heads 7: a divisor of the width, 64, is accepted"):
+    with pytest.raises(ConfigError, match=r"heads 7: expected a divisor of the width, 64"):
         swap_attention(model, "fftnet", [0], {"heads": 7})
     model.config.model_type = "t5"
     with pytest.raises(ConfigError, match=r"model family 't5': unknown; known: bert, roberta, vit, gpt2, llama, qwen2"):

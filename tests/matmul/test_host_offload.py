@@ -181,7 +181,7 @@ def test_states_that_do_not_fit() -> None:
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "BUFFER_BYTES", 79)
-    with pytest.raises(ConfigError, match=r"'streamed': a row of 80 bytes; up to 79 are accepted. Use int8\."):
+    with pytest.raises(ConfigError, match=r"'streamed': a row of 80 bytes; expected up to 79. Use int8\."):
         op.resident_form(encoded(), "streamed")
     wide = encode(noise(64, 64), Target("bits", 8.0))[0]
     with pytest.raises(ConfigError, match="resident 'int8': codes reach"):

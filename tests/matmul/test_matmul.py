@@ -332,17 +332,17 @@ def test_block_streaming_of_an_empty_block_and_gradients() -> None:
 def test_bad_input() -> None:
     form = op.resident_form(made(), "int8")
     for matmul, width in ((op.form_matmul, 160), (op.form_matmul_transposed, 200)):
-        with pytest.raises(ShapeError, match=rf"x is \(2, 7\); \[\.\.\., {width}\] is accepted"):
+        with pytest.raises(ShapeError, match=rf"x is \(2, 7\); expected \[\.\.\., {width}\]"):
             matmul(noise(2, 7), [form])
-        with pytest.raises(ConfigError, match=r"x is torch.int64; a floating type is accepted. Convert x first."):
+        with pytest.raises(ConfigError, match=r"x is torch.int64; expected a floating type. Convert x first."):
             matmul(torch.zeros(2, width, dtype=torch.long), [form])
     with pytest.raises(ConfigError, match=r"resident form 'int3': unknown; known: int8, int4, coded, streamed"):
         op.resident_form(made(), "int3")
     wide = random_codes(40, 32, 300, torch.int16)
-    with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; -127 to 127 are accepted at"):
+    with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; expected -127 to 127 at"):
         op.resident_form(wide, "int8")
     with pytest.raises(
-        ConfigError, match=r"'int4': codes reach -9 to 9; -8 to 7 are accepted at this offset, but for one code"
+        ConfigError, match=r"'int4': codes reach -9 to 9; expected -8 to 7 at this offset, but for one code"
     ):
         op.resident_form(random_codes(40, 32, 9, torch.int8), "int4")
     with pytest.raises(ConfigError, match=r"'int8': an offset of 0.123456 steps is on no grid of int8; a multiple of"):
@@ -354,11 +354,11 @@ def test_bad_input() -> None:
 def test_bad_input_of_block_streaming() -> None:
     sparse = sst(noise(8, 6))
     for error, text, x, weights, size in [
-        (ConfigError, "block_size 0; 1 or more is accepted", noise(6), sparse, 0),
-        (ShapeError, r"the weights are \(8,\); a matrix \[O, I\] is accepted", noise(6), sst(noise(8)), 1),
+        (ConfigError, "block_size 0; expected 1 or more", noise(6), sparse, 0),
+        (ShapeError, r"the weights are \(8,\); expected a matrix \[O, I\]", noise(6), sst(noise(8)), 1),
         (DomainError, "x is torch.int64; a real floating type", torch.ones(6, dtype=torch.long), sparse, 1),
-        (ShapeError, r"x is \(5,\); \[\.\.\., 6\] is accepted", noise(5), sparse, 1),
-        (DomainError, "the weights are a torch.float32 tensor; a spectrum is accepted", noise(6), noise(8, 6), 1),
+        (ShapeError, r"x is \(5,\); expected \[\.\.\., 6\]", noise(5), sparse, 1),
+        (DomainError, "the weights are a torch.float32 tensor; expected a spectrum", noise(6), noise(8, 6), 1),
     ]:
         with pytest.raises(error, match=text):
             op.block_streaming_matmul(x, weights, size)

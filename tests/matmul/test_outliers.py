@@ -53,7 +53,7 @@ def test_a_few_codes_beyond_half_a_byte(
 
 def test_too_many_codes_beyond_half_a_byte() -> None:
     assert len(op.resident_form(with_outliers(65, torch.int8), "int4").places) > 1500  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"reach -50 to 60; -8 to 7 are accepted .*, but for one code in 64. Use"):
+    with pytest.raises(ConfigError, match=r"reach -50 to 60; expected -8 to 7 .*, but for one code in 64. Use"):
         op.resident_form(with_outliers(60, torch.int8), "int4")
     with pytest.raises(ConfigError, match="reach -50 to 60; -8 to 7"):
         op.resident_form(with_outliers(5000, torch.int8, offset=68.0), "int4")  # 128 is no level of int8

@@ -143,7 +143,7 @@ def test_inputs_that_do_not_fit(name: str) -> None:
             mixer(torch.zeros(shape))
     with pytest.raises(ShapeError, match=r"int64; floating"):
         mixer(torch.zeros(2, 4, WIDTH, dtype=torch.int64))
-    with pytest.raises(ShapeError, match=r"mask is \(2, 3\); \(2, 4\) is accepted"):
+    with pytest.raises(ShapeError, match=r"mask is \(2, 3\); expected \(2, 4\)"):
         mixer(torch.zeros(2, 4, WIDTH), torch.ones(2, 3))
 
 

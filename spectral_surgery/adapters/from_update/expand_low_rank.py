@@ -107,10 +107,10 @@ def _foura_check(config: Any) -> None:
     if config.transform not in FAST:
         raise ConfigError(
             f"transform '{config.transform}': its factors do not reach every matrix of their rank, so nothing can be"
-            f" extracted to them; {', '.join(FAST)} are accepted."
+            f" extracted to them; expected {', '.join(FAST)}."
         )
     if config.use_gate:
-        raise ConfigError("use_gate true: a weight update is the same for every token; false is accepted.")
+        raise ConfigError("use_gate true: a weight update is the same for every token; expected false.")
 
 
 LOW_RANK = (

@@ -152,9 +152,7 @@ def _settings(config: Any, counts: dict[str, int]) -> Any:
 
 def _check(config: Any) -> None:
     if config.scaling == "auto" or not config.scaling:
-        raise ConfigError(
-            f"scaling {config.scaling}: coefficients are divided by it; a number other than 0 is accepted."
-        )
+        raise ConfigError(f"scaling {config.scaling}: coefficients are divided by it; expected a number other than 0.")
 
 
 def _place_bytes(shape: tuple[int, int]) -> int:

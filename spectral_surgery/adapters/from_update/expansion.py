@@ -39,7 +39,7 @@ class Size:
     def __post_init__(self) -> None:
         low, high = _RANGES[self.kind]
         if not low <= self.value <= high:
-            raise ConfigError(f"{self.kind} {self.value:g}: out of range; {low:g} to {high:g} is accepted.")
+            raise ConfigError(f"{self.kind} {self.value:g}: out of range; expected {low:g} to {high:g}.")
 
 
 @dataclass(frozen=True)

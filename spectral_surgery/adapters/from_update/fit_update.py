@@ -86,7 +86,7 @@ def fit(
     for update in updates:
         delta = update.delta()
         if not bool(delta.isfinite().all()):
-            raise ConfigError(f"{update.layer}: the difference is not finite; finite weights are accepted.")
+            raise ConfigError(f"{update.layer}: the difference is not finite; expected finite weights.")
         if not bool(delta.any()):
             unchanged.append(update.layer)
         else:
@@ -115,11 +115,11 @@ def fit(
 def _check_something(counts: dict[str, int], size: Size, costs: dict[str, int]) -> None:
     if not counts:
         raise ConfigError(
-            "difference: zero in every layer; models that differ, or an adapter that was trained, are accepted."
+            "difference: zero in every layer; expected models that differ, or an adapter that was trained."
         )
     if not any(counts.values()):
         least = min(costs.values())
-        raise ConfigError(f"bytes {size.value:g}: too few for a single component; {least} or more are accepted.")
+        raise ConfigError(f"bytes {size.value:g}: too few for a single component; expected {least} or more.")
 
 
 def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -137,8 +137,8 @@ def _limit(size: Size, dtype: torch.dtype) -> float:
         return size.value
     if size.value <= rounding:
         raise ConfigError(
-            f"max_error {size.value:g}: numbers of {dtype} may lose {rounding:.2g} when they are rounded; more is"
-            " accepted, or another dtype."
+            f"max_error {size.value:g}: numbers of {dtype} may lose {rounding:.2g} when they are rounded; expected"
+            " more, or another dtype."
         )
     return math.sqrt(size.value**2 - rounding**2)
 

@@ -122,9 +122,9 @@ def check_config(config: Any) -> None:
     """
     for name in ("vocab_size", "d_model", "num_layers", "max_seq_length"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"FFTNetConfig: {name} {getattr(config, name)}; at least 1 is accepted.")
+            raise ConfigError(f"FFTNetConfig: {name} {getattr(config, name)}; expected at least 1.")
     if not 0 <= config.dropout < 1:
-        raise ConfigError(f"FFTNetConfig: dropout {config.dropout}; at least 0 and less than 1 is accepted.")
+        raise ConfigError(f"FFTNetConfig: dropout {config.dropout}; expected at least 0 and less than 1.")
 
 
 def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
@@ -140,15 +140,15 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
     """
     if ids.ndim != 2 or not ids.numel():
         raise ShapeError(
-            f"input_ids: shape {tuple(ids.shape)}; [B, T] with at least one sequence and one token is accepted."
+            f"input_ids: shape {tuple(ids.shape)}; expected [B, T] with at least one sequence and one token."
         )
     if mask is not None and mask.shape != ids.shape:
         raise ShapeError(f"attention_mask: shape {tuple(mask.shape)}; {tuple(ids.shape)}, that of input_ids, is.")
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise ConfigError(
-            f"input_ids: token {low if low < 0 else high}; 0 to {vocabulary - 1} are accepted. Use the tokenizer of"
-            " the model."
+            f"input_ids: token {low if low < 0 else high}; expected 0 to {vocabulary - 1}. Use the tokenizer of the"
+            " model."
         )
 
 
@@ -171,7 +171,7 @@ def places(ids: Tensor, mask: Tensor | None, seen: Tensor | None, longest: int) 
     length = int(found.max()) + 1
     if length > longest:
         raise ShapeError(
-            f"input_ids: {length} tokens; at most {longest}, the model's max_seq_length, are accepted. Cut the text."
+            f"input_ids: {length} tokens; expected at most {longest}, the model's max_seq_length. Cut the text."
         )
     return found
 

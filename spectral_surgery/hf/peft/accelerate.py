@@ -38,8 +38,8 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if isinstance(module, FourierFTLinear)]
     if not layers:
         raise TargetError(
-            f"{type(model).__name__}: has no FourierFT layers of PEFT; models from get_peft_model or PeftModel with"
-            " FourierFTConfig are accepted. Adapters put on by inject are fast already."
+            f"{type(model).__name__}: has no FourierFT layers of PEFT; expected models from get_peft_model or PeftModel"
+            " with FourierFTConfig. Adapters put on by inject are fast already."
         )
     for layer in layers:
         layer.__class__ = fast_class() if enabled else FourierFTLinear

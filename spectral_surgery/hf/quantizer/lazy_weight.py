@@ -196,7 +196,7 @@ class LazyWeight(Tensor):
         """Refused."""
         del value
         raise NotMergeableError(
-            "weight: of a compressed layer, cannot be written; adapters beside it are accepted. Decompress the model"
+            "weight: of a compressed layer, cannot be written; expected adapters beside it. Decompress the model"
             " before you merge into it: model.dequantize(), or `spectral-surgery decompress`."
         )
 

@@ -66,8 +66,8 @@ def load_compressed(
         cls = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
         if cls is None:
             raise CheckpointError(
-                f"{folder.name}: transformers has no {auto_class or _architecture(config)}; one of its classes is"
-                " accepted. Name it with auto_class."
+                f"{folder.name}: transformers has no {auto_class or _architecture(config)}; expected one of its"
+                " classes. Name it with auto_class."
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device

@@ -207,7 +207,7 @@ def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
         some = ", ".join(list(checkpoint.manifest.tensors)[:3])
         raise CheckpointError(
             f"{checkpoint.index.root.name}: none of its {len(checkpoint.manifest.tensors)} compressed tensors ({some})"
-            " is in the model; the class of the architecture in config.json is accepted. Load it with that class."
+            " is in the model; expected the class of the architecture in config.json. Load it with that class."
         )
 
 

@@ -61,7 +61,7 @@ class Settings:
         version = settings.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FormatVersionError(
-                f"config.json: compressed in format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade"
+                f"config.json: compressed in format version {version!r}; expected {FORMAT_VERSION}. Upgrade"
                 " spectral-surgery to read newer files."
             )
         self.__dict__.update(settings)
@@ -141,8 +141,8 @@ class Quantizer:
         """Refuse to compress on the fly."""
         if not self.pre_quantized:
             raise ConfigError(
-                f"quantization_config: {QUANT_METHOD} for a folder that is not compressed; a compressed one is"
-                " accepted. Run `spectral-surgery compress` first."
+                f"quantization_config: {QUANT_METHOD} for a folder that is not compressed; expected a compressed one."
+                " Run `spectral-surgery compress` first."
             )
 
     def _process_model_before_weight_loading(self, model: Any, **context: Any) -> Any:
