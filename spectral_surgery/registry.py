@@ -44,8 +44,7 @@ class Table(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         """Return the row called `name`.
 
-        Raises:
-            ConfigError: If there is none; the text lists the known names and the closest one.
+        Raises ConfigError if there is none; the text lists the known names and the closest one.
         """
         if name in self._rows:
             return self._rows[name]

@@ -65,11 +65,7 @@ class ModuleTargets:
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            ConfigError: for an unknown bias, or a regular expression that is none.
-        """
+        """Refuse what cannot be meant. Raises ConfigError for an unknown bias, or a regular expression that is none."""
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
             raise ConfigError(f"bias '{self.bias}': unknown; expected none, all and <method>_only.")
         for pattern in (self.target_modules, self.exclude_modules):

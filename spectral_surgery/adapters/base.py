@@ -31,10 +31,8 @@ class Adapter(Protocol):
     def delta_weight(self) -> Tensor:
         """The weight update itself.
 
-        Returns [O, I] float32, differentiable in the parameters; ``forward(x) = x @ delta_weight().T``.
-
-        Raises:
-            NotMergeableError: when the residual is not linear in x.
+        Returns [O, I] float32, differentiable in the parameters; ``forward(x) = x @ delta_weight().T``. Raises
+        NotMergeableError when the residual is not linear in x.
         """
         ...
 
@@ -155,8 +153,7 @@ class AdapterState:
     def build(self, name: str, out_features: int, in_features: int) -> nn.Module:
         """The adapter of one layer, with its numbers.
 
-        Raises:
-            CheckpointError: when a tensor is missing, unexpected, or of another shape than the layer's.
+        Raises CheckpointError when a tensor is missing, unexpected, or of another shape than the layer's.
         """
         from spectral_surgery.errors import CheckpointError
 

@@ -62,8 +62,7 @@ class Foura(nn.Module):
     def __init__(self, config: FouraConfig, out_features: int, in_features: int) -> None:
         """Draw A, and set B to zero unless init_weights is false.
 
-        Raises:
-            ConfigError: when a setting does not fit the layer.
+        Raises ConfigError when a setting does not fit the layer.
         """
         super().__init__()
         self.transform = config.transform
@@ -139,8 +138,7 @@ class Foura(nn.Module):
     def freeze_gate(self) -> None:
         """Make the gate one mask for all tokens: the components that most tokens opened. No gate stays none.
 
-        Raises:
-            ConfigError: when the gate has seen no tokens in training mode.
+        Raises ConfigError when the gate has seen no tokens in training mode.
         """
         if self.gate is not None:
             self.gate.freeze()

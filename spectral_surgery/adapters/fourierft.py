@@ -58,8 +58,7 @@ class FourierFT(nn.Module):
     ) -> None:
         """Place n_frequency coefficients.
 
-        Raises:
-            ConfigError: when n_frequency does not fit the layer, or scaling is still "auto".
+        Raises ConfigError when n_frequency does not fit the layer, or scaling is still "auto".
         """
         super().__init__()
         count = out_features * in_features

@@ -55,8 +55,7 @@ class FourierFTBiasedConfig:
 def build(config: FourierFTBiasedConfig, out_features: int, in_features: int) -> FourierFT:
     """A FourierFT update of an [O, I] weight whose places are drawn in the band, and stored.
 
-    Raises:
-        ConfigError: when a setting does not fit the layer, or scaling is still "auto".
+    Raises ConfigError when a setting does not fit the layer, or scaling is still "auto".
     """
     band = Band(config.center_frequency, config.bandwidth)
     positions = draw((out_features, in_features), config.n_frequency, band, config.random_loc_seed)
@@ -104,10 +103,8 @@ class Band:
 def draw(shape: tuple[int, int], n_frequency: int, band: Band, seed: int) -> Tensor:
     """Draw places without replacement, by the n largest of log weight + Gumbel noise.
 
-    Returns [n_frequency] int64, increasing; shared, not to be written to.
-
-    Raises:
-        ConfigError: when there are fewer basis functions.
+    Returns [n_frequency] int64, increasing; shared, not to be written to. Raises ConfigError when there are fewer basis
+    functions.
     """
     rows, columns = shape
     check_count(n_frequency, basis_functions(shape), shape)

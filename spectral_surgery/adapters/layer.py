@@ -133,11 +133,6 @@ class AdaptedLayer(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
-        """Wrap a module.
-
-        Raises:
-            ConfigError: when it is of a kind that cannot carry an adapter.
-        """
         super().__init__()
         kind = kind_of(base_layer)
         if kind is None:
@@ -195,11 +190,7 @@ class AdaptedLayer(nn.Module):
         self.adapters[name] = adapter if tensor is None else adapter.to(tensor.device)
 
     def drop(self, name: str) -> None:
-        """Take an adapter off.
-
-        Raises:
-            ConfigError: when it is merged.
-        """
+        """Take an adapter off. Raises ConfigError when it is merged."""
         self._check_not_merged()
         del self.adapters[name]
         self.active.pop(name, None)

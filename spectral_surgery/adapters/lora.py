@@ -41,11 +41,6 @@ class Lora(nn.Module):
     """A low-rank update of an [O, I] weight; zero at the start. The rank may be above O and I."""
 
     def __init__(self, config: LoraConfig, out_features: int, in_features: int) -> None:
-        """Draw A, and set B to zero.
-
-        Raises:
-            ConfigError: when the rank is no positive number.
-        """
         super().__init__()
         if config.r < 1:
             raise ConfigError(f"r {config.r}: expected 1 or more.")

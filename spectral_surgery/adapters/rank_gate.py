@@ -34,8 +34,7 @@ class RankGate(nn.Module):
     def __init__(self, rank: int, threshold: float, sharpness: float) -> None:
         """Open all components.
 
-        Raises:
-            ConfigError: when there is nothing to choose between, or a setting is out of range.
+        Raises ConfigError when there is nothing to choose between, or a setting is out of range.
         """
         super().__init__()
         if rank < 2:
@@ -81,8 +80,7 @@ class RankGate(nn.Module):
     def freeze(self) -> None:
         """Keep, for all tokens alike, the components that most tokens opened.
 
-        Raises:
-            ConfigError: when no tokens were observed.
+        Raises ConfigError when no tokens were observed.
         """
         if not self.is_frozen and not self.seen:
             raise ConfigError(

@@ -118,9 +118,5 @@ SHORT_NAMES = MappingProxyType({"int4": "int4-g128", "int3": "int3-g128", "int2"
 
 
 def baseline(name: str) -> Baseline:
-    """A row of BASELINES by its name or short name.
-
-    Raises:
-        ConfigError: when there is none.
-    """
+    """A row of BASELINES by its name or short name. Raises ConfigError when there is none."""
     return BASELINES[SHORT_NAMES.get(name, name)]

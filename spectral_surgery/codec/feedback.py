@@ -49,11 +49,7 @@ class Codes:
 
     @property
     def T(self) -> Codes:  # noqa: N802 - as tensors have it
-        """Of the transposed spectrum.
-
-        Raises:
-            ShapeError: when every column has its own step: rows have none.
-        """
+        """Of the transposed spectrum. Raises ShapeError when every column has its own step: rows have none."""
         if self.columns is not None:
             raise ShapeError("transpose: every column has its own step; expected codes with one step.")
         return Codes(self.values.T.contiguous(), self.step, self.offset)
@@ -103,10 +99,8 @@ def _factorize(matrix: Tensor) -> None:
     """The upper triangle R with R Rᵀ = H, in the place of H, [n, n] float32.
 
     A panel of columns is found in double precision, from the last one to the first. What is rounded on the way is small
-    beside the damping, since no eigenvalue of H exceeds n times the mean of its diagonal.
-
-    Raises:
-        torch.linalg.LinAlgError: when H is not positive definite.
+    beside the damping, since no eigenvalue of H exceeds n times the mean of its diagonal. Raises
+    torch.linalg.LinAlgError when H is not positive definite.
     """
     for stop in range(len(matrix), 0, -_TRIANGLE):
         start = max(stop - _TRIANGLE, 0)

@@ -79,8 +79,7 @@ def narrowest(codes: Tensor) -> torch.dtype:
 def checked_frame(codes: Tensor, layout: Layout) -> bytes:
     """Encode the codes of a frame, [r, I] int8, int16 or int32, and decode them again to be sure.
 
-    Raises:
-        CheckpointError: when they do not come back.
+    Raises CheckpointError when they do not come back.
     """
     flat = codes.reshape(-1).numpy()
     data = encode_frame(flat, layout)

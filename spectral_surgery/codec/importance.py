@@ -40,8 +40,7 @@ class Importance:
     def of_squares(cls, rows: Tensor, columns: Tensor) -> Importance:
         """From means of squared gradients over each row, [O], and over each column, [I]; both have the same mean.
 
-        Raises:
-            ConfigError: when they are not finite, or all are zero.
+        Raises ConfigError when they are not finite, or all are zero.
         """
         mean = float(rows.double().mean())
         if not 0 < mean < math.inf:

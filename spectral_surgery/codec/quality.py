@@ -67,8 +67,7 @@ def snr_db(reference: Tensor, actual: Tensor) -> float:
 def bits_per_weight(stored_bytes: int, weights: int) -> float:
     """Return stored bits per weight; `stored_bytes` counts everything that is written.
 
-    Raises:
-        ConfigError: If there are no weights, or a negative number of bytes.
+    Raises ConfigError if there are no weights, or a negative number of bytes.
     """
     if weights < 1 or stored_bytes < 0:
         raise ConfigError(

@@ -58,8 +58,7 @@ class QuantizedSpectrum:
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows ``start`` to ``stop`` of `to_dense`, from the rows of tiles that hold them: [stop - start, I].
 
-        Raises:
-            ShapeError: when the rows are not within the matrix.
+        Raises ShapeError when the rows are not within the matrix.
         """
         if not 0 <= start <= stop <= self.shape[0]:
             raise ShapeError(f"rows: {start}:{stop} of {self.shape[0]} rows; expected 0 <= start <= stop <= rows.")

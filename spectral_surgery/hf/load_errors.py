@@ -18,8 +18,7 @@ _LONGEST = 300  # characters of a reason
 def loading(folder: Path, problem: str) -> Iterator[None]:
     """Turn what is raised meanwhile into a CheckpointError.
 
-    Raises:
-        CheckpointError: with the reason; for a model with code of its own, with the option that runs it.
+    Raises CheckpointError with the reason; for a model with code of its own, with the option that runs it.
     """
     try:
         yield

@@ -27,11 +27,6 @@ class SpectralConv1D(nn.Module):
     """
 
     def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None, *, transposed: bool = False) -> None:
-        """Put a layer around a weight.
-
-        Raises:
-            ShapeError: when the bias is not [O].
-        """
         super().__init__()
         rows, columns = spectrum.shape
         self.nx, self.nf = (columns, rows) if transposed else (rows, columns)

@@ -42,10 +42,8 @@ class SpectralEmbedding(nn.Module):
     ) -> Self:
         """Compress an embedding, which is not changed; settings as of `SpectralLinear.from_dense`.
 
-        It is transformed along its features only, so that a row decodes alone.
-
-        Raises:
-            ConfigError: for max_norm, none or several targets, or codes that do not fit the resident form.
+        It is transformed along its features only, so that a row decodes alone. Raises ConfigError for max_norm, none or
+        several targets, or codes that do not fit the resident form.
         """
         if embedding.max_norm is not None:
             raise ConfigError(
@@ -84,8 +82,7 @@ class SpectralEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[...] integers to [..., I] in the dtype of the table.
 
-        Raises:
-            ShapeError: when an id is not a row of the table.
+        Raises ShapeError when an id is not a row of the table.
         """
         return self.spectrum.rows(ids).to(self.spectrum.dtype)
 

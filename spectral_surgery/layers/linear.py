@@ -26,8 +26,7 @@ class SpectralLinear(nn.Module):
     def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None) -> None:
         """Put a layer around a weight, which several layers may share (tied embeddings).
 
-        Raises:
-            ShapeError: when the bias is not [O].
+        Raises ShapeError when the bias is not [O].
         """
         super().__init__()
         self.out_features, self.in_features = spectrum.shape
@@ -106,11 +105,7 @@ class SpectralLinear(nn.Module):
 
 
 def bias_parameter(bias: Tensor | None, out_features: int) -> nn.Parameter | None:
-    """A copy of a bias.
-
-    Raises:
-        ShapeError: when it is not [O].
-    """
+    """A copy of a bias. Raises ShapeError when it is not [O]."""
     if bias is None:
         return None
     if tuple(bias.shape) != (out_features,):

@@ -65,8 +65,7 @@ class TrainableWeight(nn.Module):
     def settled(self, resident: str) -> SpectralWeight:
         """The weight as it would be stored now, in memory in some resident form.
 
-        Raises:
-            ConfigError: when the codes do not fit the resident form.
+        Raises ConfigError when the codes do not fit the resident form.
         """
         weight = SpectralWeight.from_spectra(self.kept.spectra(self.values), resident, self.dtype)
         return weight.to(self.values.device)

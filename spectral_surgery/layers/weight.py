@@ -110,9 +110,8 @@ class SpectralWeight(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W: [...] integers to [..., I] float32, from the tiles that hold them.
 
-        Raises:
-            ShapeError: when a row is not in the matrix, on a CPU; a GPU would have to wait for the answer, and stops
-                as it does for nn.Embedding.
+        Raises ShapeError when a row is not in the matrix, on a CPU; a GPU would have to wait for the answer, and stops
+        as it does for nn.Embedding.
         """
         forms = self.forms
         if recorded.recording(forms):

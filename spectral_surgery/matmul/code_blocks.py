@@ -92,8 +92,7 @@ def as_encoded(spectrum: Spectrum) -> EncodedSpectrum:
 def check(spectrum: Spectrum) -> None:
     """Refuse what no layer can multiply with.
 
-    Raises:
-        ShapeError: when the spectrum is not that of a non-empty matrix, or its steps do not fit.
+    Raises ShapeError when the spectrum is not that of a non-empty matrix, or its steps do not fit.
     """
     shape, steps = tuple(spectrum.shape), spectrum.step.numel()
     if len(shape) != 2 or not min(shape) or steps not in (1, shape[1]):

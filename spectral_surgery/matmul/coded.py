@@ -85,11 +85,7 @@ class CodedForm:
         return out
 
     def recorded_levels(self) -> Tensor:
-        """Refused.
-
-        Raises:
-            ConfigError: always: frames are decoded by Python.
-        """
+        """Refused. Raises ConfigError always: frames are decoded by Python."""
         raise ConfigError(
             "resident 'coded': is decoded by Python, which cannot be exported or traced; expected int8 and streamed."
             " Load the model with one of them, or call model.dequantize() first."

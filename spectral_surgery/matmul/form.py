@@ -51,7 +51,6 @@ class Form(Protocol):
     def recorded_levels(self) -> Tensor:
         """All levels, [O, I] int8, by operations that can be recorded, whatever their numbers are.
 
-        Raises:
-            ConfigError: when there are no such operations.
+        Raises ConfigError when there are no such operations.
         """
         ...

@@ -124,8 +124,7 @@ def streamed_bytes(weights: int, stored: int) -> int:
 def streamed_form(spectrum: Spectrum) -> StreamedForm:
     """Levels of a spectrum in host memory: 4 bits each where they fit, else 8.
 
-    Raises:
-        ConfigError: when they do not fit 8 bits, or a row is larger than a buffer.
+    Raises ConfigError when they do not fit 8 bits, or a row is larger than a buffer.
     """
     form: Int4Form | Int8Form
     try:

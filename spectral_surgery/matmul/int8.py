@@ -54,8 +54,7 @@ class Int8Form:
 def int8_form(spectrum: Spectrum) -> Int8Form:
     """Levels of a spectrum, decoded block by block.
 
-    Raises:
-        ConfigError: when its codes or their offset do not fit int8.
+    Raises ConfigError when its codes or their offset do not fit int8.
     """
     levels = empty(spectrum.shape, torch.int8).to(spectrum.step.device)
     for start, codes in code_blocks(spectrum, levels):

@@ -43,11 +43,7 @@ class Mixer(Protocol):
         ...
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:
-        """An empty cache for decoding.
-
-        Raises:
-            CausalityError: when the mixer is not causal.
-        """
+        """An empty cache for decoding. Raises CausalityError when the mixer is not causal."""
         ...
 
 
@@ -93,32 +89,20 @@ class MixerMethod(Generic[ConfigT]):
 
 
 def require_range(where: str, value: float, low: float, high: float | None = None) -> None:
-    """Accept a setting between two bounds.
-
-    Raises:
-        ConfigError: when it is outside.
-    """
+    """Accept a setting between two bounds. Raises ConfigError when it is outside."""
     if value < low or (high is not None and value > high):
         accepted = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
         raise ConfigError(f"{where} {value:g}: expected {accepted}.")
 
 
 def require_heads(heads: int, width: int) -> None:
-    """Accept a number of heads that divides the width.
-
-    Raises:
-        ConfigError: when it does not.
-    """
+    """Accept a number of heads that divides the width. Raises ConfigError when it does not."""
     if heads < 1 or width % heads:
         raise ConfigError(f"heads {heads}: expected a divisor of the width, {width}.")
 
 
 def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
-    """Accept [B, T, D] and a mask that fits.
-
-    Raises:
-        ShapeError: when they do not.
-    """
+    """Accept [B, T, D] and a mask that fits. Raises ShapeError when they do not."""
     if x.ndim != 3 or not x.numel() or x.shape[-1] != width or not x.is_floating_point():
         raise ShapeError(
             f"mixer: x is {tuple(x.shape)} {x.dtype}; expected floating [B, T, {width}] with at least one sequence and"
@@ -129,11 +113,7 @@ def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
 
 
 def refuse_cache(mixer: str) -> NoReturn:
-    """Say that a mixer cannot decode.
-
-    Raises:
-        CausalityError: always.
-    """
+    """Say that a mixer cannot decode. Raises CausalityError always."""
     raise CausalityError(
         f"{mixer}: every output depends on later tokens; decoding with a cache needs a causal mixer. Use its causal"
         " counterpart."

@@ -39,11 +39,6 @@ class CausalFFTNetMixer(nn.Module):
     is_causal = True
 
     def __init__(self, config: CausalFFTNetMixerConfig, width: int) -> None:
-        """Build filter and modReLU.
-
-        Raises:
-            ConfigError: when a setting is out of range.
-        """
         super().__init__()
         require_range("kernel_length", config.kernel_length, 2)
         require_range("chunk", config.chunk, 1)

@@ -102,8 +102,7 @@ class ModReLU(nn.Module):
     def __init__(self, heads: int, bins: int, bias: float = -0.1) -> None:
         """Start with one bias everywhere; 0 changes nothing, exactly.
 
-        Raises:
-            ConfigError: when a setting is out of range.
+        Raises ConfigError when a setting is out of range.
         """
         super().__init__()
         require_range("heads", heads, 1)

@@ -43,11 +43,6 @@ class FFTNetMixer(nn.Module):
     is_causal = False
 
     def __init__(self, config: FFTNetMixerConfig, width: int) -> None:
-        """Build the filter and the activation.
-
-        Raises:
-            ConfigError: when a setting is out of range.
-        """
         super().__init__()
         self.width = width
         self.filter = AdaptiveSpectralFilter(width, config.heads, config.bins, config.mlp_hidden_dim, config.init_std)
@@ -70,11 +65,7 @@ class FFTNetMixer(nn.Module):
         return filtered(mix, channel_slabs(tokens, group), tokens, gain, bias)
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
-        """It cannot decode.
-
-        Raises:
-            CausalityError: always.
-        """
+        """It cannot decode. Raises CausalityError always."""
         refuse_cache("fftnet")
 
 

@@ -52,11 +52,7 @@ class FNetMixer(nn.Module):
         return fourier_mix(as_real(x))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
-        """FNet cannot decode.
-
-        Raises:
-            CausalityError: always.
-        """
+        """FNet cannot decode. Raises CausalityError always."""
         refuse_cache("fnet")
 
 
@@ -69,11 +65,6 @@ class CausalFNetMixer(nn.Module):
     is_causal = True
 
     def __init__(self, config: CausalFNetMixerConfig, width: int) -> None:
-        """Nothing to learn.
-
-        Raises:
-            ConfigError: when kernel_length is not positive and even.
-        """
         super().__init__()
         require_range("kernel_length", config.kernel_length, 2)
         if config.kernel_length % 2:

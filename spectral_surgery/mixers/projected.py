@@ -14,11 +14,6 @@ class ProjectedMixer(nn.Module):
     """output(mixer(value(x))): with a mixer that starts as the identity, attention that looks at its own token only."""
 
     def __init__(self, value: nn.Linear, mixer: Mixer, output: nn.Linear) -> None:
-        """Take over three modules.
-
-        Raises:
-            ShapeError: when the widths do not meet.
-        """
         super().__init__()
         if not value.out_features == mixer.width == output.in_features:
             raise ShapeError(

@@ -44,11 +44,6 @@ class SpectralMixing(nn.Module):
     is_causal = False
 
     def __init__(self, config: SpectralMixingConfig, width: int) -> None:
-        """Start at gain 1.
-
-        Raises:
-            ConfigError: when bins is less than 2.
-        """
         super().__init__()
         require_range("bins", config.bins, 2)
         self.width = width
@@ -68,11 +63,7 @@ class SpectralMixing(nn.Module):
         return filtered(amplify, channel_slabs(tokens), tokens, as_real(self.filter))
 
     def new_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerCache:  # noqa: ARG002 - as every mixer
-        """It cannot decode.
-
-        Raises:
-            CausalityError: always.
-        """
+        """It cannot decode. Raises CausalityError always."""
         refuse_cache("spectral_mixing")
 
 
@@ -82,11 +73,6 @@ class CausalSpectralMixing(nn.Module):
     is_causal = True
 
     def __init__(self, config: CausalSpectralMixingConfig, width: int) -> None:
-        """Start at gain 1.
-
-        Raises:
-            ConfigError: when kernel_length is less than 1.
-        """
         super().__init__()
         require_range("kernel_length", config.kernel_length, 1)
         self.width, self.kernel_length = width, config.kernel_length

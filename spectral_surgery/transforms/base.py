@@ -43,8 +43,7 @@ class Transform:
     def basis(self, n: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Return the cached [n, n] matrix; row k is basis function k. Do not write into it.
 
-        Raises:
-            ConfigError: If the transform does not accept the length `n`.
+        Raises ConfigError if the transform does not accept the length `n`.
         """
         self.require(n, "length")
         return _basis(self.matrix, n, dtype, torch.device(device))
@@ -77,8 +76,7 @@ class Transform:
     def require(self, n: int, what: str) -> None:
         """Refuse a length that the transform does not accept.
 
-        Raises:
-            ConfigError: If it is refused; the text names an accepted length nearby.
+        Raises ConfigError if it is refused; the text names an accepted length nearby.
         """
         if self.accepts(n):
             return
@@ -92,8 +90,7 @@ class Transform:
 def as_real(x: Tensor) -> Tensor:
     """Return `x` in the dtype transforms compute in: float64 unchanged, any other as float32.
 
-    Raises:
-        DomainError: If `x` is complex.
+    Raises DomainError if `x` is complex.
     """
     if x.is_complex():
         raise DomainError(

@@ -16,8 +16,7 @@ Along = Callable[[Tensor, Dim], Tensor]
 def spans(n: int, tile: int) -> list[tuple[int, int]]:
     """Return the (start, stop) of each tile of an axis: n // tile full ones and the remainder.
 
-    Raises:
-        ConfigError: If `tile` is less than 1.
+    Raises ConfigError if `tile` is less than 1.
     """
     _require_positive(tile)
     return [(start, min(start + tile, n)) for start in range(0, n, tile)]

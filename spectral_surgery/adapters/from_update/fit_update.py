@@ -129,8 +129,7 @@ def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _limit(size: Size, dtype: torch.dtype) -> float:
     """The error that components left out may make, so that rounding what is stored does not exceed what was asked for.
 
-    Raises:
-        ConfigError: when rounding alone may exceed it.
+    Raises ConfigError when rounding alone may exceed it.
     """
     rounding = torch.finfo(dtype).eps  # of a product of two rounded factors, at most
     if size.kind != "max_error":

@@ -147,8 +147,7 @@ def _base() -> Any:
         def __init__(self, config: Any) -> None:
             """Settle the direction.
 
-            Raises:
-                ConfigError: when a setting is out of range, or the model was made for the other direction.
+            Raises ConfigError when a setting is out of range, or the model was made for the other direction.
             """
             if self.wants_causal is not None and config.is_causal not in (None, self.wants_causal):
                 raise ConfigError(

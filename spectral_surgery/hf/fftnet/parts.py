@@ -115,11 +115,7 @@ def through_blocks(
 
 
 def check_config(config: Any) -> None:
-    """Accept the sizes of a model; mixers check theirs.
-
-    Raises:
-        ConfigError: when one is out of range.
-    """
+    """Accept the sizes of a model; mixers check theirs. Raises ConfigError when one is out of range."""
     for name in ("vocab_size", "d_model", "num_layers", "max_seq_length"):
         if getattr(config, name) < 1:
             raise ConfigError(f"FFTNetConfig: {name} {getattr(config, name)}; expected at least 1.")

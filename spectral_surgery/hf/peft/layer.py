@@ -45,8 +45,7 @@ class MethodLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         """Wrap a module, or a layer of another PEFT method.
 
-        Raises:
-            ConfigError: when it is of a kind that cannot carry an adapter.
+        Raises ConfigError when it is of a kind that cannot carry an adapter.
         """
         super().__init__()
         self.base_layer = base_layer
@@ -99,8 +98,7 @@ class MethodLayer(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The weight update, oriented and shaped like the weight of the base, in the dtype of the adapter.
 
-        Raises:
-            NotMergeableError: when the adapter has no one weight update.
+        Raises NotMergeableError when the adapter has no one weight update.
         """
         return self._delta(adapter).to(next(self.adapters[adapter].parameters()).dtype)
 

@@ -27,8 +27,7 @@ from spectral_surgery.live.trained_copy import holds_spectra, trained_copy
 def register() -> None:
     """Make PEFT know every row of METHODS that it does not know; once more changes nothing.
 
-    Raises:
-        BackendError: when PEFT's list of methods cannot be extended.
+    Raises BackendError when PEFT's list of methods cannot be extended.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
@@ -64,8 +63,7 @@ def train_dense_copies() -> None:
 def add_peft_type(name: str) -> None:
     """Add a member to PEFT's enumeration of methods, which has no public way to do it.
 
-    Raises:
-        BackendError: when enumerations of this Python or PEFT work otherwise.
+    Raises BackendError when enumerations of this Python or PEFT work otherwise.
     """
     from peft import PeftType
 

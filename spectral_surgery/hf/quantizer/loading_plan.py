@@ -200,8 +200,7 @@ def _owner(model: nn.Module, parameter: str) -> nn.Module:
 def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
     """Refuse a folder of which nothing goes into the model.
 
-    Raises:
-        CheckpointError: when no compressed tensor has a place.
+    Raises CheckpointError when no compressed tensor has a place.
     """
     if not plan.sources:
         some = ", ".join(list(checkpoint.manifest.tensors)[:3])

@@ -53,11 +53,6 @@ class Settings:
     """
 
     def __init__(self, **settings: Any) -> None:
-        """Take what config.json says.
-
-        Raises:
-            FormatVersionError: when a newer release wrote it.
-        """
         version = settings.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FormatVersionError(

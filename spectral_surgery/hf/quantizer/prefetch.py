@@ -35,8 +35,7 @@ class Prefetcher(Generic[T]):
     def take(self, name: str) -> T:
         """The result for a name, whether it was expected now, later or never.
 
-        Raises:
-            Exception: whatever the function raised.
+        Raises Exception whatever the function raised.
         """
         future = self._ready.pop(name, None)
         if future is None:
