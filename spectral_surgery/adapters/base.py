@@ -21,10 +21,8 @@ class Adapter(Protocol):
     def forward(self, x: Tensor) -> Tensor:
         """The residual of activations.
 
-        Returns [..., O] in the dtype of x, computed in float32; differentiable in x and the parameters.
-
-        Args:
-            x: [..., I], any float dtype.
+        ``x`` is [..., I], any float dtype. Returns [..., O] in the dtype of x, computed in float32; differentiable in x
+        and the parameters.
         """
         ...
 

@@ -101,11 +101,7 @@ class FourierFT(nn.Module):
         """Output of a linear with this update, in one pass over its activations.
 
         Returns [..., O] in the dtype of x; None where dtypes are mixed, as under autocast, or the weight is not plain.
-
-        Args:
-            x: [..., I].
-            weight: [O, I] of the base.
-            bias: [O] of the base, or None.
+        ``x`` is [..., I]; ``weight`` is [O, I] of the base; ``bias`` is [O] of the base, or None.
         """
         plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype
         if not plain or torch.is_autocast_enabled(x.device.type):
@@ -155,10 +151,8 @@ def _fold_loaded(adapter: FourierFT, _: object) -> None:
 def auto_scaling(config: FourierFTConfig, shapes: list[tuple[int, int]]) -> FourierFTConfig:
     """Settings whose scaling is a number: coefficients ~ N(0, 1) make entries of ΔW of about AUTO_STD.
 
-    One number serves all layers, since the files hold one: the geometric mean over them.
-
-    Args:
-        shapes: [O, I] of the target layers.
+    One number serves all layers, since the files hold one: the geometric mean over them. ``shapes`` is [O, I] of the
+    target layers.
     """
     if config.scaling != "auto":
         return config

@@ -87,10 +87,7 @@ class Band:
     def log_weights(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """Log of the sampling weights exp(-((D² - fc²) / (D W))²) of some rows of a spectrum.
 
-        Returns [n, I] float32, at most 0.
-
-        Args:
-            rows: [n] integers.
+        Returns [n, I] float32, at most 0. ``rows`` is [n] integers.
         """
         vertical, horizontal = (torch.fft.fftfreq(size, dtype=torch.float64, device="cpu") for size in shape)
         distance = torch.hypot(vertical[rows][:, None], horizontal)

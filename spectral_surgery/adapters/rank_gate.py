@@ -62,8 +62,7 @@ class RankGate(nn.Module):
     def forward(self, magnitudes: Tensor) -> Tensor:
         """The mask. Returns zeros and ones, [..., R] or, once frozen, [R]; in the dtype of the magnitudes.
 
-        Args:
-            magnitudes: [..., R] of the components.
+        ``magnitudes`` is [..., R] of the components.
         """
         if self.is_frozen:
             return (self.frozen_mask > 0).to(magnitudes.dtype)

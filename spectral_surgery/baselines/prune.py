@@ -51,9 +51,5 @@ def kept_at(name: str, weight: Tensor, bits: float) -> int:
 
 
 def pruned(weight: Tensor, kept: int) -> BaselineResult:
-    """A pruned weight and its bytes.
-
-    Args:
-        weight: [O, I] float32, values of bfloat16.
-    """
+    """A pruned weight and its bytes. ``weight`` is [O, I] float32, values of bfloat16."""
     return BaselineResult(weight, whole_bytes(weight.numel()) + 2 * kept)

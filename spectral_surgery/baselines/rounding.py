@@ -20,11 +20,7 @@ _ABSMAX_BLOCK = 256
 
 
 def int8_rows(weight: Tensor) -> BaselineResult:
-    """Round to 8 bits with one float32 scale per row, symmetric.
-
-    Args:
-        weight: [O, I] float32.
-    """
+    """Round to 8 bits with one float32 scale per row, symmetric. ``weight`` is [O, I] float32."""
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     codes = (weight / scale).round().clamp(-127, 127)

@@ -16,11 +16,7 @@ PRODUCT_SIZE = 128  # blocks no longer than this are multiplied, longer ones hal
 def by_products(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Blocks by one matrix product: the fastest for short kernels, (past + size) multiply-adds an output.
 
-    Returns [K, M, size].
-
-    Args:
-        rows: [K, M, past + size].
-        kernel: [K, L].
+    Returns [K, M, size]. ``rows`` is [K, M, past + size]; ``kernel`` is [K, L].
     """
     return torch.bmm(rows.contiguous(), toeplitz(kernel, rows.shape[-1], size).mT)
 
@@ -28,11 +24,7 @@ def by_products(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
 def by_fft(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
     """Blocks by FFT of what is before them, halving the block until products are cheaper: O(log² size) an output.
 
-    Returns [K, M, size].
-
-    Args:
-        rows: [K, M, past + size].
-        kernel: [K, L].
+    Returns [K, M, size]. ``rows`` is [K, M, past + size]; ``kernel`` is [K, L].
     """
     past = rows.shape[-1] - size
     y = _within(rows[..., past:], kernel)
@@ -42,10 +34,7 @@ def by_fft(rows: Tensor, kernel: Tensor, size: int) -> Tensor:
 def toeplitz(kernel: Tensor, width: int, size: int) -> Tensor:
     """The matrix of a convolution on a window: entry (t, u) is kernel[width - size + t - u], zero outside the kernel.
 
-    Returns [K, size, width].
-
-    Args:
-        kernel: [K, L].
+    Returns [K, size, width]. ``kernel`` is [K, L].
     """
     lags = kernel.shape[-1]
     kernel = kernel[:, : min(lags, width)].flip(-1)

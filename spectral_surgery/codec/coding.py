@@ -92,10 +92,8 @@ def entropy(codes: Codes) -> float:
 def choose_layout(codes: Codes) -> Layout:
     """Find the layout that stores these codes in the fewest bytes, by trying every plausible one.
 
-    Returns the best layout; where two differ by little, the one that decodes faster.
-
-    Args:
-        codes: [n] signed integers, typical of the frames to come.
+    Returns the best layout; where two differ by little, the one that decodes faster. ``codes`` is [n] signed integers,
+    typical of the frames to come.
     """
     scores = {layout: _cost(codes, layout) for layout in _candidates(codes)}
     return min(scores, key=lambda layout: scores[layout])

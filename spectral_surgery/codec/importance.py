@@ -69,11 +69,7 @@ class Threshold:
     rounding: float
 
     def codes(self, coefficients: Tensor, importance: Importance) -> Codes:
-        """Codes of a matrix: of what is kept, none of them zero.
-
-        Args:
-            coefficients: [O, I] float32.
-        """
+        """Codes of a matrix: of what is kept, none of them zero. ``coefficients`` is [O, I] float32."""
         costs = importance.costs(coefficients)
         kept = (costs >= self.threshold) & (costs > 0)
         if not kept.any():

@@ -74,8 +74,7 @@ class Estimate:
 class Magnitudes:
     """Sorted magnitudes of a spectrum (or of a fair sample of it), ready to price any quantiser.
 
-    Args:
-        sample: [n] coefficients of any sign, finite.
+    ``sample`` is [n] coefficients of any sign, finite.
     """
 
     def __init__(self, sample: npt.NDArray[Any]) -> None:

@@ -36,10 +36,7 @@ class Way(Enum):
 def choose(x: Tensor, weight: Tensor, coefficients: Tensor) -> Way:
     """The fastest way that rounds nothing and keeps no more than the activations themselves take.
 
-    Args:
-        x: [..., I].
-        weight: [O, I].
-        coefficients: [K].
+    ``x`` is [..., I]; ``weight`` is [O, I]; ``coefficients`` is [K].
     """
     rows, columns = weight.shape
     tokens = x.numel() // columns

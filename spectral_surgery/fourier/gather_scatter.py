@@ -12,12 +12,7 @@ from spectral_surgery.fourier import triton
 
 
 def take(spectrum: Tensor, source: Tensor) -> Tensor:
-    """Bins of every row: [T, K] complex.
-
-    Args:
-        spectrum: [T, F] complex.
-        source: [K] int64.
-    """
+    """Bins of every row: [T, K] complex. ``spectrum`` is [T, F] complex; ``source`` is [K] int64."""
     return spectrum.gather(1, source.expand(len(spectrum), -1))
 
 

@@ -55,9 +55,7 @@ def route_of(places: Places) -> Route:
 def row_residual(x: Tensor, coefficients: Tensor, places: Places, out_features: int, scale: float) -> Tensor | None:
     """The residual x ΔWᵀ of one row: [O] float32; None where a tensor has no memory of its own, as under torch.vmap.
 
-    Args:
-        x: [..., I] of I elements on a CPU, any float dtype but float64.
-        coefficients: [K] float, there too.
+    ``x`` is [..., I] of I elements on a CPU, any float dtype but float64; ``coefficients`` is [K] float, there too.
     """
     try:
         row = x.detach().float().numpy().reshape(-1)

@@ -38,12 +38,7 @@ class Route(NamedTuple):
 
 
 def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
-    """Add x ΔWᵀ in place.
-
-    Args:
-        y: [T, O], any float dtype.
-        x: [T, I], any float dtype.
-    """
+    """Add x ΔWᵀ in place. ``y`` is [T, O], any float dtype; ``x`` is [T, I], any float dtype."""
     route = _route(delta, x, 0)
     for rows in _blocks(x, delta):
         _add(y[rows], _spectrum(x[rows]), route, delta.scale)

@@ -53,8 +53,7 @@ class Delta(NamedTuple):
 def fold(positions: Tensor, out_features: int, in_features: int) -> Places:
     """Fold positions. Returns places on the device of the positions.
 
-    Args:
-        positions: [K] integers, row * I + column.
+    ``positions`` is [K] integers, row * I + column.
     """
     positions = positions.long()
     rows, columns = positions // in_features, -positions % in_features
@@ -70,11 +69,8 @@ def fold(positions: Tensor, out_features: int, in_features: int) -> Places:
 def halves(rows: Tensor, columns: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fold frequencies into the halves that are kept, up to half of a length.
 
-    Returns rows, columns, and [K] float32 signs, -1 where a row was mirrored alone.
-
-    Args:
-        rows: [K] int64, frequencies of y.
-        columns: [K] int64, frequencies of x.
+    Returns rows, columns, and [K] float32 signs, -1 where a row was mirrored alone. ``rows`` is [K] int64, frequencies
+    of y; ``columns`` is [K] int64, frequencies of x.
     """
     both = columns > in_features // 2
     rows, columns = torch.where(both, -rows % out_features, rows), torch.where(both, -columns % in_features, columns)
@@ -91,10 +87,7 @@ def unfolded_rows(places: Places, out_features: int) -> Tensor:
 def share(bins: Tensor, length: int) -> Tensor:
     """What to multiply bins by, since an inverse real FFT counts all twice but the first and an even length's last.
 
-    Returns [K] float32: 1 or 1/2.
-
-    Args:
-        bins: [K] int64.
+    Returns [K] float32: 1 or 1/2. ``bins`` is [K] int64.
     """
     return torch.where((bins == 0) | (2 * bins == length), 1.0, 0.5)
 

@@ -49,8 +49,7 @@ def weight_backward_op(  # noqa: PLR0917 - operators of torch take tensors and n
 ) -> Tensor:
     """The gradient of the coefficients of `weight_op`: [K] in the dtype of the coefficients.
 
-    Args:
-        gradient: [O, I], that of its result.
+    ``gradient`` is [O, I], that of its result.
     """
     delta = Delta(coefficients, Places(indices, factors), (out_features, in_features), scaling)
     return coefficients_of(gradient, delta).to(coefficients.dtype)

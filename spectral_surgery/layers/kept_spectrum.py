@@ -91,11 +91,7 @@ class KeptSpectrum(nn.Module):
         return found
 
     def codes(self, values: Tensor, dead_zone: float) -> list[tuple[int, Tensor]]:
-        """Weights, and codes of what is kept of them, as floats, for each row range.
-
-        Args:
-            values: [K].
-        """
+        """Weights, and codes of what is kept of them, as floats, for each row range. ``values`` is [K]."""
         parts = enumerate(self._split(values))
         return [(math.prod(self._grids[part].shape), self._codes(part, numbers, dead_zone)) for part, numbers in parts]
 

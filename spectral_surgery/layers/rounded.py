@@ -16,11 +16,6 @@ class Rounded(nn.Module):
     """
 
     def __init__(self, vector: Tensor, dtype: torch.dtype) -> None:
-        """Start at a vector.
-
-        Args:
-            vector: [N].
-        """
         super().__init__()
         rms = float(vector.detach().float().square().mean().sqrt())
         self._unit, self._dtype = _UNIT * (rms if rms > 0 else 1.0), dtype

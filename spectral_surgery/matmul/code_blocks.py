@@ -26,8 +26,7 @@ def basis_of(spectrum: Spectrum) -> Basis:
 def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple[int, int]) -> Grid:
     """The grid of the reconstruction points, once it is sure that these codes fit it and the resident form.
 
-    Args:
-        codes: [r, I], of some of its rows.
+    ``codes`` is [r, I], of some of its rows.
 
     Raises:
         ConfigError: when they do not fit.
@@ -67,8 +66,7 @@ def refusal(
 def code_blocks(spectrum: Spectrum, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
     """First row and codes [r, I] of blocks of rows, each about one frame.
 
-    Args:
-        out: [O, I] int8 on the CPU, where stored int8 codes are decoded to.
+    ``out`` is [O, I] int8 on the CPU, where stored int8 codes are decoded to.
     """
     if isinstance(spectrum, EncodedSpectrum):
         height = spectrum.rows_per_frame

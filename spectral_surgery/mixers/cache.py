@@ -27,8 +27,7 @@ class MixerCache:
     def select(self, rows: Tensor) -> MixerCache:
         """The cache of some sequences, or of sequences in another order, as beam search needs.
 
-        Args:
-            rows: [N] int64, numbers of sequences.
+        ``rows`` is [N] int64, numbers of sequences.
         """
         return MixerCache(
             self.lengths[rows.to(self.lengths.device)],
@@ -43,11 +42,7 @@ class MixerCache:
         self.parts = other.parts
 
     def write(self, rows: Tensor, part: MixerCache) -> None:
-        """Put back what `select` took out.
-
-        Args:
-            rows: [N] int64, all different.
-        """
+        """Put back what `select` took out. ``rows`` is [N] int64, all different."""
         self.lengths = self.lengths.index_copy(0, rows.to(self.lengths.device), part.lengths)
         for name, state in self.states.items():
             self.states[name] = state.index_copy(0, rows.to(state.device), part.states[name])

@@ -86,9 +86,7 @@ class AdaptiveSpectralFilter(nn.Module):
     def forward(self, spectrum: Tensor, context: Tensor, length: int) -> Tensor:
         """Multiply a spectrum by its gains: [B, F, D] complex.
 
-        Args:
-            spectrum: [B, F, D] complex.
-            context: [B, D].
+        ``spectrum`` is [B, F, D] complex; ``context`` is [B, D].
         """
         return amplify(spectrum, self.gain(context, length))
 
@@ -110,11 +108,7 @@ class ModReLU(nn.Module):
         self.bias = nn.Parameter(torch.full((heads, bins), float(bias)))
 
     def forward(self, z: Tensor, length: int) -> Tensor:
-        """Apply it to a spectrum: like z.
-
-        Args:
-            z: [..., F, D] complex, D a multiple of H.
-        """
+        """Apply it to a spectrum: like z. ``z`` is [..., F, D] complex, D a multiple of H."""
         return modrelu(z, self.of_length(length))
 
     def of_length(self, length: int) -> Tensor:
@@ -125,9 +119,7 @@ class ModReLU(nn.Module):
 def amplify(spectrum: Tensor, gain: Tensor) -> Tensor:
     """Multiply the channels of each head by the gains of the head: [B, F, D] complex.
 
-    Args:
-        spectrum: [B, F, D] complex.
-        gain: [B, F, H] complex.
+    ``spectrum`` is [B, F, D] complex; ``gain`` is [B, F, H] complex.
     """
     heads = spectrum.reshape(*spectrum.shape[:-1], gain.shape[-1], -1)
     return (heads * gain.unsqueeze(-1)).flatten(-2)
@@ -136,9 +128,7 @@ def amplify(spectrum: Tensor, gain: Tensor) -> Tensor:
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     """max(|z| + b, 0) z / |z|, and b = 0 gives z itself. Returns a tensor like z.
 
-    Args:
-        z: [..., F, D] complex, D a multiple of H.
-        bias: [F, H].
+    ``z`` is [..., F, D] complex, D a multiple of H; ``bias`` is [F, H].
     """
     heads = z.reshape(*z.shape[:-1], bias.shape[-1], -1)
     square = heads.real * heads.real + heads.imag * heads.imag
@@ -148,10 +138,8 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
 def interpolate(values: Tensor, length: int, dim: int) -> Tensor:
     """Values at evenly spaced frequencies to values at the frequencies of a length, linearly.
 
-    Returns [..., T // 2 + 1, ...], exact where a frequency is a bin.
-
-    Args:
-        values: [..., bins, ...] real, from frequency zero to Nyquist.
+    Returns [..., T // 2 + 1, ...], exact where a frequency is a bin. ``values`` is [..., bins, ...] real, from
+    frequency zero to Nyquist.
 
     Raises:
         ShapeError: when there are fewer than 2 bins.

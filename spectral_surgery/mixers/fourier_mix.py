@@ -23,8 +23,7 @@ _PRODUCTS = 512  # periods up to it are multiplied out; the matrices of longer o
 def fourier_mix(x: Tensor) -> Tensor:
     """Re of the orthonormal two-dimensional transform of [T, D]. Returns a tensor like x.
 
-    Args:
-        x: [B, T, D] float32 or float64.
+    ``x`` is [B, T, D] float32 or float64.
     """
     y: Tensor = _FourierMix.apply(x)
     return y
@@ -34,10 +33,8 @@ def causal_fourier_mix(x: Tensor, period: int) -> Tensor:
     """y[t] = Re sum of x̂[m] e^(-2πi t m / L) / √L over m from t - L + 1 to t, x̂ the transform over channels.
 
     Short periods are matrix products over blocks of tokens: a later token meets an exact zero, so it changes no bit of
-    an earlier output. Long ones are convolutions, of which the same is true. Returns a tensor like x.
-
-    Args:
-        x: [B, T, D] float32 or float64.
+    an earlier output. Long ones are convolutions, of which the same is true. ``x`` is [B, T, D]
+    float32 or float64; the result is like x.
     """
     if period > _PRODUCTS:
         return _by_chirps(x, period)

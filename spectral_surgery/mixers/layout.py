@@ -12,10 +12,7 @@ def transpose_tokens(x: Tensor) -> Tensor:
     """Exchange the last two of three dimensions, in memory too.
 
     Sequence by sequence, since torch transposes matrices several times faster than batches of them. Returns [B, N, M],
-    contiguous.
-
-    Args:
-        x: [B, M, N].
+    contiguous. ``x`` is [B, M, N].
     """
     y: Tensor = _Transpose.apply(x)
     return y

@@ -95,12 +95,9 @@ class SparseSpectralTensor:
     def matmul(self, x: Tensor) -> Tensor:
         """Return x @ W.T, [..., I] -> [..., O], without forming the weight W = to_spatial().
 
-        The input is transformed, the sparse spectrum multiplies it, and the product is transformed
-        back: y = T_out^T (C (T_in x)). Differentiable in `x`. Computed in float32, or in float64
-        for float64, and returned in the dtype of `x`.
-
-        Args:
-            x: [..., I] real floating, on the device of the spectrum.
+        The input is transformed, the sparse spectrum multiplies it, and the product is transformed back: y = T_out^T (C
+        (T_in x)). Differentiable in `x`. Computed in float32, or in float64 for float64, and returned in the dtype of
+        `x`. ``x`` is [..., I] real floating, on the device of the spectrum.
 
         Raises:
             ShapeError: If the spectrum is not that of a matrix, or the width of `x` is not I.

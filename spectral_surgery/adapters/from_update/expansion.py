@@ -154,7 +154,6 @@ class Allocation:
 def count_for(gains: Tensor, enough: float) -> int:
     """How many components have an energy of at least ``enough`` together; all where they do not.
 
-    Args:
-        gains: [K] float64, in order.
+    ``gains`` is [K] float64, in order.
     """
     return min(int((gains.cumsum(0) < enough).sum()) + 1, len(gains))

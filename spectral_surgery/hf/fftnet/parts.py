@@ -79,10 +79,7 @@ class FFTNetCache:
 
 
 def empty_cache(blocks: Iterable[Any], x: Tensor) -> FFTNetCache:
-    """What `FFTNetBlock`s remember before the first token.
-
-    Args:
-        x: [B, T, D], as it will go in.
+    """What `FFTNetBlock`s remember before the first token. ``x`` is [B, T, D], as it will go in.
 
     Raises:
         CausalityError: when they read both ways.
@@ -124,11 +121,7 @@ def check_config(config: Any) -> None:
 
 
 def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """Accept token numbers that the model knows.
-
-    Args:
-        ids: [B, T].
-        mask: [B, T], or None.
+    """Accept token numbers that the model knows. ``ids`` is [B, T]; ``mask`` is [B, T], or None.
 
     Raises:
         ShapeError: when ids are not [B, T] with at least one token, or the mask does not fit.
