@@ -206,13 +206,14 @@ def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def stored_codes(codes: Codes, basis: Basis, *, threads: int = 1) -> EncodedSpectrum:
+def stored_codes(codes: Codes, basis: Basis, *, threads: int = 1, verify: bool = True) -> EncodedSpectrum:
     """The stored form of codes that were chosen elsewhere.
 
     Args:
         threads: frames worked on at once; the result does not depend on it.
+        verify: as for `encode_rows`.
     """
-    height, frames = encode_rows(codes.values, basis.tile, threads=threads)
+    height, frames = encode_rows(codes.values, basis.tile, threads=threads, verify=verify)
     rows, columns = codes.values.shape
     return EncodedSpectrum(frames, (rows, columns), height, codes.steps, codes.offset, basis)
 

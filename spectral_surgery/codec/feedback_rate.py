@@ -41,7 +41,7 @@ def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis,
 
     def made(step: float) -> tuple[Codes, float]:
         codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step), 0.0, columns)
-        return codes, 8 * stored_codes(codes, basis).stored_bytes / codes.values.numel()
+        return codes, 8 * stored_codes(codes, basis, verify=False).stored_bytes / codes.values.numel()
 
     flat = coefficients.reshape(-1)
     magnitudes = Magnitudes(flat[:: len(flat) // _SAMPLE | 1].numpy())  # odd: does not resonate with tiles

@@ -49,12 +49,13 @@ def middle(rows: Tensor, tile: int) -> Tensor:
     return rows[:, start : start + width].contiguous()
 
 
-def encode_rows(codes: Tensor, tile: int, *, threads: int = 1) -> tuple[int, tuple[bytes, ...]]:
-    """The frames of a matrix of codes. Returns rows of a frame, and the frames.
+def encode_rows(codes: Tensor, tile: int, *, threads: int = 1, verify: bool = True) -> tuple[int, tuple[bytes, ...]]:
+    """The frames of a matrix of codes.
 
     Args:
         codes: [O, I] integers, on the CPU.
         threads: frames worked on at once; the result does not depend on it.
+        verify: decode each frame to be sure of it; what is only measured need not be.
 
     Raises:
         CheckpointError: when a frame does not decode to its codes.
@@ -66,7 +67,8 @@ def encode_rows(codes: Tensor, tile: int, *, threads: int = 1) -> tuple[int, tup
         powers = [float(part.double().square().mean()) for part in parts]
         layouts = choose_layouts(powers, lambda number: middle(parts[number], tile))
         pairs = list(zip(parts, layouts, strict=True))
-        return height, tuple(parallel_map(lambda pair: checked_frame(*pair), pairs, threads))
+        encode = checked_frame if verify else _frame
+        return height, tuple(parallel_map(lambda pair: encode(*pair), pairs, threads))
 
 
 def narrowest(codes: Tensor) -> torch.dtype:
@@ -81,8 +83,11 @@ def checked_frame(codes: Tensor, layout: Layout) -> bytes:
 
     Raises CheckpointError when they do not come back.
     """
-    flat = codes.reshape(-1).numpy()
-    data = encode_frame(flat, layout)
+    data, flat = _frame(codes, layout), codes.reshape(-1).numpy()
     if not np.array_equal(decode_frame(data, flat.size), flat):
         raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")
     return data
+
+
+def _frame(codes: Tensor, layout: Layout) -> bytes:
+    return encode_frame(codes.reshape(-1).numpy(), layout)
