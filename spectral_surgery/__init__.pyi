@@ -6,7 +6,6 @@ from spectral_surgery.adapters.base import AdapterSpec as AdapterSpec
 from spectral_surgery.adapters.base import AdapterState as AdapterState
 from spectral_surgery.adapters.from_update.expansion import Size as Size
 from spectral_surgery.baselines import BASELINES as BASELINES
-from spectral_surgery.calibration.layer_moments import CalibrationData as CalibrationData
 from spectral_surgery.codec.encode import encode as encode
 from spectral_surgery.codec.encoded import Basis as Basis
 from spectral_surgery.codec.encoded import EncodedSpectrum as EncodedSpectrum
@@ -48,7 +47,6 @@ from spectral_surgery.commands.pull import PullReport as PullReport
 from spectral_surgery.commands.pull import pull as pull
 from spectral_surgery.commands.push import PushReport as PushReport
 from spectral_surgery.commands.push import push as push
-from spectral_surgery.commands.swap import DistillData as DistillData
 from spectral_surgery.commands.swap import SwapReport as SwapReport
 from spectral_surgery.commands.swap import swap as swap
 from spectral_surgery.commands.swap.fit_layers import FitSettings as FitSettings
@@ -84,7 +82,7 @@ from spectral_surgery.run import Run as Run
 from spectral_surgery.sparse.tensor import SparseSpectralTensor as SparseSpectralTensor
 from spectral_surgery.sparse.tensor import sst as sst
 from spectral_surgery.targets import ModuleTargets as ModuleTargets
-from spectral_surgery.text.heal_text import HealData as HealData
+from spectral_surgery.text.data import TextData as TextData
 from spectral_surgery.text.scores import EvalData as EvalData
 from spectral_surgery.training.loop import DistillSettings as DistillSettings
 from spectral_surgery.training.pretrain import ModelSizes as ModelSizes

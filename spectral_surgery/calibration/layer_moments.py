@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
@@ -21,39 +20,14 @@ from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
 from spectral_surgery.hf.models import longest_sequence
 from spectral_surgery.live.blocks import blocks_in_turn, moments_of
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, read_sequences
+from spectral_surgery.text.data import TextData
+from spectral_surgery.text.examples import documents
+from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
 
 IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time
+SAMPLES, SEQ_LENGTH = 512, 256  # usual
 BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Text to calibrate on.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        samples: sequences at most.
-        seq_length: tokens of a sequence at most.
-        trust_remote_code: run the code that a model brings along.
-    """
-
-    file: Path
-    samples: int = 512
-    seq_length: int = 256
-    trust_remote_code: bool = False
-
-    def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work.
-
-        Raises:
-            ConfigError: when the file cannot be read.
-        """
-        if not self.file.is_file():
-            raise ConfigError(f"--calibrate {self.file}: no such file; a text, .csv or .jsonl file is accepted.")
-        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
-        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
 
 
 @dataclass(frozen=True)
@@ -167,7 +141,17 @@ def _mean(moments: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(moments)).mean(0)
 
 
-def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) -> tuple[LazyModel, list[list[int]]]:
+def digest_of(data: TextData) -> str:
+    """What codes were chosen by, for the manifest.
+
+    Raises:
+        ConfigError: when the file cannot be read.
+    """
+    data = data.with_usual(SAMPLES, SEQ_LENGTH)
+    return f"{data.samples} x {data.seq_length} tokens of {data.digest()}"
+
+
+def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tuple[LazyModel, list[list[int]]]:
     """The model to calibrate, and token sequences to calibrate it on.
 
     Args:
@@ -185,8 +169,10 @@ def model_and_text(source: Path, index: CheckpointIndex, data: CalibrationData) 
             " them are accepted."
         )
     lazy = load_lazily(source, index, "AutoModel", trust_remote_code=data.trust_remote_code)
-    length, causal = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length), is_causal(index.config)
-    sequences = read_sequences(lazy.tokenizer, data.file, length=length, samples=data.samples, causal=causal)
+    data, causal = data.with_usual(SAMPLES, SEQ_LENGTH), is_causal(index.config)
+    length = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length)
+    texts = documents(data.file, causal=causal)
+    sequences = token_sequences(lazy.tokenizer, texts, length=length, samples=data.samples, causal=causal)
     if not any(sequences):
         raise ConfigError(
             f"{data.file}: the tokenizer of {source.name} finds no token in it; text that the model reads is accepted."

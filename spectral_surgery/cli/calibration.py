@@ -15,10 +15,10 @@ from spectral_surgery.cli import shared
 from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 
 if TYPE_CHECKING:
-    from spectral_surgery.calibration.layer_moments import CalibrationData
     from spectral_surgery.commands.compress import CompressReport, Healing
     from spectral_surgery.commands.heal import HealReport
     from spectral_surgery.files.compressed.plan import CompressOptions
+    from spectral_surgery.text.data import TextData
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -80,7 +80,7 @@ def calibration_options(function: F) -> F:
 
 def texts(
     ctx: click.Context, options: CompressOptions, shard: tuple[int, int]
-) -> tuple[CompressOptions, CalibrationData | None, Healing | None]:
+) -> tuple[CompressOptions, TextData | None, Healing | None]:
     """What the options of text say, with --allocation in the options of compress.
 
     Raises:
@@ -136,13 +136,13 @@ def _tell(healed: HealReport) -> None:
     )
 
 
-def _data(ctx: click.Context) -> CalibrationData | None:
+def _data(ctx: click.Context) -> TextData | None:
     own = ctx.meta.get(_KEY, {})
     if own.get("calibrate") is None:
         return None
-    from spectral_surgery.calibration.layer_moments import CalibrationData
+    from spectral_surgery.text.data import TextData
 
-    return CalibrationData(own["calibrate"], own["samples"], own["seq_length"], shared.trusted())
+    return TextData(own["calibrate"], own["samples"], own["seq_length"], trust_remote_code=shared.trusted())
 
 
 def _healing(ctx: click.Context) -> Healing | None:
@@ -151,8 +151,8 @@ def _healing(ctx: click.Context) -> Healing | None:
         return None
     from spectral_surgery.cli.heal import settings_of
     from spectral_surgery.commands.compress import Healing
-    from spectral_surgery.text.heal_text import HealData
+    from spectral_surgery.text.data import TextData
 
     given = ctx.get_parameter_source("seq_length") is not ParameterSource.DEFAULT
-    data = HealData(own["heal"], seq_length=own["seq_length"] if given else 0, trust_remote_code=shared.trusted())
+    data = TextData(own["heal"], seq_length=own["seq_length"] if given else 0, trust_remote_code=shared.trusted())
     return Healing(data, settings_of(own, ctx), own["keep"])

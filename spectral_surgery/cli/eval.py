@@ -77,13 +77,13 @@ def command(
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
-    from spectral_surgery.calibration.layer_moments import CalibrationData
     from spectral_surgery.commands.eval import Beside, EvalData, evaluate
+    from spectral_surgery.text.data import TextData
 
     if plot is not None:
         _check_plot(plot, table=len(b) > 1 or baseline is not None)
     trust = shared.trusted()
-    text_to_calibrate = CalibrationData(calibrate, calibrate_samples, trust_remote_code=trust) if calibrate else None
+    text_to_calibrate = TextData(calibrate, calibrate_samples, trust_remote_code=trust) if calibrate else None
     names = tuple(name.strip() for name in (baseline or "").split(",") if name.strip())
     access = shared.hub_access(quiet=quiet)
     paths = [access.others().resolve(source)[0] for source in b]

@@ -81,12 +81,12 @@ def command(
     """
     from spectral_surgery.commands import heal as workflow
     from spectral_surgery.run import Run
-    from spectral_surgery.text.heal_text import HealData
+    from spectral_surgery.text.data import TextData
 
     own = ctx.meta[_KEY]
     if own["blocks"]:
         keep_freed_memory(LITTLE)
-    data = HealData(own["data"], own["batch_size"] or 0, own["seq_length"] or 0, shared.trusted())
+    data = TextData(own["data"], 0, own["seq_length"] or 0, own["batch_size"] or 0, shared.trusted())
     access = shared.hub_access(quiet=quiet)
     first = join_launcher()
     if first:

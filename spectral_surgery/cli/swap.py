@@ -74,6 +74,7 @@ def command(
     from spectral_surgery.live.swap import SwapSpec
     from spectral_surgery.mixers import MIXERS
     from spectral_surgery.options import parse_settings
+    from spectral_surgery.text.data import TextData
 
     parsed = parse_settings(MIXERS[mixer].config, settings)
     chosen = {name: getattr(parsed, name) for name in {pair.partition("=")[0] for pair in settings}}
@@ -81,15 +82,14 @@ def command(
     access, trust = shared.hub_access(quiet=quiet), shared.trusted()
     if dry_run:
         with access.outline(source) as found:
-            _show_plan(workflow.plan_swap(found.path, spec, trust_remote_code=trust), as_json=as_json)
-        click.echo("Nothing was written.", err=as_json)
+            _show_plan(workflow.plan_swap(found.path, spec, trust_remote_code=trust), as_json=as_json, dry_run=True)
         return
     with output.progress(quiet=quiet, unit=" steps") as progress:
         report = workflow.swap(
             access.prepare().resolve(source)[0],
             out,
             spec,
-            data=workflow.DistillData(distill, seq_length=seq_length) if distill else None,
+            data=TextData(distill, seq_length=seq_length) if distill else None,
             training=FitSettings(steps, end_to_end_steps, learning_rate, seed=seed),
             judged_on=EvalData(text, sts, seq_length=seq_length),
             seed=seed,
@@ -100,14 +100,17 @@ def command(
     _show(report, out, as_json=as_json, more=access.pushed(out))
 
 
-def _show_plan(plan: SwapPlan, *, as_json: bool) -> None:
+def _show_plan(plan: SwapPlan, *, as_json: bool, dry_run: bool = False) -> None:
     if as_json:
         output.print_json("swap", plan.to_json() | {"dry_run": True})
+        click.echo("Nothing was written.", err=True)
         return
     settings = ", ".join(f"{name} {value}" for name, value in plan.record.settings.items()) or "none"
     before, after = plan.parameters
     click.echo(f"{plan.record.mixer} in layers {', '.join(map(str, plan.record.layers))}; settings: {settings}")
     click.echo(f"{before:,} -> {after:,} parameters; causal: {'yes' if plan.causal else 'no'}")
+    if dry_run:
+        click.echo("Nothing was written.")
 
 
 def _show(report: SwapReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from spectral_surgery.errors import ConfigError
@@ -28,7 +29,7 @@ class Example:
 
 
 def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
-    """Read examples.
+    """Read examples; labels that are numbers throughout are floats.
 
     Args:
         file: ``.csv``, ``.jsonl``, or plain text, which is one example.
@@ -36,18 +37,15 @@ def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
             being the label; of JSON objects, ``text`` alone or with ``label``. A CSV file whose first row does not name
             the columns, and ends with a number, has no header.
 
-    Returns:
-        The examples; labels that are numbers throughout are floats.
-
     Raises:
         ConfigError: when the file cannot be read as that, or a column is missing.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file; text, .csv and .jsonl files are accepted. Check the path.")
+        raise ConfigError(f"{file}: no such file. Expected a text, .csv or .jsonl file.")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is no UTF-8 text; text, .csv and .jsonl files are accepted.") from None
+        raise ConfigError(f"{file}: is not UTF-8 text. Expected a text, .csv or .jsonl file.") from None
     if file.suffix == ".csv":
         examples = _csv(file, text, columns)
     elif file.suffix in (".jsonl", ".json"):
@@ -55,28 +53,47 @@ def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
     else:
         examples = [Example((text,))] if text.strip() else []
     if not examples:
-        raise ConfigError(f"{file}: is empty; some text is accepted.")
-    return _with_numbers(examples)
+        raise ConfigError(f"{file}: is empty. Expected some text.")
+    if all(example.label is not None and _is_number(str(example.label)) for example in examples):
+        return [Example(example.texts, float(str(example.label))) for example in examples]
+    return examples
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold some examples back: of one long text the end, else a random choice.
+def documents(file: Path, *, causal: bool) -> list[Example]:
+    """The texts of a file that stand by themselves: of a language model every text, of any other every line.
 
-    Args:
-        examples: all.
-        fraction: to hold back, between 0 and 1.
-        seed: of the choice.
-
-    Returns:
-        (to train on, held back), without overlap; of two or more examples neither is empty.
+    Raises:
+        ConfigError: as `read_examples`.
     """
-    if len(examples) == 1:
-        text = examples[0].texts[0]
-        cut = round(len(text) * (1 - fraction))
-        return [Example((text[:cut],))], [Example((text[cut:],))]
-    order = random.Random(seed).sample(range(len(examples)), len(examples))  # noqa: S311 - no secret
-    held = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    return [examples[i] for i in sorted(order[held:])], [examples[i] for i in sorted(order[:held])]
+    texts = [text for example in read_examples(file) for text in example.texts]
+    if not causal:
+        texts = [line for text in texts for line in text.splitlines() if line.strip()]
+    return [Example((text,)) for text in texts]
+
+
+def hold_out(examples: Sequence[Example], *fractions: float) -> list[list[Example]]:
+    """Cut text into parts that share no document: what is left, and one of each fraction.
+
+    Documents are drawn at random, since files are often sorted, and by the same numbers in every run, so that runs with
+    other seeds are judged on the same text. A single document is cut, and its end is held out.
+
+    Raises:
+        ConfigError: when the fractions, or too little text, leave a part empty.
+    """
+    if min(fractions) <= 0 or sum(fractions) >= 1:
+        got = ", ".join(f"{fraction:g}" for fraction in fractions)
+        raise ConfigError(f"fractions to hold out: expected numbers above 0 with a sum below 1, got {got}.")
+    single = examples[0].texts[0] if len(examples) == 1 else None
+    count = len(examples) if single is None else len(single)
+    sizes = [max(1, round(fraction * count)) for fraction in fractions]
+    if sum(sizes) >= count:
+        unit = "documents" if single is None else "characters"
+        raise ConfigError(f"text: expected more than {sum(sizes)} {unit} for {len(sizes) + 1} parts, got {count}.")
+    edges = [*accumulate([0, count - sum(sizes), *sizes])]
+    if single is not None:
+        return [[Example((single[start:stop],))] for start, stop in pairwise(edges)]
+    order = random.Random(0).sample(list(examples), count)  # noqa: S311 - no secret
+    return [order[start:stop] for start, stop in pairwise(edges)]
 
 
 def _csv(file: Path, text: str, columns: Sequence[str]) -> list[Example]:
@@ -88,11 +105,11 @@ def _csv(file: Path, text: str, columns: Sequence[str]) -> list[Example]:
     names = header if named else [str(place) for place in range(len(header))]
     wanted = list(columns) if named and columns else names
     if columns and not named and len(columns) != len(header):
-        raise ConfigError(f"{file}: has columns {', '.join(header)}; {', '.join(columns)} were asked for.")
+        raise ConfigError(f"{file}: expected columns {', '.join(columns)}, got {', '.join(header)}.")
     places = [names.index(name) for name in wanted]
-    ragged = [number for number, row in enumerate(rows, 1) if len(row) != len(header)]
-    if ragged:
-        raise ConfigError(f"{file}: row {ragged[0]} has not the {len(header)} columns of the first one.")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise ConfigError(f"{file}: row {number}: expected {len(header)} columns, got {len(row)}.")
     body = rows[1:] if named else rows
     if len(places) == 1:
         return [Example((row[places[0]],)) for row in body]
@@ -109,23 +126,17 @@ def _jsonl(file: Path, text: str, columns: Sequence[str]) -> list[Example]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):
-            raise ConfigError(f"{file}: line {number} is no JSON object; one object per line is accepted.")
-        own = list(columns) or (["text", "label"] if "label" in row else ["text"])
-        missing = [name for name in own if name not in row]
+            raise ConfigError(f"{file}: line {number} is not a JSON object. Expected one object per line.")
+        names = list(columns) or (["text", "label"] if "label" in row else ["text"])
+        missing = [name for name in names if name not in row]
         if missing:
             raise ConfigError(
-                f"{file}: line {number} has no {', '.join(missing)}, only {', '.join(row)}. Use --columns."
+                f"{file}: line {number}: expected {', '.join(missing)}, got {', '.join(row)}. Use --columns."
             )
-        texts = own if len(own) == 1 else own[:-1]
-        label = None if len(own) == 1 else row[own[-1]]
+        texts = names if len(names) == 1 else names[:-1]
+        label = None if len(names) == 1 else row[names[-1]]
         known = label is None or isinstance(label, (int, float, str))
         examples.append(Example(tuple(str(row[name]) for name in texts), label if known else str(label)))
-    return examples
-
-
-def _with_numbers(examples: list[Example]) -> list[Example]:
-    if all(example.label is not None and _is_number(str(example.label)) for example in examples):
-        return [Example(example.texts, float(str(example.label))) for example in examples]
     return examples
 
 

@@ -48,6 +48,11 @@ class Objective:
     batch_size: int
     seq_length: int
 
+    @property
+    def causal(self) -> bool:
+        """Whether it is that of language models, whose text is one stream."""
+        return self.auto_class == "AutoModelForCausalLM"
+
 
 def objective_of(config: Mapping[str, object]) -> Objective:
     """The row for a model; embeddings for what has no task of its own.

@@ -17,7 +17,8 @@ from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.hf.models import SentenceEncoder, load_model
 from spectral_surgery.live.attach import load
 from spectral_surgery.live.running import called
-from spectral_surgery.text.examples import read_examples
+from spectral_surgery.text.examples import documents, read_examples
+from spectral_surgery.text.sequences import cut_stream
 from spectral_surgery.text.tasks import spearman
 
 
@@ -108,8 +109,8 @@ def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool
         text = " ".join(example.texts[0] for example in read_examples(data.text))
         measures |= compare_logits(models, tokenizer, text, data.seq_length, data.samples)
     elif data.text is not None:
-        lines = [line for e in read_examples(data.text) for line in e.texts[0].splitlines() if line.strip()]
-        measures |= _cosines(models, tokenizer, lines[: data.samples or None])
+        lines = documents(data.text, causal=False)[: data.samples or None]
+        measures |= _cosines(models, tokenizer, [line.texts[0] for line in lines])
     if data.sts is not None:
         measures |= _spearman(models, tokenizer, data)
     return measures
@@ -134,11 +135,9 @@ def compare_logits(
     Raises:
         ConfigError: when the text is too short.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    length = min(seq_length, len(ids))
-    if length < 2:
-        raise ConfigError("eval --text: fewer than two tokens; some text is accepted.")
-    rows = ids[: len(ids) // length * length].reshape(-1, length)[: samples or None]
+    rows = torch.tensor(cut_stream(tokenizer, [text], seq_length)[: samples or None])
+    if rows.numel() < 2:
+        raise ConfigError("eval --text: expected two or more tokens, got fewer. Give more text.")
     sums = {"a": 0.0, "b": 0.0, "kl": 0.0, "top": 0.0}
     for row in rows:
         batch = row[None].to(next(models[0].parameters()).device)
@@ -149,7 +148,7 @@ def compare_logits(
         if len(logs) == 2:
             sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
             sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
-    tokens = rows.shape[0] * (length - 1)
+    tokens = rows[:, 1:].numel()
     found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
     both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
     return found | both

@@ -1,4 +1,4 @@
-"""Token sequences from a file of text, to calibrate and to distil on."""
+"""Token sequences of texts, and batches of them."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.text.examples import read_examples
+from spectral_surgery.text.examples import Example
 
 
-def read_sequences(tokenizer: Any, file: Path, *, length: int, samples: int = 0, causal: bool) -> list[list[int]]:
-    """Token ids of a text.
+def token_sequences(
+    tokenizer: Any, texts: Sequence[Example], *, length: int, samples: int = 0, causal: bool
+) -> list[list[int]]:
+    """Token ids of texts.
 
     Args:
         tokenizer: of the model.
-        file: text, JSONL or CSV.
+        texts: from `documents`.
         length: tokens of a sequence at most.
         samples: sequences at most; 0 for all.
-        causal: of a language model, the text is one stream, cut into sequences of equal length; else every line is a
-            sequence.
-
-    Returns:
-        The sequences; of a text shorter than one of them, what there is.
-
-    Raises:
-        ConfigError: when the file cannot be read, or is empty.
+        causal: of a language model, see `cut_stream`; else every text is a sequence.
     """
-    texts = [text for example in read_examples(file) for text in example.texts]
     if causal:
-        stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-        length = min(length, len(stream))
-        found = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)] if length else []
-    else:
-        lines = [line for text in texts for line in text.splitlines() if line.strip()][: samples or None]
-        found = tokenizer(lines, truncation=True, max_length=length)["input_ids"] if lines else []
-    return found[: samples or None]
+        return cut_stream(tokenizer, [example.texts[0] for example in texts], length)[: samples or None]
+    lines = [example.texts[0] for example in texts[: samples or None]]
+    return list(tokenizer(lines, truncation=True, max_length=length)["input_ids"]) if lines else []
+
+
+def cut_stream(tokenizer: Any, texts: Sequence[str], length: int, *, ended: bool = False) -> list[list[int]]:
+    """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is.
+
+    Args:
+        tokenizer: of the model.
+        texts: in order.
+        length: tokens of a sequence; what is left at the end is dropped.
+        ended: put the token that ends a text behind each of several, where the tokenizer has one.
+    """
+    end = [tokenizer.eos_token_id] if ended and len(texts) > 1 and tokenizer.eos_token_id is not None else []
+    stream = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], *end)]
+    length = min(length, len(stream))
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)] if length else []
 
 
 def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:
-    """Refuse tokens that a model has no embedding for.
-
-    Args:
-        sequences: of token ids.
-        model: of transformers; one whose embeddings are no table of tokens takes what there is.
-        file: where they come from, for the text of the error.
+    """Refuse tokens of a file that a model has no embedding for; one without a table of embeddings takes them all.
 
     Raises:
         ConfigError: when there is one.
@@ -55,9 +55,7 @@ def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path)
     largest = max((token for sequence in sequences for token in sequence), default=-1)
     size = _vocabulary_of(model)
     if size is not None and largest >= size:
-        raise ConfigError(
-            f"{file}: has token {largest} where the model knows {size}; a tokenizer of this very model is needed."
-        )
+        raise ConfigError(f"{file}: expected tokens below {size}, got {largest}. Use the tokenizer of this very model.")
 
 
 def _vocabulary_of(model: Any) -> int | None:
@@ -75,20 +73,19 @@ def _vocabulary_of(model: Any) -> int | None:
 def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """A batch: input_ids and attention_mask, [B, T] integers, padded at the end."""
     batch = tokenizer.pad(
-        {"input_ids": [list(own) for own in sequences]}, padding_side="right", return_tensors="pt", verbose=False
+        {"input_ids": [list(sequence) for sequence in sequences]},
+        padding_side="right",
+        return_tensors="pt",
+        verbose=False,
     )
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 def equal_lengths(sequences: Sequence[Sequence[int]], tokens: int = 4096) -> list[dict[str, Tensor]]:
-    """Batches of sequences of equal length, so that nothing is padded.
-
-    Args:
-        sequences: of token ids.
-        tokens: of a batch at most.
+    """Batches of sequences of equal length and a limited number of tokens: nothing is padded; shorter ones come first.
 
     Returns:
-        input_ids and attention_mask, [B, T], shorter ones first.
+        input_ids and attention_mask, [B, T].
     """
     batches: list[list[Sequence[int]]] = []
     for sequence in sorted(sequences, key=len):
@@ -97,5 +94,5 @@ def equal_lengths(sequences: Sequence[Sequence[int]], tokens: int = 4096) -> lis
             last.append(sequence)
         else:
             batches.append([sequence])
-    ids = [torch.tensor(batch) for batch in batches]
-    return [{"input_ids": own, "attention_mask": torch.ones_like(own)} for own in ids]
+    tensors = [torch.tensor(batch) for batch in batches]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]

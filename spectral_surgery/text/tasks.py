@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.registry import Table
+from spectral_surgery.text.sequences import cut_stream
 
 Features = dict[str, list[int]]
 Arrays = npt.NDArray[np.floating[Any]]
@@ -52,15 +53,10 @@ class Task:
 
 
 def _blocks(tokenizer: Any, texts: Texts, length: int) -> list[Features]:
-    """All texts as one stream of tokens, cut into blocks of equal length."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and len(texts) > 1 else []
-    stream: list[int] = []
-    for text in texts:
-        stream += tokenizer(text[0], verbose=False)["input_ids"] + end
-    length = min(length, len(stream))
-    if length < 2:
-        raise ConfigError("data: fewer than two tokens; some text is accepted.")
-    return [{"input_ids": stream[i : i + length]} for i in range(0, len(stream) - length + 1, length)]
+    sequences = cut_stream(tokenizer, [text[0] for text in texts], length, ended=True)
+    if not sequences or len(sequences[0]) < 2:
+        raise ConfigError("data: expected two or more tokens, got fewer. Give more text.")
+    return [{"input_ids": sequence} for sequence in sequences]
 
 
 def _stack(tokenizer: Any, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:  # noqa: ARG001 - as the others
@@ -77,7 +73,7 @@ def _one_text(tokenizer: Any, texts: Texts, length: int) -> list[Features]:
 
 def _two_texts(tokenizer: Any, texts: Texts, length: int) -> list[Features]:
     if len(texts[0]) != 2:
-        raise ConfigError(f"similarity: {len(texts[0])} text column; two of them and a score are accepted.")
+        raise ConfigError(f"similarity: expected two text columns and a score, got {len(texts[0])} text column.")
     sides = [tokenizer([text[side] for text in texts], truncation=True, max_length=length) for side in (0, 1)]
     return [{f"{key}_{n}": side[key][i] for n, side in enumerate(sides) for key in side} for i in range(len(texts))]
 

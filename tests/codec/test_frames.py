@@ -30,7 +30,7 @@ from spectral_surgery.files.compressed.units import Workshop, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.matmul.code_blocks import as_encoded
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from tests.support.checkpoints import write_folder
 
 BASIS = Basis("identity", 64, ())
@@ -65,7 +65,7 @@ def by_heal(values: Tensor, folder: Path) -> EncodedSpectrum:
     source = source_of(values, folder)
     compress(source, folder / "out", OPTIONS)
     checkpoint = open_compressed(folder / "out")
-    place = Workplace(checkpoint, read_index(source), source, HealData(source), "cpu", folder, "key", 1, perf_counter)
+    place = Workplace(checkpoint, read_index(source), source, TextData(source), "cpu", folder, "key", 1, perf_counter)
     (file,) = place.leave("layer.weight", [spectrum_of(values)], values.float())
     return part_in(file, values)
 

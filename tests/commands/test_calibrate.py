@@ -19,8 +19,8 @@ from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.text.data import TextData
 from tests.commands.test_train import WORDS, save_tokenizer
 
 KINDS = {
@@ -70,7 +70,7 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
     include = next(glob for kind, glob in blocks.items() if source.parent.name.startswith(kind))
     options = CompressOptions(Target("bits", 2.5), include=(include,), allocation="even")
     plain = compress(source, tmp_path / "plain", options)
-    with_text = compress(source, tmp_path / "text", options, calibrate=CalibrationData(text, 64, 16))
+    with_text = compress(source, tmp_path / "text", options, calibrate=TextData(text, 64, 16))
     assert plain is not None
     done = with_text.calibration.layers if with_text.calibration else ()
     assert len(done) == len(with_text.manifest.tensors)
@@ -87,12 +87,12 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
 
 def test_density_is_met(tmp_path: Path, bert: Path, text: Path) -> None:
     options = CompressOptions(Target("density", 0.2), include=("*encoder*",))
-    report = compress(bert, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
+    report = compress(bert, tmp_path / "out", options, calibrate=TextData(text, 64, 16))
     assert report.manifest.report.density == pytest.approx(0.2, abs=0.001)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path, text: Path) -> None:
-    options, data = CompressOptions(Target("bits", 3.0)), CalibrationData(text, 32, 16)
+    options, data = CompressOptions(Target("bits", 3.0)), TextData(text, 32, 16)
     compress(bert, tmp_path / "whole", options, calibrate=data)
     seen: list[str] = []
 
@@ -114,9 +114,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
 def test_what_calibration_does_not_take(tmp_path: Path, bert: Path, text: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="--calibrate: minimises the error itself; --bits or --sparsity"):
-        compress(bert, out, CompressOptions(Target("max_error", 0.1)), calibrate=CalibrationData(text))
+        compress(bert, out, CompressOptions(Target("max_error", 0.1)), calibrate=TextData(text))
     with pytest.raises(ConfigError, match=r"--calibrate .*gone: no such file"):
-        compress(bert, out, CompressOptions(Target("bits", 3)), calibrate=CalibrationData(tmp_path / "gone"))
+        compress(bert, out, CompressOptions(Target("bits", 3)), calibrate=TextData(tmp_path / "gone"))
     assert not out.exists()
 
 
@@ -145,7 +145,5 @@ def test_text_without_a_token_is_named(tmp_path: Path, text: Path) -> None:
     for allocation in ("even", "slope"):
         options = CompressOptions(Target("bits", 3.0), allocation=allocation)
         with pytest.raises(ConfigError, match=r"text\.txt: the tokenizer of model finds no token in it"):
-            compress(
-                tmp_path / "model", tmp_path / "out", options, calibrate=CalibrationData(text), run=Run(overwrite=True)
-            )
+            compress(tmp_path / "model", tmp_path / "out", options, calibrate=TextData(text), run=Run(overwrite=True))
     assert not (tmp_path / "out").exists()

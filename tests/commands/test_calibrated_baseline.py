@@ -12,13 +12,13 @@ from click.testing import CliRunner
 pytest.importorskip("transformers")
 
 from spectral_surgery.baselines import BASELINES
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.cli import cli
 from spectral_surgery.commands.eval import Beside, EvalData, evaluate
 from spectral_surgery.commands.eval.calibrated_baselines import calibrated_weights
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.text.data import TextData
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.commands.test_train import WORDS
 
@@ -36,7 +36,7 @@ def test_layers_of_blocks_are_quantised_as_they_are_stored(tmp_path: Path, kind:
     source = save_model(kind, tmp_path / "model")
     index = read_index(source)
     wide = {name: info for name, info in index.tensors.items() if len(info.shape) == 2}
-    found = calibrated_weights(source, index, wide, CalibrationData(text, 32, 16), BASELINES["gptq4"])
+    found = calibrated_weights(source, index, wide, TextData(text, 32, 16), BASELINES["gptq4"])
     assert len(found) == {"llama": 14, "bert": 12, "gpt2": 8}[kind]
     for name, made in found.items():
         original = read_tensor(index.tensors[name]).float()
@@ -49,7 +49,7 @@ def test_layers_of_blocks_are_quantised_as_they_are_stored(tmp_path: Path, kind:
 
 def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    data, text_to_calibrate = EvalData(text=text), CalibrationData(text, 64, 16)
+    data, text_to_calibrate = EvalData(text=text), TextData(text, 64, 16)
     report = evaluate(source, None, data, beside=Beside((), ("gptq3", "int3"), None, text_to_calibrate))
     rows = {row.model: row for row in report.models}
     own, nearest = rows["GPTQ int3 g128"], rows["int3 g128"]
@@ -60,7 +60,7 @@ def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) 
 
 def test_pruning_with_inputs_is_better_than_without_at_the_same_bytes(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    beside = Beside((), ("sparsegpt", "prune", "wanda"), 6.0, CalibrationData(text, 64, 16))
+    beside = Beside((), ("sparsegpt", "prune", "wanda"), 6.0, TextData(text, 64, 16))
     report = evaluate(source, None, EvalData(text=text), beside=beside)
     _, surgery, magnitude, wanda = report.models
     assert surgery.cost.nbytes == magnitude.cost.nbytes == wanda.cost.nbytes
@@ -77,7 +77,7 @@ def test_without_text_it_is_refused(tmp_path: Path, text: Path, name: str) -> No
 
 def test_a_rate_that_is_too_low_is_refused_by_the_name_of_the_tensor(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    beside = Beside((), ("wanda",), 1.0, CalibrationData(text, 8, 16))
+    beside = Beside((), ("wanda",), 1.0, TextData(text, 8, 16))
     with pytest.raises(ConfigError, match=r"layer.0.attention.self.\w+.weight: wanda: 1 bits per weight cannot hold"):
         evaluate(source, None, EvalData(), beside=beside)
 
@@ -89,6 +89,6 @@ def test_the_number_of_sequences_is_that_of_the_option(tmp_path: Path, text: Pat
     assert done.exit_code == 0, done.output
     errors = [json.loads(done.stdout)["models"][1]["relative_error"]]
     for samples in (4, 80):
-        beside = Beside((), ("sparsegpt",), 6.0, CalibrationData(text, samples))
+        beside = Beside((), ("sparsegpt",), 6.0, TextData(text, samples))
         errors.append(evaluate(source, None, EvalData(), beside=beside).models[1].cost.relative_error)
     assert errors[0] == errors[1] != errors[2]

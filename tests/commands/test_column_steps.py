@@ -16,10 +16,9 @@ from spectral_surgery.files.compressed.plan import CompressOptions
 
 pytest.importorskip("transformers")
 
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.training.loop import DistillSettings
 from tests.commands.test_calibrate import hidden, save_model, write_text
 
@@ -32,7 +31,7 @@ def test_they_are_stored_run_and_healed(
     monkeypatch.setattr(feedback_rate, "COLUMN_STEP_BITS", 0)  # always worth it: matrices are small here
     source, text = save_model(kind, tmp_path / "model"), write_text(tmp_path / "text.txt")
     options = CompressOptions(target, include=("*layers*",) if kind == "llama" else ("*.h.*",))
-    compress(source, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
+    compress(source, tmp_path / "out", options, calibrate=TextData(text, 64, 16))
     stored = open_compressed(tmp_path / "out")
     steps = {name: own for name, own in stored.index.tensors.items() if name.endswith("spectral_step")}
     if kind == "llama":
@@ -47,8 +46,14 @@ def test_they_are_stored_run_and_healed(
         with torch.inference_mode():
             torch.testing.assert_close(model(input_ids=ids).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
     few = DistillSettings(steps=4, eval_every=2, warmup_steps=1)
-    report = heal(tmp_path / "out", source, tmp_path / "healed", HealData(text, 16, 16), few)
-    again = heal(tmp_path / "healed", source, tmp_path / "again", HealData(text, 16, 16), DistillSettings(steps=1))
+    report = heal(tmp_path / "out", source, tmp_path / "healed", TextData(text, 0, 16, 16), few)
+    again = heal(
+        tmp_path / "healed",
+        source,
+        tmp_path / "again",
+        TextData(text, 0, 16, 16),
+        DistillSettings(steps=1),
+    )
     assert again.course.held_out[0][1] == pytest.approx(report.course.best, rel=2e-2)
     changed = open_compressed(tmp_path / "healed").index.tensors
     assert {name: changed[name].dtype for name in steps} == {name: own.dtype for name, own in steps.items()}

@@ -93,7 +93,7 @@ def test_perplexity_and_divergence_are_those_of_the_definition() -> None:
     assert found["perplexity_a"] == pytest.approx(math.exp(-sum(math.log(p[t]) for t in tokens) / 4), rel=1e-5)
     assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
     assert found["same_top"] == 0
-    with pytest.raises(ConfigError, match="eval --text: fewer than two tokens"):
+    with pytest.raises(ConfigError, match="eval --text: expected two or more tokens"):
         compare_logits(models, lambda *_, **__: {"input_ids": [1]}, "1", 3)
 
 

@@ -27,8 +27,8 @@ import transformers
 
 from spectral_surgery.calibration import layer_moments as moments_module
 from spectral_surgery.calibration.expert_moments import ExpertMatrix, expert_moments
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices, fused_matrices
+from spectral_surgery.text.data import TextData
 from tests.zoo.entries import ZOO
 
 SIZES: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_experts_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
     experts = "*experts*proj.weight" if source.name == "by expert" else "*experts*proj"
     options = CompressOptions(Target("bits", 2.0), include=(experts,), min_weights=1000)
     compress(source, tmp_path / "plain", options)
-    report = compress(source, tmp_path / "text", options, calibrate=CalibrationData(text, 64, 16))
+    report = compress(source, tmp_path / "text", options, calibrate=TextData(text, 64, 16))
     assert report.calibration is not None
     assert report.calibration.weights[0] == report.calibration.weights[1] == 4 * 3 * 64 * 64
     assert report.calibration is not None
@@ -184,7 +184,7 @@ def test_experts_with_a_forward_of_their_own_are_calibrated(
     save_tokenizer(tmp_path / "model")
     options = CompressOptions(Target("bits", 2.0), include=(pattern,), min_weights=512)
     compress(tmp_path / "model", tmp_path / "plain", options)
-    report = compress(tmp_path / "model", tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
+    report = compress(tmp_path / "model", tmp_path / "out", options, calibrate=TextData(text, 64, 16))
     assert report.calibration is not None
     assert not any("known form" in reason for reason in report.calibration.left.values())
     assert report.calibration.weights[0] >= 0.7 * report.calibration.weights[1] > 0
@@ -199,7 +199,7 @@ def test_more_experts_than_fit_are_seen_in_turns(
     tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moments_module, "EXPERT_MOMENTS", 0)
-    report = compress(source, tmp_path / "out", OPTIONS, calibrate=CalibrationData(text, 16, 16))
+    report = compress(source, tmp_path / "out", OPTIONS, calibrate=TextData(text, 16, 16))
     assert report.calibration is not None
     assert not any("no token" in reason for reason in report.calibration.left.values())
 
@@ -222,5 +222,5 @@ def test_the_command_says_what_was_reached(tmp_path: Path, source: Path, text: P
 def test_nothing_calibrated_is_an_error(tmp_path: Path, source: Path, text: Path) -> None:
     options = CompressOptions(Target("bits", 3.0), include=("*embed_tokens*", "lm_head*"), min_weights=1)
     with pytest.raises(ConfigError, match=r"calibrate: none of 2 matrices is .* an embedding, which is looked up"):
-        compress(source, tmp_path / "out", options, calibrate=CalibrationData(text, 16, 16))
+        compress(source, tmp_path / "out", options, calibrate=TextData(text, 16, 16))
     assert not (tmp_path / "out").exists()

@@ -25,10 +25,9 @@ from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.models import load_model
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.training.loop import DistillSettings
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.commands.test_train import save_tokenizer
@@ -66,7 +65,7 @@ def distance(folder: Path, original: Path, *, causal: bool) -> float:
 def test_the_healed_model_is_nearer_at_the_same_positions(tmp_path: Path, kind: str, text: Path) -> None:
     source = save_model(kind, tmp_path / "model")
     compress(source, tmp_path / "sparse", SPARSE)
-    report = heal(tmp_path / "sparse", source, tmp_path / "healed", HealData(text, 16, 16), MANY)
+    report = heal(tmp_path / "sparse", source, tmp_path / "healed", TextData(text, 0, 16, 16), MANY)
     assert report.course.best < 0.9 * report.course.held_out[0][1]
     assert not report.untrained
     before, after = open_compressed(tmp_path / "sparse"), open_compressed(tmp_path / "healed")
@@ -86,9 +85,15 @@ def test_the_healed_model_is_nearer_at_the_same_positions(tmp_path: Path, kind: 
 
 
 def test_what_is_stored_is_what_was_trained(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
-    report = heal(sparse, bert, tmp_path / "out", HealData(text, 16, 16), FEW)
+    report = heal(sparse, bert, tmp_path / "out", TextData(text, 0, 16, 16), FEW)
     # the held-out loss of the stored model, as the start of another healing
-    again = heal(tmp_path / "out", bert, tmp_path / "again", HealData(text, 16, 16), DistillSettings(steps=1))
+    again = heal(
+        tmp_path / "out",
+        bert,
+        tmp_path / "again",
+        TextData(text, 0, 16, 16),
+        DistillSettings(steps=1),
+    )
     assert again.course.held_out[0][1] == pytest.approx(report.course.best, rel=2e-2)
     decompress(tmp_path / "out", tmp_path / "plain")
     trained, _ = load_model(tmp_path / "plain", "AutoModel", dtype=torch.float32)
@@ -103,7 +108,7 @@ def test_biases_and_norms_are_healed_and_nothing_else_that_is_copied(
     tmp_path: Path, bert: Path, text: Path, blocks: bool
 ) -> None:
     compress(bert, tmp_path / "sparse", CompressOptions(Target("density", 0.2), include=("*encoder*",)))
-    heal(tmp_path / "sparse", bert, tmp_path / "out", HealData(text, 16, 16), FEW, blocks=blocks)
+    heal(tmp_path / "sparse", bert, tmp_path / "out", TextData(text, 0, 16, 16), FEW, blocks=blocks)
     before, after = (open_compressed(tmp_path / name).index.tensors for name in ("sparse", "out"))
     assert before.keys() == after.keys()
     copied = [name for name in before if not name.endswith(SUFFIXES)]
@@ -115,7 +120,7 @@ def test_biases_and_norms_are_healed_and_nothing_else_that_is_copied(
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
-    data = HealData(text, 16, 16)
+    data = TextData(text, 0, 16, 16)
     heal(sparse, bert, tmp_path / "whole", data, FEW)
 
     def stop(done: int, _: int, what: str) -> None:
@@ -142,7 +147,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Pa
 def test_block_after_block(tmp_path: Path, kind: str, text: Path) -> None:
     source = save_model(kind, tmp_path / "model")
     compress(source, tmp_path / "sparse", SPARSE)
-    data = HealData(text, 16, 16)
+    data = TextData(text, 0, 16, 16)
     report = heal(tmp_path / "sparse", source, tmp_path / "healed", data, MANY, blocks=True)
     assert len(report.blocks) == 2
     assert all(after < 0.95 * before for before, after in report.blocks.values())
@@ -158,7 +163,7 @@ def test_block_after_block(tmp_path: Path, kind: str, text: Path) -> None:
 
 
 def test_interrupted_blocks_go_on_to_the_same_bytes(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
-    data = HealData(text, 16, 16)
+    data = TextData(text, 0, 16, 16)
     heal(sparse, bert, tmp_path / "whole", data, FEW, blocks=True)
 
     def stop(done: int, _: int, what: str) -> None:
@@ -182,12 +187,12 @@ def test_damaged_unfinished_work_is_named(tmp_path: Path, sparse: Path, bert: Pa
     (tmp_path / "out.partial" / "healing").mkdir(parents=True)
     (tmp_path / "out.partial" / "healing" / "all.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="unfinished work cannot be read"):
-        heal(sparse, bert, tmp_path / "out", HealData(text, 16, 16), FEW, run=Run(resume=True))
+        heal(sparse, bert, tmp_path / "out", TextData(text, 0, 16, 16), FEW, run=Run(resume=True))
 
 
 def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Path, text: Path) -> None:
-    options, data = CompressOptions(Target("bits", 2.0)), HealData(text, 16, 16)
-    calibration = CalibrationData(text, 32, 16)
+    options, data = CompressOptions(Target("bits", 2.0)), TextData(text, 0, 16, 16)
+    calibration = TextData(text, 32, 16)
 
     def stop(done: int, _: int, what: str) -> None:
         if what.startswith("loss") and done == 6:
@@ -213,7 +218,7 @@ def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Pat
 
 def test_a_rising_loss_stops_early_and_keeps_the_start(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     wild = DistillSettings(steps=40, eval_every=2, patience=2, warmup_steps=1, learning_rate=30.0)
-    report = heal(sparse, bert, tmp_path / "out", HealData(text, 16, 16), wild)
+    report = heal(sparse, bert, tmp_path / "out", TextData(text, 0, 16, 16), wild)
     assert report.course.best_step == 0
     assert report.course.step < 40
     assert report.course.best == report.course.held_out[0][1]
@@ -222,22 +227,22 @@ def test_a_rising_loss_stops_early_and_keeps_the_start(tmp_path: Path, sparse: P
 def test_what_healing_refuses(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     other = save_model("llama", tmp_path / "llama")
     with pytest.raises(CheckpointError, match=r"was not made from .*llama; the checkpoint it was made from is needed"):
-        heal(sparse, other, tmp_path / "out", HealData(text))
+        heal(sparse, other, tmp_path / "out", TextData(text))
     (tmp_path / "short.txt").write_text("one line")
     with pytest.raises(ConfigError, match=r"heal --blocks --device cuda: blocks run on the cpu\. Leave one"):
-        heal(sparse, bert, tmp_path / "out", HealData(text), FEW, blocks=True, device="cuda")
+        heal(sparse, bert, tmp_path / "out", TextData(text), FEW, blocks=True, device="cuda")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="gives 1 sequence of up to 128 tokens; two or more"):
-        heal(sparse, bert, tmp_path / "out", HealData(tmp_path / "short.txt"))
+    with pytest.raises(ConfigError, match="two or more sequences of up to 128 tokens, got 2 tokens"):
+        heal(sparse, bert, tmp_path / "out", TextData(tmp_path / "short.txt"))
     wild = DistillSettings(steps=4, learning_rate=1e37, warmup_steps=0)
     with pytest.raises(ConfigError, match=r"distil: the loss is (nan|inf) at step \d; finite losses are accepted"):
-        heal(sparse, bert, tmp_path / "nan", HealData(text, 16, 16), wild)
+        heal(sparse, bert, tmp_path / "nan", TextData(text, 0, 16, 16), wild)
     with pytest.raises(ConfigError, match="--learning-rate nan: a positive number is accepted"):
         DistillSettings(learning_rate=float("nan"))
     with pytest.raises(ConfigError, match="--steps 0: 1 or more is accepted, or --minutes"):
         DistillSettings(steps=0)
-    with pytest.raises(ConfigError, match=r"nothing\.txt: no such file; a text"):
-        heal(sparse, bert, tmp_path / "out", HealData(tmp_path / "nothing.txt"))
+    with pytest.raises(ConfigError, match=r"nothing\.txt: no such file\. Expected a text"):
+        heal(sparse, bert, tmp_path / "out", TextData(tmp_path / "nothing.txt"))
     assert not (tmp_path / "out").exists()
 
 
@@ -247,8 +252,8 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, text: Path) -> None
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = {w: n + 5 * (n > 1) for w, n in tokenizer["model"]["vocab"].items()}
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"has token 1\d where the model knows 12; a tokenizer of this very model"):
-        heal(tmp_path / "sparse", source, tmp_path / "out", HealData(text, 16, 16), FEW)
+    with pytest.raises(ConfigError, match=r"expected tokens below 12, got 1\d\. Use the tokenizer of this very model"):
+        heal(tmp_path / "sparse", source, tmp_path / "out", TextData(text, 0, 16, 16), FEW)
 
 
 def save_other(kind: str, folder: Path) -> Path:
@@ -276,28 +281,35 @@ def save_other(kind: str, folder: Path) -> Path:
 def test_what_is_not_trained_counts_as_it_is_stored(tmp_path: Path, text: Path) -> None:
     source = save_other("moe", tmp_path / "model")
     compress(source, tmp_path / "experts", CompressOptions(Target("bits", 1.0)))
-    report = heal(tmp_path / "experts", source, tmp_path / "out", HealData(text, 16, 16), FEW)
+    report = heal(tmp_path / "experts", source, tmp_path / "out", TextData(text, 0, 16, 16), FEW)
     assert len(report.untrained) == 12  # experts, which the model fuses
     with_experts = report.course.held_out[0][1]
     compress(source, tmp_path / "rest", CompressOptions(Target("bits", 1.0), exclude=("*experts*",)))
-    report = heal(tmp_path / "rest", source, tmp_path / "other", HealData(text, 16, 16), FEW)
+    report = heal(tmp_path / "rest", source, tmp_path / "other", TextData(text, 0, 16, 16), FEW)
     assert report.course.held_out[0][1] < 0.9 * with_experts
-    report = heal(tmp_path / "experts", source, tmp_path / "by-block", HealData(text, 16, 16), FEW, blocks=True)
+    report = heal(
+        tmp_path / "experts",
+        source,
+        tmp_path / "by-block",
+        TextData(text, 0, 16, 16),
+        FEW,
+        blocks=True,
+    )
     assert len(report.untrained) == 12
 
 
 def test_classifiers_heal_and_encoder_decoders_are_refused(tmp_path: Path, text: Path) -> None:
     source = save_other("classes", tmp_path / "model")
     compress(source, tmp_path / "sparse", SPARSE)
-    report = heal(tmp_path / "sparse", source, tmp_path / "out", HealData(text, 16, 16), MANY)
+    report = heal(tmp_path / "sparse", source, tmp_path / "out", TextData(text, 0, 16, 16), MANY)
     assert report.objective == "classes"
     assert report.course.best < report.course.held_out[0][1]
     t5 = save_other("t5", tmp_path / "t5")
     compress(t5, tmp_path / "t5-sparse", SPARSE)
     with pytest.raises(ConfigError, match="heal: the model has an encoder and a decoder, and its text alone does not"):
-        heal(tmp_path / "t5-sparse", t5, tmp_path / "no", HealData(text, 16, 16), FEW)
+        heal(tmp_path / "t5-sparse", t5, tmp_path / "no", TextData(text, 0, 16, 16), FEW)
     with pytest.raises(ConfigError, match="calibrate: the model has an encoder and a decoder, and its text alone"):
-        compress(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), calibrate=CalibrationData(text, 8, 16))
+        compress(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), calibrate=TextData(text, 8, 16))
 
 
 def run(*words: object) -> tuple[int, str]:

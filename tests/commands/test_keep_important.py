@@ -17,7 +17,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.run import Run
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.training.loop import DistillSettings
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.support.checkpoints import contents
@@ -27,14 +27,14 @@ SPARSE = CompressOptions(Target("density", 0.2), allocation="slope")
 FEW = DistillSettings(steps=4, eval_every=4, warmup_steps=2)
 
 
-def kept(source: Path, out: Path, options: CompressOptions, data: HealData) -> CompressReport:
+def kept(source: Path, out: Path, options: CompressOptions, data: TextData) -> CompressReport:
     """Kept by importance, and hardly healed: positions do not change."""
     return compress(source, out, options, heal=Healing(data, DistillSettings(steps=1), "important"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: Path) -> None:
-    source, data = save_model(kind, tmp_path / "model"), HealData(text, 16, 16)
+    source, data = save_model(kind, tmp_path / "model"), TextData(text, 0, 16, 16)
     found = measure_importance(source, plan_compression(source, SPARSE)[1], data)
     report = kept(source, tmp_path / "out", SPARSE, data)
     assert report.manifest.report.density == pytest.approx(0.2, abs=3e-3)
@@ -50,7 +50,7 @@ def test_the_fraction_is_kept_where_it_counts(tmp_path: Path, kind: str, text: P
 
 
 def test_what_is_kept_costs_the_model_more_to_lose_than_what_is_largest(tmp_path: Path, bert: Path, text: Path) -> None:
-    data = HealData(text, 16, 16)
+    data = TextData(text, 0, 16, 16)
     found = measure_importance(bert, plan_compression(bert, SPARSE)[1], data)
     kept(bert, tmp_path / "own", SPARSE, data)
     compress(bert, tmp_path / "plain", replace(SPARSE, allocation="even"))
@@ -80,7 +80,7 @@ def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path,
 
 
 def test_language_models_keep_the_largest(tmp_path: Path, text: Path) -> None:
-    source, data = save_model("llama", tmp_path / "model"), HealData(text, 16, 16)
+    source, data = save_model("llama", tmp_path / "model"), TextData(text, 0, 16, 16)
     plain = replace(SPARSE, allocation="even")
     report = compress(source, tmp_path / "out", plain, heal=Healing(data, FEW))
     assert report.manifest.options["importance"] is None
@@ -103,7 +103,7 @@ def test_what_is_kept_can_only_be_asked_for_where_something_is_dropped(tmp_path:
 
 @pytest.mark.parametrize("stop", ["importance of coefficients", "encoder", "loss"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path, text: Path, stop: str) -> None:
-    data = HealData(text, 16, 16)
+    data = TextData(text, 0, 16, 16)
 
     def interrupt(done: int, _: int, what: str) -> None:
         if stop in what and done == 3:
@@ -121,8 +121,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, bert: Path
 
 def test_too_little_text_is_refused(tmp_path: Path, bert: Path) -> None:
     (tmp_path / "short.txt").write_text("one")
-    with pytest.raises(ConfigError, match=r"short\.txt: gives 1 sequence"):
-        kept(bert, tmp_path / "out", SPARSE, HealData(tmp_path / "short.txt"))
+    with pytest.raises(ConfigError, match=r"short\.txt: expected text for two or more sequences"):
+        kept(bert, tmp_path / "out", SPARSE, TextData(tmp_path / "short.txt"))
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_weights_that_are_not_finite(tmp_path: Path, bert: Path, text: Path, ten
     tensors[tensor].view(-1)[3] = math.nan
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError, match=message):
-        kept(tmp_path / "model", tmp_path / "out", SPARSE, HealData(text, 16, 16))
+        kept(tmp_path / "model", tmp_path / "out", SPARSE, TextData(text, 0, 16, 16))
     assert not (tmp_path / "out").exists()

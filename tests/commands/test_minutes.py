@@ -118,7 +118,7 @@ def test_the_learning_rate_falls_with_the_time(tmp_path: Path) -> None:
 def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> None:
     pytest.importorskip("transformers")
     from spectral_surgery.commands.heal import heal
-    from spectral_surgery.text.heal_text import HealData
+    from spectral_surgery.text.data import TextData
 
     compress(bert, tmp_path / "sparse", CompressOptions(Target("density", 0.2)))
     seconds = 0.0
@@ -131,7 +131,7 @@ def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> No
         seconds += 1.0 if seconds < 10 else 2.0
 
     settings = DistillSettings(steps=0, minutes=1.0, eval_every=1000, warmup_steps=2)
-    data = HealData(text, 4, 16)
+    data = TextData(text, 0, 16, 4)
     report = heal(
         tmp_path / "sparse",
         bert,

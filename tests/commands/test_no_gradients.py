@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from spectral_surgery.commands.heal import heal
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.training.loop import DistillSettings
 
 FEW = DistillSettings(steps=2, eval_every=2, warmup_steps=1)
@@ -45,14 +45,21 @@ def test_blocks_with_a_backward_pass_of_their_own(tmp_path: Path, text: Path, ke
     source = save_reformer(tmp_path / "model")
     options = CompressOptions(Target("density", 0.3), include=include, min_weights=1)
     with pytest.raises(TargetError, match=REFUSED):
-        compress(source, tmp_path / "out", options, heal=Healing(HealData(text, 16, 16), FEW, keep))
+        compress(source, tmp_path / "out", options, heal=Healing(TextData(text, 0, 16, 16), FEW, keep))
 
 
 def test_block_after_block(tmp_path: Path, text: Path) -> None:
     source = save_reformer(tmp_path / "model")
     compress(source, tmp_path / "sparse", CompressOptions(Target("density", 0.3), min_weights=1))
     with pytest.raises(SpectralSurgeryError):
-        heal(tmp_path / "sparse", source, tmp_path / "out", HealData(text, 16, 16), FEW, blocks=True)
+        heal(
+            tmp_path / "sparse",
+            source,
+            tmp_path / "out",
+            TextData(text, 0, 16, 16),
+            FEW,
+            blocks=True,
+        )
 
 
 @pytest.mark.parametrize("include", [(), ("*layer*weight",)], ids=["with embeddings", "blocks alone"])
@@ -64,5 +71,5 @@ def test_blocks_under_no_grad(
     monkeypatch.setattr(layer, "forward", torch.no_grad()(layer.forward))
     options = CompressOptions(Target("density", 0.3), include=include, min_weights=1)
     with pytest.raises(TargetError, match=REFUSED):
-        compress(bert, tmp_path / "out", options, heal=Healing(HealData(text, 16, 16), FEW, keep))
+        compress(bert, tmp_path / "out", options, heal=Healing(TextData(text, 0, 16, 16), FEW, keep))
     assert not (tmp_path / "out").exists()

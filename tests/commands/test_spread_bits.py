@@ -18,8 +18,8 @@ from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.commands.compress.spread_bits import measure_shares
+from spectral_surgery.text.data import TextData
 from tests.commands.test_calibrate import save_model
 
 QUERY = "encoder.layer.1.attention.self.query.weight"
@@ -35,7 +35,7 @@ def rates(report: CompressReport, kind: str) -> dict[str, float]:
 def test_the_whole_rate_is_met(tmp_path: Path, bert: Path, text: Path, kind: str, value: float, measured: str) -> None:
     target = Target("bits" if kind == "bits" else "density", value)
     options = CompressOptions(target, include=("*encoder*",), allocation="slope")
-    report = compress(bert, tmp_path / "out", options, calibrate=CalibrationData(text, 64, 16))
+    report = compress(bert, tmp_path / "out", options, calibrate=TextData(text, 64, 16))
     assert float(getattr(report.manifest.report, measured)) == pytest.approx(value, rel=0.01)
     found = rates(report, measured)
     assert found[OUTPUT] > 1.1 * found[QUERY]  # what is added to the residual stream matters most
@@ -53,7 +53,7 @@ def test_a_layer_whose_outputs_count_more_costs_more(tmp_path: Path, bert: Path,
     costs = []
     for folder in (bert, louder):
         index, plan = plan_compression(folder, CompressOptions(Target("bits", 3.0), include=("*encoder*",)))
-        shares = measure_shares(folder, index, plan, CalibrationData(text, 64, 16))
+        shares = measure_shares(folder, index, plan, TextData(text, 64, 16))
         assert shares.keys() == {own.info.name for own in plan.tensors}
         costs.append(shares["encoder.layer.1.intermediate.dense.weight"].cost)
     assert 4 < costs[1] / costs[0] < 10
@@ -65,7 +65,7 @@ def test_slopes_need_text(tmp_path: Path, bert: Path) -> None:
 
 
 def test_rates_are_remembered(tmp_path: Path, bert: Path, text: Path) -> None:
-    options, data = CompressOptions(Target("bits", 3.0), allocation="slope"), CalibrationData(text, 32, 16)
+    options, data = CompressOptions(Target("bits", 3.0), allocation="slope"), TextData(text, 32, 16)
     compress(bert, tmp_path / "whole", options, calibrate=data)
 
     def stop(done: int, total: int, what: str) -> None:  # noqa: ARG001 - a progress callback
@@ -87,7 +87,7 @@ def test_a_model_without_blocks_keeps_even_rates(tmp_path: Path, text: Path, mon
     source = save_model("llama", tmp_path / "model")
     monkeypatch.setattr(allocate, "has_blocks", lambda _: False)
     index, plan = plan_compression(source, CompressOptions(Target("bits", 3.0)))
-    assert measure_shares(source, index, plan, CalibrationData(text, 8, 16)) == {}
+    assert measure_shares(source, index, plan, TextData(text, 8, 16)) == {}
 
 
 def test_the_command(tmp_path: Path, text: Path) -> None:

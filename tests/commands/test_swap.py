@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from spectral_surgery.cli import cli
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.eval import EvalData, evaluate
-from spectral_surgery.commands.swap import DistillData, plan_swap, swap
+from spectral_surgery.commands.swap import plan_swap, swap
 from spectral_surgery.commands.swap.fit_layers import FitSettings
 from spectral_surgery.errors import CausalityError, CheckpointError, ConfigError, FormatVersionError
 from spectral_surgery.files.remote_code import SHIM_FILE
 from spectral_surgery.files.swap_record import SwapRecord, read_record
 from spectral_surgery.live.families import FAMILIES
 from spectral_surgery.live.swap import SwapSpec, swap_attention
+from spectral_surgery.text.data import TextData
 from tests.commands.test_train import WORDS, save_tokenizer
 from tests.support.compressed import compressed_folder
 from tests.support.swappable import MODELS, inputs_of, logits, mixer_of, model_of
@@ -79,7 +80,7 @@ def test_half_precision_is_kept_and_all_other_weights_bit_for_bit(tmp_path: Path
         source,
         tmp_path / "out",
         SwapSpec("causal_spectral_mixing", (0,), {"kernel_length": 8}),
-        data=DistillData(text, seq_length=16),
+        data=TextData(text, seq_length=16),
         training=FitSettings(3, 2),
         judged_on=EvalData(text=text, seq_length=16),
     )
@@ -140,13 +141,13 @@ def test_bad_input_writes_nothing(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match="layers: 9 is out of range; 0 to 1"):
         swap(llama, out, SwapSpec("causal_fnet", (9,)))
     with pytest.raises(ConfigError, match=r"no.txt: no such file"):
-        swap(llama, out, good, data=DistillData(tmp_path / "no.txt"))
+        swap(llama, out, good, data=TextData(tmp_path / "no.txt"))
     with pytest.raises(
         ConfigError, match="--sts: embeddings of sentences, and llama predicts tokens; --text is accepted"
     ):
         swap(llama, out, good, judged_on=EvalData(sts=text))
     with pytest.raises(ConfigError, match="--distill: text, and vit takes images; a model of text is accepted"):
-        swap(vit, out, SwapSpec("fnet", (0,)), data=DistillData(text))
+        swap(vit, out, SwapSpec("fnet", (0,)), data=TextData(text))
     with pytest.raises(CheckpointError, match="overlaps the source"):
         swap(llama, llama, good)
     config = json.loads((llama / "config.json").read_text())

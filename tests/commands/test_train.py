@@ -18,7 +18,6 @@ from spectral_surgery.adapters.fourierft import FourierFTConfig
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.adapter_files import read_adapter
 from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.text.examples import Example, read_examples, split
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -155,7 +154,7 @@ def test_data_that_does_not_fit_says_so(tmp_path: Path, bert: Path, llama: Path,
     cases = [
         (bert, TrainData(text, task="regression"), "--task regression: the data has no labels"),
         (bert, TrainData(pairs, task="similarity", columns=()), "--task similarity: label '(good|bad)' is no number"),
-        (llama, TrainData(text, eval_fraction=1.5), r"--eval-fraction 1\.5: between 0 and 1"),
+        (llama, TrainData(text, eval_fraction=1.5), r"expected numbers above 0 with a sum below 1, got 1\.5"),
         (llama, TrainData(tmp_path / "gone.txt"), r"gone\.txt: no such file"),
     ]
     for base, data, match in cases:
@@ -163,55 +162,15 @@ def test_data_that_does_not_fit_says_so(tmp_path: Path, bert: Path, llama: Path,
             train(base, out, data, fourierft(), settings())
     short = tmp_path / "short.txt"
     short.write_text("red")
-    with pytest.raises(ConfigError, match="data: fewer than two tokens"):
+    with pytest.raises(ConfigError, match="data: expected two or more tokens"):
         train(llama, out, TrainData(short, short), fourierft(), settings())
     one = tmp_path / "one.jsonl"
     one.write_text("\n".join(json.dumps({"text": "red", "label": i / 7}) for i in range(9)))
-    with pytest.raises(ConfigError, match="similarity: 1 text column"):
+    with pytest.raises(ConfigError, match="similarity: expected two text columns and a score, got 1"):
         train(bert, out, TrainData(one, task="similarity"), fourierft("query"), settings())
     with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded"):
         train(tmp_path, out, TrainData(text), fourierft(), settings())
     assert not out.exists()
-
-
-def test_reading_examples(tmp_path: Path) -> None:
-    csv = tmp_path / "a.csv"
-    csv.write_text('a,b,score\nx,"y, z",1.5\np,q,2\n')
-    assert read_examples(csv) == [Example(("x", "y, z"), 1.5), Example(("p", "q"), 2.0)]
-    assert read_examples(csv, ("b", "score")) == [Example(("y, z",), 1.5), Example(("q",), 2.0)]
-    csv.write_text("x,y,1.5\n")
-    assert read_examples(csv, ("a", "b", "c")) == [Example(("x", "y"), 1.5)]
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('{"text": "x", "label": "good"}\n\n{"text": "y", "label": "bad"}\n')
-    assert read_examples(lines) == [Example(("x",), "good"), Example(("y",), "bad")]
-    assert read_examples(lines, ("text",)) == [Example(("x",)), Example(("y",))]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "columns", "match"),
-    [
-        ("a.txt", b"", (), "is empty"),
-        ("a.txt", b"\xff\xfe\x00", (), "is no UTF-8 text"),
-        ("a.csv", b"x,y,1\nz\n", (), "row 2 has not the 3 columns"),
-        ("a.csv", b"x,y,1\n", ("a", "b"), "has columns x, y, 1; a, b were asked for"),
-        ("a.jsonl", b"[1]\n", (), "line 1 is no JSON object"),
-        ("a.jsonl", b'{"txt": 1}\n', (), "line 1 has no text, only txt"),
-    ],
-)
-def test_files_that_cannot_be_read(
-    tmp_path: Path, name: str, content: bytes, columns: tuple[str, ...], match: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=match):
-        read_examples(tmp_path / name, columns)
-
-
-def test_held_out_examples_do_not_overlap() -> None:
-    examples = [Example((str(i),)) for i in range(10)]
-    train_on, held_out = split(examples, 0.3, seed=1)
-    assert len(held_out) == 3
-    assert {e.texts for e in train_on}.isdisjoint(e.texts for e in held_out)
-    assert split([Example(("abcdefghij",))], 0.2, 0) == ([Example(("abcdefgh",))], [Example(("ij",))])
 
 
 def test_spearman_gives_ties_their_mean_rank() -> None:

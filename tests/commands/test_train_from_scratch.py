@@ -16,7 +16,7 @@ import torch
 
 from spectral_surgery import cli
 from spectral_surgery.commands.generate import Running, generate
-from spectral_surgery.commands.train.from_scratch import ScratchData, ScratchReport, contiguous, train_from_scratch
+from spectral_surgery.commands.train.from_scratch import ScratchData, ScratchReport, train_from_scratch
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 from spectral_surgery.hf.models import Sampling
 from spectral_surgery.training import tokenizers as text_tokenizers
@@ -139,15 +139,6 @@ def test_two_processes_train_like_one(tmp_path: Path, text: Path) -> None:
     losses = {name: body["models"][0]["test"]["loss"] for name, body in reports.items()}
     assert losses["two"] == pytest.approx(losses["one"], abs=0.1 * fall)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two").num_parameters()
-
-
-def test_parts_follow_each_other_and_do_not_overlap() -> None:
-    assert contiguous(["abcdefghij"], (0.2, 0.1)) == [["abcdefg"], ["hi"], ["j"]]
-    assert contiguous([*"abcdefghij"], (0.2, 0.1)) == [[*"abcdefg"], [*"hi"], ["j"]]
-    with pytest.raises(ConfigError, match=r"validation and test fraction 0\.5, 0\.5: above 0 each and below 1"):
-        contiguous(["abc"], (0.5, 0.5))
-    with pytest.raises(ConfigError, match="data: 2 pieces for 3 parts; more text is accepted"):
-        contiguous(["ab"], (0.1, 0.1))
 
 
 def test_the_test_part_is_not_learned_from(tmp_path: Path) -> None:

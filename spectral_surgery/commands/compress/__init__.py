@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spectral_surgery.calibration.layer_moments import CalibrationData
+from spectral_surgery.calibration.layer_moments import digest_of
 from spectral_surgery.commands.compress.calibrate import calibrated
 from spectral_surgery.commands.compress.coverage import Coverage
 from spectral_surgery.commands.compress.job import Job, opened
@@ -27,7 +27,7 @@ from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.text.objectives import Keep, objective_of
 from spectral_surgery.training.loop import DistillSettings
 
@@ -45,7 +45,7 @@ class Healing:
             what is usual for the model.
     """
 
-    data: HealData
+    data: TextData
     settings: DistillSettings = field(default_factory=DistillSettings)
     keep: Keep | None = None
 
@@ -173,7 +173,7 @@ def compress(
     out: Path,
     options: CompressOptions,
     *,
-    calibrate: CalibrationData | None = None,
+    calibrate: TextData | None = None,
     heal: Healing | None = None,
     base: Path | None = None,
     run: Run = Run(),  # noqa: B008 - frozen
@@ -278,9 +278,7 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
     return (keep or objective_of(read_index(source).config).keep) == "important"
 
 
-def _settled(
-    options: CompressOptions, calibrate: CalibrationData | None, important: HealData | None
-) -> CompressOptions:
+def _settled(options: CompressOptions, calibrate: TextData | None, important: TextData | None) -> CompressOptions:
     """The options with everything decided that was left open."""
     if calibrate is None and important is None:
         if options.allocation == "slope":
@@ -292,7 +290,7 @@ def _settled(
         options,
         transform=DEFAULT_TRANSFORM if options.transform == AUTO else options.transform,
         allocation=options.allocation or ("even" if even else "slope"),
-        calibration=calibrate.digest() if calibrate else None,
+        calibration=digest_of(calibrate) if calibrate else None,
         importance=important.digest() if important else None,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spectral_surgery.calibration.layer_moments import CalibrationData, LayerMoment, layer_moments, model_and_text
+from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_text
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
 from spectral_surgery.codec.feedback_rate import codes_at
@@ -22,9 +22,10 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.memory import release_freed_memory
+from spectral_surgery.text.data import TextData
 
 
-def calibrated(job: Job, data: CalibrationData) -> tuple[Job, Coverage]:
+def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
     """Choose codes with text to judge by, and leave them as finished units.
 
     Args:
@@ -51,7 +52,7 @@ def calibrated(job: Job, data: CalibrationData) -> tuple[Job, Coverage]:
 class _Calibration:
     job: Job
 
-    def run(self, data: CalibrationData) -> Coverage:
+    def run(self, data: TextData) -> Coverage:
         """Calibrate block after block."""
         job, plan = self.job, self.job.plan
         planned = {tensor.info.name: tensor for tensor in plan.tensors}

@@ -26,7 +26,7 @@ from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import names_in
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.heal_text import HealData, chosen, training_text
+from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective, objective_of
 from spectral_surgery.text.sequences import padded
 
@@ -34,7 +34,7 @@ _BATCHES = 48
 _FILE = "importance.safetensors"
 
 
-def keep_important(job: Job, data: HealData) -> None:
+def keep_important(job: Job, data: TextData) -> None:
     """Keep a fraction of the coefficients, and leave their codes as finished units.
 
     Of linear layers those are kept whose loss changes the model most. With an allocation of ``slope`` a layer has as
@@ -62,7 +62,7 @@ def keep_important(job: Job, data: HealData) -> None:
         progress(done + 1, len(found), name)
 
 
-def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progress = silent) -> dict[str, Importance]:
+def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progress = silent) -> dict[str, Importance]:
     """How much the coefficients of the linear layers of a model count on some text.
 
     Args:
@@ -93,7 +93,7 @@ def measure_importance(source: Path, plan: Plan, data: HealData, progress: Progr
         if not torch.isfinite(layers[0].weight).all():
             raise ConfigError(f"{name}: has NaN or infinite values; finite weights are accepted. Repair it.")
         weights[name] = layers[0].weight.requires_grad_(), basis
-    text, _ = training_text(data, tokenizer, model, objective)
+    text, _ = train_and_held_out(data, tokenizer, model, causal=objective.causal, seq_length=objective.seq_length)
     return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}
 
 
@@ -103,14 +103,14 @@ class _Projections:
     tokenizer: Any
     objective: Objective
     text: list[list[int]]
-    data: HealData
+    data: TextData
     progress: Progress
 
     def __iter__(self) -> Iterator[Callable[[], Tensor]]:
         generator, lengths = torch.Generator().manual_seed(0), list(map(len, self.text))
         size = min(self.data.batch_size or self.objective.batch_size, len(self.text))
         for step in range(_BATCHES):
-            batch = padded(self.tokenizer, [self.text[i] for i in chosen(0, step, 0, lengths, size)])
+            batch = padded(self.tokenizer, [self.text[i] for i in sequences_of_step(0, step, 0, lengths, size)])
 
             def projection(batch: dict[str, Tensor] = batch) -> Tensor:
                 return self.objective.project(self.objective.run(self.model, batch), batch, generator)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.calibration.block_streaming import LazyModel, Shelf
-from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, CalibrationData, model_and_text
+from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, model_and_text
 from spectral_surgery.calibration.sensitivity import gradient_squares, probe, pull_back
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.codec.allocation import TensorCost, spread_bits, spread_density
@@ -39,6 +39,7 @@ from spectral_surgery.live.blocks import (
     next_inputs,
 )
 from spectral_surgery.memory import release_freed_memory
+from spectral_surgery.text.data import TextData
 from spectral_surgery.text.sequences import equal_lengths
 
 _TOKENS = 1 << 13  # of text that costs are measured on
@@ -50,7 +51,7 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 
 
 def spread_targets(
-    source: Path, index: CheckpointIndex, plan: Plan, data: CalibrationData, workshop: Workshop
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, workshop: Workshop
 ) -> dict[str, Target]:
     """Targets of single tensors that together give what was asked of all.
 
@@ -78,8 +79,8 @@ def spread_targets(
 
 
 def measure_shares(
-    source: Path, index: CheckpointIndex, plan: Plan, data: CalibrationData, *, folder: Path | None = None
-) -> dict[str, TensorCost]:
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, *, folder: Path | None = None
+) -> dict[str, Share]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
     Args:

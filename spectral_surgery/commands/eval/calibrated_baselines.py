@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spectral_surgery.baselines import Baseline, BaselineResult
-from spectral_surgery.calibration.layer_moments import CalibrationData, layer_moments, model_and_text
+from spectral_surgery.calibration.layer_moments import layer_moments, model_and_text
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.text.data import TextData
 
 
 def calibrated_weights(
     source: Path,
     index: CheckpointIndex,
     names: Mapping[str, object],
-    data: CalibrationData,
+    data: TextData,
     baseline: Baseline,
     *,
     bits: float | None = None,

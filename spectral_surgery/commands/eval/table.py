@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from spectral_surgery.baselines import BASELINES, Baseline, baseline
-from spectral_surgery.calibration.layer_moments import CalibrationData
 from spectral_surgery.commands.eval.baselines import Cost, matrices_of, plain_cost, write_baseline
 from spectral_surgery.commands.eval.calibrated_baselines import calibrated_weights
 from spectral_surgery.commands.eval.weights import Distance, distance
@@ -19,6 +18,7 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, i
 from spectral_surgery.files.index import read_index
 from spectral_surgery.memory import peak_rss_growth
 from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.data import TextData
 from spectral_surgery.text.scores import EvalData, Judge
 
 Measures = dict[str, float]
@@ -40,7 +40,7 @@ class Beside:
     others: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = ()
     bits: float | None = None
-    calibration: CalibrationData | None = None
+    calibration: TextData | None = None
 
     @property
     def given(self) -> bool:

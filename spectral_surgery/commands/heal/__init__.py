@@ -32,7 +32,7 @@ from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
-from spectral_surgery.text.heal_text import HealData
+from spectral_surgery.text.data import TextData
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.training.loop import Clock, Course, DistillSettings
 from spectral_surgery.training.plot import plot_training
@@ -92,7 +92,7 @@ def heal(
     compressed: Path,
     teacher: Path,
     out: Path,
-    data: HealData,
+    data: TextData,
     settings: DistillSettings | None = None,
     *,
     blocks: bool = False,
@@ -155,7 +155,7 @@ def heal_checkpoint(
     index: CheckpointIndex,
     teacher: Path,
     *,
-    data: HealData,
+    data: TextData,
     settings: DistillSettings,
     state: Path,
     run: Run,
@@ -236,8 +236,9 @@ def _result(place: Workplace, healed: Healed, objective: str, seconds: float) ->
     )
 
 
-def _key(checkpoint: CompressedCheckpoint, data: HealData, settings: DistillSettings, *, blocks: bool) -> str:
-    body = [checkpoint.manifest.to_json(), data.digest(), data.batch_size, data.seq_length, blocks, asdict(settings)]
+def _key(checkpoint: CompressedCheckpoint, data: TextData, settings: DistillSettings, *, blocks: bool) -> str:
+    read = [data.digest(), data.samples, data.batch_size, data.seq_length]
+    body = [checkpoint.manifest.to_json(), read, blocks, asdict(settings)]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

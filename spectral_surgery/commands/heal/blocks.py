@@ -22,7 +22,7 @@ from spectral_surgery.live.blocks import Held, Sample, captured_inputs, find_blo
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, trained_vectors
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.progress import Progress
-from spectral_surgery.text.heal_text import chosen, training_text
+from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import equal_lengths
 from spectral_surgery.training.loop import Batch, Clock, Distillation, DistillSettings, distill
@@ -53,7 +53,9 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
             "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"
             " are accepted. Heal it without --blocks."
         )
-    train, held = training_text(place.data, lazy.tokenizer, lazy.model, objective)
+    train, held = train_and_held_out(
+        place.data, lazy.tokenizer, lazy.model, causal=objective.causal, seq_length=objective.seq_length
+    )
     prefix, blocks = find_blocks(lazy.model)
     tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
     batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
@@ -131,7 +133,7 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     vectors = train_stored_vectors(place, turn.names, student, f"{name}.")
 
     def batch(step: int, rank: int) -> Batch:
-        return {"place": torch.tensor(chosen(settings.seed, step, rank, [1] * first, 1)[0])}
+        return {"place": torch.tensor(sequences_of_step(settings.seed, step, rank, [1] * first, 1)[0])}
 
     work = Distillation(
         lambda module, own: module(own["place"]),

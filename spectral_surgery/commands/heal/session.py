@@ -24,7 +24,7 @@ from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import TensorNames, names_in
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
-from spectral_surgery.text.heal_text import HealData, chosen, training_text
+from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import padded
 from spectral_surgery.training.loop import Batch, Clock, Course, Distillation, DistillSettings, distill
@@ -51,7 +51,7 @@ class Workplace:
     checkpoint: CompressedCheckpoint
     index: CheckpointIndex
     teacher: Path
-    data: HealData
+    data: TextData
     device: str
     folder: Path
     key: str
@@ -167,7 +167,9 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     teacher.requires_grad_(requires_grad=False).to(place.device)
     student = copy.deepcopy(teacher)
     names = names_in(teacher, place.index)
-    train, held = training_text(place.data, tokenizer, teacher, objective)
+    train, held = train_and_held_out(
+        place.data, tokenizer, teacher, causal=objective.causal, seq_length=objective.seq_length
+    )
     reached = _reached(teacher, objective, padded(tokenizer, train[:1]))
     spectra = place.spectra(names, {name: tuple(own.shape) for name, own in reached.items()})
     if not spectra:
@@ -179,7 +181,7 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     lengths = list(map(len, train))
 
     def batch(step: int, rank: int) -> Batch:
-        return padded(tokenizer, [train[i] for i in chosen(settings.seed, step, rank, lengths, size)])
+        return padded(tokenizer, [train[i] for i in sequences_of_step(settings.seed, step, rank, lengths, size)])
 
     held = sorted(held, key=len)
     batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]

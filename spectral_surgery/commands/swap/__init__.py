@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,35 +22,19 @@ from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.swap_record import SwapRecord
 from spectral_surgery.hf.models import load_tokenizer, load_whole, outline_model, save_weights
-from spectral_surgery.live.blocks import Batch
 from spectral_surgery.live.families import FAMILIES
 from spectral_surgery.live.swap import SwapSpec, resolved, shared_copy, swap_attention
 from spectral_surgery.mixers import require_causal
 from spectral_surgery.progress import Progress, silent
+from spectral_surgery.text.data import TextData, train_and_held_out
 from spectral_surgery.text.examples import read_examples
 from spectral_surgery.text.scores import EvalData, judge
-from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, read_sequences
+from spectral_surgery.text.sequences import equal_lengths
 
 METRICS_FILE = "metrics.json"
-_HELD_OUT = 0.05  # of the text to distil on
-_HELD_OUT_SEQUENCES = 128
+_SAMPLES, _SEQ_LENGTH = 20000, 256  # usual
 _BATCH_TOKENS = 1024
 _FLOATS = ("F32", "BF16", "F16", "F64")
-
-
-@dataclass(frozen=True)
-class DistillData:
-    """Text to train mixers on.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        samples: sequences at most; 0 for all.
-        seq_length: tokens of a sequence at most.
-    """
-
-    file: Path
-    samples: int = 20000
-    seq_length: int = 256
 
 
 @dataclass(frozen=True)
@@ -143,7 +126,7 @@ def swap(
     out: Path,
     spec: SwapSpec,
     *,
-    data: DistillData | None = None,
+    data: TextData | None = None,
     training: FitSettings | None = None,
     judged_on: EvalData | None = None,
     seed: int = 0,
@@ -163,12 +146,9 @@ def swap(
         training: how; None for the defaults.
         judged_on: text to judge original and result on.
         seed: of what mixers start from at random.
-        trust_remote_code: run the code that a model brings along.
+        trust_remote_code: run the code that a model brings along; or say so in data.
         overwrite: replace an existing folder.
         progress: called after each step of training.
-
-    Returns:
-        The report.
 
     Raises:
         CheckpointError: as `plan_swap`, and when out is taken.
@@ -177,6 +157,7 @@ def swap(
         TargetError: when attention is not dense.
     """
     started = time.perf_counter()
+    trust_remote_code = trust_remote_code or (data is not None and data.trust_remote_code)
     check_apart(source, out)
     partial_folder(out, overwrite=overwrite)
     plan = plan_swap(source, spec, trust_remote_code=trust_remote_code)
@@ -188,7 +169,9 @@ def swap(
     fits: list[LayerFit] = []
     if data is not None:
         training = training or FitSettings(seed=seed)
-        batches, held_out = _batches(tokenizer, data, pair, training.seed, causal=plan.causal)
+        read = data.with_usual(_SAMPLES, _SEQ_LENGTH)
+        sequences = train_and_held_out(read, tokenizer, pair.teacher, causal=plan.causal, seq_length=_SEQ_LENGTH)
+        batches, held_out = (equal_lengths(part, _BATCH_TOKENS) for part in sequences)
         fits = distill(pair, batches, held_out, training, progress)
     dtype = _stored_dtype(plan.index)
     for layer in pair.swapped.values():  # judged as they will be read
@@ -199,7 +182,7 @@ def swap(
     return report
 
 
-def _check_text(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -> None:
+def _check_text(plan: SwapPlan, data: TextData | None, judged_on: EvalData) -> None:
     """Refuse text that cannot be read or does not fit, before hours of work."""
     given = {"--distill": data.file if data else None, "--text": judged_on.text, "--sts": judged_on.sts}
     named = [option for option, file in given.items() if file is not None]
@@ -211,18 +194,6 @@ def _check_text(plan: SwapPlan, data: DistillData | None, judged_on: EvalData) -
     for file in given.values():
         if file is not None:
             read_examples(file)
-
-
-def _batches(
-    tokenizer: Any, data: DistillData, pair: SwappedPair, seed: int, *, causal: bool
-) -> tuple[list[Batch], list[Batch]]:
-    """What to train on, and what is held out: of one long text the end, else a random choice."""
-    found = read_sequences(tokenizer, data.file, length=data.seq_length, samples=data.samples, causal=causal)
-    check_vocabulary(found, pair.teacher, data.file)
-    if not causal:
-        found = random.Random(seed).sample(found, len(found))  # noqa: S311 - no secret
-    held = min(max(1, round(_HELD_OUT * len(found))), _HELD_OUT_SEQUENCES)
-    return equal_lengths(found[:-held], _BATCH_TOKENS), equal_lengths(found[-held:], _BATCH_TOKENS)
 
 
 def _pair(plan: SwapPlan, seed: int, *, trust_remote_code: bool) -> SwappedPair:

@@ -23,7 +23,7 @@ from spectral_surgery.hf.models import load_classifier, load_model
 from spectral_surgery.live.attach import inject, trainable_parameters
 from spectral_surgery.live.heads import trained_heads
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.examples import Example, read_examples, split
+from spectral_surgery.text.examples import Example, hold_out, read_examples
 from spectral_surgery.text.tasks import TASKS, Features, Task
 from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.trainer import CHECKPOINTS, History, Job, TrainSettings, run
@@ -149,7 +149,7 @@ def train(
     """
     refuse_adapter(base)
     check_out(out, resume=resume, overwrite=overwrite)
-    train_on, held_out = _examples(data, settings.seed)
+    train_on, held_out = _examples(data)
     task = TASKS[data.task] if data.task else _guess(train_on)
     classes = _classes(task, train_on, held_out)
     set_seed(settings.seed)
@@ -204,13 +204,12 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
         shutil.rmtree(out / CHECKPOINTS)
 
 
-def _examples(data: TrainData, seed: int) -> tuple[list[Example], list[Example]]:
+def _examples(data: TrainData) -> tuple[list[Example], list[Example]]:
     examples = read_examples(data.file, data.columns)
     if data.eval_file:
         return examples, read_examples(data.eval_file, data.columns)
-    if not 0 < data.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {data.eval_fraction}: between 0 and 1 is accepted.")
-    return split(examples, data.eval_fraction, seed)
+    train_on, held_out = hold_out(examples, data.eval_fraction)
+    return train_on, held_out
 
 
 def _guess(examples: Sequence[Example]) -> Task:

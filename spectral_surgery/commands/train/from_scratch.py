@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.publish import replace_file
 from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.examples import Example, read_examples
+from spectral_surgery.text.examples import hold_out, read_examples
 from spectral_surgery.text.tasks import TASKS, Features
 from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.pretrain import (
@@ -42,8 +41,8 @@ class ScratchData:
     Attributes:
         file: text, JSONL or CSV.
         columns: of CSV and JSONL files: the text.
-        validation_fraction: part of the text, after the one to train on, that decides which weights are kept.
-        test_fraction: part at the end, on which the result is judged once.
+        validation_fraction: part of the text that decides which weights are kept, see `hold_out`.
+        test_fraction: part on which the result is judged once.
         tokenizer: folder of one, or ``tiktoken:NAME``; None to learn a byte-level BPE from the part to train on.
         vocabulary: tokens of that BPE.
         seq_length: tokens of an example.
@@ -201,37 +200,11 @@ def _trained(start: str, job: Job, test: list[Features], *, resume: bool) -> Tra
     return Trained(start, job.folder, model.num_parameters(), history, measures)
 
 
-def contiguous(texts: Sequence[str], fractions: Sequence[float]) -> list[list[str]]:
-    """Cut texts into parts that follow each other and do not overlap: one text by characters, several by their number.
-
-    Args:
-        texts: in order.
-        fractions: sizes of all parts but the first, between 0 and 1 together.
-
-    Returns:
-        The parts, the first being what is left.
-
-    Raises:
-        ConfigError: when the fractions leave nothing.
-    """
-    if min(fractions) <= 0 or sum(fractions) >= 1:
-        said = ", ".join(f"{fraction:g}" for fraction in fractions)
-        raise ConfigError(f"validation and test fraction {said}: above 0 each and below 1 together are accepted.")
-    whole = texts if len(texts) > 1 else texts[0]
-    starts = [round(len(whole) * (1 - sum(fractions[number:]))) for number in range(len(fractions))]
-    edges = [0, *starts, len(whole)]
-    parts = [whole[low:high] for low, high in pairwise(edges)]
-    if not all(parts):
-        raise ConfigError(f"data: {len(whole)} pieces for {len(parts)} parts; more text is accepted.")
-    return [[part] if isinstance(part, str) else list(part) for part in parts]
-
-
 def _prepare(data: ScratchData) -> tuple[Any, list[list[Features]]]:
     """The tokenizer, and the tokens of the three parts."""
-    examples: list[Example] = read_examples(data.file, data.columns)
-    texts = contiguous([example.texts[0] for example in examples], (data.validation_fraction, data.test_fraction))
-    tokenizer = _tokenizer(data, "\n".join(texts[0]))
-    return tokenizer, [_TASK.encode(tokenizer, [(text,) for text in part], data.seq_length) for part in texts]
+    parts = hold_out(read_examples(data.file, data.columns), data.validation_fraction, data.test_fraction)
+    tokenizer = _tokenizer(data, "\n".join(example.texts[0] for example in parts[0]))
+    return tokenizer, [_TASK.encode(tokenizer, [example.texts for example in part], data.seq_length) for part in parts]
 
 
 def _tokenizer(data: ScratchData, text: str) -> Any:
