@@ -12,7 +12,7 @@ import spectral_surgery
 
 PACKAGE = Path(spectral_surgery.__file__).parent
 LAYERS = (
-    {"after_import", "errors", "registry", "options", "targets", "memory", "progress", "plotting", "pool", "run"},
+    {"errors", "registry", "options", "targets", "memory", "progress", "plotting", "pool", "run", "distributed"},
     {"transforms"},
     {"codec"},
     {"sparse"},

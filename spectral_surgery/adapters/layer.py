@@ -24,9 +24,13 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "embedding"
     if isinstance(module, nn.Conv2d):
         return "conv"
-    is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers' transposed linear
     is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
-    return "linear" if is_conv1d or (is_linear and not regroups(module)) else None
+    return "linear" if is_conv1d(module) or (is_linear and not regroups(module)) else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' linear layer that stores [I, O], dense or ours: it is known by its name."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def regroups(module: nn.Module) -> bool:
@@ -65,7 +69,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.weight[0].numel()
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         rows, columns = cast(Tensor, module.weight).shape
         return columns, rows
     return int(cast(int, module.out_features)), int(cast(int, module.in_features))

@@ -7,38 +7,35 @@ independent entries of variance one, and g_t the gradient of v · (last hidden s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectral_surgery.live.blocks import Sample, hidden_of
+from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 
 
 @dataclass
-class Squares:
-    """Squares that are summed up.
-
-    Attributes:
-        total: their sum.
-        count: how many.
-    """
+class SumOfSquares:
+    """A running sum of squares, and how many there are."""
 
     total: float = 0.0
     count: int = 0
 
     @property
     def mean(self) -> float:
-        """Of them; 0 when there is none."""
+        """Mean square; 0 of none."""
         return self.total / max(self.count, 1)
 
 
 @contextmanager
-def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, Squares]]:
+def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, SumOfSquares]]:
     """Sum the squared gradients with regard to what layers return, in all backward passes while the block lasts.
 
     Args:
@@ -47,26 +44,19 @@ def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, Squares
     Yields:
         The squares by name, filled as gradients pass.
     """
-    found: dict[str, Squares] = {}
+    sums: dict[str, SumOfSquares] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def seen(gradient: Tensor) -> None:
-            own = found.setdefault(name, Squares())
-            own.total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
-            own.count += gradient.numel()
+    def add(name: str, gradient: Tensor) -> None:
+        squares = sums.setdefault(name, SumOfSquares())
+        squares.total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        squares.count += gradient.numel()
 
-        def watch(_: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(seen)
+    def watch(name: str, _: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(add, name))
 
-        return watch
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(layers, watch):
+        yield sums
 
 
 def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.calibration.expert_moments import ExpertMatrix
 from spectral_surgery.files.index import TensorInfo
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
@@ -38,10 +39,7 @@ class StoredMatrix:
     @property
     def transposed(self) -> bool:
         """Whether it is stored as [I, O]."""
-        return any(
-            own.transposed if isinstance(own, ExpertMatrix) else type(own).__name__ == "Conv1D"
-            for own in self.layers.values()
-        )
+        return any(own.transposed if isinstance(own, ExpertMatrix) else is_conv1d(own) for own in self.layers.values())
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -91,8 +89,8 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
     found: dict[str, StoredMatrix] = {}
     infos: dict[str, TensorInfo] = {}
     for name, module in block.named_modules():
-        conv1d = type(module).__name__ == "Conv1D"
-        parameter = names.find(_path(prefix, name, "weight")) if isinstance(module, nn.Linear) or conv1d else None
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        parameter = names.find(_path(prefix, name, "weight")) if linear else None
         for piece in parameter.pieces if parameter else ():
             info = piece.info
             if info.name in wanted and len(info.shape) == 2 and not piece.transposed:
@@ -101,8 +99,8 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
                 found[info.name] = StoredMatrix(
                     info.name, {**own.layers, name: module}, {**own.spans, name: piece.spans}
                 )
-    linear = [own for own in found.values() if _covered(own, infos[own.tensor])]
-    return linear + list(_expert_matrices(names, wanted, prefix, block))
+    complete = [matrix for matrix in found.values() if _covered(matrix, infos[matrix.tensor])]
+    return complete + list(_expert_matrices(names, wanted, prefix, block))
 
 
 def _expert_matrices(

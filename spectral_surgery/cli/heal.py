@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.distributed import rank
 from spectral_surgery.memory import LITTLE, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def join_launcher() -> bool:
 
         if not distributed.is_initialized():
             distributed.init_process_group("gloo")
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def show(report: HealReport, out: Path, pushed: dict[str, object], *, as_json: bool) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from spectral_surgery.adapters.base import AdapterState
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.errors import BackendError, CheckpointError
 from spectral_surgery.files.compressed.plan import find_tied
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.hf.models import outline_model
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, as_stored, names_in
-from spectral_surgery.live.skeleton import is_conv1d
+from spectral_surgery.live.skeleton import is_named_conv1d
 
 _HEAD = re.compile(r"(lm_head|embed_out|output\w*|decoder)\.weight$")
 
@@ -98,13 +99,13 @@ class BaseModel:
             return False
         module = self.module(layer)
         if module is not None:
-            return type(module).__name__ == "Conv1D"
-        factors = state.layers[layer]
-        low_rank = "A" in factors and "B" in factors and factors["A"].dim() == factors["B"].dim() == 2
-        told = (factors["B"].shape[0], factors["A"].shape[1]) if low_rank else ()
+            return is_conv1d(module)
+        own = state.layers[layer]
+        low_rank = "A" in own and "B" in own and own["A"].dim() == own["B"].dim() == 2
+        told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
         if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
             return tuple(shape) != told
-        known = [other for other in state.layers if is_conv1d(other, self.index.config.get("model_type"))]
+        known = [own for own in state.layers if is_named_conv1d(own, self.index.config.get("model_type"))]
         return layer in known if known else state.spec.targets.fan_in_fan_out
 
     def _spellings(self, name: str) -> Iterator[str]:

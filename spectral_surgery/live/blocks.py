@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import ConfigError, TargetError
+from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 
 Batch = dict[str, Tensor]
@@ -172,33 +173,26 @@ def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     Yields:
         H = Xᵀ X, [I, I] float32, by name; filled as the layers run.
     """
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     leaders: dict[str, str] = {}
     last: tuple[Tensor, str] | None = None  # kept alive, since a new tensor may get the id of one that is gone
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal last
-            x = cast(Tensor, args[0])
-            if name not in leaders:
-                leaders[name] = last[1] if last is not None and last[0] is x else name
-            if leaders[name] == name:
-                flat = x.detach().reshape(-1, x.shape[-1]).float()
-                if name not in found:
-                    found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-                found[name].addmm_(flat.T, flat)
-                last = (x, name)
+    def see(name: str, args: tuple[Any, ...], _: object) -> None:
+        nonlocal last
+        x = cast(Tensor, args[0])
+        if name not in leaders:
+            leaders[name] = last[1] if last is not None and last[0] is x else name
+        if leaders[name] == name:
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            if name not in moments:
+                moments[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+            moments[name].addmm_(flat.T, flat)
+            last = (x, name)
 
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield found
+    with hooked(layers, see, before=True):
+        yield moments
         for name, leader in leaders.items():
-            found[name] = found[leader]
-    finally:
-        for handle in handles:
-            handle.remove()
+            moments[name] = moments[leader]
 
 
 def captured_inputs(

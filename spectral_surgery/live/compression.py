@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.errors import TargetError
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
@@ -106,7 +107,7 @@ def _built(modules: list[nn.Module], settings: dict[str, Any]) -> tuple[dict[int
 
 
 def _fits(module: nn.Module, min_weights: int) -> bool:
-    exact = type(module) in (nn.Linear, nn.Embedding) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    exact = type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module)
     rescaled = isinstance(module, nn.Embedding) and module.max_norm is not None
     return exact and not rescaled and cast(Tensor, module.weight).numel() >= min_weights
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.live.blocks import find_blocks
 from spectral_surgery.registry import Table
@@ -141,7 +142,7 @@ def chosen(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite
 
 def _dense(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight [O, I] and bias of a linear layer."""
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_conv1d(module)
     if not transposed and not isinstance(module, nn.Linear):
         raise TargetError(
             f"{name}: is a {type(module).__name__}; a dense linear layer is accepted. Decompress the model, or"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import Adapter
-from spectral_surgery.adapters.layer import AdaptedLayer
+from spectral_surgery.adapters.layer import AdaptedLayer, is_conv1d
 from spectral_surgery.adapters.saved import SavedModule, TrainedBias
 from spectral_surgery.errors import ConfigError, NotMergeableError
 from spectral_surgery.live.attach import adapted_layers, set_active
@@ -141,5 +141,4 @@ def _weight(layer: AdaptedLayer, name: str) -> nn.Parameter:
 
 def _delta(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     parts = [(layer.adapters[name], factor) for name, factor in layer.active.items()]
-    transposed = type(layer.base_layer).__name__ == "Conv1D"
-    return total_delta(parts, weight.shape, transposed=transposed)
+    return total_delta(parts, weight.shape, transposed=is_conv1d(layer.base_layer))

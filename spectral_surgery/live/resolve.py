@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.adapters.base import AdapterSpec
-from spectral_surgery.adapters.layer import AdaptedLayer, kind_of, regroups, shape_of
+from spectral_surgery.adapters.layer import AdaptedLayer, is_conv1d, kind_of, regroups, shape_of
 from spectral_surgery.adapters.saved import SavedModule
 from spectral_surgery.errors import ConfigError, TargetError
 from spectral_surgery.live.heads import head_names
@@ -73,7 +73,7 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
     names = targets.select(everything)
     chosen = [everything[name] for name in names]
     shapes = [shape_of(module) for module in chosen]
-    transposed = all(type(module).__name__ == "Conv1D" for module in chosen)
+    transposed = all(is_conv1d(module) for module in chosen)
     targets = replace(_read_alike(model, targets, names), fan_in_fan_out=transposed)
     return replace(spec, targets=targets, config=spec.method.resolve(spec.config, shapes))
 
@@ -146,7 +146,7 @@ def _all_match(ends: Iterable[str], names: Iterable[str]) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a linear layer multiplies by its weight as it is: others with a dense weight of their own change it."""
     dense = isinstance(module._parameters.get("weight"), nn.Parameter)
-    return not dense or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return not dense or isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _is_router(module: nn.Module) -> bool:

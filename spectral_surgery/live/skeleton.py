@@ -57,7 +57,7 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
     return root
 
 
-def is_conv1d(name: str, model_type: object) -> bool:
+def is_named_conv1d(name: str, model_type: object) -> bool:
     """Whether a module is known to store [I, O], as Conv1D of transformers does.
 
     Args:
@@ -77,7 +77,7 @@ def _module(name: str, tensors: Mapping[str, tuple[int, ...]], model_type: str |
             return nn.Module()
         if _EMBEDDING.fullmatch(leaf):
             return nn.Embedding(*weight)
-        if is_conv1d(name, model_type):
+        if is_named_conv1d(name, model_type):
             return Conv1D(torch.empty(weight))
         return nn.Linear(weight[1], weight[0], bias="bias" in tensors)
 

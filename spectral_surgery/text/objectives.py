@@ -15,6 +15,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.peft.task import needs_decoder_input, task_of
 from spectral_surgery.live.running import called
 from spectral_surgery.registry import Table
+from spectral_surgery.text.metrics import kl
 
 Batch = dict[str, Tensor]
 Keep = Literal["important", "largest"]
@@ -87,14 +88,8 @@ def _with_hidden(model: nn.Module, batch: Batch) -> Any:
 
 def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """KL(teacher || student), nats per token."""
-    divergence = functional.kl_div(
-        student.logits.float().log_softmax(-1),
-        teacher.logits.float().log_softmax(-1),
-        reduction="none",
-        log_target=True,
-    )
     mask = batch["attention_mask"]
-    return (divergence.sum(-1) * mask).sum() / mask.sum()
+    return (kl(teacher.logits, student.logits) * mask).sum() / mask.sum()
 
 
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -107,15 +102,10 @@ def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
 def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """KL of the classes (squared error of a single score) + mean relative squared error of the hidden states."""
     if teacher.logits.shape[-1] == 1:
-        own = functional.mse_loss(student.logits, teacher.logits)
+        loss = functional.mse_loss(student.logits, teacher.logits)
     else:
-        own = functional.kl_div(
-            student.logits.float().log_softmax(-1),
-            teacher.logits.float().log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
-    return own + _hidden(student, teacher, batch["attention_mask"][..., None])
+        loss = kl(teacher.logits, student.logits).mean()
+    return loss + _hidden(student, teacher, batch["attention_mask"][..., None])
 
 
 def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from spectral_surgery.hf.models import SentenceEncoder, load_model
 from spectral_surgery.live.attach import load
 from spectral_surgery.live.running import called
 from spectral_surgery.text.examples import documents, read_examples
+from spectral_surgery.text.metrics import kl
 from spectral_surgery.text.sequences import cut_stream
 from spectral_surgery.text.tasks import spearman
 
@@ -146,7 +147,7 @@ def compare_logits(
         for name, log in zip("ab", logs, strict=False):
             sums[name] -= float(log.gather(-1, batch[0, 1:, None]).sum())
         if len(logs) == 2:
-            sums["kl"] += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            sums["kl"] += float(kl(*logs).sum())
             sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
     tokens = rows[:, 1:].numel()
     found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}

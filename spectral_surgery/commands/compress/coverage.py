@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
 from spectral_surgery.hf.tensor_names import TensorNames
@@ -133,7 +134,7 @@ def seen_by_expert(tensor: PlannedTensor) -> bool:
 def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, prefix: str) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, which is looked up and not multiplied by"
-    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    linear = isinstance(module, nn.Linear) or is_conv1d(module)
     if not (leaf == "weight" if linear else leaf in expert_matrices(module)):
         return f"{leaf} of a {type(module).__name__}: no matrix of a linear layer, nor of experts of a known form"
     if not seen_by_expert(tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.from_update.fit_update import Update
-from spectral_surgery.adapters.layer import forms_of, kind_of, shape_of
+from spectral_surgery.adapters.layer import forms_of, is_conv1d, kind_of, shape_of
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_config import DIALECTS
@@ -54,7 +54,7 @@ class Pair:
     @property
     def transposed(self) -> bool:
         """Whether it is stored as [I, O]."""
-        return type(self.module).__name__ == "Conv1D"
+        return is_conv1d(self.module)
 
     def delta(self) -> Tensor:
         """ΔW, [O, I] float32."""

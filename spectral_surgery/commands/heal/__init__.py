@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import distributed
-
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_facts
 from spectral_surgery.commands.heal.blocks import heal_blocks
 from spectral_surgery.commands.heal.recode import recoded
 from spectral_surgery.commands.heal.session import Healed, Workplace, heal_whole
+from spectral_surgery.distributed import rank, wait_for_all, world
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
@@ -128,7 +127,7 @@ def heal(
         discard_unfinished(partial, overwrite=run.overwrite)
     with writing_to(out):
         (partial / STATE).mkdir(parents=True, exist_ok=True)
-    with hold(partial, exclusive=not _others(), wait=False):
+    with hold(partial, exclusive=world() == 1, wait=False):
         entries, report = heal_checkpoint(
             checkpoint,
             index,
@@ -141,9 +140,8 @@ def heal(
             device=device,
             clock=clock,
         )
-        if _others():
-            distributed.barrier()  # all have read what the first one is about to clear away
-    if _is_first():
+        wait_for_all()  # the first one is about to clear away what they read
+    if rank() == 0:
         with publishing(out, overwrite=run.overwrite, keep_partial=True) as folder:
             clear_folder(folder, keep=(STATE,))
             write_healed(folder, checkpoint, entries, report, run.origin)
@@ -240,11 +238,3 @@ def _key(checkpoint: CompressedCheckpoint, data: TextData, settings: DistillSett
     read = [data.digest(), data.samples, data.batch_size, data.seq_length]
     body = [checkpoint.manifest.to_json(), read, blocks, asdict(settings)]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _others() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _is_first() -> bool:
-    return not _others() or distributed.get_rank() == 0

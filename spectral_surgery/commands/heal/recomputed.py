@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
+from spectral_surgery.live.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def recomputed_weights(model: nn.Module) -> Iterator[None]:
     """
     alive: dict[int, tuple[weakref.ref[Tensor], KeptSpectrum, Tensor]] = {}
 
-    def computed(kept: nn.Module, args: tuple[Any, ...], weight: Tensor) -> None:
-        if torch.is_grad_enabled() and isinstance(kept, KeptSpectrum):
+    def computed(kept: KeptSpectrum, args: tuple[Any, ...], weight: Tensor) -> None:
+        if torch.is_grad_enabled():
             alive[weight.untyped_storage().data_ptr()] = weakref.ref(weight), kept, args[0].detach()
 
     def pack(saved: Tensor) -> Tensor | _View:
@@ -55,10 +56,6 @@ def recomputed_weights(model: nn.Module) -> Iterator[None]:
     def unpack(packed: Tensor | _View) -> Tensor:
         return packed.tensor() if isinstance(packed, _View) else packed
 
-    hooks = [own.register_forward_hook(computed) for own in model.modules() if isinstance(own, KeptSpectrum)]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    spectra = {module: module for module in model.modules() if isinstance(module, KeptSpectrum)}
+    with hooked(spectra, computed), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import codes_of, encode_codes
 from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.commands.heal.held_rate import HeldRate
+from spectral_surgery.distributed import rank
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.parts import part_record, write_part
@@ -22,6 +23,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import DTYPES, read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import TensorNames, names_in
+from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
 from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
@@ -125,7 +127,7 @@ class Workplace:
             basis = Basis(own.transform, own.tile, own.axes)
             codes = codes_of(own.codes, own.step, own.offset)
             made = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
-            files.append(self.folder / f"{number:06d}-{len(files)}-{_rank()}.part")
+            files.append(self.folder / f"{number:06d}-{len(files)}-{rank()}.part")
             write_part(files[-1], self.key, made[0], part_record(part.rows, *made))
         return files
 
@@ -180,8 +182,8 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     size = min(place.data.batch_size or objective.batch_size, len(train))
     lengths = list(map(len, train))
 
-    def batch(step: int, rank: int) -> Batch:
-        return padded(tokenizer, [train[i] for i in sequences_of_step(settings.seed, step, rank, lengths, size)])
+    def batch(step: int, process: int) -> Batch:
+        return padded(tokenizer, [train[i] for i in sequences_of_step(settings.seed, step, process, lengths, size)])
 
     held = sorted(held, key=len)
     batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
@@ -207,18 +209,9 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
 def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, nn.Parameter]:
     """The parameters of the modules that are run on text: not those that look at images."""
     run: set[nn.Module] = set()
-
-    def see(module: nn.Module, *_: object) -> None:
-        run.add(module)
-
-    handles = [module.register_forward_hook(see) for module in model.modules()]
     device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            objective.run(model, {name: own.to(device) for name, own in batch.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked({module: module for module in model.modules()}, lambda module, *_: run.add(module)), torch.no_grad():
+        objective.run(model, {name: tensor.to(device) for name, tensor in batch.items()})
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
     return {name: own for name, own in model.named_parameters() if owners[name] in run}
 
@@ -245,8 +238,3 @@ def train_stored_vectors(place: Workplace, names: TensorNames, student: nn.Modul
             student.get_parameter(name).copy_(read_tensor(info))
     train_vectors(student, {name: _TRAINED[info.dtype] for name, info in found.items()})
     return {name: info.name for name, info in found.items()}
-
-
-def _rank() -> int:
-    """Of this process: each leaves files of its own."""
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.live.blocks import Batch
 from spectral_surgery.live.families import AttentionSite, chosen
+from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
+from spectral_surgery.text.metrics import kl
 
 _WARM_UP = 0.05  # of the steps
 _CLIP = 1.0  # of the norm of the gradient
@@ -205,32 +207,21 @@ def _layer_losses(pair: SwappedPair, places: Mapping[int, AttentionSite], batch:
 @contextmanager
 def _seen(places: Mapping[int, AttentionSite]) -> Iterator[dict[int, tuple[Tensor, Any, Tensor]]]:
     """Inputs, masks and outputs of attentions, by layer, filled as the model runs."""
-    found: dict[int, tuple[Tensor, Any, Tensor]] = {}
-    given: dict[int, tuple[Tensor, Any]] = {}
+    seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
+    inputs: dict[int, tuple[Tensor, Any]] = {}
 
-    def enter(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given[number] = (args[0] if args else named["hidden_states"], named.get("attention_mask"))
+    def enter(number: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs[number] = (args[0] if args else named["hidden_states"], named.get("attention_mask"))
 
-        return hook
+    def leave(number: int, _: tuple[Any, ...], y: Tensor) -> None:
+        seen[number] = (*inputs.pop(number), y)
+        if number == max(places):
+            raise _Enough
 
-    def leave(number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, __: tuple[Any, ...], y: Tensor) -> None:
-            found[number] = (*given.pop(number), y)
-            if number == max(places):
-                raise _Enough
-
-        return hook
-
-    handles = []
-    for number, site in places.items():
-        handles.append(site.attention.register_forward_pre_hook(enter(number), with_kwargs=True))
-        handles.append(site.output.register_forward_hook(leave(number)))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    attentions = {number: site.attention for number, site in places.items()}
+    outputs = {number: site.output for number, site in places.items()}
+    with hooked(attentions, enter, before=True), hooked(outputs, leave):
+        yield seen
 
 
 def _run(model: nn.Module, batch: Batch) -> Tensor:
@@ -247,6 +238,5 @@ def _apart(pair: SwappedPair, batch: Batch) -> Tensor:
             wanted = _run(teacher, batch)
         return relative(_run(student, batch), wanted)
     with torch.no_grad():
-        logs = called(teacher, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
-    own = called(student, named={**batch, "use_cache": False}).logits.float().log_softmax(-1)
-    return cast(Tensor, (logs.exp() * (logs - own)).sum(-1).mean())
+        wanted = called(teacher, named={**batch, "use_cache": False}).logits
+    return kl(wanted, called(student, named={**batch, "use_cache": False}).logits).mean()

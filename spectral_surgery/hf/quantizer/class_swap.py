@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.hf.quantizer.lazy_weight import LazyWeight, Rows
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
 
@@ -95,11 +96,6 @@ def standing_for(cls: type[nn.Module]) -> type[nn.Module]:
     linear, embedding = issubclass(cls, nn.Linear), issubclass(cls, nn.Embedding)
     bases = (cls, LinearStandIn if linear else EmbeddingStandIn) if linear or embedding else (_Conv1D, cls)
     return type(cls.__name__, bases, {"__module__": cls.__module__, "stands_for": cls})
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' transposed linear layer, dense or ours: it is known by its name."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:

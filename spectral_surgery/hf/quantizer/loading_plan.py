@@ -20,10 +20,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
-from spectral_surgery.hf.quantizer.class_swap import is_conv1d, standing_for
+from spectral_surgery.hf.quantizer.class_swap import standing_for
 from spectral_surgery.hf.quantizer.fused_experts import Stored, stored_matrices
 from spectral_surgery.hf.quantizer.weight_uses import only_multiplies
 from spectral_surgery.hf.tensor_names import ANY, placing, sources_of
