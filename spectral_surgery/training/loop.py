@@ -1,7 +1,9 @@
-"""Distillation: some parameters of a student are trained until its outputs are those of its teacher.
+"""The loop that heal and swap train with: some parameters, until a loss is small on batches that are held out.
 
 Batches are a function of the step, and unfinished work is on the disk after every evaluation, so that a run that was
-cut off ends as one that was not. Several processes take different batches and average their gradients.
+cut off ends as one that was not. Several processes take different batches and average their gradients; not by
+DistributedDataParallel, which wraps one module with one forward, while what is trained here are parameters, on losses
+that see several models, single blocks, and other experts in every process.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from spectral_surgery.distributed import average, rank, world
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.writer import tensor_entry, write_file
-from spectral_surgery.live.running import differentiating, not_differentiable
+from spectral_surgery.live.running import differentiating
+from spectral_surgery.progress import Progress
 
 Batch = dict[str, Tensor]
-Outputs = Any
-Loss = Callable[[Outputs, Outputs, Batch], Tensor]
 Clock = Callable[[], float]  # seconds since some moment
 _RECENT = 4  # steps whose mean says how long the next one takes
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
@@ -65,14 +67,14 @@ class DistillSettings:
             ConfigError: when the learning rate is not positive, or there are neither steps nor minutes.
         """
         if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate {self.learning_rate}: a positive number is accepted.")
+            raise ConfigError(f"--learning-rate: expected a positive number, got {self.learning_rate}.")
         if self.steps < 1 and not self.minutes > 0:
-            raise ConfigError(f"--steps {self.steps}: 1 or more is accepted, or --minutes.")
+            raise ConfigError(f"--steps: expected 1 or more, or --minutes, got {self.steps}.")
 
 
 @dataclass
-class Course:
-    """How a distillation went.
+class LossCurve:
+    """How a training went.
 
     Attributes:
         steps: planned; with minutes, as many as are expected to fit.
@@ -97,90 +99,91 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Everything a distillation needs.
+class Training:
+    """What is trained.
 
     Attributes:
-        run: calls a model on a batch: (model, batch) to outputs.
-        loss: (outputs of the student, of the teacher, batch) to a scalar.
-        student: its parameters that require gradients are trained.
-        teacher: frozen.
+        parameters: by name, on one device.
+        loss: of a batch, a scalar; see `distillation`.
         batch: of a step, counted from 0, and a process.
-        held_out: batches that nothing is trained on.
+        held_out: batches that nothing is trained on; without any, the last parameters are kept and not the best.
         state_file: unfinished work; None to keep none.
         key: what decides the result: work of another key is not taken up.
-        settle: sets what the student derives from its parameters, before they are judged and when they are final.
-        needed: parameters of which one at least must get a gradient.
+        refresh: sets what is derived from the parameters, before they are judged and when they are final.
     """
 
-    run: Callable[[nn.Module, Batch], Outputs]
-    loss: Loss
-    student: nn.Module
-    teacher: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loss: Callable[[Batch], Tensor]
     batch: Callable[[int, int], Batch]
-    held_out: Sequence[Batch]
+    held_out: Sequence[Batch] = ()
     state_file: Path | None = None
     key: str = ""
-    settle: Callable[[], None] = lambda: None
-    needed: Sequence[Tensor] = ()
+    refresh: Callable[[], None] = lambda: None
 
 
-def distill(
-    work: Distillation,
-    settings: DistillSettings,
-    progress: Callable[[int, int, str], None],
-    clock: Clock = time.perf_counter,
-) -> Course:
-    """Train the student; its parameters end as they were when the held-out loss was least.
+def distillation(
+    run: Callable[[nn.Module, Batch], Any],
+    loss: Callable[[Any, Any, Batch], Tensor],
+    student: nn.Module,
+    teacher: nn.Module,
+) -> Callable[[Batch], Tensor]:
+    """The loss of a student on a batch, from its outputs and those of its teacher."""
+
+    def of(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = run(teacher, batch)
+        return loss(run(student, batch), wanted, batch)
+
+    return of
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train(work: Training, settings: DistillSettings, progress: Progress, clock: Clock = time.perf_counter) -> LossCurve:
+    """Train; the parameters end as they were when the held-out loss was least.
 
     Args:
-        work: models, data and loss.
+        work: what.
         settings: how.
         progress: called after each step.
         clock: tells the time.
 
-    Returns:
-        How it went.
-
     Raises:
         ConfigError: when the loss is not finite.
         CheckpointError: when unfinished work is there, but of another run.
-        TargetError: when autograd cannot follow the student.
+        TargetError: when autograd cannot follow the model.
     """
     return _Run(work, settings, progress, clock).all()
 
 
 class _Run:
-    def __init__(
-        self,
-        work: Distillation,
-        settings: DistillSettings,
-        progress: Callable[[int, int, str], None],
-        clock: Clock,
-    ) -> None:
+    def __init__(self, work: Training, settings: DistillSettings, progress: Progress, clock: Clock) -> None:
         self.work, self.settings, self.progress, self.clock = work, settings, progress, clock
-        self.parameters = {name: p for name, p in work.student.named_parameters() if p.requires_grad}
+        self.parameters = work.parameters
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
-        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.course = Course()
-        self.rank, self.world = _place()
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()} if work.held_out else {}
+        self.curve = LossCurve()
         self.earlier, self.began = 0.0, clock()  # seconds of the runs before; when this one began
         self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds of steps
         self.judging = 0.0  # seconds of the last evaluation
 
-    def all(self) -> Course:
+    def all(self) -> LossCurve:
         if not self._resumed():
-            self.course.held_out.append((0, self._held_out()))
+            if self.work.held_out:
+                self.curve.held_out.append((0, self._held_out()))
             self.judging = self._passed()
-            self.course.steps = self.settings.steps or 1
-        self.earlier, losses = self.course.seconds - (self.clock() - self.began), list[float]()
-        while self.course.step < self.course.steps and not self._stopped():
+            self.curve.steps = self.settings.steps or 1
+        self.earlier, losses = self.curve.seconds - (self.clock() - self.began), list[float]()
+        while self.curve.step < self.curve.steps and not self._stopped():
             losses.append(self._step())
-            self.course.step += 1
+            self.curve.step += 1
             self.recent.append(self._passed())
             self._plan()
-            self.progress(self.course.step, self.course.steps, f"loss {losses[-1]:.4f}")
-            if self.course.step % self.settings.eval_every == 0 or self.course.step == self.course.steps:
+            self.progress(self.curve.step, self.curve.steps, f"loss {losses[-1]:.4f}")
+            if self.curve.step % self.settings.eval_every == 0 or self.curve.step == self.curve.steps:
                 self._evaluate(losses)
                 losses = []
                 self.judging = self._passed()
@@ -188,105 +191,97 @@ class _Run:
                 self._save()
                 self.judging += self._passed()
         with torch.no_grad():
-            for name, own in self.parameters.items():
-                own.copy_(self.best[name])
-        self.work.settle()
-        return self.course
+            for name, values in self.best.items():
+                self.parameters[name].copy_(values)
+        self.work.refresh()
+        return self.curve
 
     def _passed(self) -> float:
         """Seconds since this was asked before, the same in all processes where steps depend on it."""
-        before, now = self.course.seconds, self.earlier + self.clock() - self.began
-        self.course.seconds = now if self.settings.steps else self._mean(torch.tensor(now, dtype=torch.float64))
-        return self.course.seconds - before
+        before, now = self.curve.seconds, torch.tensor(self.earlier + self.clock() - self.began, dtype=torch.float64)
+        self.curve.seconds = float(now if self.settings.steps else average(now))
+        return self.curve.seconds - before
 
     def _plan(self) -> None:
         """With minutes, as many steps as fit into what is left of them, with the evaluation at their end."""
         each = sum(self.recent) / len(self.recent) + self.judging / self.settings.eval_every
         if not self.settings.steps and each > 0:
-            left = 60 * self.settings.minutes - self.course.seconds - self.judging
-            self.course.steps = self.course.step + max(0, round(left / each))
+            left = 60 * self.settings.minutes - self.curve.seconds - self.judging
+            self.curve.steps = self.curve.step + max(0, round(left / each))
 
     def _step(self) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self._rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self.work.batch(self.course.step, self.rank))
+        loss = self._loss(self.work.batch(self.curve.step, rank()))
         with differentiating(loss):
             loss.backward()
-        if self.work.needed and not self.course.step and all(own.grad is None for own in self.work.needed):
-            raise not_differentiable("they are computed under torch.no_grad")
-        value = self._mean(loss.detach())
+        value = float(average(loss.detach().clone()))
         if not math.isfinite(value):
             raise ConfigError(
-                f"distil: the loss is {value} at step {self.course.step + 1}; finite losses are accepted."
-                " Lower the learning rate, or check the text."
+                f"distil: expected a finite loss, got {value} at step {self.curve.step + 1}. Lower the learning rate,"
+                " or check the text."
             )
-        if self.world > 1:
+        if world() > 1:
             self._average_gradients()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         return value
 
     def _rate(self) -> float:
-        warm = (self.course.step + 1) / max(self.settings.warmup_steps, 1)
-        done = self.course.step / max(self.course.steps, 1)
+        warm = (self.curve.step + 1) / max(self.settings.warmup_steps, 1)
+        done = self.curve.step / max(self.curve.steps, 1)
         if not self.settings.steps:
-            done = min(1.0, self.course.seconds / (60 * self.settings.minutes))
+            done = min(1.0, self.curve.seconds / (60 * self.settings.minutes))
         return min(warm, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
     def _loss(self, batch: Batch) -> Tensor:
         device = next(iter(self.parameters.values())).device
-        batch = {name: own.to(device) for name, own in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bf16):
-            with torch.no_grad():
-                wanted = self.work.run(self.work.teacher, batch)
-            return self.work.loss(self.work.run(self.work.student, batch), wanted, batch)
+            return self.work.loss({name: tensor.to(device) for name, tensor in batch.items()})
 
     def _held_out(self) -> float:
         with torch.no_grad():
-            total = sum((self._loss(batch).float() for batch in self.work.held_out), torch.zeros(()))
-        return float(total) / max(len(self.work.held_out), 1)
+            return sum(float(self._loss(batch)) for batch in self.work.held_out) / len(self.work.held_out)
 
     def _evaluate(self, losses: Sequence[float]) -> None:
-        self.work.settle()
-        own = self._held_out()
-        if own < self.course.best:
-            self.course.best_step = self.course.step
-            for name, p in self.parameters.items():
-                self.best[name].copy_(p.detach())
-        self.course.held_out.append((self.course.step, own))
-        self.course.train.append((self.course.step, sum(losses) / max(len(losses), 1)))
+        self.curve.train.append((self.curve.step, sum(losses) / max(len(losses), 1)))
+        if not self.work.held_out:
+            self.curve.best_step = self.curve.step
+            return
+        self.work.refresh()
+        loss = self._held_out()
+        if loss < self.curve.best:
+            self.curve.best_step = self.curve.step
+            for name, parameter in self.parameters.items():
+                self.best[name].copy_(parameter.detach())
+        self.curve.held_out.append((self.curve.step, loss))
 
     def _stopped(self) -> bool:
-        since = sum(1 for step, _ in self.course.held_out if step > self.course.best_step)
+        since = sum(1 for step, _ in self.curve.held_out if step > self.curve.best_step)
         return bool(self.settings.patience) and since >= self.settings.patience
 
-    def _mean(self, value: Tensor) -> float:
-        if self.world > 1:
-            value = value.clone()
-            distributed.all_reduce(value)
-            value /= self.world
-        return float(value)
-
     def _average_gradients(self) -> None:
-        given = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = torch.cat([grad.reshape(-1) for grad in given])
-        distributed.all_reduce(flat)
-        flat /= self.world
-        for grad, own in zip(given, torch.split(flat, [grad.numel() for grad in given]), strict=True):
-            grad.copy_(own.view_as(grad))
+        """Also of parameters that one process alone has gradients for, such as experts that no token came to."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        flat = average(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _save(self) -> None:
-        if self.work.state_file is None or self.rank:
+        if self.work.state_file is None or rank():
             return
         tensors: dict[str, Tensor] = {}
-        for name, own in self.parameters.items():
-            tensors |= {f"now.{name}": own.detach(), f"best.{name}": self.best[name]}
-            state = self.optimizer.state.get(own, {})  # none where no gradient ever came
+        for name, parameter in self.parameters.items():
+            tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": self.best.get(name, parameter.detach())}
+            state = self.optimizer.state.get(parameter, {})  # none where no gradient ever came
             tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
-        body = {"key": self.work.key, "course": json.dumps(asdict(self.course))}
+        body = {"key": self.work.key, "curve": json.dumps(asdict(self.curve))}
         fresh = self.work.state_file.with_suffix(".new")
-        entries = [tensor_entry(key, own.cpu().contiguous()) for key, own in tensors.items()]
+        entries = [tensor_entry(key, tensor.cpu().contiguous()) for key, tensor in tensors.items()]
         write_file(fresh, entries, metadata=body)
         fresh.replace(self.work.state_file)
 
@@ -302,26 +297,21 @@ class _Run:
             raise CheckpointError(f"{file}: unfinished work cannot be read ({error}). Use --overwrite.") from None
         if metadata.get("key") != self.work.key:
             raise CheckpointError(f"{file}: is of other models, text or settings. Use --overwrite to discard it.")
-        self.course = _course(json.loads(metadata["course"]))
+        self.curve = _curve(json.loads(metadata["curve"]))
         with torch.no_grad():
-            for name, own in self.parameters.items():
-                own.copy_(tensors[f"now.{name}"])
-                self.best[name].copy_(tensors[f"best.{name}"])
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                if name in self.best:
+                    self.best[name].copy_(tensors[f"best.{name}"])
                 moments = {
-                    key: tensors[f"{key}.{name}"].to(own.device) for key in _MOMENTS if f"{key}.{name}" in tensors
+                    key: tensors[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS if f"{key}.{name}" in tensors
                 }
                 if moments:
-                    self.optimizer.state[own] = {"step": torch.tensor(float(self.course.step)), **moments}
-        self.work.settle()
+                    self.optimizer.state[parameter] = {"step": torch.tensor(float(self.curve.step)), **moments}
+        self.work.refresh()
         return True
 
 
-def _course(body: Mapping[str, Any]) -> Course:
+def _curve(body: Mapping[str, Any]) -> LossCurve:
     pairs = {key: [(int(step), float(loss)) for step, loss in body[key]] for key in ("train", "held_out")}
-    return Course(**{**body, **pairs})
-
-
-def _place() -> tuple[int, int]:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+    return LossCurve(**{**body, **pairs})

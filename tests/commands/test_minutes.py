@@ -13,7 +13,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.run import Run
-from spectral_surgery.training.loop import Batch, Course, Distillation, DistillSettings, distill
+from spectral_surgery.training.loop import Batch, DistillSettings, LossCurve, Training, distillation, train, trained
 
 SETTINGS = {"patience": 0, "warmup_steps": 1, "learning_rate": 0.01}
 
@@ -37,21 +37,20 @@ class Machine:
         return model(batch["x"])
 
 
-def trained(
+def trained_on(
     machine: Machine, minutes: float, eval_every: int, *, held_out: int = 2, state: Path | None = None
-) -> Course:
+) -> LossCurve:
     torch.manual_seed(0)
-    work = Distillation(
-        machine.run,
-        lambda own, wanted, _: (own - wanted).square().mean(),
-        nn.Linear(3, 3),
-        nn.Linear(3, 3).requires_grad_(requires_grad=False),
+    student, teacher = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(requires_grad=False)
+    work = Training(
+        trained(student),
+        distillation(machine.run, lambda y, wanted, _: (y - wanted).square().mean(), student, teacher),
         machine.batch,
         [{"x": torch.ones(1, 3)}] * held_out,
         state,
     )
     settings = DistillSettings(steps=0, minutes=minutes, eval_every=eval_every, **SETTINGS)
-    return distill(work, settings, lambda *_: None, machine.clock)
+    return train(work, settings, lambda *_: None, machine.clock)
 
 
 @pytest.mark.parametrize("eval_every", [5, 1000])
@@ -69,7 +68,7 @@ def test_the_minutes_are_kept_within_a_tenth(
     seconds: Callable[[int], float], steps: tuple[int, int], eval_every: int
 ) -> None:
     machine = Machine(seconds)
-    course = trained(machine, 2.0, eval_every)
+    course = trained_on(machine, 2.0, eval_every)
     assert machine.now == pytest.approx(120, rel=0.1)
     assert course.seconds == pytest.approx(machine.now, abs=1e-6)
     assert course.step == course.steps == course.held_out[-1][0]
@@ -79,14 +78,14 @@ def test_the_minutes_are_kept_within_a_tenth(
 
 def test_costly_evaluations_count(tmp_path: Path) -> None:
     machine = Machine(lambda step: 1.0 if step < 10 else 2.0)
-    course = trained(machine, 4.0, 10, held_out=15, state=tmp_path / "state.safetensors")
+    course = trained_on(machine, 4.0, 10, held_out=15, state=tmp_path / "state.safetensors")
     assert machine.now == pytest.approx(240, rel=0.1)
     assert course.held_out[-1][0] == course.step
 
 
 def test_one_step_is_done_where_none_fits() -> None:
     machine = Machine(lambda _: 100.0)
-    assert trained(machine, 0.1, 1000).step == 1
+    assert trained_on(machine, 0.1, 1000).step == 1
 
 
 def test_the_learning_rate_falls_with_the_time(tmp_path: Path) -> None:
@@ -103,11 +102,14 @@ def test_the_learning_rate_falls_with_the_time(tmp_path: Path) -> None:
             own.append(float((student.weight.detach() - before).abs().max()))
             before = student.weight.detach().clone()
 
-        work = Distillation(
-            machine.run, lambda own, wanted, _: (own - wanted).mean(), student, nn.Linear(3, 3), machine.batch,
-            [{"x": torch.ones(1, 3)}], tmp_path / f"{pace}.safetensors",
-        )  # fmt: skip
-        distill(work, DistillSettings(steps=0, minutes=1.0, eval_every=1000, **SETTINGS), watch, machine.clock)
+        loss = distillation(machine.run, lambda y, wanted, _: (y - wanted).mean(), student, nn.Linear(3, 3))
+        held_out, state = [{"x": torch.ones(1, 3)}], tmp_path / f"{pace}.safetensors"
+        train(
+            Training(trained(student), loss, machine.batch, held_out, state),
+            DistillSettings(steps=0, minutes=1.0, eval_every=1000, **SETTINGS),
+            watch,
+            machine.clock,
+        )
         rates.append(own)
     assert len(rates[0]) > 1.7 * len(rates[1])
     for own in rates:

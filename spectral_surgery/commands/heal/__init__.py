@@ -33,7 +33,7 @@ from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.data import TextData
 from spectral_surgery.text.objectives import objective_of
-from spectral_surgery.training.loop import Clock, Course, DistillSettings
+from spectral_surgery.training.loop import Clock, DistillSettings, LossCurve
 from spectral_surgery.training.plot import plot_training
 
 STATE = "healing"  # folder of unfinished work
@@ -59,7 +59,7 @@ class HealReport:
 
     manifest: Manifest
     objective: str
-    course: Course
+    course: LossCurve
     trained: tuple[int, int]
     untrained: tuple[str, ...]
     seconds: float

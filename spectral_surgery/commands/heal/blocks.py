@@ -25,7 +25,7 @@ from spectral_surgery.progress import Progress
 from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import equal_lengths
-from spectral_surgery.training.loop import Batch, Clock, Distillation, DistillSettings, distill
+from spectral_surgery.training.loop import Batch, Clock, DistillSettings, Training, train, trained
 
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
 _LEAST = 1e-6  # minutes of a block: one step
@@ -53,12 +53,12 @@ def heal_blocks(place: Workplace, objective: Objective, settings: DistillSetting
             "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"
             " are accepted. Heal it without --blocks."
         )
-    train, held = train_and_held_out(
+    parts = train_and_held_out(
         place.data, lazy.tokenizer, lazy.model, causal=objective.causal, seq_length=objective.seq_length
     )
     prefix, blocks = find_blocks(lazy.model)
-    tokens = (place.data.batch_size or objective.batch_size) * max(map(len, train))
-    batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in (train, held)]
+    tokens = (place.data.batch_size or objective.batch_size) * max(map(len, parts[0]))
+    batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in parts]
     first, healed, left = len(batches[0]), Healed(), _TimeLeft(settings, place.clock)
     with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
         with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
@@ -132,21 +132,25 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
     release_freed_memory()
     vectors = train_stored_vectors(place, turn.names, student, f"{name}.")
 
-    def batch(step: int, rank: int) -> Batch:
-        return {"place": torch.tensor(sequences_of_step(settings.seed, step, rank, [1] * first, 1)[0])}
+    def batch(step: int, process: int) -> Batch:
+        return {"number": torch.tensor(sequences_of_step(settings.seed, step, process, [1] * first, 1)[0])}
 
-    work = Distillation(
-        lambda module, own: module(own["place"]),
-        lambda own, wanted, _: (own - wanted).square().sum() / wanted.square().sum(),
-        _Fed(student, turn.given),
-        _Known(turn.targets),
+    def loss(batch: Batch) -> Tensor:
+        number = int(batch["number"])
+        wanted = turn.targets[number]()
+        with recomputed_weights(student):
+            return (turn.given[number].through(student) - wanted).square().sum() / wanted.square().sum()
+
+    work = Training(
+        trained(student),
+        loss,
         batch,
-        [{"place": torch.tensor(i)} for i in range(first, len(turn.given))],
+        [{"number": torch.tensor(number)} for number in range(first, len(turn.given))],
         place.folder / f"{name}.safetensors",
         f"{place.key} {name}",
         place.settle(student),
     )
-    course = distill(work, settings, progress, place.clock)
+    course = train(work, settings, progress, place.clock)
     for own, parts in each_kept_spectrum(student):
         healed.replaced[tensors[own]] = place.leave(tensors[own], parts, _original(turn.names, f"{name}.{own}"))
     healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
@@ -161,29 +165,6 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
 def _original(names: TensorNames, name: str) -> Tensor:
     """A parameter that the teacher has, read once more: it had to make room for the training."""
     return cast(StoredParameter, names.find(name)).read()
-
-
-class _Fed(nn.Module):
-    """A block with the arguments of every sample."""
-
-    def __init__(self, block: nn.Module, given: Sequence[Sample]) -> None:
-        super().__init__()
-        self.block, self._given = block, given
-
-    def forward(self, place: Tensor) -> Tensor:
-        with recomputed_weights(self.block):
-            return self._given[int(place)].through(self.block)
-
-
-class _Known(nn.Module):
-    """The outputs of a block, instead of a block."""
-
-    def __init__(self, outputs: Sequence[Held]) -> None:
-        super().__init__()
-        self._outputs = outputs
-
-    def forward(self, place: Tensor) -> Tensor:
-        return self._outputs[int(place)]()
 
 
 class _TimeLeft:

@@ -29,7 +29,16 @@ from spectral_surgery.progress import Progress
 from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import padded
-from spectral_surgery.training.loop import Batch, Clock, Course, Distillation, DistillSettings, distill
+from spectral_surgery.training.loop import (
+    Batch,
+    Clock,
+    DistillSettings,
+    LossCurve,
+    Training,
+    distillation,
+    train,
+    trained,
+)
 
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
 
@@ -144,7 +153,7 @@ class Healed:
         blocks: held-out error of each block before and after.
     """
 
-    course: Course = field(default_factory=Course)
+    course: LossCurve = field(default_factory=LossCurve)
     replaced: dict[str, list[Path]] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     coefficients: int = 0
@@ -169,36 +178,34 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
     teacher.requires_grad_(requires_grad=False).to(place.device)
     student = copy.deepcopy(teacher)
     names = names_in(teacher, place.index)
-    train, held = train_and_held_out(
+    texts, held_out = train_and_held_out(
         place.data, tokenizer, teacher, causal=objective.causal, seq_length=objective.seq_length
     )
-    reached = _reached(teacher, objective, padded(tokenizer, train[:1]))
+    reached = _reached(teacher, objective, padded(tokenizer, texts[:1]))
     spectra = place.spectra(names, {name: tuple(own.shape) for name, own in reached.items()})
     if not spectra:
         raise CheckpointError("heal: no compressed tensor is a parameter that text reaches; nothing can be trained.")
     _put_rest(place, student, spectra, objective.auto_class)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
     vectors = train_stored_vectors(place, names, student)
-    size = min(place.data.batch_size or objective.batch_size, len(train))
-    lengths = list(map(len, train))
+    size = min(place.data.batch_size or objective.batch_size, len(texts))
+    lengths = list(map(len, texts))
 
     def batch(step: int, process: int) -> Batch:
-        return padded(tokenizer, [train[i] for i in sequences_of_step(settings.seed, step, process, lengths, size)])
+        return padded(tokenizer, [texts[i] for i in sequences_of_step(settings.seed, step, process, lengths, size)])
 
-    held = sorted(held, key=len)
-    batches = [padded(tokenizer, held[i : i + size]) for i in range(0, len(held), size)]
-    work = Distillation(
-        objective.run,
-        objective.loss,
-        student,
-        teacher,
+    held_out = sorted(held_out, key=len)
+    batches = [padded(tokenizer, held_out[i : i + size]) for i in range(0, len(held_out), size)]
+    work = Training(
+        trained(student),
+        distillation(objective.run, objective.loss, student, teacher),
         batch,
         batches,
         place.folder / "all.safetensors",
         place.key,
         place.settle(student),
     )
-    healed = Healed(distill(work, settings, progress, place.clock), coefficients=sum(own.numel() for own in values))
+    healed = Healed(train(work, settings, progress, place.clock), coefficients=sum(own.numel() for own in values))
     for name, own in each_kept_spectrum(student):
         tensor = spectra[name][0]
         healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))

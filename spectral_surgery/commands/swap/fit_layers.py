@@ -8,7 +8,6 @@ are trained.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from spectral_surgery.live.families import AttentionSite, chosen
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
+from spectral_surgery.text.data import sequences_of_step
 from spectral_surgery.text.metrics import kl
+from spectral_surgery.training.loop import DistillSettings, Training, train, trained
 
 _WARM_UP = 0.05  # of the steps
-_CLIP = 1.0  # of the norm of the gradient
 
 
 class _Enough(Exception):  # noqa: N818 - no error: it stops a forward pass behind the last layer of interest
@@ -41,7 +41,7 @@ class FitSettings:
     Attributes:
         steps: layer by layer, one batch each.
         end_to_end_steps: of the whole swapped model, after those.
-        learning_rate: of AdamW, the largest; it rises for a while, and falls to 0 as a cosine.
+        learning_rate: of Adam, the largest; see `DistillSettings`.
         end_to_end_learning_rate: the same of the second stage.
         seed: of the order of batches.
     """
@@ -83,16 +83,15 @@ class SwappedPair:
     swapped: Mapping[int, SwappedAttention]
 
     @contextmanager
-    def only_new_trained(self) -> Iterator[list[nn.Parameter]]:
+    def only_new_trained(self) -> Iterator[dict[str, nn.Parameter]]:
         """Freeze all but the new layers while the block lasts; yields the parameters of these."""
-        new = [parameter for layer in self.swapped.values() for parameter in layer.parameters()]
         others = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         try:
             for parameter in others:
                 parameter.requires_grad_(False)
-            for parameter in new:
-                parameter.requires_grad_(True)
-            yield new
+            for layer in self.swapped.values():
+                layer.requires_grad_(True)
+            yield trained(self.student)
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
@@ -126,28 +125,28 @@ def distill(
             " Give more text."
         )
     places = chosen(pair.teacher, tuple(pair.swapped))
-    first = _Stage(settings.steps, settings.learning_rate, settings.seed)
-    second = _Stage(settings.end_to_end_steps, settings.end_to_end_learning_rate, settings.seed + 1)
+    both = settings.steps + settings.end_to_end_steps
 
     def alone(batch: Batch) -> Tensor:
         return torch.stack(list(_layer_losses(pair, places, batch).values())).mean()
 
-    def say(done: int, loss: float) -> None:
-        progress(done, first.steps + second.steps, f"loss {loss:.4f}")
+    def stage(loss: Callable[[Batch], Tensor], steps: int, rate: float, seed: int, before: int) -> None:
+        def batch(step: int, process: int) -> Batch:
+            return batches[sequences_of_step(seed, step, process, [1] * len(batches), 1)[0]]
+
+        if steps:
+            warm_up = max(1, round(_WARM_UP * steps))
+            how = DistillSettings(steps, 0.0, rate, warm_up, eval_every=steps, seed=seed)
+            work = Training(parameters, loss, batch)
+            train(work, how, lambda done, _, what: progress(before + done, both, what))
 
     with pair.only_new_trained() as parameters:
-        before = _judge(pair, places, held_out)
-        _train(alone, parameters, batches, first, say)
-        after = _judge(pair, places, held_out)
-        _train(partial(_apart, pair), parameters, batches, second, lambda done, loss: say(first.steps + done, loss))
+        before = _layer_errors(pair, places, held_out)
+        stage(alone, settings.steps, settings.learning_rate, settings.seed, 0)
+        after = _layer_errors(pair, places, held_out)
+        rate, seed = settings.end_to_end_learning_rate, settings.seed + 1
+        stage(partial(_apart, pair), settings.end_to_end_steps, rate, seed, settings.steps)
     return [LayerFit(number, before[number], after[number]) for number in pair.swapped]
-
-
-@dataclass(frozen=True)
-class _Stage:
-    steps: int
-    rate: float
-    seed: int
 
 
 def relative(y: Tensor, wanted: Tensor) -> Tensor:
@@ -155,38 +154,7 @@ def relative(y: Tensor, wanted: Tensor) -> Tensor:
     return (y.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp_min(1e-12)
 
 
-def _train(
-    loss_of: Callable[[Batch], Tensor],
-    parameters: Sequence[nn.Parameter],
-    batches: Sequence[Batch],
-    stage: _Stage,
-    say: Callable[[int, float], None],
-) -> None:
-    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.0)
-    order = _endless(len(batches), stage.seed)
-    for step in range(stage.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate * _schedule(step, stage.steps)
-        loss = loss_of(batches[next(order)])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
-        optimizer.step()
-        say(step + 1, loss.item())
-
-
-def _schedule(step: int, steps: int) -> float:
-    warm = max(1, round(_WARM_UP * steps))
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _endless(count: int, seed: int) -> Iterator[int]:
-    draw = random.Random(seed)  # noqa: S311 - no secret
-    while True:
-        yield from draw.sample(range(count), count)
-
-
-def _judge(pair: SwappedPair, places: Mapping[int, AttentionSite], batches: Sequence[Batch]) -> dict[int, float]:
+def _layer_errors(pair: SwappedPair, places: Mapping[int, AttentionSite], batches: Sequence[Batch]) -> dict[int, float]:
     with torch.no_grad():
         rows = [_layer_losses(pair, places, batch) for batch in batches]
     return {number: math.sqrt(sum(float(row[number]) for row in rows) / len(rows)) for number in places}
