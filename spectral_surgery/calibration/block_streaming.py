@@ -43,12 +43,7 @@ class LazyModel:
 
     @contextmanager
     def holding(self, prefix: str = "", without: str = "") -> Iterator[None]:
-        """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards.
-
-        Args:
-            prefix: of their names; empty for all.
-            without: prefix of those that are left out, if any.
-        """
+        """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards."""
         names = [own for own in self.tensors if own.startswith(prefix) and not (without and own.startswith(without))]
         read: dict[str, nn.Parameter] = {}
         for name in names:  # tied parameters are stored once
@@ -73,18 +68,9 @@ class LazyModel:
 def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_remote_code: bool = False) -> LazyModel:
     """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
 
-    Args:
-        folder: a plain checkpoint with a tokenizer.
-        index: of the same.
-        auto_class: class of transformers.
-        trust_remote_code: run the code that a model brings along.
-
     Returns:
         The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
         is stored.
-
-    Raises:
-        CheckpointError: when the folder has no model of that kind.
     """
     outline, tokenizer = load_outline(folder, auto_class, trust_remote_code=trust_remote_code)
     outline.config.use_cache = False
@@ -107,12 +93,7 @@ class Shelf:
     """Tensors in memory up to a limit, and in files beyond it; each lasts as long as what `put` returned for it."""
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
-        """Start empty.
-
-        Args:
-            limit: bytes kept in memory.
-            folder: for the files; None for the folder of temporary files.
-        """
+        """Start empty."""
         self._limit, self._used = limit, 0
         self._folder = tempfile.TemporaryDirectory(prefix="activations-", dir=folder)
 

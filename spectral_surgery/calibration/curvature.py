@@ -19,18 +19,7 @@ from spectral_surgery.live.running import differentiating
 def importance_of(
     weights: Mapping[str, tuple[nn.Parameter, Basis]], projections: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Importance]:
-    """Measure how much the coefficients of weights count.
-
-    Args:
-        weights: by name, each a matrix with the basis of its coefficients; they require gradients.
-        projections: each runs a model on some text and returns a scalar.
-
-    Returns:
-        By name; none for a weight that no gradient reached.
-
-    Raises:
-        TargetError: when autograd cannot follow the model.
-    """
+    """Measure how much the coefficients of weights count."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     count = 0
     for count, projection in enumerate(projections, 1):  # noqa: B007 - used after the loop

@@ -20,13 +20,7 @@ class ExpertMatrix:
     """The matrix of one expert in a fused parameter, to be read and changed like the weight of a linear layer."""
 
     def __init__(self, module: nn.Module, leaf: str, expert: int) -> None:
-        """Point at it.
-
-        Args:
-            module: of experts, see `expert_matrices`.
-            leaf: name of the parameter.
-            expert: its number.
-        """
+        """Point at it."""
         self.module, self.leaf, self.expert = module, leaf, expert
 
     @property
@@ -102,9 +96,6 @@ def _recording(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]
 @contextmanager
 def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, Tensor]]:
     """Sum the second moments of what experts are given while the block lasts.
-
-    Args:
-        matrices: by name.
 
     Yields:
         H = Xᵀ X, [I, I] float32, by name; filled when the block ends, without experts that no token came to.

@@ -72,16 +72,6 @@ def layer_moments(
 
     All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`; of many experts
     the later ones also with the layers of their own block.
-
-    Args:
-        lazy: the model, and
-        sequences: the text, from `model_and_text`.
-        names: of the tensors wanted.
-        folder: for activations that do not fit into memory; None for the folder of temporary files.
-        progress: called after each layer.
-
-    Raises:
-        TargetError: when the model cannot be run on text alone, with the cause.
     """
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
     with closing(Shelf(IN_MEMORY, folder)) as shelf:
@@ -142,11 +132,7 @@ def _mean(moments: Sequence[Tensor]) -> Tensor:
 
 
 def digest_of(data: TextData) -> str:
-    """What codes were chosen by, for the manifest.
-
-    Raises:
-        ConfigError: when the file cannot be read.
-    """
+    """What codes were chosen by, for the manifest."""
     data = data.with_usual(SAMPLES, SEQ_LENGTH)
     return f"{data.samples} x {data.seq_length} tokens of {data.digest()}"
 
@@ -154,14 +140,8 @@ def digest_of(data: TextData) -> str:
 def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tuple[LazyModel, list[list[int]]]:
     """The model to calibrate, and token sequences to calibrate it on.
 
-    Args:
-        source: a checkpoint with a tokenizer.
-        index: of it.
-        data: text.
-
     Raises:
         ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
-        CheckpointError: when the model cannot be loaded.
     """
     if needs_decoder_input(index.config):
         raise ConfigError(

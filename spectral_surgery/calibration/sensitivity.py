@@ -36,14 +36,7 @@ class SumOfSquares:
 
 @contextmanager
 def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, SumOfSquares]]:
-    """Sum the squared gradients with regard to what layers return, in all backward passes while the block lasts.
-
-    Args:
-        layers: modules that return one tensor, by name.
-
-    Yields:
-        The squares by name, filled as gradients pass.
-    """
+    """Sum the squared gradients with regard to what layers return, in all backward passes while the block lasts."""
     sums: dict[str, SumOfSquares] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -60,13 +53,7 @@ def gradient_squares(layers: dict[str, nn.Module]) -> Iterator[dict[str, SumOfSq
 
 
 def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:
-    """The gradient with regard to the hidden states that a block is given.
-
-    Args:
-        block: in eval mode.
-        sample: what it is given.
-        gradient: with regard to the hidden states that it returns.
-    """
+    """The gradient with regard to the hidden states that a block is given."""
     if sample.skipped:
         return gradient
     hidden = sample.hidden().detach().requires_grad_()
@@ -80,10 +67,6 @@ def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient to start with: random, and so long that errors count relative to the hidden state of their token.
 
     Models normalise their last hidden states, or return normalised ones.
-
-    Args:
-        hidden: [..., D].
-        generator: of the random numbers.
     """
     length = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     random = torch.randn(hidden.shape, generator=generator).to(hidden.device)

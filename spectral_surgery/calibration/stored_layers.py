@@ -22,14 +22,7 @@ from spectral_surgery.hf.tensor_names import Piece, Span, TensorNames, rows_of
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix of a checkpoint, and the layers that have its rows.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        layers: nn.Linear, Conv1D of transformers, or the matrix of one expert, by name in the block.
-        spans: which rows of the weight of each layer are which of the stored matrix.
-        first: where a tensor holds the matrices of all experts below each other, its first row there.
-    """
+    """A matrix of a checkpoint, and the layers that have its rows."""
 
     tensor: str
     layers: Mapping[str, Any] = field(default_factory=dict)
@@ -78,14 +71,7 @@ class StoredMatrix:
 
 
 def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: nn.Module) -> list[StoredMatrix]:
-    """The stored matrices of which every row is in a linear layer or an expert of a block, in the order of these.
-
-    Args:
-        names: of the model's parameters.
-        wanted: names of stored tensors.
-        prefix: of the names of the block's modules, with its dot.
-        block: part of a model.
-    """
+    """The stored matrices of which every row is in a linear layer or an expert of a block, in the order of these."""
     found: dict[str, StoredMatrix] = {}
     infos: dict[str, TensorInfo] = {}
     for name, module in block.named_modules():

@@ -76,16 +76,6 @@ def generate(
 ) -> GenerateReport:
     """Continue a text.
 
-    Args:
-        source: folder of a causal language model, plain or compressed, with its tokenizer.
-        prompt: the text.
-        sampling: how tokens are chosen.
-        running: how the model is held.
-        emit: called with each piece of text as it comes.
-
-    Returns:
-        The text and what it took.
-
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no such model, or the adapter does not fit it.

@@ -119,12 +119,6 @@ def state_of(
 ) -> AdapterState:
     """Copy the numbers of an adapter out of a model.
 
-    Args:
-        model: a model with adapters.
-        spec: as returned by `inject`.
-        name: of the adapter.
-        full: called on every tensor, to gather those that are sharded.
-
     Raises:
         ConfigError: when the name is on no layer.
     """
@@ -146,11 +140,6 @@ def state_of(
 
 def assign(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
     """Set the numbers of an adapter that is on a model already.
-
-    Args:
-        model: a model with the adapter, changed in place.
-        state: its new numbers.
-        name: of the adapter.
 
     Raises:
         CheckpointError: when it does not fit the model.
@@ -209,11 +198,7 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
 
 
 def _without_copies(model: nn.Module, state: AdapterState, name: str) -> AdapterState:
-    """An adapter without the weights of the base that PEFT stored beside it.
-
-    Raises:
-        CheckpointError: when they are others than those of the model.
-    """
+    """An adapter without the weights of the base that PEFT stored beside it."""
     end = ".base_layer.weight"
     for key, tensor in state.extra.items():
         weight = model.get_parameter(key.replace(".base_layer.", ".")) if key.endswith(end) else None

@@ -200,12 +200,6 @@ def captured_inputs(
 ) -> Sample:
     """What a model gives to its first block, and what besides hidden states to the others; only the first one is run.
 
-    Args:
-        model: in eval mode.
-        blocks: of it.
-        batch: arguments of the model by name.
-        keep: puts the hidden states away.
-
     Raises:
         TargetError: when a block is not run, or more than once.
         UnchainedError: when a block is given something else than what the one before it returned.

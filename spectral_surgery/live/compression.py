@@ -62,9 +62,6 @@ def compress_model(
         targets: which modules; all-linear means every one, embeddings too.
         min_weights: smaller layers stay as they are.
 
-    Returns:
-        What was replaced.
-
     Raises:
         TargetError: when no module matches.
         ConfigError: when none or several of sparsity, bits and max_error are given, or codes do not fit.

@@ -38,11 +38,7 @@ class Family:
     vision: bool = False
 
     def causal(self, config: Any) -> bool:
-        """Whether a model of this family is causal.
-
-        Args:
-            config: of the model.
-        """
+        """Whether a model of this family is causal."""
         return bool(getattr(config, "is_decoder", False)) if self.is_causal is None else self.is_causal
 
 
@@ -65,14 +61,7 @@ FAMILIES: Table[Family] = Table(
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of a model.
-
-    Attributes:
-        family: row of FAMILIES.
-        name: of its block.
-        block: the block.
-        heads: of the queries.
-    """
+    """One attention of a model."""
 
     family: Family
     name: str
@@ -90,11 +79,7 @@ class AttentionSite:
         return self.block.get_submodule(self.family.output)
 
     def projections(self) -> tuple[nn.Linear, nn.Linear]:
-        """Copies of the value projection, with values repeated for grouped queries, and of the output projection.
-
-        Raises:
-            TargetError: when they are not dense.
-        """
+        """Copies of the value projection, with values repeated for grouped queries, and of the output projection."""
         value, value_bias = _dense(self.block.get_submodule(self.family.value), f"{self.name}.{self.family.value}")
         output, output_bias = _dense(self.output, f"{self.name}.{self.family.output}")
         inner = output.shape[1]
@@ -108,12 +93,7 @@ class AttentionSite:
 
 
 def sites(model: nn.Module) -> list[AttentionSite]:
-    """The attentions of a model of transformers, in order.
-
-    Raises:
-        ConfigError: when the family of the model is unknown.
-        TargetError: when the model has no blocks.
-    """
+    """The attentions of a model of transformers, in order."""
     config = cast(Any, model).config
     family = FAMILIES[str(config.model_type)]
     prefix, blocks = find_blocks(model)
@@ -123,10 +103,6 @@ def sites(model: nn.Module) -> list[AttentionSite]:
 
 def chosen(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite]:
     """The attentions of some layers, by number.
-
-    Args:
-        model: of transformers.
-        layers: numbers from 0.
 
     Raises:
         ConfigError: when a number is out of range or comes twice, or there is none.

@@ -17,10 +17,6 @@ _CLASSES = ("Classification", "QuestionAnswering")  # in the name of a class who
 def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """The modules that an adapter for a task trains whole and stores, as PEFT expects them.
 
-    Args:
-        model: any model; of one of transformers the heads are what lies outside its base model.
-        task: PEFT's name of it.
-
     Returns:
         Names, in order: of a classifier, a tagger or a model that finds answers; none for other tasks.
     """
@@ -36,22 +32,14 @@ def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
 
 
 def classifier_heads(model: nn.Module) -> tuple[str, ...]:
-    """The modules that adapters for the class of a model train whole: of classifiers, taggers, and finders of answers.
-
-    Args:
-        model: of transformers.
-    """
+    """The modules that adapters train whole, by the class of a model: classifier, tagger or finder of answers."""
     kind = type(model).__name__
     task = "QUESTION_ANS" if "QuestionAnswering" in kind else "SEQ_CLS" if "Classification" in kind else None
     return trained_heads(model, task)
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Names of the modules that all-linear leaves out: output layers, and the heads of classifiers with all inside.
-
-    Args:
-        model: any model.
-    """
+    """Names of the modules that all-linear leaves out: output layers, and the heads of classifiers with all inside."""
     ask = getattr(model, "get_output_embeddings", None)
     output = ask() if callable(ask) else None
     outside = _outside(model) if any(own in type(model).__name__ for own in _CLASSES) else ()

@@ -16,13 +16,7 @@ KeyT = TypeVar("KeyT")
 def hooked(
     modules: Mapping[KeyT, nn.Module], hook: Callable[[KeyT, tuple[Any, ...], Any], None], *, before: bool = False
 ) -> Iterator[None]:
-    """Call a hook whenever one of some modules has run.
-
-    Args:
-        modules: by any key.
-        hook: called with the key of the module, its arguments by place and what it returned.
-        before: call it when a module is about to run, with its arguments by name in the place of what it returned.
-    """
+    """Call a hook whenever one of some modules has run."""
 
     def call(key: KeyT, _: nn.Module, args: tuple[Any, ...], more: Any) -> None:
         hook(key, args, more)

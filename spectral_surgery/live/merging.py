@@ -49,9 +49,6 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> None:
 def unmerge(model: nn.Module) -> None:
     """Take merged adapters out of the weights again: the same bits as before, adapters beside them.
 
-    Args:
-        model: as `merge` left it.
-
     Raises:
         ConfigError: when nothing is merged.
         UnmergeError: when a weight or an adapter was changed since; layers after it are unmerged by then.
@@ -64,16 +61,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module, weights: Mapping[str, float] | None = None) -> None:
-    """Merge, and leave plain modules with nothing of the adapters beside them.
-
-    Args:
-        model: with adapters on it.
-        weights: as in `merge`.
-
-    Raises:
-        ConfigError: as `merge`.
-        NotMergeableError: as `merge`.
-    """
+    """Merge, and leave plain modules with nothing of the adapters beside them."""
     merge(model, weights)
     modules = list(model.named_modules())
     for name, module in reversed(modules):  # what is inside first
@@ -95,9 +83,6 @@ def total_delta(parts: Sequence[tuple[nn.Module, float]], shape: Sequence[int], 
 
     Returns:
         Of that shape, float64.
-
-    Raises:
-        NotMergeableError: when an adapter is not one weight update.
     """
     total: Tensor | None = None
     with torch.no_grad():

@@ -38,13 +38,6 @@ _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
     """Make the choices a specification leaves open: targets by architecture, "auto" settings by shapes.
 
-    Args:
-        model: the base model.
-        spec: as asked.
-
-    Returns:
-        A specification that another program reads the same way.
-
     Raises:
         TargetError: when no module matches, or one that can carry no adapter does.
     """
@@ -81,10 +74,6 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
 def all_linear(model: nn.Module, spec: AdapterSpec) -> tuple[list[str], dict[str, str]]:
     """What all-linear means.
 
-    Args:
-        model: the base model.
-        spec: as asked; what it excludes or saves whole is no target.
-
     Returns:
         (names of the layers, reason by name of every layer and expert that is left out).
 
@@ -114,12 +103,7 @@ def all_linear(model: nn.Module, spec: AdapterSpec) -> tuple[list[str], dict[str
 
 
 def candidates(model: nn.Module, *, everything: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that can carry an adapter, by name; those that carry one appear as their base.
-
-    Args:
-        model: any model.
-        everything: convolutions and embeddings too, not only linear layers.
-    """
+    """Modules that can carry an adapter, by name; those that carry one appear as their base."""
     for name, module in _outer(model):
         base = module.base_layer if isinstance(module, AdaptedLayer) else module
         kind = kind_of(base)

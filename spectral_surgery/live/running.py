@@ -19,9 +19,6 @@ _LONGEST = 240  # characters of a cause
 def running(model: nn.Module) -> Iterator[None]:
     """Turn what a model raises meanwhile into a deliberate error.
 
-    Args:
-        model: that is run.
-
     Raises:
         TargetError: with the cause.
     """
@@ -38,14 +35,7 @@ def running(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiating(loss: Tensor) -> Iterator[None]:
-    """Turn what the gradients of a loss raise meanwhile into a deliberate error.
-
-    Args:
-        loss: of a model that is trained.
-
-    Raises:
-        TargetError: with the cause.
-    """
+    """Turn what the gradients of a loss raise meanwhile into a deliberate error."""
     if not loss.requires_grad:
         raise not_differentiable("they are computed under torch.no_grad")
     try:
@@ -67,15 +57,6 @@ def _cause(error: Exception) -> str:
 
 
 def called(model: nn.Module, args: Sequence[Any] = (), named: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """What a model, or a part of one, returns.
-
-    Args:
-        model: any.
-        args: its arguments by place.
-        named: its arguments by name.
-
-    Raises:
-        TargetError: with the cause, when it raises an error.
-    """
+    """What a model, or a part of one, returns."""
     with running(model):
         return model(*args, **named)

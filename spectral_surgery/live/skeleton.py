@@ -58,12 +58,7 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
 
 
 def is_named_conv1d(name: str, model_type: object) -> bool:
-    """Whether a module is known to store [I, O], as Conv1D of transformers does.
-
-    Args:
-        name: of the module.
-        model_type: of config.json.
-    """
+    """Whether a module is known to store [I, O], as Conv1D of transformers does."""
     return model_type in _TRANSPOSED_MODELS and name.rpartition(".")[2] in _TRANSPOSED
 
 

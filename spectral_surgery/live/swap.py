@@ -37,11 +37,7 @@ class SwapSpec:
 
     @property
     def method(self) -> MixerMethod[Any]:
-        """Row of MIXERS.
-
-        Raises:
-            ConfigError: when there is none.
-        """
+        """Row of MIXERS."""
         return MIXERS[self.mixer]
 
 
@@ -60,9 +56,6 @@ def swap_attention(
         layers: numbers from 0.
         settings: of the mixer, by name.
 
-    Returns:
-        The new modules by number of their layer.
-
     Raises:
         ConfigError: when the family, the mixer, a setting or a layer is not accepted.
         CausalityError: when the model is causal and the mixer is not.
@@ -73,16 +66,7 @@ def swap_attention(
 
 
 def resolved(model: nn.Module, spec: SwapSpec) -> SwapSpec:
-    """A specification with every choice made, so that another program builds the same modules.
-
-    Args:
-        model: of transformers.
-        spec: as asked.
-
-    Raises:
-        ConfigError: as `swap_attention`.
-        CausalityError: as `swap_attention`.
-    """
+    """A specification with every choice made, so that another program builds the same modules."""
     method, config = spec.method, cast(Any, model).config
     places = chosen(model, spec.layers)
     family = next(iter(places.values())).family

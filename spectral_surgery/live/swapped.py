@@ -20,12 +20,7 @@ class SwappedAttention(nn.Module):
     """
 
     def __init__(self, projected: ProjectedMixer, layer: int) -> None:
-        """Stand for the attention of a layer.
-
-        Args:
-            projected: does the work.
-            layer: number of the layer, under which the cache knows it.
-        """
+        """Stand for the attention of a layer."""
         super().__init__()
         self.projected, self.layer = projected, layer
         self.register_forward_pre_hook(_from_host, with_kwargs=True)
@@ -40,10 +35,6 @@ class SwappedAttention(nn.Module):
 
         Returns:
             ([B, T, D], no attention weights).
-
-        Raises:
-            ConfigError: for masks and caches of other kinds.
-            CausalityError: for a cache when the mixer is not causal.
         """
         real = real_tokens(mask, x)
         if cache is None:

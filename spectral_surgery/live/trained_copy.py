@@ -16,20 +16,12 @@ class HoldsSpectra(Protocol):
     """A module of a model of transformers of which weights are spectra; `integrations` has the classes."""
 
     def become_dense(self, done: dict[int, nn.Parameter]) -> None:
-        """Decode the spectra, in place.
-
-        Args:
-            done: what has been decoded, by id of the spectrum: tied layers share it.
-        """
+        """Decode the spectra, in place."""
         ...
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module whose weights are parameters; a warning says so where they were spectra.
-
-    Raises:
-        ConfigError: for a compressed Conv1D of a model that was compressed in memory.
-    """
+    """A copy of a module whose weights are parameters; a warning says so where they were spectra."""
     twin = copy.deepcopy(module)
     done: dict[int, nn.Parameter] = {}
     decoded = decode(twin, done)

@@ -93,19 +93,12 @@ def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
-    """The parametrizations of a model in training with the values of each, in every place that a weight has.
-
-    Args:
-        model: after `train_kept`.
-    """
+    """The parametrizations of a model in training with the values of each, in every place that a weight has."""
     return [(own, values) for _, own, values in _holders(model)]
 
 
 def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
     """The spectra that a model in training stands for now.
-
-    Args:
-        model: after `train_kept`.
 
     Returns:
         By parameter name, a spectrum for each row range; a shared weight once.

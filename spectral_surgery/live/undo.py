@@ -58,9 +58,6 @@ def merge_weight(base: Tensor, delta: Tensor, where: str, scale: Tensor | None =
         where: name of the weight, for errors.
         scale: s, float64, of a shape that broadcasts to that of base; None for 1.
 
-    Returns:
-        The merged weight, like base, and what undoes it.
-
     Raises:
         ConfigError: when base is of another dtype.
         NotMergeableError: when base, Δ or the sum is not finite.
@@ -97,9 +94,6 @@ def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str, scale:
         undo: the record.
         where: name of the weight, for errors.
         scale: the factors that merge_weight was given, to the last bit.
-
-    Returns:
-        The weight, like merged.
 
     Raises:
         UnmergeError: when the merged weight was changed, the record is damaged, or Δ is another one.

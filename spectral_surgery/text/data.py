@@ -58,13 +58,6 @@ def train_and_held_out(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token sequences to train on, and others of documents that nothing is trained on.
 
-    Args:
-        data: text.
-        tokenizer: of the model.
-        model: says how long a sequence may be, and which tokens it knows.
-        causal: whether it is a language model, see `documents`.
-        seq_length: usual tokens of a sequence.
-
     Raises:
         ConfigError: when there are too few, or the model does not know their tokens.
     """
@@ -87,15 +80,7 @@ def train_and_held_out(
 
 
 def sequences_of_step(seed: int, step: int, rank: int, lengths: Sequence[int], size: int) -> list[int]:
-    """Which sequences a step of a process takes, the same in every run: of like lengths, so that little is padded.
-
-    Args:
-        seed: of the run.
-        step: counted from 0.
-        rank: of the process.
-        lengths: of all sequences.
-        size: how many to take, at most as many as there are.
-    """
+    """Which sequences a step of a process takes, the same in every run: of like lengths, so that little is padded."""
     generator = torch.Generator().manual_seed((seed << 40) + (step << 12) + rank)
     pool = torch.randperm(len(lengths), generator=generator)[: _POOL * size].tolist()
     pool.sort(key=lengths.__getitem__)

@@ -31,12 +31,6 @@ class Example:
 def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
     """Read examples; labels that are numbers throughout are floats.
 
-    Args:
-        file: ``.csv``, ``.jsonl``, or plain text, which is one example.
-        columns: names of the text columns and, last, of the label. Without: of a CSV file, all columns, the last one
-            being the label; of JSON objects, ``text`` alone or with ``label``. A CSV file whose first row does not name
-            the columns, and ends with a number, has no header.
-
     Raises:
         ConfigError: when the file cannot be read as that, or a column is missing.
     """
@@ -60,11 +54,7 @@ def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
 
 
 def documents(file: Path, *, causal: bool) -> list[Example]:
-    """The texts of a file that stand by themselves: of a language model every text, of any other every line.
-
-    Raises:
-        ConfigError: as `read_examples`.
-    """
+    """The texts of a file that stand by themselves: of a language model every text, of any other every line."""
     texts = [text for example in read_examples(file) for text in example.texts]
     if not causal:
         texts = [line for text in texts for line in text.splitlines() if line.strip()]

@@ -58,9 +58,6 @@ class Objective:
 def objective_of(config: Mapping[str, object]) -> Objective:
     """The row for a model; embeddings for what has no task of its own.
 
-    Args:
-        config: content of config.json.
-
     Raises:
         ConfigError: for encoder-decoder models that a text alone does not run.
     """

@@ -51,26 +51,13 @@ class Judge:
     """Holds model A in memory, and one other at a time beside it."""
 
     def __init__(self, a: Path, data: EvalData, device: str) -> None:
-        """Load A.
-
-        Args:
-            a: a model, plain or compressed, with its tokenizer.
-            data: text to judge on.
-            device: models run on it.
-
-        Raises:
-            CheckpointError: when it cannot be loaded.
-        """
+        """Load A."""
         self._data, self._device = data, device
         self._causal = data.text is not None and is_causal(read_index(a).config)
         self._model, self._tokenizer = self._load(a)
 
     def measures(self, other: Path | None = None, adapter: Path | None = None) -> dict[str, float]:
         """Measures of A, of another model, and of both, by name.
-
-        Args:
-            other: the other model; None for A alone.
-            adapter: folder with an adapter that the other one has on it.
 
         Returns:
             perplexity_a, perplexity_b, kl, same_top; or cosine; spearman_a, spearman_b.
@@ -93,17 +80,8 @@ class Judge:
 def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
     """Judge one or two models on text.
 
-    Args:
-        models: in eval mode, on one device.
-        tokenizer: of both.
-        data: text.
-        causal: whether they are language models with their heads, and --text is for perplexity; else encoders.
-
     Returns:
         Measures by name, those of the models ending in ``_a`` and ``_b``.
-
-    Raises:
-        ConfigError: when the text cannot be read, or does not fit.
     """
     measures: dict[str, float] = {}
     if data.text is not None and causal:

@@ -16,15 +16,7 @@ from spectral_surgery.text.examples import Example
 def token_sequences(
     tokenizer: Any, texts: Sequence[Example], *, length: int, samples: int = 0, causal: bool
 ) -> list[list[int]]:
-    """Token ids of texts.
-
-    Args:
-        tokenizer: of the model.
-        texts: from `documents`.
-        length: tokens of a sequence at most.
-        samples: sequences at most; 0 for all.
-        causal: of a language model, see `cut_stream`; else every text is a sequence.
-    """
+    """Token ids of texts."""
     if causal:
         return cut_stream(tokenizer, [example.texts[0] for example in texts], length)[: samples or None]
     lines = [example.texts[0] for example in texts[: samples or None]]
@@ -32,14 +24,7 @@ def token_sequences(
 
 
 def cut_stream(tokenizer: Any, texts: Sequence[str], length: int, *, ended: bool = False) -> list[list[int]]:
-    """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is.
-
-    Args:
-        tokenizer: of the model.
-        texts: in order.
-        length: tokens of a sequence; what is left at the end is dropped.
-        ended: put the token that ends a text behind each of several, where the tokenizer has one.
-    """
+    """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is."""
     end = [tokenizer.eos_token_id] if ended and len(texts) > 1 and tokenizer.eos_token_id is not None else []
     stream = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], *end)]
     length = min(length, len(stream))

@@ -61,11 +61,7 @@ class DistillSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            ConfigError: when the learning rate is not positive, or there are neither steps nor minutes.
-        """
+        """Refuse what cannot be meant."""
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate: expected a positive number, got {self.learning_rate}.")
         if self.steps < 1 and not self.minutes > 0:
@@ -144,12 +140,6 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def train(work: Training, settings: DistillSettings, progress: Progress, clock: Clock = time.perf_counter) -> LossCurve:
     """Train; the parameters end as they were when the held-out loss was least.
-
-    Args:
-        work: what.
-        settings: how.
-        progress: called after each step.
-        clock: tells the time.
 
     Raises:
         ConfigError: when the loss is not finite.

@@ -18,13 +18,6 @@ def plot_training(
 ) -> bool:
     """Save the course of a training as a PNG: loss of both sides, and the measure that decides.
 
-    Args:
-        train: (step, loss) of training batches.
-        held_out: (step, measures) of the held-out examples, "loss" among them.
-        measure: which of them decides.
-        best_step: marked.
-        file: where to.
-
     Returns:
         Whether it was: without matplotlib there is no plot.
     """

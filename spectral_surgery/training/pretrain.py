@@ -65,11 +65,7 @@ class Start:
 
 
 def vocabulary_of(tokenizer: Any) -> dict[str, Any]:
-    """What a configuration says of the tokenizer.
-
-    Args:
-        tokenizer: of transformers.
-    """
+    """What a configuration says of the tokenizer."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     return {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **special}  # numbers may have gaps
 
@@ -113,15 +109,7 @@ STARTS: Table[Start] = Table("model to start from", [Start("fftnet", _fftnet), S
 
 
 def train_whole(job: Job, *, resume: bool) -> History:
-    """Train all of a model, which afterwards has the weights that did best on the held-out examples.
-
-    Args:
-        job: what to train.
-        resume: go on from the last checkpoint in the folder, if there is one.
-
-    Raises:
-        BackendError: when transformers or accelerate is missing.
-    """
+    """Train all of a model, which afterwards has the weights that did best on the held-out examples."""
     trainer = make_trainer(job, _plain_trainer)
     history, _ = course(job, trainer, "model.safetensors", resume=resume)
     return history
@@ -157,11 +145,6 @@ def require_transformers() -> None:
 def judge(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[str, float]:
     """How well a language model predicts.
 
-    Args:
-        model: causal, on any device.
-        rows: ``input_ids`` of equal length.
-        batch_size: rows at once.
-
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``accuracy`` of the likeliest token, and ``first_token_loss``, that
         of the second token of each row, of which a model that does not see the future knows one token only.
@@ -188,11 +171,6 @@ def judge(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[s
 
 def unigram(train: Sequence[Features], test: Sequence[Features], vocabulary: int) -> dict[str, float]:
     """How well the mere frequencies of tokens predict; every model has to do better.
-
-    Args:
-        train: rows to count in.
-        test: rows to predict.
-        vocabulary: tokens that there are.
 
     Returns:
         ``loss``, ``perplexity`` and ``accuracy``, as of `judge`.

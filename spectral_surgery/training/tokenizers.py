@@ -13,13 +13,6 @@ _BYTES = 256
 def learn_bpe(text: str, vocabulary: int) -> Any:
     """Learn a byte-level BPE, which can write any text.
 
-    Args:
-        text: to learn from.
-        vocabulary: tokens at most: the 256 bytes, one that ends a text, and merges as far as the text has any.
-
-    Returns:
-        A tokenizer of transformers.
-
     Raises:
         BackendError: when transformers is not installed.
         ConfigError: when the vocabulary is too small.
@@ -50,9 +43,6 @@ def learn_bpe(text: str, vocabulary: int) -> Any:
 
 def tiktoken_named(name: str) -> Any:
     """One of tiktoken's encodings, as a tokenizer that transformers saves and loads without tiktoken.
-
-    Args:
-        name: as tiktoken knows it: gpt2, cl100k_base, ...
 
     Returns:
         A tokenizer of transformers; special tokens may have other numbers than in tiktoken.

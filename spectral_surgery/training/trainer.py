@@ -86,18 +86,7 @@ class History:
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, ready to start.
-
-    Attributes:
-        model: with the adapter on it, if there is one.
-        tokenizer: of the model.
-        task: row of TASKS.
-        settings: how to train.
-        train: encoded examples.
-        held_out: encoded examples.
-        folder: for checkpoints and logs.
-        progress: called after each step.
-    """
+    """A training run, ready to start."""
 
     model: nn.Module
     tokenizer: Any
@@ -118,16 +107,8 @@ def whole(tensor: Tensor) -> Tensor:
 def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterState]:
     """Train an adapter, and return the one that did best on the held-out examples.
 
-    Args:
-        job: what to train.
-        spec: of the adapter, every choice made.
-        resume: go on from the last checkpoint in the folder, if there is one.
-
     Returns:
         (what happened, the best adapter).
-
-    Raises:
-        BackendError: when transformers or accelerate is missing.
     """
     trainer = make_trainer(job, partial(_trainer_class, spec=spec))
     history, folder = course(job, trainer, "adapter_config.json", resume=resume)
@@ -138,12 +119,6 @@ def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterS
 
 def course(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:
     """Let a Trainer train.
-
-    Args:
-        job: what it was made of.
-        trainer: from `make_trainer`.
-        file: that a complete checkpoint has.
-        resume: go on from the last checkpoint in the folder, if there is one.
 
     Returns:
         (what happened, checkpoint that did best on the held-out examples); None when there is no checkpoint.
@@ -182,10 +157,6 @@ def _last_checkpoint(folder: Path, file: str) -> Path | None:
 
 def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
     """A Trainer that is ready to start.
-
-    Args:
-        job: what to train.
-        class_of: the Trainer to use for it.
 
     Raises:
         BackendError: when transformers or accelerate is missing.

@@ -122,21 +122,7 @@ def plan_compression(
     compare: bool = True,
     base: Path | None = None,
 ) -> tuple[CheckpointIndex, Plan]:
-    """Read the headers of a checkpoint and decide what compressing it does; nothing is written.
-
-    Args:
-        source: a checkpoint folder or a .safetensors file.
-        options: what is asked.
-        compare: read tensors that may be tied, and the base; without, as for an outline of a remote checkpoint, none is
-            taken to be tied.
-        base: compress differences to this checkpoint; options may name it.
-
-    Returns:
-        The index and the plan.
-
-    Raises:
-        CheckpointError: when the source or the base is no dense safetensors checkpoint.
-    """
+    """Read the headers of a checkpoint and decide what compressing it does; nothing is written."""
     index = _dense(source)
     if base is None:
         return index, make_plan(index, replace(options, base=None), compare=compare)
@@ -147,11 +133,7 @@ def plan_compression(
 
 
 def why_refused(index: CheckpointIndex) -> str | None:
-    """Why compress does not take a checkpoint whose headers can be read, and what to do; None when it does.
-
-    Args:
-        index: headers of it.
-    """
+    """Why compress does not take a checkpoint whose headers can be read, and what to do; None when it does."""
     quantised = index.config.get("quantization_config")
     if not isinstance(quantised, dict):
         return None
@@ -181,15 +163,6 @@ def compress(
     """Compress a checkpoint into a new folder, which appears at the end, whole.
 
     The bytes do not depend on workers, threads or interruptions.
-
-    Args:
-        source: a checkpoint folder or a .safetensors file; with text, one with a tokenizer.
-        out: folder to create.
-        options: what is asked.
-        calibrate: text that codes are chosen by; a rate or a density has to be asked for.
-        heal: then train the kept coefficients on text until the model does what the source does.
-        base: compress differences to this checkpoint, which decompressing needs again; errors and rates are theirs.
-        run: how the work is carried out.
 
     Raises:
         CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
@@ -230,19 +203,10 @@ def compress_shard(
 ) -> CompressReport | None:
     """Do one share of a compression without text, together with other processes or machines that share a file system.
 
-    Args:
-        source: as for `compress`.
-        out: as for `compress`.
-        options: as for `compress`.
-        shard: (index, count); the last of them to finish joins the parts.
-        base: as for `compress`.
-        run: how the work is carried out; unfinished work of the same source and options is always gone on with.
-
     Returns:
         The report; None when parts of other shards are still missing.
 
     Raises:
-        CheckpointError: as `compress`.
         ConfigError: when there is no such shard.
     """
     started = time.perf_counter()
@@ -262,11 +226,6 @@ def compress_shard(
 
 def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
     """Whether healing keeps the coefficients that count most, and not the largest.
-
-    Args:
-        source: a checkpoint folder.
-        options: what is asked.
-        keep: as for `Healing`.
 
     Raises:
         ConfigError: when keep is given and no density is asked for.

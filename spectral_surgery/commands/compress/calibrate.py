@@ -28,17 +28,11 @@ from spectral_surgery.text.data import TextData
 def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
     """Choose codes with text to judge by, and leave them as finished units.
 
-    Args:
-        job: a compression at a rate or a density.
-        data: text.
-
     Returns:
         The job, with a rate for each tensor when rates are spread; and what was reached.
 
     Raises:
         ConfigError: when the target is an error, there is too little text, or nothing to calibrate.
-        CheckpointError: when the model cannot be loaded.
-        TargetError: when the model cannot be run on text alone.
     """
     if job.plan.options.target.kind == "max_error":
         raise ConfigError("--calibrate: minimises the error itself; --bits or --sparsity is accepted with it.")

@@ -35,15 +35,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a calibration reached.
-
-    Attributes:
-        matrices: calibrated in full, of all that are compressed.
-        weights: numbers in calibrated rows, of all that are compressed.
-        left: reason by name of a tensor that was not calibrated, or not in full.
-        whole: the model was run as a whole: all its layers on the inputs that the original gives.
-        layers: what was calibrated, in order.
-    """
+    """What a calibration reached."""
 
     matrices: tuple[int, int]
     weights: tuple[int, int]
@@ -70,13 +62,7 @@ class Coverage:
 
 
 def coverage_of(plan: Plan, done: Sequence[Calibrated], reasons: Mapping[str, str]) -> Coverage:
-    """Count what was reached.
-
-    Args:
-        plan: what is compressed.
-        done: what was calibrated.
-        reasons: why not, by name of the tensor, of all.
-    """
+    """Count what was reached."""
     reached: set[tuple[str, int, int]] = set()  # blocks may share layers
     whole = False
     for layer in done:
@@ -95,16 +81,7 @@ def coverage_of(plan: Plan, done: Sequence[Calibrated], reasons: Mapping[str, st
 
 
 def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
-    """Why each tensor would not be calibrated, if it is not.
-
-    Args:
-        model: that is run.
-        names: of its parameters.
-        plan: what is compressed.
-
-    Returns:
-        By name of the tensor.
-    """
+    """Why each tensor would not be calibrated, if it is not."""
     prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
     owners: dict[str, tuple[str, str, nn.Module]] = {}
     for path, module in model.named_modules():

@@ -52,14 +52,7 @@ class Job:
         return replace(self, plan=plan)
 
     def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
-        """Encode the units that are not there yet.
-
-        Args:
-            shard: (index, count): which of them.
-
-        Returns:
-            Whether the units of all shards are there.
-        """
+        """Encode the units that are not there yet."""
         units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
         weights = list(accumulate(unit.weights for unit in units))  # largest first
         work = partial(run_unit, self.workshop, options=options, threads=self.run.threads)
@@ -78,9 +71,6 @@ class Job:
     def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
         """Join the units to a compressed checkpoint, and remove them.
 
-        Args:
-            folder: to write into.
-
         Returns:
             The manifest, the reason by name of each tensor that is copied, and the bytes of weights and manifest.
         """
@@ -97,19 +87,7 @@ class Job:
 def opened(
     source: Path, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, alone: bool = True
 ) -> Iterator[Job]:
-    """Begin a compression, or go on with one.
-
-    Args:
-        source: the checkpoint.
-        out: folder to create.
-        index: of the source.
-        plan: what is compressed.
-        run: how the work is carried out.
-        alone: whether no other process works in the folder at the same time.
-
-    Raises:
-        CheckpointError: when out is taken, unfinished work is in the way, or another process is at it.
-    """
+    """Begin a compression, or go on with one."""
     aside = partial_folder(out, overwrite=run.overwrite)
     if alone and not run.resume:
         discard_unfinished(aside, overwrite=run.overwrite)

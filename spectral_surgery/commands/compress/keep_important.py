@@ -39,14 +39,6 @@ def keep_important(job: Job, data: TextData) -> None:
 
     Of linear layers those are kept whose loss changes the model most. With an allocation of ``slope`` a layer has as
     many of them as its coefficients count, with ``even`` all have as many.
-
-    Args:
-        job: a compression at a density.
-        data: text.
-
-    Raises:
-        ConfigError: when there is too little text, or the model does not know its tokens.
-        CheckpointError: when the model cannot be loaded.
     """
     workshop, plan, progress = job.workshop, job.plan, job.run.progress
     planned = {tensor.info.name: tensor for tensor in plan.tensors}
@@ -65,18 +57,11 @@ def keep_important(job: Job, data: TextData) -> None:
 def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progress = silent) -> dict[str, Importance]:
     """How much the coefficients of the linear layers of a model count on some text.
 
-    Args:
-        source: a checkpoint with a tokenizer.
-        plan: what is compressed.
-        data: text.
-        progress: called after each batch.
-
     Returns:
         By name of the tensor, in the order of the layers; none for a layer that the text never reaches.
 
     Raises:
         ConfigError: when there is too little text, the model does not know its tokens, or weights are not finite.
-        CheckpointError: when the model cannot be loaded.
     """
     index = read_index(source)
     objective = objective_of(index.config)

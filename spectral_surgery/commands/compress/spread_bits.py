@@ -53,21 +53,7 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 def spread_targets(
     source: Path, index: CheckpointIndex, plan: Plan, data: TextData, workshop: Workshop
 ) -> dict[str, Target]:
-    """Targets of single tensors that together give what was asked of all.
-
-    Args:
-        source: a checkpoint with a tokenizer.
-        index: of it.
-        plan: what is compressed, at a rate in bits or density.
-        data: text to measure on.
-        workshop: where the rates are remembered, for a run that goes on with this one.
-
-    Returns:
-        By name; tensors whose cost is not known have none, and keep the mean.
-
-    Raises:
-        ConfigError, CheckpointError: as `layer_moments`.
-    """
+    """Targets of single tensors that together give what was asked of all."""
     file, kind = workshop.folder / _RATES, plan.options.target.kind
     body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if body.get("key") != workshop.key:
@@ -83,19 +69,9 @@ def measure_shares(
 ) -> dict[str, Share]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
-    Args:
-        source: a checkpoint with a tokenizer.
-        index: of it.
-        plan: what is compressed.
-        data: text; part of it is enough.
-        folder: for activations that do not fit into memory; None for the folder of temporary files.
-
     Returns:
         By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
         model without a list of blocks, or that changes hidden states between them.
-
-    Raises:
-        ConfigError, CheckpointError: as `layer_moments`.
     """
     lazy, sequences = model_and_text(source, index, data)
     if not has_blocks(lazy.model):

@@ -85,9 +85,6 @@ def evaluate(
         device: models run on it.
         progress: called after each tensor that is compared, or each model of the table.
 
-    Returns:
-        The report.
-
     Raises:
         ConfigError: when there is nothing to do, or a baseline cannot be made.
         CheckpointError: when something cannot be read or loaded.

@@ -58,12 +58,7 @@ class Cost:
 
 
 def matrices_of(index: CheckpointIndex, compressed: CompressedCheckpoint | None) -> Matrices:
-    """What baselines are applied to: what a compressed checkpoint compresses, or what `compress` would.
-
-    Args:
-        index: of the plain checkpoint.
-        compressed: made of it; None for the defaults of `compress`.
-    """
+    """What baselines are applied to: what a compressed checkpoint compresses, or what `compress` would."""
     if compressed is not None:
         records = compressed.manifest.tensors
         shapes = {name: record.matrix for name, record in records.items() if name in index.tensors}
@@ -73,13 +68,7 @@ def matrices_of(index: CheckpointIndex, compressed: CompressedCheckpoint | None)
 
 
 def plain_cost(index: CheckpointIndex, matrices: Matrices, relative_error: float) -> Cost:
-    """What a plain checkpoint takes.
-
-    Args:
-        index: its headers.
-        matrices: whose bits are told.
-        relative_error: to the checkpoint it is compared with.
-    """
+    """What a plain checkpoint takes."""
     stored = sum(index.tensors[name].nbytes for name in matrices.shapes if name in index.tensors)
     return Cost(8 * stored / max(matrices.weights, 1), _rest(index, matrices) + stored, relative_error)
 
@@ -93,19 +82,7 @@ def write_baseline(
     *,
     made: Mapping[str, BaselineResult] = MappingProxyType({}),
 ) -> Cost:
-    """Write a checkpoint whose matrices are decoded from a baseline, in float32.
-
-    Args:
-        index: of the plain checkpoint; one tensor of it is in memory at a time.
-        matrices: of it.
-        baseline: what to do with each; a matrix of each expert by itself.
-        bits: per weight, for a baseline that needs a rate.
-        folder: an empty folder.
-        made: tensors that were quantised elsewhere, by name; the baseline is for the others.
-
-    Raises:
-        ConfigError: when the baseline cannot have the rate, or a weight is not finite; the tensor is named.
-    """
+    """Write a checkpoint whose matrices are decoded from a baseline, in float32."""
     stored: dict[str, int] = {}
     lost, energy = [], []
 

@@ -23,17 +23,6 @@ def calibrated_weights(
 ) -> dict[str, BaselineResult]:
     """Compress the linear layers in a model's blocks; what is not in a block has no inputs to go by.
 
-    Args:
-        source: a plain checkpoint with a tokenizer.
-        index: of it.
-        names: tensors wanted.
-        data: text.
-        baseline: one that is calibrated.
-        bits: per weight, for a baseline that needs a rate.
-
-    Returns:
-        By tensor name, in the shape it is stored in.
-
     Raises:
         ConfigError: when the baseline cannot have the rate; the tensor is named.
     """

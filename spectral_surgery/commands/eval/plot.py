@@ -36,13 +36,7 @@ _OURS = {"calibrated": "tab:blue", "healed": "tab:cyan", "calibrated and healed"
 def plot_rate_distortion(rows: Sequence[ModelRow], file: Path, title: str) -> None:
     """Save what each model of a table lost over what it takes, as one PNG; models of one method are joined.
 
-    Args:
-        rows: from eval; those that lost nothing, such as the first, have no place on a logarithmic axis.
-        file: where to; the ending decides the format.
-        title: above the plot.
-
     Raises:
-        BackendError: when matplotlib is not installed.
         ConfigError: when no model lost anything.
     """
     rows = [row for row in rows if row.cost.relative_error > 0]
@@ -91,14 +85,7 @@ def _put_labels(
     texts: Sequence[tuple[str, np.ndarray[Any, Any], str, bool]],
     lines: Sequence[np.ndarray[Any, Any]],
 ) -> None:
-    """Name each point beside it, where the name covers least of other names, points and lines.
-
-    Args:
-        figure: with a canvas.
-        axes: drawn on.
-        texts: name, point, colour and whether it is bold.
-        lines: [points, 2] that must stay visible.
-    """
+    """Name each point beside it, where the name covers least of other names, points and lines."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # where things are in pixels is known only then

@@ -110,20 +110,11 @@ def model_table(
 ) -> tuple[tuple[ModelRow, ...], Distance, Measures]:
     """Judge A, others and baselines of A, each on its own beside A.
 
-    Args:
-        a: a checkpoint; a plain one where there are baselines.
-        others: B and what comes after it.
-        data: text to judge on; without any, the table tells sizes and errors.
-        beside: the baselines.
-        device: models run on it.
-        progress: called after each model.
-
     Returns:
         The rows, and of A and B, if there is one: their distance and their measures.
 
     Raises:
         ConfigError: when a baseline cannot be made.
-        CheckpointError: when something cannot be read or loaded.
     """
     compressed = [open_compressed(path) for path in others if is_compressed(path)]
     asked = list(_asked(beside, compressed))

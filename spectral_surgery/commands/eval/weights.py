@@ -30,14 +30,7 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two checkpoints are apart.
-
-    Attributes:
-        tensors: those that differ, the worst first.
-        equal: number of tensors with equal bits or values.
-        relative_error: of all tensors that differ, together.
-        only_in_one: names of tensors that one side lacks.
-    """
+    """How far two checkpoints are apart."""
 
     tensors: tuple[TensorError, ...] = ()
     equal: int = 0
@@ -47,11 +40,6 @@ class Distance:
 
 def distance(a: Path, b: Path, progress: Progress) -> Distance:
     """Compare the tensors of two checkpoints.
-
-    Args:
-        a: a checkpoint, plain or compressed.
-        b: another one with the same tensors.
-        progress: called after each tensor.
 
     Raises:
         CheckpointError: when they have no tensor in common, or one of other shapes.

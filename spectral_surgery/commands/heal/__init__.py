@@ -114,9 +114,6 @@ def heal(
         run: how the work is carried out, in this process alone.
         clock: tells the time.
 
-    Returns:
-        The report.
-
     Raises:
         ConfigError: when there is too little text, or the loss is not finite.
         CheckpointError: when the folder is not a compression of the teacher, or out is taken.
@@ -163,18 +160,6 @@ def heal_checkpoint(
 ) -> tuple[list[Entry], HealReport]:
     """Heal without writing the result.
 
-    Args:
-        checkpoint: the compressed one.
-        index: of the teacher.
-        teacher: its folder.
-        data: as for `heal`.
-        settings: as for `heal`.
-        state: folder of unfinished work.
-        run: threads and progress are used.
-        blocks: as for `heal`.
-        device: as for `heal`.
-        clock: as for `heal`.
-
     Returns:
         What to write, which reads from the checkpoint and the folder; and the report.
     """
@@ -190,18 +175,7 @@ def heal_checkpoint(
 def write_healed(
     folder: Path, checkpoint: CompressedCheckpoint, entries: Sequence[Entry], report: HealReport, origin: str | None
 ) -> int:
-    """Write what healing made, and remove its unfinished work.
-
-    Args:
-        folder: to write into, which holds the unfinished work.
-        checkpoint: what was healed.
-        entries: from `heal_checkpoint`.
-        report: from `heal_checkpoint`.
-        origin: the Hub repository that the teacher is a copy of.
-
-    Returns:
-        Bytes of weights and manifest.
-    """
+    """Write what healing made, and remove its unfinished work."""
     course = report.course
     copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))

@@ -35,12 +35,6 @@ _IN_MEMORY = 8 << 20  # bytes of activations; more go to files
 def heal_blocks(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
     """Train block after block, each on what the healed blocks before it give, until it gives what the original gives.
 
-    Args:
-        place: what and where.
-        objective: says how long sequences are.
-        settings: of each block; minutes are those of all together.
-        progress: called after each step of each block.
-
     Raises:
         CheckpointError: when nothing can be trained, or the model has no list of blocks that can be read one by one.
         ConfigError: when the text does not do, a loss is not finite, or another device than the CPU is asked for.

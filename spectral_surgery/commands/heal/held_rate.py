@@ -16,18 +16,10 @@ _HALVINGS = 10
 
 
 class HeldRate:
-    """Widens the dead zones of a model in training, so that its codes take no more bits than at the start.
-
-    Attributes:
-        bits: entropy of all codes at the start, zeros included.
-    """
+    """Widens the dead zones of a model in training, so that its codes take no more bits than at the start."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the rate of a model.
-
-        Args:
-            model: after `train_kept`; its dead zones are those of `KeptSpectrum`.
-        """
+        """Remember the rate of a model."""
         self._model = model
         self.bits = self._measure(1.0)
 

@@ -25,16 +25,6 @@ def recoded(
 ) -> tuple[list[Entry], Manifest]:
     """Entries and manifest of the checkpoint with other spectra.
 
-    Args:
-        checkpoint: where all the rest comes from, bit for bit.
-        replaced: files of the parts of each tensor, in order, see `write_part`; they are read when entries are.
-        key: of these files.
-        copied: other values of tensors that are not compressed.
-        options: added to those of the manifest.
-
-    Returns:
-        Entries for the writer, in the order of the checkpoint, and the manifest.
-
     Raises:
         CheckpointError: when a file is missing or damaged.
     """

@@ -37,9 +37,6 @@ def recomputed_weights(model: nn.Module) -> Iterator[None]:
     """While the block lasts, forward passes keep no weight that is computed from a kept spectrum for their way back.
 
     It costs one more inverse transform a weight and step, and saves as much memory as the dense weights take.
-
-    Args:
-        model: after `train_kept`.
     """
     alive: dict[int, tuple[weakref.ref[Tensor], KeptSpectrum, Tensor]] = {}
 

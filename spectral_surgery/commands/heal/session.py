@@ -83,12 +83,7 @@ class Workplace:
     def spectra(
         self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
-        """The compressed tensor behind each parameter, and its spectra; parameters without one are left out.
-
-        Args:
-            names: where parameters are stored.
-            shapes: by name of the parameters.
-        """
+        """The compressed tensor behind each parameter, and its spectra; parameters without one are left out."""
         found = {}
         manifest = self.checkpoint.manifest
         for name, shape in shapes.items():
@@ -101,12 +96,7 @@ class Workplace:
         return found
 
     def vectors(self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-        """The biases and scales of norms that are stored as they are, by parameter name.
-
-        Args:
-            names: where parameters are stored.
-            shapes: by name of the parameters.
-        """
+        """The biases and scales of norms that are stored as they are, by parameter name."""
         found = {}
         for name, shape in shapes.items():
             info = names.tensor(name)
@@ -163,15 +153,8 @@ class Healed:
 def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
     """Train all weights together, end to end.
 
-    Args:
-        place: what and where.
-        objective: what the student takes over.
-        settings: how.
-        progress: called after each step.
-
     Raises:
         CheckpointError: when nothing can be trained.
-        ConfigError: when the text does not do, or the loss is not finite.
     """
     trust = place.data.trust_remote_code
     teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)

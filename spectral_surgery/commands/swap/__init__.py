@@ -39,14 +39,7 @@ _FLOATS = ("F32", "BF16", "F16", "F64")
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What a swap would do.
-
-    Attributes:
-        index: the source.
-        record: mixer, layers and all settings.
-        causal: whether the model is, and so the mixer.
-        parameters: of the model before and after.
-    """
+    """What a swap would do."""
 
     index: CheckpointIndex
     record: SwapRecord
@@ -96,15 +89,8 @@ class SwapReport:
 def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
     """Check a swap and settle its settings; only headers and the configuration are read.
 
-    Args:
-        source: a checkpoint, or the outline of one.
-        spec: as asked.
-        trust_remote_code: run the code that a model brings along.
-
     Raises:
         CheckpointError: when the source is damaged, quantised, compressed or swapped.
-        ConfigError: when family, mixer, settings or layers are not accepted.
-        CausalityError: when the model is causal and the mixer is not.
     """
     index = read_index(source)
     if "quantization_config" in index.config:
@@ -151,9 +137,6 @@ def swap(
         progress: called after each step of training.
 
     Raises:
-        CheckpointError: as `plan_swap`, and when out is taken.
-        ConfigError: as `plan_swap`, and when text cannot be read or does not fit the model.
-        CausalityError: as `plan_swap`, and when a mixer marked causal is found not to be.
         TargetError: when attention is not dense.
     """
     started = time.perf_counter()

@@ -55,13 +55,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How far a new layer is from the attention it replaces: relative error of outputs, on held-out text.
-
-    Attributes:
-        layer: its number.
-        before: training.
-        after: the training of the layer alone.
-    """
+    """How far a new layer is from the attention it replaces: relative error of outputs, on held-out text."""
 
     layer: int
     before: float
@@ -105,16 +99,6 @@ def distill(
     progress: Callable[[int, int, str], None],
 ) -> list[LayerFit]:
     """Train the new layers.
-
-    Args:
-        pair: the models.
-        batches: to train on, arguments of the models by name.
-        held_out: to judge on.
-        settings: how.
-        progress: called after each step with (done, all, loss).
-
-    Returns:
-        How well each layer fits.
 
     Raises:
         ConfigError: when there is nothing to train on or to judge on.

@@ -129,19 +129,6 @@ def train(
 
     Runs under torchrun and accelerate launch as it is; the main process writes.
 
-    Args:
-        base: the model, a local folder.
-        out: folder for the adapter; it also holds checkpoints and TensorBoard logs.
-        data: what to train and judge on.
-        spec: the adapter.
-        settings: how to train.
-        resume: go on from the last checkpoint in out.
-        overwrite: discard what is in out.
-        progress: called after each step.
-
-    Returns:
-        The report.
-
     Raises:
         ConfigError: when data or settings do not fit.
         CheckpointError: when the model cannot be loaded, or out is taken.
@@ -184,11 +171,6 @@ def _load(
 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Accept a folder to train in, and discard old checkpoints in it where that is asked for.
-
-    Args:
-        out: the folder.
-        resume: it may be in use.
-        overwrite: it may be in use, and its checkpoints go.
 
     Raises:
         CheckpointError: when it is not empty and nothing was said.

@@ -59,15 +59,7 @@ class ScratchData:
 
 @dataclass(frozen=True)
 class Trained:
-    """One model and how it did.
-
-    Attributes:
-        start: row of STARTS.
-        folder: where it is.
-        parameters: numbers that it has.
-        history: losses by step.
-        test: measures of `judge` on the part that was never looked at.
-    """
+    """One model and how it did."""
 
     start: str
     folder: Path
@@ -141,20 +133,6 @@ def train_from_scratch(
     progress: Progress = silent,
 ) -> ScratchReport:
     """Train a language model and write it, its tokenizer, metrics and a plot of the loss to a folder.
-
-    Args:
-        start: row of STARTS.
-        out: folder for the model; it also holds checkpoints and TensorBoard logs.
-        data: what to learn from.
-        sizes: of the model.
-        settings: how to train.
-        control: row of STARTS to train on the same data into ``out/control``.
-        resume: go on from the last checkpoints in out.
-        overwrite: discard what is in out.
-        progress: called after each step.
-
-    Returns:
-        The report.
 
     Raises:
         BackendError: when a library is missing.
