@@ -24,7 +24,7 @@ from spectral_surgery.commands.decompress import DecompressReport as DecompressR
 from spectral_surgery.commands.decompress import decompress as decompress
 from spectral_surgery.commands.eval import EvalReport as EvalReport
 from spectral_surgery.commands.eval import evaluate as evaluate
-from spectral_surgery.commands.eval.table import Beside as Beside
+from spectral_surgery.commands.eval.table import Reference as Reference
 from spectral_surgery.commands.export import ExportReport as ExportReport
 from spectral_surgery.commands.export import export as export
 from spectral_surgery.commands.extract import ExtractOptions as ExtractOptions

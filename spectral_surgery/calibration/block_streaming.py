@@ -44,7 +44,9 @@ class LazyModel:
     @contextmanager
     def holding(self, prefix: str = "", without: str = "") -> Iterator[None]:
         """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards."""
-        names = [own for own in self.tensors if own.startswith(prefix) and not (without and own.startswith(without))]
+        names = [
+            name for name in self.tensors if name.startswith(prefix) and not (without and name.startswith(without))
+        ]
         read: dict[str, nn.Parameter] = {}
         for name in names:  # tied parameters are stored once
             key = self.tensors[name].name
@@ -78,9 +80,11 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_
     parameters = dict(outline.named_parameters(remove_duplicate=False))
     found = {name: names.find(name) for name in parameters}
     tensors = {
-        name: own for name, own in found.items() if own is not None and own.shape == tuple(parameters[name].shape)
+        name: stored
+        for name, stored in found.items()
+        if stored is not None and stored.shape == tuple(parameters[name].shape)
     }
-    tied = {id(parameters[name]): own for name, own in tensors.items()}
+    tied = {id(parameters[name]): stored for name, stored in tensors.items()}
     tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
     if tensors.keys() == parameters.keys() and has_blocks(outline):
         return LazyModel(outline, tokenizer, names, tensors)
@@ -89,7 +93,7 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_
     return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, names, {})
 
 
-class Shelf:
+class ActivationStore:
     """Tensors in memory up to a limit, and in files beyond it; each lasts as long as what `put` returned for it."""
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:

@@ -25,11 +25,11 @@ def importance_of(
     for count, projection in enumerate(projections, 1):  # noqa: B007 - used after the loop
         scalar = projection()
         with differentiating(scalar):
-            gradients = torch.autograd.grad(scalar, [own for own, _ in weights.values()], allow_unused=True)
+            gradients = torch.autograd.grad(scalar, [weight for weight, _ in weights.values()], allow_unused=True)
         for (name, (_, basis)), gradient in zip(weights.items(), gradients, strict=True):
             if gradient is not None:
                 squares = basis.forward(gradient).square_()
                 rows, columns = sums.get(name, (0.0, 0.0))
                 sums[name] = rows + squares.mean(1), columns + squares.mean(0)
     means = {name: (rows / count, columns / count) for name, (rows, columns) in sums.items() if rows.any()}
-    return {name: Importance.of_squares(*own) for name, own in means.items()}
+    return {name: Importance.of_squares(*squares) for name, squares in means.items()}

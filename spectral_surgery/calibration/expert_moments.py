@@ -80,17 +80,17 @@ def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
         whole = cast(Tensor, module._parameters[leaf]).detach()
         held = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
         return LazyWeight.of(
-            Stack(tuple(_SeenRows(cast(SpectralWeight, own), 0, len(own.matrix), own.dtype) for own in held))
+            Stack(tuple(_SeenRows(cast(SpectralWeight, dense), 0, len(dense.matrix), dense.dtype) for dense in held))
         )
 
     return read
 
 
 @cache
-def _recording(own: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+def _recording(kind: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
     """The class with a forward that records, or with parameters that do where it has a forward of its own."""
-    settings: dict[str, Any] = {"__module__": own.__module__} | {leaf: property(_reader(leaf)) for leaf in leaves}
-    return type(own.__name__, (own,) if leaves else (_Recording, own), settings)
+    settings: dict[str, Any] = {"__module__": kind.__module__} | {leaf: property(_reader(leaf)) for leaf in leaves}
+    return type(kind.__name__, (kind,) if leaves else (_Recording, kind), settings)
 
 
 @contextmanager
@@ -100,13 +100,13 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
     Yields:
         H = Xᵀ X, [I, I] float32, by name; filled when the block ends, without experts that no token came to.
     """
-    modules = list({id(own.module): own.module for own in matrices.values()}.values())
+    modules = list({id(matrix.module): matrix.module for matrix in matrices.values()}.values())
     classes = [type(module) for module in modules]
     found: dict[str, Tensor] = {}
     sums: dict[int, dict[tuple[int, str], Tensor]] = {}
-    for own in matrices.values():
-        zeros = torch.zeros(own.width, own.width, device=own.weight.device)
-        sums.setdefault(id(own.module), {})[own.expert, own.leaf] = zeros
+    for matrix in matrices.values():
+        zeros = torch.zeros(matrix.width, matrix.width, device=matrix.weight.device)
+        sums.setdefault(id(matrix.module), {})[matrix.expert, matrix.leaf] = zeros
     try:
         for module in modules:
             leaves = () if fused_matrices(module) else tuple(expert_matrices(module))
@@ -117,7 +117,7 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
         for module, before in zip(modules, classes, strict=True):
             module.__class__ = before
             vars(module).pop("_moments", None)
-    for name, own in matrices.items():
-        moment = sums[id(own.module)].pop((own.expert, own.leaf))
+    for name, matrix in matrices.items():
+        moment = sums[id(matrix.module)].pop((matrix.expert, matrix.leaf))
         if moment.diagonal().any():
             found[name] = moment

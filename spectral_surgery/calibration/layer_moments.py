@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_surgery.calibration.block_streaming import LazyModel, Shelf, load_lazily
+from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
 from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.errors import ConfigError
@@ -74,25 +74,25 @@ def layer_moments(
     the later ones also with the layers of their own block.
     """
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
-    with closing(Shelf(IN_MEMORY, folder)) as shelf:
+    with closing(ActivationStore(IN_MEMORY, folder)) as store:
         batches = equal_lengths(sequences, BATCH_TOKENS)
-        for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=shelf.put):
+        for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put):
             matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
             for group in _groups(matrices):
-                for own, moment in _moments(group, run):
+                for matrix, moment in _moments(group, run):
                     if moment is not None:
-                        yield LayerMoment(block, own, moment)
+                        yield LayerMoment(block, matrix, moment)
                     count += 1
-                    progress(count, total, own.tensor)
+                    progress(count, total, matrix.tensor)
 
 
 def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
     """All layers together, and as many experts as their moments fit into memory; then more experts, if there are."""
     group: list[StoredMatrix] = []
     held: dict[str, int] = {}
-    for own in matrices:
-        group.append(own)
-        held |= {key: 4 * expert.width**2 for key, expert in own.experts.items()}
+    for matrix in matrices:
+        group.append(matrix)
+        held |= {key: 4 * expert.width**2 for key, expert in matrix.experts.items()}
         if sum(held.values()) > EXPERT_MOMENTS:
             yield group
             group, held = [], {}
@@ -104,29 +104,29 @@ def _moments(
     group: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
 ) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
     """Of each matrix of a group, while a block runs on all samples; None where no token came."""
-    layers = {key: layer for own in group for key, layer in own.modules.items()}
+    layers = {key: layer for matrix in group for key, layer in matrix.modules.items()}
     with (
         moments_of(layers) as moments,
-        expert_moments({key: expert for own in group for key, expert in own.experts.items()}) as of_experts,
+        expert_moments({key: expert for matrix in group for key, expert in matrix.experts.items()}) as of_experts,
     ):
         for _ in run():
             pass
     moments |= of_experts
     del of_experts
-    left = Counter(key for own in group for key in own.layers)  # an expert's gate and up projection share one
-    for own in group:
-        seen = [moments[key] for key in own.layers if key in moments]
-        left -= Counter(list(own.layers))
-        for key in own.layers:
+    left = Counter(key for matrix in group for key in matrix.layers)  # an expert's gate and up projection share one
+    for matrix in group:
+        seen = [moments[key] for key in matrix.layers if key in moments]
+        left -= Counter(list(matrix.layers))
+        for key in matrix.layers:
             if key not in left:
                 moments.pop(key, None)
-        yield own, _mean(seen) if seen else None
+        yield matrix, _mean(seen) if seen else None
 
 
 def _mean(moments: Sequence[Tensor]) -> Tensor:
     """Of layers whose rows are stored as one matrix: mostly they are given the same, and have the same sum."""
     first, *others = moments
-    if all(own is first for own in others):
+    if all(moment is first for moment in others):
         return first
     return torch.stack(list(moments)).mean(0)
 
@@ -145,8 +145,7 @@ def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tupl
     """
     if needs_decoder_input(index.config):
         raise ConfigError(
-            "calibrate: the model has an encoder and a decoder, and its text alone does not run both; models of one of"
-            " them are accepted."
+            "calibrate: expected an encoder or a decoder, got a model of both, which its text alone does not run."
         )
     lazy = load_lazily(source, index, "AutoModel", trust_remote_code=data.trust_remote_code)
     data, causal = data.with_usual(SAMPLES, SEQ_LENGTH), is_causal(index.config)
@@ -155,7 +154,7 @@ def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tupl
     sequences = token_sequences(lazy.tokenizer, texts, length=length, samples=data.samples, causal=causal)
     if not any(sequences):
         raise ConfigError(
-            f"{data.file}: the tokenizer of {source.name} finds no token in it; text that the model reads is accepted."
+            f"{data.file}: expected text that the model reads, got none: the tokenizer of {source.name} finds no token."
         )
     check_vocabulary(sequences, lazy.model, data.file)
     return lazy, sequences

@@ -59,8 +59,8 @@ def pull_back(block: nn.Module, sample: Sample, gradient: Tensor) -> Tensor:
     hidden = sample.hidden().detach().requires_grad_()
     with torch.enable_grad():
         output = hidden_of(called(block, (hidden, *sample.args), sample.named))
-    own: Tensor = torch.autograd.grad(output, hidden, gradient)[0]
-    return own
+    pulled: Tensor = torch.autograd.grad(output, hidden, gradient)[0]
+    return pulled
 
 
 def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:

@@ -32,17 +32,19 @@ class StoredMatrix:
     @property
     def transposed(self) -> bool:
         """Whether it is stored as [I, O]."""
-        return any(own.transposed if isinstance(own, ExpertMatrix) else is_conv1d(own) for own in self.layers.values())
+        return any(
+            layer.transposed if isinstance(layer, ExpertMatrix) else is_conv1d(layer) for layer in self.layers.values()
+        )
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Those of the layers that are modules of their own."""
-        return {name: own for name, own in self.layers.items() if isinstance(own, nn.Module)}
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Module)}
 
     @property
     def experts(self) -> dict[str, ExpertMatrix]:
         """Those of the layers that are a matrix of an expert."""
-        return {name: own for name, own in self.layers.items() if isinstance(own, ExpertMatrix)}
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, ExpertMatrix)}
 
     @property
     def weight(self) -> Tensor:
@@ -81,9 +83,9 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
             info = piece.info
             if info.name in wanted and len(info.shape) == 2 and not piece.transposed:
                 infos[info.name] = info
-                own = found.get(info.name, StoredMatrix(info.name))
+                matrix = found.get(info.name, StoredMatrix(info.name))
                 found[info.name] = StoredMatrix(
-                    info.name, {**own.layers, name: module}, {**own.spans, name: piece.spans}
+                    info.name, {**matrix.layers, name: module}, {**matrix.spans, name: piece.spans}
                 )
     complete = [matrix for matrix in found.values() if _covered(matrix, infos[matrix.tensor])]
     return complete + list(_expert_matrices(names, wanted, prefix, block))
@@ -107,15 +109,15 @@ def _of_experts(piece: Piece, name: str, like: ExpertMatrix) -> Iterator[StoredM
         count = rows_of(piece.info.shape)
         if piece.spans == ((0, 0, count),):
             for expert in range(count // height):
-                own = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
-                yield StoredMatrix(piece.info.name, own, dict.fromkeys(own, ((0, 0, height),)), expert * height)
+                layers = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
+                yield StoredMatrix(piece.info.name, layers, dict.fromkeys(layers, ((0, 0, height),)), expert * height)
         return
     experts = {row // height for row, _, _ in piece.spans}
     if len(experts) == 1:
         expert = experts.pop()
-        own = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
+        layers = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}
         spans = tuple((row - expert * height, stored, count) for row, stored, count in piece.spans)
-        matrix = StoredMatrix(piece.info.name, own, dict.fromkeys(own, spans))
+        matrix = StoredMatrix(piece.info.name, layers, dict.fromkeys(layers, spans))
         if _covered(matrix, piece.info):
             yield matrix
 

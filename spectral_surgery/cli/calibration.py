@@ -128,10 +128,10 @@ def _tell_reached(report: CompressReport) -> None:
 
 
 def _tell(healed: HealReport) -> None:
-    course = healed.course
+    curve = healed.curve
     click.echo(
-        f"{healed.trained[1]:,} coefficients trained, step {course.best_step} of {course.step} kept: held-out loss"
-        f" {course.held_out[0][1]:.4f} -> {course.best:.4f}",
+        f"{healed.trained[1]:,} coefficients trained, step {curve.best_step} of {curve.step} kept: held-out loss"
+        f" {curve.held_out[0][1]:.4f} -> {curve.best:.4f}",
         err=True,
     )
 

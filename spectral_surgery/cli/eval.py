@@ -77,7 +77,7 @@ def command(
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
     """
-    from spectral_surgery.commands.eval import Beside, EvalData, evaluate
+    from spectral_surgery.commands.eval import EvalData, Reference, evaluate
     from spectral_surgery.text.data import TextData
 
     if plot is not None:
@@ -92,7 +92,7 @@ def command(
             access.resolve(a)[0],
             paths[0] if paths else None,
             EvalData(text, sts, samples, seq_length, trust),
-            beside=Beside(tuple(paths[1:]), names, bits, text_to_calibrate),
+            reference=Reference(tuple(paths[1:]), names, bits, text_to_calibrate),
             adapter=access.others().resolve(adapter)[0] if adapter else None,
             device=device,
             progress=progress,

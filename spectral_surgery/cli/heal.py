@@ -147,12 +147,12 @@ def show(report: HealReport, out: Path, pushed: dict[str, object], *, as_json: b
     rows: list[dict[str, object]] = [
         {"block": name, "held-out error before": sides[0], "after": sides[1]} for name, sides in report.blocks.items()
     ]
-    rows = rows or [{"step": step, "held-out loss": loss} for step, loss in report.course.held_out]
+    rows = rows or [{"step": step, "held-out loss": loss} for step, loss in report.curve.held_out]
     click.echo(output.table(rows))
-    total, course = report.manifest.report, report.course
+    total, curve = report.manifest.report, report.curve
     click.echo(
-        f"\n{report.trained[1]:,} coefficients of {report.trained[0]} weights trained, step {course.best_step} kept:"
-        f" held-out loss {course.held_out[0][1]:.4f} -> {course.best:.4f}.\n"
+        f"\n{report.trained[1]:,} coefficients of {report.trained[0]} weights trained, step {curve.best_step} kept:"
+        f" held-out loss {curve.held_out[0][1]:.4f} -> {curve.best:.4f}.\n"
         f"{total.bits_per_weight:.3f} bits per weight, density {total.density:.3f}, in {report.seconds:.0f} s: {out}"
     )
     if report.untrained:

@@ -138,5 +138,5 @@ def _model(source: Path, running: Running) -> tuple[Any, Any]:
 def _dtype(name: str | None) -> torch.dtype | None:
     found = getattr(torch, name, None) if name else None
     if name and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ConfigError(f"--dtype {name}: unknown; float32, bfloat16, float16 and the like are accepted.")
+        raise ConfigError(f"--dtype: expected float32, bfloat16, float16 or the like, got {name}.")
     return found

@@ -108,8 +108,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None and name not in known:
         raise ConfigError(f"adapter '{name}': not on this model; {', '.join(known) or 'none'} are.")
     for target, part in list(_parts(model)):
-        for own in [own for own in part.names if name is None or own == name]:
-            part.drop(own)
+        for adapter in [adapter for adapter in part.names if name is None or adapter == name]:
+            part.drop(adapter)
         if not part.names and not isinstance(part, TrainedBias):
             _replace(model, target, part.base_layer)
 
@@ -168,15 +168,15 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
     _check_name(model, name)
     if state.only_merged:
         raise ConfigError(
-            f"adapter '{name}': has {state.only_merged}, which a model here has no place for; an adapter without is"
-            " accepted. Merge it into the files of the base, or use it with PEFT."
+            f"adapter '{name}': expected none with {state.only_merged}, which a model here has no place for. Merge it"
+            " into the files of the base, or use it with PEFT."
         )
     modules = dict(candidates(model, everything=True))
     state = _without_copies(model, state, name)
     wrong = [f"{target} is not in the model" for target in state.layers if target not in modules]
     if state.spec.targets.target_modules != ALL_LINEAR:
-        absent = (own for own in modules if own not in state.layers and state.spec.targets.matches(own))
-        wrong += [f"{own} is a target and has no tensors" for own in absent]
+        absent = (target for target in modules if target not in state.layers and state.spec.targets.matches(target))
+        wrong += [f"{target} is a target and has no tensors" for target in absent]
     adapters = {}
     for target in state.layers:
         if target in modules:
@@ -204,10 +204,10 @@ def _without_copies(model: nn.Module, state: AdapterState, name: str) -> Adapter
         weight = model.get_parameter(key.replace(".base_layer.", ".")) if key.endswith(end) else None
         if weight is not None and (weight.shape != tensor.shape or not torch.equal(weight.cpu(), tensor.to(weight))):
             raise CheckpointError(
-                f"adapter '{name}': {key} differs from the weight of the model; the base that the adapter was trained"
-                " on is accepted. Merge it into the files of the base, which takes the stored one."
+                f"adapter '{name}': expected the base that it was trained on, got another: {key} differs. Merge it into"
+                " the files of the base, which takes the stored one."
             )
-    return replace(state, extra={key: own for key, own in state.extra.items() if not key.endswith(end)})
+    return replace(state, extra={key: tensor for key, tensor in state.extra.items() if not key.endswith(end)})
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -222,9 +222,9 @@ def _copied(tensor: Tensor, full: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _check_name(model: nn.Module, name: str) -> None:
     if not name or "." in name:
-        raise ConfigError(f"adapter '{name}': is no name; letters, digits, - and _ are accepted.")
+        raise ConfigError(f"adapter name: expected letters, digits, - and _, got '{name}'.")
     if name in adapter_names(model):
-        raise ConfigError(f"adapter '{name}': is on the model already; another name is accepted. Use detach first.")
+        raise ConfigError(f"adapter '{name}': is on the model already. Use another name, or detach first.")
 
 
 def _put_on(model: nn.Module, spec: AdapterSpec, name: str, adapters: Mapping[str, nn.Module]) -> None:
@@ -283,10 +283,10 @@ def _outermost(model: nn.Module, spec: AdapterSpec) -> list[str]:
     for name, _ in model.named_modules():
         if name and spec.targets.saves(name) and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
-    missing = [own for own in spec.targets.modules_to_save if not any(f".{name}".endswith(f".{own}") for name in found)]
+    missing = [end for end in spec.targets.modules_to_save if not any(f".{name}".endswith(f".{end}") for name in found)]
     if missing:
         raise TargetError(
-            f"modules_to_save {missing}: not in the model; names or ends of names of modules are accepted."
+            f"modules_to_save: expected names of modules, or ends of them, got {missing}, which are not in the model."
         )
     return found
 
@@ -301,7 +301,8 @@ def _bias_hosts(model: nn.Module, spec: AdapterSpec, targets: Iterable[str]) -> 
         hosts = [
             module
             for name, module in model.named_modules()
-            if not any(name == own or name.startswith(f"{own}.") for own in ours) or hasattr(module, BIAS_RECORD)
+            if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in ours)
+            or hasattr(module, BIAS_RECORD)
         ]
     else:
         hosts = [layers[target].base_layer for target in targets]
@@ -322,5 +323,5 @@ def _load_extras(model: nn.Module, extra: Mapping[str, Tensor], name: str) -> No
     if wrong:
         raise CheckpointError(f"adapter '{name}': does not fit the model: {'; '.join(wrong)}")
     for prefix, part in parts.items():
-        own = part.tensors(name)
-        part.load(name, {key: extra[f"{prefix}.{key}"] for key in own})
+        tensors = part.tensors(name)
+        part.load(name, {key: extra[f"{prefix}.{key}"] for key in tensors})

@@ -88,8 +88,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = _lists(model)
     if not lists:
-        raise TargetError(f"{type(model).__name__}: has no list of blocks; a transformer is accepted.")
-    return max(lists.items(), key=lambda own: _size(own[1]))
+        raise TargetError(f"{type(model).__name__}: expected a transformer, got a model without a list of blocks.")
+    return max(lists.items(), key=lambda item: _size(item[1]))
 
 
 def text_config(model: Any) -> Any:
@@ -106,7 +106,7 @@ def text_config(model: Any) -> Any:
 def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of modules in the part of a model that reads text; those inside others are left out."""
     config = text_config(model)
-    parts = ((name, own) for name, own in model.named_modules() if getattr(own, "config", None) is config)
+    parts = ((name, module) for name, module in model.named_modules() if getattr(module, "config", None) is config)
     prefix, part = next(parts, ("", model))
     found: dict[str, nn.ModuleList] = {}
     for inner, module in part.named_modules(prefix=prefix):
@@ -145,7 +145,7 @@ def blocks_in_turn(
         ConfigError: when there is no sample.
     """
     if not batches:
-        raise ConfigError("calibrate: no text; some is accepted.")
+        raise ConfigError("calibrate: expected some text, got none.")
     prefix, blocks = find_blocks(model) if has_blocks(model) else ("", nn.ModuleList())
     inputs: list[Sample] = []
     if len(blocks):
@@ -211,14 +211,14 @@ def captured_inputs(
         def run(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
             if number <= max(seen, default=-1):
                 raise TargetError(
-                    f"{type(model).__name__}: runs its blocks more than once, or in another order than their list; a"
-                    " model that runs each of them once is accepted."
+                    f"{type(model).__name__}: expected a model that runs each of its blocks once and in order, got one"
+                    " that does not."
                 )
             seen[number] = _without_hidden(args, named)
             if returned and not torch.equal(seen[number][0], hidden_of(returned[0])):
                 raise UnchainedError(
-                    f"{type(model).__name__}: changes the hidden states between its blocks; a model that hands what a"
-                    " block returns to the next one is accepted."
+                    f"{type(model).__name__}: expected a model that hands what a block returns to the next one, got one"
+                    " that changes it."
                 )
             if number == len(blocks) - 1:
                 raise _Reached
@@ -238,8 +238,8 @@ def captured_inputs(
             vars(block).pop("forward", None)
     if 0 not in seen:
         raise TargetError(
-            f"{type(model).__name__}: the first of {len(blocks)} blocks in a list is not run on text alone; a model"
-            " that does is accepted."
+            f"{type(model).__name__}: expected a model that runs the first of its {len(blocks)} blocks on text alone,"
+            " got one that does not."
         )
     hidden, (args, named) = seen[0]
     later = tuple(seen[number][1] if number in seen else None for number in range(1, len(blocks)))

@@ -70,8 +70,8 @@ def compress_model(
     candidates = {name: module for name, module in modules if name and _fits(module, min_weights)}
     if not candidates:
         raise TargetError(
-            f"compress_model: no module of {type(model).__name__} is a Linear, Embedding or Conv1D of {min_weights} or"
-            " more weights; at least one is needed. Lower min_weights."
+            f"compress_model: expected a Linear, Embedding or Conv1D of {min_weights} or more weights, got none in"
+            f" {type(model).__name__}. Lower min_weights."
         )
     names = targets.select(candidates)
     # an embedding decides how a weight that it shares is transformed: its rows must decode alone

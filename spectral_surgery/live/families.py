@@ -101,7 +101,7 @@ def sites(model: nn.Module) -> list[AttentionSite]:
     return [AttentionSite(family, f"{prefix}.{number}", block, heads) for number, block in enumerate(blocks)]
 
 
-def chosen(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite]:
+def sites_at(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite]:
     """The attentions of some layers, by number.
 
     Raises:
@@ -110,9 +110,9 @@ def chosen(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite
     found = sites(model)
     wrong = [number for number in layers if not 0 <= number < len(found)]
     if wrong:
-        raise ConfigError(f"layers: {wrong[0]} is out of range; 0 to {len(found) - 1} are accepted for this model.")
+        raise ConfigError(f"layers: expected 0 to {len(found) - 1} for this model, got {wrong[0]}.")
     if not layers or len(set(layers)) < len(layers):
-        raise ConfigError(f"layers: {list(layers)}; one or more different numbers are accepted.")
+        raise ConfigError(f"layers: expected one or more different numbers, got {list(layers)}.")
     return {number: found[number] for number in sorted(layers)}
 
 
@@ -121,15 +121,15 @@ def _dense(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     transposed = is_conv1d(module)
     if not transposed and not isinstance(module, nn.Linear):
         raise TargetError(
-            f"{name}: is a {type(module).__name__}; a dense linear layer is accepted. Decompress the model, or"
-            " merge its adapters, first."
+            f"{name}: expected a dense linear layer, got a {type(module).__name__}. Decompress the model, or merge its"
+            " adapters, first."
         )
     weight = cast(Tensor, module.weight)
     return weight.T if transposed else weight, cast("Tensor | None", module.bias)
 
 
 def _repeated(rows: Tensor, heads: int, times: int) -> Tensor:
-    """Rows of each head so many times, as the keys and values of grouped queries are."""
+    """Rows of each head several times, as the keys and values of grouped queries are."""
     return rows.reshape(heads, -1, *rows.shape[1:]).repeat_interleave(times, 0).flatten(0, 1)
 
 

@@ -42,7 +42,7 @@ def head_names(model: nn.Module) -> set[str]:
     """Names of the modules that all-linear leaves out: output layers, and the heads of classifiers with all inside."""
     ask = getattr(model, "get_output_embeddings", None)
     output = ask() if callable(ask) else None
-    outside = _outside(model) if any(own in type(model).__name__ for own in _CLASSES) else ()
+    outside = _outside(model) if any(word in type(model).__name__ for word in _CLASSES) else ()
     return {
         name
         for name, module in model.named_modules()

@@ -34,7 +34,7 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> None:
         set_active(model, weights)
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.active}
     if not layers:
-        raise ConfigError("merge: no adapter is active; one that is on the model is accepted. Use set_active.")
+        raise ConfigError("merge: expected an active adapter, got none. Use set_active.")
     done: dict[str, AdaptedLayer] = {}
     try:
         for name, layer in layers.items():
@@ -55,7 +55,7 @@ def unmerge(model: nn.Module) -> None:
     """
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.merged is not None}
     if not layers:
-        raise ConfigError("unmerge: nothing is merged; a model with merged adapters is accepted.")
+        raise ConfigError("unmerge: expected a model with merged adapters, got none.")
     for name, layer in reversed(layers.items()):  # of two with one weight between them, the last one merged is first
         _unmerge_layer(layer, name)
 
@@ -69,8 +69,8 @@ def merge_and_unload(model: nn.Module, weights: Mapping[str, float] | None = Non
         if isinstance(module, TrainedBias):
             delattr(model.get_submodule(parent), leaf)  # the bias in use stays
         elif isinstance(module, (AdaptedLayer, SavedModule)):
-            own = module.base_layer if isinstance(module, AdaptedLayer) else module.used
-            setattr(model.get_submodule(parent), leaf, own)
+            plain = module.base_layer if isinstance(module, AdaptedLayer) else module.used
+            setattr(model.get_submodule(parent), leaf, plain)
 
 
 def total_delta(parts: Sequence[tuple[nn.Module, float]], shape: Sequence[int], *, transposed: bool) -> Tensor:
@@ -91,13 +91,13 @@ def total_delta(parts: Sequence[tuple[nn.Module, float]], shape: Sequence[int], 
             delta = cast(Adapter, exact).delta_weight().double() * weight
             total = delta if total is None else total.add_(delta)
     if total is None:
-        raise ConfigError("merge: no adapter given; one or more are accepted.")
+        raise ConfigError("merge: expected one adapter or more, got none.")
     return (total.T if transposed else total).reshape(list(shape))
 
 
 def _merge_layer(layer: AdaptedLayer, name: str) -> Undo:
     if layer.merged is not None:
-        raise ConfigError(f"{name}: is merged already; a model with adapters beside its weights is accepted.")
+        raise ConfigError(f"{name}: expected adapters beside the weights, got merged ones. Use unmerge first.")
     weight = _weight(layer, name)
     merged, undo = merge_weight(weight.detach(), _delta(layer, weight), name)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def _weight(layer: AdaptedLayer, name: str) -> nn.Parameter:
     if not isinstance(weight, nn.Parameter):
         kind = type(layer.base_layer).__name__
         raise NotMergeableError(
-            f"{name}: a {kind} has no dense weight to merge into; Linear, Conv1D, Conv2d and Embedding are accepted."
+            f"{name}: expected a dense Linear, Conv1D, Conv2d or Embedding to merge into, got a {kind}."
             " Decompress the model first."
         )
     return weight

@@ -49,8 +49,8 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
         if usual is None:
             some = ", ".join(list(modules)[:3])
             raise TargetError(
-                f"target_modules: not given, and no usual names are among {some}, ...; ends of names, a regular"
-                " expression or all-linear are accepted. Use --target-modules."
+                f"target_modules: expected ends of names, a regular expression or all-linear, as no usual names are"
+                f" among {some}, .... Use --target-modules."
             )
         targets = replace(targets, target_modules=usual)
     if targets.target_modules == ALL_LINEAR:
@@ -59,8 +59,8 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
     refused = [name for name, module in _outer(model) if regroups(module) and targets.matches(name)]
     if refused:
         raise TargetError(
-            f"target_modules: {refused[0]} and {len(refused) - 1} more are among them, and {_REGROUPS}; other layers"
-            " are accepted. Use --exclude-modules."
+            f"target_modules: expected layers that an update can be added to, got {refused[0]} and {len(refused) - 1}"
+            f" more: {_REGROUPS}. Use --exclude-modules."
         )
     everything = dict(candidates(model, everything=True))
     names = targets.select(everything)
@@ -85,12 +85,14 @@ def all_linear(model: nn.Module, spec: AdapterSpec) -> tuple[list[str], dict[str
     left_out = dict.fromkeys(_fused_experts(model), "experts in one tensor, and no linear layer")
     left_out |= {name: "a head" for name in modules if name in heads}
     left_out |= {name: _REGROUPS for name, module in _outer(model) if regroups(module)}
-    left_out |= {name: "a router, which gives more than its product" for name, own in _outer(model) if _is_router(own)}
+    left_out |= {
+        name: "a router, which gives more than its product" for name, module in _outer(model) if _is_router(module)
+    }
     usable = [name for name in modules if name not in left_out]
     if not usable:
         raise TargetError(
-            f"target_modules all-linear: the model has no linear layer beside {len(left_out)} heads and experts; ends"
-            " of names of other modules, or a regular expression, are accepted. Use --target-modules."
+            f"target_modules all-linear: expected a linear layer beside {len(left_out)} heads and experts, got none."
+            " Name other modules with --target-modules."
         )
     wanted = spec.targets.select(usable)
     shapes = {name: shape_of(modules[name]) for name in wanted}
@@ -141,8 +143,8 @@ def _is_router(module: nn.Module) -> bool:
 def _fused_experts(model: nn.Module) -> Iterator[str]:
     for name, module in _outer(model):
         if _EXPERTS.search(name) or "expert" in type(module).__name__.lower():
-            own = module.named_parameters(recurse=False)
-            yield from (f"{name}.{leaf}" for leaf, weight in own if weight.ndim >= 2 and kind_of(module) is None)
+            parameters = module.named_parameters(recurse=False)
+            yield from (f"{name}.{leaf}" for leaf, weight in parameters if weight.ndim >= 2 and kind_of(module) is None)
 
 
 def _misfits(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ConfigError]:
@@ -169,5 +171,9 @@ def _read_alike(model: nn.Module, targets: ModuleTargets, chosen: list[str]) -> 
     names = [name for name, _ in _outer(model)]
     exact = replace(targets, target_modules=tuple(chosen), layers_to_transform=None, layers_pattern=())
     whole = replace(exact, target_modules="|".join(map(re.escape, chosen)))
-    alike = (own for own in (targets, exact) if {name for name in names if own.matches(name)} == set(chosen))
+    alike = (
+        candidate
+        for candidate in (targets, exact)
+        if {name for name in names if candidate.matches(name)} == set(chosen)
+    )
     return next(alike, whole)

@@ -28,8 +28,8 @@ def running(model: nn.Module) -> Iterator[None]:
         raise
     except (*_RAISED, ValueError, StopIteration) as error:
         raise TargetError(
-            f"{type(model).__name__}: cannot be run on token ids and an attention mask alone ({_cause(error)}); models"
-            " that can are accepted."
+            f"{type(model).__name__}: expected a model that runs on token ids and an attention mask alone, got"
+            f" {_cause(error)}."
         ) from error
 
 
@@ -47,8 +47,8 @@ def differentiating(loss: Tensor) -> Iterator[None]:
 def not_differentiable(cause: str) -> TargetError:
     """The error for a model that gives no gradients."""
     return TargetError(
-        f"heal: the outputs of the model give its weights no gradients ({cause}); models that autograd can follow are"
-        " accepted. Compress it without healing."
+        f"heal: expected a model that autograd can follow, got no gradients for its weights ({cause}). Compress it"
+        " without healing."
     )
 
 

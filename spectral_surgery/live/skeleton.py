@@ -43,13 +43,13 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
         others, among them numbered experts, plain modules with their parameters.
     """
     root = nn.Module()
-    own: dict[str, dict[str, tuple[int, ...]]] = {}
+    leaves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         owner, _, leaf = name.rpartition(".")
-        own.setdefault(owner, {})[leaf] = shape
-    for name in sorted(own, key=lambda name: name.count(".")):
-        module = _module(name, own[name], model_type) if name else root
-        for leaf, shape in own[name].items():
+        leaves.setdefault(owner, {})[leaf] = shape
+    for name in sorted(leaves, key=lambda name: name.count(".")):
+        module = _module(name, leaves[name], model_type) if name else root
+        for leaf, shape in leaves[name].items():
             if leaf not in module._parameters:
                 module._parameters[leaf] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
         if name:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import CausalityError
-from spectral_surgery.live.families import AttentionSite, chosen
+from spectral_surgery.live.families import AttentionSite, sites_at
 from spectral_surgery.live.swapped import SwappedAttention
 from spectral_surgery.mixers import MIXERS, Mixer, MixerMethod, ProjectedMixer
 
@@ -62,19 +62,19 @@ def swap_attention(
         TargetError: when the attention is not dense.
     """
     spec = resolved(model, SwapSpec(mixer, tuple(layers), dict(settings or {})))
-    return {number: _replace(site, spec, number) for number, site in chosen(model, spec.layers).items()}
+    return {number: _replace(site, spec, number) for number, site in sites_at(model, spec.layers).items()}
 
 
 def resolved(model: nn.Module, spec: SwapSpec) -> SwapSpec:
     """A specification with every choice made, so that another program builds the same modules."""
     method, config = spec.method, cast(Any, model).config
-    places = chosen(model, spec.layers)
+    places = sites_at(model, spec.layers)
     family = next(iter(places.values())).family
     if family.causal(config) and not method.is_causal:
         causal = ", ".join(row.name for row in MIXERS.values() if row.is_causal)
         raise CausalityError(
-            f"{spec.mixer}: lets a token see later ones, and {config.model_type} predicts them; {causal} are accepted."
-            f" Use {method.counterpart}."
+            f"mixer: expected one of {causal}, got {spec.mixer}, which lets a token see later ones: {config.model_type}"
+            f" predicts them. Use {method.counterpart}."
         )
     known = method.config.__dataclass_fields__
     start = {**_ALL_PASS, "heads": int(config.num_attention_heads)}

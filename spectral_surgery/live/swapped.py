@@ -56,16 +56,16 @@ class SwappedAttention(nn.Module):
         kept, _ = cache.update(numbers, numbers, self.layer)
         if kept.shape[2] > past + tokens:
             raise ConfigError(
-                f"layer {self.layer}: cache with room for {kept.shape[2]} tokens from the start; a dynamic one is"
-                " accepted. Use cache_implementation='dynamic'."
+                f"layer {self.layer}: expected a dynamic cache, got one with room for {kept.shape[2]} tokens from the"
+                " start. Use cache_implementation='dynamic'."
             )
         if not past:
             return self.projected.new_cache(batch, x.device, x.dtype), tokens
         memory, seen = getattr(cache.layers[self.layer], _MEMORY, (None, 0))
         if memory is None or seen != past:
             raise ConfigError(
-                f"layer {self.layer}: cache of {past} tokens, of which the mixer has seen {seen}; a cache that is only"
-                " ever continued is accepted. Start again with an empty one."
+                f"layer {self.layer}: expected a cache that is only ever continued, got one of {past} tokens, of which"
+                f" the mixer has seen {seen}. Start again with an empty one."
             )
         rows = kept[:, 0, -tokens - 1, 0]
         if len(rows) != len(memory.lengths) or not torch.equal(rows, numbers[:, 0, 0, 0]):
@@ -91,13 +91,13 @@ def real_tokens(mask: Any, x: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ConfigError(
-            f"attention mask: {shape}; [B, tokens] and [B, 1, T, tokens] are accepted. Load the model with"
+            f"attention mask: expected [B, tokens] or [B, 1, T, tokens], got {shape}. Load the model with"
             " attn_implementation='sdpa'."
         )
     batch, tokens = x.shape[:2]
     if mask.ndim == 4:
-        own = mask[:, 0, :, -tokens:]  # [B, T or 1, T]
-        mask = own[:, 0] if own.shape[1] == 1 else own.diagonal(dim1=1, dim2=2)
+        rows = mask[:, 0, :, -tokens:]  # [B, T or 1, T]
+        mask = rows[:, 0] if rows.shape[1] == 1 else rows.diagonal(dim1=1, dim2=2)
         if mask.is_floating_point():
             mask = mask > torch.finfo(mask.dtype).min / 2
     real: Tensor = mask[:, -tokens:].bool().expand(batch, tokens)

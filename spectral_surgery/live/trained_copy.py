@@ -63,8 +63,8 @@ def _is_spectral(module: nn.Module) -> bool:
 def _dense(layer: nn.Module, done: dict[int, nn.Parameter]) -> nn.Module:
     if not isinstance(layer, SpectralEmbedding | SpectralLinear):
         raise ConfigError(
-            "modules_to_save: a Conv1D that was compressed in memory cannot be trained whole; Linear and Embedding"
-            " layers are accepted. Compress the model without it."
+            "modules_to_save: expected Linear or Embedding layers to train whole, got a Conv1D that was compressed in"
+            " memory. Compress the model without it."
         )
     dense = layer.to_dense().train(layer.training)
     dense.weight = done.setdefault(id(layer.spectrum), cast(nn.Parameter, dense.weight))

@@ -40,7 +40,7 @@ def train_kept(
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in spectra if name not in everywhere]
     if missing:
-        raise TargetError(f"{missing[0]}: is no parameter of {type(model).__name__}; see named_parameters().")
+        raise TargetError(f"{missing[0]}: is not a parameter of {type(model).__name__}; see named_parameters().")
     places: dict[int, list[str]] = {}
     for name, parameter in everywhere.items():
         places.setdefault(id(parameter), []).append(name)
@@ -48,8 +48,8 @@ def train_kept(
     found = []
     for name, parts in spectra.items():
         weight, values = everywhere[name].detach(), None  # registering puts other data into the parameter
-        for own in places[id(everywhere[name])]:
-            path, _, leaf = own.rpartition(".")
+        for place in places[id(everywhere[name])]:
+            path, _, leaf = place.rpartition(".")
             module = model.get_submodule(path)
             kept = KeptSpectrum(parts, weight.shape, weight if rounded else None).to(weight.device)
             parametrize.register_parametrization(module, leaf, kept, unsafe=True)
@@ -74,7 +74,7 @@ def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     everywhere = dict(model.named_parameters())
     for name, dtype in dtypes.items():
         if name not in everywhere:
-            raise TargetError(f"{name}: is no parameter of {type(model).__name__}; see named_parameters().")
+            raise TargetError(f"{name}: is not a parameter of {type(model).__name__}; see named_parameters().")
         path, _, leaf = name.rpartition(".")
         module, vector = model.get_submodule(path), everywhere[name]
         parametrize.register_parametrization(module, leaf, Rounded(vector, dtype))
@@ -94,7 +94,7 @@ def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
 
 def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
     """The parametrizations of a model in training with the values of each, in every place that a weight has."""
-    return [(own, values) for _, own, values in _holders(model)]
+    return [(kept, values) for _, kept, values in _holders(model)]
 
 
 def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
@@ -127,11 +127,11 @@ def settle(model: nn.Module) -> None:
             continue
         for leaf, holder in list(cast(Any, module.parametrizations).items()):
             if isinstance(holder[0], KeptSpectrum):
-                own = id(holder.original)
-                if own not in dense:
-                    dense[own] = nn.Parameter(getattr(module, leaf).detach())
+                key = id(holder.original)
+                if key not in dense:
+                    dense[key] = nn.Parameter(getattr(module, leaf).detach())
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-                setattr(module, leaf, dense[own])
+                setattr(module, leaf, dense[key])
 
 
 def unfreeze_spectra(model: nn.Module) -> list[nn.Parameter]:
@@ -154,8 +154,8 @@ def unfreeze_spectra(model: nn.Module) -> list[nn.Parameter]:
             made[id(weight)] = TrainableWeight(weight)
         layer.spectrum = made[id(weight)]
     if not made:
-        raise TargetError(f"{type(model).__name__}: has no spectral layers; a compressed model is accepted.")
-    return [own.values for own in made.values()]
+        raise TargetError(f"{type(model).__name__}: expected a compressed model, got one without spectral layers.")
+    return [weight.values for weight in made.values()]
 
 
 def freeze_spectra(model: nn.Module, resident: str = "coded") -> None:

@@ -63,14 +63,11 @@ def merge_weight(base: Tensor, delta: Tensor, where: str, scale: Tensor | None =
         NotMergeableError: when base, Δ or the sum is not finite.
     """
     if base.dtype not in _INTEGERS:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _INTEGERS)
-        raise ConfigError(
-            f"{where}: is {str(base.dtype).removeprefix('torch.')}; {accepted} are accepted. Merge into a model that is"
-            " not quantised."
-        )
+        expected, got = (", ".join(str(t).removeprefix("torch.") for t in types) for types in (_INTEGERS, [base.dtype]))
+        raise ConfigError(f"{where}: expected one of {expected}, got {got}. Merge into a model that is not quantised.")
     for tensor, what in ((base, "the weight"), (delta, "the update"), (scale, "a factor of it")):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise NotMergeableError(f"{where}: {what} has NaN or infinity; finite numbers are accepted.")
+            raise NotMergeableError(f"{where}: expected finite numbers, got NaN or infinity in {what}.")
     step = grid_step(delta)
     update = on_grid(delta, step)
     merged = base.float() + update if scale is None else (base.double() + update.double()) * scale
@@ -100,7 +97,7 @@ def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str, scale:
     """
     if digest(merged) != undo.merged:
         raise UnmergeError(
-            f"{where}: was changed after the merge; the weight as merge wrote it is accepted. Use an untouched copy."
+            f"{where}: expected the weight as merge wrote it, got one that was changed since. Use an untouched copy."
         )
     base = _decode(undo.data, merged, _guess(merged, on_grid(delta, undo.step), scale), where)
     if digest(base) != undo.base:
@@ -130,8 +127,8 @@ def _encode(base: Tensor, merged: Tensor, guesses: Tensor) -> bytes:
     flat = [tensor.detach().cpu().reshape(-1) for tensor in (base, merged, guesses)]
     blocks = []
     for start in range(0, base.numel(), _BLOCK):
-        own, after, guess = (tensor[start : start + _BLOCK] for tensor in flat)
-        difference = _rank(own) - _rank(guess)
+        before, after, guess = (tensor[start : start + _BLOCK] for tensor in flat)
+        difference = _rank(before) - _rank(guess)
         zigzag = np.asarray((difference << 1) ^ (difference >> 63))
         order, counts = _by_class(after, guess)
         widths, planes = [], []
@@ -189,8 +186,8 @@ def _unpacked(payload: bytes, widths: list[int], counts: Integers, where: str) -
 
 def _unfit(where: str) -> UnmergeError:
     return UnmergeError(
-        f"{where}: the base does not come out; the adapter and the record as merge wrote them are accepted. One of them"
-        " was changed, or is damaged."
+        f"{where}: expected the adapter and the record as merge wrote them, got others: the base does not come out. One"
+        " of them was changed, or is damaged."
     )
 
 
@@ -205,8 +202,8 @@ def _guess(merged: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
 def _by_class(merged: Tensor, guess: Tensor) -> tuple[Integers, Integers]:
     """(order that sorts by how many exponents the merged weight is above the guess, members of each class)."""
     shift = _MANTISSA[merged.dtype]
-    own, other = ((t.abs().view(_INTEGERS[t.dtype]) >> shift).to(torch.int16) for t in (merged, guess))
-    classes = (own - other).clamp_(0, _CLASSES - 1).to(torch.uint8).numpy()
+    exponents, other = ((t.abs().view(_INTEGERS[t.dtype]) >> shift).to(torch.int16) for t in (merged, guess))
+    classes = (exponents - other).clamp_(0, _CLASSES - 1).to(torch.uint8).numpy()
     return np.argsort(classes, kind="stable"), np.bincount(classes, minlength=_CLASSES)
 
 

@@ -63,8 +63,7 @@ def objective_of(config: Mapping[str, object]) -> Objective:
     """
     if needs_decoder_input(config):
         raise ConfigError(
-            "heal: the model has an encoder and a decoder, and its text alone does not run both; models of one of them"
-            " are accepted."
+            "heal: expected an encoder or a decoder, got a model of both, which its text alone does not run."
         )
     return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task_of(config) or "", "embeddings")]
 
@@ -77,8 +76,7 @@ def _with_hidden(model: nn.Module, batch: Batch) -> Any:
     outputs = called(model, named={**batch, "output_hidden_states": True})
     if not getattr(outputs, "hidden_states", None):  # None, or none of the layers that are recorded
         raise ConfigError(
-            f"heal: {type(model).__name__} returns no hidden states when it is asked for them; a model that does is"
-            " accepted."
+            f"heal: expected a model that returns hidden states when it is asked for them, got {type(model).__name__}."
         )
     return outputs
 
@@ -92,7 +90,7 @@ def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
     mask = batch["attention_mask"][..., None]
-    first, second = (_pooled(own.hidden_states[-1], mask) for own in (student, teacher))
+    first, second = (_pooled(outputs.hidden_states[-1], mask) for outputs in (student, teacher))
     return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, mask)
 
 
@@ -109,7 +107,7 @@ def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
     states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))
     pooler = getattr(teacher, "pooler_output", None)
     errors = [
-        _masked(own - wanted, mask).square().sum() / _masked(wanted, mask).square().sum() for own, wanted in states
+        _masked(state - wanted, mask).square().sum() / _masked(wanted, mask).square().sum() for state, wanted in states
     ]
     if pooler is not None:
         errors.append((student.pooler_output - pooler).square().sum() / pooler.square().sum())
@@ -130,15 +128,17 @@ def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) 
 
 def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     logits = outputs.logits
-    own = _noise(logits, generator) if logits.shape[-1] == 1 else _drawn(logits, generator).sum() / math.sqrt(2)
-    return own / math.sqrt(len(logits)) + _project_hidden(outputs, batch["attention_mask"][..., None], generator)
+    scalar = _noise(logits, generator) if logits.shape[-1] == 1 else _drawn(logits, generator).sum() / math.sqrt(2)
+    return scalar / math.sqrt(len(logits)) + _project_hidden(outputs, batch["attention_mask"][..., None], generator)
 
 
 def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> Tensor:
-    states = [_masked(own, mask) for own in outputs.hidden_states]
+    states = [_masked(state, mask) for state in outputs.hidden_states]
     if getattr(outputs, "pooler_output", None) is not None:
         states.append(outputs.pooler_output)
-    return torch.stack([_noise(own, generator) / own.detach().norm() for own in states]).sum() / math.sqrt(len(states))
+    return torch.stack([_noise(state, generator) / state.detach().norm() for state in states]).sum() / math.sqrt(
+        len(states)
+    )
 
 
 def _masked(states: Tensor, mask: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class EvalData:
         return self.text is not None or self.sts is not None
 
 
-class Judge:
+class TextScores:
     """Holds model A in memory, and one other at a time beside it."""
 
     def __init__(self, a: Path, data: EvalData, device: str) -> None:
@@ -68,7 +68,7 @@ class Judge:
             if adapter is not None:
                 load(model, read_adapter(adapter))
             models.append(model.to(self._device))
-        return judge(models, self._tokenizer, self._data, causal=self._causal)
+        return score(models, self._tokenizer, self._data, causal=self._causal)
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         auto_class = "AutoModelForCausalLM" if self._causal else "AutoModel"
@@ -77,7 +77,7 @@ class Judge:
         return model.to(self._device), tokenizer
 
 
-def judge(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
+def score(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
     """Judge one or two models on text.
 
     Returns:
@@ -135,9 +135,7 @@ def compare_logits(
 
 def _cosines(models: Sequence[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:
     if len(models) < 2:
-        raise ConfigError(
-            "eval --text: one sentence encoder has nothing to be compared with; a second one is accepted."
-        )
+        raise ConfigError("eval --text: expected two sentence encoders to compare, got one.")
     first, second = (SentenceEncoder(model, tokenizer).embed(lines) for model in models)
     return {"cosine": float((first * second).sum(-1).mean())}
 
@@ -147,7 +145,7 @@ def _spearman(models: Sequence[Any], tokenizer: Any, data: EvalData) -> dict[str
         return {}
     pairs = read_examples(data.sts)[: data.samples or None]
     if any(len(pair.texts) != 2 or not isinstance(pair.label, float) for pair in pairs):
-        raise ConfigError(f"{data.sts}: rows are not two sentences and a score; such rows are accepted.")
+        raise ConfigError(f"{data.sts}: expected rows of two sentences and a score, got others.")
     scores = torch.tensor([float(pair.label or 0) for pair in pairs]).numpy()
     found = {}
     for name, model in zip(("spearman_a", "spearman_b"), models, strict=False):

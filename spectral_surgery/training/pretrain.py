@@ -13,7 +13,7 @@ from torch import nn
 from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.registry import Table
 from spectral_surgery.text.tasks import Features
-from spectral_surgery.training.trainer import History, Job, course, make_trainer
+from spectral_surgery.training.trainer import History, Job, make_trainer, run_trainer
 
 _HEAD_WIDTH = 32  # of attention, where the width allows it
 
@@ -79,7 +79,7 @@ def _fftnet(sizes: ModelSizes, vocabulary: dict[str, Any]) -> Any:
 def _transformer(sizes: ModelSizes, vocabulary: dict[str, Any]) -> Any:
     """A Llama of the same width and depth, and an MLP that makes up for the rest of the parameters."""
     if sizes.d_model % 2:
-        raise ConfigError(f"--d-model {sizes.d_model}: an even number is accepted for a Transformer.")
+        raise ConfigError(f"--d-model: expected an even number for a Transformer, got {sizes.d_model}.")
     with torch.device("meta"):
         wanted = _fftnet(sizes, vocabulary).num_parameters()
         least = _llama(sizes, vocabulary, 1).num_parameters()
@@ -111,7 +111,7 @@ STARTS: Table[Start] = Table("model to start from", [Start("fftnet", _fftnet), S
 def train_whole(job: Job, *, resume: bool) -> History:
     """Train all of a model, which afterwards has the weights that did best on the held-out examples."""
     trainer = make_trainer(job, _plain_trainer)
-    history, _ = course(job, trainer, "model.safetensors", resume=resume)
+    history, _ = run_trainer(job, trainer, "model.safetensors", resume=resume)
     return history
 
 
@@ -142,7 +142,7 @@ def require_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def judge(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[str, float]:
+def prediction_scores(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[str, float]:
     """How well a language model predicts.
 
     Returns:
@@ -173,7 +173,7 @@ def unigram(train: Sequence[Features], test: Sequence[Features], vocabulary: int
     """How well the mere frequencies of tokens predict; every model has to do better.
 
     Returns:
-        ``loss``, ``perplexity`` and ``accuracy``, as of `judge`.
+        ``loss``, ``perplexity`` and ``accuracy``, as of `prediction_scores`.
     """
     counts = torch.ones(vocabulary, dtype=torch.float64)  # one of each, so that none is impossible
     for row in train:

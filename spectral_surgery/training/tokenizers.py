@@ -19,7 +19,7 @@ def learn_bpe(text: str, vocabulary: int) -> Any:
     """
     if vocabulary <= _BYTES:
         raise ConfigError(
-            f"--vocab-size {vocabulary}: at least {_BYTES + 1} is accepted, the bytes and an end of text."
+            f"--vocab-size: expected {_BYTES + 1} or more, for the bytes and an end of text, got {vocabulary}."
         )
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,7 +64,7 @@ def tiktoken_named(name: str) -> Any:
         encoding = tiktoken.get_encoding(name)
     except ValueError:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise ConfigError(f"--tokenizer tiktoken:{name}: unknown; tiktoken: and {known} are accepted.") from None
+        raise ConfigError(f"--tokenizer: expected tiktoken: and one of {known}, got tiktoken:{name}.") from None
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END])
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # they are here, not in a file
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END, eos_token=END, pad_token=END)

@@ -111,13 +111,13 @@ def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterS
         (what happened, the best adapter).
     """
     trainer = make_trainer(job, partial(_trainer_class, spec=spec))
-    history, folder = course(job, trainer, "adapter_config.json", resume=resume)
+    history, folder = run_trainer(job, trainer, "adapter_config.json", resume=resume)
     trainer.accelerator.wait_for_everyone()
     state = read_adapter(folder) if folder else state_of(job.model, spec, full=whole)
     return history, replace(state, spec=spec)
 
 
-def course(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:
+def run_trainer(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:
     """Let a Trainer train.
 
     Returns:
@@ -183,7 +183,9 @@ def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
         data_collator=lambda features: job.task.collate(job.tokenizer, features),
         train_dataset=list(job.train),
         eval_dataset=list(job.held_out),
-        compute_metrics=lambda own: job.task.measures(own.predictions, own.label_ids) if job.task.labelled else {},
+        compute_metrics=lambda output: (
+            job.task.measures(output.predictions, output.label_ids) if job.task.labelled else {}
+        ),
         callbacks=callbacks,
     )
     for unwanted in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
@@ -278,10 +280,10 @@ def _trainer_class(job: Job, spec: AdapterSpec) -> Any:
 
         optimizer: Any
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **own: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
             with running(job.model):
                 if job.task.loss is None:
-                    return super().compute_loss(model, inputs, return_outputs=return_outputs, **own)
+                    return super().compute_loss(model, inputs, return_outputs=return_outputs, **more)
                 loss, predictions = job.task.loss(model, inputs)
             return (loss, {"loss": loss, "logits": predictions}) if return_outputs else loss
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from spectral_surgery.calibration.block_streaming import Shelf, load_lazily
+from spectral_surgery.calibration.block_streaming import ActivationStore, load_lazily
 from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.live.blocks import blocks_in_turn, find_blocks, hidden_of
@@ -39,7 +39,7 @@ def test_one_block_at_a_time_gives_what_the_model_gives(tmp_path: Path, kind: st
     lazy = load_lazily(folder, read_index(folder), "AutoModel")
     model, _ = load_model(folder, "AutoModel", dtype=torch.float32)
     batch = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.int64)}
-    shelf = Shelf(0, tmp_path)  # every activation in a file
+    shelf = ActivationStore(0, tmp_path)  # every activation in a file
     held = []
     for name, block, run in blocks_in_turn(lazy.model, [batch], holding=lazy.holding, keep=shelf.put):
         there = [own for own, parameter in lazy.model.named_parameters() if not parameter.is_meta]
@@ -78,7 +78,7 @@ def test_fused_experts_are_put_together_when_their_block_has_its_turn(tmp_path: 
 
 
 def test_a_shelf_keeps_what_it_was_given(tmp_path: Path) -> None:
-    shelf = Shelf(100, tmp_path)
+    shelf = ActivationStore(100, tmp_path)
     given = [torch.randn(4, 5), torch.randn(30), torch.randn(0, 3), torch.arange(7)]
     kept = list(map(shelf.put, given))
     for own, held in zip(given, kept, strict=True):

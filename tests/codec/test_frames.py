@@ -21,7 +21,7 @@ from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.commands.heal.session import Workplace
+from spectral_surgery.commands.heal.session import HealSession
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
@@ -65,8 +65,10 @@ def by_heal(values: Tensor, folder: Path) -> EncodedSpectrum:
     source = source_of(values, folder)
     compress(source, folder / "out", OPTIONS)
     checkpoint = open_compressed(folder / "out")
-    place = Workplace(checkpoint, read_index(source), source, TextData(source), "cpu", folder, "key", 1, perf_counter)
-    (file,) = place.leave("layer.weight", [spectrum_of(values)], values.float())
+    session = HealSession(
+        checkpoint, read_index(source), source, TextData(source), "cpu", folder, "key", 1, perf_counter
+    )
+    (file,) = session.leave("layer.weight", [spectrum_of(values)], values.float())
     return part_in(file, values)
 
 

@@ -1,4 +1,4 @@
-"""eval beside GPTQ, Wanda and SparseGPT: calibrated on the same text, block by block, its bytes counted."""
+"""eval reference GPTQ, Wanda and SparseGPT: calibrated on the same text, block by block, its bytes counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from spectral_surgery.baselines import BASELINES
 from spectral_surgery.cli import cli
-from spectral_surgery.commands.eval import Beside, EvalData, evaluate
+from spectral_surgery.commands.eval import EvalData, Reference, evaluate
 from spectral_surgery.commands.eval.calibrated_baselines import calibrated_weights
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import read_index
@@ -50,7 +50,7 @@ def test_layers_of_blocks_are_quantised_as_they_are_stored(tmp_path: Path, kind:
 def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
     data, text_to_calibrate = EvalData(text=text), TextData(text, 64, 16)
-    report = evaluate(source, None, data, beside=Beside((), ("gptq3", "int3"), None, text_to_calibrate))
+    report = evaluate(source, None, data, reference=Reference((), ("gptq3", "int3"), None, text_to_calibrate))
     rows = {row.model: row for row in report.models}
     own, nearest = rows["GPTQ int3 g128"], rows["int3 g128"]
     assert own.cost.bits_per_weight == pytest.approx(nearest.cost.bits_per_weight, rel=0.01)
@@ -60,8 +60,8 @@ def test_the_table_has_gptq_beside_round_to_nearest(tmp_path: Path, text: Path) 
 
 def test_pruning_with_inputs_is_better_than_without_at_the_same_bytes(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    beside = Beside((), ("sparsegpt", "prune", "wanda"), 6.0, TextData(text, 64, 16))
-    report = evaluate(source, None, EvalData(text=text), beside=beside)
+    reference = Reference((), ("sparsegpt", "prune", "wanda"), 6.0, TextData(text, 64, 16))
+    report = evaluate(source, None, EvalData(text=text), reference=reference)
     _, surgery, magnitude, wanda = report.models
     assert surgery.cost.nbytes == magnitude.cost.nbytes == wanda.cost.nbytes
     assert surgery.measures["cosine"] > magnitude.measures["cosine"]
@@ -72,14 +72,14 @@ def test_pruning_with_inputs_is_better_than_without_at_the_same_bytes(tmp_path: 
 def test_without_text_it_is_refused(tmp_path: Path, text: Path, name: str) -> None:
     source = save_model("bert", tmp_path / "model")
     with pytest.raises(ConfigError, match=r"eval --baseline \w+: needs text to calibrate on. Give some with --calib"):
-        evaluate(source, None, EvalData(text=text), beside=Beside((), (name,), 4.0))
+        evaluate(source, None, EvalData(text=text), reference=Reference((), (name,), 4.0))
 
 
 def test_a_rate_that_is_too_low_is_refused_by_the_name_of_the_tensor(tmp_path: Path, text: Path) -> None:
     source = save_model("bert", tmp_path / "model")
-    beside = Beside((), ("wanda",), 1.0, TextData(text, 8, 16))
+    reference = Reference((), ("wanda",), 1.0, TextData(text, 8, 16))
     with pytest.raises(ConfigError, match=r"layer.0.attention.self.\w+.weight: wanda: 1 bits per weight cannot hold"):
-        evaluate(source, None, EvalData(), beside=beside)
+        evaluate(source, None, EvalData(), reference=reference)
 
 
 def test_the_number_of_sequences_is_that_of_the_option(tmp_path: Path, text: Path) -> None:
@@ -89,6 +89,6 @@ def test_the_number_of_sequences_is_that_of_the_option(tmp_path: Path, text: Pat
     assert done.exit_code == 0, done.output
     errors = [json.loads(done.stdout)["models"][1]["relative_error"]]
     for samples in (4, 80):
-        beside = Beside((), ("sparsegpt",), 6.0, TextData(text, samples))
-        errors.append(evaluate(source, None, EvalData(), beside=beside).models[1].cost.relative_error)
+        reference = Reference((), ("sparsegpt",), 6.0, TextData(text, samples))
+        errors.append(evaluate(source, None, EvalData(), reference=reference).models[1].cost.relative_error)
     assert errors[0] == errors[1] != errors[2]

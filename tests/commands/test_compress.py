@@ -329,7 +329,7 @@ def test_the_source_is_never_overwritten(source: Path, out: str) -> None:
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_shard_out_of_range(tmp_path: Path, source: Path, shard: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match="out of range; 0/n to n-1/n"):
+    with pytest.raises(ConfigError, match="shard: expected 0/n to n-1/n, got"):
         compress_shard(source, tmp_path / "out", FIFTH, shard)
 
 

@@ -17,7 +17,7 @@ from spectral_surgery.baselines import BASELINES, SHORT_NAMES
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.commands.eval import Beside, EvalData, ModelRow, evaluate
+from spectral_surgery.commands.eval import EvalData, ModelRow, Reference, evaluate
 from spectral_surgery.commands.eval.baselines import Cost, matrices_of, write_baseline
 from spectral_surgery.commands.eval.plot import plot_rate_distortion
 from spectral_surgery.errors import ConfigError
@@ -91,11 +91,11 @@ def test_the_plot_of_the_table(folder: Path, tmp_path: Path) -> None:
 def test_rates_that_hold_no_bitmap_are_left_out(folder: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny"
     compress(folder / "source", tiny, CompressOptions(Target("bits", 0.9)))
-    beside = Beside((tiny,), ("svd", "prune"))
-    report = evaluate(folder / "source", folder / "compressed", EvalData(), beside=beside)
+    reference = Reference((tiny,), ("svd", "prune"))
+    report = evaluate(folder / "source", folder / "compressed", EvalData(), reference=reference)
     assert [row.short for row in report.models] == ["source", "compressed", "tiny", "svd", "svd", "prune"]
     with pytest.raises(ConfigError, match=r"prune: 0\.\d+ bits per weight cannot hold a bitmap"):
-        evaluate(folder / "source", tiny, EvalData(), beside=Beside(baselines=("prune",)))
+        evaluate(folder / "source", tiny, EvalData(), reference=Reference(baselines=("prune",)))
 
 
 def test_points_of_the_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_points_of_the_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         plot_rate_distortion([ModelRow("b", Cost(3.0, 1, 0.2), {measure: 0.75}, "", "b")], tmp_path / "x.png", "")
         assert drawn[-1].get_ylabel().startswith(name)
         assert drawn[-1].lines[0].get_ydata()[0] == value
-    with pytest.raises(ConfigError, match=r"--plot: no model differs from the first; compressed models or baselines"):
+    with pytest.raises(ConfigError, match=r"--plot: expected models that differ from the first, got none"):
         plot_rate_distortion(rows[:1], tmp_path / "x.png", "a model")
 
 
@@ -143,7 +143,7 @@ def test_help_names_every_baseline() -> None:
 
 def test_a_baseline_is_judged_by_the_weights_that_it_leaves(folder: Path) -> None:
     data = EvalData(folder / "text.txt", seq_length=12)
-    report = evaluate(folder / "source", None, data, beside=Beside(baselines=("nf4",)))
+    report = evaluate(folder / "source", None, data, reference=Reference(baselines=("nf4",)))
     model, tokenizer = load_model(folder / "source", "AutoModelForCausalLM", dtype=torch.float32)
     before = compare_logits([model], tokenizer, WORDS, 12)
     index = read_index(folder / "source")
@@ -188,16 +188,16 @@ def test_experts_are_taken_one_by_one_and_tied_tensors_count_once(tmp_path: Path
 
 def test_what_no_table_can_be_made_of(folder: Path) -> None:
     a, b = folder / "source", folder / "compressed"
-    with pytest.raises(ConfigError, match=r"eval --baseline prune: no rate to meet; a compressed B or --bits"):
-        evaluate(a, None, EvalData(), beside=Beside(baselines=("prune",)))
-    with pytest.raises(ConfigError, match=r"eval --baseline: compressed is compressed; a plain A is accepted"):
-        evaluate(b, None, EvalData(), beside=Beside(baselines=("int8",)))
-    with pytest.raises(ConfigError, match=r"eval --adapter: beside baselines or several B"):
-        evaluate(a, b, EvalData(), beside=Beside(others=(b,)), adapter=folder)
+    with pytest.raises(ConfigError, match=r"baseline prune: expected a compressed B or --bits to meet, got none"):
+        evaluate(a, None, EvalData(), reference=Reference(baselines=("prune",)))
+    with pytest.raises(ConfigError, match=r"eval --baseline: expected a plain A .*, got compressed"):
+        evaluate(b, None, EvalData(), reference=Reference(baselines=("int8",)))
+    with pytest.raises(ConfigError, match=r"eval --adapter: reference baselines or several B"):
+        evaluate(a, b, EvalData(), reference=Reference(others=(b,)), adapter=folder)
     with pytest.raises(ConfigError, match=r"baseline 'int5': unknown"):
-        evaluate(a, None, EvalData(), beside=Beside(baselines=("int5",)))
+        evaluate(a, None, EvalData(), reference=Reference(baselines=("int5",)))
     with pytest.raises(ConfigError, match=r"embed_tokens.weight: prune: 0.5 bits per weight cannot hold"):
-        evaluate(a, None, EvalData(), beside=Beside(baselines=("prune",), bits=0.5))
-    table = evaluate(a, None, EvalData(), beside=Beside(baselines=("prune", "svd"), bits=6.0)).models
+        evaluate(a, None, EvalData(), reference=Reference(baselines=("prune",), bits=0.5))
+    table = evaluate(a, None, EvalData(), reference=Reference(baselines=("prune", "svd"), bits=6.0)).models
     assert [row.model for row in table] == ["source", "magnitude pruning, 6 bits", "truncated SVD, 6 bits"]
-    assert evaluate(a, b, EvalData(), beside=Beside(others=(b,))).models[2].cost.nbytes == read_index(b).nbytes
+    assert evaluate(a, b, EvalData(), reference=Reference(others=(b,))).models[2].cost.nbytes == read_index(b).nbytes

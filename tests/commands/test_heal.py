@@ -66,21 +66,21 @@ def test_the_healed_model_is_nearer_at_the_same_positions(tmp_path: Path, kind: 
     source = save_model(kind, tmp_path / "model")
     compress(source, tmp_path / "sparse", SPARSE)
     report = heal(tmp_path / "sparse", source, tmp_path / "healed", TextData(text, 0, 16, 16), MANY)
-    assert report.course.best < 0.9 * report.course.held_out[0][1]
+    assert report.curve.best < 0.9 * report.curve.held_out[0][1]
     assert not report.untrained
     before, after = open_compressed(tmp_path / "sparse"), open_compressed(tmp_path / "healed")
     for name, record in after.manifest.tensors.items():
         for part in range(len(record.parts)):
             kept = before.part(name, part).decode().codes != 0
             assert not (after.part(name, part).decode().codes != 0)[~kept].any()
-    assert str(after.manifest.options["healing"]).endswith(f"step {report.course.best_step} of 40")
+    assert str(after.manifest.options["healing"]).endswith(f"step {report.curve.best_step} of 40")
     for name in ("sparse", "healed"):
         decompress(tmp_path / name, tmp_path / f"{name}-plain", verify=True)
     plain = (tmp_path / "sparse-plain", tmp_path / "healed-plain")
     errors = [distance(own, source, causal=kind != "bert") for own in plain]
     assert errors[1] < 0.95 * errors[0]
     assert (tmp_path / "healed" / "heal.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "healed" / "heal.json").read_text())["held_out_after"] == report.course.best
+    assert json.loads((tmp_path / "healed" / "heal.json").read_text())["held_out_after"] == report.curve.best
     assert "heal" in (tmp_path / "healed" / "README.md").read_text()
 
 
@@ -94,7 +94,7 @@ def test_what_is_stored_is_what_was_trained(tmp_path: Path, sparse: Path, bert: 
         TextData(text, 0, 16, 16),
         DistillSettings(steps=1),
     )
-    assert again.course.held_out[0][1] == pytest.approx(report.course.best, rel=2e-2)
+    assert again.curve.held_out[0][1] == pytest.approx(report.curve.best, rel=2e-2)
     decompress(tmp_path / "out", tmp_path / "plain")
     trained, _ = load_model(tmp_path / "plain", "AutoModel", dtype=torch.float32)
     stored, _ = load_model(tmp_path / "out", "AutoModel", dtype=torch.float32)
@@ -151,7 +151,7 @@ def test_block_after_block(tmp_path: Path, kind: str, text: Path) -> None:
     report = heal(tmp_path / "sparse", source, tmp_path / "healed", data, MANY, blocks=True)
     assert len(report.blocks) == 2
     assert all(after < 0.95 * before for before, after in report.blocks.values())
-    assert report.course.step == 80
+    assert report.curve.step == 80
     inside = [name for name in report.manifest.tensors if ".0." in name or ".1." in name]
     assert report.trained[0] == len(inside)
     assert set(report.untrained) == set(report.manifest.tensors) - set(inside)
@@ -209,7 +209,7 @@ def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Pat
         bert, tmp_path / "out", options, calibrate=calibration, heal=Healing(data, FAST), run=Run(resume=True)
     )
     assert report.healing is not None
-    assert report.healing.course.step == 12
+    assert report.healing.curve.step == 12
     assert not (tmp_path / "out.partial").exists()
     assert report.manifest.options["calibration"]
     assert report.output_bytes < report.input_bytes / 4
@@ -219,17 +219,17 @@ def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Pat
 def test_a_rising_loss_stops_early_and_keeps_the_start(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     wild = DistillSettings(steps=40, eval_every=2, patience=2, warmup_steps=1, learning_rate=30.0)
     report = heal(sparse, bert, tmp_path / "out", TextData(text, 0, 16, 16), wild)
-    assert report.course.best_step == 0
-    assert report.course.step < 40
-    assert report.course.best == report.course.held_out[0][1]
+    assert report.curve.best_step == 0
+    assert report.curve.step < 40
+    assert report.curve.best == report.curve.held_out[0][1]
 
 
 def test_what_healing_refuses(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     other = save_model("llama", tmp_path / "llama")
-    with pytest.raises(CheckpointError, match=r"was not made from .*llama; the checkpoint it was made from is needed"):
+    with pytest.raises(CheckpointError, match=r"expected the checkpoint that it was made from, got .*llama"):
         heal(sparse, other, tmp_path / "out", TextData(text))
     (tmp_path / "short.txt").write_text("one line")
-    with pytest.raises(ConfigError, match=r"heal --blocks --device cuda: blocks run on the cpu\. Leave one"):
+    with pytest.raises(ConfigError, match=r"heal --blocks: expected --device cpu, got cuda\. Leave one"):
         heal(sparse, bert, tmp_path / "out", TextData(text), FEW, blocks=True, device="cuda")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="two or more sequences of up to 128 tokens, got 2 tokens"):
@@ -283,10 +283,10 @@ def test_what_is_not_trained_counts_as_it_is_stored(tmp_path: Path, text: Path) 
     compress(source, tmp_path / "experts", CompressOptions(Target("bits", 1.0)))
     report = heal(tmp_path / "experts", source, tmp_path / "out", TextData(text, 0, 16, 16), FEW)
     assert len(report.untrained) == 12  # experts, which the model fuses
-    with_experts = report.course.held_out[0][1]
+    with_experts = report.curve.held_out[0][1]
     compress(source, tmp_path / "rest", CompressOptions(Target("bits", 1.0), exclude=("*experts*",)))
     report = heal(tmp_path / "rest", source, tmp_path / "other", TextData(text, 0, 16, 16), FEW)
-    assert report.course.held_out[0][1] < 0.9 * with_experts
+    assert report.curve.held_out[0][1] < 0.9 * with_experts
     report = heal(
         tmp_path / "experts",
         source,
@@ -303,12 +303,12 @@ def test_classifiers_heal_and_encoder_decoders_are_refused(tmp_path: Path, text:
     compress(source, tmp_path / "sparse", SPARSE)
     report = heal(tmp_path / "sparse", source, tmp_path / "out", TextData(text, 0, 16, 16), MANY)
     assert report.objective == "classes"
-    assert report.course.best < report.course.held_out[0][1]
+    assert report.curve.best < report.curve.held_out[0][1]
     t5 = save_other("t5", tmp_path / "t5")
     compress(t5, tmp_path / "t5-sparse", SPARSE)
-    with pytest.raises(ConfigError, match="heal: the model has an encoder and a decoder, and its text alone does not"):
+    with pytest.raises(ConfigError, match="heal: expected an encoder or a decoder, got a model of both"):
         heal(tmp_path / "t5-sparse", t5, tmp_path / "no", TextData(text, 0, 16, 16), FEW)
-    with pytest.raises(ConfigError, match="calibrate: the model has an encoder and a decoder, and its text alone"):
+    with pytest.raises(ConfigError, match="calibrate: expected an encoder or a decoder, got a model of both"):
         compress(t5, tmp_path / "no", CompressOptions(Target("bits", 3.0)), calibrate=TextData(text, 8, 16))
 
 
@@ -324,7 +324,7 @@ def test_commands(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     assert code == 0, said
     body = json.loads(said)
     assert body["objective"] == "embeddings"
-    assert len(body["course"]["held_out"]) == 3
+    assert len(body["curve"]["held_out"]) == 3
     code, said = run("compress", bert, tmp_path / "b", "--sparsity", 0.2, "--heal", text, "--steps", 4, "-q")
     assert code == 0, said
     assert "coefficients trained, step 4 of 4 kept" in said

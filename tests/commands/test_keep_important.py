@@ -86,7 +86,7 @@ def test_language_models_keep_the_largest(tmp_path: Path, text: Path) -> None:
     assert report.manifest.options["importance"] is None
     report = compress(source, tmp_path / "asked", plain, heal=Healing(data, FEW, "important"))
     assert report.manifest.options["importance"]
-    with pytest.raises(ConfigError, match="allocation slope: needs text to measure on"):
+    with pytest.raises(ConfigError, match="allocation: expected even without text, got slope"):
         compress(source, tmp_path / "slope", SPARSE, heal=Healing(data, FEW))
 
 

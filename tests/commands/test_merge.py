@@ -263,7 +263,7 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
     tensors = load_file(file)
     tensors[f"{Q}.weight"][0, 0] += 1
     save_file(tensors, file)
-    refused(UnmergeError, r"q_proj\.weight: was changed after the merge")
+    refused(UnmergeError, r"q_proj\.weight: expected the weight as merge wrote it, got one that was changed")
 
 
 def test_a_resized_vocabulary_is_said_wherever_the_configuration_has_it(tmp_path: Path) -> None:

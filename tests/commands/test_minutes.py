@@ -68,19 +68,19 @@ def test_the_minutes_are_kept_within_a_tenth(
     seconds: Callable[[int], float], steps: tuple[int, int], eval_every: int
 ) -> None:
     machine = Machine(seconds)
-    course = trained_on(machine, 2.0, eval_every)
+    curve = trained_on(machine, 2.0, eval_every)
     assert machine.now == pytest.approx(120, rel=0.1)
-    assert course.seconds == pytest.approx(machine.now, abs=1e-6)
-    assert course.step == course.steps == course.held_out[-1][0]
+    assert curve.seconds == pytest.approx(machine.now, abs=1e-6)
+    assert curve.step == curve.steps == curve.held_out[-1][0]
     if eval_every == 1000:
-        assert steps[0] <= course.step <= steps[1]
+        assert steps[0] <= curve.step <= steps[1]
 
 
 def test_costly_evaluations_count(tmp_path: Path) -> None:
     machine = Machine(lambda step: 1.0 if step < 10 else 2.0)
-    course = trained_on(machine, 4.0, 10, held_out=15, state=tmp_path / "state.safetensors")
+    curve = trained_on(machine, 4.0, 10, held_out=15, state=tmp_path / "state.safetensors")
     assert machine.now == pytest.approx(240, rel=0.1)
-    assert course.held_out[-1][0] == course.step
+    assert curve.held_out[-1][0] == curve.step
 
 
 def test_one_step_is_done_where_none_fits() -> None:
@@ -145,4 +145,4 @@ def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> No
         run=Run(progress=passes),
     )
     assert seconds == pytest.approx(60, rel=0.1)
-    assert 28 <= report.course.step <= 38
+    assert 28 <= report.curve.step <= 38

@@ -23,7 +23,7 @@ from spectral_surgery.text.data import TextData
 from spectral_surgery.training.loop import DistillSettings
 
 FEW = DistillSettings(steps=2, eval_every=2, warmup_steps=1)
-REFUSED = r"^heal: the outputs of the model give its weights no gradients \(.*Compress it without healing\.$"
+REFUSED = r"^heal: expected a model that autograd can follow, got .*Compress it without healing\.$"
 INSIDE = ("*attention*weight", "*dense*weight")
 
 

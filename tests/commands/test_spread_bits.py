@@ -60,7 +60,7 @@ def test_a_layer_whose_outputs_count_more_costs_more(tmp_path: Path, bert: Path,
 
 
 def test_slopes_need_text(tmp_path: Path, bert: Path) -> None:
-    with pytest.raises(ConfigError, match="allocation slope: needs text to measure on; without any, even is accepted"):
+    with pytest.raises(ConfigError, match="allocation: expected even without text, got slope"):
         compress(bert, tmp_path / "out", CompressOptions(Target("bits", 3.0), allocation="slope"))
 
 

@@ -152,8 +152,12 @@ def test_data_that_does_not_fit_says_so(tmp_path: Path, bert: Path, llama: Path,
     out = tmp_path / "out"
     pairs = write_pairs(tmp_path / "pairs.csv", ("good", "bad"))
     cases = [
-        (bert, TrainData(text, task="regression"), "--task regression: the data has no labels"),
-        (bert, TrainData(pairs, task="similarity", columns=()), "--task similarity: label '(good|bad)' is no number"),
+        (bert, TrainData(text, task="regression"), "--task regression: expected a label in the last column, got none"),
+        (
+            bert,
+            TrainData(pairs, task="similarity", columns=()),
+            "similarity: expected numbers as labels, got '(good|bad)'",
+        ),
         (llama, TrainData(text, eval_fraction=1.5), r"expected numbers above 0 with a sum below 1, got 1\.5"),
         (llama, TrainData(tmp_path / "gone.txt"), r"gone\.txt: no such file"),
     ]

@@ -144,5 +144,5 @@ def test_spectral_layers_are_trained_and_freeze_to_what_was_trained(resident: st
 
 
 def test_a_model_without_spectral_layers_is_refused() -> None:
-    with pytest.raises(TargetError, match="Tied: has no spectral layers; a compressed model is accepted"):
+    with pytest.raises(TargetError, match="Tied: expected a compressed model, got one without spectral layers"):
         unfreeze_spectra(Tied())

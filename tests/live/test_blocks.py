@@ -81,5 +81,5 @@ def test_models_without_blocks_or_text(model: Model) -> None:
         return model.embed(input_ids)
 
     model.forward = embed_only  # type: ignore[method-assign]
-    with pytest.raises(TargetError, match="Model: the first of 12 blocks in a list is not run on text alone"):
+    with pytest.raises(TargetError, match="Model: expected a model that runs the first of its 12 blocks on text alone"):
         next(blocks_in_turn(model, BATCHES))

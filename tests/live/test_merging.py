@@ -69,27 +69,27 @@ def test_the_record_is_small_while_the_update_is(dtype: torch.dtype, share: floa
 
 def test_what_cannot_be_merged_says_why() -> None:
     one = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(ConfigError, match=r"w: is int8; float32, bfloat16, float16 are accepted. Merge into a model"):
+    with pytest.raises(ConfigError, match=r"w: expected one of float32, bfloat16, float16, got int8"):
         merge_weight(torch.ones(2, dtype=torch.int8), one, "w")
-    with pytest.raises(NotMergeableError, match="w: the weight has NaN or infinity"):
+    with pytest.raises(NotMergeableError, match="w: expected finite numbers, got NaN or infinity in the weight"):
         merge_weight(torch.full((2,), torch.nan), one, "w")
-    with pytest.raises(NotMergeableError, match="w: the update has NaN or infinity"):
+    with pytest.raises(NotMergeableError, match="w: expected finite numbers, got NaN or infinity in the update"):
         merge_weight(torch.ones(2), one * torch.inf, "w")
     with pytest.raises(NotMergeableError, match=r"w: the sum is beyond 6\.55e"):
         merge_weight(torch.ones(2, dtype=torch.float16), one * 1e6, "w")
-    with pytest.raises(ConfigError, match="merge: no adapter given"):
+    with pytest.raises(ConfigError, match="merge: expected one adapter or more, got none"):
         total_delta([], (2, 2), transposed=False)
 
 
 def test_a_changed_weight_or_update_or_record_is_refused() -> None:
     base, delta = torch.randn(9, 9), torch.randn(9, 9, dtype=torch.float64)
     merged, undo = merge_weight(base, delta, "w")
-    with pytest.raises(UnmergeError, match="w: was changed after the merge"):
+    with pytest.raises(UnmergeError, match="w: expected the weight as merge wrote it, got one that was changed"):
         unmerge_weight(merged + 1, delta, undo, "w")
-    with pytest.raises(UnmergeError, match="w: the base does not come out"):
+    with pytest.raises(UnmergeError, match=r"w: .*the base does not come out"):
         unmerge_weight(merged, delta + 1e-4, undo, "w")
     for data in (b"", undo.data[:-1], undo.data + b"x", b"\xff" * len(undo.data)):
-        with pytest.raises(UnmergeError, match="w: the base does not come out"):
+        with pytest.raises(UnmergeError, match=r"w: .*the base does not come out"):
             unmerge_weight(merged, delta, replace(undo, data=data), "w")
 
 
@@ -119,7 +119,7 @@ def test_merged_models_refuse_what_would_go_wrong() -> None:
     with pytest.raises(ConfigError, match="unmerge: nothing is merged"):
         unmerge(model)
     merge(model)
-    with pytest.raises(ConfigError, match=r"layers\.0\.q_proj: is merged already"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.q_proj: expected adapters beside the weights, got merged ones"):
         merge(model)
     text = "adapters default: are merged into the weight"
     with pytest.raises(ConfigError, match=text):
@@ -133,7 +133,7 @@ def test_merged_models_refuse_what_would_go_wrong() -> None:
         model(IDS)
     unmerge(model)
     attach.set_active(model, {})
-    with pytest.raises(ConfigError, match="merge: no adapter is active"):
+    with pytest.raises(ConfigError, match="merge: expected an active adapter, got none"):
         merge(model)
 
 

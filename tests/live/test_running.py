@@ -24,7 +24,7 @@ class Picky(nn.Module):
     [ValueError("You have\nto specify bbox"), KeyError(0), NotImplementedError(), StopIteration(), IndexError(1)],
 )
 def test_any_error_is_named(error: Exception) -> None:
-    with pytest.raises(TargetError, match="Picky: cannot be run on token ids") as told:
+    with pytest.raises(TargetError, match="Picky: expected a model that runs on token ids") as told:
         called(Picky(error), named={"input_ids": torch.zeros(1)})
     assert type(error).__name__ in str(told.value)
     assert "\n" not in str(told.value)

@@ -139,7 +139,7 @@ def why_refused(index: CheckpointIndex) -> str | None:
         return None
     method = quantised.get("quant_method")
     remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
-    return f"is quantised already ({method}); a dense checkpoint is accepted. {remedy}"
+    return f"expected a dense checkpoint, got one that is quantised already ({method}). {remedy}"
 
 
 def _dense(source: Path) -> CheckpointIndex:
@@ -211,7 +211,7 @@ def compress_shard(
     """
     started = time.perf_counter()
     if not 0 <= shard[0] < shard[1]:
-        raise ConfigError(f"shard {shard[0]}/{shard[1]}: out of range; 0/n to n-1/n is accepted.")
+        raise ConfigError(f"shard: expected 0/n to n-1/n, got {shard[0]}/{shard[1]}.")
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, _settled(options, None, None), base=base)
@@ -241,7 +241,7 @@ def _settled(options: CompressOptions, calibrate: TextData | None, important: Te
     """The options with everything decided that was left open."""
     if calibrate is None and important is None:
         if options.allocation == "slope":
-            raise ConfigError("allocation slope: needs text to measure on; without any, even is accepted.")
+            raise ConfigError("allocation: expected even without text, got slope, which text is needed to measure.")
         return replace(options, allocation="even")
     # measured: a calibrated kept set is worse for being spread
     even = calibrate is not None and options.target.kind == "density"

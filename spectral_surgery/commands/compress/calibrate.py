@@ -35,7 +35,9 @@ def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
         ConfigError: when the target is an error, there is too little text, or nothing to calibrate.
     """
     if job.plan.options.target.kind == "max_error":
-        raise ConfigError("--calibrate: minimises the error itself; --bits or --sparsity is accepted with it.")
+        raise ConfigError(
+            "--calibrate: expected --bits or --sparsity with it, got --max-error, which it minimises itself."
+        )
     if job.plan.options.allocation == "slope":
         targets = spread_targets(job.source, job.index, job.plan, data, job.workshop)
         job = job.with_plan(job.plan.with_targets(targets))
@@ -57,7 +59,7 @@ class _Calibration:
         done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         if not done:
             told = "; ".join(
-                f"{reason} ({name})" for reason, name in {own: name for name, own in reasons.items()}.items()
+                f"{reason} ({name})" for reason, name in {reason: name for name, reason in reasons.items()}.items()
             )
             raise ConfigError(
                 f"calibrate: none of {len(planned)} matrices is in a linear layer that this text is multiplied by:"

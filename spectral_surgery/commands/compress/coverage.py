@@ -71,8 +71,8 @@ def coverage_of(plan: Plan, done: Sequence[Calibrated], reasons: Mapping[str, st
     rows: Counter[str] = Counter()
     for name, start, stop in reached:
         rows[name] += stop - start
-    sizes = {own.info.name: own for own in plan.tensors}
-    full = [name for name, own in sizes.items() if rows[name] == own.rows]
+    sizes = {tensor.info.name: tensor for tensor in plan.tensors}
+    full = [name for name, tensor in sizes.items() if rows[name] == tensor.rows]
     left = {name: reasons[name] for name in sizes if name not in full}
     for name in left.keys() & rows.keys():
         left[name] = f"{sizes[name].rows - rows[name]} of {sizes[name].rows} rows, of experts that no token came to"
@@ -92,10 +92,10 @@ def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
     kind = type(model).__name__
     unclear = {name for stored in names.unclear.values() for name in stored}
     found = {}
-    for own in plan.tensors:
-        name = own.info.name
+    for tensor in plan.tensors:
+        name = tensor.info.name
         if name in owners:
-            found[name] = _reason(own, *owners[name], prefix)
+            found[name] = _reason(tensor, *owners[name], prefix)
         elif name in unclear:
             found[name] = f"{kind} holds it in another form than it is stored"
         else:

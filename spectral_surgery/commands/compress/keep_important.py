@@ -68,7 +68,7 @@ def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progr
     trust = data.trust_remote_code
     model, tokenizer = load_model(source, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
     model.requires_grad_(requires_grad=False)
-    planned = {own.info.name: own for own in plan.tensors}
+    planned = {tensor.info.name: tensor for tensor in plan.tensors}
     weights = {}
     for matrix in matrices_of(names_in(model, index), planned, "", model):
         name, layers = matrix.tensor, list[Any](matrix.modules.values())
@@ -76,7 +76,7 @@ def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progr
             continue  # importance is measured by the gradient of one parameter
         basis = Basis(plan.options.transform, plan.options.tile, planned[name].axes)
         if not torch.isfinite(layers[0].weight).all():
-            raise ConfigError(f"{name}: has NaN or infinite values; finite weights are accepted. Repair it.")
+            raise ConfigError(f"{name}: expected finite weights, got NaN or infinite values. Repair it.")
         weights[name] = layers[0].weight.requires_grad_(), basis
     text, _ = train_and_held_out(data, tokenizer, model, causal=objective.causal, seq_length=objective.seq_length)
     return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}
@@ -123,8 +123,8 @@ def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:
 
 
 def _remember(workshop: Workshop, found: Mapping[str, Importance]) -> None:
-    tensors = {f"{name}.rows": own.rows for name, own in found.items()}
-    tensors |= {f"{name}.columns": own.columns for name, own in found.items()}
+    tensors = {f"{name}.rows": importance.rows for name, importance in found.items()}
+    tensors |= {f"{name}.columns": importance.columns for name, importance in found.items()}
     replace_file(workshop.folder / _FILE, save(tensors, {"key": workshop.key}))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.calibration.block_streaming import LazyModel, Shelf
+from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel
 from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, model_and_text
 from spectral_surgery.calibration.sensitivity import gradient_squares, probe, pull_back
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
@@ -78,8 +78,8 @@ def measure_shares(
         return {}
     causal = is_causal(index.config)
     batches = equal_lengths(_part(sequences), BATCH_TOKENS)
-    with closing(Shelf(IN_MEMORY, folder)) as shelf, suppress(UnchainedError):
-        return _Measurement(index, plan, lazy, shelf).run(batches, causal=causal)
+    with closing(ActivationStore(IN_MEMORY, folder)) as store, suppress(UnchainedError):
+        return _Measurement(index, plan, lazy, store).run(batches, causal=causal)
     return {}
 
 
@@ -94,13 +94,13 @@ class _Measurement:
     index: CheckpointIndex
     plan: Plan
     lazy: LazyModel
-    shelf: Shelf
+    store: ActivationStore
 
     def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, TensorCost]:
         blocks = self._blocks()
         given, errors, tables = self._forwards(blocks, batches)
         gradients, entered = self._backwards(blocks, given)
-        sizes = {own.info.name: own.info.numel for own in self.plan.tensors}
+        sizes = {tensor.info.name: tensor.info.numel for tensor in self.plan.tensors}
         costs = {name: error * gradients.get(name, 0.0) for name, error in errors.items()}
         for name, part in tables.items():
             costs[name] = part * entered / sizes[name]
@@ -108,9 +108,7 @@ class _Measurement:
             head = next((name for name in _HEADS if name in sizes), self._words())
             tokens = sum(batch["input_ids"].numel() for batch in batches)
             costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
-        return {
-            name: TensorCost(sizes[name], own) for name, own in costs.items() if name in sizes and 0 < own < math.inf
-        }
+        return {name: Share(sizes[name], cost) for name, cost in costs.items() if name in sizes and 0 < cost < math.inf}
 
     def _words(self) -> str:
         words = self.lazy.model.get_input_embeddings()
@@ -125,7 +123,7 @@ class _Measurement:
 
     def _blocks(self) -> list[_Block]:
         prefix, blocks = find_blocks(self.lazy.model)
-        planned = {own.info.name for own in self.plan.tensors if 1 in own.axes}
+        planned = {tensor.info.name for tensor in self.plan.tensors if 1 in tensor.axes}
         named = [(f"{prefix}.{number}.", block) for number, block in enumerate(blocks)]
         return [(name, block, matrices_of(self.lazy.names, planned, name, block)) for name, block in named]
 
@@ -139,22 +137,22 @@ class _Measurement:
         """
         prefix, modules = find_blocks(self.lazy.model)
         with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."):
-            given = [[captured_inputs(self.lazy.model, modules, batch, self.shelf.put) for batch in batches]]
-            planned = {own.info.name for own in self.plan.tensors}
-            power = {name: _power(own.weight) for name, own in self._tables() if name in planned}
+            given = [[captured_inputs(self.lazy.model, modules, batch, self.store.put) for batch in batches]]
+            planned = {tensor.info.name for tensor in self.plan.tensors}
+            power = {name: _power(table.weight) for name, table in self._tables() if name in planned}
         errors: dict[str, float] = {}
         for name, block, matrices in blocks:
             with self.lazy.holding(name, ""):
                 with moments_of(_layers(matrices)) as moments:
-                    given.append(next_inputs(block, given[-1], self.shelf.put))
-                for own in matrices:
-                    seen = [moments[key] for key in own.layers if key in moments]
+                    given.append(next_inputs(block, given[-1], self.store.put))
+                for matrix in matrices:
+                    seen = [moments[key] for key in matrix.layers if key in moments]
                     if seen:
-                        noise = feedback_noise(seen[0], self._basis(own.tensor))
-                        errors[own.tensor] = _power(own.weight) * noise
+                        noise = feedback_noise(seen[0], self._basis(matrix.tensor))
+                        errors[matrix.tensor] = _power(matrix.weight) * noise
                         del seen
                         release_freed_memory()
-        return given, errors, {name: own / (sum(power.values()) or 1.0) for name, own in power.items()}
+        return given, errors, {name: part / (sum(power.values()) or 1.0) for name, part in power.items()}
 
     def _backwards(self, blocks: Sequence[_Block], given: Sequence[Sequence[Sample]]) -> tuple[dict[str, float], float]:
         """By tensor, the mean square of the gradient with regard to an output of the layer; the cost of what enters.
@@ -162,17 +160,17 @@ class _Measurement:
         That is what comes of an error as large as the hidden states that the first block is given.
         """
         generator = torch.Generator().manual_seed(0)
-        gradients = [self.shelf.put(probe(sample.hidden(), generator)) for sample in given[-1]]
+        gradients = [self.store.put(probe(sample.hidden(), generator)) for sample in given[-1]]
         found: dict[str, float] = {}
         for (name, block, matrices), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
             with self.lazy.holding(name, ""), gradient_squares(_layers(matrices)) as squares:
                 release_freed_memory()
-                pulled = (pull_back(block, own, after()) for own, after in zip(inputs, gradients, strict=True))
-                gradients = [self.shelf.put(own) for own in pulled]
-            for own in matrices:
-                seen = [squares[key] for key in own.layers if key in squares]
+                pulled = (pull_back(block, sample, after()) for sample, after in zip(inputs, gradients, strict=True))
+                gradients = [self.store.put(gradient) for gradient in pulled]
+            for matrix in matrices:
+                seen = [squares[key] for key in matrix.layers if key in squares]
                 if seen:
-                    found[own.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
+                    found[matrix.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
         entered = 0.0
         for sample, held in zip(given[0], gradients, strict=True):
             gradient = held()
@@ -181,12 +179,12 @@ class _Measurement:
         return found, entered
 
     def _basis(self, tensor: str) -> Basis:
-        axes = next(own.axes for own in self.plan.tensors if own.info.name == tensor)
+        axes = next(planned.axes for planned in self.plan.tensors if planned.info.name == tensor)
         return Basis(self.plan.options.transform, self.plan.options.tile, axes)
 
 
 def _layers(matrices: Sequence[StoredMatrix]) -> dict[str, nn.Module]:
-    return {key: layer for own in matrices for key, layer in own.modules.items()}
+    return {key: layer for matrix in matrices for key, layer in matrix.modules.items()}
 
 
 def _power(weight: Tensor) -> float:

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_surgery.commands.eval.table import Beside, Measures, ModelRow, model_table
+from spectral_surgery.commands.eval.table import Measures, ModelRow, Reference, model_table
 from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.scores import EvalData, Judge
+from spectral_surgery.text.scores import EvalData, TextScores
 
-__all__ = ["Beside", "EvalData", "EvalReport", "ModelRow", "evaluate"]
+__all__ = ["EvalData", "EvalReport", "ModelRow", "Reference", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def evaluate(
     b: Path | None,
     data: EvalData,
     *,
-    beside: Beside | None = None,
+    reference: Reference | None = None,
     adapter: Path | None = None,
     device: str = "cpu",
     progress: Progress = silent,
@@ -80,7 +80,7 @@ def evaluate(
         a: a checkpoint, plain or compressed.
         b: another one with the same tensors; None for A with the adapter, or for A alone.
         data: text to judge on.
-        beside: more checkpoints, and baselines, for a table of all of them.
+        reference: more checkpoints, and baselines, for a table of all of them.
         adapter: folder with an adapter that B has on it.
         device: models run on it.
         progress: called after each tensor that is compared, or each model of the table.
@@ -90,18 +90,18 @@ def evaluate(
         CheckpointError: when something cannot be read or loaded.
     """
     started = time.perf_counter()
-    beside = beside or Beside()
-    if b is None and not data.given and not beside.given:
-        raise ConfigError("eval: one model and no text; a second model, --text, --sts or --baseline is accepted.")
-    if beside.given:
+    reference = reference or Reference()
+    if b is None and not data.given and not reference.given:
+        raise ConfigError("eval: expected a second model, --text, --sts or --baseline, got one model alone.")
+    if reference.given:
         if adapter is not None:
-            raise ConfigError("eval --adapter: beside baselines or several B; one B without baselines is accepted.")
-        others = [path for path in (b, *beside.others) if path is not None]
-        models, apart, measures = model_table(a, others, data, beside, device=device, progress=progress)
+            raise ConfigError("eval --adapter: expected at most one B and no baselines with it, got more.")
+        others = [path for path in (b, *reference.others) if path is not None]
+        models, apart, measures = model_table(a, others, data, reference, device=device, progress=progress)
         return EvalReport(apart, measures, models, time.perf_counter() - started)
     apart = distance(a, b, progress) if b is not None else Distance()
     measures = {}
     if data.given:
         other = b if b is not None else (a if adapter is not None else None)
-        measures = Judge(a, data, device).measures(other, adapter)
+        measures = TextScores(a, data, device).measures(other, adapter)
     return EvalReport(apart, measures, seconds=time.perf_counter() - started)

@@ -45,21 +45,23 @@ def plot_rate_distortion(rows: Sequence[ModelRow], file: Path, title: str) -> No
     lost = [(row, distort(row.measures.get(measure, row.cost.relative_error))) for row in rows]
     points = [(row, value) for row, value in lost if np.isfinite(value) and value > 0]
     if not points:
-        raise ConfigError("--plot: no model differs from the first; compressed models or baselines are accepted.")
+        raise ConfigError(
+            "--plot: expected models that differ from the first, got none. Add compressed models or baselines."
+        )
     figure = new_figure(10, 7)
     axes: Any = figure.subplots()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     texts, lines = [], []
     for family in dict.fromkeys(row.family for row, _ in points):
-        own = sorted(((row, value) for row, value in points if row.family == family), key=lambda p: _bits(p[0]))
+        members = sorted(((row, value) for row, value in points if row.family == family), key=lambda p: _bits(p[0]))
         ours = family not in _FAMILIES
         colour, marker, name = _FAMILIES.get(family, (_OURS.get(family, "black"), "o", f"spectral_surgery, {family}"))
-        at = np.array([(_bits(row), value) for row, value in own])
+        at = np.array([(_bits(row), value) for row, value in members])
         width, size, above = (2.5, 9, 3) if ours else (1.2, 6, 2)
         axes.plot(*at.T, "-", marker=marker, color=colour, label=name, linewidth=width, markersize=size, zorder=above)
         lines.append(at)
-        texts += [(row.short, xy, colour, ours) for (row, _), xy in zip(own, at, strict=True)]
+        texts += [(row.short, xy, colour, ours) for (row, _), xy in zip(members, at, strict=True)]
     ticks = [bits for bits in (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 16, 32) if _within(bits, lines)]
     axes.set_xticks(ticks, [f"{bits:g}" for bits in ticks])
     axes.minorticks_off()
@@ -114,7 +116,7 @@ def _put_labels(
 
 
 def _places(width: float, height: float, per_point: float) -> Iterator[tuple[float, float]]:
-    """Centres that a name of so many pixels may have around its point: on rings, the closest first."""
+    """Centres that a name may have around its point, in pixels: on rings, the closest first."""
     for gap in (7, 16, 28, 42):
         for turn in np.arange(16) * np.pi / 8:
             x, y = float(np.cos(turn)), float(np.sin(turn))

@@ -19,14 +19,14 @@ from spectral_surgery.files.index import read_index
 from spectral_surgery.memory import peak_rss_growth
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.data import TextData
-from spectral_surgery.text.scores import EvalData, Judge
+from spectral_surgery.text.scores import EvalData, TextScores
 
 Measures = dict[str, float]
 ALL = "all"  # of the baselines
 
 
 @dataclass(frozen=True)
-class Beside:
+class Reference:
     """What else is put into the table of models.
 
     Attributes:
@@ -88,25 +88,25 @@ class ModelRow:
 class _Asked:
     """A baseline to make, at a rate where it needs one."""
 
-    own: Baseline
+    method: Baseline
     bits: float | None = None
 
     @property
     def label(self) -> str:
-        return self.own.label if self.bits is None else f"{self.own.label}, {self.bits:.3g} bits"
+        return self.method.label if self.bits is None else f"{self.method.label}, {self.bits:.3g} bits"
 
-    def make(self, a: Path, beside: Beside, compressed: CompressedCheckpoint | None, folder: Path) -> Cost:
+    def make(self, a: Path, reference: Reference, compressed: CompressedCheckpoint | None, folder: Path) -> Cost:
         """Write what it leaves of A into an empty folder."""
         index = read_index(a)
-        matrices, own, made = matrices_of(index, compressed), self.own, {}
-        if own.calibrated and beside.calibration is not None:
-            made = calibrated_weights(a, index, matrices.shapes, beside.calibration, own, bits=self.bits)
-            own = baseline(own.without_inputs)  # for the rest, such as embeddings
-        return write_baseline(index, matrices, own, self.bits, folder, made=made)
+        matrices, method, made = matrices_of(index, compressed), self.method, {}
+        if method.calibrated and reference.calibration is not None:
+            made = calibrated_weights(a, index, matrices.shapes, reference.calibration, method, bits=self.bits)
+            method = baseline(method.without_inputs)  # for the rest, such as embeddings
+        return write_baseline(index, matrices, method, self.bits, folder, made=made)
 
 
 def model_table(
-    a: Path, others: list[Path], data: EvalData, beside: Beside, *, device: str, progress: Progress
+    a: Path, others: list[Path], data: EvalData, reference: Reference, *, device: str, progress: Progress
 ) -> tuple[tuple[ModelRow, ...], Distance, Measures]:
     """Judge A, others and baselines of A, each on its own beside A.
 
@@ -117,29 +117,29 @@ def model_table(
         ConfigError: when a baseline cannot be made.
     """
     compressed = [open_compressed(path) for path in others if is_compressed(path)]
-    asked = list(_asked(beside, compressed))
+    asked = list(_asked(reference, compressed))
     if asked and is_compressed(a):
         raise ConfigError(
-            f"eval --baseline: {a.name} is compressed; a plain A is accepted, of which they are made. Decompress it."
+            f"eval --baseline: expected a plain A to make them of, got {a.name}, which is compressed. Decompress it."
         )
-    judge = Judge(a, data, device) if data.given else None
+    scores = TextScores(a, data, device) if data.given else None
     total, done = len(asked) + len(others), 0
     beside_rows, found = [], []
     for one in asked:  # first: what they refuse is known before the long part
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as name:
             started = time.perf_counter()
-            make = partial(one.make, a, beside, compressed[0] if compressed else None, Path(name))
+            make = partial(one.make, a, reference, compressed[0] if compressed else None, Path(name))
             cost, peak = peak_rss_growth(make)
             seconds = time.perf_counter() - started
-            found.append(judge.measures(Path(name)) if judge else {})
-        row = ModelRow(one.label, cost, _own(found[-1]), one.own.family, one.own.name, seconds, peak)
+            found.append(scores.measures(Path(name)) if scores else {})
+        row = ModelRow(one.label, cost, _own(found[-1]), one.method.family, one.method.name, seconds, peak)
         beside_rows.append(row)
         done += 1
         progress(done, total, one.label)
     rows, distances, pairs = [], [], []
     for path in others:
         distances.append(distance(a, path, silent))
-        pairs.append(judge.measures(path) if judge else {})
+        pairs.append(scores.measures(path) if scores else {})
         cost = _cost(path, compressed, distances[-1].relative_error)
         rows.append(ModelRow(path.name, cost, _own(pairs[-1]), _family(path), path.name))
         done += 1
@@ -158,8 +158,8 @@ def _own(pair: Measures) -> Measures:
 
 def _cost(path: Path, compressed: list[CompressedCheckpoint], relative_error: float) -> Cost:
     if is_compressed(path):
-        own = open_compressed(path)
-        return Cost(own.manifest.report.bits_per_weight, own.index.nbytes, relative_error)
+        checkpoint = open_compressed(path)
+        return Cost(checkpoint.manifest.report.bits_per_weight, checkpoint.index.nbytes, relative_error)
     index = read_index(path)
     return plain_cost(index, matrices_of(index, compressed[0] if compressed else None), relative_error)
 
@@ -173,16 +173,22 @@ def _family(path: Path) -> str:
     return " and ".join(words) or "data-free"
 
 
-def _asked(beside: Beside, compressed: list[CompressedCheckpoint]) -> Iterator[_Asked]:
+def _asked(reference: Reference, compressed: list[CompressedCheckpoint]) -> Iterator[_Asked]:
     """The baselines; one of each rate where a rate is needed, except of those that are too low for it."""
-    rates = [beside.bits] if beside.bits else [own.manifest.report.bits_per_weight for own in compressed]
-    for name in beside.baselines:
-        for own in BASELINES.values() if name == ALL else (baseline(name),):
-            if own.calibrated and beside.calibration is None:
+    rates = (
+        [reference.bits]
+        if reference.bits
+        else [checkpoint.manifest.report.bits_per_weight for checkpoint in compressed]
+    )
+    for name in reference.baselines:
+        for method in BASELINES.values() if name == ALL else (baseline(name),):
+            if method.calibrated and reference.calibration is None:
                 raise ConfigError(
-                    f"eval --baseline {own.name}: needs text to calibrate on. Give some with --calibrate."
+                    f"eval --baseline {method.name}: needs text to calibrate on. Give some with --calibrate."
                 )
-            if own.budgeted and not rates:
-                raise ConfigError(f"eval --baseline {own.name}: no rate to meet; a compressed B or --bits is accepted.")
-            held = [bits for bits in rates if bits > own.above] or rates  # if none does, it says so itself
-            yield from (_Asked(own, bits) for bits in held) if own.budgeted else (_Asked(own),)
+            if method.budgeted and not rates:
+                raise ConfigError(
+                    f"eval --baseline {method.name}: expected a compressed B or --bits to meet, got none."
+                )
+            held = [bits for bits in rates if bits > method.above] or rates  # if none does, it says so itself
+            yield from (_Asked(method, bits) for bits in held) if method.budgeted else (_Asked(method),)

@@ -47,13 +47,13 @@ def distance(a: Path, b: Path, progress: Progress) -> Distance:
     left, right = _Dense(a), _Dense(b)
     common = sorted(left.shapes.keys() & right.shapes.keys())
     if not common:
-        raise CheckpointError(f"{a} and {b}: have no tensor of the same name; versions of one model are accepted.")
+        raise CheckpointError(f"{a} and {b}: expected versions of one model, got no tensor of the same name.")
     wrong = [name for name in common if left.shapes[name] != right.shapes[name]]
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{name}: is {list(left.shapes[name])} in {a} and {list(right.shapes[name])} in {b}; equal shapes are"
-            " accepted."
+            f"{name}: expected equal shapes, got {list(left.shapes[name])} in {a} and {list(right.shapes[name])} in"
+            f" {b}."
         )
     found, error, energy = [], 0.0, 0.0
     for place, name in enumerate(common, 1):

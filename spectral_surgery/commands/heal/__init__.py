@@ -18,7 +18,7 @@ from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_facts
 from spectral_surgery.commands.heal.blocks import heal_blocks
 from spectral_surgery.commands.heal.recode import recoded
-from spectral_surgery.commands.heal.session import Healed, Workplace, heal_whole
+from spectral_surgery.commands.heal.session import Healed, HealSession, heal_whole
 from spectral_surgery.distributed import rank, wait_for_all, world
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
@@ -48,7 +48,7 @@ class HealReport:
     Attributes:
         manifest: of the result.
         objective: row of OBJECTIVES.
-        course: losses by step.
+        curve: losses by step.
         trained: weights, and coefficients in them.
         untrained: compressed tensors that no parameter of the model (or of its blocks) holds, or that text does not
             reach, such as those that look at images; left as they were.
@@ -59,7 +59,7 @@ class HealReport:
 
     manifest: Manifest
     objective: str
-    course: LossCurve
+    curve: LossCurve
     trained: tuple[int, int]
     untrained: tuple[str, ...]
     seconds: float
@@ -71,10 +71,10 @@ class HealReport:
         total = self.manifest.report
         return {
             "objective": self.objective,
-            "held_out_before": self.course.held_out[0][1],
-            "held_out_after": self.course.best,
-            "best_step": self.course.best_step,
-            "course": asdict(self.course),
+            "held_out_before": self.curve.held_out[0][1],
+            "held_out_after": self.curve.best,
+            "best_step": self.curve.best_step,
+            "curve": asdict(self.curve),
             "blocks": self.blocks,
             "trained_weights": self.trained[0],
             "trained_coefficients": self.trained[1],
@@ -167,22 +167,22 @@ def heal_checkpoint(
     objective = objective_of(index.config)
     state.mkdir(parents=True, exist_ok=True)
     key = _key(checkpoint, data, settings, blocks=blocks)
-    place = Workplace(checkpoint, index, teacher, data, device, state, key, run.threads, clock)
-    healed = (heal_blocks if blocks else heal_whole)(place, objective, settings, run.progress)
-    return _result(place, healed, objective.name, time.perf_counter() - started)
+    session = HealSession(checkpoint, index, teacher, data, device, state, key, run.threads, clock)
+    healed = (heal_blocks if blocks else heal_whole)(session, objective, settings, run.progress)
+    return _result(session, healed, objective.name, time.perf_counter() - started)
 
 
 def write_healed(
     folder: Path, checkpoint: CompressedCheckpoint, entries: Sequence[Entry], report: HealReport, origin: str | None
 ) -> int:
     """Write what healing made, and remove its unfinished work."""
-    course = report.course
+    curve = report.curve
     copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
     (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    held = [(step, {"loss": loss}) for step, loss in course.held_out]
-    plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
+    held = [(step, {"loss": loss}) for step, loss in curve.held_out]
+    plot_training(curve.train, held, "loss", curve.best_step, folder / PLOT_FILE)
     cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
     (folder / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STATE)
@@ -193,19 +193,17 @@ def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, Chec
     """The student, and the headers of the teacher that it was made from."""
     checkpoint, index = open_compressed(compressed), read_index(teacher)
     if checkpoint.manifest.source != source_digest(index):
-        raise CheckpointError(f"{compressed}: was not made from {teacher}; the checkpoint it was made from is needed.")
+        raise CheckpointError(f"{compressed}: expected the checkpoint that it was made from, got {teacher}.")
     return checkpoint, index
 
 
-def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
-    course, replaced, tensors = healed.course, healed.replaced, place.checkpoint.manifest.tensors
-    told = {"healing": f"{place.data.digest()}, step {course.best_step} of {course.steps}"}
-    entries, manifest = recoded(place.checkpoint, replaced, place.key, healed.vectors, told)
+def _result(session: HealSession, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
+    curve, replaced, tensors = healed.curve, healed.replaced, session.checkpoint.manifest.tensors
+    told = {"healing": f"{session.data.digest()}, step {curve.best_step} of {curve.steps}"}
+    entries, manifest = recoded(session.checkpoint, replaced, session.key, healed.vectors, told)
     untrained = tuple(name for name in tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
-    return entries, HealReport(
-        manifest, objective, course, trained, untrained, seconds, peak_rss_bytes(), healed.blocks
-    )
+    return entries, HealReport(manifest, objective, curve, trained, untrained, seconds, peak_rss_bytes(), healed.blocks)
 
 
 def _key(checkpoint: CompressedCheckpoint, data: TextData, settings: DistillSettings, *, blocks: bool) -> str:

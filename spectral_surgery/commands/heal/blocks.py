@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.calibration.block_streaming import Shelf, load_lazily
+from spectral_surgery.calibration.block_streaming import ActivationStore, load_lazily
 from spectral_surgery.commands.heal.recomputed import recomputed_weights
-from spectral_surgery.commands.heal.session import Healed, Workplace, train_stored_vectors
+from spectral_surgery.commands.heal.session import Healed, HealSession, train_stored_vectors
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames
@@ -32,70 +32,70 @@ _LEAST = 1e-6  # minutes of a block: one step
 _IN_MEMORY = 8 << 20  # bytes of activations; more go to files
 
 
-def heal_blocks(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+def heal_blocks(session: HealSession, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
     """Train block after block, each on what the healed blocks before it give, until it gives what the original gives.
 
     Raises:
         CheckpointError: when nothing can be trained, or the model has no list of blocks that can be read one by one.
         ConfigError: when the text does not do, a loss is not finite, or another device than the CPU is asked for.
     """
-    if place.device != "cpu":
-        raise ConfigError(f"heal --blocks --device {place.device}: blocks run on the cpu. Leave one of both out.")
-    lazy = load_lazily(place.teacher, place.index, "AutoModel", trust_remote_code=place.data.trust_remote_code)
+    if session.device != "cpu":
+        raise ConfigError(f"heal --blocks: expected --device cpu, got {session.device}. Leave one of both out.")
+    lazy = load_lazily(session.teacher, session.index, "AutoModel", trust_remote_code=session.data.trust_remote_code)
     if lazy.whole:
         raise CheckpointError(
-            "heal --blocks: the model has no list of blocks, or computes parameters from what is stored; other models"
-            " are accepted. Heal it without --blocks."
+            "heal --blocks: expected a list of blocks whose parameters are stored as they are, got none. Heal it"
+            " without --blocks."
         )
     parts = train_and_held_out(
-        place.data, lazy.tokenizer, lazy.model, causal=objective.causal, seq_length=objective.seq_length
+        session.data, lazy.tokenizer, lazy.model, causal=objective.causal, seq_length=objective.seq_length
     )
     prefix, blocks = find_blocks(lazy.model)
-    tokens = (place.data.batch_size or objective.batch_size) * max(map(len, parts[0]))
-    batches = [equal_lengths(own[:_BLOCK_SEQUENCES], tokens) for own in parts]
-    first, healed, left = len(batches[0]), Healed(), _TimeLeft(settings, place.clock)
-    with closing(Shelf(_IN_MEMORY, place.folder)) as shelf:
+    tokens = (session.data.batch_size or objective.batch_size) * max(map(len, parts[0]))
+    batches = [equal_lengths(part[:_BLOCK_SEQUENCES], tokens) for part in parts]
+    first, healed, left = len(batches[0]), Healed(), _TimeLeft(settings, session.clock)
+    with closing(ActivationStore(_IN_MEMORY, session.folder)) as store:
         with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
-            wanted = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
-            _put_stored(place, lazy.names, lazy.model, f"{prefix}.")
-            given = [captured_inputs(lazy.model, blocks, own, shelf.put) for part in batches for own in part]
+            wanted = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
+            _put_stored(session, lazy.names, lazy.model, f"{prefix}.")
+            given = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
-                wanted = next_inputs(block, wanted, shelf.put)
+                wanted = next_inputs(block, wanted, store.put)
                 told = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, given, [own.hidden for own in wanted], first, lazy.names)
-                _heal_block(place, turn, left.share(len(blocks) - number, healed), told, healed)
-                given = next_inputs(turn.block, given, shelf.put)
+                turn = _Turn(name, block, given, [sample.hidden for sample in wanted], first, lazy.names)
+                _heal_block(session, turn, left.share(len(blocks) - number, healed), told, healed)
+                given = next_inputs(turn.block, given, store.put)
                 del turn  # and the trained block with it, before the next one is read
                 gc.collect()  # optimizers refer to themselves
     if not healed.replaced:
         raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
     sides = list(zip(*healed.blocks.values(), strict=True))
     before, after = (sum(side) / len(side) for side in sides)
-    healed.course.held_out = [(0, before), (healed.course.step, after)]
-    healed.course.best_step = healed.course.step
+    healed.curve.held_out = [(0, before), (healed.curve.step, after)]
+    healed.curve.best_step = healed.curve.step
     return healed
 
 
-def _put_stored(place: Workplace, names: TensorNames, model: nn.Module, without: str) -> None:
+def _put_stored(session: HealSession, names: TensorNames, model: nn.Module, without: str) -> None:
     """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
-    outside = {name: own for name, own in model.named_parameters() if not name.startswith(without)}
-    shapes = {name: tuple(own.shape) for name, own in outside.items()}
+    outside = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(without)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in outside.items()}
     with torch.no_grad():
-        for name, info in place.vectors(names, shapes).items():
+        for name, info in session.vectors(names, shapes).items():
             outside[name].copy_(read_tensor(info))
-        for name, (_, parts) in place.spectra(names, shapes).items():
+        for name, (_, parts) in session.spectra(names, shapes).items():
             outside[name].copy_(torch.cat([part.to_dense() for part in parts]).reshape(outside[name].shape))
 
 
-def _put_parts(place: Workplace, names: TensorNames, block: nn.Module, prefix: str) -> None:
+def _put_parts(session: HealSession, names: TensorNames, block: nn.Module, prefix: str) -> None:
     """Give a block what is stored of parameters that are made of parts, as fused experts are: they are not trained."""
     for name, parameter in list(block.named_parameters()):
         stored = names.find(f"{prefix}{name}")
         if stored is not None and stored.whole is None:
             path, _, leaf = name.rpartition(".")
-            value = stored.read(place.stored).to(parameter.dtype)
+            value = stored.read(session.stored).to(parameter.dtype)
             block.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
@@ -111,20 +111,26 @@ class _Turn:
     names: TensorNames
 
 
-def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed) -> None:
+def _heal_block(
+    session: HealSession, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed
+) -> None:
     """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
     name, first = turn.name, turn.train
-    spectra = place.spectra(turn.names, {f"{name}.{own}": tuple(p.shape) for own, p in turn.block.named_parameters()})
+    spectra = session.spectra(
+        turn.names, {f"{name}.{leaf}": tuple(p.shape) for leaf, p in turn.block.named_parameters()}
+    )
     if not spectra or turn.given[0].skipped:
         return
-    tensors = {own.removeprefix(f"{name}."): tensor for own, (tensor, _) in spectra.items()}
-    turn.block = student = copy.deepcopy(turn.block, {id(own): own for own in turn.block.parameters()})
-    inside = {own.removeprefix(f"{name}."): parts for own, (_, parts) in spectra.items()}
-    _put_parts(place, turn.names, student, f"{name}.")
-    values = train_kept(student, inside, rounded=place.rounded)
+    tensors = {path.removeprefix(f"{name}."): tensor for path, (tensor, _) in spectra.items()}
+    turn.block = student = copy.deepcopy(
+        turn.block, {id(parameter): parameter for parameter in turn.block.parameters()}
+    )
+    inside = {path.removeprefix(f"{name}."): parts for path, (_, parts) in spectra.items()}
+    _put_parts(session, turn.names, student, f"{name}.")
+    values = train_kept(student, inside, rounded=session.rounded)
     del spectra, inside  # all codes of a block
     release_freed_memory()
-    vectors = train_stored_vectors(place, turn.names, student, f"{name}.")
+    vectors = train_stored_vectors(session, turn.names, student, f"{name}.")
 
     def batch(step: int, process: int) -> Batch:
         return {"number": torch.tensor(sequences_of_step(settings.seed, step, process, [1] * first, 1)[0])}
@@ -140,20 +146,20 @@ def _heal_block(place: Workplace, turn: _Turn, settings: DistillSettings, progre
         loss,
         batch,
         [{"number": torch.tensor(number)} for number in range(first, len(turn.given))],
-        place.folder / f"{name}.safetensors",
-        f"{place.key} {name}",
-        place.settle(student),
+        session.folder / f"{name}.safetensors",
+        f"{session.key} {name}",
+        session.settle(student),
     )
-    course = train(work, settings, progress, place.clock)
-    for own, parts in each_kept_spectrum(student):
-        healed.replaced[tensors[own]] = place.leave(tensors[own], parts, _original(turn.names, f"{name}.{own}"))
-    healed.vectors |= {vectors[own]: vector for own, vector in trained_vectors(student).items()}
-    healed.blocks[name] = (course.held_out[0][1], course.best)
-    healed.coefficients += sum(own.numel() for own in values)
-    healed.course.train += [(healed.course.step + step, loss) for step, loss in course.train]
-    healed.course.step += course.step
-    healed.course.steps += course.steps
-    healed.course.seconds += course.seconds
+    curve = train(work, settings, progress, session.clock)
+    for path, parts in each_kept_spectrum(student):
+        healed.replaced[tensors[path]] = session.leave(tensors[path], parts, _original(turn.names, f"{name}.{path}"))
+    healed.vectors |= {vectors[path]: vector for path, vector in trained_vectors(student).items()}
+    healed.blocks[name] = (curve.held_out[0][1], curve.best)
+    healed.coefficients += sum(value.numel() for value in values)
+    healed.curve.train += [(healed.curve.step + step, loss) for step, loss in curve.train]
+    healed.curve.step += curve.step
+    healed.curve.steps += curve.steps
+    healed.curve.seconds += curve.seconds
 
 
 def _original(names: TensorNames, name: str) -> Tensor:
@@ -169,10 +175,10 @@ class _TimeLeft:
         self._last, self._trained, self._earlier = self._began, 0.0, 0.0  # seconds of runs before this one
 
     def share(self, blocks: int, healed: Healed) -> DistillSettings:
-        """Settings of the next of so many blocks."""
+        """Settings of the next block, of those that are left."""
         if self._settings.steps:
             return self._settings
-        now, trained = self._clock(), healed.course.seconds
+        now, trained = self._clock(), healed.curve.seconds
         self._earlier += max(0.0, trained - self._trained - (now - self._last))
         self._last, self._trained = now, trained
         left = self._settings.minutes - (now - self._began + self._earlier) / 60

@@ -37,9 +37,9 @@ def recoded(
             if found is None or found[1] is None:
                 raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
             parts.append((found[0], found[1]))
-        own, counted = joined(name, parts)
+        spectrum, counted = joined(name, parts)
         records[name] = replace(records[name], parts=counted)
-        entries |= {entry.name: entry for entry in own}
+        entries |= {entry.name: entry for entry in spectrum}
     entries |= {name: tensor_entry(name, tensor) for name, tensor in copied.items()}
     manifest = checkpoint.manifest
     return list(entries.values()), Manifest(

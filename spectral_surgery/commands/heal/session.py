@@ -44,7 +44,7 @@ _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF
 
 
 @dataclass(frozen=True)
-class Workplace:
+class HealSession:
     """What is healed, with what, and where unfinished work is kept.
 
     Attributes:
@@ -88,11 +88,11 @@ class Workplace:
         manifest = self.checkpoint.manifest
         for name, shape in shapes.items():
             info = names.tensor(name)
-            own = manifest.aliases.get(info.name, info.name) if info else ""
-            record = manifest.tensors.get(own)
+            tensor = manifest.aliases.get(info.name, info.name) if info else ""
+            record = manifest.tensors.get(tensor)
             if record is None or record.shape != shape:
                 continue
-            found[name] = own, [self.checkpoint.part(own, part).decode() for part in range(len(record.parts))]
+            found[name] = tensor, [self.checkpoint.part(tensor, part).decode() for part in range(len(record.parts))]
         return found
 
     def vectors(self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
@@ -101,9 +101,9 @@ class Workplace:
         for name, shape in shapes.items():
             info = names.tensor(name)
             if info is not None and len(shape) == 1 and info.shape == shape:
-                own = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
-                if own is not None and own.dtype in _TRAINED and own.shape == shape:
-                    found[name] = own
+                stored = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
+                if stored is not None and stored.dtype in _TRAINED and stored.shape == shape:
+                    found[name] = stored
         return found
 
     def stored(self, info: TensorInfo) -> Tensor:
@@ -122,9 +122,9 @@ class Workplace:
         number = list(self.checkpoint.manifest.tensors).index(tensor)
         matrix = original.detach().cpu().float().reshape(record.matrix)
         files: list[Path] = []
-        for own, part in zip(spectra, record.parts, strict=True):
-            basis = Basis(own.transform, own.tile, own.axes)
-            codes = codes_of(own.codes, own.step, own.offset)
+        for spectrum, part in zip(spectra, record.parts, strict=True):
+            basis = Basis(spectrum.transform, spectrum.tile, spectrum.axes)
+            codes = codes_of(spectrum.codes, spectrum.step, spectrum.offset)
             made = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
             files.append(self.folder / f"{number:06d}-{len(files)}-{rank()}.part")
             write_part(files[-1], self.key, made[0], part_record(part.rows, *made))
@@ -136,42 +136,42 @@ class Healed:
     """What came out of it.
 
     Attributes:
-        course: how it went; of blocks, the sums and means.
+        curve: how it went; of blocks, the sums and means.
         replaced: files of the parts of every trained tensor.
         vectors: trained biases and scales.
         coefficients: trained.
         blocks: held-out error of each block before and after.
     """
 
-    course: LossCurve = field(default_factory=LossCurve)
+    curve: LossCurve = field(default_factory=LossCurve)
     replaced: dict[str, list[Path]] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     coefficients: int = 0
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
+def heal_whole(session: HealSession, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
     """Train all weights together, end to end.
 
     Raises:
         CheckpointError: when nothing can be trained.
     """
-    trust = place.data.trust_remote_code
-    teacher, tokenizer = load_model(place.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
-    teacher.requires_grad_(requires_grad=False).to(place.device)
+    trust = session.data.trust_remote_code
+    teacher, tokenizer = load_model(session.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
+    teacher.requires_grad_(requires_grad=False).to(session.device)
     student = copy.deepcopy(teacher)
-    names = names_in(teacher, place.index)
+    names = names_in(teacher, session.index)
     texts, held_out = train_and_held_out(
-        place.data, tokenizer, teacher, causal=objective.causal, seq_length=objective.seq_length
+        session.data, tokenizer, teacher, causal=objective.causal, seq_length=objective.seq_length
     )
     reached = _reached(teacher, objective, padded(tokenizer, texts[:1]))
-    spectra = place.spectra(names, {name: tuple(own.shape) for name, own in reached.items()})
+    spectra = session.spectra(names, {name: tuple(parameter.shape) for name, parameter in reached.items()})
     if not spectra:
         raise CheckpointError("heal: no compressed tensor is a parameter that text reaches; nothing can be trained.")
-    _put_rest(place, student, spectra, objective.auto_class)
-    values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=place.rounded)
-    vectors = train_stored_vectors(place, names, student)
-    size = min(place.data.batch_size or objective.batch_size, len(texts))
+    _put_rest(session, student, spectra, objective.auto_class)
+    values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=session.rounded)
+    vectors = train_stored_vectors(session, names, student)
+    size = min(session.data.batch_size or objective.batch_size, len(texts))
     lengths = list(map(len, texts))
 
     def batch(step: int, process: int) -> Batch:
@@ -184,15 +184,15 @@ def heal_whole(place: Workplace, objective: Objective, settings: DistillSettings
         distillation(objective.run, objective.loss, student, teacher),
         batch,
         batches,
-        place.folder / "all.safetensors",
-        place.key,
-        place.settle(student),
+        session.folder / "all.safetensors",
+        session.key,
+        session.settle(student),
     )
-    healed = Healed(train(work, settings, progress, place.clock), coefficients=sum(own.numel() for own in values))
-    for name, own in each_kept_spectrum(student):
+    healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
+    for name, parts in each_kept_spectrum(student):
         tensor = spectra[name][0]
-        healed.replaced[tensor] = place.leave(tensor, own, teacher.get_parameter(name))
-    healed.vectors = {vectors[name]: own for name, own in trained_vectors(student).items()}
+        healed.replaced[tensor] = session.leave(tensor, parts, teacher.get_parameter(name))
+    healed.vectors = {vectors[name]: vector for name, vector in trained_vectors(student).items()}
     return healed
 
 
@@ -203,15 +203,15 @@ def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, 
     with hooked({module: module for module in model.modules()}, lambda module, *_: run.add(module)), torch.no_grad():
         objective.run(model, {name: tensor.to(device) for name, tensor in batch.items()})
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
-    return {name: own for name, own in model.named_parameters() if owners[name] in run}
+    return {name: parameter for name, parameter in model.named_parameters() if owners[name] in run}
 
 
-def _put_rest(place: Workplace, student: Any, trained: Mapping[str, tuple[str, object]], auto_class: str) -> None:
+def _put_rest(session: HealSession, student: Any, trained: Mapping[str, tuple[str, object]], auto_class: str) -> None:
     """Give a student what is stored where it is not trained, as fused experts are not: that is what will run."""
-    if place.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
+    if session.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
         return
-    trust = place.data.trust_remote_code
-    stored = load_model(place.checkpoint.index.root, auto_class, dtype=torch.float32, trust_remote_code=trust)[0]
+    trust = session.data.trust_remote_code
+    stored = load_model(session.checkpoint.index.root, auto_class, dtype=torch.float32, trust_remote_code=trust)[0]
     stored.dequantize()
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -219,10 +219,12 @@ def _put_rest(place: Workplace, student: Any, trained: Mapping[str, tuple[str, o
                 parameter.copy_(stored.get_parameter(name))
 
 
-def train_stored_vectors(place: Workplace, names: TensorNames, student: nn.Module, prefix: str = "") -> dict[str, str]:
+def train_stored_vectors(
+    session: HealSession, names: TensorNames, student: nn.Module, prefix: str = ""
+) -> dict[str, str]:
     """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
-    shapes = {f"{prefix}{name}": tuple(own.shape) for name, own in student.named_parameters()}
-    found = {name.removeprefix(prefix): info for name, info in place.vectors(names, shapes).items()}
+    shapes = {f"{prefix}{name}": tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    found = {name.removeprefix(prefix): info for name, info in session.vectors(names, shapes).items()}
     with torch.no_grad():
         for name, info in found.items():
             student.get_parameter(name).copy_(read_tensor(info))

@@ -28,7 +28,7 @@ from spectral_surgery.mixers import require_causal
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.data import TextData, train_and_held_out
 from spectral_surgery.text.examples import read_examples
-from spectral_surgery.text.scores import EvalData, judge
+from spectral_surgery.text.scores import EvalData, score
 from spectral_surgery.text.sequences import equal_lengths
 
 METRICS_FILE = "metrics.json"
@@ -95,8 +95,8 @@ def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) 
     index = read_index(source)
     if "quantization_config" in index.config:
         raise CheckpointError(
-            f"{source}: is quantised, compressed or swapped; a plain checkpoint is accepted. Decompress it first, or"
-            " start from the original."
+            f"{source}: expected a plain checkpoint, got one that is quantised, compressed or swapped. Decompress it"
+            " first, or start from the original."
         )
     family = FAMILIES[str(index.config.get("model_type"))]
     model = outline_model(index.root, trust_remote_code=trust_remote_code)
@@ -171,9 +171,9 @@ def _check_text(plan: SwapPlan, data: TextData | None, judged_on: EvalData) -> N
     named = [option for option, file in given.items() if file is not None]
     kind = str(plan.index.config.get("model_type"))
     if named and FAMILIES[kind].vision:
-        raise ConfigError(f"{named[0]}: text, and {kind} takes images; a model of text is accepted with it.")
+        raise ConfigError(f"{named[0]}: expected a model of text with it, got {kind}, which takes images.")
     if judged_on.sts is not None and plan.causal:
-        raise ConfigError(f"--sts: embeddings of sentences, and {kind} predicts tokens; --text is accepted with it.")
+        raise ConfigError(f"--sts: expected a sentence encoder with it, got {kind}, which predicts tokens. Use --text.")
     for file in given.values():
         if file is not None:
             read_examples(file)
@@ -197,7 +197,7 @@ def _measured(pair: SwappedPair, tokenizer: Any, data: EvalData, plan: SwapPlan)
         return {}
     causal = is_causal(plan.index.config)
     models = [cast(Any, pair.teacher), cast(Any, pair.student)]
-    return judge(models if causal else [own.base_model for own in models], tokenizer, data, causal=causal)
+    return score(models if causal else [model.base_model for model in models], tokenizer, data, causal=causal)
 
 
 def _write(out: Path, student: Any, report: SwapReport, dtype: torch.dtype, *, overwrite: bool) -> None:

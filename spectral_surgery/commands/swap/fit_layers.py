@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.live.blocks import Batch
-from spectral_surgery.live.families import AttentionSite, chosen
+from spectral_surgery.live.families import AttentionSite, sites_at
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
@@ -105,10 +105,10 @@ def distill(
     """
     if not batches or not held_out:
         raise ConfigError(
-            f"distill: {len(batches)} batches to train on and {len(held_out)} to judge on; some of both are accepted."
-            " Give more text."
+            f"distill: expected batches to train on and to hold out, got {len(batches)} and {len(held_out)}. Give more"
+            " text."
         )
-    places = chosen(pair.teacher, tuple(pair.swapped))
+    places = sites_at(pair.teacher, tuple(pair.swapped))
     both = settings.steps + settings.end_to_end_steps
 
     def alone(batch: Batch) -> Tensor:

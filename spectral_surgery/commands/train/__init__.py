@@ -143,7 +143,7 @@ def train(
     model, tokenizer, new = _load(base, task, classes, settings, trust_remote_code=data.trust_remote_code)
     spec = replace(spec, task_type=spec.task_type or task.task_type, targets=_with_head(spec, model, task))
     spec = inject(model, spec)
-    features = [_encode(task, tokenizer, own, classes, data.seq_length) for own in (train_on, held_out)]
+    features = [_encode(task, tokenizer, part, classes, data.seq_length) for part in (train_on, held_out)]
     job = Job(model, tokenizer, task, settings, features[0], features[1], out, progress)
     history, state = run(job, spec, resume=resume)
     trained, everything = trainable_parameters(model)
@@ -178,10 +178,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()) or resume:
         return
     if not overwrite:
-        raise CheckpointError(
-            f"{out}: is not empty; a new or empty folder is accepted. Use --resume to go on with it, or --overwrite to"
-            " discard it."
-        )
+        raise CheckpointError(f"{out}: is not empty. Use --resume to go on with it, or --overwrite to discard it.")
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
 
@@ -206,12 +203,12 @@ def _classes(task: Task, *parts: Sequence[Example]) -> list[str]:
     """Names of the classes, sorted; empty where labels are numbers or there are none."""
     labels = [example.label for part in parts for example in part]
     if task.labelled and any(label is None for label in labels):
-        raise ConfigError(f"--task {task.name}: the data has no labels; a label in the last column is accepted.")
+        raise ConfigError(f"--task {task.name}: expected a label in the last column, got none.")
     if task.name == "classification":
         return sorted({_label_name(label) for label in labels})
     if task.labelled and any(isinstance(label, str) for label in labels):
         wrong = next(label for label in labels if isinstance(label, str))
-        raise ConfigError(f"--task {task.name}: label '{wrong}' is no number; numbers are accepted.")
+        raise ConfigError(f"--task {task.name}: expected numbers as labels, got '{wrong}'.")
     return []
 
 

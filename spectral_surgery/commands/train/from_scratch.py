@@ -20,7 +20,7 @@ from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.pretrain import (
     STARTS,
     ModelSizes,
-    judge,
+    prediction_scores,
     require_transformers,
     train_whole,
     unigram,
@@ -70,7 +70,7 @@ class Trained:
     @property
     def validation_loss(self) -> float:
         """Of the weights that were kept."""
-        losses = [own["loss"] for step, own in self.history.held_out if step == self.history.best_step]
+        losses = [measures["loss"] for step, measures in self.history.held_out if step == self.history.best_step]
         return losses[-1] if losses else float("nan")
 
     def to_json(self) -> dict[str, object]:
@@ -147,7 +147,7 @@ def train_from_scratch(
         check_out(folder, resume=resume, overwrite=overwrite)
     if data.seq_length > sizes.max_seq_length:
         raise ConfigError(
-            f"--seq-length {data.seq_length}: at most {sizes.max_seq_length}, the --max-seq-length, is accepted."
+            f"--seq-length: expected at most --max-seq-length, {sizes.max_seq_length}, got {data.seq_length}."
         )
     tokenizer, parts = _prepare(data)
     vocabulary = vocabulary_of(tokenizer)
@@ -171,7 +171,7 @@ def _trained(start: str, job: Job, test: list[Features], *, resume: bool) -> Tra
     """Train one model, judge and save it."""
     history = train_whole(job, resume=resume)
     model: Any = job.model
-    measures = judge(model, test, job.settings.batch_size)
+    measures = prediction_scores(model, test, job.settings.batch_size)
     if history.is_main:
         model.save_pretrained(job.folder)
         job.tokenizer.save_pretrained(job.folder)
@@ -202,7 +202,7 @@ def _write(report: ScratchReport, how: Mapping[str, object]) -> None:
     for model in report.models:
         settled = {**how, **report.to_json(), "models": [model.to_json()]}
         if model is report.models[0]:
-            settled["models"] = [own.to_json() for own in report.models]
+            settled["models"] = [trained.to_json() for trained in report.models]
         replace_file(model.folder / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
         history = model.history
         plot_training(history.train, history.held_out, "loss", history.best_step, model.folder / PLOT_FILE)
