@@ -116,9 +116,9 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, llama: Pa
     parts = train(llama, tmp_path / "parts", data, fourierft(), settings(scheduler="constant"), resume=True)
     assert parts.history.steps == 12
     a, b = read_adapter(tmp_path / "whole"), read_adapter(tmp_path / "parts")
-    if whole.history.best_step == parts.history.best_step:
-        for layer, tensors in a.layers.items():
-            torch.testing.assert_close(tensors["spectrum"], b.layers[layer]["spectrum"], rtol=1e-4, atol=1e-5)
+    assert parts.history.best_step == whole.history.best_step
+    for layer, tensors in a.layers.items():
+        torch.testing.assert_close(tensors["spectrum"], b.layers[layer]["spectrum"], rtol=1e-4, atol=1e-5)
     assert parts.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-4)
     with pytest.raises(CheckpointError, match=r"whole: is not empty.*--resume to go on with it, or --overwrite"):
         train(llama, tmp_path / "whole", data, fourierft(), settings())
@@ -210,9 +210,10 @@ def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert reports[1]["after"]["loss"] < reports[1]["before"]["loss"]
     a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
-    assert {name: tensors["spectrum"].shape for name, tensors in b.layers.items()} == {
-        name: tensors["spectrum"].shape for name, tensors in a.layers.items()
-    }
+    assert a.layers.keys() == b.layers.keys()
+    for name, tensors in a.layers.items():  # one step more or less would be a sixth of the way
+        difference = torch.linalg.vector_norm(b.layers[name]["spectrum"] - tensors["spectrum"])
+        assert difference < 0.02 * torch.linalg.vector_norm(tensors["spectrum"])
 
 
 def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path: Path) -> None:

@@ -116,11 +116,7 @@ class CompressReport:
 
 
 def plan_compression(
-    source: Path,
-    options: CompressOptions,
-    *,
-    compare: bool = True,
-    base: Path | None = None,
+    source: Path, options: CompressOptions, *, compare: bool = True, base: Path | None = None
 ) -> tuple[CheckpointIndex, Plan]:
     """Read the headers of a checkpoint and decide what compressing it does; nothing is written."""
     index = _dense(source)
