@@ -78,10 +78,10 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_
     outline.config.use_cache = False
     names = names_in(outline, index)
     parameters = dict(outline.named_parameters(remove_duplicate=False))
-    found = {name: names.find(name) for name in parameters}
+    places = {name: names.find(name) for name in parameters}
     tensors = {
         name: stored
-        for name, stored in found.items()
+        for name, stored in places.items()
         if stored is not None and stored.shape == tuple(parameters[name].shape)
     }
     tied = {id(parameters[name]): stored for name, stored in tensors.items()}
@@ -109,12 +109,12 @@ class ActivationStore:
         if self._used + tensor.nbytes > self._limit and tensor.numel():
             return self._filed(tensor)
 
-        def held() -> Tensor:
+        def kept() -> Tensor:
             return tensor
 
         self._used += tensor.nbytes
-        weakref.finalize(held, self._forget, tensor.nbytes)
-        return held
+        weakref.finalize(kept, self._forget, tensor.nbytes)
+        return kept
 
     def close(self) -> None:
         """Give the room back."""
@@ -126,11 +126,11 @@ class ActivationStore:
         size, dtype, shape = tensor.numel(), tensor.dtype, tensor.shape
         torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape).copy_(tensor)
 
-        def held() -> Tensor:
+        def mapped() -> Tensor:
             return torch.from_file(file.name, size=size, dtype=dtype).reshape(shape)
 
-        weakref.finalize(held, Path(file.name).unlink, missing_ok=True)
-        return held
+        weakref.finalize(mapped, Path(file.name).unlink, missing_ok=True)
+        return mapped
 
     def _forget(self, nbytes: int) -> None:
         self._used -= nbytes

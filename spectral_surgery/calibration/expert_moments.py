@@ -78,9 +78,11 @@ def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
     def read(module: nn.Module) -> Tensor:
         sums = cast(dict[tuple[int, str], Tensor], module._moments)
         whole = cast(Tensor, module._parameters[leaf]).detach()
-        held = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
+        matrices = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
         return LazyWeight.of(
-            Stack(tuple(_SeenRows(cast(SpectralWeight, dense), 0, len(dense.matrix), dense.dtype) for dense in held))
+            Stack(
+                tuple(_SeenRows(cast(SpectralWeight, dense), 0, len(dense.matrix), dense.dtype) for dense in matrices)
+            )
         )
 
     return read
@@ -102,7 +104,7 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
     """
     modules = list({id(matrix.module): matrix.module for matrix in matrices.values()}.values())
     classes = [type(module) for module in modules]
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     sums: dict[int, dict[tuple[int, str], Tensor]] = {}
     for matrix in matrices.values():
         zeros = torch.zeros(matrix.width, matrix.width, device=matrix.weight.device)
@@ -112,7 +114,7 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
             leaves = () if fused_matrices(module) else tuple(expert_matrices(module))
             module.__class__ = _recording(type(module), leaves)  # type: ignore[arg-type]
             vars(module)["_moments"] = sums[id(module)]
-        yield found
+        yield moments
     finally:
         for module, before in zip(modules, classes, strict=True):
             module.__class__ = before
@@ -120,4 +122,4 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
     for name, matrix in matrices.items():
         moment = sums[id(matrix.module)].pop((matrix.expert, matrix.leaf))
         if moment.diagonal().any():
-            found[name] = moment
+            moments[name] = moment

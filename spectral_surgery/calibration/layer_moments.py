@@ -89,13 +89,13 @@ def layer_moments(
 def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
     """All layers together, and as many experts as their moments fit into memory; then more experts, if there are."""
     group: list[StoredMatrix] = []
-    held: dict[str, int] = {}
+    nbytes: dict[str, int] = {}
     for matrix in matrices:
         group.append(matrix)
-        held |= {key: 4 * expert.width**2 for key, expert in matrix.experts.items()}
-        if sum(held.values()) > EXPERT_MOMENTS:
+        nbytes |= {key: 4 * expert.width**2 for key, expert in matrix.experts.items()}
+        if sum(nbytes.values()) > EXPERT_MOMENTS:
             yield group
-            group, held = [], {}
+            group, nbytes = [], {}
     if group:
         yield group
 
@@ -115,12 +115,12 @@ def _moments(
     del of_experts
     left = Counter(key for matrix in group for key in matrix.layers)  # an expert's gate and up projection share one
     for matrix in group:
-        seen = [moments[key] for key in matrix.layers if key in moments]
+        inputs = [moments[key] for key in matrix.layers if key in moments]
         left -= Counter(list(matrix.layers))
         for key in matrix.layers:
             if key not in left:
                 moments.pop(key, None)
-        yield matrix, _mean(seen) if seen else None
+        yield matrix, _mean(inputs) if inputs else None
 
 
 def _mean(moments: Sequence[Tensor]) -> Tensor:

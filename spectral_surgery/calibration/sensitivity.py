@@ -70,5 +70,5 @@ def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:
     """
     length = torch.linalg.vector_norm(hidden.float(), dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     random = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    found: Tensor = (random / length).to(hidden.dtype)
-    return found
+    gradient: Tensor = (random / length).to(hidden.dtype)
+    return gradient

@@ -53,11 +53,11 @@ class StoredMatrix:
         if self._whole:
             return only
         rows = sum(count for spans in self.spans.values() for _, _, count in spans)
-        made: Tensor = only.new_empty(rows, only.shape[1])
+        whole: Tensor = only.new_empty(rows, only.shape[1])
         for name, layer in self.layers.items():
             for row, stored, count in self.spans[name]:
-                made[stored : stored + count] = layer.weight.detach()[row : row + count]
-        return made
+                whole[stored : stored + count] = layer.weight.detach()[row : row + count]
+        return whole
 
     def put(self, weight: Tensor) -> None:
         """Give the layers another matrix, of the shape that is stored."""
@@ -74,7 +74,7 @@ class StoredMatrix:
 
 def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: nn.Module) -> list[StoredMatrix]:
     """The stored matrices of which every row is in a linear layer or an expert of a block, in the order of these."""
-    found: dict[str, StoredMatrix] = {}
+    matrices: dict[str, StoredMatrix] = {}
     infos: dict[str, TensorInfo] = {}
     for name, module in block.named_modules():
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
@@ -83,11 +83,11 @@ def matrices_of(names: TensorNames, wanted: Container[str], prefix: str, block: 
             info = piece.info
             if info.name in wanted and len(info.shape) == 2 and not piece.transposed:
                 infos[info.name] = info
-                matrix = found.get(info.name, StoredMatrix(info.name))
-                found[info.name] = StoredMatrix(
+                matrix = matrices.get(info.name, StoredMatrix(info.name))
+                matrices[info.name] = StoredMatrix(
                     info.name, {**matrix.layers, name: module}, {**matrix.spans, name: piece.spans}
                 )
-    complete = [matrix for matrix in found.values() if _covered(matrix, infos[matrix.tensor])]
+    complete = [matrix for matrix in matrices.values() if _covered(matrix, infos[matrix.tensor])]
     return complete + list(_expert_matrices(names, wanted, prefix, block))
 
 

@@ -96,7 +96,7 @@ def generate(
 
     prompt_tokens, tokens = continue_text(model, tokenizer, prompt, sampling, collect)
     end = time.perf_counter()
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return GenerateReport(
         "".join(pieces),
         prompt_tokens,
@@ -104,7 +104,7 @@ def generate(
         ready - started,
         end - ready,
         (times[0] if times else end) - ready,
-        sum(held.values()),
+        sum(sizes.values()),
         peak_rss_bytes(),
     )
 
@@ -136,7 +136,7 @@ def _model(source: Path, running: Running) -> tuple[Any, Any]:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    found = getattr(torch, name, None) if name else None
-    if name and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    dtype = getattr(torch, name, None) if name else None
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"--dtype: expected float32, bfloat16, float16 or the like, got {name}.")
-    return found
+    return dtype

@@ -279,16 +279,18 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _outermost(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    found: list[str] = []
+    outermost: list[str] = []
     for name, _ in model.named_modules():
-        if name and spec.targets.saves(name) and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    missing = [end for end in spec.targets.modules_to_save if not any(f".{name}".endswith(f".{end}") for name in found)]
+        if name and spec.targets.saves(name) and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost.append(name)
+    missing = [
+        end for end in spec.targets.modules_to_save if not any(f".{name}".endswith(f".{end}") for name in outermost)
+    ]
     if missing:
         raise TargetError(
             f"modules_to_save: expected names of modules, or ends of them, got {missing}, which are not in the model."
         )
-    return found
+    return outermost
 
 
 def _bias_hosts(model: nn.Module, spec: AdapterSpec, targets: Iterable[str]) -> list[nn.Module]:
@@ -316,10 +318,10 @@ def _load_extras(model: nn.Module, extra: Mapping[str, Tensor], name: str) -> No
         for prefix, part in parts.items()
         for key, value in _prefixed(prefix, part.tensors(name)).items()
     }
-    given = {key: tuple(value.shape) for key, value in extra.items()}
-    wrong = [f"{key} is missing" for key in expected if key not in given]
-    wrong += [f"{key} is not expected" for key in given if key not in expected]
-    wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in given if k in expected and given[k] != expected[k]]
+    got = {key: tuple(value.shape) for key, value in extra.items()}
+    wrong = [f"{key} is missing" for key in expected if key not in got]
+    wrong += [f"{key} is not expected" for key in got if key not in expected]
+    wrong += [f"{k} is {got[k]}, not {expected[k]}" for k in got if k in expected and got[k] != expected[k]]
     if wrong:
         raise CheckpointError(f"adapter '{name}': does not fit the model: {'; '.join(wrong)}")
     for prefix, part in parts.items():

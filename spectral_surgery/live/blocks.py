@@ -108,12 +108,12 @@ def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     config = text_config(model)
     parts = ((name, module) for name, module in model.named_modules() if getattr(module, "config", None) is config)
     prefix, part = next(parts, ("", model))
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for inner, module in part.named_modules(prefix=prefix):
-        inside = any(inner.startswith(f"{outer}.") for outer in found)
+        inside = any(inner.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            found[inner] = module
-    return found
+            lists[inner] = module
+    return lists
 
 
 def _size(module: nn.Module) -> int:
@@ -259,12 +259,12 @@ def next_inputs(
     block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = _in_memory
 ) -> list[Sample]:
     """The arguments of the next block: the hidden states that this one gives, and what the model gives it besides."""
-    found = []
+    samples = []
     for sample, hidden in zip(inputs, outputs_of(block, inputs), strict=True):
         first, *rest = sample.later or (None,)
         args, named = first or ((), {})
-        found.append(Sample(keep(hidden), args, named, tuple(rest), skipped=first is None))
-    return found
+        samples.append(Sample(keep(hidden), args, named, tuple(rest), skipped=first is None))
+    return samples
 
 
 @torch.no_grad()

@@ -96,10 +96,10 @@ def _built(modules: list[nn.Module], settings: dict[str, Any]) -> tuple[dict[int
     spectra: dict[int, SpectralWeight] = {}
     for module in modules:
         if id(module) not in fresh:
-            made = _sharing(module, spectra.get(id(module.weight)))
-            made = made or _LAYERS[type(module).__name__].from_dense(module, **settings)
-            spectra.setdefault(id(module.weight), made.spectrum)
-            fresh[id(module)] = made.train(module.training)
+            layer = _sharing(module, spectra.get(id(module.weight)))
+            layer = layer or _LAYERS[type(module).__name__].from_dense(module, **settings)
+            spectra.setdefault(id(module.weight), layer.spectrum)
+            fresh[id(module)] = layer.train(module.training)
     return fresh, list(spectra.values())
 
 

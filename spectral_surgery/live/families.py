@@ -107,13 +107,13 @@ def sites_at(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSi
     Raises:
         ConfigError: when a number is out of range or comes twice, or there is none.
     """
-    found = sites(model)
-    wrong = [number for number in layers if not 0 <= number < len(found)]
+    places = sites(model)
+    wrong = [number for number in layers if not 0 <= number < len(places)]
     if wrong:
-        raise ConfigError(f"layers: expected 0 to {len(found) - 1} for this model, got {wrong[0]}.")
+        raise ConfigError(f"layers: expected 0 to {len(places) - 1} for this model, got {wrong[0]}.")
     if not layers or len(set(layers)) < len(layers):
         raise ConfigError(f"layers: expected one or more different numbers, got {list(layers)}.")
-    return {number: found[number] for number in sorted(layers)}
+    return {number: places[number] for number in sorted(layers)}
 
 
 def _dense(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:

@@ -23,12 +23,12 @@ def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     ends = _SAVED_BY_PEFT.get(str(task))
     if ends is None:
         return ()
-    outside, found = _outside(model), list[str]()
+    outside, heads = _outside(model), list[str]()
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{head}.") for head in found)
+        inside = any(name.startswith(f"{head}.") for head in heads)
         if name and not inside and (name in outside or name.endswith(ends)) and _holds_tensors(module):
-            found.append(name)
-    return tuple(found)
+            heads.append(name)
+    return tuple(heads)
 
 
 def classifier_heads(model: nn.Module) -> tuple[str, ...]:

@@ -47,10 +47,10 @@ def resolve(model: nn.Module, spec: AdapterSpec) -> AdapterSpec:
         fitting = (ends for ends in _DEFAULT_TARGETS if _all_match(ends, modules))
         usual = next(fitting, None)
         if usual is None:
-            some = ", ".join(list(modules)[:3])
+            examples = ", ".join(list(modules)[:3])
             raise TargetError(
                 f"target_modules: expected ends of names, a regular expression or all-linear, as no usual names are"
-                f" among {some}, .... Use --target-modules."
+                f" among {examples}, .... Use --target-modules."
             )
         targets = replace(targets, target_modules=usual)
     if targets.target_modules == ALL_LINEAR:
@@ -149,14 +149,14 @@ def _fused_experts(model: nn.Module) -> Iterator[str]:
 
 def _misfits(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ConfigError]:
     """The layers that the settings do not fit, with the reason."""
-    found = {}
+    misfits = {}
     for name, shape in shapes.items():
         try:
             with torch.device("meta"):
                 spec.build(name, *shape)
         except ConfigError as error:
-            found[name] = error
-    return found
+            misfits[name] = error
+    return misfits
 
 
 def _with_all_saved(model: nn.Module, targets: ModuleTargets) -> ModuleTargets:

@@ -45,7 +45,7 @@ def train_kept(
     for name, parameter in everywhere.items():
         places.setdefault(id(parameter), []).append(name)
     model.requires_grad_(requires_grad=False)
-    found = []
+    parameters = []
     for name, parts in spectra.items():
         weight, values = everywhere[name].detach(), None  # registering puts other data into the parameter
         for place in places[id(everywhere[name])]:
@@ -57,8 +57,8 @@ def train_kept(
             values = values if values is not None else holder.original.requires_grad_()
             holder.original = values
             del kept.start
-        found.append(cast(nn.Parameter, values))
-    return found
+        parameters.append(cast(nn.Parameter, values))
+    return parameters
 
 
 def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -83,13 +83,13 @@ def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
     """The vectors of a model after `train_vectors`, by parameter name, in the dtypes that they are stored in."""
-    found = {}
+    vectors = {}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for leaf, holder in cast(Any, module.parametrizations).items():
                 if isinstance(holder[0], Rounded):
-                    found[f"{path}.{leaf}" if path else leaf] = holder[0].stored(holder.original)
-    return found
+                    vectors[f"{path}.{leaf}" if path else leaf] = holder[0].stored(holder.original)
+    return vectors
 
 
 def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
@@ -115,7 +115,7 @@ def each_kept_spectrum(model: nn.Module) -> Iterator[tuple[str, list[QuantizedSp
             yield name, kept.spectra(values)
 
 
-def settle(model: nn.Module) -> None:
+def end_training(model: nn.Module) -> None:
     """End the training: every weight becomes a plain parameter, what its rounded values decode to.
 
     Args:
@@ -148,14 +148,14 @@ def unfreeze_spectra(model: nn.Module) -> list[nn.Parameter]:
         TargetError: when the model has no spectral layer.
     """
     layers = _layers_with(model, SpectralWeight)
-    weights, made = [layer.spectrum for layer in layers], dict[int, TrainableWeight]()
+    weights, trainable = [layer.spectrum for layer in layers], dict[int, TrainableWeight]()
     for layer, weight in zip(layers, weights, strict=True):
-        if id(weight) not in made:
-            made[id(weight)] = TrainableWeight(weight)
-        layer.spectrum = made[id(weight)]
-    if not made:
+        if id(weight) not in trainable:
+            trainable[id(weight)] = TrainableWeight(weight)
+        layer.spectrum = trainable[id(weight)]
+    if not trainable:
         raise TargetError(f"{type(model).__name__}: expected a compressed model, got one without spectral layers.")
-    return [weight.values for weight in made.values()]
+    return [weight.values for weight in trainable.values()]
 
 
 def freeze_spectra(model: nn.Module, resident: str = "coded") -> None:
@@ -169,9 +169,9 @@ def freeze_spectra(model: nn.Module, resident: str = "coded") -> None:
         ConfigError: when the codes do not fit the resident form; nothing is changed then.
     """
     layers = _layers_with(model, TrainableWeight)
-    settled = {id(layer.spectrum): layer.spectrum.settled(resident) for layer in layers}
+    rounded = {id(layer.spectrum): layer.spectrum.settled(resident) for layer in layers}
     for layer in layers:
-        layer.spectrum = settled[id(layer.spectrum)]
+        layer.spectrum = rounded[id(layer.spectrum)]
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, KeptSpectrum, Tensor]]:

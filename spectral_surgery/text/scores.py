@@ -42,7 +42,7 @@ class EvalData:
     trust_remote_code: bool = False
 
     @property
-    def given(self) -> bool:
+    def has_text(self) -> bool:
         """Whether there is any."""
         return self.text is not None or self.sts is not None
 
@@ -128,9 +128,9 @@ def compare_logits(
             sums["kl"] += float(kl(*logs).sum())
             sums["top"] += float((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
     tokens = rows[:, 1:].numel()
-    found = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
+    measures = {f"perplexity_{name}": math.exp(sums[name] / tokens) for name, _ in zip("ab", models, strict=False)}
     both = {"kl": sums["kl"] / tokens, "same_top": sums["top"] / tokens} if len(models) == 2 else {}
-    return found | both
+    return measures | both
 
 
 def _cosines(models: Sequence[Any], tokenizer: Any, lines: list[str]) -> dict[str, float]:
@@ -147,9 +147,9 @@ def _spearman(models: Sequence[Any], tokenizer: Any, data: EvalData) -> dict[str
     if any(len(pair.texts) != 2 or not isinstance(pair.label, float) for pair in pairs):
         raise ConfigError(f"{data.sts}: expected rows of two sentences and a score, got others.")
     scores = torch.tensor([float(pair.label or 0) for pair in pairs]).numpy()
-    found = {}
+    correlations = {}
     for name, model in zip(("spearman_a", "spearman_b"), models, strict=False):
         encoder = SentenceEncoder(model, tokenizer)
         sides = [encoder.embed([pair.texts[side] for pair in pairs]) for side in (0, 1)]
-        found[name] = spearman((sides[0] * sides[1]).sum(-1).numpy(), scores)
-    return found
+        correlations[name] = spearman((sides[0] * sides[1]).sum(-1).numpy(), scores)
+    return correlations

@@ -83,6 +83,16 @@ class History:
     seconds: float
     is_main: bool
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json`` and the file of metrics."""
+        return {
+            "best_step": self.best_step,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "train_loss": [list(row) for row in self.train],
+            "held_out": [{"step": step, **measures} for step, measures in self.held_out],
+        }
+
 
 @dataclass(frozen=True)
 class Job:

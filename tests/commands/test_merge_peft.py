@@ -319,7 +319,7 @@ def test_parameters_that_the_base_does_not_have(tmp_path: Path) -> None:
 def test_a_live_model_and_other_forms_refuse_what_only_merge_takes(tmp_path: Path) -> None:
     theirs = peft(tmp_path, LLAMA, {"target_modules": ["q_proj"], "use_dora": True, "trainable_token_indices": [1]})
     state = read_adapter(theirs.adapter)
-    with pytest.raises(ConfigError, match="has DoRA, trainable_token_indices, which a model here has no place for"):
+    with pytest.raises(ConfigError, match="DoRA, trainable_token_indices, which a model here has no place for"):
         load(build(LLAMA[0], **LLAMA[1]), state)
     with pytest.raises(ConfigError, match="has DoRA, trainable_token_indices, which other forms have no place for"):
         export(theirs.adapter, tmp_path / "out", "lora")
@@ -333,5 +333,8 @@ def test_a_live_model_takes_lora_of_peft_on_embeddings_and_compares_the_stored_b
     other = build(LLAMA[0], **LLAMA[1])
     with torch.no_grad():
         other.lm_head.weight.add_(1)  # type: ignore[operator,union-attr]
-    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight differs from the weight of the model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"got another: lm_head\.base_layer\.weight differs",
+    ):
         load(other, read_adapter(theirs.adapter))

@@ -12,7 +12,13 @@ from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
-from spectral_surgery.live.trained_spectra import freeze_spectra, kept_spectra, settle, train_kept, unfreeze_spectra
+from spectral_surgery.live.trained_spectra import (
+    end_training,
+    freeze_spectra,
+    kept_spectra,
+    train_kept,
+    unfreeze_spectra,
+)
 
 TARGETS = [Target("density", 0.2), Target("density", 0.05), Target("bits", 1.0), Target("bits", 4.0)]
 
@@ -106,14 +112,14 @@ def test_shared_weights_are_trained_as_one_and_settle() -> None:
     spectra, outputs = kept_spectra(model), model(ids)
     assert list(spectra) == list(names)
     torch.testing.assert_close(spectra["embedding.weight"][0].to_dense(), model.embedding.weight)
-    settle(model)
+    end_training(model)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
     assert torch.equal(model(ids), outputs)
     assert model.head.weight is model.embedding.weight
 
 
 def test_a_name_that_is_no_parameter_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"nothing\.weight: is no parameter of Tied; see named_parameters"):
+    with pytest.raises(TargetError, match=r"nothing\.weight: is not a parameter of Tied; see named_parameters"):
         train_kept(Tied(), {"nothing.weight": [stored(torch.randn(64, 64), Target("bits", 3.0))]})
 
 

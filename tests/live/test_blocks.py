@@ -71,7 +71,7 @@ def test_moments_are_those_of_the_inputs(model: Model) -> None:
 
 def test_models_without_blocks_or_text(model: Model) -> None:
     assert find_blocks(model)[0] == "layers"
-    with pytest.raises(TargetError, match="Linear: has no list of blocks"):
+    with pytest.raises(TargetError, match="Linear: expected a transformer, got a model without a list of blocks"):
         find_blocks(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="calibrate: no text"):
         next(blocks_in_turn(model, []))

@@ -170,7 +170,7 @@ def test_a_base_without_a_dense_weight() -> None:
 
     net = nn.Sequential(Quantised())
     attach.inject(net, lora("0"))
-    with pytest.raises(NotMergeableError, match=r"0: a Quantised has no dense weight to merge into.*Decompress"):
+    with pytest.raises(NotMergeableError, match=r"0: expected a dense .* to merge into, got a Quantised.*Decompress"):
         merge(net)
 
 

@@ -62,5 +62,5 @@ def test_models_without_hidden_states_are_refused(name: str, states: tuple[Tenso
         def forward(self, input_ids: Tensor, output_hidden_states: bool) -> Any:
             return SimpleNamespace(hidden_states=states, given=(input_ids, output_hidden_states))
 
-    with pytest.raises(ConfigError, match="heal: Silent returns no hidden states"):
+    with pytest.raises(ConfigError, match=r"heal: expected a model that returns hidden states .*, got Silent"):
         OBJECTIVES[name].run(Silent(), {"input_ids": torch.ones(1, 2)})

@@ -135,7 +135,7 @@ def why_refused(index: CheckpointIndex) -> str | None:
         return None
     method = quantised.get("quant_method")
     remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
-    return f"expected a dense checkpoint, got one that is quantised already ({method}). {remedy}"
+    return f"is quantised already ({method}). {remedy}"
 
 
 def _dense(source: Path) -> CheckpointIndex:

@@ -58,12 +58,11 @@ class _Calibration:
         turns = layer_moments(lazy, sequences, wanted, folder=job.workshop.folder, progress=job.run.progress)
         done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         if not done:
-            told = "; ".join(
-                f"{reason} ({name})" for reason, name in {reason: name for name, reason in reasons.items()}.items()
-            )
+            examples = {reason: name for name, reason in reasons.items()}
+            causes = "; ".join(f"{reason} ({name})" for reason, name in examples.items())
             raise ConfigError(
                 f"calibrate: none of {len(planned)} matrices is in a linear layer that this text is multiplied by:"
-                f" {told}. Compress it without text."
+                f" {causes}. Compress it without text."
             )
         return coverage_of(plan, done, reasons)
 
@@ -88,7 +87,7 @@ class _Calibration:
         target = tensor.target or job.plan.options.target
         factor = feedback_factor(turn.moment, basis)
         release_freed_memory()
-        found = codes_at(turned, factor, target, basis, column_steps=not turn.transposed)
-        codes = found.T if turn.transposed else found
+        codes = codes_at(turned, factor, target, basis, column_steps=not turn.transposed)
+        codes = codes.T if turn.transposed else codes
         leave_codes(job.workshop, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

@@ -91,16 +91,16 @@ def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
                 owners.setdefault(piece.info.name, (path, leaf, module))
     kind = type(model).__name__
     unclear = {name for stored in names.unclear.values() for name in stored}
-    found = {}
+    reasons = {}
     for tensor in plan.tensors:
         name = tensor.info.name
         if name in owners:
-            found[name] = _reason(tensor, *owners[name], prefix)
+            reasons[name] = _reason(tensor, *owners[name], prefix)
         elif name in unclear:
-            found[name] = f"{kind} holds it in another form than it is stored"
+            reasons[name] = f"{kind} holds it in another form than it is stored"
         else:
-            found[name] = f"no part of {kind}, which is what is run: a head, or for other input than text"
-    return found
+            reasons[name] = f"no part of {kind}, which is what is run: a head, or for other input than text"
+    return reasons
 
 
 def seen_by_expert(tensor: PlannedTensor) -> bool:

@@ -42,16 +42,16 @@ def keep_important(job: Job, data: TextData) -> None:
     """
     workshop, plan, progress = job.workshop, job.plan, job.run.progress
     planned = {tensor.info.name: tensor for tensor in plan.tensors}
-    found = _remembered(workshop)
-    if found is None:
-        found = measure_importance(job.source, plan, data, progress)
-        _remember(workshop, found)
-    cuts = _cuts(planned, found, plan.options)
-    for done, (name, importance) in enumerate(found.items()):
+    importances = _remembered(workshop)
+    if importances is None:
+        importances = measure_importance(job.source, plan, data, progress)
+        _remember(workshop, importances)
+    cuts = _cuts(planned, importances, plan.options)
+    for done, (name, importance) in enumerate(importances.items()):
         coefficients = _coefficients(planned[name], plan.options)
         codes = cuts[name].codes(coefficients, importance)
         leave_codes(workshop, plan, planned[name], coefficients, codes, threads=job.run.threads)
-        progress(done + 1, len(found), name)
+        progress(done + 1, len(importances), name)
 
 
 def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progress = silent) -> dict[str, Importance]:
@@ -105,16 +105,16 @@ class _Projections:
 
 
 def _cuts(
-    planned: Mapping[str, PlannedTensor], found: Mapping[str, Importance], options: CompressOptions
-) -> dict[str, Threshold]:
+    planned: Mapping[str, PlannedTensor], importances: Mapping[str, Importance], options: CompressOptions
+) -> dict[str, Cut]:
     """By name; the same for all of them, or that of each alone."""
 
     def costs(name: str) -> Tensor:
-        return found[name].costs(_coefficients(planned[name], options))
+        return importances[name].costs(_coefficients(planned[name], options))
 
     if options.allocation == "even":
-        return {name: threshold_at([costs(name)], options.target.value) for name in found}
-    return dict.fromkeys(found, threshold_at(map(costs, found), options.target.value)) if found else {}
+        return {name: cut_at([costs(name)], options.target.value) for name in importances}
+    return dict.fromkeys(importances, cut_at(map(costs, importances), options.target.value)) if importances else {}
 
 
 def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:
@@ -122,9 +122,9 @@ def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:
     return Basis(options.transform, options.tile, tensor.axes).forward(weight)
 
 
-def _remember(workshop: Workshop, found: Mapping[str, Importance]) -> None:
-    tensors = {f"{name}.rows": importance.rows for name, importance in found.items()}
-    tensors |= {f"{name}.columns": importance.columns for name, importance in found.items()}
+def _remember(workshop: Workshop, importances: Mapping[str, Importance]) -> None:
+    tensors = {f"{name}.rows": importance.rows for name, importance in importances.items()}
+    tensors |= {f"{name}.columns": importance.columns for name, importance in importances.items()}
     replace_file(workshop.folder / _FILE, save(tensors, {"key": workshop.key}))
 
 

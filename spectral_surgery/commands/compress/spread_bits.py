@@ -84,7 +84,7 @@ def measure_shares(
 
 
 def _part(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """So many of the sequences, from all over the text, that they have few enough tokens."""
+    """An evenly spaced sample of the sequences, within the limit of tokens."""
     every = max(1, math.ceil(sum(map(len, sequences)) / _TOKENS))
     return list(sequences[::every])
 
@@ -98,8 +98,8 @@ class _Measurement:
 
     def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, TensorCost]:
         blocks = self._blocks()
-        given, errors, tables = self._forwards(blocks, batches)
-        gradients, entered = self._backwards(blocks, given)
+        samples, errors, tables = self._forwards(blocks, batches)
+        gradients, entered = self._backwards(blocks, samples)
         sizes = {tensor.info.name: tensor.info.numel for tensor in self.plan.tensors}
         costs = {name: error * gradients.get(name, 0.0) for name, error in errors.items()}
         for name, part in tables.items():
@@ -137,14 +137,14 @@ class _Measurement:
         """
         prefix, modules = find_blocks(self.lazy.model)
         with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."):
-            given = [[captured_inputs(self.lazy.model, modules, batch, self.store.put) for batch in batches]]
+            samples = [[captured_inputs(self.lazy.model, modules, batch, self.store.put) for batch in batches]]
             planned = {tensor.info.name for tensor in self.plan.tensors}
             power = {name: _power(table.weight) for name, table in self._tables() if name in planned}
         errors: dict[str, float] = {}
         for name, block, matrices in blocks:
             with self.lazy.holding(name, ""):
                 with moments_of(_layers(matrices)) as moments:
-                    given.append(next_inputs(block, given[-1], self.store.put))
+                    samples.append(next_inputs(block, samples[-1], self.store.put))
                 for matrix in matrices:
                     seen = [moments[key] for key in matrix.layers if key in moments]
                     if seen:
@@ -152,17 +152,19 @@ class _Measurement:
                         errors[matrix.tensor] = _power(matrix.weight) * noise
                         del seen
                         release_freed_memory()
-        return given, errors, {name: part / (sum(power.values()) or 1.0) for name, part in power.items()}
+        return samples, errors, {name: part / (sum(power.values()) or 1.0) for name, part in power.items()}
 
-    def _backwards(self, blocks: Sequence[_Block], given: Sequence[Sequence[Sample]]) -> tuple[dict[str, float], float]:
+    def _backwards(
+        self, blocks: Sequence[_Block], samples: Sequence[Sequence[Sample]]
+    ) -> tuple[dict[str, float], float]:
         """By tensor, the mean square of the gradient with regard to an output of the layer; the cost of what enters.
 
         That is what comes of an error as large as the hidden states that the first block is given.
         """
         generator = torch.Generator().manual_seed(0)
-        gradients = [self.store.put(probe(sample.hidden(), generator)) for sample in given[-1]]
-        found: dict[str, float] = {}
-        for (name, block, matrices), inputs in zip(reversed(blocks), reversed(given[:-1]), strict=True):
+        gradients = [self.store.put(probe(sample.hidden(), generator)) for sample in samples[-1]]
+        means: dict[str, float] = {}
+        for (name, block, matrices), inputs in zip(reversed(blocks), reversed(samples[:-1]), strict=True):
             with self.lazy.holding(name, ""), gradient_squares(_layers(matrices)) as squares:
                 release_freed_memory()
                 pulled = (pull_back(block, sample, after()) for sample, after in zip(inputs, gradients, strict=True))
@@ -170,13 +172,13 @@ class _Measurement:
             for matrix in matrices:
                 seen = [squares[key] for key in matrix.layers if key in squares]
                 if seen:
-                    found[matrix.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
+                    means[matrix.tensor] = sum(one.total for one in seen) / max(sum(one.count for one in seen), 1)
         entered = 0.0
-        for sample, held in zip(given[0], gradients, strict=True):
-            gradient = held()
+        for sample, waiting in zip(samples[0], gradients, strict=True):
+            gradient = waiting()
             squared = gradient.double().square().sum(-1) * sample.hidden().double().square().sum(-1)
             entered += float(squared.sum()) / gradient.shape[-1]
-        return found, entered
+        return means, entered
 
     def _basis(self, tensor: str) -> Basis:
         axes = next(planned.axes for planned in self.plan.tensors if planned.info.name == tensor)

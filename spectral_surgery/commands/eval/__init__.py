@@ -20,44 +20,30 @@ class EvalReport:
     """How far two checkpoints are apart.
 
     Attributes:
-        distance: of the tensors of A and B.
+        tensors: those that differ, the worst first.
+        equal: number of tensors with equal bits or values.
+        relative_error: of all tensors that differ, together.
+        only_in_one: names of tensors that one side lacks.
         measures: of A, B or both, by name: perplexity, kl, cosine, spearman.
         models: A, B and what is beside them, if anything is.
         seconds: wall time.
     """
 
-    distance: Distance
+    tensors: tuple[TensorError, ...]
+    equal: int
+    relative_error: float
+    only_in_one: tuple[str, ...]
     measures: Measures
     models: tuple[ModelRow, ...] = ()
     seconds: float = 0.0
 
-    @property
-    def tensors(self) -> tuple[TensorError, ...]:
-        """Tensors that differ, the worst first."""
-        return self.distance.tensors
-
-    @property
-    def equal(self) -> int:
-        """Number of tensors with equal bits or values."""
-        return self.distance.equal
-
-    @property
-    def only_in_one(self) -> tuple[str, ...]:
-        """Names of tensors that one side lacks."""
-        return self.distance.only_in_one
-
-    @property
-    def relative_error(self) -> float:
-        """Of all tensors that differ, together."""
-        return self.distance.relative_error
-
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
         return {
-            "relative_error": self.distance.relative_error,
-            "equal_tensors": self.distance.equal,
-            "only_in_one": list(self.distance.only_in_one),
-            "tensors": [vars(tensor) for tensor in self.distance.tensors],
+            "relative_error": self.relative_error,
+            "equal_tensors": self.equal,
+            "only_in_one": list(self.only_in_one),
+            "tensors": [vars(tensor) for tensor in self.tensors],
             "measures": self.measures,
             "models": [row.to_json() for row in self.models],
             "seconds": self.seconds,
@@ -91,17 +77,17 @@ def evaluate(
     """
     started = time.perf_counter()
     reference = reference or Reference()
-    if b is None and not data.given and not reference.given:
+    if b is None and not data.has_text and not reference.has_models:
         raise ConfigError("eval: expected a second model, --text, --sts or --baseline, got one model alone.")
-    if reference.given:
+    if reference.has_models:
         if adapter is not None:
             raise ConfigError("eval --adapter: expected at most one B and no baselines with it, got more.")
         others = [path for path in (b, *reference.others) if path is not None]
         models, apart, measures = model_table(a, others, data, reference, device=device, progress=progress)
-        return EvalReport(apart, measures, models, time.perf_counter() - started)
+        return EvalReport(**vars(apart), measures=measures, models=models, seconds=time.perf_counter() - started)
     apart = distance(a, b, progress) if b is not None else Distance()
     measures = {}
-    if data.given:
+    if data.has_text:
         other = b if b is not None else (a if adapter is not None else None)
         measures = TextScores(a, data, device).measures(other, adapter)
-    return EvalReport(apart, measures, seconds=time.perf_counter() - started)
+    return EvalReport(**vars(apart), measures=measures, seconds=time.perf_counter() - started)

@@ -80,7 +80,7 @@ def write_baseline(
     bits: float | None,
     folder: Path,
     *,
-    made: Mapping[str, BaselineResult] = MappingProxyType({}),
+    quantised: Mapping[str, BaselineResult] = MappingProxyType({}),
 ) -> Cost:
     """Write a checkpoint whose matrices are decoded from a baseline, in float32."""
     stored: dict[str, int] = {}
@@ -93,7 +93,7 @@ def write_baseline(
 
         def chunks() -> Iterator[memoryview]:
             weight = read_tensor(info).float()
-            nbytes, ours = 0, made.get(name)
+            nbytes, ours = 0, quantised.get(name)
             for block in _blocks(weight, matrices.shapes[name]):
                 result = ours or _applied(info.name, baseline, block, bits)
                 nbytes += result.stored_bytes

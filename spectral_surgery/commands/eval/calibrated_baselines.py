@@ -26,15 +26,15 @@ def calibrated_weights(
     Raises:
         ConfigError: when the baseline cannot have the rate; the tensor is named.
     """
-    found = {}
+    results = {}
     matrices = [name for name in names if len(index.tensors[name].shape) == 2]
     for turn in layer_moments(*model_and_text(source, index, data), matrices):
         weight = turn.matrix.weight.float()
         try:
-            made = baseline.apply(weight.T if turn.transposed else weight, bits, turn.moment)
+            result = baseline.apply(weight.T if turn.transposed else weight, bits, turn.moment)
         except ConfigError as error:
             raise ConfigError(f"{turn.tensor}: {error}") from None
-        dense = made.weight.T.contiguous() if turn.transposed else made.weight
+        dense = result.weight.T.contiguous() if turn.transposed else result.weight
         turn.matrix.put(dense)
-        found[turn.tensor] = BaselineResult(dense, made.stored_bytes)
-    return found
+        results[turn.tensor] = BaselineResult(dense, result.stored_bytes)
+    return results

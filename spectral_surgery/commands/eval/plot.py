@@ -105,12 +105,12 @@ def _put_labels(
         )  # fmt: skip
         here = axes.transData.transform(at)
         size = text.get_window_extent(renderer)
-        found = []
+        candidates = []
         for x, y in _places(size.width, size.height, per_point):
             box = Bbox.from_bounds(here[0] + x - size.width / 2, here[1] + y - size.height / 2, size.width, size.height)
             covered = sum(_shared(box, other) for other in taken) + 10 * _outside(box, axes.bbox)
-            found.append((covered + 0.1 * float(np.hypot(x, y)), (x / per_point, y / per_point), box))
-        _, offset, box = min(found, key=lambda place: place[0])
+            candidates.append((covered + 0.1 * float(np.hypot(x, y)), (x / per_point, y / per_point), box))
+        _, offset, box = min(candidates, key=lambda place: place[0])
         text.set_position(offset)
         taken.append(box)
 

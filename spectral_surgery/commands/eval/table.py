@@ -43,7 +43,7 @@ class Reference:
     calibration: TextData | None = None
 
     @property
-    def given(self) -> bool:
+    def has_models(self) -> bool:
         """Whether there is anything."""
         return bool(self.others or self.baselines)
 
@@ -73,14 +73,14 @@ class ModelRow:
     def to_json(self) -> dict[str, object]:
         """Plain values; what was not measured is left out."""
         cost = self.cost
-        made = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
+        making = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
         return {
             "model": self.model,
             "bits_per_weight": cost.bits_per_weight,
             "bytes": cost.nbytes,
             "relative_error": cost.relative_error,
             **self.measures,
-            **{name: value for name, value in made.items() if value is not None},
+            **{name: value for name, value in making.items() if value is not None},
         }
 
 
@@ -98,11 +98,11 @@ class _Asked:
     def make(self, a: Path, reference: Reference, compressed: CompressedCheckpoint | None, folder: Path) -> Cost:
         """Write what it leaves of A into an empty folder."""
         index = read_index(a)
-        matrices, method, made = matrices_of(index, compressed), self.method, {}
+        matrices, method, quantised = matrices_of(index, compressed), self.method, {}
         if method.calibrated and reference.calibration is not None:
-            made = calibrated_weights(a, index, matrices.shapes, reference.calibration, method, bits=self.bits)
+            quantised = calibrated_weights(a, index, matrices.shapes, reference.calibration, method, bits=self.bits)
             method = baseline(method.without_inputs)  # for the rest, such as embeddings
-        return write_baseline(index, matrices, method, self.bits, folder, made=made)
+        return write_baseline(index, matrices, method, self.bits, folder, quantised=quantised)
 
 
 def model_table(
@@ -122,18 +122,20 @@ def model_table(
         raise ConfigError(
             f"eval --baseline: expected a plain A to make them of, got {a.name}, which is compressed. Decompress it."
         )
-    scores = TextScores(a, data, device) if data.given else None
+    scores = TextScores(a, data, device) if data.has_text else None
     total, done = len(asked) + len(others), 0
-    beside_rows, found = [], []
+    baseline_rows, baseline_scores = [], []
     for one in asked:  # first: what they refuse is known before the long part
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as name:
             started = time.perf_counter()
             make = partial(one.make, a, reference, compressed[0] if compressed else None, Path(name))
             cost, peak = peak_rss_growth(make)
             seconds = time.perf_counter() - started
-            found.append(scores.measures(Path(name)) if scores else {})
-        row = ModelRow(one.label, cost, _own(found[-1]), one.method.family, one.method.name, seconds, peak)
-        beside_rows.append(row)
+            baseline_scores.append(scores.measures(Path(name)) if scores else {})
+        row = ModelRow(
+            one.label, cost, _of_second(baseline_scores[-1]), one.method.family, one.method.name, seconds, peak
+        )
+        baseline_rows.append(row)
         done += 1
         progress(done, total, one.label)
     rows, distances, pairs = [], [], []
@@ -141,17 +143,17 @@ def model_table(
         distances.append(distance(a, path, silent))
         pairs.append(scores.measures(path) if scores else {})
         cost = _cost(path, compressed, distances[-1].relative_error)
-        rows.append(ModelRow(path.name, cost, _own(pairs[-1]), _family(path), path.name))
+        rows.append(ModelRow(path.name, cost, _of_second(pairs[-1]), _family(path), path.name))
         done += 1
         progress(done, total, path.name)
-    either = (pairs + found)[0]
+    either = (pairs + baseline_scores)[0]
     of_a = {name.removesuffix("_a"): value for name, value in either.items() if name.endswith("_a")}
     first = ModelRow(a.name, _cost(a, compressed, 0.0), of_a, short=a.name)
     measures = pairs[0] if pairs else {f"{name}_a": value for name, value in of_a.items()}
-    return (first, *rows, *beside_rows), distances[0] if distances else Distance(), measures
+    return (first, *rows, *baseline_rows), distances[0] if distances else Distance(), measures
 
 
-def _own(pair: Measures) -> Measures:
+def _of_second(pair: Measures) -> Measures:
     """Of two models' measures, those of the second."""
     return {name.removesuffix("_b"): value for name, value in pair.items() if not name.endswith("_a")}
 
@@ -190,5 +192,5 @@ def _asked(reference: Reference, compressed: list[CompressedCheckpoint]) -> Iter
                 raise ConfigError(
                     f"eval --baseline {method.name}: expected a compressed B or --bits to meet, got none."
                 )
-            held = [bits for bits in rates if bits > method.above] or rates  # if none does, it says so itself
-            yield from (_Asked(method, bits) for bits in held) if method.budgeted else (_Asked(method),)
+            possible = [bits for bits in rates if bits > method.above] or rates  # if none does, it says so itself
+            yield from (_Asked(method, bits) for bits in possible) if method.budgeted else (_Asked(method),)

@@ -55,7 +55,7 @@ def distance(a: Path, b: Path, progress: Progress) -> Distance:
             f"{name}: expected equal shapes, got {list(left.shapes[name])} in {a} and {list(right.shapes[name])} in"
             f" {b}."
         )
-    found, error, energy = [], 0.0, 0.0
+    errors, error, energy = [], 0.0, 0.0
     for place, name in enumerate(common, 1):
         own_error = own_energy = 0.0
         for x, y in zip(left.pieces(name), right.pieces(name), strict=True):
@@ -63,13 +63,13 @@ def distance(a: Path, b: Path, progress: Progress) -> Distance:
             own_energy += float(x.double().square().sum())
         if own_error:
             relative = math.sqrt(own_error / own_energy) if own_energy else math.inf
-            found.append(TensorError(name, left.shapes[name], relative))
+            errors.append(TensorError(name, left.shapes[name], relative))
             error, energy = error + own_error, energy + own_energy
         progress(place, len(common), name)
-    found.sort(key=lambda tensor: -tensor.relative_error)
+    errors.sort(key=lambda tensor: -tensor.relative_error)
     total = math.sqrt(error / energy) if energy else 0.0
     apart = tuple(sorted(left.shapes.keys() ^ right.shapes.keys()))
-    return Distance(tuple(found), len(common) - len(found), total, apart)
+    return Distance(tuple(errors), len(common) - len(errors), total, apart)
 
 
 class _Dense:

@@ -181,8 +181,8 @@ def write_healed(
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
     (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    held = [(step, {"loss": loss}) for step, loss in curve.held_out]
-    plot_training(curve.train, held, "loss", curve.best_step, folder / PLOT_FILE)
+    losses = [(step, {"loss": loss}) for step, loss in curve.held_out]
+    plot_training(curve.train, losses, "loss", curve.best_step, folder / PLOT_FILE)
     cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
     (folder / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STATE)
@@ -199,8 +199,8 @@ def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, Chec
 
 def _result(session: HealSession, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
     curve, replaced, tensors = healed.curve, healed.replaced, session.checkpoint.manifest.tensors
-    told = {"healing": f"{session.data.digest()}, step {curve.best_step} of {curve.steps}"}
-    entries, manifest = recoded(session.checkpoint, replaced, session.key, healed.vectors, told)
+    options = {"healing": f"{session.data.digest()}, step {curve.best_step} of {curve.steps}"}
+    entries, manifest = recoded(session.checkpoint, replaced, session.key, healed.vectors, options)
     untrained = tuple(name for name in tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
     return entries, HealReport(manifest, objective, curve, trained, untrained, seconds, peak_rss_bytes(), healed.blocks)

@@ -58,15 +58,15 @@ def heal_blocks(session: HealSession, objective: Objective, settings: DistillSet
         with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
             wanted = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
             _put_stored(session, lazy.names, lazy.model, f"{prefix}.")
-            given = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
+            inputs = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
         for number, block in enumerate(blocks):
             name = f"{prefix}.{number}"
             with lazy.holding(f"{name}."):
                 wanted = next_inputs(block, wanted, store.put)
-                told = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, given, [sample.hidden for sample in wanted], first, lazy.names)
-                _heal_block(session, turn, left.share(len(blocks) - number, healed), told, healed)
-                given = next_inputs(turn.block, given, store.put)
+                of_stage = _stage(progress, number, len(blocks))
+                turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names)
+                _heal_block(session, turn, left.share(len(blocks) - number, healed), of_stage, healed)
+                inputs = next_inputs(turn.block, inputs, store.put)
                 del turn  # and the trained block with it, before the next one is read
                 gc.collect()  # optimizers refer to themselves
     if not healed.replaced:
@@ -105,7 +105,7 @@ class _Turn:
 
     name: str
     block: nn.Module
-    given: Sequence[Sample]
+    inputs: Sequence[Sample]
     targets: Sequence[Held]
     train: int
     names: TensorNames
@@ -119,7 +119,7 @@ def _heal_block(
     spectra = session.spectra(
         turn.names, {f"{name}.{leaf}": tuple(p.shape) for leaf, p in turn.block.named_parameters()}
     )
-    if not spectra or turn.given[0].skipped:
+    if not spectra or turn.inputs[0].skipped:
         return
     tensors = {path.removeprefix(f"{name}."): tensor for path, (tensor, _) in spectra.items()}
     turn.block = student = copy.deepcopy(
@@ -139,16 +139,16 @@ def _heal_block(
         number = int(batch["number"])
         wanted = turn.targets[number]()
         with recomputed_weights(student):
-            return (turn.given[number].through(student) - wanted).square().sum() / wanted.square().sum()
+            return (turn.inputs[number].through(student) - wanted).square().sum() / wanted.square().sum()
 
     work = Training(
         trained(student),
         loss,
         batch,
-        [{"number": torch.tensor(number)} for number in range(first, len(turn.given))],
+        [{"number": torch.tensor(number)} for number in range(first, len(turn.inputs))],
         session.folder / f"{name}.safetensors",
         f"{session.key} {name}",
-        session.settle(student),
+        session.hold_rate(student),
     )
     curve = train(work, settings, progress, session.clock)
     for path, parts in each_kept_spectrum(student):

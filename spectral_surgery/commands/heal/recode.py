@@ -33,10 +33,10 @@ def recoded(
     for name, files in replaced.items():
         parts = []
         for file in files:
-            found = read_part(file, key)
-            if found is None or found[1] is None:
+            stored = read_part(file, key)
+            if stored is None or stored[1] is None:
                 raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
-            parts.append((found[0], found[1]))
+            parts.append((stored[0], stored[1]))
         spectrum, counted = joined(name, parts)
         records[name] = replace(records[name], parts=counted)
         entries |= {entry.name: entry for entry in spectrum}

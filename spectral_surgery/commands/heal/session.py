@@ -75,7 +75,7 @@ class HealSession:
         options = self.checkpoint.manifest.options
         return not options.get("calibration") and not options.get("healing")
 
-    def settle(self, student: nn.Module) -> Callable[[], None]:
+    def hold_rate(self, student: nn.Module) -> Callable[[], None]:
         """What holds the rate of a student that is about to be trained, where a rate was asked for."""
         target: Any = self.checkpoint.manifest.options.get("target")
         return HeldRate(student) if target and target["kind"] == "bits" else lambda: None
@@ -84,7 +84,7 @@ class HealSession:
         self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[str, list[QuantizedSpectrum]]]:
         """The compressed tensor behind each parameter, and its spectra; parameters without one are left out."""
-        found = {}
+        spectra = {}
         manifest = self.checkpoint.manifest
         for name, shape in shapes.items():
             info = names.tensor(name)
@@ -92,19 +92,19 @@ class HealSession:
             record = manifest.tensors.get(tensor)
             if record is None or record.shape != shape:
                 continue
-            found[name] = tensor, [self.checkpoint.part(tensor, part).decode() for part in range(len(record.parts))]
-        return found
+            spectra[name] = tensor, [self.checkpoint.part(tensor, part).decode() for part in range(len(record.parts))]
+        return spectra
 
     def vectors(self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
         """The biases and scales of norms that are stored as they are, by parameter name."""
-        found = {}
+        vectors = {}
         for name, shape in shapes.items():
             info = names.tensor(name)
             if info is not None and len(shape) == 1 and info.shape == shape:
                 stored = self.checkpoint.index.tensors.get(self.checkpoint.manifest.aliases.get(info.name, info.name))
                 if stored is not None and stored.dtype in _TRAINED and stored.shape == shape:
-                    found[name] = stored
-        return found
+                    vectors[name] = stored
+        return vectors
 
     def stored(self, info: TensorInfo) -> Tensor:
         """What the compressed checkpoint has of a tensor of the teacher, decoded."""
@@ -125,9 +125,9 @@ class HealSession:
         for spectrum, part in zip(spectra, record.parts, strict=True):
             basis = Basis(spectrum.transform, spectrum.tile, spectrum.axes)
             codes = codes_of(spectrum.codes, spectrum.step, spectrum.offset)
-            made = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
+            encoded = encode_codes(basis.forward(matrix[slice(*part.rows)]), codes, basis, threads=self.threads)
             files.append(self.folder / f"{number:06d}-{len(files)}-{rank()}.part")
-            write_part(files[-1], self.key, made[0], part_record(part.rows, *made))
+            write_part(files[-1], self.key, encoded[0], part_record(part.rows, *encoded))
         return files
 
 
@@ -186,7 +186,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         batches,
         session.folder / "all.safetensors",
         session.key,
-        session.settle(student),
+        session.hold_rate(student),
     )
     healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
     for name, parts in each_kept_spectrum(student):
@@ -224,9 +224,9 @@ def train_stored_vectors(
 ) -> dict[str, str]:
     """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
     shapes = {f"{prefix}{name}": tuple(parameter.shape) for name, parameter in student.named_parameters()}
-    found = {name.removeprefix(prefix): info for name, info in session.vectors(names, shapes).items()}
+    vectors = {name.removeprefix(prefix): info for name, info in session.vectors(names, shapes).items()}
     with torch.no_grad():
-        for name, info in found.items():
+        for name, info in vectors.items():
             student.get_parameter(name).copy_(read_tensor(info))
-    train_vectors(student, {name: _TRAINED[info.dtype] for name, info in found.items()})
-    return {name: info.name for name, info in found.items()}
+    train_vectors(student, {name: _TRAINED[info.dtype] for name, info in vectors.items()})
+    return {name: info.name for name, info in vectors.items()}

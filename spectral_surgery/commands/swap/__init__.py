@@ -167,14 +167,14 @@ def swap(
 
 def _check_text(plan: SwapPlan, data: TextData | None, judged_on: EvalData) -> None:
     """Refuse text that cannot be read or does not fit, before hours of work."""
-    given = {"--distill": data.file if data else None, "--text": judged_on.text, "--sts": judged_on.sts}
-    named = [option for option, file in given.items() if file is not None]
+    files = {"--distill": data.file if data else None, "--text": judged_on.text, "--sts": judged_on.sts}
+    named = [option for option, file in files.items() if file is not None]
     kind = str(plan.index.config.get("model_type"))
     if named and FAMILIES[kind].vision:
         raise ConfigError(f"{named[0]}: expected a model of text with it, got {kind}, which takes images.")
     if judged_on.sts is not None and plan.causal:
         raise ConfigError(f"--sts: expected a sentence encoder with it, got {kind}, which predicts tokens. Use --text.")
-    for file in given.values():
+    for file in files.values():
         if file is not None:
             read_examples(file)
 

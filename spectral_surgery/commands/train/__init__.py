@@ -101,16 +101,12 @@ class TrainReport:
             "decided_by": self.best,
             "before": self.before,
             "after": self.after,
-            "best_step": self.history.best_step,
-            "steps": self.history.steps,
-            "seconds": self.history.seconds,
             "trainable_parameters": self.trainable_parameters,
             "all_parameters": self.all_parameters,
             "adapter_bytes": self.adapter_bytes,
             "new_weights": list(self.new_weights),
             "examples": {"train": self.examples[0], "held_out": self.examples[1]},
-            "train_loss": [list(row) for row in self.history.train],
-            "held_out": [{"step": step, **measures} for step, measures in self.history.held_out],
+            **self.history.to_json(),
         }
 
 
@@ -153,8 +149,8 @@ def train(
     counts = (len(features[0]), len(features[1]))
     report = TrainReport(task.name, task.best, history, trained, everything, size, counts, new)
     if history.is_main:
-        settled = {"settings": asdict(settings), "method": spec.method.name, "data": data.to_json(), **report.to_json()}
-        replace_file(out / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
+        body = {"settings": asdict(settings), "method": spec.method.name, "data": data.to_json(), **report.to_json()}
+        replace_file(out / METRICS_FILE, (json.dumps(body, indent=2) + "\n").encode())
         plot_training(history.train, history.held_out, task.best, history.best_step, out / PLOT_FILE)
     return report
 

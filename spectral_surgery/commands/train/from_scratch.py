@@ -80,11 +80,7 @@ class Trained:
             "parameters": self.parameters,
             "test": self.test,
             "validation_loss": self.validation_loss,
-            "best_step": self.history.best_step,
-            "steps": self.history.steps,
-            "seconds": self.history.seconds,
-            "train_loss": [list(row) for row in self.history.train],
-            "held_out": [{"step": step, **measures} for step, measures in self.history.held_out],
+            **self.history.to_json(),
         }
 
 
@@ -200,9 +196,9 @@ def _eval_every(settings: TrainSettings) -> int:
 
 def _write(report: ScratchReport, how: Mapping[str, object]) -> None:
     for model in report.models:
-        settled = {**how, **report.to_json(), "models": [model.to_json()]}
+        body = {**how, **report.to_json(), "models": [model.to_json()]}
         if model is report.models[0]:
-            settled["models"] = [trained.to_json() for trained in report.models]
-        replace_file(model.folder / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
+            body["models"] = [trained.to_json() for trained in report.models]
+        replace_file(model.folder / METRICS_FILE, (json.dumps(body, indent=2) + "\n").encode())
         history = model.history
         plot_training(history.train, history.held_out, "loss", history.best_step, model.folder / PLOT_FILE)
