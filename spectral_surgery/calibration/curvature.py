@@ -19,7 +19,7 @@ from spectral_surgery.live.running import differentiating
 def importance_of(
     weights: Mapping[str, tuple[nn.Parameter, Basis]], projections: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Importance]:
-    """Measure how much the coefficients of weights count."""
+    """How much the coefficients of weights count, by name; of those that a gradient reached."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     count = 0
     for count, projection in enumerate(projections, 1):  # noqa: B007 - used after the loop

@@ -82,7 +82,7 @@ def _all(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
 @_option("--vocab-size", "vocabulary", type=int, default=1024, help="Tokens of that BPE.")
 @_option("--seq-length", type=click.IntRange(2), default=128, help="Tokens of an example.")
 @_option("--validation-fraction", type=float, default=0.1, help="Part that decides which weights are kept.")
-@_option("--test-fraction", type=float, default=0.1, help="Part at the end, on which the result is judged.")
+@_option("--test-fraction", type=float, default=0.1, help="Part on which the result is judged.")
 @_all(_MODEL)
 @_all(_TRAINING)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")

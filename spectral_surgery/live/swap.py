@@ -44,7 +44,7 @@ class SwapSpec:
 def swap_attention(
     model: nn.Module, mixer: str, layers: Sequence[int], settings: Mapping[str, Any] | None = None
 ) -> dict[int, SwappedAttention]:
-    """Replace the attention of layers, in place.
+    """Replace the attention of layers, in place; returns the new modules by number of their layer.
 
     A new layer starts from the value and output projections of the attention: with a mixer that starts as the identity,
     every token gets what attention would give it if it saw itself only. Parameters have the dtype and device of the

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from spectral_surgery.baselines import BASELINES
 from spectral_surgery.cli import cli
 from spectral_surgery.commands.eval import EvalData, Reference, evaluate
-from spectral_surgery.commands.eval.calibrated_baselines import calibrated_weights
+from spectral_surgery.commands.eval.baselines import calibrated_weights
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor

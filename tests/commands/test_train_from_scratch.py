@@ -20,7 +20,7 @@ from spectral_surgery.commands.train.from_scratch import ScratchData, ScratchRep
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 from spectral_surgery.hf.models import Sampling
 from spectral_surgery.training import tokenizers as text_tokenizers
-from spectral_surgery.training.pretrain import STARTS, ModelSizes, judge, unigram, vocabulary_of
+from spectral_surgery.training.pretrain import STARTS, ModelSizes, prediction_scores, unigram, vocabulary_of
 from spectral_surgery.training.tokenizers import END, learn_bpe, tiktoken_named
 from spectral_surgery.training.trainer import TrainSettings
 
@@ -203,7 +203,7 @@ class Constant(torch.nn.Module):
 
 def test_measures_are_those_of_the_definition() -> None:
     rows = [{"input_ids": [0, 1, 1]}, {"input_ids": [1, 1, 0]}, {"input_ids": [1, 0, 1]}]
-    found = judge(Constant([math.log(0.25), math.log(0.75)]), rows, 2)
+    found = prediction_scores(Constant([math.log(0.25), math.log(0.75)]), rows, 2)
     loss = -(4 * math.log(0.75) + 2 * math.log(0.25)) / 6
     assert found["loss"] == pytest.approx(loss)
     assert found["accuracy"] == pytest.approx(4 / 6)
@@ -218,7 +218,7 @@ def test_models_start_at_even_odds(name: str) -> None:
     torch.manual_seed(0)
     made = STARTS[name].build(SIZES, {"vocab_size": 50})
     rows = [{"input_ids": row} for row in torch.randint(50, (20, 12)).tolist()]
-    assert judge(made, rows, 8)["loss"] == pytest.approx(math.log(50), rel=0.2)
+    assert prediction_scores(made, rows, 8)["loss"] == pytest.approx(math.log(50), rel=0.2)
 
 
 def test_numbers_of_tokens_may_have_gaps() -> None:

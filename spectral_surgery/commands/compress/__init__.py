@@ -169,7 +169,7 @@ def compress(
     if base is not None and (calibrate or heal):
         raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
     important = calibrate is None and heal is not None and keeps_important(source, options, heal.keep)
-    options = _settled(options, calibrate, heal.data if heal and important else None)
+    options = _with_choices(options, calibrate, heal.data if heal and important else None)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, options, base=base)
@@ -210,7 +210,7 @@ def compress_shard(
         raise ConfigError(f"shard: expected 0/n to n-1/n, got {shard[0]}/{shard[1]}.")
     check_apart(source, out)
     check_apart(base or source, out)
-    index, plan = plan_compression(source, _settled(options, None, None), base=base)
+    index, plan = plan_compression(source, _with_choices(options, None, None), base=base)
     with opened(source, out, index, plan, run, alone=False) as job:
         if not job.encode(shard):
             return None
@@ -233,8 +233,8 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
     return (keep or objective_of(read_index(source).config).keep) == "important"
 
 
-def _settled(options: CompressOptions, calibrate: TextData | None, important: TextData | None) -> CompressOptions:
-    """The options with everything decided that was left open."""
+def _with_choices(options: CompressOptions, calibrate: TextData | None, important: TextData | None) -> CompressOptions:
+    """The options with every choice made that was left open."""
     if calibrate is None and important is None:
         if options.allocation == "slope":
             raise ConfigError("allocation: expected even without text, got slope, which text is needed to measure.")

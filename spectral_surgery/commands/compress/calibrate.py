@@ -7,7 +7,7 @@ of the compression, which then encodes the rest as without text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
         )
     if job.plan.options.allocation == "slope":
         targets = spread_targets(job.source, job.index, job.plan, data, job.workshop)
-        job = job.with_plan(job.plan.with_targets(targets))
+        job = replace(job, plan=job.plan.with_targets(targets))
     return job, _Calibration(job).run(data)
 
 

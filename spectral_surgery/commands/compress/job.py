@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,7 @@ from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_facts
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
-from spectral_surgery.files.compressed.plan import CompressOptions, Plan, Unit
+from spectral_surgery.files.compressed.plan import CompressOptions, Plan
 from spectral_surgery.files.compressed.units import UNITS, Workshop, is_done, join, run_unit, work_key
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import hold
@@ -47,12 +47,8 @@ class Job:
         """``<out>.partial``."""
         return self.workshop.folder.parent
 
-    def with_plan(self, plan: Plan) -> Job:
-        """The same work by another plan."""
-        return replace(self, plan=plan)
-
     def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
-        """Encode the units that are not there yet."""
+        """Encode the units that are not there yet, of one shard; whether those of all shards are there then."""
         units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
         weights = list(accumulate(unit.weights for unit in units))  # largest first
         work = partial(run_unit, self.workshop, options=options, threads=self.run.threads)
@@ -62,11 +58,7 @@ class Job:
                 progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
         if last + 1 < len(units):
             progress(weights[-1], weights[-1], units[-1].tensor.info.name)
-        return shard[1] == 1 or all(self.is_done(unit) for unit in self.plan.units)
-
-    def is_done(self, unit: Unit) -> bool:
-        """Whether a unit is there and intact."""
-        return is_done(self.workshop, unit)
+        return shard[1] == 1 or all(is_done(self.workshop, unit) for unit in self.plan.units)
 
     def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
         """Join the units to a compressed checkpoint, and remove them.

@@ -53,7 +53,7 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 def spread_targets(
     source: Path, index: CheckpointIndex, plan: Plan, data: TextData, workshop: Workshop
 ) -> dict[str, Target]:
-    """Targets of single tensors that together give what was asked of all."""
+    """Targets of single tensors that together give what was asked of all; where a cost is unknown, none."""
     file, kind = workshop.folder / _RATES, plan.options.target.kind
     body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if body.get("key") != workshop.key:

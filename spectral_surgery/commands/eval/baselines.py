@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.baselines import Baseline, BaselineResult
+from spectral_surgery.calibration.layer_moments import layer_moments, model_and_text
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
@@ -22,11 +23,12 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.text.data import TextData
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """What of a checkpoint is compressed.
+class CompressedSubset:
+    """The matrices of a checkpoint that are compressed.
 
     Attributes:
         shapes: (rows, columns) of each tensor seen as a matrix, by its name.
@@ -57,17 +59,17 @@ class Cost:
     relative_error: float
 
 
-def matrices_of(index: CheckpointIndex, compressed: CompressedCheckpoint | None) -> Matrices:
+def matrices_of(index: CheckpointIndex, compressed: CompressedCheckpoint | None) -> CompressedSubset:
     """What baselines are applied to: what a compressed checkpoint compresses, or what `compress` would."""
     if compressed is not None:
         records = compressed.manifest.tensors
         shapes = {name: record.matrix for name, record in records.items() if name in index.tensors}
-        return Matrices(shapes, {a: n for a, n in compressed.manifest.aliases.items() if a in index.tensors})
+        return CompressedSubset(shapes, {a: n for a, n in compressed.manifest.aliases.items() if a in index.tensors})
     plan = make_plan(index, CompressOptions(Target("bits", 4.0)))
-    return Matrices({tensor.info.name: (tensor.rows, tensor.columns) for tensor in plan.tensors}, plan.aliases)
+    return CompressedSubset({tensor.info.name: (tensor.rows, tensor.columns) for tensor in plan.tensors}, plan.aliases)
 
 
-def plain_cost(index: CheckpointIndex, matrices: Matrices, relative_error: float) -> Cost:
+def plain_cost(index: CheckpointIndex, matrices: CompressedSubset, relative_error: float) -> Cost:
     """What a plain checkpoint takes."""
     stored = sum(index.tensors[name].nbytes for name in matrices.shapes if name in index.tensors)
     return Cost(8 * stored / max(matrices.weights, 1), _rest(index, matrices) + stored, relative_error)
@@ -75,7 +77,7 @@ def plain_cost(index: CheckpointIndex, matrices: Matrices, relative_error: float
 
 def write_baseline(
     index: CheckpointIndex,
-    matrices: Matrices,
+    matrices: CompressedSubset,
     baseline: Baseline,
     bits: float | None,
     folder: Path,
@@ -112,9 +114,36 @@ def write_baseline(
     return Cost(8 * total / max(matrices.weights, 1), _rest(index, matrices) + total, error)
 
 
-def _applied(name: str, baseline: Baseline, block: Tensor, bits: float | None) -> BaselineResult:
+def calibrated_weights(
+    source: Path,
+    index: CheckpointIndex,
+    names: Mapping[str, object],
+    data: TextData,
+    baseline: Baseline,
+    *,
+    bits: float | None = None,
+) -> dict[str, BaselineResult]:
+    """Compress the linear layers in a model's blocks; what is not in a block has no inputs to go by.
+
+    Raises:
+        ConfigError: when the baseline cannot have the rate; the tensor is named.
+    """
+    results = {}
+    matrices = [name for name in names if len(index.tensors[name].shape) == 2]
+    for turn in layer_moments(*model_and_text(source, index, data), matrices):
+        weight = turn.matrix.weight.float()
+        result = _applied(turn.tensor, baseline, weight.T if turn.transposed else weight, bits, turn.moment)
+        dense = result.weight.T.contiguous() if turn.transposed else result.weight
+        turn.matrix.put(dense)
+        results[turn.tensor] = BaselineResult(dense, result.stored_bytes)
+    return results
+
+
+def _applied(
+    name: str, baseline: Baseline, weight: Tensor, bits: float | None, moment: Tensor | None = None
+) -> BaselineResult:
     try:
-        return baseline.apply(block, bits)
+        return baseline.apply(weight, bits, moment)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -126,6 +155,6 @@ def _blocks(weight: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     return torch.split(weight.reshape(rows, columns), weight.shape[-2] if fused else rows)
 
 
-def _rest(index: CheckpointIndex, matrices: Matrices) -> int:
+def _rest(index: CheckpointIndex, matrices: CompressedSubset) -> int:
     ours = {*matrices.shapes, *matrices.aliases}
     return sum(info.nbytes for name, info in index.tensors.items() if name not in ours)

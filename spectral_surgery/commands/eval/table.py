@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from spectral_surgery.baselines import BASELINES, Baseline, baseline
-from spectral_surgery.commands.eval.baselines import Cost, matrices_of, plain_cost, write_baseline
-from spectral_surgery.commands.eval.calibrated_baselines import calibrated_weights
+from spectral_surgery.commands.eval.baselines import Cost, calibrated_weights, matrices_of, plain_cost, write_baseline
 from spectral_surgery.commands.eval.weights import Distance, distance
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
@@ -132,10 +131,8 @@ def model_table(
             cost, peak = peak_rss_growth(make)
             seconds = time.perf_counter() - started
             baseline_scores.append(scores.measures(Path(name)) if scores else {})
-        row = ModelRow(
-            one.label, cost, _of_second(baseline_scores[-1]), one.method.family, one.method.name, seconds, peak
-        )
-        baseline_rows.append(row)
+        measures, method = _of_second(baseline_scores[-1]), one.method
+        baseline_rows.append(ModelRow(one.label, cost, measures, method.family, method.name, seconds, peak))
         done += 1
         progress(done, total, one.label)
     rows, distances, pairs = [], [], []
@@ -177,11 +174,9 @@ def _family(path: Path) -> str:
 
 def _asked(reference: Reference, compressed: list[CompressedCheckpoint]) -> Iterator[_Asked]:
     """The baselines; one of each rate where a rate is needed, except of those that are too low for it."""
-    rates = (
-        [reference.bits]
-        if reference.bits
-        else [checkpoint.manifest.report.bits_per_weight for checkpoint in compressed]
-    )
+    rates = [checkpoint.manifest.report.bits_per_weight for checkpoint in compressed]
+    if reference.bits:
+        rates = [reference.bits]
     for name in reference.baselines:
         for method in BASELINES.values() if name == ALL else (baseline(name),):
             if method.calibrated and reference.calibration is None:

@@ -175,7 +175,7 @@ def heal_checkpoint(
 def write_healed(
     folder: Path, checkpoint: CompressedCheckpoint, entries: Sequence[Entry], report: HealReport, origin: str | None
 ) -> int:
-    """Write what healing made, and remove its unfinished work."""
+    """Write what healing made, and remove its unfinished work; returns the bytes of weights and manifest."""
     curve = report.curve
     copy_companions(checkpoint.index, folder, checkpoint.index.config, without=FILE_NAME)
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))

@@ -98,7 +98,7 @@ def distill(
     settings: FitSettings,
     progress: Callable[[int, int, str], None],
 ) -> list[LayerFit]:
-    """Train the new layers.
+    """Train the new layers; returns how well each fits.
 
     Raises:
         ConfigError: when there is nothing to train on or to judge on.
