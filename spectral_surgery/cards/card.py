@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery import __version__
+from spectral_surgery.cards.content import CardContent
 from spectral_surgery.errors import ConfigError
 
 FILE_NAME = "README.md"
-TAG = "spectral-surgery"
 COMPRESSED = "compressed"
 
 _BEGIN = "<!-- spectral-surgery:begin {} -->"
@@ -34,69 +32,27 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HEADING = "## The card of the model it was made from"
 _BASE_LINES = re.compile(r"^(base_model:[^\n]*|\s*- *'?base_model:[^\n]*)\n", re.MULTILINE)
 _BLANKS = 10
-_SHOWN = 40  # rows of a table
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a card says.
-
-    Attributes:
-        title: heading.
-        summary: a paragraph.
-        command: the command that makes these bytes again; empty when it is not known.
-        usage: Markdown that says how to load it.
-        rows: a table of what was measured.
-        totals: lines of "what: how much" above it.
-        base_model: repository of the model it was made from, if known.
-        relation: how, in the Hub's words: quantized, adapter, merge or finetune.
-        library_name: what loads it.
-        tags: besides ours.
-        versions: of what made it, by name.
-    """
-
-    title: str
-    summary: str
-    command: str
-    usage: str
-    rows: Sequence[Mapping[str, object]] = ()
-    totals: Mapping[str, str] | None = None
-    base_model: str | None = None
-    relation: str | None = None
-    library_name: str | None = None
-    tags: tuple[str, ...] = ()
-    versions: Mapping[str, str] | None = None
-
-    def metadata(self) -> dict[str, object]:
-        """Metadata of a card, without what is not known."""
-        known = {
-            "base_model": self.base_model,
-            "base_model_relation": self.relation if self.base_model else None,
-            "library_name": self.library_name,
-            "tags": [TAG, *self.tags],
-        }
-        return {key: value for key, value in known.items() if value}
-
-
-def write_derived(folder: Path, facts: Facts) -> None:
+def write_derived(folder: Path, content: CardContent) -> None:
     """Turn the card that was copied into a new folder from its source into a card of its own; see `derived`.
 
     Args:
         folder: of the new model; a card there is that of the model it was made from.
-        facts: about the new one.
+        content: about the new one.
     """
     path = folder / FILE_NAME
     source = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
-    path.write_bytes(derived(source, facts).encode())
+    path.write_bytes(derived(source, content).encode())
 
 
-def derived(source: str | None, facts: Facts) -> str:
+def derived(source: str | None, content: CardContent) -> str:
     """The card of a model made from another one.
 
     Args:
         source: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
             follows ours. Metadata that cannot be read are left where they are.
-        facts: about the new one.
+        content: about the new one.
 
     Returns:
         The text of the card.
@@ -107,10 +63,10 @@ def derived(source: str | None, facts: Facts) -> str:
     except ConfigError:  # hours of work must not fail on somebody else's card
         old, body = {}, text
     kept = {key: old[key] for key in _INHERITED if old.get(key)}
-    new = facts.metadata()
+    new = content.metadata()
     if "base_model" not in new and _is_base(old.get("base_model")):
         new["base_model"] = old["base_model"]
-        new |= {"base_model_relation": facts.relation} if facts.relation else {}
+        new |= {"base_model_relation": content.relation} if content.relation else {}
     # the Hub makes tags of base models itself, and PEFT writes paths of somebody's disk into them
     tags = [tag for tag in _listed(old.get("tags")) if not tag.startswith("base_model:")]
     if has_section(text):
@@ -121,15 +77,15 @@ def derived(source: str | None, facts: Facts) -> str:
     body = _SECTION.sub("", body).strip("\n")
     heading = "" if body.startswith(_HEADING) or not body else f"{_HEADING}\n\n"
     rest = f"\n{heading}{body}\n" if body else ""
-    return front + _section(facts, _hash(_unsigned(front + rest))) + rest
+    return front + _section(content, _hash(_unsigned(front + rest))) + rest
 
 
-def refreshed(text: str, facts: Facts) -> str:
+def refreshed(text: str, content: CardContent) -> str:
     """A card with our section as it should be, and every other byte as it was.
 
     Args:
         text: the card. Without a section of ours, one is put below the metadata.
-        facts: what the section says. Metadata are added where the card has none; those it has stay.
+        content: what the section says. Metadata are added where the card has none; those it has stay.
 
     Returns:
         The text of the card.
@@ -137,7 +93,7 @@ def refreshed(text: str, facts: Facts) -> str:
     Raises:
         ConfigError: when the metadata of the card are no YAML.
     """
-    return _placed(text, _section(facts, "new"), facts.metadata())
+    return _placed(text, _section(content, "new"), content.metadata())
 
 
 def transplanted(text: str, donor: str) -> str:
@@ -275,33 +231,8 @@ def _listed(value: object) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)] if value else []
 
 
-def _section(facts: Facts, signature: str) -> str:
-    parts = [_BEGIN.format(signature), f"# {facts.title}", facts.summary]
-    if facts.command:
-        parts.append(f"```bash\n{facts.command}\n```")
-    parts += ["## How to load it", facts.usage]
-    if facts.totals or facts.rows:
-        parts.append("## Measured when it was made")
-    if facts.totals:
-        parts.append("\n".join(f"- {what}: {value}" for what, value in facts.totals.items()))
-    if facts.rows:
-        parts.append(_table(facts.rows[:_SHOWN]))
-    if len(facts.rows) > _SHOWN:
-        parts.append(f"and {len(facts.rows) - _SHOWN} more.")
-    versions = {"spectral-surgery": __version__, **(facts.versions or {})}
-    parts.append("Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-    return "\n\n".join(parts) + f"\n{_END}\n"
-
-
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
-    names = list(rows[0])
-    cells = [[_cell(row.get(name, "")) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *cells])
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+def _section(content: CardContent, signature: str) -> str:
+    return f"{_BEGIN.format(signature)}\n\n{content.text()}\n{_END}\n"
 
 
 def _outside(text: str) -> str:

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from spectral_surgery.cards.adapters import adapter_facts
-from spectral_surgery.cards.card import Facts, as_repository, metadata, read_card
-from spectral_surgery.cards.checkpoints import compressed_facts, merged_facts, plain_facts
+from spectral_surgery.cards.adapters import adapter_card
+from spectral_surgery.cards.card import as_repository, metadata, read_card
+from spectral_surgery.cards.checkpoints import compressed_card, merged_card, plain_card
+from spectral_surgery.cards.content import CardContent
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME
@@ -24,7 +25,7 @@ from spectral_surgery.progress import Progress, silent
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-METRICS_FILE = "metrics.json"  # of train
+METRICS_FILE = "metrics.json"  # of train alone, which also leaves folders that are not published
 _PIECE = 1 << 22  # elements
 
 Kind = Literal["compressed", "adapter", "dense"]
@@ -37,13 +38,13 @@ class Checked:
     Attributes:
         kind: compressed checkpoint, adapter, or any other checkpoint.
         index: its headers.
-        facts: what its card should say.
-        complete: whether the facts are all that is known; else the command that made the folder may have said more.
+        content: what its card should say.
+        complete: whether that is all that is known; else the command that made the folder may have said more.
     """
 
     kind: Kind
     index: CheckpointIndex
-    facts: Facts
+    content: CardContent
     complete: bool
 
 
@@ -75,8 +76,8 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
             f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; a complete folder is "
             "accepted. Compress again, or fetch it again."
         )
-    facts = merged_facts(read_record(folder), index) if is_merged(folder) else plain_facts(index)
-    return Checked("dense", index, facts, complete=False)
+    content = merged_card(read_record(folder), index) if is_merged(folder) else plain_card(index)
+    return Checked("dense", index, content, complete=False)
 
 
 def _compressed(folder: Path, progress: Progress) -> Checked:
@@ -87,7 +88,7 @@ def _compressed(folder: Path, progress: Progress) -> Checked:
             checkpoint.part(name, part)  # compares the checksum
         progress(number + 1, len(records), name)
     origin = as_repository(metadata(read_card(folder) or "").get("base_model"))
-    return Checked("compressed", checkpoint.index, compressed_facts(checkpoint, origin), complete=True)
+    return Checked("compressed", checkpoint.index, compressed_card(checkpoint, origin), complete=True)
 
 
 def _adapter(folder: Path) -> Checked:
@@ -111,4 +112,4 @@ def _adapter(folder: Path) -> Checked:
                 f"{folder.name}: {name} has NaN or infinite values; finite ones are accepted. Train the adapter again."
             )
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
-    return Checked("adapter", index, adapter_facts(config, index, metrics), complete=bool(metrics))
+    return Checked("adapter", index, adapter_card(config, index, metrics), complete=bool(metrics))

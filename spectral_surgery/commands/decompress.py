@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import decompressed_facts
+from spectral_surgery.cards.checkpoints import decompressed_card
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
@@ -113,7 +113,7 @@ def decompress(
         with publishing(out, overwrite=overwrite) as folder:
             write_checkpoint(folder, entries, name=weights_name(checkpoint.index))
             copy_companions(checkpoint.index, folder, _plain_config(checkpoint, dtype), without=FILE_NAME)
-            cards.write_derived(folder, decompressed_facts(checkpoint.manifest, checkpoint.index, dtype, origin))
+            cards.write_derived(folder, decompressed_card(checkpoint.manifest, checkpoint.index, dtype, origin))
             if verify and (wrong := _verify(work, folder)):
                 raise _NotVerifiedError(wrong)
     except _NotVerifiedError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +17,9 @@ from spectral_surgery.adapters.foura import Foura
 from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Extractor, Fit, Size, Update, fit
 from spectral_surgery.adapters.lora import Lora
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.adapters import delta_facts, made_facts, setting_words, size_words
+from spectral_surgery.cards.adapters import converted_card, delta_card
 from spectral_surgery.cards.card import as_repository
+from spectral_surgery.cards.command_line import BASE, command_line, setting_options, size_options
 from spectral_surgery.codec.quality import relative_error
 from spectral_surgery.commands.extract import LayerReport, Steps, delta_of, measure, room
 from spectral_surgery.errors import CheckpointError, ConfigError
@@ -131,16 +131,16 @@ def export(
     with publishing(out, overwrite=overwrite) as folder:
         if plan.base is not None and form == DELTA:
             layers, unit, left_out = _write_deltas(folder, work, plan.base), "weights", tuple(sorted(state.extra))
-            facts = delta_facts(state.spec, read_index(folder), layers, known, _command(form, dtype, known or "BASE"))
+            card = delta_card(state.spec, read_index(folder), layers, known, _command(form, dtype, known or BASE))
         else:
             fitted = _converted(work, form, size, config)
             fresh = _as_method(state, form, fitted)
             layers, unit, left_out = measure(fresh, updates, fitted, work.steps.advance), EXTRACTORS[form].unit, ()
             write_adapter(fresh, folder)
-            command = _command(form, dtype, None if base is None else known or "BASE", size, config)
+            command = _command(form, dtype, None if base is None else known or BASE, size, config)
             source, headers = f"an adapter of the method {state.spec.method.name}", read_index(folder / TENSOR_FILE)
-            facts = made_facts(fresh.spec, headers, layers, unit, command=command, source=source)
-        cards.write_derived(folder, facts)
+            card = converted_card(fresh.spec, headers, layers, unit, command=command, source=source)
+        cards.write_derived(folder, card)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     seconds = time.perf_counter() - started
     return ExportReport(state.spec.method.name, form, unit, layers, plan.exact, left_out, stored, seconds)
@@ -148,9 +148,10 @@ def export(
 
 def _command(form: str, dtype: str, base: str | None, size: Size | None = None, config: Any = None) -> str:
     """The command that makes the same again, without paths of anybody's machine."""
-    words = ["spectral-surgery", "export", "ADAPTER", "OUT", "--format", form, *(["--base", base] if base else [])]
-    words += size_words(size, "" if form == DELTA else EXTRACTORS[form].unit, dtype)
-    return shlex.join(words + ([] if config is None else setting_words(config)))
+    unit = "" if form == DELTA else EXTRACTORS[form].unit
+    settings = [] if config is None else setting_options(config)
+    options = {"format": form, "base": base, **size_options(size, unit, dtype), "o": settings}
+    return command_line("export", ("ADAPTER", "OUT"), options)
 
 
 @dataclass(frozen=True)

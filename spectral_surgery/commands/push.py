@@ -11,7 +11,7 @@ from pathlib import Path
 from spectral_surgery import __version__, hub
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.check import METRICS_FILE, Checked, check_folder
-from spectral_surgery.cards.checkpoints import HERE
+from spectral_surgery.cards.content import HERE
 from spectral_surgery.commands.train.from_scratch import CONTROL
 from spectral_surgery.errors import ConfigError, HubError
 from spectral_surgery.files.compressed.manifest import FILE_NAME
@@ -146,13 +146,13 @@ def visible_files(folder: Path) -> list[Path]:
 
 def card_text(folder: Path, checked: Checked, repository: str) -> str:
     """The card a folder should have: its own with our section in it, or a new one."""
-    facts = replace(checked.facts, usage=checked.facts.usage.replace(HERE, repository))
+    content = replace(checked.content, here=repository)
     text = cards.read_card(folder)
     if text is None or cards.is_untouched_template(text):
-        return cards.derived(cards.only_metadata(text or ""), facts)
+        return cards.derived(cards.only_metadata(text or ""), content)
     if cards.has_section(text) and not checked.complete:
         return cards.with_section(text, lambda section: section.replace(HERE, repository))
-    return cards.refreshed(text, facts)
+    return cards.refreshed(text, content)
 
 
 def _of_checkpoint(names: Mapping[str, object]) -> set[str]:

@@ -16,8 +16,8 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.from_update.fit_update import Size
 from spectral_surgery.adapters.lora import LoraConfig
-from spectral_surgery.cards.adapters import setting_words
 from spectral_surgery.cards.check import check_folder
+from spectral_surgery.cards.command_line import setting_options, train_command
 from spectral_surgery.cli import export as export_cli
 from spectral_surgery.cli import extract as extract_cli
 from spectral_surgery.cli import train as train_cli
@@ -27,13 +27,12 @@ from spectral_surgery.commands.inject import inject
 from spectral_surgery.commands.push import card_text
 from spectral_surgery.options import parse_settings
 from spectral_surgery.targets import ModuleTargets
+from spectral_surgery.training.trainer import TrainSettings
 from tests.hub_server.metadata import problems
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 
 Q = "model.layers.0.self_attn.q_proj"
 METRICS = {
-    "settings": {"learning_rate": 0.02, "head_learning_rate": 0.001, "steps": 8, "batch_size": 32, "bf16": True},
-    "data": {"columns": ["text"], "seq_length": 64, "eval_fraction": 0.1},
     "task": "causal-lm",
     "decided_by": "loss",
     "before": {"loss": 3.5, "perplexity": 33.1, "epoch": 0},
@@ -43,6 +42,12 @@ METRICS = {
     "examples": {"train": 90, "held_out": 10},
     "train_loss": [[1, 3.6], [8, 2.1]],
 }
+COMMAND = train_command(
+    AdapterSpec(METHODS["lora"], LoraConfig(r=2, lora_alpha=3.0), ModuleTargets((Q,))),
+    "causal-lm",
+    TrainSettings(0.02, 0.001, steps=8, bf16=True),
+    {"columns": ["text"], "seq_length": 64, "eval_fraction": 0.1},
+)
 
 
 def typed(card: str, command: click.Command) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def card_of(folder: Path, name: str = "me/adapter") -> str:
 
 def test_a_trained_adapter_shows_what_was_measured(base: Path, tmp_path: Path) -> None:
     folder = lora(base, tmp_path / "adapter")
-    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / "metrics.json").write_text(json.dumps(METRICS | {"command": COMMAND}))
     card = card_of(folder)
     for line in (
         "| held out | before | after |",
@@ -101,16 +106,17 @@ def test_a_trained_adapter_shows_what_was_measured(base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "change", [{"after": None}, {"after": {"loss": "low"}}, {"train_loss": [["x"]], "examples": 3, "data": []}]
+    "change", [{"after": None}, {"after": {"loss": "low"}}, {"train_loss": [["x"]], "examples": 3, "command": "x"}]
 )
 def test_metrics_that_were_tampered_with_do_no_harm(base: Path, tmp_path: Path, change: dict[str, object]) -> None:
     folder = lora(base, tmp_path / "adapter")
     (folder / "metrics.json").write_text(json.dumps(METRICS | change))
     card = card_of(folder)
     assert ("| tensor | shape | bytes |" in card) == ("after" in change)
+    assert "```bash" not in card
 
 
-def test_an_adapter_of_another_method_has_no_command(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_its_command_has_a_card(base: Path, tmp_path: Path) -> None:
     folder = lora(base, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -160,7 +166,7 @@ def test_what_was_extracted_and_exported_keeps_its_measures(base: Path, tmp_path
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_can_be_typed_again(method: str) -> None:
     kind = METHODS[method].config
-    assert setting_words(kind()) == []
+    assert setting_options(kind()) == []
     name = next(name for name in ("r", "n_frequency") if hasattr(kind(), name))
-    own = kind(**{name: 7})
-    assert parse_settings(kind, setting_words(own)[1::2]) == own
+    config = kind(**{name: 7})
+    assert parse_settings(kind, setting_options(config)) == config

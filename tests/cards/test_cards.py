@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.card import Facts
-from spectral_surgery.cards.checkpoints import compress_command
+from spectral_surgery.cards.check import METRICS_FILE as TRAIN_METRICS
+from spectral_surgery.cards.checkpoints import compressed_card
+from spectral_surgery.cards.command_line import compress_command, healed_command, stored_command
+from spectral_surgery.cards.content import CardContent
 from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.push import push
+from spectral_surgery.commands.swap import METRICS_FILE as SWAP_METRICS
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.plan import CompressOptions
+from tests.support.checkpoints import llama_like, write_folder
 
-FACTS = Facts(
+
+def content(title: str, **fields: Any) -> CardContent:
+    values = {"title": title, "summary": "A model.", "usage": "As usual.", "totals": {"weights": "1"}}
+    return CardContent("section", values, **fields)
+
+
+FACTS = content(
     "Small",
-    "A model.",
-    "spectral-surgery compress org/base OUT --bits 4",
-    "As usual.",
-    ({"tensor": "`a|b`", "relative error": 0.123456, "bytes": 12},),
-    {"weights": "1"},
-    "org/base",
-    "quantized",
-    "transformers",
-    ("compressed",),
-    {"torch": "2"},
+    command="spectral-surgery compress org/base OUT --bits 4",
+    rows=({"tensor": "`a|b`", "relative error": 0.123456, "bytes": 12},),
+    base_model="org/base",
+    relation="quantized",
+    library_name="transformers",
+    tags=("compressed",),
+    libraries=("torch",),
 )
 BASE = """---
 # a comment
@@ -73,7 +87,7 @@ def test_a_new_card() -> None:
         "- weights: 1",
         "| tensor | relative error | bytes |",
         "| `a\\|b` | 0.1235 | 12 |",
-        "Made with spectral-surgery 0.1.0, torch 2.",
+        f"Made with spectral-surgery 0.1.0, torch {version('torch')}.",
     ):
         assert f"{line}\n" in card
     assert not cards.is_edited(card)
@@ -92,7 +106,7 @@ def test_a_card_from_that_of_the_base() -> None:
     again = cards.derived(card, FACTS)
     assert again.count("The card of the model it was made from") == 1
     assert again.count("spectral-surgery:begin") == 1
-    unknown = Facts("T", "S", "", "U")
+    unknown = content("T")
     assert front(cards.derived(card, unknown))["base_model"] == "org/base"
 
 
@@ -131,7 +145,7 @@ def test_a_persons_text_stays_byte_for_byte(text: str) -> None:
     assert ("\r\n" in text) == ("\r\n" in card)
     assert "\n" not in card.replace("\r\n", "") or "\r\n" not in card
     assert cards.refreshed(card, FACTS) == card
-    other = cards.refreshed(card, Facts("Other", "S", "", "U"))
+    other = cards.refreshed(card, content("Other"))
     assert "# Other" in other
     assert "# Small" not in other
     assert cards.refreshed(other, FACTS) == card
@@ -148,7 +162,7 @@ def test_a_base_that_the_hub_refuses_is_corrected(base: str) -> None:
         assert front(card)["license"] == "mit"
         assert [tag for tag in front(card)["tags"] if tag != "mine"] in ([], ["spectral-surgery", "compressed"])  # type: ignore[attr-defined]
         assert card.endswith("\nMine\n")
-    nobody = Facts("T", "S", "", "U")
+    nobody = content("T")
     assert "base_model" not in front(cards.refreshed(text, nobody)).keys() | front(cards.derived(text, nobody)).keys()
 
 
@@ -169,7 +183,7 @@ def test_metadata_that_cannot_be_read() -> None:
 
 
 CARD = cards.derived(None, FACTS)
-NEWER = cards.derived(None, Facts("Newer", "S", "", "U", base_model="org/base"))
+NEWER = cards.derived(None, content("Newer", base_model="org/base"))
 EDITED = CARD + "\nMine\n"
 
 
@@ -213,17 +227,27 @@ def test_what_can_be_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             CompressOptions(Target("max_error", 0.05), include=("*q*", "a b"), copy_nonfinite=True, min_weights=1),
             "--max-error 0.05 --include '*q*' --include 'a b' --min-weights 1 --copy-nonfinite",
         ),
+        (CompressOptions(Target("bits", 3.0), allocation="even"), "--bits 3"),
+        (
+            CompressOptions(Target("density", 0.2), calibration="3 words, 1f2e", allocation="even"),
+            "--sparsity 0.2 --allocation even --calibrate TEXT",
+        ),
     ],
 )
 def test_the_command_that_makes_the_same_bytes(options: CompressOptions, words: str) -> None:
-    command = compress_command(options.to_json(), "org/base")
-    assert command == f"spectral-surgery compress org/base OUT {words}"
-    assert compress_command({"calibration": "text of 3 words, 1f2e"}, None).endswith(" OUT --calibrate TEXT")
-    assert compress_command({"calibration": None}, None) == "spectral-surgery compress SOURCE OUT"
+    command = compress_command(options)
+    assert command == f"spectral-surgery compress SOURCE OUT {words}"
+    assert stored_command(command, "SOURCE", "org/base") == f"spectral-surgery compress org/base OUT {words}"
+    assert healed_command(healed_command(command)) == f"{command} --heal TEXT"
+
+
+@pytest.mark.parametrize("text", [None, 3, "rm -rf /", "spectral-surgery x\n```\n# Mine", "spectral-surgery ``` x"])
+def test_what_is_not_a_command_of_ours_is_not_shown(text: object) -> None:
+    assert stored_command(text, "SOURCE", "org/base") == ""
 
 
 def test_what_is_made_from_a_compressed_checkpoint_is_not_called_compressed() -> None:
-    plain = Facts("Plain", "S", "", "U", relation="quantized")
+    plain = content("Plain", relation="quantized")
     data = front(cards.derived(cards.derived(BASE, FACTS), plain))
     assert data["tags"] == ["text", "yes", "spectral-surgery"]
     assert (data["base_model"], data["base_model_relation"]) == ("org/base", "quantized")
@@ -232,7 +256,7 @@ def test_what_is_made_from_a_compressed_checkpoint_is_not_called_compressed() ->
 
 
 def test_long_tables_are_cut() -> None:
-    make: Callable[[int], Facts] = lambda n: Facts("T", "S", "", "U", [{"tensor": str(i)} for i in range(n)])  # noqa: E731 - on one line
+    make: Callable[[int], CardContent] = lambda n: content("T", rows=[{"tensor": str(i)} for i in range(n)])  # noqa: E731
     assert "and 60 more." in cards.derived(None, make(100))
     assert "more." not in cards.derived(None, make(40))
 
@@ -242,3 +266,27 @@ def test_our_section_can_be_changed_alone() -> None:
     changed = cards.with_section(EDITED, lambda section: section.replace("A model.", "Another."))
     assert changed == EDITED.replace("A model.", "Another.")
     assert cards.with_section("Mine", str.upper) == "Mine"
+
+
+def test_a_folder_without_its_command_has_a_card(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "source", llama_like()), tmp_path / "out"
+    compress(source, out, CompressOptions(Target("bits", 4.0)))
+    command = "spectral-surgery compress org/base OUT --bits 4\n"
+    card = compressed_card(open_compressed(out), "org/base")
+    assert f"```bash\n{command}```" in cards.derived(None, card)
+    manifest = json.loads((out / "spectral_surgery.json").read_text())
+    del manifest["command"]
+    (out / "spectral_surgery.json").write_text(json.dumps(manifest))
+    older = compressed_card(open_compressed(out), "org/base")
+    assert cards.derived(None, older) == cards.derived(None, replace(card, command=""))
+
+
+def test_only_a_training_keeps_folders_back(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", llama_like())
+    for name in ("checkpoints", "control"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    (folder / SWAP_METRICS).write_text("{}")
+    assert {"checkpoints/notes.txt", "control/notes.txt"} <= push(folder, "me/model", dry_run=True).files.keys()
+    (folder / TRAIN_METRICS).write_text("{}")
+    assert not {"checkpoints/notes.txt", "control/notes.txt"} & push(folder, "me/model", dry_run=True).files.keys()

@@ -108,7 +108,7 @@ def test_the_same_bytes_at_every_call_and_a_card_that_names_the_base(
     compress(tuned, tmp_path / "b", OPTIONS, base=base, run=Run(workers=2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "spectral-surgery compress SOURCE OUT --base base --max-error 0.1" in card
+    assert "spectral-surgery compress SOURCE OUT --max-error 0.1 --base base" in card
     assert "decompress THIS_FOLDER ./plain --base base" in card
 
 

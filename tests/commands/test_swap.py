@@ -117,7 +117,7 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     assert set(body["measures"]) == {"spearman_a", "spearman_b"}
     assert [fit["layer"] for fit in body["layer_errors"]] == [0, 1]
     assert body["parameters"] == plan["parameters"]
-    saved = json.loads((out / "metrics.json").read_text())
+    saved = json.loads((out / "swap.json").read_text())
     assert saved["measures"] == body["measures"]
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert (out / SHIM_FILE).exists()

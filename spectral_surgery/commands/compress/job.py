@@ -10,7 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import compressed_facts
+from spectral_surgery.cards.checkpoints import compressed_card
+from spectral_surgery.cards.command_line import compress_command
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import CompressOptions, Plan
@@ -67,11 +68,12 @@ class Job:
             The manifest, the reason by name of each tensor that is copied, and the bytes of weights and manifest.
         """
         entries, manifest, copied = join(self.workshop, self.plan, self.index)
+        manifest = replace(manifest, command=compress_command(self.plan.options))
         files = write_checkpoint(folder, entries, metadata=weights_metadata(self.index))
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         marked = dict(self.index.config) | {"quantization_config": _quantization_config(self.plan.options)}
         copy_companions(self.index, folder, marked)
-        cards.write_derived(folder, compressed_facts(open_compressed(folder, differences=True), self.run.origin))
+        cards.write_derived(folder, compressed_card(open_compressed(folder, differences=True), self.run.origin))
         return manifest, copied, sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
 
 

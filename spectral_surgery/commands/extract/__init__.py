@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,8 @@ from torch import Tensor
 from spectral_surgery.adapters.base import Adapter, AdapterSpec, AdapterState
 from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Fit, Size, Update, fit
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.adapters import made_facts, setting_words, size_words, target_words
+from spectral_surgery.cards.adapters import converted_card
+from spectral_surgery.cards.command_line import BASE, command_line, setting_options, size_options, target_options
 from spectral_surgery.commands.extract.plan import ExtractPlan, plan_extraction
 from spectral_surgery.commands.extract.whole_tensors import Rest, save_rest
 from spectral_surgery.errors import ConfigError
@@ -208,20 +208,23 @@ def _tied(plan: ExtractPlan, fitted: Fit) -> dict[str, str]:
 def _write(folder: Path, state: AdapterState, layers: Sequence[LayerReport], options: ExtractOptions) -> int:
     """Write the adapter and its card; the bytes of its tensors."""
     write_adapter(state, folder)
-    index, unit = read_index(folder, adapters=True), EXTRACTORS[options.method].unit
+    index, unit, command = read_index(folder, adapters=True), EXTRACTORS[options.method].unit, _command(options)
     source = "the difference of two checkpoints"
-    cards.write_derived(folder, made_facts(state.spec, index, layers, unit, command=_command(options), source=source))
+    cards.write_derived(folder, converted_card(state.spec, index, layers, unit, command=command, source=source))
     return (folder / TENSOR_FILE).stat().st_size
 
 
 def _command(options: ExtractOptions) -> str:
     """The command that makes the same again, without paths of anybody's machine."""
-    base = cards.as_repository(options.base_model) or "BASE"
-    words = ["spectral-surgery", "extract", base, "TUNED", "OUT", "--method", options.method]
-    words += size_words(options.size, EXTRACTORS[options.method].unit, options.dtype)
-    words += ([] if options.config is None else setting_words(options.config)) + target_words(options.targets)
-    words += ["--max-rank", str(options.max_count)] if options.max_count else []
-    return shlex.join(words + (["--save-rest"] if options.save_rest else []))
+    asked = {
+        "method": options.method,
+        **size_options(options.size, EXTRACTORS[options.method].unit, options.dtype),
+        "o": [] if options.config is None else setting_options(options.config),
+        **target_options(options.targets),
+        "max_rank": options.max_count,
+        "save_rest": options.save_rest,
+    }
+    return command_line("extract", (cards.as_repository(options.base_model) or BASE, "TUNED", "OUT"), asked)
 
 
 def measure(

@@ -11,11 +11,12 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import compressed_facts
+from spectral_surgery.cards.checkpoints import compressed_card
+from spectral_surgery.cards.command_line import healed_command
 from spectral_surgery.commands.heal.blocks import heal_blocks
 from spectral_surgery.commands.heal.recode import recoded
 from spectral_surgery.commands.heal.session import Healed, HealSession, heal_whole
@@ -181,9 +182,9 @@ def write_healed(
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
     (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    losses = [(step, {"loss": loss}) for step, loss in curve.held_out]
-    plot_training(curve.train, losses, "loss", curve.best_step, folder / PLOT_FILE)
-    cards.write_derived(folder, compressed_facts(open_compressed(folder), origin))
+    held = [(step, {"loss": loss}) for step, loss in course.held_out]
+    plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
+    cards.write_derived(folder, compressed_card(open_compressed(folder), origin))
     (folder / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STATE)
     return sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
@@ -197,10 +198,11 @@ def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, Chec
     return checkpoint, index
 
 
-def _result(session: HealSession, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
-    curve, replaced, tensors = healed.curve, healed.replaced, session.checkpoint.manifest.tensors
-    options = {"healing": f"{session.data.digest()}, step {curve.best_step} of {curve.steps}"}
-    entries, manifest = recoded(session.checkpoint, replaced, session.key, healed.vectors, options)
+def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
+    course, replaced, tensors = healed.course, healed.replaced, place.checkpoint.manifest.tensors
+    told = {"healing": f"{place.data.digest()}, step {course.best_step} of {course.steps}"}
+    entries, manifest = recoded(place.checkpoint, replaced, place.key, healed.vectors, told)
+    manifest = replace(manifest, command=healed_command(place.checkpoint.manifest.command))
     untrained = tuple(name for name in tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
     return entries, HealReport(manifest, objective, curve, trained, untrained, seconds, peak_rss_bytes(), healed.blocks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import merged_facts
+from spectral_surgery.cards.checkpoints import merged_card
 from spectral_surgery.commands.merge.plan import MergePlan, Patch, Target, plan_merge, without_extra
 from spectral_surgery.commands.merge.update import change_of
 from spectral_surgery.errors import NotMergeableError
@@ -127,7 +127,7 @@ def merge(
         record = _write_record(plan, work.tensors, folder)
         if (folder / cards.FILE_NAME).is_file():
             shutil.copyfile(folder / cards.FILE_NAME, folder / FOLDER / cards.FILE_NAME)  # for unmerge
-        cards.write_derived(folder, merged_facts(record, read_index(folder), origin))
+        cards.write_derived(folder, merged_card(record, read_index(folder), origin))
     return MergeReport(
         work.sizes,
         plan.replaced,

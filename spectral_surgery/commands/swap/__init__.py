@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.checkpoints import swapped_facts
+from spectral_surgery.cards.checkpoints import swapped_card
 from spectral_surgery.commands.swap.fit_layers import FitSettings, LayerFit, SwappedPair, distill
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.index import CheckpointIndex, read_index
@@ -31,8 +31,9 @@ from spectral_surgery.text.examples import read_examples
 from spectral_surgery.text.scores import EvalData, score
 from spectral_surgery.text.sequences import equal_lengths
 
-METRICS_FILE = "metrics.json"
-_SAMPLES, _SEQ_LENGTH = 20000, 256  # usual
+METRICS_FILE = "swap.json"
+_HELD_OUT = 0.05  # of the text to distil on
+_HELD_OUT_SEQUENCES = 128
 _BATCH_TOKENS = 1024
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -207,7 +208,7 @@ def _write(out: Path, student: Any, report: SwapReport, dtype: torch.dtype, *, o
         save_weights(student, folder, dtype)
         copy_companions(index, folder, config)
         (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-        cards.write_derived(folder, swapped_facts(index, report.to_json()))
+        cards.write_derived(folder, swapped_card(index, report.to_json()))
 
 
 def _stored_dtype(index: CheckpointIndex) -> torch.dtype:

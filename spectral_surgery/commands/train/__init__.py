@@ -15,6 +15,7 @@ import torch
 
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.cards.check import METRICS_FILE
+from spectral_surgery.cards.command_line import train_command
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.index import refuse_adapter
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
@@ -149,8 +150,10 @@ def train(
     counts = (len(features[0]), len(features[1]))
     report = TrainReport(task.name, task.best, history, trained, everything, size, counts, new)
     if history.is_main:
-        body = {"settings": asdict(settings), "method": spec.method.name, "data": data.to_json(), **report.to_json()}
-        replace_file(out / METRICS_FILE, (json.dumps(body, indent=2) + "\n").encode())
+        command = train_command(spec, task.name, settings, data.to_json())
+        asked = {"command": command, "settings": asdict(settings), "method": spec.method.name, "data": data.to_json()}
+        settled = {**asked, **report.to_json()}
+        replace_file(out / METRICS_FILE, (json.dumps(settled, indent=2) + "\n").encode())
         plot_training(history.train, history.held_out, task.best, history.best_step, out / PLOT_FILE)
     return report
 

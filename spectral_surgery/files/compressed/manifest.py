@@ -80,12 +80,13 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed tensors by name, tied names, and how the folder was made."""
+    """All compressed tensors by name, tied names, and how the folder was made: settled options and the command line."""
 
     tensors: dict[str, TensorRecord]
     aliases: dict[str, str]
     options: Mapping[str, object]
     source: str
+    command: str = ""
 
     @property
     def report(self) -> EncodingReport:
@@ -98,6 +99,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "quant_method": QUANT_METHOD,
             "source": self.source,
+            **({"command": self.command} if self.command else {}),
             "options": self.options,
             "aliases": self.aliases,
             "tensors": {name: asdict(record) for name, record in self.tensors.items()},
@@ -171,14 +173,14 @@ def parse_manifest(body: object) -> Manifest:
     try:
         tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
         aliases = {str(alias): str(name) for alias, name in body["aliases"].items()}
-        options, source = dict(body["options"]), str(body["source"])
+        options, source, command = dict(body["options"]), str(body["source"]), str(body.get("command", ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
             f"{FILE_NAME}: damaged ({error!r}); the file that compress wrote is accepted. Fetch it again."
         ) from None
-    return Manifest(tensors, aliases, options, source)
+    return Manifest(tensors, aliases, options, source, command)
 
 
 def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
