@@ -16,17 +16,15 @@ from spectral_surgery.cards.content import CardContent
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME
-from spectral_surgery.files.compressed.plan import FLOATS
-from spectral_surgery.files.header import named, read_json
+from spectral_surgery.files.header import FLOATS, FLOATS8, named, read_json
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.merge_record import is_merged, read_record
-from spectral_surgery.files.reader import read_flat
+from spectral_surgery.files.reader import flat_pieces
 from spectral_surgery.progress import Progress, silent
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 METRICS_FILE = "metrics.json"  # of train alone, which also leaves folders that are not published
-_PIECE = 1 << 22  # elements
 
 Kind = Literal["compressed", "adapter", "dense"]
 
@@ -104,10 +102,8 @@ def _adapter(folder: Path) -> Checked:
         )
     index = read_index(folder, adapters=True)
     for name, info in index.tensors.items():
-        if info.dtype in FLOATS and not all(
-            bool(torch.isfinite(read_flat(info, start, min(start + _PIECE, info.numel)).float()).all())
-            for start in range(0, info.numel, _PIECE)
-        ):
+        floating = info.dtype in (*FLOATS, *FLOATS8)
+        if floating and not all(bool(torch.isfinite(piece.float()).all()) for piece in flat_pieces(info)):
             raise CheckpointError(
                 f"{folder.name}: {name} has NaN or infinite values; finite ones are accepted. Train the adapter again."
             )

@@ -15,15 +15,21 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
 from spectral_surgery.files.compressed.manifest import FILE_NAME, SUFFIXES, TensorRecord
-from spectral_surgery.files.compressed.plan import FLOATS
+from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.files.reader import DTYPES, read_flat
+from spectral_surgery.files.reader import DTYPES, flat_pieces, read_flat, same_bytes
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import (
+    Entry,
+    copy_entry,
+    publishing,
+    reported,
+    tensor_bytes,
+    weights_name,
+    write_checkpoint,
+)
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.progress import Progress, silent
-
-_PIECE = 1 << 22  # elements of a copied tensor converted or compared at a time
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def decompress(
 def _dtype_code(dtype: str | None) -> str | None:
     if dtype is None:
         return None
-    names = {str(DTYPES[code]).removeprefix("torch."): code for code in FLOATS}
+    names = {str(DTYPES[code]).removeprefix("torch."): code for code in (*FLOATS, *FLOATS8)}
     if dtype not in names:
         raise ConfigError(f"--dtype {dtype}: unknown; {', '.join(names)} are accepted.")
     return names[dtype]
@@ -177,14 +183,11 @@ class _Entries:
             yield dense, energy
 
     def _copied(self, as_name: str, info: TensorInfo) -> Entry:
-        code = self.code if self.code and info.dtype in FLOATS else info.dtype
-
-        def chunks() -> Iterator[memoryview]:
-            for start in range(0, info.numel, _PIECE):
-                piece = read_flat(info, start, min(start + _PIECE, info.numel))
-                yield tensor_bytes(piece.to(DTYPES[code]))
-
-        return Entry(as_name, code, info.shape, chunks)
+        code = self.code
+        if code is None or code == info.dtype or info.dtype not in (*FLOATS, *FLOATS8):
+            return copy_entry(info, as_name)
+        dtype = DTYPES[code]
+        return Entry(as_name, code, info.shape, lambda: (tensor_bytes(piece.to(dtype)) for piece in flat_pieces(info)))
 
 
 def _cast(dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -212,16 +215,16 @@ def _verify(work: _Entries, folder: Path) -> list[str]:
             failures += _verify_sum(work, name, written[name], dtype)
             continue
         tolerance = max(torch.finfo(dtype).eps, 1e-5)
-        energy = sum(float(piece.double().square().sum()) for piece in _pieces(written[name]))
+        energy = sum(float(piece.double().square().sum()) for piece in flat_pieces(written[name]))
         expected = record.report.stored_energy
         if abs(energy - expected) > 2 * tolerance * expected:
             failures.append(f"{name}: squared norm {energy:.6g} where {expected:.6g} was encoded")
     if code is None:
         for name, info in checkpoint.index.tensors.items():
-            if name in written and not all(map(_same_bits, _pieces(info), _pieces(written[name]))):
+            if name in written and not same_bytes(info, written[name]):
                 failures.append(f"{name}: copied with other bits")
     for alias, name in checkpoint.manifest.aliases.items():
-        if not all(map(_same_bits, _pieces(written[alias]), _pieces(written[name]))):
+        if not same_bytes(written[alias], written[name]):
             failures.append(f"{alias}: differs from {name}, to which it is tied")
     return failures
 
@@ -239,11 +242,6 @@ def _verify_sum(work: _Entries, name: str, written: TensorInfo, dtype: torch.dty
     if abs(energy - stored) > 1e-4 * stored:
         return [f"{name}: squared norm {energy:.6g} of the difference where {stored:.6g} was encoded"]
     return []
-
-
-def _pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
-    for start in range(0, info.numel, _PIECE):
-        yield read_flat(info, start, min(start + _PIECE, info.numel))
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

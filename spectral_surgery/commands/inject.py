@@ -95,11 +95,7 @@ def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
         ConfigError: when a setting does not fit a layer.
     """
     index = read_index(source)
-    if "quantization_config" in index.config:
-        raise CheckpointError(
-            f"{source}: is quantised or compressed, and its headers do not tell the shapes of its layers; a plain"
-            " checkpoint is accepted. Decompress it first."
-        )
+    index.require_plain()  # else its headers do not tell the shapes of its layers
     model, notes = _outline(index)
     names = names_in(model, index) if not notes else TensorNames(index)
     spec, more = _for_task(names, model, spec, guessed=bool(notes))

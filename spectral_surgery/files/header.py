@@ -37,6 +37,9 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     | {"C64": 64, "F64": 64, "I64": 64, "U64": 64}
 )
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS8 = ("F8_E4M3", "F8_E5M2")  # of which numbers can be computed with, too
+
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _AGAIN = "Download or write it again."

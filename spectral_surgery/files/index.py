@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json, reading
+from spectral_surgery.files.reader import same_bytes
 
 __all__ = [
     "INDEX_FILE",
@@ -42,7 +43,6 @@ _FOREIGN = frozenset(
     }
 )
 _EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
-_PIECE = 1 << 20  # bytes compared at a time
 _MODULE = re.compile(r"\d+_\w+")  # "2_Dense": a sentence-transformers module is part of the model
 
 
@@ -74,6 +74,26 @@ class CheckpointIndex:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def why_not_plain(self) -> str | None:
+        """What config.json calls it, if it is quantised, compressed or swapped, and what to do; None when plain."""
+        config = self.config.get("quantization_config")
+        if not config:
+            return None
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        remedies = {"spectral_surgery": "Decompress it first.", "spectral_surgery_swap": "Start from the original."}
+        remedy = remedies.get(str(method), "Start from the unquantised checkpoint.")
+        return f"expected a plain checkpoint, got one quantised already ({method}). {remedy}"
+
+    def require_plain(self) -> None:
+        """Refuse what is quantised, compressed or swapped.
+
+        Raises:
+            CheckpointError: when it is.
+        """
+        if self.why_not_plain:
+            raise CheckpointError(f"{self.root}: {self.why_not_plain}")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -272,7 +292,7 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
     several = {name: infos for name, infos in holders.items() if len(infos) > 1}
     for name, infos in several.items():
         meant = next((info for info in infos if info.file == root / weight_map.get(name, "")), infos[-1])
-        if meant.file != infos[-1].file and not _same_bytes(meant, infos[-1]):
+        if meant.file != infos[-1].file and not same_bytes(meant, infos[-1]):
             raise CheckpointError(
                 f"{root}: {named([name])} is in {meant.file.name}, which {INDEX_FILE} names, with other values than in"
                 f" {infos[-1].file.name}, which transformers loads; one of them is accepted. Remove the other."
@@ -292,18 +312,6 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
 
 def _among(file: Path, infos: Iterable[TensorInfo]) -> bool:
     return any(info.file == file for info in infos)
-
-
-def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    with a.file.open("rb") as one, b.file.open("rb") as other:
-        one.seek(a.start)
-        other.seek(b.start)
-        return all(
-            one.read(min(_PIECE, a.nbytes - done)) == other.read(min(_PIECE, a.nbytes - done))
-            for done in range(0, a.nbytes, _PIECE)
-        )
 
 
 def _other_files(root: Path, files: list[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -6,7 +6,7 @@ Files are read and never mapped: mapped pages would count as resident memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,6 +28,7 @@ _TORCH_NAMES |= {"C64": "complex64", "F64": "float64", "I64": "int64", "U64": "u
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 )
+PIECE = 1 << 20  # bytes read at a time: what the cache holds
 CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
@@ -109,6 +110,24 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
     made = empty((stop - start,), dtype)
     _fill(made.view(torch.uint8).numpy().data, info, start * dtype.itemsize)
     return made
+
+
+def byte_pieces(info: TensorInfo) -> Iterator[bytearray]:
+    """The stored bytes of a tensor, PIECE at a time."""
+    for start in range(0, info.nbytes, PIECE):
+        yield read_bytes(info, start, min(start + PIECE, info.nbytes))
+
+
+def flat_pieces(info: TensorInfo) -> Iterator[Tensor]:
+    """The elements of a tensor in storage order, PIECE of them at a time."""
+    for start in range(0, info.numel, PIECE):
+        yield read_flat(info, start, min(start + PIECE, info.numel))
+
+
+def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bits."""
+    alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+    return alike and all(one == other for one, other in zip(byte_pieces(a), byte_pieces(b), strict=True))
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

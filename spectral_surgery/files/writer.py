@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
-from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, named
+from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, TensorInfo, named
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.publish import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
-from spectral_surgery.files.reader import CODES
+from spectral_surgery.files.reader import CODES, byte_pieces
 from spectral_surgery.progress import Progress
 
 __all__ = [
     "MAX_SHARD_SIZE",
     "PT_METADATA",
     "Entry",
+    "copy_entry",
     "partial_folder",
     "publishing",
     "replace_file",
@@ -121,6 +122,16 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
             f"{name}: {tensor.dtype} cannot be stored; {', '.join(map(str, CODES))} are accepted. Cast it."
         )
     return Entry(name, code, tuple(tensor.shape), lambda: [tensor_bytes(tensor)])
+
+
+def copy_entry(info: TensorInfo, name: str | None = None) -> Entry:
+    """A stored tensor, bit for bit.
+
+    Args:
+        info: the tensor.
+        name: another key for it.
+    """
+    return Entry(name or info.name, info.dtype, info.shape, lambda: byte_pieces(info))
 
 
 def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA) -> None:

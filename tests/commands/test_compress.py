@@ -26,6 +26,9 @@ from spectral_surgery.files.compressed import parts as part_files
 from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed import units
 from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.index import read_index
+from spectral_surgery.files.reader import read_bytes
+from spectral_surgery.files.writer import Entry, tensor_entry, write_file
 from spectral_surgery.run import Run
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 
@@ -176,6 +179,17 @@ def test_verify_fails_when_the_manifest_lies_about_the_norm(tmp_path: Path, sour
     assert not (tmp_path / "plain").exists()
 
 
+def test_elements_smaller_than_a_byte_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    packed = Entry("packed", "F4", (7, 4), lambda: [bytes(range(14))])
+    write_file(tmp_path / "source" / "model.safetensors", [packed, tensor_entry("weight", gaussian(64, 64))])
+    compress(tmp_path / "source", tmp_path / "out", FIFTH)
+    assert decompress(tmp_path / "out", tmp_path / "plain", dtype="bfloat16", verify=True).failures == ()
+    stored = read_index(tmp_path / "plain").tensors["packed"]
+    assert (stored.dtype, stored.shape, read_bytes(stored, 0, 14)) == ("F4", (7, 4), bytes(range(14)))
+    assert decompress(tmp_path / "out", tmp_path / "same", verify=True).failures == ()
+
+
 def test_include_exclude_and_small_tensors(source: Path) -> None:
     options = CompressOptions(Target("bits", 4.0), include=("model.layers.*",), exclude=("*q_proj*",))
     _, plan = plan_compression(source, options)
@@ -313,7 +327,7 @@ def test_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path: Path) -> N
 
 def test_a_quantised_source_is_refused(tmp_path: Path, source: Path) -> None:
     compress(source, tmp_path / "out", FIFTH)
-    with pytest.raises(CheckpointError, match=r"is quantised already .*Decompress it first"):
+    with pytest.raises(CheckpointError, match=r"out: expected a plain .* \(spectral_surgery\)\. Decompress it first\."):
         compress(tmp_path / "out", tmp_path / "again", FIFTH)
 
 

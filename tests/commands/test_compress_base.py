@@ -133,7 +133,7 @@ def test_nobody_takes_a_difference_for_a_model(tmp_path: Path, folders: tuple[Pa
 def test_bad_bases(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     base, tuned = folders
     marked = write_folder(tmp_path / "marked", llama_like(), config={"quantization_config": {"quant_method": "x"}})
-    with pytest.raises(CheckpointError, match="marked: is quantised already"):
+    with pytest.raises(CheckpointError, match="marked: expected a plain checkpoint, got one quantised already"):
         compress(tuned, tmp_path / "out", OPTIONS, base=marked)
     with pytest.raises(CheckpointError, match="overlaps the source"):
         compress(tuned, base / "out", OPTIONS, base=base)

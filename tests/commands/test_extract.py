@@ -244,7 +244,7 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path, Pat
     for sources, options, error, match in (
         ((base, other), {}, CheckpointError, "other: has no tensor in common with"),
         ((base, base), {}, ConfigError, "difference: zero in every layer"),
-        ((base, marked), {}, CheckpointError, "marked: is quantised or compressed; a plain"),
+        ((base, marked), {}, CheckpointError, "marked: expected a plain checkpoint, got one quantised already"),
         ((base, nan), {}, ConfigError, r"q_proj: the difference is not finite"),
         ((base, tuned), {"kind": "bytes", "value": 100}, ConfigError, r"bytes 100: \d+ go to names and shapes"),
         ((base, tuned), {"kind": "bytes", "value": 1000}, ConfigError, r"bytes \d+: too few for a single component"),

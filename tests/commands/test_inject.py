@@ -136,7 +136,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path) -> None:
     marked = write_folder(tmp_path / "marked", llama_like(), config={"quantization_config": {}})
     row, out = METHODS["fourierft"], tmp_path / "out"
     for source, count, targets, error, match in (
-        (marked, 9, ("q_proj",), CheckpointError, "marked: is quantised or compressed, and its headers do not tell"),
+        (marked, 9, ("q_proj",), CheckpointError, "marked: expected a plain checkpoint, got one quantised already"),
         (base, 9, ("nothing",), TargetError, r"target_modules \('nothing',\): matches none of 4 modules"),
         (base, 0, ("q_proj",), ConfigError, "n_frequency 0: expected 1 to 12480 for a layer of 130 x 96"),
         (base, 12481, ("q_proj",), ConfigError, "n_frequency 12481: expected 1 to 12480"),

@@ -193,7 +193,7 @@ def test_quantised_bases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"q_proj\.weight is \[130\], no matrix"):
         merge(vector, [own], tmp_path / "merged")
     marked = write_folder(tmp_path / "marked", llama_like(), config={"quantization_config": {"quant_method": "x"}})
-    with pytest.raises(CheckpointError, match="marked: is quantised or compressed"):
+    with pytest.raises(CheckpointError, match="marked: expected a plain checkpoint, got one quantised already"):
         merge(marked, [own], tmp_path / "merged")
 
 

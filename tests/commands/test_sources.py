@@ -95,11 +95,11 @@ def test_inspect_and_compress_agree_about_a_quantised_checkpoint(tmp_path: Path)
     )
     refused = str(invoke("compress", source, tmp_path / "out", "--bits", "4").exception)
     found = inspect(source)
-    assert refused == f"quantised: {found.notes[0].removeprefix('compress refuses it: ')}"
-    assert "is quantised already (bitsandbytes)" in refused
+    assert refused == f"{tmp_path / 'quantised'}: {found.notes[0].removeprefix('compress refuses it: ')}"
+    assert "got one quantised already (bitsandbytes)" in refused
     assert found.kind == "quantised"
     assert {row["compress would"] for row in found.tensors} == {"refuse it"}
-    with pytest.raises(SpectralSurgeryError, match="quantised: is quantised already"):
+    with pytest.raises(SpectralSurgeryError, match="quantised: expected a plain checkpoint, got one quantised already"):
         inspect(source, spectrum=True)
 
 

@@ -166,15 +166,15 @@ def test_bad_input_writes_nothing(tmp_path: Path, text: Path) -> None:
 
 def test_quantised_compressed_and_swapped_sources_are_refused(tmp_path: Path) -> None:
     compressed = compressed_folder("llama", tmp_path)
-    with pytest.raises(CheckpointError, match="expected a plain checkpoint, got one that is quantised"):
+    with pytest.raises(CheckpointError, match="expected a plain checkpoint, got one quantised already"):
         plan_swap(compressed, SwapSpec("causal_fnet", (0,)))
     swap(tmp_path / "source", tmp_path / "out", SwapSpec("causal_fnet", (0,)))
-    with pytest.raises(CheckpointError, match="start from the original"):
+    with pytest.raises(CheckpointError, match="Start from the original"):
         plan_swap(tmp_path / "out", SwapSpec("causal_fnet", (1,)))
     from spectral_surgery.codec.rate import Target
     from spectral_surgery.files.compressed.plan import CompressOptions
 
-    with pytest.raises(CheckpointError, match=r"is quantised already \(spectral_surgery_swap\)"):
+    with pytest.raises(CheckpointError, match=r"quantised already \(spectral_surgery_swap\)"):
         compress(tmp_path / "out", tmp_path / "c", CompressOptions(Target("bits", 4.0)))
 
 

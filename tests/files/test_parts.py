@@ -11,7 +11,8 @@ import torch
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import choosing_codes, compress, plan_compression
+from spectral_surgery.commands.compress import plan_compression
+from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
@@ -32,7 +33,9 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
     index, plan = plan_compression(source, OPTIONS)
     (tensor,) = plan.tensors
     weight, basis = read_tensor(tensor.info), Basis(OPTIONS.transform, OPTIONS.tile, tensor.axes)
-    with choosing_codes(tmp_path / "out", index, OPTIONS, resume=False, overwrite=False) as workshop:
+    out = tmp_path / "out"
+    with opened(source, out, index, plan, Run()) as job:
+        workshop = job.workshop
         for expert in chosen:
             coefficients = basis.forward(weight[expert])
             steps = 0.05 * torch.linspace(1, 2, WIDTH).bfloat16().float()
@@ -41,8 +44,8 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
         for unit in plan.units:
             run_unit(workshop, unit, OPTIONS, 1)
         alone = [_alone(workshop.path(unit), workshop.key) for unit in plan.units]
-    report = compress(source, tmp_path / "out", OPTIONS, run=Run(resume=True))
-    assert report is not None
+        out.mkdir()
+        job.write(out)
     stored = open_compressed(tmp_path / "out")
     for number, one in enumerate(alone):
         part = stored.part(NAME, number)

@@ -17,7 +17,7 @@ from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, w
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.difference import describe
-from spectral_surgery.files.compressed.manifest import FILE_NAME, QUANT_METHOD, Manifest
+from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
 from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, make_plan
 from spectral_surgery.files.compressed.units import UNITS
 from spectral_surgery.files.index import CheckpointIndex, read_index
@@ -128,21 +128,9 @@ def plan_compression(
     return index, make_plan(index, options, compare=compare, base=before)
 
 
-def why_refused(index: CheckpointIndex) -> str | None:
-    """Why compress does not take a checkpoint whose headers can be read, and what to do; None when it does."""
-    quantised = index.config.get("quantization_config")
-    if not isinstance(quantised, dict):
-        return None
-    method = quantised.get("quant_method")
-    remedy = "Decompress it first." if method == QUANT_METHOD else "Start from the unquantised checkpoint."
-    return f"is quantised already ({method}). {remedy}"
-
-
 def _dense(source: Path) -> CheckpointIndex:
     index = read_index(source)
-    reason = why_refused(index)
-    if reason:
-        raise CheckpointError(f"{index.root.name}: {reason}")
+    index.require_plain()
     return index
 
 

@@ -17,13 +17,11 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.plan import CompressOptions, make_plan
-from spectral_surgery.files.compressed.units import copy_entry
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import copy_companions
-from spectral_surgery.files.writer import Entry, tensor_bytes, weights_name, write_checkpoint
-from spectral_surgery.text.data import TextData
+from spectral_surgery.files.writer import Entry, copy_entry, tensor_bytes, weights_name, write_checkpoint
 
 
 @dataclass(frozen=True)

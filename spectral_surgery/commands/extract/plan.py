@@ -14,20 +14,19 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.from_update.fit_update import Update
 from spectral_surgery.adapters.layer import forms_of, is_conv1d, kind_of, shape_of
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.header import FLOATS
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_config import DIALECTS
-from spectral_surgery.files.reader import read_bytes
+from spectral_surgery.files.reader import same_bytes
 from spectral_surgery.hf.base_model import BaseModel, base_model
 from spectral_surgery.hf.tensor_names import StoredParameter
 from spectral_surgery.live.resolve import candidates
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
 
-_FLOATS = ("F64", "F32", "BF16", "F16")
 # names of embeddings that models tie to their output layer
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 _ABSENT = "not in BASE"
-_PIECE = 1 << 24  # bytes compared at a time
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,7 @@ def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets
     """
     indices = read_index(base), read_index(tuned)
     for index in indices:
-        if "quantization_config" in index.config:
-            raise CheckpointError(
-                f"{index.root}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
-            )
+        index.require_plain()
     models = base_model(indices[0]), base_model(indices[1])
     work = _Comparison(*models)
     chosen = work.choose(method, targets)
@@ -191,7 +187,7 @@ class _Comparison:
         embedding = isinstance(module, nn.Embedding) and METHODS[method].peft_type in DIALECTS.keys() - {"LORA"}
         reasons = {
             _reshaped(base, info): base.shape != info.shape,
-            f"{info.dtype}, where floats are needed": not {base.dtype, info.dtype} <= {*_FLOATS},
+            f"{info.dtype}, where floats are needed": not {base.dtype, info.dtype} <= {*FLOATS},
             "empty": not info.numel,
             "tied to another tensor in BASE, and not here": _is_tied(self.base.equal, base.name)
             and not self._tied(name),
@@ -223,7 +219,4 @@ def _differ(a: StoredParameter, b: StoredParameter) -> bool:
     first, second = a.whole, b.whole
     if first is None or second is None or first.dtype != second.dtype:
         return not torch.equal(a.read().double(), b.read().double())
-    return any(
-        read_bytes(first, s, min(s + _PIECE, first.nbytes)) != read_bytes(second, s, min(s + _PIECE, second.nbytes))
-        for s in range(0, first.nbytes, _PIECE)
-    )
+    return not same_bytes(first, second)

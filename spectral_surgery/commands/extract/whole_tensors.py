@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from spectral_surgery.files.header import FLOATS
 from spectral_surgery.hf.base_model import BaseModel
 from spectral_surgery.hf.tensor_names import StoredParameter
 from spectral_surgery.targets import ModuleTargets
-
-_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -88,5 +87,5 @@ def _problem(tuned: Mapping[str, StoredParameter], module: str, layers: Collecti
         return f"its module {module} has others inside"
     if any(other.rpartition(".")[0] in layers for other in saved):
         return f"the name {module} also means a layer with an adapter"
-    strange = [other for other in saved if tuned[other].dtype not in _FLOATS]
+    strange = [other for other in saved if tuned[other].dtype not in FLOATS]
     return f"{strange[0]} is {tuned[strange[0]].dtype}" if strange else ""

@@ -12,8 +12,7 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.manifest import Manifest
 from spectral_surgery.files.compressed.parts import joined, read_part
-from spectral_surgery.files.compressed.units import copy_entry
-from spectral_surgery.files.writer import Entry, tensor_entry
+from spectral_surgery.files.writer import Entry, copy_entry, tensor_entry
 
 
 def recoded(

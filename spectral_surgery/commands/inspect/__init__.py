@@ -10,7 +10,6 @@ import torch
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.rate import Magnitudes, Target, for_bits, for_density
-from spectral_surgery.commands.compress import why_refused
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.compressed.difference import base_name
@@ -116,7 +115,7 @@ def inspect(
         return _compressed(source)
     index = read_index(source, adapters=True)
     adapter = source.is_dir() and is_adapter(source)
-    refused = why_refused(index)
+    refused = index.why_not_plain
     if spectrum and (adapter or refused):
         what = "is an adapter; --spectrum needs a model." if adapter else f"{refused}"
         raise ConfigError(f"{source.name}: {what}")

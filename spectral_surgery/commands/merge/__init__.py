@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -30,15 +30,21 @@ from spectral_surgery.files.merge_record import (
     compressed,
 )
 from spectral_surgery.files.peft.adapter_files import write_adapter
-from spectral_surgery.files.reader import CODES, read_bytes, read_tensor
+from spectral_surgery.files.reader import CODES, read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import (
+    Entry,
+    copy_entry,
+    publishing,
+    reported,
+    tensor_bytes,
+    weights_name,
+    write_checkpoint,
+)
 from spectral_surgery.hf.tensor_names import as_rows
 from spectral_surgery.live.undo import digest, merge_weight
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.progress import Progress, silent
-
-_PIECE = 1 << 24  # bytes of a copied tensor at a time
 
 
 @dataclass(frozen=True)
@@ -167,20 +173,11 @@ class _Work:
         return reported([self._entry(name, names[name]) for name in sorted(names)], self.progress)
 
     def _entry(self, as_name: str, name: str) -> Entry:
-        target, info = self.plan.targets.get(name), self.plan.index.tensors.get(name)
-
-        def chunks() -> Iterator[memoryview | bytearray]:
-            if target is not None:
-                yield tensor_bytes(self._changed(as_name, name, target))
-            elif info is not None:
-                for start in range(0, info.nbytes, _PIECE):
-                    yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
-
+        target = self.plan.targets.get(name)
         if target is None:
-            known = self.plan.index.tensors[name]
-            return Entry(as_name, known.dtype, known.shape, chunks)
+            return copy_entry(self.plan.index.tensors[name], as_name)
         dtype = target.info.dtype if target.info else CODES[target.replaced[0].values.dtype]
-        return Entry(as_name, dtype, target.shape, chunks)
+        return Entry(as_name, dtype, target.shape, lambda: [tensor_bytes(self._changed(as_name, name, target))])
 
     def _changed(self, as_name: str, name: str, target: Target) -> Tensor:
         base = read_tensor(target.info) if target.info else None

@@ -112,10 +112,7 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
             " in one command."
         )
     index = read_index(base)
-    if "quantization_config" in index.config:
-        raise CheckpointError(
-            f"{base}: is quantised or compressed; a plain checkpoint is accepted. Decompress it first."
-        )
+    index.require_plain()
     finder = Finder(index, tuple(read_adapter(folder) for folder in adapters), factors)
     plan = finder.plan()
     if finder.wrong:

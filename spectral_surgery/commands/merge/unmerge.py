@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,13 +26,19 @@ from spectral_surgery.files.merge_record import (
     read_record,
 )
 from spectral_surgery.files.peft.adapter_files import read_adapter
-from spectral_surgery.files.reader import read_bytes, read_tensor
+from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import (
+    Entry,
+    copy_entry,
+    publishing,
+    reported,
+    tensor_bytes,
+    weights_name,
+    write_checkpoint,
+)
 from spectral_surgery.live.undo import Undo, digest, unmerge_weight
 from spectral_surgery.progress import Progress, silent
-
-_PIECE = 1 << 24  # bytes of a copied tensor at a time
 
 
 @dataclass(frozen=True)
@@ -118,19 +123,12 @@ class _Work:
         return name in self.record.tensors and self.record.tensors[name].base is None
 
     def _entry(self, as_name: str) -> Entry:
-        name = self.record.aliases.get(as_name, as_name)
         info = self.index.tensors[as_name]
-        tensor = self.record.tensors.get(name)
-
-        def chunks() -> Iterator[memoryview | bytearray]:
-            if tensor is None:
-                for start in range(0, info.nbytes, _PIECE):
-                    yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
-            else:
-                yield tensor_bytes(self._base(info, tensor))
-
-        shape = info.shape if tensor is None or tensor.shape is None else tensor.shape
-        return Entry(as_name, info.dtype, shape, chunks)
+        tensor = self.record.tensors.get(self.record.aliases.get(as_name, as_name))
+        if tensor is None:
+            return copy_entry(info)
+        shape = info.shape if tensor.shape is None else tensor.shape
+        return Entry(as_name, info.dtype, shape, lambda: [tensor_bytes(self._base(info, tensor))])
 
     def _base(self, info: TensorInfo, tensor: MergedTensor) -> Tensor:
         merged, data = read_tensor(info), read_data(self.index.root, tensor)

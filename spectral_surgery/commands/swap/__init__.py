@@ -14,7 +14,7 @@ from torch import nn
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import swapped_card
 from spectral_surgery.commands.swap.fit_layers import FitSettings, LayerFit, SwappedPair, distill
-from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.publish import partial_folder, publishing
@@ -94,11 +94,7 @@ def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) 
         CheckpointError: when the source is damaged, quantised, compressed or swapped.
     """
     index = read_index(source)
-    if "quantization_config" in index.config:
-        raise CheckpointError(
-            f"{source}: expected a plain checkpoint, got one that is quantised, compressed or swapped. Decompress it"
-            " first, or start from the original."
-        )
+    index.require_plain()
     family = FAMILIES[str(index.config.get("model_type"))]
     model = outline_model(index.root, trust_remote_code=trust_remote_code)
     spec, before = resolved(model, spec), _count(model)

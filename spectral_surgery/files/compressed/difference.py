@@ -10,11 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
-from spectral_surgery.files.reader import read_bytes, read_flat
+from spectral_surgery.files.reader import byte_pieces, read_flat
 
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_PIECE = 1 << 24
 _MARK = " sha256:"
 
 
@@ -31,8 +30,8 @@ def describe(base: CheckpointIndex, name: str) -> str:
     digest = hashlib.sha256()
     for info in base.tensors.values():
         digest.update(json.dumps([info.name, info.dtype, info.shape]).encode())
-        for start in range(0, info.nbytes, _PIECE):
-            digest.update(read_bytes(info, start, min(start + _PIECE, info.nbytes)))
+        for piece in byte_pieces(info):
+            digest.update(piece)
     return f"{name}{_MARK}{digest.hexdigest()}"
 
 
@@ -86,7 +85,7 @@ def counterpart(base: CheckpointIndex | None, name: str, shape: tuple[int, ...])
         shape: of the tensor.
     """
     info = base.tensors.get(name) if base is not None else None
-    return info if info is not None and info.shape == shape and info.dtype in _FLOATS else None
+    return info if info is not None and info.shape == shape and info.dtype in (*FLOATS, *FLOATS8) else None
 
 
 def read_rows(info: TensorInfo, rows: tuple[int, int], columns: int) -> Tensor:

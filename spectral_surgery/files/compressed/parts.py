@@ -16,10 +16,8 @@ from spectral_surgery.codec.encoded import EncodedSpectrum, EncodingReport, step
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.manifest import SUFFIXES, PartRecord, parse_part
 from spectral_surgery.files.index import TensorInfo, read_index
-from spectral_surgery.files.reader import read_bytes, read_tensor, release
+from spectral_surgery.files.reader import byte_pieces, read_bytes, read_tensor, release
 from spectral_surgery.files.writer import Entry, replace_file, tensor_entry
-
-_PIECE = 1 << 20  # bytes of codes read at a time: what the cache holds
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
@@ -98,10 +96,8 @@ def joined(
 
     def chunks() -> Iterator[bytearray]:
         for file in files:
-            info = file["codes"]
-            for start in range(0, info.nbytes, _PIECE):
-                yield read_bytes(info, start, min(start + _PIECE, info.nbytes))
-            release(info.file)
+            yield from byte_pieces(file["codes"])
+            release(file["codes"].file)
 
     entries = [
         Entry(codes, "U8", (int(places[-1]),), chunks),

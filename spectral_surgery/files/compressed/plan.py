@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -14,14 +14,14 @@ from spectral_surgery.codec.encoded import Basis, rows_per_frame
 from spectral_surgery.codec.rate import Magnitudes, Target, for_density, for_error
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.difference import counterpart
+from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo
-from spectral_surgery.files.reader import read_bytes
+from spectral_surgery.files.reader import same_bytes
 from spectral_surgery.targets import matching
 from spectral_surgery.transforms import TRANSFORMS
 
 PART_WEIGHTS = 1 << 23  # a part is what one worker holds in memory: 32 MiB of float32 coefficients
 BYTES_PER_WEIGHT = 22  # measured peak while encoding a part: input, coefficients, codes, frames and temporaries
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 AUTO = "auto"
 DEFAULT_TRANSFORM = "dct"
 MAX_TILE = 4096
@@ -227,7 +227,7 @@ def make_plan(
 
 def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] | None, excluded: set[str]) -> str:
     reasons = {
-        f"{info.dtype} is not floating": info.dtype not in FLOATS,
+        f"{info.dtype} is not floating": info.dtype not in (*FLOATS, *FLOATS8),
         "excluded": info.name in excluded,
         "not included": included is not None and info.name not in included,
         "not a matrix": len(info.shape) < 2,
@@ -280,19 +280,7 @@ def find_tied(index: CheckpointIndex) -> dict[str, str]:
         group.sort(key=lambda info: not _EMBEDDING.search(info.name))  # stored under the name of the embedding
         for position, info in enumerate(group):
             for other in group[:position]:
-                if other.name not in aliases and _same_bytes(info, other):
+                if other.name not in aliases and same_bytes(info, other):
                     aliases[info.name] = other.name
                     break
     return aliases
-
-
-def _same_bytes(a: TensorInfo, b: TensorInfo, piece: int = 1 << 22) -> bool:
-    return all(_piece(a, start, piece) == _piece(b, start, piece) for start in _starts(a.nbytes, piece))
-
-
-def _starts(nbytes: int, piece: int) -> Iterator[int]:
-    yield from range(0, nbytes, piece)
-
-
-def _piece(info: TensorInfo, start: int, piece: int) -> bytearray:
-    return read_bytes(info, start, min(start + piece, info.nbytes))

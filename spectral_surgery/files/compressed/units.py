@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +26,11 @@ from spectral_surgery.files.compressed.difference import read_rows
 from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
 from spectral_surgery.files.compressed.parts import joined, part_record, read_part, write_part
 from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor, Unit
-from spectral_surgery.files.index import CheckpointIndex, TensorInfo
+from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
-from spectral_surgery.files.writer import Entry
+from spectral_surgery.files.writer import Entry, copy_entry
 
 UNITS = "units"  # folder of unfinished work
-PIECE = 1 << 20  # bytes of a copied tensor read at a time: what the cache holds
 
 
 @dataclass(frozen=True)
@@ -220,16 +218,6 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
         entries += own
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
-
-
-def copy_entry(info: TensorInfo) -> Entry:
-    """A tensor copied bit for bit, a piece at a time."""
-
-    def chunks() -> Iterator[bytearray]:
-        for start in range(0, info.nbytes, PIECE):
-            yield read_bytes(info, start, min(start + PIECE, info.nbytes))
-
-    return Entry(info.name, info.dtype, info.shape, chunks)
 
 
 def _record(tensor: PlannedTensor, parts: tuple[PartRecord, ...], tile: int) -> TensorRecord:
