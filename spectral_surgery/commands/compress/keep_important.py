@@ -106,15 +106,17 @@ class _Projections:
 
 def _cuts(
     planned: Mapping[str, PlannedTensor], importances: Mapping[str, Importance], options: CompressOptions
-) -> dict[str, Cut]:
+) -> dict[str, Threshold]:
     """By name; the same for all of them, or that of each alone."""
 
     def costs(name: str) -> Tensor:
         return importances[name].costs(_coefficients(planned[name], options))
 
     if options.allocation == "even":
-        return {name: cut_at([costs(name)], options.target.value) for name in importances}
-    return dict.fromkeys(importances, cut_at(map(costs, importances), options.target.value)) if importances else {}
+        return {name: threshold_at([costs(name)], options.target.value) for name in importances}
+    return (
+        dict.fromkeys(importances, threshold_at(map(costs, importances), options.target.value)) if importances else {}
+    )
 
 
 def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:

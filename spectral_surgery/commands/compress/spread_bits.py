@@ -66,7 +66,7 @@ def spread_targets(
 
 def measure_shares(
     source: Path, index: CheckpointIndex, plan: Plan, data: TextData, *, folder: Path | None = None
-) -> dict[str, Share]:
+) -> dict[str, TensorCost]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
     Returns:
@@ -108,7 +108,9 @@ class _Measurement:
             head = next((name for name in _HEADS if name in sizes), self._words())
             tokens = sum(batch["input_ids"].numel() for batch in batches)
             costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
-        return {name: Share(sizes[name], cost) for name, cost in costs.items() if name in sizes and 0 < cost < math.inf}
+        return {
+            name: TensorCost(sizes[name], cost) for name, cost in costs.items() if name in sizes and 0 < cost < math.inf
+        }
 
     def _words(self) -> str:
         words = self.lazy.model.get_input_embeddings()

@@ -22,6 +22,7 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, copy_entry, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.text.data import TextData
 
 
 @dataclass(frozen=True)

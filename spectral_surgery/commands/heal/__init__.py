@@ -182,8 +182,8 @@ def write_healed(
     files = write_checkpoint(folder, entries, metadata=weights_metadata(checkpoint.index))
     (folder / FILE_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    held = [(step, {"loss": loss}) for step, loss in course.held_out]
-    plot_training(course.train, held, "loss", course.best_step, folder / PLOT_FILE)
+    losses = [(step, {"loss": loss}) for step, loss in curve.held_out]
+    plot_training(curve.train, losses, "loss", curve.best_step, folder / PLOT_FILE)
     cards.write_derived(folder, compressed_card(open_compressed(folder), origin))
     (folder / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / STATE)
@@ -198,11 +198,11 @@ def _opened(compressed: Path, teacher: Path) -> tuple[CompressedCheckpoint, Chec
     return checkpoint, index
 
 
-def _result(place: Workplace, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
-    course, replaced, tensors = healed.course, healed.replaced, place.checkpoint.manifest.tensors
-    told = {"healing": f"{place.data.digest()}, step {course.best_step} of {course.steps}"}
-    entries, manifest = recoded(place.checkpoint, replaced, place.key, healed.vectors, told)
-    manifest = replace(manifest, command=healed_command(place.checkpoint.manifest.command))
+def _result(session: HealSession, healed: Healed, objective: str, seconds: float) -> tuple[list[Entry], HealReport]:
+    curve, replaced, tensors = healed.curve, healed.replaced, session.checkpoint.manifest.tensors
+    options = {"healing": f"{session.data.digest()}, step {curve.best_step} of {curve.steps}"}
+    entries, manifest = recoded(session.checkpoint, replaced, session.key, healed.vectors, options)
+    manifest = replace(manifest, command=healed_command(session.checkpoint.manifest.command))
     untrained = tuple(name for name in tensors if name not in replaced)
     trained = (len(replaced), healed.coefficients)
     return entries, HealReport(manifest, objective, curve, trained, untrained, seconds, peak_rss_bytes(), healed.blocks)

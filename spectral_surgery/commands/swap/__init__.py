@@ -32,8 +32,7 @@ from spectral_surgery.text.scores import EvalData, score
 from spectral_surgery.text.sequences import equal_lengths
 
 METRICS_FILE = "swap.json"
-_HELD_OUT = 0.05  # of the text to distil on
-_HELD_OUT_SEQUENCES = 128
+_SAMPLES, _SEQ_LENGTH = 20000, 256  # usual
 _BATCH_TOKENS = 1024
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
