@@ -11,7 +11,7 @@ import torch
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import plan_compression
+from spectral_surgery.commands.compress import compress, plan_compression
 from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
@@ -24,7 +24,7 @@ from spectral_surgery.run import Run
 from tests.support.checkpoints import gaussian, write_folder
 
 NAME, EXPERTS, HEIGHT, WIDTH = "model.layers.0.mlp.experts.down_proj", 4, 64, 96
-OPTIONS = CompressOptions(Target("bits", 3.0), min_weights=1, calibration="some text")
+OPTIONS = CompressOptions(Target("bits", 3.0), min_weights=1, allocation="even", calibration="some text")
 
 
 @pytest.mark.parametrize("chosen", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
@@ -33,8 +33,7 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
     index, plan = plan_compression(source, OPTIONS)
     (tensor,) = plan.tensors
     weight, basis = read_tensor(tensor.info), Basis(OPTIONS.transform, OPTIONS.tile, tensor.axes)
-    out = tmp_path / "out"
-    with opened(source, out, index, plan, Run()) as job:
+    with opened(source, tmp_path / "out", index, plan, Run()) as job:
         workshop = job.workshop
         for expert in chosen:
             coefficients = basis.forward(weight[expert])
@@ -44,8 +43,7 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
         for unit in plan.units:
             run_unit(workshop, unit, OPTIONS, 1)
         alone = [_alone(workshop.path(unit), workshop.key) for unit in plan.units]
-        out.mkdir()
-        job.write(out)
+    compress(source, tmp_path / "out", OPTIONS, run=Run(resume=True))
     stored = open_compressed(tmp_path / "out")
     for number, one in enumerate(alone):
         part = stored.part(NAME, number)
