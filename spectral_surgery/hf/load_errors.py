@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from spectral_surgery.errors import CheckpointError, SpectralSurgeryError
+from spectral_surgery.errors import BackendError, CheckpointError, SpectralSurgeryError
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.remote_code import own_auto_map
 
@@ -35,6 +37,16 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
                 " and run it with that."
             ) from error
         raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
+
+
+def required(library: str, purpose: str) -> Any:
+    """A library that comes with the extra ``hf``. Raises BackendError when it is not installed."""
+    try:
+        return import_module(library)
+    except ImportError:
+        raise BackendError(
+            f"{library}: not installed; it is needed to {purpose}. pip install 'spectral-surgery[hf]'"
+        ) from None
 
 
 def own_code(folder: Path) -> dict[str, object]:

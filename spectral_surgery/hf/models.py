@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.task import class_for
-from spectral_surgery.hf.load_errors import loading, own_code
+from spectral_surgery.hf.load_errors import loading, own_code, required
 from spectral_surgery.live.blocks import text_config
 from spectral_surgery.live.running import called, running
 
@@ -91,10 +91,6 @@ def load_classifier(
 
     Returns (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
 
-    Args:
-        dtype: of the weights; None for the stored one.
-        trust_remote_code: run the code that a model brings along.
-
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
@@ -133,7 +129,6 @@ def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = Fal
 
     Args:
         auto_class: class of transformers that knows the architecture; see `class_for`.
-        trust_remote_code: run the code that a model brings along.
 
     Raises:
         BackendError: when transformers is not installed.
@@ -159,10 +154,6 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_c
 
     Returns the model in eval mode.
 
-    Args:
-        dtype: of the weights; None for the stored one.
-        trust_remote_code: run the code that a model brings along.
-
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model that transformers knows.
@@ -180,7 +171,6 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Args:
         folder: a Hugging Face folder; only its configuration is read.
-        trust_remote_code: run the code that a model brings along.
 
     Raises:
         BackendError: when transformers is not installed.
@@ -214,21 +204,12 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 def _without_weights() -> AbstractContextManager[object]:
     """Build modules without memory for their parameters; buffers, which no file has, get their values."""
-    try:
-        from accelerate import init_empty_weights
-    except ImportError:
-        raise BackendError(
-            "accelerate: not installed; it is needed to build models without weights. pip install"
-            " 'spectral-surgery[hf]'"
-        ) from None
-    return cast("AbstractContextManager[object]", init_empty_weights(include_buffers=False))
+    accelerate = required("accelerate", "build models without weights")
+    return cast("AbstractContextManager[object]", accelerate.init_empty_weights(include_buffers=False))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a local folder, with a padding token.
-
-    Args:
-        trust_remote_code: run the code that a model brings along.
 
     Raises:
         BackendError: when transformers is not installed.
@@ -333,12 +314,17 @@ def _class(transformers: Any, folder: Path, auto_class: str) -> Any:
     return getattr(transformers, class_for(config, auto_class), None) or getattr(transformers, auto_class)
 
 
-def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
-    """The class that a configuration names; the Auto class that finds it, where the model brings its own code."""
-    name = str((config.architectures or ["none"])[0])
+def class_named(transformers: Any, config: Any, name: str) -> Any:
+    """A class by its name, or the Auto class that finds it in code that the model brings; None when there is none."""
     own_code = getattr(config, "auto_map", None) or {}
     auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
-    cls = getattr(transformers, name, None) or getattr(transformers, auto, None)
+    return getattr(transformers, name, None) or getattr(transformers, auto, None)
+
+
+def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
+    """The class that a configuration names."""
+    name = str((config.architectures or ["none"])[0])
+    cls = class_named(transformers, config, name)
     if cls is None:
         raise CheckpointError(
             f"{folder}: config.json names the class {name}; expected one that transformers has. Name it in"
@@ -348,12 +334,6 @@ def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise BackendError(
-            "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
-        ) from None
-    logging.disable_progress_bar()
+    transformers = required("transformers", "run models")
+    transformers.utils.logging.disable_progress_bar()
     return transformers

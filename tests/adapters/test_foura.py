@@ -204,8 +204,8 @@ def test_no_dense_projection(config: FouraConfig, tokens: int) -> None:
         ({"r": 7, "transform": "dft"}, "r 7: expected 1 to 6 for dft"),
         ({"transform": "haar"}, "transform 'haar': unknown; known: dct, hartley, dft"),
         ({"use_gate": True, "r": 1}, "use_gate with r 1: nothing to choose between"),
-        ({"use_gate": True, "gate_threshold": 1.0}, "gate_threshold 1: out of range; above 0 and below 1"),
-        ({"use_gate": True, "gate_sharpness": 0.0}, "gate_sharpness 0: out of range; above 0"),
+        ({"use_gate": True, "gate_threshold": 1.0}, "gate_threshold 1: out of range; expected above 0 and below 1"),
+        ({"use_gate": True, "gate_sharpness": 0.0}, "gate_sharpness 0: out of range; expected above 0"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], text: str) -> None:

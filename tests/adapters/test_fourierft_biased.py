@@ -94,7 +94,9 @@ def test_places_are_stored() -> None:
     spectrum[:9] = 1
     expected = torch.fft.ifft2(spectrum.reshape(12, 20)).real * 150
     torch.testing.assert_close(adapter.delta_weight(), expected)
-    with pytest.raises(CheckpointError, match=r"positions: .* are not increasing places of a spectrum; 0 to 239"):
+    with pytest.raises(
+        CheckpointError, match=r"positions: .* are not increasing places of a spectrum; expected 0 to 239"
+    ):
         adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other + 235})
 
 
@@ -157,10 +159,10 @@ def test_auto_scaling_is_that_of_fourierft() -> None:
     ("changes", "text"),
     [
         ({"n_frequency": 0}, "n_frequency 0: expected 1 to 122 for a layer of 12 x 20"),
-        ({"n_frequency": -1}, "n_frequency -1: 1 to 122"),
-        ({"n_frequency": 123}, "n_frequency 123: 1 to 122"),
+        ({"n_frequency": -1}, "n_frequency -1: expected 1 to 122"),
+        ({"n_frequency": 123}, "n_frequency 123: expected 1 to 122"),
         ({"scaling": "auto"}, "scaling 'auto': not resolved; .* Use the method's resolve"),
-        ({"center_frequency": -0.1}, "center_frequency -0.1: negative; 0 or more"),
+        ({"center_frequency": -0.1}, "center_frequency -0.1: negative; expected 0 or more"),
         ({"bandwidth": 0.0}, "bandwidth 0: not positive; expected above 0. Use 0.26"),
     ],
 )

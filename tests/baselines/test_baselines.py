@@ -53,7 +53,9 @@ def test_pruning_counts_a_bitmap_and_two_bytes_for_each_weight_that_is_kept(name
     kept = int(result.weight.count_nonzero())
     assert result.stored_bytes == 96 * 200 // 8 + 2 * kept == 3 * 96 * 200 // 8
     assert torch.equal(result.weight, result.weight.bfloat16().float())
-    with pytest.raises(ConfigError, match=f"{name}: 1 bits per weight cannot hold a bitmap and one value; more than"):
+    with pytest.raises(
+        ConfigError, match=f"{name}: 1 bits per weight cannot hold a bitmap and one value; expected more than"
+    ):
         BASELINES[name].apply(weight, 1.0, torch.eye(200))
 
 

@@ -112,7 +112,7 @@ def test_what_is_stored_is_what_was_chosen(largest: int) -> None:
 
 
 def test_moments_that_say_nothing() -> None:
-    with pytest.raises(ShapeError, match=r"moment: is \(3, 4\); a square matrix"):
+    with pytest.raises(ShapeError, match=r"moment: is \(3, 4\); expected a square matrix"):
         feedback_factor(torch.ones(3, 4), Basis())
     for bad in (torch.zeros(4, 4), torch.full((4, 4), torch.nan), torch.full((4, 4), torch.inf)):
         with pytest.raises(ConfigError, match="moment: inputs are zero or not finite"):

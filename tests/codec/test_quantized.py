@@ -83,7 +83,7 @@ def test_rows_equal_the_whole(name: str, axes: tuple[int, ...], columns: int) ->
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11)])
 def test_rows_outside(start: int, stop: int) -> None:
     spectrum = QuantizedSpectrum(torch.zeros(10, 4, dtype=torch.int8), torch.ones(1), 0.0, "dct", 4, (0, 1))
-    with pytest.raises(ShapeError, match=rf"rows: {start}:{stop} of 10 rows; 0 <= start <= stop <= rows"):
+    with pytest.raises(ShapeError, match=rf"rows: {start}:{stop} of 10 rows; expected 0 <= start <= stop <= rows"):
         spectrum.rows(start, stop)
 
 

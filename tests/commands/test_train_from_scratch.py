@@ -231,17 +231,9 @@ def test_numbers_of_tokens_may_have_gaps() -> None:
 @pytest.mark.parametrize(
     ("start", "changes", "text_of_error"),
     [
-        (
-            "fftnet",
-            {"sizes": replace(SIZES, max_seq_length=8)},
-            "expected at most --max-seq-length, 8, got 16",
-        ),
-        ("fftnet", {"sizes": replace(SIZES, num_heads=5)}, "heads 5: a divisor of the width, 16"),
-        (
-            "transformer",
-            {"sizes": replace(SIZES, d_model=15, num_heads=3)},
-            "expected an even number for a Transformer, got 15",
-        ),
+        ("fftnet", {"sizes": replace(SIZES, max_seq_length=8)}, "--seq-length 16: at most 8, the --max-seq-length"),
+        ("fftnet", {"sizes": replace(SIZES, num_heads=5)}, "heads 5: expected a divisor of the width, 16"),
+        ("transformer", {"sizes": replace(SIZES, d_model=15, num_heads=3)}, "--d-model 15: an even number"),
         ("rnn", {}, "model to start from 'rnn': unknown; known: fftnet, transformer"),
     ],
 )

@@ -252,12 +252,22 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("tokens", "mask", "error", "text"),
     [
-        (ids(1, 65), None, ShapeError, r"input_ids: 65 tokens; at most 64, the model's max_seq_length"),
-        (torch.zeros(0, 5, dtype=torch.long), None, ShapeError, r"input_ids: shape \(0, 5\); \[B, T\] with at least"),
+        (ids(1, 65), None, ShapeError, r"input_ids: 65 tokens; expected at most 64, the model's max_seq_length"),
+        (
+            torch.zeros(0, 5, dtype=torch.long),
+            None,
+            ShapeError,
+            r"input_ids: shape \(0, 5\); expected \[B, T\] with at least",
+        ),
         (torch.zeros(2, 0, dtype=torch.long), None, ShapeError, r"input_ids: shape \(2, 0\)"),
         (torch.tensor([[1, 40]]), None, ConfigError, "input_ids: token 40; expected 0 to 39. Use the tokenizer"),
-        (torch.tensor([[1, -1]]), None, ConfigError, "input_ids: token -1; 0 to 39"),
-        (ids(1, 5), torch.ones(1, 4), ShapeError, r"attention_mask: shape \(1, 4\); \(1, 5\), that of input_ids"),
+        (torch.tensor([[1, -1]]), None, ConfigError, "input_ids: token -1; expected 0 to 39"),
+        (
+            ids(1, 5),
+            torch.ones(1, 4),
+            ShapeError,
+            r"attention_mask: shape \(1, 4\); expected \(1, 5\), that of input_ids",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ALL)
@@ -270,13 +280,13 @@ def test_bad_input(name: str, tokens: Tensor, mask: Tensor | None, error: type[E
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"d_model": 0}, "FFTNetConfig: d_model 0; at least 1"),
+        ({"d_model": 0}, "FFTNetConfig: d_model 0; expected at least 1"),
         ({"vocab_size": 0}, "FFTNetConfig: vocab_size 0"),
         ({"num_layers": 0}, "FFTNetConfig: num_layers 0"),
         ({"max_seq_length": 0}, "FFTNetConfig: max_seq_length 0"),
-        ({"dropout": 1.0}, r"FFTNetConfig: dropout 1\.0; at least 0 and less than 1"),
-        ({"num_heads": 3}, "heads 3: a divisor of the width, 16"),
-        ({"kernel_length": 1}, "kernel_length 1: at least 2"),
+        ({"dropout": 1.0}, r"FFTNetConfig: dropout 1\.0; expected at least 0 and less than 1"),
+        ({"num_heads": 3}, "heads 3: expected a divisor of the width, 16"),
+        ({"kernel_length": 1}, "kernel_length 1: expected at least 2"),
         ({"is_causal": False}, "FFTNetForCausalLM: is_causal False in the configuration; expected True"),
     ],
 )
@@ -288,7 +298,7 @@ def test_bad_settings(changes: dict[str, Any], text: str) -> None:
 def test_an_encoder_cannot_generate_and_a_sequence_has_an_end() -> None:
     with pytest.raises(CausalityError, match="decoding with a cache needs a causal mixer"):
         model(MASKED).model(ids(1, 3), use_cache=True)
-    with pytest.raises(ShapeError, match="65 tokens; at most 64"):
+    with pytest.raises(ShapeError, match="65 tokens; expected at most 64"):
         model().generate(ids(1, 60), max_new_tokens=6, do_sample=False)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         fftnet_models.nothing  # noqa: B018 - reading it is the test

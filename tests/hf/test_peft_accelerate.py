@@ -184,7 +184,9 @@ def test_copies_and_pickles() -> None:
 
 
 def test_models_without_such_layers() -> None:
-    with pytest.raises(TargetError, match="LlamaForCausalLM: has no FourierFT layers of PEFT; models from get_peft"):
+    with pytest.raises(
+        TargetError, match="LlamaForCausalLM: has no FourierFT layers of PEFT; expected models from get_peft"
+    ):
         accelerate_peft(tiny("llama"))
 
 

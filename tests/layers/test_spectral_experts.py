@@ -64,7 +64,9 @@ def test_bad_input() -> None:
     with pytest.raises(ShapeError, match="3 counts that add up to 5; expected 3 of 4 rows"):
         own(noise(4, 24), (2, 2, 1))
     other = SpectralWeight.from_spectra(encoded(0, rows=8))
-    with pytest.raises(ShapeError, match=r"experts: 2 of shapes \[\(8, 24\), \(40, 24\)\]; one or more of one shape"):
+    with pytest.raises(
+        ShapeError, match=r"experts: 2 of shapes \[\(8, 24\), \(40, 24\)\]; expected one or more of one shape"
+    ):
         SpectralExperts([own.weights[0], other])
     with pytest.raises(ShapeError, match="experts: 0 of shapes"):
         SpectralExperts([])

@@ -162,7 +162,9 @@ def test_it_says_what_it_costs() -> None:
 def test_bad_input() -> None:
     linear = dense_layer()
     for options, count in (({}, 0), ({"bits": 4, "max_error": 0.1}, 2)):
-        with pytest.raises(ConfigError, match=rf"from_dense: {count} of sparsity, bits and max_error are given; exact"):
+        with pytest.raises(
+            ConfigError, match=rf"from_dense: expected one of sparsity, bits and max_error, got {count}"
+        ):
             SpectralLinear.from_dense(linear, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="resident form 'int5': unknown"):
         SpectralLinear.from_dense(linear, bits=4, resident="int5")

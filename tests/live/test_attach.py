@@ -244,7 +244,7 @@ def test_convolutions_and_embeddings(model: Model) -> None:
 
 
 def test_a_module_that_cannot_carry_an_adapter() -> None:
-    with pytest.raises(ConfigError, match="LayerNorm: cannot carry an adapter; Linear, Conv1D"):
+    with pytest.raises(ConfigError, match="LayerNorm: cannot carry an adapter; expected Linear, Conv1D"):
         AdaptedLayer(nn.LayerNorm(3))
 
 

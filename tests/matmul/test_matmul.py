@@ -345,9 +345,13 @@ def test_bad_input() -> None:
         ConfigError, match=r"'int4': codes reach -9 to 9; expected -8 to 7 at this offset, but for one code"
     ):
         op.resident_form(random_codes(40, 32, 9, torch.int8), "int4")
-    with pytest.raises(ConfigError, match=r"'int8': an offset of 0.123456 steps is on no grid of int8; a multiple of"):
+    with pytest.raises(
+        ConfigError, match=r"'int8': an offset of 0.123456 steps is on no grid of int8; expected a multiple of"
+    ):
         op.resident_form(random_codes(40, 32, 9, torch.int8, offset=0.123456), "int8")
-    with pytest.raises(ShapeError, match=r"shape \(4, 6\) with 3 steps; a non-empty \[O, I\] with 1 or I steps"):
+    with pytest.raises(
+        ShapeError, match=r"shape \(4, 6\) with 3 steps; expected a non-empty \[O, I\] with 1 or I steps"
+    ):
         op.resident_form(random_codes(4, 6, 2, torch.int8, step=torch.ones(3)), "int8")
 
 
@@ -356,7 +360,7 @@ def test_bad_input_of_block_streaming() -> None:
     for error, text, x, weights, size in [
         (ConfigError, "block_size 0; expected 1 or more", noise(6), sparse, 0),
         (ShapeError, r"the weights are \(8,\); expected a matrix \[O, I\]", noise(6), sst(noise(8)), 1),
-        (DomainError, "x is torch.int64; a real floating type", torch.ones(6, dtype=torch.long), sparse, 1),
+        (DomainError, "x is torch.int64; expected a real floating type", torch.ones(6, dtype=torch.long), sparse, 1),
         (ShapeError, r"x is \(5,\); expected \[\.\.\., 6\]", noise(5), sparse, 1),
         (DomainError, "the weights are a torch.float32 tensor; expected a spectrum", noise(6), noise(8, 6), 1),
     ]:

@@ -55,7 +55,7 @@ def test_too_many_codes_beyond_half_a_byte() -> None:
     assert len(op.resident_form(with_outliers(65, torch.int8), "int4").places) > 1500  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"reach -50 to 60; expected -8 to 7 .*, but for one code in 64. Use"):
         op.resident_form(with_outliers(60, torch.int8), "int4")
-    with pytest.raises(ConfigError, match="reach -50 to 60; -8 to 7"):
+    with pytest.raises(ConfigError, match="reach -50 to 60; expected -8 to 7"):
         op.resident_form(with_outliers(5000, torch.int8, offset=68.0), "int4")  # 128 is no level of int8
     form = op.resident_form(with_outliers(65, torch.int8), "streamed")
     assert form.host.codes.shape == (300, 333)  # type: ignore[attr-defined]  # as int8: nothing stays on the device

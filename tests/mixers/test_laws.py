@@ -139,9 +139,9 @@ def test_gradients(name: str) -> None:
 def test_inputs_that_do_not_fit(name: str) -> None:
     mixer = MIXERS[name].fresh(WIDTH)
     for shape in ((2, WIDTH), (0, 4, WIDTH), (2, 0, WIDTH), (2, 4, 8)):
-        with pytest.raises(ShapeError, match=r"x is .*; floating \[B, T, 16\] with at least one sequence"):
+        with pytest.raises(ShapeError, match=r"x is .*; expected floating \[B, T, 16\] with at least one sequence"):
             mixer(torch.zeros(shape))
-    with pytest.raises(ShapeError, match=r"int64; floating"):
+    with pytest.raises(ShapeError, match=r"int64; expected floating"):
         mixer(torch.zeros(2, 4, WIDTH, dtype=torch.int64))
     with pytest.raises(ShapeError, match=r"mask is \(2, 3\); expected \(2, 4\)"):
         mixer(torch.zeros(2, 4, WIDTH), torch.ones(2, 3))
@@ -165,21 +165,21 @@ def test_caches_that_do_not_fit(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("causal_fnet", {"kernel_length": 7}, "kernel_length 7: even lengths"),
-        ("causal_fnet", {"kernel_length": 0}, "kernel_length 0: at least 2"),
-        ("fftnet", {"heads": 3}, "heads 3: a divisor of the width, 16"),
-        ("fftnet", {"bins": 1}, "bins 1: at least 2"),
-        ("fftnet", {"mlp_hidden_dim": 0}, "mlp_hidden_dim 0: at least 1"),
-        ("fftnet", {"init_std": -1.0}, "init_std -1: at least 0"),
-        ("causal_fftnet", {"kernel_length": 1}, "kernel_length 1: at least 2"),
-        ("causal_fftnet", {"chunk": 0}, "chunk 0: at least 1"),
-        ("spectral_mixing", {"bins": 1}, "bins 1: at least 2"),
-        ("causal_spectral_mixing", {"kernel_length": 0}, "kernel_length 0: at least 1"),
-        ("spectral_mlp", {"mlp_ratio": 0.0}, "mlp_ratio 0: at least 0.0625"),
-        ("spectral_mlp", {"dropout": 1.5}, "dropout 1.5: 0 to 1"),
-        ("hybrid", {"heads": 5}, "heads 5: a divisor"),
-        ("hybrid", {"window": 1}, "window 1: at least 2"),
-        ("causal_hybrid", {"window": 0}, "window 0: at least 1"),
+        ("causal_fnet", {"kernel_length": 7}, "kernel_length 7: expected even lengths"),
+        ("causal_fnet", {"kernel_length": 0}, "kernel_length 0: expected at least 2"),
+        ("fftnet", {"heads": 3}, "heads 3: expected a divisor of the width, 16"),
+        ("fftnet", {"bins": 1}, "bins 1: expected at least 2"),
+        ("fftnet", {"mlp_hidden_dim": 0}, "mlp_hidden_dim 0: expected at least 1"),
+        ("fftnet", {"init_std": -1.0}, "init_std -1: expected at least 0"),
+        ("causal_fftnet", {"kernel_length": 1}, "kernel_length 1: expected at least 2"),
+        ("causal_fftnet", {"chunk": 0}, "chunk 0: expected at least 1"),
+        ("spectral_mixing", {"bins": 1}, "bins 1: expected at least 2"),
+        ("causal_spectral_mixing", {"kernel_length": 0}, "kernel_length 0: expected at least 1"),
+        ("spectral_mlp", {"mlp_ratio": 0.0}, "mlp_ratio 0: expected at least 0.0625"),
+        ("spectral_mlp", {"dropout": 1.5}, "dropout 1.5: expected 0 to 1"),
+        ("hybrid", {"heads": 5}, "heads 5: expected a divisor"),
+        ("hybrid", {"window": 1}, "window 1: expected at least 2"),
+        ("causal_hybrid", {"window": 0}, "window 0: expected at least 1"),
     ],
 )
 def test_settings_out_of_range(name: str, settings: dict[str, float], text: str) -> None:

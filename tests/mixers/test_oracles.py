@@ -146,7 +146,9 @@ def test_hybrid(name: str) -> None:
 
 
 def test_parts_of_a_hybrid_look_the_same_way() -> None:
-    with pytest.raises(CausalityError, match="spectral part causal: True, attention causal: False; both or neither"):
+    with pytest.raises(
+        CausalityError, match="spectral part causal: True, attention causal: False; expected both or neither"
+    ):
         HybridSpectralAttention(random_mixer("causal_spectral_mixing"), WindowAttention(WIDTH, 2, 4, is_causal=False))
 
 

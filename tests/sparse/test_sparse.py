@@ -157,7 +157,7 @@ def test_domains_do_not_mix() -> None:
     weight = gaussian(64, 64)
     spectrum = sst(weight, 0.2)
     for other in (sst(weight, 0.2, transform="haar"), sst(weight, 0.2, tile=32), sst(weight, 0.2, axes=(1,))):
-        with pytest.raises(DomainError, match="differ; spectra of the same shape, tile, transform and axes"):
+        with pytest.raises(DomainError, match="differ; expected spectra of the same shape, tile, transform and axes"):
             _ = spectrum + other
     for operation in (
         lambda: spectrum + weight,

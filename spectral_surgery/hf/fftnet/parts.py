@@ -132,7 +132,7 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
             f"input_ids: shape {tuple(ids.shape)}; expected [B, T] with at least one sequence and one token."
         )
     if mask is not None and mask.shape != ids.shape:
-        raise ShapeError(f"attention_mask: shape {tuple(mask.shape)}; {tuple(ids.shape)}, that of input_ids, is.")
+        raise ShapeError(f"attention_mask: shape {tuple(mask.shape)}; expected {tuple(ids.shape)}, that of input_ids.")
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise ConfigError(

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from spectral_surgery.errors import BackendError, CheckpointError, LimitError
+from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
 from spectral_surgery.files.peft.task import class_for
-from spectral_surgery.hf.load_errors import loading
+from spectral_surgery.hf.load_errors import loading, required
+from spectral_surgery.hf.models import class_named
 from spectral_surgery.hf.quantizer.loading import AUTO, NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
 
@@ -59,31 +60,20 @@ def load_compressed(
     residents = residents_for(checkpoint, resident)
     if max_memory is not None:
         residents = _within(checkpoint, residents, resident, max_memory, str(device))
-    transformers = _transformers()
+    transformers = required("transformers", "run models")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with loading(folder, "transformers cannot load it"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-        cls = _class(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else None)
+        named = str((config.architectures or ["AutoModel"])[0])
+        cls = class_named(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else named)
         if cls is None:
             raise CheckpointError(
-                f"{folder.name}: transformers has no {auto_class or _architecture(config)}; expected one of its"
-                " classes. Name it with auto_class."
+                f"{folder.name}: transformers has no {auto_class or named}; expected one of its classes. Name it with"
+                " auto_class."
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device
         return cls.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
-
-
-def _class(transformers: Any, config: Any, wanted: str | None) -> Any:
-    """A class by name; without a name the one in config.json, or the Auto class that finds it in a model's own code."""
-    name = wanted or _architecture(config)
-    own_code = getattr(config, "auto_map", None) or {}
-    auto = next((auto for auto, path in own_code.items() if str(path).endswith(f".{name}")), name)
-    return getattr(transformers, name, None) or getattr(transformers, auto, None)
-
-
-def _architecture(config: Any) -> str:
-    return str((config.architectures or ["AutoModel"])[0])
 
 
 def _within(
@@ -109,13 +99,3 @@ def _within(
             if fits and needed + more <= limit:
                 chosen[name], needed = form, needed + more
     return chosen
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise BackendError(
-            "transformers: not installed; it is needed to run models. pip install 'spectral-surgery[hf]'"
-        ) from None
-    return transformers
