@@ -19,7 +19,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import CompressReport, compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import SentenceEncoder, load_encoder

@@ -20,14 +20,15 @@ from spectral_surgery.cli.output import progress, size, table
 from spectral_surgery.commands.export import export
 from spectral_surgery.commands.merge import merge
 from spectral_surgery.commands.merge.unmerge import unmerge
-from spectral_surgery.commands.train import TrainData, train
+from spectral_surgery.commands.train import train
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_files import read_adapter
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_encoder
 from spectral_surgery.live.attach import load
 from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.training.trainer import TrainSettings
+from spectral_surgery.text.settings import TrainData
+from spectral_surgery.training.settings import TrainSettings
 
 # settings, learning rate
 RUNS = {

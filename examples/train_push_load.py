@@ -20,9 +20,10 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.fourierft import FourierFTConfig
 from spectral_surgery.commands.push import push
-from spectral_surgery.commands.train import TrainData, train
+from spectral_surgery.commands.train import train
 from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.training.trainer import TrainSettings
+from spectral_surgery.text.settings import TrainData
+from spectral_surgery.training.settings import TrainSettings
 
 
 def main(model: str, text: Path, out: Path, repository: str | None) -> None:

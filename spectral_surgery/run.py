@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectral_surgery.pool import Team
 from spectral_surgery.progress import Progress, silent
@@ -12,19 +12,17 @@ from spectral_surgery.progress import Progress, silent
 class Run:
     """How long work is carried out.
 
-    Attributes:
-        workers: processes, which import the calling script: it needs a ``__main__`` guard; or a team of them, of which
-            this is the last work.
-        threads: of each process.
-        resume: go on with unfinished work of the same source, options and text.
-        overwrite: replace an existing folder, and discard unfinished work.
-        origin: the Hub repository that the source is a copy of, for the model card.
-        progress: called as the work advances.
+    Processes import the calling script: it needs a ``__main__`` guard. Instead of their number there may be a team of
+    them, of which this is the last work.
     """
 
-    workers: int | Team = 1
-    threads: int = 1
-    resume: bool = False
-    overwrite: bool = False
-    origin: str | None = None
-    progress: Progress = silent
+    workers: int | Team = field(default=1, metadata={"help": "Processes.", "least": 1})
+    threads: int = field(default=1, metadata={"help": "Threads of each process.", "least": 1})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with unfinished work of the same sources, options and text."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace OUT, and discard unfinished work."})
+    origin: str | None = field(
+        default=None, metadata={"help": "The Hub repository that the source is a copy of, for the model card."}
+    )
+    progress: Progress = field(default=silent, metadata={"help": "Called as the work advances."})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -42,23 +42,33 @@ class ModuleTargets:
     """Which modules of a model carry an adapter, in PEFT's terms.
 
     Attributes:
-        target_modules: names or ends of names; one string is a regular expression over whole names, or all-linear;
-            None leaves the choice to the architecture.
-        exclude_modules: never these, in the same terms.
-        layers_to_transform: only these layer numbers; applies to names, not to a regular expression.
         layers_pattern: names of the lists the layer numbers count in: ``layers``, ``h``.
-        modules_to_save: modules trained and stored whole, such as a classifier.
         bias: which biases are trained: none, all, or ``<method>_only`` for those of the modules with an adapter.
         fan_in_fan_out: whether the base stores weights as [I, O]; a note for PEFT, we look at the module itself.
         target_parameters: names or ends of names of parameters with an update of their own, such as stacked experts.
         ensure_weight_tying: whether tied embeddings and output layers have one update, not two.
     """
 
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get an adapter: ends of names with commas, a regular expression over whole names, or"
+            " all-linear.",
+            "unset": "what is usual for the architecture",
+        },
+    )
+    exclude_modules: tuple[str, ...] | str | None = field(
+        default=None, metadata={"help": "Modules that get none, in the same terms."}
+    )
+    layers_to_transform: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "Only in these layers of the model, such as 0,1,8-11; not with a regular expression."},
+    )
     layers_pattern: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Modules trained and stored whole, such as a classifier.", "metavar": "NAMES"},
+    )
     bias: str = "none"
     fan_in_fan_out: bool = False
     target_parameters: tuple[str, ...] = ()

@@ -25,10 +25,11 @@ from benchmarks.timing import Timing, interleaved
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
-from spectral_surgery.hf.models import Sampling, continue_text, load_model, load_tokenizer
+from spectral_surgery.hf.models import continue_text, load_model, load_tokenizer
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
+from spectral_surgery.hf.settings import Sampling
 
 FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
 BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4

@@ -20,9 +20,9 @@ from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
 from spectral_surgery.hf.models import longest_sequence
 from spectral_surgery.live.blocks import blocks_in_turn, moments_of
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import TextData
 from spectral_surgery.text.examples import documents
 from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
+from spectral_surgery.text.settings import TextData
 
 IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time

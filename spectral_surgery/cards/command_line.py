@@ -11,9 +11,9 @@ from typing import Any
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.from_update.fit_update import Size
 from spectral_surgery.files.compressed.difference import base_name
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.training.trainer import TrainSettings
+from spectral_surgery.training.settings import TrainSettings
 
 SOURCE, BASE = "SOURCE", "BASE"  # in stored commands; a card names the repository instead, where it is known
 _PROGRAM = "spectral-surgery"

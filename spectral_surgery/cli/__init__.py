@@ -12,23 +12,8 @@ from spectral_surgery.errors import SpectralSurgeryError
 
 INTERRUPTED = 130
 _COMMANDS = (
-    "inspect",
-    "compress",
-    "decompress",
-    "heal",
-    "merge",
-    "unmerge",
-    "train",
-    "eval",
-    "extract",
-    "export",
-    "inject",
-    "swap",
-    "push",
-    "pull",
-    "generate",
-    "methods",
-    "completion",
+    *("inspect", "compress", "decompress", "heal", "merge", "unmerge", "train", "eval", "extract", "export", "inject"),
+    *("swap", "push", "pull", "generate", "methods", "completion"),
 )
 
 
@@ -39,19 +24,19 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as click calls it
         if cmd_name not in _COMMANDS:
             return None
-        return _load(cmd_name)
+        return _load("merge", "unmerge") if cmd_name == "unmerge" else _load(cmd_name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name == "train" and any(arg.partition("=")[0] == "--init" for arg in rest):
-            command = _load("train_from_scratch")  # no model to start from, hence other arguments and options
+            command = _load("train", "from_scratch")  # no model to start from, hence other arguments and options
         return name, command, rest
 
 
-def _load(name: str) -> click.Command:
-    command: click.Command = importlib.import_module(f"spectral_surgery.cli.{name}").command
+def _load(module: str, name: str = "command") -> click.Command:
+    command: click.Command = getattr(importlib.import_module(f"spectral_surgery.cli.{module}"), name)
     return command
 
 

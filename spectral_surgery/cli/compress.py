@@ -2,74 +2,84 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from spectral_surgery.cli import calibration, output, shared
+from spectral_surgery.cli import output, shared
+from spectral_surgery.cli.options import Command, from_options, only_one, options_of
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.settings import Healing
+from spectral_surgery.files.compressed.settings import CompressOptions
+from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 from spectral_surgery.pool import team
+from spectral_surgery.run import Run
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.settings import DistillSettings
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.compress import CompressReport
-    from spectral_surgery.files.compressed.plan import CompressOptions, Plan
-    from spectral_surgery.hub import Found
+    from spectral_surgery.files.compressed.plan import Plan
+    from spectral_surgery.files.index import CheckpointIndex
 
 Kind = Literal["density", "bits", "max_error"]
 
 _SHOWN = 12  # tensors listed in text; --json lists all
+_FILE = click.Path(path_type=Path)
 
 
-@click.command("compress")
+@click.command("compress", cls=Command)
 @shared.source_argument
 @shared.out_argument
 @click.option("--sparsity", "--density", "density", type=float, help="Fraction of coefficients KEPT: 0.2 keeps 20 %.")
 @click.option("--bits", type=float, help="Stored bits per weight, 0.5 to 8, every byte counted.")
 @click.option("--max-error", type=float, help="Relative error of every tensor, at the fewest bits.")
+@options_of(CompressOptions, "transform", "tile")
+@click.option("--base", metavar="BASE", help="Compress the difference to this checkpoint; decompress needs it again.")
+@options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite")
 @click.option(
-    "--transform", default="dct", show_default=True, help="A transform (see methods), or auto: the best of each part."
+    "--calibrate",
+    type=_FILE,
+    metavar="FILE",
+    help="Choose codes so that outputs on this text stay right; needs the tokenizer, and memory for one block.",
 )
-@click.option("--tile", type=int, default=64, show_default=True, help="Side of the transform tiles.")
-@shared.base_option("Compress the difference to this checkpoint, which decompress needs again.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Compress only tensors that match; repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Copy tensors that match; repeatable.")
-@click.option("--min-weights", type=int, default=4096, show_default=True, help="Copy smaller tensors.")
+@options_of(TextData, "samples", help={"samples": "Sequences of --calibrate at most."})
 @click.option(
-    "--copy-nonfinite", is_flag=True, help="Copy tensors with NaN or infinite values instead of refusing them."
+    "--seq-length",
+    type=click.IntRange(2),
+    help="Tokens of a sequence of --calibrate and --heal.  [default: 256; of --heal as the command heal]",
 )
-@calibration.calibration_options
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@options_of(CompressOptions, "allocation")
+@click.option(
+    "--heal",
+    type=_FILE,
+    metavar="FILE",
+    help="Then train the kept coefficients on this text until the model does what SOURCE does; see the command heal.",
+)
+@options_of(Healing, "keep")
+@options_of(
+    *(DistillSettings, "steps", "minutes"),
+    help={"steps": "Optimizer steps of --heal.", "minutes": "Time budget for --heal, instead of --steps."},
+)
+@options_of(Run, "workers")
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
-@click.option("--resume", is_flag=True, help="Go on with unfinished work of the same source and options.")
-@shared.trust_option
-@shared.hub_options
-@shared.push_option
+@options_of(Run, "resume")
+@options_of(TextData, "trust_remote_code")
 @shared.writing_options
-@shared.output_options
-@click.pass_context
 def command(
-    ctx: click.Context,
     source: str,
     out: Path,
     density: float | None,
     bits: float | None,
     max_error: float | None,
-    transform: str,
-    tile: int,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    min_weights: int,
-    copy_nonfinite: bool,
+    base: str | None,
     workers: int,
     threads: int | None,
     shard: str | None,
-    resume: bool,
     dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
 
@@ -82,118 +92,109 @@ def command(
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
     """
-    chosen, part = _only(ctx, {"density": density, "bits": bits, "max_error": max_error}), shared.shard_of(shard)
-    own = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
-    from spectral_surgery.commands.compress import compress, compress_shard
-    from spectral_surgery.run import Run
+    target, part, ctx = _target(density, bits, max_error), shared.shard_of(shard), click.get_current_context()
+    processes = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
+    from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
 
-    access = shared.hub_access(quiet=quiet)
-    before, name = access.base()
-    options = _options(
-        chosen, transform, tile, (include, exclude), min_weights, copy_nonfinite=copy_nonfinite, base=name
-    )
+    access = shared.hub_access()
+    before, name = access.others().resolve(base) if base else (None, None)
+    options = from_options(CompressOptions, {"target": target, "base": name})
     if dry_run:
-        _show_plan(access.outline(source), options, before, as_json=as_json)
+        with access.outline(source) as found:
+            index, plan = plan_compression(found.path, options, compare=found.whole, base=before)
+        output.show({"dry_run": True, **plan.to_json(index)}, _plan_lines(index, plan))
         return
     path, origin = access.prepare().resolve(source)
-    options, calibrate, heal = calibration.texts(ctx, options, part)
-    with output.progress(quiet=quiet, unit=" weights") as progress:
-        run = Run(own, shared.threads_or_all(threads, workers), resume, overwrite, origin, progress)
-        report = (
-            compress(path, out, options, calibrate=calibrate, heal=heal, base=before, run=run)
-            if part[1] == 1
-            else compress_shard(path, out, options, part, base=before, run=run)
+    calibrate, heal = _texts(part)
+    threads = shared.threads_or_all(threads, workers)
+    with output.progress(" weights") as progress:
+        run = from_options(Run, {"workers": processes, "threads": threads, "origin": origin, "progress": progress})
+        if part[1] == 1:
+            report = compress(path, out, options, calibrate=calibrate, heal=heal, base=before, run=run)
+        elif (finished := compress_shard(path, out, options, part, base=before, run=run)) is not None:
+            report = finished
+        else:
+            _show_shard(part, out)
+            return
+    for line in _text_lines(report):
+        click.echo(line, err=True)
+    output.show({"finished": True, **report.to_json(), **access.pushed(out)}, _report_lines(report))
+
+
+def _target(density: float | None, bits: float | None, max_error: float | None) -> Target:
+    asked: dict[Kind, float | None] = {"density": density, "bits": bits, "max_error": max_error}
+    targets = [Target(kind, value) for kind, value in asked.items() if value is not None]
+    if len(targets) != 1:
+        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.")
+    return targets[0]
+
+
+def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
+    """The text to calibrate and to heal on.
+
+    Raises:
+        click.UsageError: when --keep has nothing to choose from, or a shard is asked for text.
+    """
+    params = click.get_current_context().params
+    calibrate, heal = params["calibrate"], params["heal"]
+    if params["keep"] is not None and (heal is None or calibrate is not None):
+        raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.")
+    if part[1] > 1 and (calibrate or heal):
+        raise click.UsageError(
+            "--calibrate and --heal go through a whole model; they have no --shard. Run heal under torchrun."
         )
-    calibration.show_text(report)
-    _show_report(report, out, part, access.pushed(out) if report else {}, as_json=as_json)
+    keep_freed_memory(LITTLE if calibrate and not heal else WORTH_KEEPING)  # healing has the whole model in memory
+    usual: dict[str, object] = {"seq_length": params["seq_length"] or 0}
+    data = from_options(TextData, {"file": calibrate, **usual}) if calibrate else None
+    if not heal:
+        return data, None
+    only_one({"--steps": params["steps"], "--minutes": params["minutes"]})
+    text = from_options(TextData, {"file": heal, "samples": 0, **usual})
+    return data, from_options(Healing, {"data": text, "settings": from_options(DistillSettings)})
 
 
-def _only(ctx: click.Context, asked: dict[Kind, float | None]) -> tuple[Kind, float]:
-    given = [(kind, value) for kind, value in asked.items() if value is not None]
-    if len(given) != 1:
-        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.", ctx)
-    return given[0]
+def _text_lines(report: CompressReport) -> Iterator[str]:
+    """What text was good for, where there was some."""
+    reached, healed = report.calibration, report.healing
+    if reached is not None:
+        yield (
+            f"{reached.matrices[0]} weights calibrated, of {reached.matrices[1]}: {reached.weights[0]:,} of"
+            f" {reached.weights[1]:,} numbers; largest error of outputs {reached.largest.output_error:.4f},"
+            f" {reached.largest.name}"
+        )
+        yield from output.by_reason("not calibrated", reached.left)
+        if reached.whole:
+            yield "the model has no one list of blocks: all layers were given what the original gives them"
+    if healed is not None:
+        curve = healed.curve
+        yield (
+            f"{healed.trained[1]:,} coefficients trained, step {curve.best_step} of {curve.step} kept: held-out loss"
+            f" {curve.held_out[0][1]:.4f} -> {curve.best:.4f}"
+        )
 
 
-def _options(
-    target: tuple[Kind, float],
-    transform: str,
-    tile: int,
-    globs: tuple[tuple[str, ...], tuple[str, ...]],
-    min_weights: int,
-    *,
-    copy_nonfinite: bool,
-    base: str | None,
-) -> CompressOptions:
-    from spectral_surgery.codec.rate import Target
-    from spectral_surgery.files.compressed.plan import CompressOptions
-
-    return CompressOptions(Target(*target), transform, tile, *globs, min_weights, copy_nonfinite, base=base)
-
-
-def _show_plan(
-    outline: AbstractContextManager[Found], options: CompressOptions, base: Path | None, *, as_json: bool
-) -> None:
-    from spectral_surgery.commands.compress import plan_compression
+def _plan_lines(index: CheckpointIndex, plan: Plan) -> Iterator[str]:
     from spectral_surgery.files.remote_code import notes_on
 
-    with outline as found:
-        index, plan = plan_compression(found.path, options, compare=found.whole, base=base)
-    bits = plan.predicted_bits()
-    copied = sum(index.tensors[name].nbytes for name in plan.copied)
-    body = {
-        "dry_run": True,
-        "tensors": [{"name": t.info.name, "shape": list(t.info.shape), "parts": len(t.parts)} for t in plan.tensors],
-        "skipped": [{"name": name, "reason": reason} for name, reason in plan.copied.items()],
-        "tied": plan.aliases,
-        "weights": plan.weights,
-        "predicted_bits_per_weight": bits,
-        "predicted_bytes": round(plan.weights * bits / 8) + copied,
-        "predicted_worker_bytes": plan.predicted_memory(),
-        "input_bytes": index.nbytes,
-        "files_left_out": [str(name) for name in index.skipped_files],
-        "notes": [*index.notes, *notes_on(index.config)],
-    }
-    if as_json:
-        output.print_json("compress", body)
-        return
-    click.echo(
-        output.table([{"tensor": t.info.name, "shape": t.info.shape, "parts": len(t.parts)} for t in plan.tensors])
-    )
-    click.echo(
-        f"\n{len(plan.tensors)} tensors, {plan.weights:,} weights at about {bits:.2f} bits per weight: "
-        f"{output.size(index.nbytes)} -> about {output.size(plan.weights * bits / 8 + copied)}; "
+    yield output.table([{"tensor": t.info.name, "shape": t.info.shape, "parts": len(t.parts)} for t in plan.tensors])
+    yield (
+        f"\n{len(plan.tensors)} tensors, {plan.weights:,} weights at about {plan.predicted_bits():.2f} bits per weight:"
+        f" {output.size(index.nbytes)} -> about {output.size(plan.predicted_bytes(index))}; "
         f"memory of a worker about {output.size(plan.predicted_memory())} besides torch."
     )
-    _show_copied(plan)
-    output.notes((*index.notes, *notes_on(index.config)))
-    click.echo("Nothing was written.")
+    yield from output.by_reason("copied", plan.copied)
+    yield from (f"tied: {alias} = {name}, stored once" for alias, name in plan.aliases.items())
+    yield from output.notes([*index.notes, *notes_on(index.config)])
+    yield "Nothing was written."
 
 
-def _show_copied(plan: Plan) -> None:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in plan.copied.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        click.echo(f"copied, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
-    for alias, name in plan.aliases.items():
-        click.echo(f"tied: {alias} = {name}, stored once")
+def _show_shard(part: tuple[int, int], out: Path) -> None:
+    text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
+    hint = f"{text} If one was lost, run the command again without --shard and with --resume."
+    output.show({"finished": False, "shard": list(part), "message": text}, [hint])
 
 
-def _show_report(
-    report: CompressReport | None, out: Path, part: tuple[int, int], pushed: dict[str, object], *, as_json: bool
-) -> None:
-    if report is None:
-        text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
-        if as_json:
-            output.print_json("compress", {"finished": False, "shard": list(part), "message": text})
-        else:
-            click.echo(f"{text} If one was lost, run the command again without --shard and with --resume.")
-        return
-    body = report.to_json() | pushed
-    if as_json:
-        output.print_json("compress", {"finished": True, **body})
-        return
+def _report_lines(report: CompressReport) -> Iterator[str]:
     records = sorted(report.manifest.tensors.items(), key=lambda item: -item[1].report.weights)
     rows = [
         {
@@ -205,18 +206,16 @@ def _show_report(
         }
         for name, record in records
     ]
-    click.echo(output.table(rows[:_SHOWN]))
+    yield output.table(rows[:_SHOWN])
     if len(rows) > _SHOWN:
-        click.echo(f"... and {len(rows) - _SHOWN} smaller ones (--json lists all)")
+        yield f"... and {len(rows) - _SHOWN} smaller ones (--json lists all)"
     total = report.manifest.report
-    click.echo(
-        f"\n{len(rows)} tensors: {total.bits_per_weight:.3f} bits per weight, relative error "
-        f"{total.relative_error:.4f}, "
-        f"density {total.density:.3f}; {len(report.copied)} tensors copied.\n"
-        f"{output.size(report.input_bytes)} -> {output.size(report.output_bytes)}, {report.compression_ratio:.1f}x "
-        "smaller, "
-        f"in {report.seconds:.1f} s with {output.size(report.peak_rss_bytes)} of memory at most."
+    yield (
+        f"\n{len(rows)} tensors: {total.bits_per_weight:.3f} bits per weight, relative error"
+        f" {total.relative_error:.4f}, density {total.density:.3f}; {len(report.copied)} tensors copied.\n"
+        f"{output.size(report.input_bytes)} -> {output.size(report.output_bytes)}, {report.compression_ratio:.1f}x"
+        f" smaller, in {report.seconds:.1f} s with {output.size(report.peak_rss_bytes)} of memory at most."
     )
-    output.notes(report.notes)
+    yield from output.notes(report.notes)
     if report.not_copied_files:
-        click.echo(f"left out, weights in other formats: {', '.join(report.not_copied_files[:5])}")
+        yield f"left out, weights in other formats: {', '.join(report.not_copied_files[:5])}"

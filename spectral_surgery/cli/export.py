@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from spectral_surgery.cli import adapter_options, output, shared
+from spectral_surgery.cli.options import Command
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.export import ExportPlan, ExportReport
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("adapter", metavar="ADAPTER")
 @shared.out_argument
 @click.option(
-    "--format",
-    "form",
+    *("--format", "form"),
     default="lora",
     show_default=True,
     metavar="FORMAT",
@@ -28,25 +29,15 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The base model, for names and shapes  [default: the one ADAPTER names]")
 @adapter_options.size_options
 @adapter_options.setting_option
-@shared.hub_options
-@shared.push_option
 @shared.writing_options
-@shared.output_options
 def command(
     adapter: str,
     out: Path,
     form: str,
     base: str | None,
-    settings: tuple[str, ...],
-    nbytes: int | None,
-    max_error: float | None,
-    rank: int | None,
-    n_frequency: int | None,
     dtype: str,
     dry_run: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Write an adapter in another form: as a LoRA that every other tool reads, or as plain weight differences.
 
@@ -65,20 +56,19 @@ def command(
     from spectral_surgery.files.peft.adapter_files import read_adapter
 
     is_delta = form == workflow.DELTA
-    size = None if is_delta else adapter_options.size_of(form, nbytes, max_error, rank, n_frequency)
-    config = None if is_delta else adapter_options.config_of(form, settings)
-    access = shared.hub_access(quiet=quiet)
+    size = None if is_delta else adapter_options.size_of(form)
+    config = None if is_delta else adapter_options.config_of(form)
+    access = shared.hub_access()
     folder = access.resolve(adapter)[0]
     state = read_adapter(folder)
     base = base or (state.spec.base_model if workflow.needs_base(state, form) else None)
     with ExitStack() as stack:
         model = stack.enter_context(access.others().outline(base)).path if base else None
         if dry_run:
-            _show_plan(workflow.plan_export(folder, form, base=model, size=size), form, as_json=as_json)
+            _show_plan(workflow.plan_export(folder, form, base=model, size=size), form)
             return
         access.prepare()
-        progress = stack.enter_context(output.progress(quiet=quiet, unit=" layers"))
-        number = adapter_options.DTYPES[dtype]
+        progress = stack.enter_context(output.progress(" layers"))
         report = workflow.export(
             folder,
             out,
@@ -86,33 +76,29 @@ def command(
             base=model,
             size=size,
             config=config,
-            dtype=number,
+            dtype=adapter_options.DTYPES[dtype],
             overwrite=overwrite,
             origin=adapter_options.base_name(base)[0] if base else None,
             progress=progress,
         )
-    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+    output.show(report.to_json() | access.pushed(out), _lines(report, out))
 
 
-def _show_plan(plan: ExportPlan, form: str, *, as_json: bool) -> None:
-    shapes = {update.layer: list(update.shape) for update in plan.updates}
-    if as_json:
-        output.print_json("export", {"dry_run": True, "exact": plan.exact, "layers": shapes})
-        return
-    click.echo(output.table([{"layer": layer, "shape": shape} for layer, shape in shapes.items()]))
+def _show_plan(plan: ExportPlan, form: str) -> None:
     how = "exactly" if plan.exact else "approximately"
-    click.echo(f"{plan.state.spec.method.name} would become {form}, {how}. Nothing was written.")
+    lines = [
+        output.table([{"layer": update.layer, "shape": update.shape} for update in plan.updates]),
+        f"{plan.state.spec.method.name} would become {form}, {how}. Nothing was written.",
+    ]
+    output.show({"dry_run": True, **plan.to_json()}, lines)
 
 
-def _show_report(report: ExportReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        output.print_json("export", report.to_json() | more)
-        return
-    click.echo(output.table(adapter_options.layer_rows(report.layers, report.unit)))
+def _lines(report: ExportReport, out: Path) -> Iterator[str]:
+    yield output.table(adapter_options.layer_rows(report.layers, report.unit))
     for name in report.left_out:
-        click.echo(f"{name}: trained whole, and no difference of weights; left out")
+        yield f"{name}: trained whole, and not a difference of weights; left out"
     how = "exact but for rounding" if report.exact else "approximate"
-    click.echo(
+    yield (
         f"{report.method} as {report.form}, {how}: relative error {report.relative_error:.4g},"
         f" {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import adapter_options, output, shared
+from spectral_surgery.cli.options import Command, from_options
+from spectral_surgery.targets import ModuleTargets
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.extract import ExtractReport
     from spectral_surgery.commands.extract.plan import ExtractPlan
 
 
-@click.command("extract")
+@click.command("extract", cls=Command)
 @click.argument("base", metavar="BASE")
 @click.argument("tuned", metavar="TUNED")
 @shared.out_argument
@@ -25,30 +28,17 @@ if TYPE_CHECKING:
     "--save-rest", is_flag=True, help="Store whole what differs and carries no adapter: norms, biases, heads."
 )
 @adapter_options.target_options
-@shared.hub_options
-@shared.push_option
 @shared.writing_options
-@shared.output_options
 def command(
     base: str,
     tuned: str,
     out: Path,
     method: str,
-    settings: tuple[str, ...],
-    nbytes: int | None,
-    max_error: float | None,
-    rank: int | None,
-    n_frequency: int | None,
     max_rank: int | None,
     dtype: str,
     save_rest: bool,
-    target_modules: str | None,
-    exclude_modules: str | None,
-    layers: str | None,
     dry_run: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Turn the difference of two checkpoints into an adapter, tensor by tensor, without building the model.
 
@@ -65,16 +55,16 @@ def command(
     from spectral_surgery.commands import extract as workflow
     from spectral_surgery.commands.extract.plan import plan_extraction
 
-    size = adapter_options.size_of(method, nbytes, max_error, rank, n_frequency)
+    size = adapter_options.size_of(method)
     if size is None:
         raise click.UsageError("one of --bytes, --max-error, --rank and --n-frequency is needed.")
-    access = shared.hub_access(quiet=quiet)
+    access = shared.hub_access()
     name, revision = adapter_options.base_name(base)
     options = workflow.ExtractOptions(
         method,
         size,
-        adapter_options.config_of(method, settings),
-        adapter_options.targets_of(target_modules, exclude_modules, layers),
+        adapter_options.config_of(method),
+        from_options(ModuleTargets),
         adapter_options.DTYPES[dtype],
         max_rank,
         save_rest,
@@ -83,40 +73,35 @@ def command(
     )
     before, after = access.resolve(base)[0], access.others().resolve(tuned)[0]
     if dry_run:
-        _show_plan(plan_extraction(before, after, method, options.targets), as_json=as_json)
+        _show_plan(plan_extraction(before, after, method, options.targets))
         return
     access.prepare()
-    with output.progress(quiet=quiet, unit=" layers") as progress:
+    with output.progress(" layers") as progress:
         report = workflow.extract(before, after, out, options, overwrite=overwrite, progress=progress)
-    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+    output.show(report.to_json() | access.pushed(out), _lines(report, out))
 
 
-def _show_report(report: ExtractReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        output.print_json("extract", report.to_json() | more)
-        return
-    click.echo(output.table(adapter_options.layer_rows(report.layers, report.unit)))
+def _lines(report: ExtractReport, out: Path) -> Iterator[str]:
+    yield output.table(adapter_options.layer_rows(report.layers, report.unit))
     for name, what in report.rest.items():
-        click.echo(f"{name}: {what if what == 'saved whole' else f'differs, not covered: {what}'}")
+        yield f"{name}: {what if what == 'saved whole' else f'differs, not covered: {what}'}"
     if any(what != "saved whole" for what in report.rest.values()):
-        click.echo("Not covered tensors keep the values of BASE; --save-rest stores those it can.")
+        yield "Not covered tensors keep the values of BASE; --save-rest stores those it can."
     for other, name in report.tied.items():
-        click.echo(
+        yield (
             f"tied: {other} = {name}: merging changes both; a live model of PEFT changes {name} alone. To have both"
             " there, exclude it and use --save-rest."
         )
-    click.echo(
+    yield (
         f"{report.method}: relative error {report.relative_error:.4f} of the difference of {len(report.layers)}"
         f" matrices, {output.size(report.stored_bytes)}, in {report.seconds:.1f} s: {out}"
     )
 
 
-def _show_plan(plan: ExtractPlan, *, as_json: bool) -> None:
-    if as_json:
-        body = {"dry_run": True, "layers": {pair.layer: list(pair.shape) for pair in plan.pairs}, "rest": plan.rest}
-        output.print_json("extract", body)
-        return
-    click.echo(output.table([{"layer": pair.layer, "shape": pair.shape} for pair in plan.pairs]))
-    for name, reason in plan.rest.items():
-        click.echo(f"{name}: differs, not covered: {reason}")
-    click.echo(f"{len(plan.pairs)} matrices would be compared. Nothing was written.")
+def _show_plan(plan: ExtractPlan) -> None:
+    lines = [
+        output.table([{"layer": pair.layer, "shape": pair.shape} for pair in plan.pairs]),
+        *(f"{name}: differs, not covered: {reason}" for name, reason in plan.rest.items()),
+        f"{len(plan.pairs)} matrices would be compared. Nothing was written.",
+    ]
+    output.show({"dry_run": True, **plan.to_json()}, lines)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.cli.options import Command
+
+if TYPE_CHECKING:
+    from spectral_surgery.commands.inspect import Inspection
 
 _SHOWN = 6  # names of a list
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @shared.source_argument
 @click.option("--spectrum", is_flag=True, help="Read samples of the tensors: energy curve, error at 2, 3 and 4 bits.")
 @click.option(
@@ -21,14 +27,7 @@ _SHOWN = 6  # names of a list
 @click.option("--include", multiple=True, metavar="GLOB", help="Look only at tensors that match; repeatable.")
 @shared.hub_options
 @shared.output_options
-def command(
-    source: str,
-    spectrum: bool,
-    plot: Path | None,
-    include: tuple[str, ...],
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(source: str, spectrum: bool, plot: Path | None, include: tuple[str, ...]) -> None:
     """Show what a checkpoint holds and what compress would do with it, from headers alone.
 
     Of a Hub repository only the headers are fetched. With --spectrum, samples of the tensors are read too: how much
@@ -43,36 +42,34 @@ def command(
     from spectral_surgery.commands import inspect as workflow
 
     spectrum = spectrum or plot is not None
-    access = shared.hub_access(quiet=quiet)
+    access = shared.hub_access()
     with ExitStack() as stack:
-        progress = stack.enter_context(output.progress(quiet=quiet, unit=" tensors"))
+        progress = stack.enter_context(output.progress(" tensors"))
         if spectrum:
             path, whole = access.resolve(source)[0], True
         else:
             outline = stack.enter_context(access.outline(source))
             path, whole = outline.path, outline.whole
-        found = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
+        inspection = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
     if plot is not None:
         from spectral_surgery.commands.inspect.plot import plot_spectra
 
-        plot_spectra(found.spectra, plot, path.name)
-    if as_json:
-        output.print_json("inspect", found.to_json())
-        return
-    if found.spectra:
-        click.echo(output.table([s.row() for s in found.spectra]))
-    else:
-        click.echo(output.table(found.tensors))
-    for alias, name in found.tied.items():
-        click.echo(f"tied: {alias} = {name}")
-    click.echo(f"\n{found.kind}: {len(found.tensors)} tensors, {output.size(found.nbytes)}")
-    for key, value in found.summary.items():
-        click.echo(f"{key}: {_brief(value)}")
-    output.notes(found.notes)
-    if found.skipped_files:
-        click.echo(f"weights in other formats, not looked at: {', '.join(found.skipped_files[:5])}")
+        plot_spectra(inspection.spectra, plot, path.name)
+    output.show(inspection.to_json(), _lines(inspection, plot))
+
+
+def _lines(inspection: Inspection, plot: Path | None) -> Iterator[str]:
+    yield output.table([spectrum.row() for spectrum in inspection.spectra] or inspection.tensors)
+    for alias, name in inspection.tied.items():
+        yield f"tied: {alias} = {name}"
+    yield f"\n{inspection.kind}: {len(inspection.tensors)} tensors, {output.size(inspection.nbytes)}"
+    for key, value in inspection.summary.items():
+        yield f"{key}: {_brief(value)}"
+    yield from output.notes(inspection.notes)
+    if inspection.skipped_files:
+        yield f"weights in other formats, not looked at: {', '.join(inspection.skipped_files[:5])}"
     if plot is not None:
-        click.echo(f"plot: {plot}")
+        yield f"plot: {plot}"
 
 
 def _brief(value: object) -> str:

@@ -1,37 +1,29 @@
-"""spectral-surgery merge."""
+"""spectral-surgery merge and unmerge."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.cli.options import Command, factors
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.merge import MergeReport
     from spectral_surgery.commands.merge.plan import MergePlan
 
 
-@click.command("merge")
+@click.command("merge", cls=Command)
 @click.argument("base", metavar="BASE")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @shared.out_argument
-@click.option("--weights", help="Factor of each adapter, separated by commas  [default: 1 for each]")
-@shared.hub_options
-@shared.push_option
+@click.option("--weights", type=factors, help="Factor of each adapter, separated by commas  [default: 1 for each]")
 @shared.writing_options
-@shared.output_options
 def command(
-    base: str,
-    adapters: tuple[str, ...],
-    out: Path,
-    weights: str | None,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    base: str, adapters: tuple[str, ...], out: Path, weights: list[float] | None, dry_run: bool, overwrite: bool
 ) -> None:
     """Add adapters to the weights of BASE, tensor by tensor, without building the model.
 
@@ -48,76 +40,80 @@ def command(
     from spectral_surgery.commands import merge as workflow
     from spectral_surgery.commands.merge.plan import plan_merge
 
-    factors = _numbers(weights)
-    access = shared.hub_access(quiet=quiet)
+    access = shared.hub_access()
     if not dry_run:
         access.prepare()
     others = access.others()
     (root, origin), folders = access.resolve(base), [others.resolve(adapter)[0] for adapter in adapters]
     if dry_run:
-        _show_plan(plan_merge(root, folders, factors), as_json=as_json)
+        plan = plan_merge(root, folders, weights)
+        output.show({"dry_run": True, **plan.to_json()}, _plan_lines(plan))
         return
-    with output.progress(quiet=quiet, unit=" tensors") as progress:
+    with output.progress(" tensors") as progress:
         report = workflow.merge(
-            root, folders, out, weights=factors, overwrite=overwrite, origin=origin, progress=progress
+            root, folders, out, weights=weights, overwrite=overwrite, origin=origin, progress=progress
         )
-    _show_report(report, out, as_json=as_json, more=access.pushed(out))
+    output.show(report.to_json() | access.pushed(out), _report_lines(report, out))
 
 
-def _show_report(report: MergeReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        output.print_json("merge", report.to_json() | more)
-        return
-    rows = [{"tensor": name, "update / weight": size} for name, size in report.layers.items()]
-    click.echo(output.table(rows))
-    for alias, name in report.tied.items():
-        click.echo(f"tied: {alias} = {name}, changed together")
-    _say_embeddings(report)
+def _report_lines(report: MergeReport, out: Path) -> Iterator[str]:
+    yield output.table([{"tensor": name, "update / weight": size} for name, size in report.layers.items()])
+    yield from _embedding_lines(report)
     share = report.undo_bytes / max(report.merged_bytes, 1)
-    click.echo(
+    yield (
         f"{len(report.layers)} weights, {output.size(report.merged_bytes)}, in {report.seconds:.1f} s;"
         f" record for unmerge {output.size(report.undo_bytes)} ({share:.1%}): {out}"
     )
 
 
-def _say_embeddings(done: MergeReport | MergePlan) -> None:
+def _embedding_lines(done: MergeReport | MergePlan) -> Iterator[str]:
+    for alias, name in done.tied.items():
+        yield f"tied: {alias} = {name}, changed together"
     if done.untied:
-        click.echo(f"untied: {', '.join(done.untied)}: different tensors now, tie_word_embeddings is false")
+        yield f"untied: {', '.join(done.untied)}: different tensors now, tie_word_embeddings is false"
     for name, (before, after) in done.resized.items():
-        click.echo(f"resized: {name} from {before} to {after} rows, and vocab_size")
+        yield f"resized: {name} from {before} to {after} rows, and vocab_size"
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"'{text}' is no list of numbers such as 1,0.5.", param_hint="--weights") from None
-
-
-def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
-    changed = {name: target for name, target in plan.targets.items() if target.sources}
-    if as_json:
-        body = {
-            "dry_run": True,
-            "tensors": {name: [plan.weights[s.number] for s in t.sources] for name, t in changed.items()},
-            "replaced": list(plan.replaced),
-            "tied": plan.tied,
-            "untied": list(plan.untied),
-            "resized": {name: list(rows) for name, rows in plan.resized.items()},
-        }
-        output.print_json("merge", body)
-        return
+def _plan_lines(plan: MergePlan) -> Iterator[str]:
     rows = [
-        {"tensor": name, "shape": t.shape, "adapters": len({source.number for source in t.sources})}
-        for name, t in changed.items()
+        {"tensor": name, "shape": target.shape, "adapters": len({source.number for source in target.sources})}
+        for name, target in plan.targets.items()
+        if target.sources
     ]
-    click.echo(output.table(rows))
+    yield output.table(rows)
     for name in plan.replaced:
-        part = ", in rows" if plan.targets[name].rows and not plan.targets[name].replaced else " whole"
-        click.echo(f"replaced{part}: {name}")
-    for alias, name in plan.tied.items():
-        click.echo(f"tied: {alias} = {name}, changed together")
-    _say_embeddings(plan)
-    click.echo(f"{len(rows)} weights would be changed. Nothing was written.")
+        how = ", in rows" if plan.targets[name].rows and not plan.targets[name].replaced else " whole"
+        yield f"replaced{how}: {name}"
+    yield from _embedding_lines(plan)
+    yield f"{len(rows)} weights would be changed. Nothing was written."
+
+
+@click.command("unmerge", cls=Command)
+@click.argument("merged", metavar="MERGED")
+@shared.out_argument
+@shared.writing_options
+def unmerge(merged: str, out: Path, dry_run: bool, overwrite: bool) -> None:
+    """Give back the base of a folder that `merge` wrote: every tensor bit for bit, or a refusal with the reason.
+
+    \b
+    Example:
+      spectral-surgery unmerge ./model-merged ./model-again
+    """
+    from spectral_surgery.commands.merge import unmerge as workflow
+    from spectral_surgery.files.merge_record import read_record
+
+    access = shared.hub_access()
+    if not dry_run:
+        access.prepare()
+    path = access.resolve(merged)[0]
+    if dry_run:
+        names = sorted(read_record(path).tensors)
+        lines = [*names, f"{len(names)} tensors would be restored. Nothing was written."]
+        output.show({"dry_run": True, "tensors": names}, lines)
+        return
+    with output.progress(" tensors") as progress:
+        report = workflow.unmerge(path, out, overwrite=overwrite, progress=progress)
+    dropped = f", {len(report.dropped)} added by the merge dropped" if report.dropped else ""
+    line = f"{len(report.restored)} tensors restored, checksums verified{dropped}, in {report.seconds:.1f} s: {out}"
+    output.show(report.to_json() | access.pushed(out), [line])

@@ -6,33 +6,28 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import click
 
+from spectral_surgery.progress import Progress
+
 SCHEMA_VERSION = 1
 _LINES = 10  # progress lines of a run without a terminal
-
-
-class Report(Protocol):
-    """Called as work advances."""
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """Report that ``done`` of ``total`` are finished, the last one being ``what``."""
+_NAMED = 3  # of the names that share a reason; --json has all
 
 
 @contextmanager
-def progress(*, quiet: bool, unit: str = "") -> Iterator[Report]:
+def progress(unit: str = "", *, quiet: bool | None = None) -> Iterator[Progress]:
     """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; always on stderr.
 
     Args:
-        quiet: report nothing.
         unit: what is counted.
+        quiet: report nothing; None asks --quiet.
     """
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
-    bar = tqdm(disable=quiet or not terminal, leave=False, unit=unit, unit_scale=True, file=sys.stderr)
+    silent, terminal = click.get_current_context().params["quiet"] if quiet is None else quiet, sys.stderr.isatty()
+    bar = tqdm(disable=silent or not terminal, leave=False, unit=unit, unit_scale=True, file=sys.stderr)
     shown = 0
 
     def report(done: int, total: int, what: str) -> None:
@@ -43,7 +38,7 @@ def progress(*, quiet: bool, unit: str = "") -> Iterator[Report]:
             bar.total = total
             bar.set_postfix_str(what[-48:], refresh=False)
             bar.update(done - bar.n)
-        elif not quiet and done * _LINES // max(total, 1) > shown:
+        elif not silent and done * _LINES // max(total, 1) > shown:
             shown = done * _LINES // max(total, 1)
             click.echo(f"{done / total:4.0%} {what}", err=True)
 
@@ -51,25 +46,27 @@ def progress(*, quiet: bool, unit: str = "") -> Iterator[Report]:
         yield report
 
 
-def print_json(command: str, body: Mapping[str, object]) -> None:
-    """Print one JSON object on stdout.
+def show(body: Mapping[str, object], lines: Iterable[str]) -> None:
+    """Print the result of the running command: with --json the body as one object, else the lines."""
+    ctx = click.get_current_context()
+    if ctx.params["as_json"]:
+        print_json(str(ctx.command.name), body)
+        return
+    for line in lines:
+        click.echo(line)
 
-    Args:
-        command: which command it is the result of.
-        body: plain values.
-    """
+
+def print_json(command: str, body: Mapping[str, object]) -> None:
+    """Print one JSON object on stdout: the result of a command, in plain values."""
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "command": command, **body}, indent=2))
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> str:
-    """Rows as aligned text, numbers to the right.
+    """Rows as aligned text with a header, numbers to the right; empty without rows.
 
     Args:
         rows: values by column.
         columns: which columns, in order; all of the first row by default.
-
-    Returns:
-        The lines, with a header; empty without rows.
     """
     if not rows:
         return ""
@@ -84,14 +81,19 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> 
     )
 
 
-def notes(sentences: Iterable[str]) -> None:
-    """Print what a result needs to be read with, a line for each.
+def notes(sentences: Iterable[str]) -> Iterator[str]:
+    """What a result needs to be read with, a line for each sentence."""
+    return (f"note: {sentence}" for sentence in sentences)
 
-    Args:
-        sentences: of it.
-    """
-    for sentence in sentences:
-        click.echo(f"note: {sentence}")
+
+def by_reason(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason, with the first of the names that share it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, those in names.items():
+        more = ", ..." if len(those) > _NAMED else ""
+        yield f"{what}, {reason}: {len(those)} ({', '.join(those[:_NAMED])}{more})"
 
 
 def size(nbytes: float) -> str:

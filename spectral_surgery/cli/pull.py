@@ -7,24 +7,18 @@ from pathlib import Path
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.cli.options import Command
 
 
-@click.command("pull")
+@click.command("pull", cls=Command)
 @click.argument("repository", metavar="REPO")
 @shared.out_argument
 @click.option("--include", multiple=True, metavar="GLOB", help="Fetch only files that match, of any kind; repeatable.")
 @shared.hub_options
-@shared.writing_options
+@shared.overwrite_option
+@shared.dry_run_option
 @shared.output_options
-def command(
-    repository: str,
-    out: Path,
-    include: tuple[str, ...],
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(repository: str, out: Path, include: tuple[str, ...], dry_run: bool, overwrite: bool) -> None:
     """Download a checkpoint or an adapter from the Hub into a folder, and check it.
 
     Weights in safetensors and the files beside them are fetched, no other formats. Every file must have the hash the
@@ -38,8 +32,8 @@ def command(
     """
     from spectral_surgery.commands.pull import pull
 
-    access = shared.hub_access(quiet=quiet)
-    with output.progress(quiet=quiet, unit=" tensors") as progress:
+    access = shared.hub_access()
+    with output.progress(" tensors") as progress:
         report = pull(
             repository,
             out,
@@ -50,9 +44,9 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    if as_json:
-        output.print_json("pull", report.to_json() | {"dry_run": dry_run})
-        return
-    click.echo(output.table([{"file": name, "bytes": nbytes} for name, nbytes in report.files.items()]))
-    click.echo(f"\n{report.repository} at {report.commit}: {len(report.files)} files, {output.size(report.nbytes)}")
-    click.echo("Nothing was written." if dry_run else f"Checked: {out}")
+    lines = [
+        output.table([{"file": name, "bytes": nbytes} for name, nbytes in report.files.items()]),
+        f"\n{report.repository} at {report.commit}: {len(report.files)} files, {output.size(report.nbytes)}",
+        "Nothing was written." if dry_run else f"Checked: {out}",
+    ]
+    output.show(report.to_json() | {"dry_run": dry_run}, lines)

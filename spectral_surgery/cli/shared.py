@@ -6,51 +6,40 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
+
+from spectral_surgery.cli.options import F, from_options, options_of
+from spectral_surgery.run import Run
 
 if TYPE_CHECKING:
     from spectral_surgery.hub import Found
 
-F = TypeVar("F", bound=Callable[..., object])
-
+CHECK_FAILED = 3
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-
-
-def source_argument(function: F) -> F:
-    """SOURCE: a folder, a .safetensors file, or a repository on the Hub."""
-    return click.argument("source", metavar="SOURCE")(function)
-
-
-def out_argument(function: F) -> F:
-    """OUT: the folder to create."""
-    return click.argument("out", metavar="OUT", type=click.Path(path_type=Path))(function)
-
-
-def output_options(function: F) -> F:
-    """How results are shown: --json and --quiet."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
-    return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(function)
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """What the options about the Hub say.
+    """What the options about the Hub say."""
 
-    Attributes:
-        revision: branch, tag or commit.
-        token: access token, None for the one that is logged in.
-        push: repository to push the result to.
-        private: whether that one is private, should it be new.
-    """
-
-    revision: str | None
-    token: str | None
-    push: str | None
-    private: bool = False
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub repository."})
+    token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Access token for the Hub; HF_TOKEN keeps it out of the list of processes.",
+            "metavar": "TOKEN",
+        },
+    )
+    push: str | None = field(
+        default=None, metadata={"help": "Then push OUT to this repository on the Hub.", "metavar": "REPO"}
+    )
+    private: bool = field(
+        default=False, metadata={"help": "With --push: make the repository private, should it be new."}
+    )
 
     def resolve(self, source: str) -> tuple[Path, str | None]:
         """Fetch a source where need be: its path, and the repository it comes from."""
@@ -63,11 +52,6 @@ class HubAccess:
     def others(self) -> HubAccess:
         """Access to the sources of a command that --revision does not mean."""
         return replace(self, revision=None)
-
-    def base(self) -> tuple[Path | None, str | None]:
-        """`resolve` for --base, which --revision does not mean; (None, None) without."""
-        source = click.get_current_context().meta.get(f"{__name__}.base")
-        return self.others().resolve(source) if source else (None, None)
 
     def outline(self, source: str) -> AbstractContextManager[Found]:
         """A source to read headers of."""
@@ -94,85 +78,47 @@ class HubAccess:
         return {"pushed": report.to_json()}
 
 
-def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
-    ctx.meta[f"{__name__}.{parameter.name}"] = value
-
-
-def base_option(text: str) -> Callable[[F], F]:
-    """--base: a second checkpoint; `HubAccess.base` has it."""
-    return click.option("--base", expose_value=False, callback=_remember, metavar="BASE", help=text)
-
-
-def hub_options(function: F) -> F:
-    """Where a repository is read: --revision and --token; `hub_access` has them."""
-    function = click.option(
-        "--token",
-        expose_value=False,
-        callback=_remember,
-        metavar="TOKEN",
-        help="Access token for the Hub; HF_TOKEN keeps it out of the list of processes.",
-    )(function)
-    return click.option(
-        "--revision", expose_value=False, callback=_remember, help="Branch, tag or commit of a Hub repository."
-    )(function)
-
-
-def push_option(function: F) -> F:
-    """--push and --private: what becomes of the folder a command has made; `hub_access` has them."""
-    function = click.option(
-        "--private",
-        is_flag=True,
-        expose_value=False,
-        callback=_remember,
-        help="With --push: make the repository private, should it be new.",
-    )(function)
-    return click.option(
-        "--push",
-        expose_value=False,
-        callback=_remember,
-        metavar="REPO",
-        help="Then push OUT to this repository on the Hub.",
-    )(function)
-
-
-def hub_access(*, quiet: bool) -> HubAccess:
+def hub_access() -> HubAccess:
     """The options of the running command about the Hub."""
-    if quiet or not sys.stderr.isatty():
+    params = click.get_current_context().params
+    if params.get("quiet", params["as_json"]) or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
-    meta = click.get_current_context().meta
-    revision, token, push, private = (meta.get(f"{__name__}.{n}") for n in ("revision", "token", "push", "private"))
-    if private and not push:
+    access = from_options(HubAccess)
+    if access.private and not access.push:
         raise click.UsageError("--private: says how --push makes a repository; it is accepted with that alone.")
-    return HubAccess(revision, token, push, bool(private))
+    return access
 
 
-def trust_option(function: F) -> F:
-    """--trust-remote-code: whether a model's own code may run; `trusted` has it."""
-    return click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        expose_value=False,
-        callback=_remember,
-        help="Run the code that a model brings along (auto_map in config.json); read it first.",
-    )(function)
+source_argument = click.argument("source", metavar="SOURCE")
+out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+hub_options = options_of(HubAccess, "revision", "token")
+push_options = options_of(HubAccess, "push", "private")
+overwrite_option = options_of(Run, "overwrite")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Threads of each process.  [default: all cores, shared by the processes]"
+)
 
 
-def trusted() -> bool:
-    """Whether the running command was given --trust-remote-code."""
-    return bool(click.get_current_context().meta.get(f"{__name__}.trust_remote_code"))
+def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several decorators as one; the first is the outermost."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-def writing_options(function: F) -> F:
-    """What a command that writes takes: --dry-run and --overwrite."""
-    function = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")(function)
-    return click.option("--overwrite", is_flag=True, help="Replace OUT, and discard unfinished work.")(function)
-
-
-def threads_option(function: F) -> F:
-    """--threads: frames worked on at once by each worker."""
-    return click.option(
-        "--threads", type=click.IntRange(1), help="Threads of each worker  [default: all cores, shared by the workers]"
-    )(function)
+output_options = all_of(quiet_option, json_option)
+resume_training_options = all_of(
+    click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT."),
+    click.option("--overwrite", is_flag=True, help="Discard what is in OUT."),
+)
+writing_options = all_of(hub_options, push_options, overwrite_option, dry_run_option, output_options)
 
 
 def threads_or_all(threads: int | None, workers: int = 1) -> int:
@@ -181,13 +127,10 @@ def threads_or_all(threads: int | None, workers: int = 1) -> int:
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
-    """Which part of the work is ours.
+    """Which part of the work is ours: (index, count), (0, 1) when nobody says otherwise.
 
     Args:
         text: ``i/n`` from --shard; None asks torchrun's or Slurm's variables.
-
-    Returns:
-        (index, count); (0, 1) when nobody says otherwise.
 
     Raises:
         click.BadParameter: when the text is not i/n.
@@ -201,3 +144,8 @@ def shard_of(text: str | None) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise click.BadParameter(f"'{text}' is not i/n with i from 0 to n - 1, such as 0/4.", param_hint="--shard")
     return int(index), int(count)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, of those that a launcher has started."""
+    return shard_of(None)[0] == 0

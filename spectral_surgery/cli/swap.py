@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import adapter_options, output, shared
+from spectral_surgery.cli.options import Command, from_options, numbers, options_of
+from spectral_surgery.commands.settings import FitSettings
+from spectral_surgery.text.settings import EvalData, TextData
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.swap import SwapPlan, SwapReport
 
-_FILE = click.Path(path_type=Path)
 
-
-@click.command("swap")
+@click.command("swap", cls=Command)
 @shared.source_argument
 @shared.out_argument
 @click.option(
     "--mixer", metavar="MIXER", required=True, help="What replaces attention; `spectral-surgery methods` lists them."
 )
-@click.option("--layers", metavar="NUMBERS", required=True, help="In these layers of the model, such as 0,2 or 1-3.")
+@click.option("--layers", type=numbers, required=True, help="In these layers of the model, such as 0,2 or 1-3.")
 @adapter_options.setting_option
-@click.option("--distill", type=_FILE, metavar="FILE", help="Train the mixers on this text to do what attention did.")
-@click.option("--steps", type=click.IntRange(0), default=500, show_default=True, help="Of --distill, each layer alone.")
 @click.option(
-    "--end-to-end-steps", type=click.IntRange(0), default=0, show_default=True, help="Then of all of them together."
+    "--distill",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Train the mixers on this text to do what attention did.",
 )
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
-@click.option("--text", type=_FILE, help="Perplexity of language models before and after, cosine of encoders, on it.")
-@click.option("--sts", type=_FILE, help="CSV of sentence pairs and scores: rank correlation before and after.")
-@click.option("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
-@click.option("--seed", default=0, show_default=True, help="Of random starts and of the order of the text.")
-@shared.trust_option
-@shared.hub_options
-@shared.push_option
+@options_of(FitSettings, "steps", "end_to_end_steps", "learning_rate")
+@options_of(
+    *(EvalData, "text", "sts", "seq_length"),
+    help={
+        "text": "Perplexity of language models before and after, cosine of encoders, on it.",
+        "sts": "CSV of sentence pairs and scores: rank correlation before and after.",
+    },
+)
+@options_of(FitSettings, "seed")
+@options_of(EvalData, "trust_remote_code")
 @shared.writing_options
-@shared.output_options
 def command(
     source: str,
     out: Path,
     mixer: str,
-    layers: str,
+    layers: tuple[int, ...],
     settings: tuple[str, ...],
     distill: Path | None,
-    steps: int,
-    end_to_end_steps: int,
-    learning_rate: float,
-    text: Path | None,
-    sts: Path | None,
-    seq_length: int,
-    seed: int,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
-    quiet: bool,
 ) -> None:
     """Replace the attention of some layers of SOURCE by a token mixer, and say what that costs.
 
@@ -69,60 +65,49 @@ def command(
       spectral-surgery swap ./llama ./out --mixer causal_fftnet --layers 0,2 --distill train.txt --text held-out.txt
     """
     from spectral_surgery.commands import swap as workflow
-    from spectral_surgery.commands.eval import EvalData
-    from spectral_surgery.commands.swap.fit_layers import FitSettings
     from spectral_surgery.live.swap import SwapSpec
     from spectral_surgery.mixers import MIXERS
     from spectral_surgery.options import parse_settings
-    from spectral_surgery.text.data import TextData
 
     parsed = parse_settings(MIXERS[mixer].config, settings)
-    chosen = {name: getattr(parsed, name) for name in {pair.partition("=")[0] for pair in settings}}
-    spec = SwapSpec(mixer, adapter_options.numbers_of(layers), chosen)
-    access, trust = shared.hub_access(quiet=quiet), shared.trusted()
+    spec = SwapSpec(mixer, layers, {name: getattr(parsed, name) for name in {p.partition("=")[0] for p in settings}})
+    access, training, judged_on = shared.hub_access(), from_options(FitSettings), from_options(EvalData)
     if dry_run:
         with access.outline(source) as found:
-            _show_plan(workflow.plan_swap(found.path, spec, trust_remote_code=trust), as_json=as_json, dry_run=True)
+            plan = workflow.plan_swap(found.path, spec, trust_remote_code=judged_on.trust_remote_code)
+        output.show(plan.to_json() | {"dry_run": True}, _plan_lines(plan))
+        click.echo("Nothing was written.", err=as_json)
         return
-    with output.progress(quiet=quiet, unit=" steps") as progress:
+    with output.progress(" steps") as progress:
         report = workflow.swap(
             access.prepare().resolve(source)[0],
             out,
             spec,
-            data=TextData(distill, seq_length=seq_length) if distill else None,
-            training=FitSettings(steps, end_to_end_steps, learning_rate, seed=seed),
-            judged_on=EvalData(text, sts, seq_length=seq_length),
-            seed=seed,
-            trust_remote_code=trust,
+            data=TextData(distill, seq_length=judged_on.seq_length) if distill else None,
+            training=training,
+            judged_on=judged_on,
+            seed=training.seed,
+            trust_remote_code=judged_on.trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )
-    _show(report, out, as_json=as_json, more=access.pushed(out))
+    output.show(report.to_json() | access.pushed(out), _lines(report, out))
 
 
-def _show_plan(plan: SwapPlan, *, as_json: bool, dry_run: bool = False) -> None:
-    if as_json:
-        output.print_json("swap", plan.to_json() | {"dry_run": True})
-        click.echo("Nothing was written.", err=True)
-        return
+def _plan_lines(plan: SwapPlan) -> Iterator[str]:
     settings = ", ".join(f"{name} {value}" for name, value in plan.record.settings.items()) or "none"
     before, after = plan.parameters
-    click.echo(f"{plan.record.mixer} in layers {', '.join(map(str, plan.record.layers))}; settings: {settings}")
-    click.echo(f"{before:,} -> {after:,} parameters; causal: {'yes' if plan.causal else 'no'}")
-    if dry_run:
-        click.echo("Nothing was written.")
+    yield f"{plan.record.mixer} in layers {', '.join(map(str, plan.record.layers))}; settings: {settings}"
+    yield f"{before:,} -> {after:,} parameters; causal: {'yes' if plan.causal else 'no'}"
 
 
-def _show(report: SwapReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        output.print_json("swap", report.to_json() | more)
-        return
-    _show_plan(report.plan, as_json=False)
+def _lines(report: SwapReport, out: Path) -> Iterator[str]:
+    yield from _plan_lines(report.plan)
     if report.fits:
         rows = [{"layer": fit.layer, "error before": fit.before, "error after": fit.after} for fit in report.fits]
-        click.echo(output.table(rows))
-        click.echo("relative error of the outputs of each attention, on held-out text, before and after its training")
+        yield output.table(rows)
+        yield "relative error of the outputs of each attention, on held-out text, before and after its training"
     if report.measures:
-        click.echo(output.table([{"measure": key, "value": value} for key, value in report.measures.items()]))
-        click.echo("_a: the original; _b: swapped")
-    click.echo(f"{report.seconds:.1f} s: {out}")
+        yield output.table([{"measure": key, "value": value} for key, value in report.measures.items()])
+        yield "_a: the original; _b: swapped"
+    yield f"{report.seconds:.1f} s: {out}"

@@ -1,85 +1,50 @@
-"""spectral-surgery train."""
+"""spectral-surgery train, and train --init: a language model from nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import adapter_options, output, shared
+from spectral_surgery.cli.options import Command, from_options, options_of
+from spectral_surgery.text.settings import ScratchData, TrainData
+from spectral_surgery.training.settings import FROM_SCRATCH, ModelSizes, TrainSettings
 
 if TYPE_CHECKING:
     from spectral_surgery.commands.train import TrainReport
+    from spectral_surgery.commands.train.from_scratch import ScratchReport
 
-_FILE = click.Path(path_type=Path)
 _TOO_LOW = 5  # below a fifth of the usual learning rate nothing much is learned
+_SETTINGS = (
+    *("learning_rate", "head_learning_rate", "epochs", "steps", "batch_size", "gradient_accumulation", "weight_decay"),
+    *("warmup_ratio", "scheduler", "eval_every", "patience", "seed", "bf16", "gradient_checkpointing", "device"),
+)
 
 
-def _collect(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Gather the settings of the training in ctx.obj, since they are too many for a signature."""
-    ctx.ensure_object(dict)[parameter.name] = value
+_SCRATCH_SETTINGS = tuple(name for name in _SETTINGS if name != "head_learning_rate")
 
 
-_setting = partial(click.option, expose_value=False, callback=_collect)
-
-
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("base", metavar="BASE")
 @shared.out_argument
-@_setting("--data", type=_FILE, required=True, help="Text, .jsonl or .csv file to train on.")
-@_setting("--eval-data", type=_FILE, help="Held-out examples  [default: a part of --data]")
-@_setting("--eval-fraction", default=0.1, show_default=True, help="That part.")
-@_setting("--columns", help="Columns to use, texts first, the label last: sentence1,sentence2,score")
-@_setting(
-    "--task",
-    type=click.Choice(["causal-lm", "classification", "regression", "similarity"]),
-    help="What to train for  [default: told from the data]",
+@options_of(
+    *(TrainData, "file", "eval_file", "eval_fraction", "columns", "task", "seq_length"),
+    flags={"file": "--data", "eval_file": "--eval-data"},
 )
-@_setting("--seq-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of an example.")
 @adapter_options.method_options
 @adapter_options.target_options
 @adapter_options.trained_options
-@_setting("--learning-rate", "--lr", type=float, help="Of the adapter  [default: what the method usually needs]")
-@_setting("--head-learning-rate", type=float, default=1e-3, show_default=True, help="Of heads and biases.")
-@_setting("--epochs", type=float, default=3, show_default=True)
-@_setting("--steps", type=int, default=0, help="Optimizer steps, in place of --epochs.")
-@_setting("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Over all processes.")
-@_setting("--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True)
-@_setting("--weight-decay", type=float, default=0.0, show_default=True)
-@_setting("--warmup-ratio", type=click.FloatRange(0, 1), default=0.06, show_default=True)
-@_setting("--scheduler", default="linear", show_default=True, help="linear, cosine, constant, ...")
-@_setting("--eval-every", type=int, default=0, help="Steps between evaluations  [default: once per epoch]")
-@_setting("--patience", type=int, default=0, help="Stop after so many evaluations without improvement.")
-@_setting("--seed", default=0, show_default=True)
-@_setting("--bf16", is_flag=True, help="Compute in bfloat16.")
-@_setting("--gradient-checkpointing", is_flag=True, help="Less memory, more time.")
-@_setting("--device", help="cpu or cuda  [default: what is there]")
-@shared.trust_option
+@options_of(TrainSettings, *_SETTINGS)
+@options_of(TrainData, "trust_remote_code")
 @shared.hub_options
-@shared.push_option
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
-@click.option("--overwrite", is_flag=True, help="Discard what is in OUT.")
+@shared.push_options
+@shared.resume_training_options
 @shared.output_options
-@click.pass_obj
-def command(
-    options: dict[str, Any],
-    base: str,
-    out: Path,
-    method: str,
-    settings: tuple[str, ...],
-    target_modules: str | None,
-    exclude_modules: str | None,
-    layers: str | None,
-    modules_to_save: str | None,
-    bias: str,
-    resume: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(base: str, out: Path, bias: str, resume: bool, overwrite: bool) -> None:
     """Train an adapter for the model BASE on a file of text, and write it to OUT in PEFT's format.
 
     Beside the adapter: metrics.json, loss.png, checkpoints and TensorBoard logs. The adapter kept is the one that did
@@ -94,73 +59,107 @@ def command(
       spectral-surgery train ./encoder ./adapter --data pairs.csv --task similarity --method lora -o r=8
       spectral-surgery train org/model ./adapter --data notes.txt --method lora --push org/adapter --private
     """
-    from spectral_surgery.adapters import METHODS
-    from spectral_surgery.adapters.base import AdapterSpec
     from spectral_surgery.commands import train as workflow
 
-    row = METHODS[method]
-    targets = adapter_options.targets_of(target_modules, exclude_modules, layers, modules_to_save, bias)
-    if bias == "only":
-        targets = replace(targets, bias=f"{row.name}_only")
-    config = adapter_options.config_of(row.name, settings)
-    how = _settings(options, row.learning_rate)
-    if how.learning_rate < row.learning_rate / _TOO_LOW:
-        click.echo(
-            f"Warning: --learning-rate {how.learning_rate:g} is low for {row.name}, which usually needs about"
-            f" {row.learning_rate:g}.",
-            err=True,
-        )
-    access, is_main = shared.hub_access(quiet=quiet), shared.shard_of(None)[0] == 0
-    name, revision = adapter_options.base_name(base)
-    spec = AdapterSpec(row, config, targets, name, access.revision or revision)
-    if is_main:
+    access, data, training = shared.hub_access(), from_options(TrainData), from_options(TrainSettings)
+    spec = adapter_options.spec_of(base, access.revision, bias)
+    usual = spec.method.learning_rate
+    if training.learning_rate is not None and training.learning_rate < usual / _TOO_LOW:
+        rate = f"--learning-rate {training.learning_rate:g} is low for {spec.method.name}"
+        click.echo(f"Warning: {rate}, which usually needs about {usual:g}.", err=True)
+    if shared.is_first():
         access.prepare()
     path = access.resolve(base)[0]
-    with output.progress(quiet=quiet, unit=" steps") as progress:
-        report = workflow.train(
-            path, out, _data(options), spec, how, resume=resume, overwrite=overwrite, progress=progress
-        )
+    with output.progress(" steps") as progress:
+        report = workflow.train(path, out, data, spec, training, resume=resume, overwrite=overwrite, progress=progress)
     if report.history.is_main:
-        _show(report, out, as_json=as_json, more=access.pushed(out))
+        output.show(report.to_json() | access.pushed(out), _lines(report, out))
 
 
-def _data(options: dict[str, Any]) -> Any:
-    from spectral_surgery.commands.train import TrainData
-
-    columns = tuple(options["columns"].split(",")) if options["columns"] else ()
-    return TrainData(
-        options["data"],
-        options["eval_data"],
-        options["eval_fraction"],
-        columns,
-        options["task"],
-        options["seq_length"],
-        shared.trusted(),
-    )
-
-
-def _settings(options: dict[str, Any], usual: float) -> Any:
-    from dataclasses import fields
-
-    from spectral_surgery.training.trainer import TrainSettings
-
-    given = {field.name: options[field.name] for field in fields(TrainSettings) if field.name in options}
-    return TrainSettings(**given | {"learning_rate": options["learning_rate"] or usual})
-
-
-def _show(report: TrainReport, out: Path, *, as_json: bool, more: dict[str, object]) -> None:
-    if as_json:
-        output.print_json("train", report.to_json() | more)
-        return
+def _lines(report: TrainReport, out: Path) -> Iterator[str]:
     if report.new_weights:
         click.echo(f"new, random at the start: {', '.join(report.new_weights)}", err=True)
     names = sorted({*report.before, *report.after} - {"epoch"})
-    rows = [
-        {"held out": name, "before": report.before.get(name, ""), "after": report.after.get(name, "")} for name in names
-    ]
-    click.echo(output.table(rows))
-    click.echo(
+    yield output.table(
+        [{"held out": n, "before": report.before.get(n, ""), "after": report.after.get(n, "")} for n in names]
+    )
+    yield (
         f"{report.trainable_parameters:,} of {report.all_parameters:,} parameters trained,"
         f" {output.size(report.adapter_bytes)}, step {report.history.best_step} of {report.history.steps} kept,"
         f" in {report.history.seconds:.0f} s: {out}"
     )
+
+
+@click.command("train", cls=Command)
+@shared.out_argument
+@click.option("--init", "start", type=click.Choice(["fftnet", "transformer"]), required=True, help="What to build.")
+@click.option("--control", is_flag=True, help="Also train the other one, of the same size, into OUT/control.")
+@options_of(
+    *(ScratchData, "file", "columns", "tokenizer", "vocabulary", "seq_length", "validation_fraction", "test_fraction"),
+    flags={"file": "--data file", "vocabulary": "--vocab-size vocabulary"},
+)
+@options_of(
+    ModelSizes,
+    flags={
+        "num_heads": "--heads num_heads",
+        "sinusoidal_positions": "--positions/--no-positions sinusoidal_positions",
+    },
+)
+@options_of(FROM_SCRATCH, *_SCRATCH_SETTINGS, flags={"eval_every": "--eval-every --validate-every"})
+@shared.resume_training_options
+@shared.hub_options
+@shared.push_options
+@shared.output_options
+def from_scratch(out: Path, start: str, control: bool, resume: bool, overwrite: bool) -> None:
+    """Train a language model from nothing but a text, and write it to OUT as a folder of transformers.
+
+    fftnet mixes tokens by causal spectral filters; transformer is a Llama with as many parameters as the FFTNet of the
+    same options. The text is cut into three parts that follow each other: to train on, to choose the best weights by,
+    and to judge them on. Beside the model: metrics.json, loss.png, checkpoints and TensorBoard logs.
+
+    \b
+    Example:
+      spectral-surgery train --init fftnet --data tinyshakespeare.txt ./fftnet --control
+      spectral-surgery generate ./fftnet "ROMEO:" --temperature 0.8 --top-k 40
+    """
+    from spectral_surgery.commands.train import from_scratch as workflow
+    from spectral_surgery.training.pretrain import STARTS
+
+    data, access = from_options(ScratchData), shared.hub_access()
+    if data.tokenizer and not data.tokenizer.startswith(workflow.TIKTOKEN):
+        data = replace(data, tokenizer=str(access.others().resolve(data.tokenizer)[0]))
+    other = next(name for name in STARTS if name != start)
+    if shared.is_first():
+        access.prepare()
+    with output.progress(" steps") as progress:
+        report = workflow.train_from_scratch(
+            *(start, out, data, from_options(ModelSizes), from_options(TrainSettings)),
+            control=other if control else None,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if report.is_main:
+        output.show(report.to_json() | access.pushed(out), _scratch_lines(report))
+
+
+def _scratch_lines(report: ScratchReport) -> Iterator[str]:
+    rows: list[dict[str, object]] = [
+        {
+            "model": model.start,
+            "parameters": model.parameters,
+            "validation loss": model.validation_loss,
+            "test loss": model.test["loss"],
+            "perplexity": model.test["perplexity"],
+            "accuracy": model.test["accuracy"],
+            "after 1 token": model.test["first_token_loss"],
+            "seconds": model.history.seconds,
+        }
+        for model in report.models
+    ]
+    known = report.unigram
+    frequencies = {"test loss": known["loss"], "perplexity": known["perplexity"], "accuracy": known["accuracy"]}
+    rows.append({"model": "frequencies", "parameters": report.vocabulary, **frequencies})
+    yield output.table(rows)
+    for model in report.models:
+        yield f"{model.start}: step {model.history.best_step} of {model.history.steps} kept: {model.folder}"

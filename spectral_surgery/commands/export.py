@@ -170,6 +170,10 @@ class ExportPlan:
     updates: list[Update]
     exact: bool
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {"exact": self.exact, "layers": {update.layer: list(update.shape) for update in self.updates}}
+
 
 def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Size | None = None) -> ExportPlan:
     """Read an adapter and the headers of its base, and see whether it can be written in another form.

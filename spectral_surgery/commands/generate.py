@@ -10,36 +10,17 @@ from typing import Any
 
 import torch
 
+from spectral_surgery.commands.settings import Running
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import is_compressed
 from spectral_surgery.files.peft.adapter_files import read_adapter
-from spectral_surgery.hf.models import Sampling, continue_text, load_model, load_tokenizer
+from spectral_surgery.hf.models import continue_text, load_model, load_tokenizer
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
+from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.attach import load as attach_adapter
 from spectral_surgery.memory import peak_rss_bytes
 
 _CLASS = "AutoModelForCausalLM"
-
-
-@dataclass(frozen=True)
-class Running:
-    """How a model is held in memory.
-
-    Attributes:
-        resident: form of compressed weights, see `load_compressed`; None for a dense model, or ``auto``.
-        max_memory: bytes that compressed weights may take.
-        device: where it runs.
-        dtype: name of a floating type; None for the stored one.
-        adapter: folder of an adapter to put on it.
-        trust_remote_code: run the code that a model brings along.
-    """
-
-    resident: str | None = None
-    max_memory: int | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    adapter: Path | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.load_errors import loading, own_code, required
+from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.blocks import text_config
 from spectral_surgery.live.running import called, running
 
@@ -223,25 +224,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_tokens: new tokens at most.
-        temperature: 0 for the likeliest token.
-        top_k: choose among so many tokens; 0 for all.
-        top_p: choose among the likeliest tokens of so much probability.
-        seed: of the choices.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 def longest_sequence(model: Any) -> int | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,43 +11,11 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.hf.models import longest_sequence
 from spectral_surgery.text.examples import documents, hold_out
 from spectral_surgery.text.sequences import check_vocabulary, token_sequences
+from spectral_surgery.text.settings import TextData
 
 _HELD_OUT = 0.05  # of the documents
 _MOST_HELD_OUT = {True: 64, False: 256}  # sequences, of a language model and of any other
 _POOL = 8  # batches drawn together, to be sorted by length
-
-
-@dataclass(frozen=True)
-class TextData:
-    """Text to calibrate, heal or distil on; 0 stands for what is usual for the work and the model.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        samples: sequences at most.
-        seq_length: tokens of a sequence at most.
-        batch_size: sequences of a step and process; of healing alone.
-        trust_remote_code: run the code that a model brings along.
-    """
-
-    file: Path
-    samples: int = 0
-    seq_length: int = 0
-    batch_size: int = 0
-    trust_remote_code: bool = False
-
-    def with_usual(self, samples: int, seq_length: int) -> TextData:
-        """The same with what is usual in the place of zeros."""
-        return replace(self, samples=self.samples or samples, seq_length=self.seq_length or seq_length)
-
-    def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work.
-
-        Raises:
-            ConfigError: when the file cannot be read.
-        """
-        if not self.file.is_file():
-            raise ConfigError(f"{self.file}: no such file. Expected a text, .csv or .jsonl file.")
-        return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
 
 
 def train_and_held_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from spectral_surgery.files.peft.task import needs_decoder_input, task_of
 from spectral_surgery.live.running import called
 from spectral_surgery.registry import Table
 from spectral_surgery.text.metrics import kl
+from spectral_surgery.text.settings import Keep
 
 Batch = dict[str, Tensor]
-Keep = Literal["important", "largest"]
 
 
 @dataclass(frozen=True)

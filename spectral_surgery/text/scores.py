@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,8 @@ from spectral_surgery.live.running import called
 from spectral_surgery.text.examples import documents, read_examples
 from spectral_surgery.text.metrics import kl
 from spectral_surgery.text.sequences import cut_stream
+from spectral_surgery.text.settings import EvalData
 from spectral_surgery.text.tasks import spearman
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """Text to judge models on.
-
-    Attributes:
-        text: for perplexity and KL of language models, or cosine of sentence embeddings, a line being a sentence.
-        sts: CSV of sentence pairs with scores, for the rank correlation of a sentence encoder.
-        samples: sequences, lines or pairs at most; 0 for all.
-        seq_length: tokens of a sequence.
-        trust_remote_code: run the code that a model brings along.
-    """
-
-    text: Path | None = None
-    sts: Path | None = None
-    samples: int = 0
-    seq_length: int = 256
-    trust_remote_code: bool = False
-
-    @property
-    def has_text(self) -> bool:
-        """Whether there is any."""
-        return self.text is not None or self.sts is not None
 
 
 class TextScores:

@@ -26,46 +26,12 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.writer import tensor_entry, write_file
 from spectral_surgery.live.running import differentiating
 from spectral_surgery.progress import Progress
+from spectral_surgery.training.settings import DistillSettings
 
 Batch = dict[str, Tensor]
 Clock = Callable[[], float]  # seconds since some moment
 _RECENT = 4  # steps whose mean says how long the next one takes
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How to distil.
-
-    Attributes:
-        steps: optimizer steps; 0 for as many as fit into the minutes.
-        minutes: wall time of the training, evaluations included, when steps is 0: it ends with the step and the
-            evaluation that fit, as long as the last few of them took.
-        learning_rate: of Adam, in units of the parameters.
-        warmup_steps: over which the rate rises; then it falls as a cosine of the steps, or of the time, to a twentieth.
-        eval_every: steps between evaluations on held-out batches.
-        patience: evaluations without improvement before stopping; 0 for never.
-        max_grad_norm: gradients are cut to it.
-        bf16: autocast to bfloat16.
-        seed: of the batches.
-    """
-
-    steps: int = 400
-    minutes: float = 0.0
-    learning_rate: float = 0.03
-    warmup_steps: int = 20
-    eval_every: int = 50
-    patience: int = 4
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate: expected a positive number, got {self.learning_rate}.")
-        if self.steps < 1 and not self.minutes > 0:
-            raise ConfigError(f"--steps: expected 1 or more, or --minutes, got {self.steps}.")
 
 
 @dataclass

@@ -13,42 +13,10 @@ from torch import nn
 from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.registry import Table
 from spectral_surgery.text.tasks import Features
+from spectral_surgery.training.settings import ModelSizes
 from spectral_surgery.training.trainer import History, Job, make_trainer, run_trainer
 
 _HEAD_WIDTH = 32  # of attention, where the width allows it
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of an FFTNet, by the names of its configuration.
-
-    Attributes:
-        d_model: width.
-        num_layers: blocks.
-        num_heads: groups of channels that share a filter.
-        mlp_hidden_dim: width of the MLP that adapts the filters.
-        ff_hidden_dim: width of the MLP of a block; None for 4 times d_model.
-        max_seq_length: tokens of a sequence at most, prompt and all.
-        kernel_length: tokens that a token sees in a layer.
-        chunk: tokens after which the filters adapt.
-        dropout: in training.
-        layer_norm: whether there are norms.
-        sinusoidal_positions: whether positions are added to embeddings.
-        init_std: spread of the filters at the start.
-    """
-
-    d_model: int = 128
-    num_layers: int = 4
-    num_heads: int = 16
-    mlp_hidden_dim: int = 32
-    ff_hidden_dim: int | None = None
-    max_seq_length: int = 128
-    kernel_length: int = 128
-    chunk: int = 32
-    dropout: float = 0.1
-    layer_norm: bool = True
-    sinusoidal_positions: bool = True
-    init_std: float = 0.02
 
 
 @dataclass(frozen=True)

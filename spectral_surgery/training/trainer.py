@@ -17,50 +17,10 @@ from spectral_surgery.files.peft.adapter_files import read_adapter, write_adapte
 from spectral_surgery.live.attach import assign, state_of
 from spectral_surgery.live.running import running
 from spectral_surgery.text.tasks import Features, Task
+from spectral_surgery.training.settings import TrainSettings
 
 CHECKPOINTS = "checkpoints"
 LOGS = "runs"  # of TensorBoard
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; names as in transformers where it has them.
-
-    Attributes:
-        learning_rate: of the adapter.
-        head_learning_rate: of everything else that is trained.
-        epochs: passes over the data, unless steps says how far to go.
-        steps: optimizer steps; 0 for epochs.
-        batch_size: examples of a step, over all processes.
-        gradient_accumulation: batches of a process a step is gathered from.
-        weight_decay: of AdamW.
-        warmup_ratio: part of the steps over which the rate rises.
-        scheduler: course of the learning rate after that.
-        max_grad_norm: gradients are cut to it.
-        eval_every: steps between evaluations; 0 for once per epoch.
-        patience: evaluations without improvement before stopping; 0 for never.
-        seed: of everything random.
-        bf16: autocast to bfloat16.
-        gradient_checkpointing: recompute activations in the backward pass.
-        device: cpu or cuda; None for what is there.
-    """
-
-    learning_rate: float
-    head_learning_rate: float
-    epochs: float = 3
-    steps: int = 0
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.06
-    scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    eval_every: int = 0
-    patience: int = 0
-    seed: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from spectral_surgery.commands.inject import inject
 from spectral_surgery.commands.push import card_text
 from spectral_surgery.options import parse_settings
 from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.training.trainer import TrainSettings
+from spectral_surgery.training.settings import TrainSettings
 from tests.hub_server.metadata import problems
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 
@@ -94,7 +94,7 @@ def test_a_trained_adapter_shows_what_was_measured(base: Path, tmp_path: Path) -
         assert f"{line}\n" in card
     assert "epoch" not in card
     params = typed(card, train_cli.command)
-    assert (params["base"], params["method"], params["target_modules"]) == ("org/base", "lora", Q)
+    assert (params["base"], params["method"], params["target_modules"]) == ("org/base", "lora", (Q,))
     assert params["settings"] == ("r=2", "lora_alpha=3.0")
     for words in ("--learning-rate 0.02", "--steps 8", "--bf16", "--columns text", "--seq-length 64", "--task causal"):
         assert words in card
@@ -151,7 +151,7 @@ def test_what_was_extracted_and_exported_keeps_its_measures(base: Path, tmp_path
     found = extract(base, write_folder(tmp_path / "tuned", tuned), tmp_path / "extract", options)
     card = card_of(tmp_path / "extract")
     params = typed(card, extract_cli.command)
-    assert (params["base"], params["rank"], params["max_rank"], params["target_modules"]) == ("org/base", 4, 9, Q)
+    assert (params["base"], params["rank"], params["max_rank"], params["target_modules"]) == ("org/base", 4, 9, (Q,))
     assert f"| `{Q}` | 130 x 96 | 4 | " in card
     assert f"| {found.relative_error:.4g} |\n" in card
     assert "Made from the difference of two checkpoints, not trained." in card

@@ -24,7 +24,7 @@ from spectral_surgery.commands.push import push
 from spectral_surgery.commands.swap import METRICS_FILE as SWAP_METRICS
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from tests.support.checkpoints import llama_like, write_folder
 
 

@@ -25,12 +25,13 @@ from spectral_surgery.commands.heal.session import HealSession
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
-from spectral_surgery.files.compressed.plan import CompressOptions, make_plan
+from spectral_surgery.files.compressed.plan import make_plan
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import Workshop, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.matmul.code_blocks import as_encoded
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 from tests.support.checkpoints import write_folder
 
 BASIS = Basis("identity", 64, ())

@@ -14,13 +14,13 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.hf.models import load_model
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 from tests.commands.test_train import WORDS, save_tokenizer
 
 KINDS = {

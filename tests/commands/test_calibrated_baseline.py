@@ -13,12 +13,13 @@ pytest.importorskip("transformers")
 
 from spectral_surgery.baselines import BASELINES
 from spectral_surgery.cli import cli
-from spectral_surgery.commands.eval import EvalData, Reference, evaluate
+from spectral_surgery.commands.eval import evaluate
 from spectral_surgery.commands.eval.baselines import calibrated_weights
+from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import EvalData, TextData
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.commands.test_train import WORDS
 

@@ -12,14 +12,14 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
-from spectral_surgery.text.data import TextData
-from spectral_surgery.training.loop import DistillSettings
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.settings import DistillSettings
 from tests.commands.test_calibrate import hidden, save_model, write_text
 
 

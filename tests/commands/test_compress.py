@@ -25,7 +25,7 @@ from spectral_surgery.files import publish
 from spectral_surgery.files.compressed import parts as part_files
 from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed import units
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_bytes
 from spectral_surgery.files.writer import Entry, tensor_entry, write_file
@@ -295,7 +295,7 @@ def test_a_full_disk_publishes_nothing_and_resumes(
 _RUN = """
 import sys
 from pathlib import Path
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.run import Run
@@ -371,7 +371,7 @@ def _die(workshop: units.Workshop, *_: object, **__: object) -> None:
 _RUN_TWO = """
 import multiprocessing, sys
 from pathlib import Path
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.run import Run

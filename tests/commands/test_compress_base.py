@@ -18,7 +18,7 @@ from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.commands.inspect import inspect
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.run import Run

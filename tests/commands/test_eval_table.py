@@ -17,15 +17,17 @@ from spectral_surgery.baselines import BASELINES, SHORT_NAMES
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.commands.eval import EvalData, ModelRow, Reference, evaluate
+from spectral_surgery.commands.eval import ModelRow, evaluate
 from spectral_surgery.commands.eval.baselines import Cost, matrices_of, write_baseline
 from spectral_surgery.commands.eval.plot import plot_rate_distortion
+from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.text.scores import compare_logits
+from spectral_surgery.text.settings import EvalData
 from tests.support.checkpoints import write_folder
 from tests.support.compressed import compressed_folder, save_tokenizer
 

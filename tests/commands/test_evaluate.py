@@ -17,11 +17,12 @@ from spectral_surgery.adapters.lora import LoraConfig
 from spectral_surgery.cli import cli
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
-from spectral_surgery.commands.eval import EvalData, evaluate
+from spectral_surgery.commands.eval import evaluate
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.targets import ModuleTargets
 from spectral_surgery.text.scores import compare_logits
+from spectral_surgery.text.settings import EvalData
 from tests.commands.test_merge import DOWN, Q, adapter
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 

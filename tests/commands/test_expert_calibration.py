@@ -17,7 +17,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from tests.support.command import run
 from tests.support.tiny import save_tokenizer
 
@@ -28,7 +28,7 @@ import transformers
 from spectral_surgery.calibration import layer_moments as moments_module
 from spectral_surgery.calibration.expert_moments import ExpertMatrix, expert_moments
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices, fused_matrices
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 from tests.zoo.entries import ZOO
 
 SIZES: dict[str, Any] = {

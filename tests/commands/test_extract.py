@@ -312,9 +312,9 @@ def test_command(folders: tuple[Path, Path, Path]) -> None:
     ("arguments", "match"),
     [
         ((), "one of --bytes, --max-error, --rank and --n-frequency is needed"),
-        (("--rank", 1, "--bytes", 9), "--bytes, --rank: exclude each other; one is accepted"),
-        (("--n-frequency", 4), "--n-frequency: lora has none; --rank is accepted"),
-        (("--rank", 1, "--layers", "a"), "'a' is no list of numbers such as"),
+        (("--rank", 1, "--bytes", 9), "--bytes, --rank exclude each other; use one of them"),
+        (("--n-frequency", 4), "--n-frequency: lora has none; use --rank"),
+        (("--rank", 1, "--layers", "a"), "'a' is not a list of numbers such as"),
     ],
 )
 def test_wrong_usage(folders: tuple[Path, Path, Path], arguments: tuple[object, ...], match: str) -> None:

@@ -15,11 +15,12 @@ from spectral_surgery import cli
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.lora import LoraConfig
-from spectral_surgery.commands.generate import Running, generate
+from spectral_surgery.commands.generate import generate
+from spectral_surgery.commands.settings import Running
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 from spectral_surgery.files.peft.adapter_files import write_adapter
-from spectral_surgery.hf.models import Sampling
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
+from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.attach import adapted_layers, inject, state_of
 from spectral_surgery.targets import ModuleTargets
 from tests.support.compressed import compressed_folder, save_tokenizer
@@ -95,7 +96,7 @@ def test_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "max_memory: 1000 bytes" in err
     code, _, err = run(PROMPT, "--max-memory", "much")
     assert code == 2
-    assert "is no size such as 500MB" in err
+    assert "is not a size such as 500MB" in err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from benchmarks.language_model import Size, prompt, write_model
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
 
 SIZE, TINY = Size(1024, 2816, 2, 512), Size(64, 64, 1, 512)
@@ -26,8 +26,9 @@ import json, sys
 from pathlib import Path
 import torch
 from benchmarks.peak import peak_bytes
-from spectral_surgery.hf.models import Sampling
-from spectral_surgery.commands.generate import Running, generate
+from spectral_surgery.hf.settings import Sampling
+from spectral_surgery.commands.generate import generate
+from spectral_surgery.commands.settings import Running
 
 def run(folder, running):
     return lambda: generate(Path(folder), sys.argv[1], Sampling(4), running)

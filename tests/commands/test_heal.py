@@ -14,12 +14,13 @@ from click.testing import CliRunner
 
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import Healing, compress
+from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.run import Run
 
@@ -27,8 +28,8 @@ pytest.importorskip("transformers")
 
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.hf.models import load_model
-from spectral_surgery.text.data import TextData
-from spectral_surgery.training.loop import DistillSettings
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.settings import DistillSettings
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.commands.test_train import save_tokenizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import Context
 from click.testing import CliRunner, Result
 
 from spectral_surgery.adapters import METHODS
@@ -196,20 +197,26 @@ def test_every_setting_of_every_method_has_help_and_accepts_its_default() -> Non
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("q_proj,v_proj", None, "0,2-4"), ModuleTargets(("q_proj", "v_proj"), None, (0, 2, 3, 4))),
         (
-            (r".*\.(q|v)_proj", "model.layers.0.q_proj", None),
+            ("--target-modules", "q_proj,v_proj", "--layers", "0,2-4"),
+            ModuleTargets(("q_proj", "v_proj"), None, (0, 2, 3, 4)),
+        ),
+        (
+            ("--target-modules", r".*\.(q|v)_proj", "--exclude-modules", "model.layers.0.q_proj"),
             ModuleTargets(r".*\.(q|v)_proj", ("model.layers.0.q_proj",)),
         ),
         (
-            ("all-linear", None, None, "score,lm_head", "all"),
+            ("--target-modules", "all-linear", "--modules-to-save", "score,lm_head", "--bias", "all"),
             ModuleTargets("all-linear", modules_to_save=("score", "lm_head"), bias="all"),
         ),
-        ((None, None, None, None, "only"), ModuleTargets()),
+        (("--bias", "only"), ModuleTargets(bias="lora_only")),
     ],
 )
-def test_options_of_targets(arguments: tuple[str | None, ...], expected: ModuleTargets) -> None:
-    assert adapter_options.targets_of(*arguments) == expected  # type: ignore[arg-type]
+def test_options_of_targets(arguments: tuple[str, ...], expected: ModuleTargets) -> None:
+    command = cli.get_command(Context(cli), "inject")
+    assert command is not None
+    with command.make_context("inject", ["./base", "./out", "--method", "lora", *arguments]) as context:
+        assert adapter_options.spec_of("./base", None, context.params["bias"]).targets == expected
 
 
 def invoke(*arguments: object) -> Result:

@@ -11,14 +11,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import CompressReport, Healing, compress, plan_compression
+from spectral_surgery.commands.compress import CompressReport, compress, plan_compression
 from spectral_surgery.commands.compress.keep_important import measure_importance
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
-from spectral_surgery.text.data import TextData
-from spectral_surgery.training.loop import DistillSettings
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.settings import DistillSettings
 from tests.commands.test_calibrate import KINDS, save_model
 from tests.support.checkpoints import contents
 from tests.support.command import run

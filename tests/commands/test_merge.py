@@ -29,7 +29,7 @@ from spectral_surgery.errors import (
     UnmergeError,
 )
 from spectral_surgery.files import merge_record
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.reader import read_tensor

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
-from spectral_surgery.training.loop import Batch, DistillSettings, LossCurve, Training, distillation, train, trained
+from spectral_surgery.training.loop import Batch, LossCurve, Training, distillation, train, trained
+from spectral_surgery.training.settings import DistillSettings
 
 SETTINGS = {"patience": 0, "warmup_steps": 1, "learning_rate": 0.01}
 
@@ -120,7 +121,7 @@ def test_the_learning_rate_falls_with_the_time(tmp_path: Path) -> None:
 def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> None:
     pytest.importorskip("transformers")
     from spectral_surgery.commands.heal import heal
-    from spectral_surgery.text.data import TextData
+    from spectral_surgery.text.settings import TextData
 
     compress(bert, tmp_path / "sparse", CompressOptions(Target("density", 0.2)))
     seconds = 0.0

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import Healing, compress
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import SpectralSurgeryError, TargetError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from tests.support.tiny import save_tokenizer
 
 pytest.importorskip("transformers")
@@ -19,8 +20,8 @@ pytest.importorskip("transformers")
 import transformers
 
 from spectral_surgery.commands.heal import heal
-from spectral_surgery.text.data import TextData
-from spectral_surgery.training.loop import DistillSettings
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.settings import DistillSettings
 
 FEW = DistillSettings(steps=2, eval_every=2, warmup_steps=1)
 REFUSED = r"^heal: expected a model that autograd can follow, got .*Compress it without healing\.$"

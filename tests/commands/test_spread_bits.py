@@ -13,13 +13,13 @@ from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import CompressReport, compress, plan_compression
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
 
 pytest.importorskip("transformers")
 
 from spectral_surgery.commands.compress.spread_bits import measure_shares
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 from tests.commands.test_calibrate import save_model
 
 QUERY = "encoder.layer.1.attention.self.query.weight"

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 
 from spectral_surgery.cli import cli
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.commands.eval import EvalData, evaluate
+from spectral_surgery.commands.eval import evaluate
+from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.commands.swap import plan_swap, swap
-from spectral_surgery.commands.swap.fit_layers import FitSettings
 from spectral_surgery.errors import CausalityError, CheckpointError, ConfigError, FormatVersionError
 from spectral_surgery.files.remote_code import SHIM_FILE
 from spectral_surgery.files.swap_record import SwapRecord, read_record
 from spectral_surgery.live.families import FAMILIES
 from spectral_surgery.live.swap import SwapSpec, swap_attention
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import EvalData, TextData
 from tests.commands.test_train import WORDS, save_tokenizer
 from tests.support.compressed import compressed_folder
 from tests.support.swappable import MODELS, inputs_of, logits, mixer_of, model_of
@@ -172,7 +172,7 @@ def test_quantised_compressed_and_swapped_sources_are_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="Start from the original"):
         plan_swap(tmp_path / "out", SwapSpec("causal_fnet", (1,)))
     from spectral_surgery.codec.rate import Target
-    from spectral_surgery.files.compressed.plan import CompressOptions
+    from spectral_surgery.files.compressed.settings import CompressOptions
 
     with pytest.raises(CheckpointError, match=r"quantised already \(spectral_surgery_swap\)"):
         compress(tmp_path / "out", tmp_path / "c", CompressOptions(Target("bits", 4.0)))

@@ -22,9 +22,10 @@ from spectral_surgery.targets import ModuleTargets
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from spectral_surgery.commands.train import TrainData, train
+from spectral_surgery.commands.train import train
+from spectral_surgery.text.settings import TrainData
 from spectral_surgery.text.tasks import spearman
-from spectral_surgery.training.trainer import TrainSettings
+from spectral_surgery.training.settings import TrainSettings
 from tests.support.command import run
 from tests.support.tiny import WORDS, save_tokenizer
 

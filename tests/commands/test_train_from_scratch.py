@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from spectral_surgery import cli
-from spectral_surgery.commands.generate import Running, generate
-from spectral_surgery.commands.train.from_scratch import ScratchData, ScratchReport, train_from_scratch
+from spectral_surgery.commands.generate import generate
+from spectral_surgery.commands.settings import Running
+from spectral_surgery.commands.train.from_scratch import ScratchReport, train_from_scratch
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
-from spectral_surgery.hf.models import Sampling
+from spectral_surgery.hf.settings import Sampling
+from spectral_surgery.text.settings import ScratchData
 from spectral_surgery.training import tokenizers as text_tokenizers
-from spectral_surgery.training.pretrain import STARTS, ModelSizes, prediction_scores, unigram, vocabulary_of
+from spectral_surgery.training.pretrain import STARTS, prediction_scores, unigram, vocabulary_of
+from spectral_surgery.training.settings import ModelSizes, TrainSettings
 from spectral_surgery.training.tokenizers import END, learn_bpe, tiktoken_named
-from spectral_surgery.training.trainer import TrainSettings
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

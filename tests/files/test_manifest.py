@@ -19,7 +19,7 @@ from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, FormatVersionError, LimitError, SpectralSurgeryError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import read_manifest
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from tests.support.checkpoints import gaussian, write_folder
 
 W = "model.w"

@@ -16,7 +16,7 @@ from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import leave_codes, run_unit
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_bytes, read_tensor

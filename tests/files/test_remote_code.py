@@ -16,7 +16,7 @@ from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.remote_code import SHIM_FILE, forget_shim, is_shim, shim_text, with_shim, without_shim
 from tests.support.compressed import compressed_folder
 

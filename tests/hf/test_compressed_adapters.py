@@ -14,7 +14,7 @@ from spectral_surgery.adapters.fourierft import FourierFTConfig
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.errors import NotMergeableError
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.layers import SpectralLinear
 from spectral_surgery.live.attach import adapted_layers, detach, inject
@@ -115,9 +115,9 @@ def test_our_adapter_on_an_embedding_and_a_transposed_layer(tmp_path: Path) -> N
 
 def test_train_command_takes_a_compressed_base(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    from spectral_surgery.commands.train import TrainData
     from spectral_surgery.commands.train import train as train_adapter
-    from spectral_surgery.training.trainer import TrainSettings
+    from spectral_surgery.text.settings import TrainData
+    from spectral_surgery.training.settings import TrainSettings
 
     (tmp_path / "text.txt").write_text("\n".join("w5 w6 w7 w8 w9 w10 w11 w12" for _ in range(24)))
     config = FourierFTConfig(n_frequency=100, scaling=2000.0, init_weights=True)

@@ -14,7 +14,7 @@ import spectral_surgery
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.hf.quantizer.loading import Loading
 from spectral_surgery.hf.quantizer.saving import spectral_experts
 from spectral_surgery.layers import SpectralExperts, SpectralWeight

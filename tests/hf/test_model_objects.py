@@ -19,7 +19,7 @@ import spectral_surgery
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.hf import swapped_models as swap_plugin
 from spectral_surgery.hf.quantizer.loading import Loading, retie, untie
 from spectral_surgery.hf.quantizer.loading_plan import Plan

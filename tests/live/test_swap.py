@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_surgery.commands.swap.fit_layers import FitSettings, SwappedPair, distill
+from spectral_surgery.commands.settings import FitSettings
+from spectral_surgery.commands.swap.fit_layers import SwappedPair, distill
 from spectral_surgery.errors import CausalityError, ConfigError, TargetError
 from spectral_surgery.hf.fftnet.models import cache_name
 from spectral_surgery.live.families import FAMILIES, sites

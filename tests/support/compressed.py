@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.files.compressed.plan import CompressOptions
+from spectral_surgery.files.compressed.settings import CompressOptions
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,

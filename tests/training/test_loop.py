@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from spectral_surgery.training.loop import Batch, DistillSettings, LossCurve, Training, train, trained
+from spectral_surgery.training.loop import Batch, LossCurve, Training, train, trained
+from spectral_surgery.training.settings import DistillSettings
 
 SETTINGS = DistillSettings(steps=6, eval_every=3, warmup_steps=2, learning_rate=0.1)
 

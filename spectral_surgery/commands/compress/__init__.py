@@ -14,11 +14,13 @@ from spectral_surgery.commands.compress.coverage import Coverage
 from spectral_surgery.commands.compress.job import Job, opened
 from spectral_surgery.commands.compress.keep_important import keep_important
 from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, write_healed
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.difference import describe
 from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
-from spectral_surgery.files.compressed.plan import AUTO, DEFAULT_TRANSFORM, CompressOptions, Plan, make_plan
+from spectral_surgery.files.compressed.plan import Plan, make_plan
+from spectral_surgery.files.compressed.settings import AUTO, DEFAULT_TRANSFORM, CompressOptions
 from spectral_surgery.files.compressed.units import UNITS
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
@@ -27,27 +29,10 @@ from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
-from spectral_surgery.text.data import TextData
-from spectral_surgery.text.objectives import Keep, objective_of
-from spectral_surgery.training.loop import DistillSettings
+from spectral_surgery.text.objectives import objective_of
+from spectral_surgery.text.settings import Keep, TextData
 
 _UNHEALED = "unhealed"  # folder of what is compressed and not yet healed
-
-
-@dataclass(frozen=True)
-class Healing:
-    """Healing as the last stage of a compression.
-
-    Attributes:
-        data: text.
-        settings: how.
-        keep: of a density without calibration: the coefficients that count most on the text, or the largest; None for
-            what is usual for the model.
-    """
-
-    data: TextData
-    settings: DistillSettings = field(default_factory=DistillSettings)
-    keep: Keep | None = None
 
 
 @dataclass(frozen=True)

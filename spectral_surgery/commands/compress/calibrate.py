@@ -22,7 +22,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 
 
 def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:

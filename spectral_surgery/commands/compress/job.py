@@ -14,7 +14,8 @@ from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import compress_command
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
-from spectral_surgery.files.compressed.plan import CompressOptions, Plan
+from spectral_surgery.files.compressed.plan import Plan
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import UNITS, Workshop, is_done, join, run_unit, work_key
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import hold

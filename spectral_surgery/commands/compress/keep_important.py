@@ -18,7 +18,8 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.importance import Importance, Threshold, threshold_at
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor
+from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import Workshop, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.publish import replace_file
@@ -26,9 +27,10 @@ from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import names_in
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
+from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective, objective_of
 from spectral_surgery.text.sequences import padded
+from spectral_surgery.text.settings import TextData
 
 _BATCHES = 48
 _FILE = "importance.safetensors"

@@ -39,8 +39,8 @@ from spectral_surgery.live.blocks import (
     next_inputs,
 )
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.text.data import TextData
 from spectral_surgery.text.sequences import equal_lengths
+from spectral_surgery.text.settings import TextData
 
 _TOKENS = 1 << 13  # of text that costs are measured on
 REACH = 3.0  # bits that a tensor may be from the mean, and powers of two of its density

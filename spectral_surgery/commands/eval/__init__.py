@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_surgery.commands.eval.table import Measures, ModelRow, Reference, model_table
+from spectral_surgery.commands.eval.table import Measures, ModelRow, model_table
 from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
+from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.scores import EvalData, TextScores
+from spectral_surgery.text.scores import TextScores
+from spectral_surgery.text.settings import EvalData
 
 __all__ = ["EvalData", "EvalReport", "ModelRow", "Reference", "evaluate"]
 

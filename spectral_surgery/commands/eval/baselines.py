@@ -16,13 +16,14 @@ from spectral_surgery.calibration.layer_moments import layer_moments, model_and_
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
-from spectral_surgery.files.compressed.plan import CompressOptions, make_plan
+from spectral_surgery.files.compressed.plan import make_plan
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, copy_entry, tensor_bytes, weights_name, write_checkpoint
-from spectral_surgery.text.data import TextData
+from spectral_surgery.text.settings import TextData
 
 
 @dataclass(frozen=True)

@@ -12,39 +12,17 @@ from pathlib import Path
 from spectral_surgery.baselines import BASELINES, Baseline, baseline
 from spectral_surgery.commands.eval.baselines import Cost, calibrated_weights, matrices_of, plain_cost, write_baseline
 from spectral_surgery.commands.eval.weights import Distance, distance
+from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
 from spectral_surgery.files.index import read_index
 from spectral_surgery.memory import peak_rss_growth
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import TextData
-from spectral_surgery.text.scores import EvalData, TextScores
+from spectral_surgery.text.scores import TextScores
+from spectral_surgery.text.settings import EvalData
 
 Measures = dict[str, float]
 ALL = "all"  # of the baselines
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What else is put into the table of models.
-
-    Attributes:
-        others: more checkpoints like B.
-        baselines: names in BASELINES, or short ones, or `all`; made of A, of the matrices that the compressed ones
-            compress.
-        bits: per weight, of baselines that need a rate; None for the rate of each compressed checkpoint.
-        calibration: text for baselines that need some, such as gptq4.
-    """
-
-    others: tuple[Path, ...] = ()
-    baselines: tuple[str, ...] = ()
-    bits: float | None = None
-    calibration: TextData | None = None
-
-    @property
-    def has_models(self) -> bool:
-        """Whether there is anything."""
-        return bool(self.others or self.baselines)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ class ExtractPlan:
     embeddings: frozenset[str] = frozenset()
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {"layers": {pair.layer: list(pair.shape) for pair in self.pairs}, "rest": self.rest}
+
 
 def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets) -> ExtractPlan:
     """Match the tensors of two checkpoints by name.

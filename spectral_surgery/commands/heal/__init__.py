@@ -32,10 +32,11 @@ from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
-from spectral_surgery.text.data import TextData
 from spectral_surgery.text.objectives import objective_of
-from spectral_surgery.training.loop import Clock, DistillSettings, LossCurve
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.loop import Clock, LossCurve
 from spectral_surgery.training.plot import plot_training
+from spectral_surgery.training.settings import DistillSettings
 
 STATE = "healing"  # folder of unfinished work
 METRICS_FILE = "heal.json"

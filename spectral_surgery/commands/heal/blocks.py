@@ -25,7 +25,8 @@ from spectral_surgery.progress import Progress
 from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import equal_lengths
-from spectral_surgery.training.loop import Batch, Clock, DistillSettings, Training, train, trained
+from spectral_surgery.training.loop import Batch, Clock, Training, train, trained
+from spectral_surgery.training.settings import DistillSettings
 
 _BLOCK_SEQUENCES = 512  # that wait between two blocks
 _LEAST = 1e-6  # minutes of a block: one step

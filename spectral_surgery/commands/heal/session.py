@@ -26,19 +26,12 @@ from spectral_surgery.hf.tensor_names import TensorNames, names_in
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
-from spectral_surgery.text.data import TextData, sequences_of_step, train_and_held_out
+from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import padded
-from spectral_surgery.training.loop import (
-    Batch,
-    Clock,
-    DistillSettings,
-    LossCurve,
-    Training,
-    distillation,
-    train,
-    trained,
-)
+from spectral_surgery.text.settings import TextData
+from spectral_surgery.training.loop import Batch, Clock, LossCurve, Training, distillation, train, trained
+from spectral_surgery.training.settings import DistillSettings
 
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
 

@@ -13,7 +13,8 @@ from spectral_surgery.codec.rate import Magnitudes, Target, for_bits, for_densit
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.compressed.difference import base_name
-from spectral_surgery.files.compressed.plan import CompressOptions, PlannedTensor, make_plan
+from spectral_surgery.files.compressed.plan import PlannedTensor, make_plan
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.index import CheckpointIndex, is_adapter, read_index
 from spectral_surgery.files.reader import read_flat

@@ -85,6 +85,20 @@ class MergePlan:
         """Tensors that are replaced, in whole or in rows."""
         return tuple(sorted(name for name, target in self.targets.items() if target.replaced or target.rows))
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        return {
+            "tensors": {
+                name: [self.weights[source.number] for source in target.sources]
+                for name, target in self.targets.items()
+                if target.sources
+            },
+            "replaced": list(self.replaced),
+            "tied": self.tied,
+            "untied": list(self.untied),
+            "resized": {name: list(rows) for name, rows in self.resized.items()},
+        }
+
 
 def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
     """Read headers and adapters, and find the tensors they belong to.

@@ -13,7 +13,8 @@ from torch import nn
 
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import swapped_card
-from spectral_surgery.commands.swap.fit_layers import FitSettings, LayerFit, SwappedPair, distill
+from spectral_surgery.commands.settings import FitSettings
+from spectral_surgery.commands.swap.fit_layers import LayerFit, SwappedPair, distill
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.task import is_causal
@@ -26,10 +27,11 @@ from spectral_surgery.live.families import FAMILIES
 from spectral_surgery.live.swap import SwapSpec, resolved, shared_copy, swap_attention
 from spectral_surgery.mixers import require_causal
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import TextData, train_and_held_out
+from spectral_surgery.text.data import train_and_held_out
 from spectral_surgery.text.examples import read_examples
-from spectral_surgery.text.scores import EvalData, score
+from spectral_surgery.text.scores import score
 from spectral_surgery.text.sequences import equal_lengths
+from spectral_surgery.text.settings import EvalData, TextData
 
 METRICS_FILE = "swap.json"
 _SAMPLES, _SEQ_LENGTH = 20000, 256  # usual

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.live.blocks import Batch
 from spectral_surgery.live.families import AttentionSite, sites_at
@@ -25,32 +26,14 @@ from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
 from spectral_surgery.text.data import sequences_of_step
 from spectral_surgery.text.metrics import kl
-from spectral_surgery.training.loop import DistillSettings, Training, train, trained
+from spectral_surgery.training.loop import Training, train, trained
+from spectral_surgery.training.settings import DistillSettings
 
 _WARM_UP = 0.05  # of the steps
 
 
 class _Enough(Exception):  # noqa: N818 - no error: it stops a forward pass behind the last layer of interest
     pass
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to train.
-
-    Attributes:
-        steps: layer by layer, one batch each.
-        end_to_end_steps: of the whole swapped model, after those.
-        learning_rate: of Adam, the largest; see `DistillSettings`.
-        end_to_end_learning_rate: the same of the second stage.
-        seed: of the order of batches.
-    """
-
-    steps: int = 500
-    end_to_end_steps: int = 0
-    learning_rate: float = 1e-3
-    end_to_end_learning_rate: float = 3e-4
-    seed: int = 0
 
 
 @dataclass(frozen=True)

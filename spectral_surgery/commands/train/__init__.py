@@ -25,39 +25,13 @@ from spectral_surgery.live.attach import inject, trainable_parameters
 from spectral_surgery.live.heads import trained_heads
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import Example, hold_out, read_examples
+from spectral_surgery.text.settings import TrainData
 from spectral_surgery.text.tasks import TASKS, Features, Task
 from spectral_surgery.training.plot import plot_training
-from spectral_surgery.training.trainer import CHECKPOINTS, History, Job, TrainSettings, run
+from spectral_surgery.training.settings import TrainSettings
+from spectral_surgery.training.trainer import CHECKPOINTS, History, Job, run
 
 PLOT_FILE = "loss.png"
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """What to train and judge on.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        eval_file: held-out examples; None to hold back a part of file.
-        eval_fraction: that part.
-        columns: of CSV and JSONL files: texts and, last, the label.
-        task: row of TASKS; None to tell from the data.
-        seq_length: tokens of an example at most.
-        trust_remote_code: run the code that a model brings along.
-    """
-
-    file: Path
-    eval_file: Path | None = None
-    eval_fraction: float = 0.1
-    columns: tuple[str, ...] = ()
-    task: str | None = None
-    seq_length: int = 256
-    trust_remote_code: bool = False
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values for the file of metrics, which may be published: no paths of this machine."""
-        kept = {"columns": list(self.columns), "seq_length": self.seq_length}
-        return kept | ({"eval_data": True} if self.eval_file else {"eval_fraction": self.eval_fraction})
 
 
 @dataclass(frozen=True)
@@ -116,7 +90,7 @@ def train(
     out: Path,
     data: TrainData,
     spec: AdapterSpec,
-    settings: TrainSettings,
+    settings: TrainSettings = TrainSettings(),  # noqa: B008 - frozen
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -136,6 +110,7 @@ def train(
     train_on, held_out = _examples(data)
     task = TASKS[data.task] if data.task else _guess(train_on)
     classes = _classes(task, train_on, held_out)
+    settings = replace(settings, learning_rate=settings.learning_rate or spec.method.learning_rate)
     set_seed(settings.seed)
     model, tokenizer, new = _load(base, task, classes, settings, trust_remote_code=data.trust_remote_code)
     spec = replace(spec, task_type=spec.task_type or task.task_type, targets=_with_head(spec, model, task))

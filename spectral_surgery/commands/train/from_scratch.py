@@ -15,46 +15,24 @@ from spectral_surgery.files.publish import replace_file
 from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import hold_out, read_examples
+from spectral_surgery.text.settings import ScratchData
 from spectral_surgery.text.tasks import TASKS, Features
 from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.pretrain import (
     STARTS,
-    ModelSizes,
     prediction_scores,
     require_transformers,
     train_whole,
     unigram,
     vocabulary_of,
 )
+from spectral_surgery.training.settings import FROM_SCRATCH, SCRATCH_RATE, ModelSizes, TrainSettings
 from spectral_surgery.training.tokenizers import learn_bpe, tiktoken_named
-from spectral_surgery.training.trainer import History, Job, TrainSettings
+from spectral_surgery.training.trainer import History, Job
 
 CONTROL = "control"  # folder of the second model
 TIKTOKEN = "tiktoken:"
 _TASK = TASKS["causal-lm"]
-
-
-@dataclass(frozen=True)
-class ScratchData:
-    """What to learn from.
-
-    Attributes:
-        file: text, JSONL or CSV.
-        columns: of CSV and JSONL files: the text.
-        validation_fraction: part of the text that decides which weights are kept, see `hold_out`.
-        test_fraction: part on which the result is judged once.
-        tokenizer: folder of one, or ``tiktoken:NAME``; None to learn a byte-level BPE from the part to train on.
-        vocabulary: tokens of that BPE.
-        seq_length: tokens of an example.
-    """
-
-    file: Path
-    columns: tuple[str, ...] = ()
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
-    tokenizer: str | None = None
-    vocabulary: int = 1024
-    seq_length: int = 128
 
 
 @dataclass(frozen=True)
@@ -120,8 +98,8 @@ def train_from_scratch(
     start: str,
     out: Path,
     data: ScratchData,
-    sizes: ModelSizes,
-    settings: TrainSettings,
+    sizes: ModelSizes = ModelSizes(),  # noqa: B008 - frozen
+    settings: TrainSettings = FROM_SCRATCH,
     *,
     control: str | None = None,
     resume: bool = False,
@@ -141,13 +119,14 @@ def train_from_scratch(
     folders = [out, out / CONTROL][: len(rows)]
     for folder in folders:
         check_out(folder, resume=resume, overwrite=overwrite)
-    if data.seq_length > sizes.max_seq_length:
-        raise ConfigError(
-            f"--seq-length: expected at most --max-seq-length, {sizes.max_seq_length}, got {data.seq_length}."
-        )
+    length, longest = data.seq_length, sizes.max_seq_length or data.seq_length
+    if length > longest:
+        raise ConfigError(f"--seq-length: expected at most --max-seq-length, {longest}, got {length}.")
+    sizes = replace(sizes, max_seq_length=longest, kernel_length=sizes.kernel_length or length)
     tokenizer, parts = _prepare(data)
     vocabulary = vocabulary_of(tokenizer)
-    settings = replace(settings, eval_every=_eval_every(settings))
+    rate = settings.learning_rate or SCRATCH_RATE
+    settings = replace(settings, learning_rate=rate, head_learning_rate=rate, eval_every=_eval_every(settings))
     trained = []
     for row, folder in zip(rows, folders, strict=True):
         set_seed(settings.seed)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
-from spectral_surgery.codec.encoded import Basis, rows_per_frame
+from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.codec.rate import Magnitudes, Target, for_density, for_error
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.difference import counterpart
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import same_bytes
+from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.targets import matching
-from spectral_surgery.transforms import TRANSFORMS
 
 PART_WEIGHTS = 1 << 23  # a part is what one worker holds in memory: 32 MiB of float32 coefficients
 BYTES_PER_WEIGHT = 22  # measured peak while encoding a part: input, coefficients, codes, frames and temporaries
@@ -30,58 +30,6 @@ _EMBEDDING = re.compile(r"(embed|wte|wpe|shared\.weight)", re.IGNORECASE)
 _HEAD = re.compile(r"(lm_head|embed_out|output\.weight|decoder\.weight|classifier\.weight)")
 _EXPERT = re.compile(r"experts?\b")
 _ROUTER = re.compile(r"(\.gate\.weight|router)")
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """Everything that decides the bytes of a compressed checkpoint.
-
-    Attributes:
-        target: density, bits or error asked of every tensor.
-        transform: name in TRANSFORMS, or ``auto`` to choose per part by measured rate and distortion.
-        tile: side of the transform tiles.
-        include: globs of tensor names; empty means every matrix.
-        exclude: globs of tensor names that are copied.
-        min_weights: smaller tensors are copied.
-        copy_nonfinite: copy tensors with NaN or infinite values instead of refusing them.
-        calibration: the text that codes were chosen by, in words and a checksum.
-        importance: the text that says which coefficients are kept, in words and a checksum.
-        base: name of the checkpoint to which differences are compressed; its checksum is added when it is read.
-        allocation: the same rate for every tensor, or spread over them by equal slope, for which text is needed; None
-            for what is usual: slope with text, but even of a density with calibration.
-    """
-
-    target: Target
-    transform: str = "dct"
-    tile: int = 64
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    min_weights: int = 4096
-    copy_nonfinite: bool = False
-    calibration: str | None = None
-    importance: str | None = None
-    base: str | None = None
-    allocation: Literal["even", "slope"] | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.tile <= MAX_TILE:
-            raise ConfigError(f"tile {self.tile}: out of range; 1 to {MAX_TILE} is accepted.")
-        if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):
-            fitting = ", ".join(t.name for t in TRANSFORMS.values() if t.accepts(self.tile))
-            raise ConfigError(
-                f"tile {self.tile}: refused by {self.transform}; {fitting} accept it. Change --tile or --transform."
-            )
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values, for the manifest and for recognising unfinished work."""
-        return asdict(self)
-
-    def candidates(self, axes: tuple[int, ...]) -> list[Basis]:
-        """Bases to choose from for a matrix transformed along ``axes``; the default transform comes first."""
-        if self.transform != AUTO:
-            return [Basis(self.transform, self.tile, axes)]
-        names = [DEFAULT_TRANSFORM, *(name for name in TRANSFORMS if name != DEFAULT_TRANSFORM)]
-        return [Basis(name, self.tile, axes) for name in names if TRANSFORMS[name].accepts(self.tile)]
 
 
 @dataclass(frozen=True)
@@ -172,6 +120,29 @@ class Plan:
     def predicted_memory(self) -> int:
         """Bytes one worker needs at its largest part, on top of the interpreter and torch."""
         return BYTES_PER_WEIGHT * max((unit.weights for unit in self.units), default=0)
+
+    def predicted_bytes(self, index: CheckpointIndex) -> int:
+        """Bytes of weights to expect, those of copied tensors included."""
+        copied = sum(index.tensors[name].nbytes for name in self.copied)
+        return round(self.weights * self.predicted_bits() / 8) + copied
+
+    def to_json(self, index: CheckpointIndex) -> dict[str, object]:
+        """Plain values for ``--json``; the index is that of the source."""
+        return {
+            "tensors": [
+                {"name": tensor.info.name, "shape": list(tensor.info.shape), "parts": len(tensor.parts)}
+                for tensor in self.tensors
+            ],
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.copied.items()],
+            "tied": self.aliases,
+            "weights": self.weights,
+            "predicted_bits_per_weight": self.predicted_bits(),
+            "predicted_bytes": self.predicted_bytes(index),
+            "predicted_worker_bytes": self.predicted_memory(),
+            "input_bytes": index.nbytes,
+            "files_left_out": [str(name) for name in index.skipped_files],
+            "notes": [*index.notes, *notes_on(index.config)],
+        }
 
     def shard(self, index: int, count: int) -> list[Unit]:
         """Units of one of ``count`` shards, balanced by weights: each next largest goes to the least loaded."""

@@ -25,7 +25,8 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.difference import read_rows
 from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
 from spectral_surgery.files.compressed.parts import joined, part_record, read_part, write_part
-from spectral_surgery.files.compressed.plan import CompressOptions, Plan, PlannedTensor, Unit
+from spectral_surgery.files.compressed.plan import Plan, PlannedTensor, Unit
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.files.writer import Entry, copy_entry

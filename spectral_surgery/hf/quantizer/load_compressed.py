@@ -10,10 +10,11 @@ import torch
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
+from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.load_errors import loading, required
 from spectral_surgery.hf.models import class_named
-from spectral_surgery.hf.quantizer.loading import AUTO, NARROW, STREAMED, resident_bytes, residents_for
+from spectral_surgery.hf.quantizer.loading import NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
 
 BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them

@@ -19,11 +19,12 @@ from torch import Tensor
 from spectral_surgery.errors import ConfigError, FormatVersionError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD
+from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.remote_code import forget_shim
 from spectral_surgery.hf import swapped_models as swap_plugin
 from spectral_surgery.hf.quantizer import loading, saving
 from spectral_surgery.hf.quantizer import loading_plan as planning
-from spectral_surgery.hf.quantizer.loading import AUTO, UNREAD, Loading
+from spectral_surgery.hf.quantizer.loading import UNREAD, Loading
 from spectral_surgery.hf.quantizer.loading_plan import STEP
 from spectral_surgery.hf.quantizer.whole_model import bind_methods, cast, unbind_methods
 

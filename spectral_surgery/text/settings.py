@@ -1,0 +1,116 @@
+"""Text to train, calibrate and judge on; light to import, since the command line makes options of the fields."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from spectral_surgery.errors import ConfigError
+
+Keep = Literal["important", "largest"]
+TaskName = Literal["causal-lm", "classification", "regression", "similarity"]
+TRUST = {"help": "Run the code that a model brings along (auto_map in config.json); read it first."}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text to calibrate, heal or distil on; 0 stands for what is usual for the work and the model."""
+
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file; of text to train on, a part is held out."})
+    samples: int = field(
+        default=0,
+        metadata={"help": "Sequences at most.", "least": 1, "unset": "512 to calibrate, 20000 to swap, all to heal"},
+    )
+    seq_length: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens of a sequence at most.",
+            "least": 2,
+            "unset": "256; 128 to heal what is no language model",
+        },
+    )
+    batch_size: int = field(
+        default=0,
+        metadata={"help": "Sequences of a step and process.", "least": 1, "unset": "4 of language models, else 24"},
+    )
+    trust_remote_code: bool = field(default=False, metadata=TRUST)
+
+    def with_usual(self, samples: int, seq_length: int) -> TextData:
+        """The same with what is usual in the place of zeros."""
+        return replace(self, samples=self.samples or samples, seq_length=self.seq_length or seq_length)
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work.
+
+        Raises:
+            ConfigError: when the file cannot be read.
+        """
+        if not self.file.is_file():
+            raise ConfigError(f"{self.file}: no such file. Expected a text, .csv or .jsonl file.")
+        return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Text to judge models on."""
+
+    text: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Text for perplexity and KL of language models, or cosine of sentence encoders, a line being a"
+            " sentence."
+        },
+    )
+    sts: Path | None = field(
+        default=None,
+        metadata={"help": "CSV of sentence pairs and scores: rank correlation of sentence encoders."},
+    )
+    samples: int = field(default=0, metadata={"help": "Sequences, lines or pairs at most.", "least": 0, "unset": "all"})
+    seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence.", "least": 2})
+    trust_remote_code: bool = field(default=False, metadata=TRUST)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is any."""
+        return self.text is not None or self.sts is not None
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What to train and judge on."""
+
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to train on."})
+    eval_file: Path | None = field(
+        default=None, metadata={"help": "Held-out examples.", "unset": "a part of the file to train on"}
+    )
+    eval_fraction: float = field(default=0.1, metadata={"help": "That part."})
+    columns: tuple[str, ...] = field(
+        default=(), metadata={"help": "Columns to use, texts first, the label last: sentence1,sentence2,score"}
+    )
+    task: TaskName | None = field(default=None, metadata={"help": "What to train for.", "unset": "told from the data"})
+    seq_length: int = field(default=256, metadata={"help": "Tokens of an example at most.", "least": 2})
+    trust_remote_code: bool = field(default=False, metadata=TRUST)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for the file of metrics, which may be published: no paths of this machine."""
+        kept = {"columns": list(self.columns), "seq_length": self.seq_length}
+        return kept | ({"eval_data": True} if self.eval_file else {"eval_fraction": self.eval_fraction})
+
+
+@dataclass(frozen=True)
+class ScratchData:
+    """What a language model learns from when it starts from nothing."""
+
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to learn from."})
+    columns: tuple[str, ...] = field(default=(), metadata={"help": "Of .csv and .jsonl files: the column of the text."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Part, after the one to train on, that decides which weights are kept."}
+    )
+    test_fraction: float = field(default=0.1, metadata={"help": "Part at the end, on which the result is judged once."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder of one, or tiktoken:NAME.", "unset": "learn a byte-level BPE"}
+    )
+    vocabulary: int = field(default=1024, metadata={"help": "Tokens of that BPE."})
+    seq_length: int = field(default=128, metadata={"help": "Tokens of an example.", "least": 2})
