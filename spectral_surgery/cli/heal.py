@@ -11,7 +11,6 @@ import click
 
 from spectral_surgery.cli import output, shared
 from spectral_surgery.cli.options import Command, from_options, only_one, options_of
-from spectral_surgery.distributed import rank
 from spectral_surgery.memory import LITTLE, keep_freed_memory
 from spectral_surgery.run import Run
 from spectral_surgery.text.settings import TextData
@@ -89,6 +88,8 @@ def command(
 
 def join_launcher() -> bool:
     """Join the other processes that torchrun started, if it did; whether this one is the first."""
+    from spectral_surgery.distributed import rank
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from torch import distributed
 
