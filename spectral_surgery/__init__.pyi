@@ -44,7 +44,9 @@ from spectral_surgery.commands.pull import PullReport as PullReport
 from spectral_surgery.commands.pull import pull as pull
 from spectral_surgery.commands.push import PushReport as PushReport
 from spectral_surgery.commands.push import push as push
-from spectral_surgery.commands.settings import Reference as Reference
+from spectral_surgery.commands.report import PageReport as PageReport
+from spectral_surgery.commands.report import report as report
+from spectral_surgery.commands.swap import DistillData as DistillData
 from spectral_surgery.commands.swap import SwapReport as SwapReport
 from spectral_surgery.commands.swap import swap as swap
 from spectral_surgery.commands.train import TrainReport as TrainReport

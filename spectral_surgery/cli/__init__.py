@@ -12,8 +12,24 @@ from spectral_surgery.errors import SpectralSurgeryError
 
 INTERRUPTED = 130
 _COMMANDS = (
-    *("inspect", "compress", "decompress", "heal", "merge", "unmerge", "train", "eval", "extract", "export", "inject"),
-    *("swap", "push", "pull", "generate", "methods", "completion"),
+    "inspect",
+    "compress",
+    "decompress",
+    "heal",
+    "merge",
+    "unmerge",
+    "train",
+    "eval",
+    "report",
+    "extract",
+    "export",
+    "inject",
+    "swap",
+    "push",
+    "pull",
+    "generate",
+    "methods",
+    "completion",
 )
 
 
