@@ -12,7 +12,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 26, 42  # margins of a plane
 _LOG_TICKS = ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,))  # in each decade, the first that are not too many
 _LABEL_PLACES = ((8, 4), (8, -9), (8, 17), (-8, 4), (-8, -9), (-8, 17))  # beside a point, the best first
 
-Box = tuple[float, float, float, float]  # x, y, width, height; of what is compared, the far corner instead
+Box = tuple[float, float, float, float]  # x, y, width, height
+Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _labels(series: Sequence[Series], x: Axis, y: Axis) -> list[Shape]:
     shapes = []
     for point in points:
         width, px, py = CHARACTER * len(point.label), x.at(point.x), y.at(point.y)
-        costs: list[tuple[float, int, Box]] = []
+        costs: list[tuple[float, int, Corners]] = []
         for right, down in _LABEL_PLACES:
             left = px + right if right > 0 else px + right - width
             place = (left, py + down - 10, left + width, py + down + 2)
@@ -241,7 +242,7 @@ def _labels(series: Sequence[Series], x: Axis, y: Axis) -> list[Shape]:
     return shapes
 
 
-def _shared(one: Box, other: Box) -> float:
+def _shared(one: Corners, other: Corners) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0.0) * max(height, 0.0)
