@@ -85,7 +85,7 @@ def test_a_compressed_folder_says_what_its_manifest_says(
     numbers = facts(page.one("header"))
     assert numbers["bits per weight"] == f"{total.bits_per_weight:.3f}"
     assert numbers["relative error"] == f"{total.relative_error:.4f}"
-    assert numbers["smaller"] == f"{done.compression_ratio:.2f} times"
+    assert numbers["compression ratio"] == f"{done.compression_ratio:.2f}"
     assert numbers["coefficients kept"] == f"{total.density:.1%}"
     making = facts(section(page, "How it was made"))
     assert making["Model"] == "org/small"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_a_script_that_were_in_the_page_would_not_run(browser: Any, page_file: P
     page = browser.new_page()
     page.goto((tmp_path / "changed.html").as_uri())
     assert page.title() == "out: Compressed checkpoint, data-free"
+    page.close()
+
+
+def test_lines_are_not_filled(browser: Any, page_file: Path, tmp_path: Path) -> None:
+    body = {"course": {"train": [[1, 2.0], [2, 1.0], [3, 1.5]], "held_out": [[0, 2.0], [3, 1.0]]}}
+    (page_file.parent / "out" / "heal.json").write_text(json.dumps(body))
+    report(page_file.parent / "out", tmp_path / "page.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    lines = page.locator("svg.wide path.line")
+    assert lines.count() == 2
+    assert {lines.nth(n).evaluate("own => getComputedStyle(own).fill") for n in range(2)} == {"none"}
     page.close()
 
 

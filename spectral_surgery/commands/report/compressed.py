@@ -36,7 +36,7 @@ def compressed_page(folder: Path, title: str) -> Page:
         "bits per weight": f"{total.bits_per_weight:.3f}",
         "relative error": f"{total.relative_error:.4f}",
         "size": size(after),
-        "smaller": f"{before / after:.2f} times",
+        "compression ratio": f"{before / after:.2f}",
         "coefficients kept": f"{total.density:.1%}",
     }
     reports = {name: record.report for name, record in manifest.tensors.items()}

@@ -52,8 +52,7 @@ def eval_page(body: Mapping[str, Any], title: str) -> Page:
     ]
     sections = [
         Section("Models", tables=table("Models", rows)) if rows else None,
-        Section("Rate and distortion", figures=rate_figure(points, named=True, what="model")),
-        Section("Measures by rate", figures=_by_rate(models)),
+        Section("Rate and quality", figures=(*rate_figure(points, named=True, what="model"), *_by_rate(models))),
         Section("Measures", tables=_measures(body)),
         Section("Tensors that differ", tables=table("Tensors", tensors)),
     ]
