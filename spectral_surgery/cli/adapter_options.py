@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spectral_surgery.adapters.from_update.fit_update import Size
     from spectral_surgery.commands.extract import LayerReport
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 setting_option = click.option(
     *("-o", "--set", "settings"),
@@ -35,7 +35,7 @@ size_options = all_of(
     click.option("--max-error", type=float, help="Relative error of ΔW of every layer, such as 0.3."),
     click.option("--rank", type=int, help="Rank of every layer: lora, foura."),
     click.option("--n-frequency", type=int, help="Coefficients of every layer: spectral_delta, fourierft."),
-    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Stored."),
+    click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True, help="Stored."),
 )
 target_options = options_of(
     *(ModuleTargets, "target_modules", "exclude_modules", "layers_to_transform"),
@@ -75,9 +75,18 @@ def config_of(method: str) -> Any:
         ConfigError: for an unknown method or setting, or a value that is not accepted.
     """
     from spectral_surgery.adapters import METHODS
+
+    config = METHODS[method].config
+    return config(**typed_settings(config))
+
+
+def typed_settings(config: type[Any]) -> dict[str, Any]:
+    """What -o says, without the settings that stay at their defaults."""
     from spectral_surgery.options import parse_settings
 
-    return parse_settings(METHODS[method].config, click.get_current_context().params["settings"])
+    pairs = click.get_current_context().params["settings"]
+    parsed = parse_settings(config, pairs)
+    return {name: getattr(parsed, name) for name in (pair.partition("=")[0] for pair in pairs)}
 
 
 def size_of(method: str) -> Size | None:
@@ -89,18 +98,20 @@ def size_of(method: str) -> Size | None:
     """
     from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Size
 
-    counted = f"--{EXTRACTORS[method].unit.replace('_', '-')}"
-    params = click.get_current_context().params
-    sizes = {"--bytes": "nbytes", "--max-error": "max_error", "--rank": "rank", "--n-frequency": "n_frequency"}
-    chosen = only_one({option: params[name] for option, name in sizes.items()})
+    unit, chosen = EXTRACTORS[method].unit, only_one("nbytes", "max_error", "rank", "n_frequency")
     if chosen is None:
         return None
-    option, value = chosen
-    if option in ("--bytes", "--max-error"):
-        return Size("bytes" if option == "--bytes" else "max_error", value)
-    if option != counted:
-        raise click.UsageError(f"{option}: {method} has none; use {counted}.")
+    name, value = chosen
+    if name in ("nbytes", "max_error"):
+        return Size("bytes" if name == "nbytes" else "max_error", value)
+    if name != unit:
+        raise click.UsageError(f"--{name.replace('_', '-')}: {method} has none; use --{unit.replace('_', '-')}.")
     return Size("count", value)
+
+
+def stored_dtype() -> str:
+    """What --dtype says, by the name that safetensors has for it."""
+    return _DTYPES[click.get_current_context().params["dtype"]]
 
 
 def layer_rows(layers: Sequence[LayerReport], unit: str) -> list[dict[str, object]]:

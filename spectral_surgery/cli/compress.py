@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from spectral_surgery.cli import output, shared
-from spectral_surgery.cli.options import Command, from_options, only_one, options_of
+from spectral_surgery.cli.options import Command, from_options, only_one, optional_settings, options_of
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.settings import Healing
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Kind = Literal["density", "bits", "max_error"]
 
 _SHOWN = 12  # tensors listed in text; --json lists all
-_FILE = click.Path(path_type=Path)
 
 
 @click.command("compress", cls=Command)
@@ -39,24 +38,23 @@ _FILE = click.Path(path_type=Path)
 @options_of(CompressOptions, "transform", "tile")
 @click.option("--base", metavar="BASE", help="Compress the difference to this checkpoint; decompress needs it again.")
 @options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite")
-@click.option(
-    "--calibrate",
-    type=_FILE,
-    metavar="FILE",
-    help="Choose codes so that outputs on this text stay right; needs the tokenizer, and memory for one block.",
+@options_of(
+    *(CalibrationData, "file", "samples"),
+    flags={"file": "--calibrate"},
+    help={"file": "Choose codes so that outputs on this text stay right; needs the tokenizer and memory for a block."},
+    required=False,
 )
-@options_of(TextData, "samples", help={"samples": "Sequences of --calibrate at most."})
 @click.option(
     "--seq-length",
     type=click.IntRange(2),
     help="Tokens of a sequence of --calibrate and --heal.  [default: 256; of --heal as the command heal]",
 )
 @options_of(CompressOptions, "allocation")
-@click.option(
-    "--heal",
-    type=_FILE,
-    metavar="FILE",
-    help="Then train the kept coefficients on this text until the model does what SOURCE does; see the command heal.",
+@options_of(
+    *(HealData, "file"),
+    flags={"file": "--heal"},
+    help={"file": "Then train the kept coefficients on this text until the model does what SOURCE does; see heal."},
+    required=False,
 )
 @options_of(Healing, "keep")
 @options_of(
@@ -69,18 +67,7 @@ _FILE = click.Path(path_type=Path)
 @options_of(Run, "resume")
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
-def command(
-    source: str,
-    out: Path,
-    density: float | None,
-    bits: float | None,
-    max_error: float | None,
-    base: str | None,
-    workers: int,
-    threads: int | None,
-    shard: str | None,
-    dry_run: bool,
-) -> None:
+def command(source: str, out: Path, base: str | None, workers: int, shard: str | None, dry_run: bool) -> None:
     """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
 
     Exactly one of --sparsity, --bits and --max-error says how small or how exact. OUT appears at the end, whole; a run
@@ -92,7 +79,7 @@ def command(
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
     """
-    target, part, ctx = _target(density, bits, max_error), shared.shard_of(shard), click.get_current_context()
+    target, part, ctx = _target(), shared.shard_of(shard), click.get_current_context()
     processes = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
     from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
 
@@ -106,7 +93,7 @@ def command(
         return
     path, origin = access.prepare().resolve(source)
     calibrate, heal = _texts(part)
-    threads = shared.threads_or_all(threads, workers)
+    threads = shared.threads_or_all(workers=workers)
     with output.progress(" weights") as progress:
         run = from_options(Run, {"workers": processes, "threads": threads, "origin": origin, "progress": progress})
         if part[1] == 1:
@@ -121,9 +108,10 @@ def command(
     output.show({"finished": True, **report.to_json(), **access.pushed(out)}, _report_lines(report))
 
 
-def _target(density: float | None, bits: float | None, max_error: float | None) -> Target:
-    asked: dict[Kind, float | None] = {"density": density, "bits": bits, "max_error": max_error}
-    targets = [Target(kind, value) for kind, value in asked.items() if value is not None]
+def _target() -> Target:
+    kinds: tuple[Kind, ...] = ("density", "bits", "max_error")
+    params = click.get_current_context().params
+    targets = [Target(kind, params[kind]) for kind in kinds if params[kind] is not None]
     if len(targets) != 1:
         raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.")
     return targets[0]
@@ -136,21 +124,20 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
         click.UsageError: when --keep has nothing to choose from, or a shard is asked for text.
     """
     params = click.get_current_context().params
-    calibrate, heal = params["calibrate"], params["heal"]
-    if params["keep"] is not None and (heal is None or calibrate is not None):
+    length: dict[str, object] = {"seq_length": params["seq_length"]} if params["seq_length"] else {}
+    calibrate = optional_settings(CalibrationData, length)
+    text = optional_settings(HealData, length | {"trust_remote_code": params["trust_remote_code"]})
+    if params["keep"] is not None and (text is None or calibrate is not None):
         raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.")
-    if part[1] > 1 and (calibrate or heal):
+    if part[1] > 1 and (calibrate or text):
         raise click.UsageError(
             "--calibrate and --heal go through a whole model; they have no --shard. Run heal under torchrun."
         )
-    keep_freed_memory(LITTLE if calibrate and not heal else WORTH_KEEPING)  # healing has the whole model in memory
-    usual: dict[str, object] = {"seq_length": params["seq_length"] or 0}
-    data = from_options(TextData, {"file": calibrate, **usual}) if calibrate else None
-    if not heal:
-        return data, None
-    only_one({"--steps": params["steps"], "--minutes": params["minutes"]})
-    text = from_options(TextData, {"file": heal, "samples": 0, **usual})
-    return data, from_options(Healing, {"data": text, "settings": from_options(DistillSettings)})
+    keep_freed_memory(LITTLE if calibrate and not text else WORTH_KEEPING)  # healing has the whole model in memory
+    only_one("steps", "minutes")
+    if text is None:
+        return calibrate, None
+    return calibrate, from_options(Healing, {"data": text, "settings": from_options(DistillSettings)})
 
 
 def _text_lines(report: CompressReport) -> Iterator[str]:

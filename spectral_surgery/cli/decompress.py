@@ -22,14 +22,7 @@ from spectral_surgery.memory import keep_freed_memory
 @shared.threads_option
 @shared.writing_options
 def command(
-    source: str,
-    out: Path,
-    dtype: str | None,
-    base: str | None,
-    verify: bool,
-    threads: int | None,
-    dry_run: bool,
-    overwrite: bool,
+    source: str, out: Path, dtype: str | None, base: str | None, verify: bool, dry_run: bool, overwrite: bool
 ) -> None:
     """Turn a compressed folder back into a plain checkpoint that every other tool reads.
 
@@ -55,7 +48,7 @@ def command(
             out,
             dtype=dtype,
             verify=verify,
-            threads=shared.threads_or_all(threads),
+            threads=shared.threads_or_all(),
             overwrite=overwrite,
             base=access.others().resolve(base)[0] if base else None,
             origin=origin,

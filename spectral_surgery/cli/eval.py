@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from spectral_surgery.cli import output, shared
-from spectral_surgery.cli.options import Command, from_options, options_of
-from spectral_surgery.commands.settings import Reference
+from spectral_surgery.cli.options import Command, from_options, optional_settings, options_of
+from spectral_surgery.commands.settings import Beside
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.text.settings import EvalData, TextData
 
@@ -25,15 +25,14 @@ _SHOWN = 10  # tensors
 @click.argument("b", metavar="[B]...", nargs=-1)
 @click.option("--adapter", help="Put this adapter on B; without B, compare A without and with it.")
 @options_of(EvalData, "text", "sts")
-@options_of(Reference, "baselines", flags={"baselines": "--baseline"})
-@click.option(
-    "--calibrate",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text for baselines that need some: gptq, wanda, sparsegpt.",
+@options_of(Beside, "baselines", flags={"baselines": "--baseline"})
+@options_of(
+    *(CalibrationData, "file", "samples"),
+    flags={"file": "--calibrate", "samples": "--calibrate-samples"},
+    help={"file": "Text for baselines that need some: gptq, wanda, sparsegpt."},
+    required=False,
 )
-@options_of(TextData, "samples", flags={"samples": "--calibrate-samples"})
-@options_of(Reference, "bits")
+@options_of(Beside, "bits")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -47,13 +46,7 @@ _SHOWN = 10  # tensors
 @shared.hub_options
 @shared.output_options
 def command(
-    a: str,
-    b: tuple[str, ...],
-    adapter: str | None,
-    calibrate: Path | None,
-    plot: Path | None,
-    max_error: float | None,
-    device: str,
+    a: str, b: tuple[str, ...], adapter: str | None, plot: Path | None, max_error: float | None, device: str
 ) -> None:
     """Compare two checkpoints, plain or compressed: tensors by their relative error and, with text, as models.
 
@@ -72,8 +65,7 @@ def command(
     from spectral_surgery.commands.eval import evaluate
 
     data = from_options(EvalData)
-    more = {"file": calibrate, "trust_remote_code": data.trust_remote_code}
-    calibration = from_options(TextData, more) if calibrate else None
+    calibration = optional_settings(CalibrationData, {"trust_remote_code": data.trust_remote_code})
     access = shared.hub_access()
     others = [access.others().resolve(source)[0] for source in b]
     reference = from_options(Reference, {"others": tuple(others[1:]), "calibration": calibration})

@@ -30,15 +30,7 @@ if TYPE_CHECKING:
 @adapter_options.size_options
 @adapter_options.setting_option
 @shared.writing_options
-def command(
-    adapter: str,
-    out: Path,
-    form: str,
-    base: str | None,
-    dtype: str,
-    dry_run: bool,
-    overwrite: bool,
-) -> None:
+def command(adapter: str, out: Path, form: str, base: str | None, dry_run: bool, overwrite: bool) -> None:
     """Write an adapter in another form: as a LoRA that every other tool reads, or as plain weight differences.
 
     FouRA becomes a LoRA exactly, unless its gate depends on the input: freeze it first. Of fourierft and
@@ -76,7 +68,7 @@ def command(
             base=model,
             size=size,
             config=config,
-            dtype=adapter_options.DTYPES[dtype],
+            dtype=adapter_options.stored_dtype(),
             overwrite=overwrite,
             origin=adapter_options.base_name(base)[0] if base else None,
             progress=progress,

@@ -30,15 +30,7 @@ if TYPE_CHECKING:
 @adapter_options.target_options
 @shared.writing_options
 def command(
-    base: str,
-    tuned: str,
-    out: Path,
-    method: str,
-    max_rank: int | None,
-    dtype: str,
-    save_rest: bool,
-    dry_run: bool,
-    overwrite: bool,
+    base: str, tuned: str, out: Path, method: str, max_rank: int | None, save_rest: bool, dry_run: bool, overwrite: bool
 ) -> None:
     """Turn the difference of two checkpoints into an adapter, tensor by tensor, without building the model.
 
@@ -65,7 +57,7 @@ def command(
         size,
         adapter_options.config_of(method),
         from_options(ModuleTargets),
-        adapter_options.DTYPES[dtype],
+        adapter_options.stored_dtype(),
         max_rank,
         save_rest,
         name,

@@ -42,18 +42,7 @@ if TYPE_CHECKING:
 @shared.push_options
 @shared.overwrite_option
 @shared.output_options
-def command(
-    compressed: str,
-    teacher: str,
-    out: Path,
-    steps: int | None,
-    minutes: float | None,
-    blocks: bool,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(compressed: str, teacher: str, out: Path, blocks: bool, device: str, as_json: bool, quiet: bool) -> None:
     """Train the kept coefficients, biases and norms of COMPRESSED until it does what TEACHER does; write OUT.
 
     The result is of the same format and about the same size. Positions and steps stay as they are, and the quantiser is
@@ -65,7 +54,7 @@ def command(
     """
     from spectral_surgery.commands import heal as workflow
 
-    only_one({"--steps": steps, "--minutes": minutes})
+    only_one("steps", "minutes")
     if blocks:
         keep_freed_memory(LITTLE)
     data, settings, access = from_options(TextData), from_options(DistillSettings), shared.hub_access()
@@ -75,7 +64,7 @@ def command(
     path, _ = access.resolve(compressed)
     original, origin = access.others().resolve(teacher)
     with output.progress(" steps", quiet=quiet or not first) as progress:
-        more = {"threads": shared.threads_or_all(threads), "origin": origin, "progress": progress}
+        more = {"threads": shared.threads_or_all(), "origin": origin, "progress": progress}
         report = workflow.heal(
             path, original, out, data, settings, blocks=blocks, device=device, run=from_options(Run, more)
         )

@@ -23,15 +23,7 @@ if TYPE_CHECKING:
 @adapter_options.trained_options
 @click.option("--seed", default=0, show_default=True, help="Seed of the random starts.")
 @shared.writing_options
-def command(
-    source: str,
-    out: Path,
-    bias: str,
-    seed: int,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(source: str, out: Path, bias: str, seed: int, dry_run: bool, overwrite: bool) -> None:
     """Write a fresh, untrained adapter for SOURCE, in PEFT's format, from its configuration and the headers of files.
 
     It changes nothing until it is trained. Without --target-modules the usual ones of the architecture are taken, such
@@ -52,7 +44,7 @@ def command(
         with access.outline(source) as found:
             plan = workflow.plan_injection(found.path, spec)
         output.show(plan.to_json() | {"dry_run": True}, _lines(plan))
-        click.echo("Nothing was written.", err=as_json)
+        output.nothing_written()
         return
     access.prepare()
     with output.progress(" layers") as progress:

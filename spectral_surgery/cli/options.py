@@ -43,36 +43,36 @@ class Command(click.Command):
 class SettingOption(click.Option):
     """The option of one field of settings."""
 
-    def __init__(self, param_decls: Sequence[str], settings: Any, field: Field[Any], *, help: str = "") -> None:
-        """Read the field.
-
-        Args:
-            param_decls: names of the option.
-            settings: a dataclass, or an object of it, whose values are the defaults then.
-            field: of it.
-            help: in place of the field's.
-        """
-        self.settings, self.field = settings if isinstance(settings, type) else type(settings), field.name
+    def __init__(
+        self, param_decls: Sequence[str], settings: Any, field: Field[Any], required: bool = True, help: str = ""
+    ) -> None:
+        """Read the field; see `options_of`."""
+        self.settings, self.field = settings if isinstance(settings, type) else type(settings), field
         more, hint = field.metadata, get_type_hints(self.settings)[field.name]
         default = field.default if isinstance(settings, type) else getattr(settings, field.name)
         several, unset = bool(more.get("repeatable")), more.get("unset") if default == field.default else None
         has_default = default not in (MISSING, ()) and unset is None
+        value: dict[str, Any] = {"default": default} if has_default else {}  # None would be a default for click too
         text = help or more.get("help", "")
         super().__init__(
             param_decls,
             type=str if several else type_of(hint, more),
-            default=default if has_default else None,
-            required=default is MISSING,
+            required=required and default is MISSING,
             multiple=several,
             is_flag=hint is bool,
             help=f"{text}  [default: {unset}]" if unset else text,
             metavar=more.get("metavar"),
             show_default=has_default and default is not None and default is not False,
+            **value,
         )
 
 
 def options_of(
-    settings: Any, *only: str, flags: Mapping[str, str] | None = None, help: Mapping[str, str] | None = None
+    settings: Any,
+    *only: str,
+    flags: Mapping[str, str] | None = None,
+    help: Mapping[str, str] | None = None,
+    required: bool = True,
 ) -> Callable[[F], F]:
     """Options for fields of settings.
 
@@ -81,17 +81,16 @@ def options_of(
         only: these fields, in order; all by default.
         flags: names of the option by field, in place of ``--field-name``, with spaces between them.
         help: texts by field, where the command has more to say than the field.
+        required: whether fields without a default have to be given; see `optional_settings`.
     """
     known = {field.name: field for field in fields(settings)}
 
     def decorate(function: F) -> F:
         for name in reversed(only or tuple(known)):
             usual = f"--{name}/--no-{name}" if known[name].default is True else f"--{name}"
-            flag = (flags or {}).get(name, usual.replace("_", "-"))
-            decls, text = (*flag.split(), *known[name].metadata.get("flags", ())), (help or {}).get(name, "")
-            function = click.option(*decls, cls=SettingOption, settings=settings, field=known[name], help=text)(
-                function
-            )
+            names = (flags or {}).get(name, usual.replace("_", "-")).split()
+            more = {"settings": settings, "field": known[name], "required": required, "help": (help or {}).get(name)}
+            function = click.option(*names, *known[name].metadata.get("flags", ()), cls=SettingOption, **more)(function)
         return function
 
     return decorate
@@ -104,13 +103,25 @@ def from_options(settings: type[T], values: Mapping[str, object] | None = None) 
         settings: a dataclass.
         values: of fields that have no option of their own.
     """
-    ctx = click.get_current_context()
-    typed = {
-        option.field: ctx.params[str(option.name)]
-        for option in ctx.command.params
-        if isinstance(option, SettingOption) and option.settings is settings
-    }
-    return settings(**{name: value for name, value in typed.items() if value is not None} | dict(values or {}))
+    return settings(**_typed(settings) | dict(values or {}))
+
+
+def optional_settings(settings: type[T], values: Mapping[str, object] | None = None) -> T | None:
+    """The same; None unless the options of all fields without a default were given."""
+    typed = _typed(settings)
+    needed = {option.field.name for option in _options(settings) if option.field.default is MISSING}
+    return from_options(settings, values) if needed <= typed.keys() else None
+
+
+def _options(settings: type[Any]) -> list[SettingOption]:
+    options = click.get_current_context().command.params
+    return [option for option in options if isinstance(option, SettingOption) and option.settings is settings]
+
+
+def _typed(settings: type[Any]) -> dict[str, Any]:
+    params = click.get_current_context().params
+    values = {option.field.name: params[str(option.name)] for option in _options(settings)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def type_of(hint: Any, more: Mapping[str, Any]) -> Any:
@@ -156,21 +167,23 @@ def factors(text: str) -> list[float]:
         raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,0.5.") from None
 
 
-def nbytes(text: str) -> int:
-    """Bytes from a size such as 500MB."""
-    match = _SIZE.fullmatch(text.strip())
+def nbytes(text: str | int) -> int:
+    """Bytes from a size such as 500MB; a default is a number."""
+    match = _SIZE.fullmatch(str(text).strip())
     if match is None:
         raise click.BadParameter(f"'{text}' is not a size such as 500MB or 2GB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def only_one(values: Mapping[str, object]) -> tuple[str, Any] | None:
-    """The one of several options that was given, and its value; None for none.
+def only_one(*options: str) -> tuple[str, Any] | None:
+    """The name and the value of the one of these options that was given; None for none.
 
     Raises:
         click.UsageError: when there are several.
     """
-    present = [(option, value) for option, value in values.items() if value is not None]
-    if len(present) > 1:
-        raise click.UsageError(f"{', '.join(option for option, _ in present)} exclude each other; use one of them.")
-    return present[0] if present else None
+    ctx = click.get_current_context()
+    flags = {option.name: option.opts[0] for option in ctx.command.params}
+    typed = [name for name in options if ctx.params[name] is not None]
+    if len(typed) > 1:
+        raise click.UsageError(f"{', '.join(flags[name] for name in typed)} exclude each other; use one of them.")
+    return (typed[0], ctx.params[typed[0]]) if typed else None

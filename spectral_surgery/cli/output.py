@@ -56,6 +56,11 @@ def show(body: Mapping[str, object], lines: Iterable[str]) -> None:
         click.echo(line)
 
 
+def nothing_written() -> None:
+    """Say so at the end of --dry-run, beside a result that is the same without it."""
+    click.echo("Nothing was written.", err=click.get_current_context().params["as_json"])
+
+
 def print_json(command: str, body: Mapping[str, object]) -> None:
     """Print one JSON object on stdout: the result of a command, in plain values."""
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "command": command, **body}, indent=2))

@@ -121,8 +121,9 @@ resume_training_options = all_of(
 writing_options = all_of(hub_options, push_options, overwrite_option, dry_run_option, output_options)
 
 
-def threads_or_all(threads: int | None, workers: int = 1) -> int:
+def threads_or_all(threads: int | None = None, workers: int = 1) -> int:
     """The threads asked for, or an equal share of the cores."""
+    threads = threads or click.get_current_context().params["threads"]
     return threads or max(1, len(os.sched_getaffinity(0)) // workers)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spectral_surgery.cli import adapter_options, output, shared
-from spectral_surgery.cli.options import Command, from_options, numbers, options_of
+from spectral_surgery.cli.options import Command, from_options, numbers, optional_settings, options_of
 from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.text.settings import EvalData, TextData
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 )
 @click.option("--layers", type=numbers, required=True, help="In these layers of the model, such as 0,2 or 1-3.")
 @adapter_options.setting_option
-@click.option(
-    "--distill",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Train the mixers on this text to do what attention did.",
+@options_of(
+    *(DistillData, "file"),
+    flags={"file": "--distill"},
+    help={"file": "Train the mixers on this text to do what attention did."},
+    required=False,
 )
 @options_of(FitSettings, "steps", "end_to_end_steps", "learning_rate")
 @options_of(
@@ -42,17 +42,7 @@ if TYPE_CHECKING:
 @options_of(FitSettings, "seed")
 @options_of(EvalData, "trust_remote_code")
 @shared.writing_options
-def command(
-    source: str,
-    out: Path,
-    mixer: str,
-    layers: tuple[int, ...],
-    settings: tuple[str, ...],
-    distill: Path | None,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(source: str, out: Path, mixer: str, layers: tuple[int, ...], dry_run: bool, overwrite: bool) -> None:
     """Replace the attention of some layers of SOURCE by a token mixer, and say what that costs.
 
     For BERT, RoBERTa, ViT, GPT-2, Llama and Qwen. A new layer starts from the value and output projections of the
@@ -67,23 +57,21 @@ def command(
     from spectral_surgery.commands import swap as workflow
     from spectral_surgery.live.swap import SwapSpec
     from spectral_surgery.mixers import MIXERS
-    from spectral_surgery.options import parse_settings
 
-    parsed = parse_settings(MIXERS[mixer].config, settings)
-    spec = SwapSpec(mixer, layers, {name: getattr(parsed, name) for name in {p.partition("=")[0] for p in settings}})
+    spec = SwapSpec(mixer, layers, adapter_options.typed_settings(MIXERS[mixer].config))
     access, training, judged_on = shared.hub_access(), from_options(FitSettings), from_options(EvalData)
     if dry_run:
         with access.outline(source) as found:
             plan = workflow.plan_swap(found.path, spec, trust_remote_code=judged_on.trust_remote_code)
         output.show(plan.to_json() | {"dry_run": True}, _plan_lines(plan))
-        click.echo("Nothing was written.", err=as_json)
+        output.nothing_written()
         return
     with output.progress(" steps") as progress:
         report = workflow.swap(
             access.prepare().resolve(source)[0],
             out,
             spec,
-            data=TextData(distill, seq_length=judged_on.seq_length) if distill else None,
+            data=optional_settings(DistillData, {"seq_length": judged_on.seq_length}),
             training=training,
             judged_on=judged_on,
             seed=training.seed,

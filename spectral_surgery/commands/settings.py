@@ -35,7 +35,8 @@ class Reference:
         default=(),
         metadata={
             "help": "Also judge A as baselines would leave it, with the matrices that compressed models compress: int8,"
-            " int4, int3, int2, nf4, hqq4, hqq3, hqq2, gptq4, gptq3, gptq2, prune, wanda, sparsegpt, svd, or all."
+            " int4, int3, int2, nf4, hqq4, hqq3, hqq2, gptq4, gptq3, gptq2, prune, wanda, sparsegpt, svd, or all.",
+            "metavar": "NAME,...",
         },
     )
     bits: float | None = field(

@@ -18,19 +18,28 @@ TRUST = {"help": "Run the code that a model brings along (auto_map in config.jso
 class TextData:
     """Text to calibrate, heal or distil on; 0 stands for what is usual for the work and the model."""
 
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file; of text to train on, a part is held out."})
-    samples: int = field(
-        default=0,
-        metadata={"help": "Sequences at most.", "least": 1, "unset": "512 to calibrate, 20000 to swap, all to heal"},
-    )
-    seq_length: int = field(
-        default=0,
-        metadata={
-            "help": "Tokens of a sequence at most.",
-            "least": 2,
-            "unset": "256; 128 to heal what is no language model",
-        },
-    )
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file.", "metavar": "FILE"})
+    samples: int = field(default=512, metadata={"help": "Sequences of the calibration text at most.", "least": 1})
+    seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence at most.", "least": 2})
+    trust_remote_code: bool = field(default=False, metadata=TRUST)
+
+    def digest(self) -> str:
+        """What it is, for the manifest and for recognising unfinished work.
+
+        Raises:
+            ConfigError: when the file cannot be read.
+        """
+        if not self.file.is_file():
+            raise ConfigError(f"--calibrate {self.file}: no such file; a text, .csv or .jsonl file is accepted.")
+        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
+
+
+@dataclass(frozen=True)
+class HealData:
+    """Text to heal on."""
+
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file; a part of it is held out.", "metavar": "FILE"})
     batch_size: int = field(
         default=0,
         metadata={"help": "Sequences of a step and process.", "least": 1, "unset": "4 of language models, else 24"},
@@ -78,16 +87,26 @@ class EvalData:
 
 
 @dataclass(frozen=True)
+class DistillData:
+    """Text to train mixers on."""
+
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file.", "metavar": "FILE"})
+    samples: int = field(default=20000, metadata={"help": "Sequences at most; 0 for all."})
+    seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence at most.", "least": 2})
+
+
+@dataclass(frozen=True)
 class TrainData:
     """What to train and judge on."""
 
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to train on."})
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to train on.", "metavar": "FILE"})
     eval_file: Path | None = field(
         default=None, metadata={"help": "Held-out examples.", "unset": "a part of the file to train on"}
     )
     eval_fraction: float = field(default=0.1, metadata={"help": "That part."})
     columns: tuple[str, ...] = field(
-        default=(), metadata={"help": "Columns to use, texts first, the label last: sentence1,sentence2,score"}
+        default=(),
+        metadata={"help": "Columns to use, texts first, label last: sentence1,sentence2,score", "metavar": "NAMES"},
     )
     task: TaskName | None = field(default=None, metadata={"help": "What to train for.", "unset": "told from the data"})
     seq_length: int = field(default=256, metadata={"help": "Tokens of an example at most.", "least": 2})
@@ -103,8 +122,10 @@ class TrainData:
 class ScratchData:
     """What a language model learns from when it starts from nothing."""
 
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to learn from."})
-    columns: tuple[str, ...] = field(default=(), metadata={"help": "Of .csv and .jsonl files: the column of the text."})
+    file: Path = field(metadata={"help": "Text, .jsonl or .csv file to learn from.", "metavar": "FILE"})
+    columns: tuple[str, ...] = field(
+        default=(), metadata={"help": "Of .csv and .jsonl files: the column of the text.", "metavar": "NAME"}
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Part, after the one to train on, that decides which weights are kept."}
     )
