@@ -46,7 +46,6 @@ from spectral_surgery.commands.push import PushReport as PushReport
 from spectral_surgery.commands.push import push as push
 from spectral_surgery.commands.report import PageReport as PageReport
 from spectral_surgery.commands.report import report as report
-from spectral_surgery.commands.swap import DistillData as DistillData
 from spectral_surgery.commands.swap import SwapReport as SwapReport
 from spectral_surgery.commands.swap import swap as swap
 from spectral_surgery.commands.train import TrainReport as TrainReport

@@ -39,7 +39,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--base", metavar="BASE", help="Compress the difference to this checkpoint; decompress needs it again.")
 @options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite")
 @options_of(
-    *(CalibrationData, "file", "samples"),
+    *(TextData, "file", "samples"),
     flags={"file": "--calibrate"},
     help={"file": "Choose codes so that outputs on this text stay right; needs the tokenizer and memory for a block."},
     required=False,
@@ -50,11 +50,11 @@ _SHOWN = 12  # tensors listed in text; --json lists all
     help="Tokens of a sequence of --calibrate and --heal.  [default: 256; of --heal as the command heal]",
 )
 @options_of(CompressOptions, "allocation")
-@options_of(
-    *(HealData, "file"),
-    flags={"file": "--heal"},
-    help={"file": "Then train the kept coefficients on this text until the model does what SOURCE does; see heal."},
-    required=False,
+@click.option(
+    "--heal",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Then train the kept coefficients on this text until the model does what SOURCE does; see heal.",
 )
 @options_of(Healing, "keep")
 @options_of(
@@ -125,8 +125,8 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
     """
     params = click.get_current_context().params
     length: dict[str, object] = {"seq_length": params["seq_length"]} if params["seq_length"] else {}
-    calibrate = optional_settings(CalibrationData, length)
-    text = optional_settings(HealData, length | {"trust_remote_code": params["trust_remote_code"]})
+    calibrate = optional_settings(TextData, length)
+    text = from_options(TextData, length | {"file": params["heal"], "samples": 0}) if params["heal"] else None
     if params["keep"] is not None and (text is None or calibrate is not None):
         raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.")
     if part[1] > 1 and (calibrate or text):

@@ -10,7 +10,7 @@ import click
 
 from spectral_surgery.cli import output, shared
 from spectral_surgery.cli.options import Command, from_options, optional_settings, options_of
-from spectral_surgery.commands.settings import Beside
+from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.text.settings import EvalData, TextData
 
@@ -25,14 +25,14 @@ _SHOWN = 10  # tensors
 @click.argument("b", metavar="[B]...", nargs=-1)
 @click.option("--adapter", help="Put this adapter on B; without B, compare A without and with it.")
 @options_of(EvalData, "text", "sts")
-@options_of(Beside, "baselines", flags={"baselines": "--baseline"})
+@options_of(Reference, "baselines", flags={"baselines": "--baseline"})
 @options_of(
-    *(CalibrationData, "file", "samples"),
+    *(TextData, "file", "samples"),
     flags={"file": "--calibrate", "samples": "--calibrate-samples"},
     help={"file": "Text for baselines that need some: gptq, wanda, sparsegpt."},
     required=False,
 )
-@options_of(Beside, "bits")
+@options_of(Reference, "bits")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -65,7 +65,7 @@ def command(
     from spectral_surgery.commands.eval import evaluate
 
     data = from_options(EvalData)
-    calibration = optional_settings(CalibrationData, {"trust_remote_code": data.trust_remote_code})
+    calibration = optional_settings(TextData, {"trust_remote_code": data.trust_remote_code})
     access = shared.hub_access()
     others = [access.others().resolve(source)[0] for source in b]
     reference = from_options(Reference, {"others": tuple(others[1:]), "calibration": calibration})

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from spectral_surgery.cli import output, shared
+from spectral_surgery.cli.options import Command
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.argument("folder", metavar="FOLDER")
 @click.option(
     "-o",
@@ -23,7 +24,7 @@ from spectral_surgery.cli import output, shared
 @click.option("--overwrite", is_flag=True, help="Replace the page.")
 @shared.hub_options
 @shared.output_options
-def command(folder: str, out: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def command(folder: str, out: Path, overwrite: bool) -> None:
     """Write an HTML page about FOLDER: how it was made, where its bytes are, what it lost, how training went.
 
     FOLDER is compressed, an adapter, merged, swapped or trained; or a file with what `eval --json` printed. The page is
@@ -38,10 +39,7 @@ def command(folder: str, out: Path, overwrite: bool, as_json: bool, quiet: bool)
     """
     from spectral_surgery.commands.report import report
 
-    path, origin = shared.hub_access(quiet=quiet).resolve(folder)
+    path, origin = shared.hub_access().resolve(folder)
     done = report(path, out, title=origin, overwrite=overwrite)
-    if as_json:
-        output.print_json("report", done.to_json())
-        return
-    click.echo(f"{done.page.kind}: {', '.join(section.title for section in done.page.sections)}")
-    click.echo(f"{output.size(done.nbytes)}: {out}")
+    sections = ", ".join(section.title for section in done.page.sections)
+    output.show(done.to_json(), [f"{done.page.kind}: {sections}", f"{output.size(done.nbytes)}: {out}"])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--layers", type=numbers, required=True, help="In these layers of the model, such as 0,2 or 1-3.")
 @adapter_options.setting_option
 @options_of(
-    *(DistillData, "file"),
+    *(TextData, "file"),
     flags={"file": "--distill"},
     help={"file": "Train the mixers on this text to do what attention did."},
     required=False,
@@ -71,7 +71,7 @@ def command(source: str, out: Path, mixer: str, layers: tuple[int, ...], dry_run
             access.prepare().resolve(source)[0],
             out,
             spec,
-            data=optional_settings(DistillData, {"seq_length": judged_on.seq_length}),
+            data=optional_settings(TextData, {"seq_length": judged_on.seq_length}),
             training=training,
             judged_on=judged_on,
             seed=training.seed,

@@ -18,28 +18,21 @@ TRUST = {"help": "Run the code that a model brings along (auto_map in config.jso
 class TextData:
     """Text to calibrate, heal or distil on; 0 stands for what is usual for the work and the model."""
 
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file.", "metavar": "FILE"})
-    samples: int = field(default=512, metadata={"help": "Sequences of the calibration text at most.", "least": 1})
-    seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence at most.", "least": 2})
-    trust_remote_code: bool = field(default=False, metadata=TRUST)
-
-    def digest(self) -> str:
-        """What it is, for the manifest and for recognising unfinished work.
-
-        Raises:
-            ConfigError: when the file cannot be read.
-        """
-        if not self.file.is_file():
-            raise ConfigError(f"--calibrate {self.file}: no such file; a text, .csv or .jsonl file is accepted.")
-        body = hashlib.sha256(self.file.read_bytes()).hexdigest()
-        return f"{self.samples} x {self.seq_length} tokens of sha256:{body}"
-
-
-@dataclass(frozen=True)
-class HealData:
-    """Text to heal on."""
-
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file; a part of it is held out.", "metavar": "FILE"})
+    file: Path = field(
+        metadata={"help": "Text, .jsonl or .csv file; of text to train on, a part is held out.", "metavar": "FILE"}
+    )
+    samples: int = field(
+        default=0,
+        metadata={"help": "Sequences at most.", "least": 1, "unset": "512 to calibrate, 20000 to swap, all to heal"},
+    )
+    seq_length: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens of a sequence at most.",
+            "least": 2,
+            "unset": "256; 128 to heal what is no language model",
+        },
+    )
     batch_size: int = field(
         default=0,
         metadata={"help": "Sequences of a step and process.", "least": 1, "unset": "4 of language models, else 24"},
@@ -84,15 +77,6 @@ class EvalData:
     def has_text(self) -> bool:
         """Whether there is any."""
         return self.text is not None or self.sts is not None
-
-
-@dataclass(frozen=True)
-class DistillData:
-    """Text to train mixers on."""
-
-    file: Path = field(metadata={"help": "Text, .jsonl or .csv file.", "metavar": "FILE"})
-    samples: int = field(default=20000, metadata={"help": "Sequences at most; 0 for all."})
-    seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence at most.", "least": 2})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from spectral_surgery.text.heal_text import HealData
+
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import Healing, compress
 from spectral_surgery.commands.eval import Beside, EvalData, evaluate
@@ -21,7 +23,6 @@ from spectral_surgery.commands.train import TrainData, train
 from spectral_surgery.commands.train.from_scratch import train_from_scratch
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.live.swap import SwapSpec
-from spectral_surgery.text.heal_text import HealData
 from tests.commands.test_calibrate import save_model
 from tests.commands.test_report import page_of, section, sections
 from tests.commands.test_train import fourierft, settings

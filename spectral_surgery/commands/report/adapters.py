@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spectral_surgery.cards.adapters import adapter_facts
+from spectral_surgery.cards.adapters import adapter_card
 from spectral_surgery.commands.report.page import Cell, Page, Section, sides, size, table
 from spectral_surgery.commands.report.records import card_says, json_of, words
 from spectral_surgery.commands.report.sizes import Stored, bytes_figure, size_bars
@@ -41,7 +41,7 @@ def adapter_page(folder: Path, title: str) -> Page:
         "Made with": versions or (f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
     }
     facts = {name: text for name, text in facts.items() if text}
-    command = command or adapter_facts(config, index, metrics).command
+    command = command or adapter_card(config, index, metrics).command
     stored = [
         Stored(layer, sum(i.nbytes for i in infos), "q3", f"{sum(i.numel for i in infos):,} parameters")
         for layer, infos in layers.items()

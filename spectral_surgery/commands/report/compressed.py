@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spectral_surgery.cards.card import as_repository
-from spectral_surgery.cards.checkpoints import compress_command
+from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.codec.encoded import EncodingReport
 from spectral_surgery.commands.report.page import Cell, Page, Section, sides, size, table
 from spectral_surgery.commands.report.records import card_says, json_of, words
@@ -106,7 +106,7 @@ def _making(folder: Path, checkpoint: CompressedCheckpoint, sizes: tuple[int, in
         "Format": f"version {FORMAT_VERSION}",
         "Made with": versions,
     }
-    command = command or compress_command(manifest.options, origin)
+    command = command or compressed_card(checkpoint, origin).command
     return Section("How it was made", facts={name: text for name, text in facts.items() if text}, command=command)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_surgery.cards.card import as_repository
-from spectral_surgery.cards.checkpoints import merged_facts
+from spectral_surgery.cards.checkpoints import merged_card
 from spectral_surgery.commands.report.adapters import METRICS
 from spectral_surgery.commands.report.page import Cell, Page, Section, sides, size, table
 from spectral_surgery.commands.report.records import card_says, json_of, listed, mapping, numbers, words
@@ -50,7 +50,7 @@ def merged_page(folder: Path, title: str) -> Page:
         Section(
             "How it was made",
             facts=_facts(index, versions),
-            command=command or merged_facts(record, index).command,
+            command=command or merged_card(record, index).command,
             tables=_adapters(folder, record),
         ),
         Section("Where the bytes are", figures=bytes_figure(stored, legend)),
