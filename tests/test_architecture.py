@@ -12,7 +12,19 @@ import spectral_surgery
 
 PACKAGE = Path(spectral_surgery.__file__).parent
 LAYERS = (
-    {"errors", "registry", "options", "targets", "memory", "progress", "plotting", "pool", "run", "distributed"},
+    {
+        "after_import",
+        "errors",
+        "registry",
+        "options",
+        "targets",
+        "memory",
+        "progress",
+        "plotting",
+        "pool",
+        "run",
+        "distributed",
+    },
     {"transforms"},
     {"codec"},
     {"sparse"},
