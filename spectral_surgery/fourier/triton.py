@@ -20,7 +20,7 @@ def available() -> bool:
 
 
 def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
-    """The same as `mix.mix`: [T, bins] complex.
+    """The same as `gather_scatter.mix`: [T, bins] complex.
 
     Args:
         spectrum: [T, F] complex64 or complex128.
