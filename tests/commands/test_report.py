@@ -242,6 +242,16 @@ def test_an_adapter_is_counted_by_module(merged: Path, tmp_path: Path) -> None:
     assert {"setting": "r", "value": "2"} in rows(page, "Settings")
 
 
+@pytest.mark.parametrize("base", ["/home/somebody/models/small", "C:\\models\\small"])
+def test_folders_of_a_machine_are_not_told(merged: Path, tmp_path: Path, base: str) -> None:
+    shutil.copytree(merged.parent / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    page = page_of(tmp_path / "adapter", tmp_path / "page.html")
+    assert facts(section(page, "How it was made"))["Base model"] == "small"
+    assert "models" not in page.text
+
+
 @pytest.mark.parametrize(
     ("name", "method", "layer"),
     [

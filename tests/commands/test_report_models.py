@@ -116,6 +116,7 @@ def test_a_model_from_nothing_has_its_courses(tmp_path: Path) -> None:
     for row, model in zip(table, body["models"], strict=False):
         assert int(row["parameters"]) == model["parameters"]
         assert float(row["perplexity"]) == model["test"]["perplexity"]
+    assert {"setting": "file", "value": "text.txt"} in rows(page, "Data")
     for model in body["models"]:
         training = section(page, f"Training of {model['init']}")
         assert len(tips(training, "first")) == len(model["train_loss"])

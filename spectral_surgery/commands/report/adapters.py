@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spectral_surgery.cards.adapters import adapter_card
 from spectral_surgery.commands.report.page import Cell, Page, Section, sides, size, table
-from spectral_surgery.commands.report.records import card_says, json_of, words
+from spectral_surgery.commands.report.records import card_says, json_of, place, words
 from spectral_surgery.commands.report.sizes import Stored, bytes_figure, size_bars
 from spectral_surgery.commands.report.training import settings_table, training_section
 from spectral_surgery.files.header import TensorInfo, read_json
@@ -36,7 +36,7 @@ def adapter_page(folder: Path, title: str) -> Page:
     parameters = sum(info.numel for info in index.tensors.values())
     facts = {
         "Method": method,
-        "Base model": words(config.get("base_model_name_or_path")),
+        "Base model": place(config.get("base_model_name_or_path")),
         "Task": words(config.get("task_type")),
         "Made with": versions or (f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
     }

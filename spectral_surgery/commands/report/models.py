@@ -10,7 +10,7 @@ from spectral_surgery.cards.card import as_repository
 from spectral_surgery.cards.checkpoints import merged_card
 from spectral_surgery.commands.report.adapters import METRICS
 from spectral_surgery.commands.report.page import Cell, Page, Section, sides, size, table
-from spectral_surgery.commands.report.records import card_says, json_of, listed, mapping, numbers, words
+from spectral_surgery.commands.report.records import card_says, json_of, listed, mapping, numbers, place, words
 from spectral_surgery.commands.report.sizes import Stored, bytes_figure, size_bars
 from spectral_surgery.commands.report.training import before_and_after, settings_table, training_section
 from spectral_surgery.files.header import TensorInfo
@@ -79,7 +79,7 @@ def _adapters(folder: Path, record: MergeRecord) -> tuple[Any, ...]:
                 "factor": weight,
                 "method": words(config.get("peft_type")),
                 "rank": words(config.get("r")),
-                "base": words(config.get("base_model_name_or_path")),
+                "base": place(config.get("base_model_name_or_path")),
                 "tensors": changed,
             }
         )
@@ -191,6 +191,8 @@ def trained_page(folder: Path, title: str) -> Page:
         rows.append({"model": "unigram", **numbers(metrics.get("unigram"))})
     stored = [Stored(name, info.nbytes, "plain", info.dtype) for name, info in index.tensors.items()]
     parameters = sum(info.numel for info in index.tensors.values())
+    data = mapping(metrics.get("data"))
+    data = {**data, **{name: place(data[name]) for name in ("file", "tokenizer") if name in data}}
     sections = (
         Section(
             "How it was made",
@@ -198,7 +200,7 @@ def trained_page(folder: Path, title: str) -> Page:
             tables=(
                 *settings_table("Sizes", mapping(metrics.get("sizes"))),
                 *settings_table("Settings of the training", mapping(metrics.get("settings"))),
-                *settings_table("Data", mapping(metrics.get("data"))),
+                *settings_table("Data", data),
             ),
         ),
         Section("Models side by side", tables=table("Models", rows)),

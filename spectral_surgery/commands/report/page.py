@@ -54,10 +54,10 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
-    def is_number(self, column: int) -> bool:
-        """Whether a column holds numbers alone."""
-        cells = [row[column] for row in self.rows if row[column] is not None]
-        return bool(cells) and not any(isinstance(cell, str) for cell in cells)
+    def kinds(self) -> tuple[str, ...]:
+        """The class of the style sheet of each column: ``number`` where there are numbers alone."""
+        columns = [[cell for cell in column if cell is not None] for column in zip(*self.rows, strict=True)]
+        return tuple("number" if c and not any(isinstance(cell, str) for cell in c) else "" for c in columns)
 
 
 @dataclass(frozen=True)

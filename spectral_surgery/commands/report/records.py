@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from spectral_surgery.cards.card import read_card
+from spectral_surgery.cards.card import as_repository, read_card
 from spectral_surgery.commands.report.drawing import number
 from spectral_surgery.commands.report.page import Cell, shown
 from spectral_surgery.files.header import read_json
@@ -78,6 +78,12 @@ def words(value: object) -> str:
     if isinstance(plain, float) and math.isfinite(plain):
         return number(plain)
     return "" if plain is None else shown(plain)
+
+
+def place(value: object) -> str:
+    """A repository, or the last part of a path: pages are shown to others, and folders are of one machine."""
+    text = words(value)
+    return as_repository(text) or PureWindowsPath(text).name
 
 
 def layers(names: Iterable[str]) -> dict[str, str]:

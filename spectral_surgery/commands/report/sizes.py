@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -71,6 +71,7 @@ def bytes_figure(stored: Sequence[Stored], legend: Legend, what: str = "tensor")
 
 def layer_figures(measured: Mapping[str, EncodingReport]) -> tuple[Figure, ...]:
     """Bars of bits and of error for each layer, with a point for each of its tensors."""
+    drawn = set(sorted(measured, key=lambda name: -measured[name].weights)[:MARKS])
     members: dict[str, list[str]] = {}
     for name, layer in layers(measured).items():
         members.setdefault(layer, []).append(name)
@@ -82,12 +83,23 @@ def layer_figures(measured: Mapping[str, EncodingReport]) -> tuple[Figure, ...]:
         groups = []
         for layer, names in members.items():
             whole = value(reduce(add, (measured[name] for name in names)))
-            inside = tuple((value(measured[name]), f"{name}\n{value(measured[name]):.4g} {unit}") for name in names)
-            groups.append(Group(layer.removeprefix("layer "), whole, f"{layer}: {whole:.4g} {unit}", inside[:MARKS]))
+            inside = tuple(
+                (value(measured[name]), f"{name}\n{value(measured[name]):.4g} {unit}")
+                for name in names
+                if name in drawn
+            )
+            groups.append(Group(layer.removeprefix("layer "), whole, f"{layer}: {whole:.4g} {unit}", inside))
         worst = max(groups, key=lambda group: group.value)
         label = f"Bar chart of {unit} for {len(groups)} layers; the largest is {worst.name} with {worst.value:.4g}"
-        figures.append(Figure(title, label, bars(groups, unit), "Bars are layers, points their tensors."))
+        figures.append(
+            Figure(title, label, bars(groups, unit), f"Bars are layers, points their tensors{_some(measured)}.")
+        )
     return tuple(figures)
+
+
+def _some(marks: Sized) -> str:
+    """What a caption adds where not all are drawn."""
+    return f", the {MARKS} largest ones" if len(marks) > MARKS else ""
 
 
 def size_bars(title: str, unit: str, values: Mapping[str, int]) -> tuple[Figure, ...]:
@@ -127,8 +139,8 @@ def rate_figure(points: Sequence[tuple[str, float, float]], *, named: bool, what
         spans=(1.0, 4.0),
     )
     caption = (
-        f"A point for each {what}. The dashed line is 2 to the power of -R, the least error that R bits can leave of"
-        " independent Gaussian numbers of one scale; weights that are not quite so can lie below it."
+        f"A point for each {what}{_some(points)}. The dashed line is 2 to the power of -R, the least error that R bits"
+        " can leave of independent Gaussian numbers of one scale; weights that are not quite so can lie below it."
     )
     label = f"Scatter chart of relative error over bits per weight for {len(marks)} {what}s, with the Gaussian bound"
     legend = (("first", what), ("curve", "Gaussian bound"))
