@@ -14,7 +14,7 @@ from spectral_surgery.commands.report.page import Cell, shown
 from spectral_surgery.files.header import read_json
 
 _SECTION = re.compile(r"<!-- spectral-surgery:begin \w+ -->(.*?)<!-- spectral-surgery:end -->", re.DOTALL)
-_COMMAND = re.compile(r"\A(?:(?!^## ).)*?^```bash\n(.*?)\n```", re.DOTALL | re.MULTILINE)
+_COMMAND = re.compile(r"\A(?:(?!^## ).)*?^```bash\n(spectral-surgery [^\n]*)\n```", re.DOTALL | re.MULTILINE)
 _MADE_WITH = re.compile(r"^Made with (.+)\.$", re.MULTILINE)
 _NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)\.")
 _EMBEDDING = re.compile(r"embed|wte|wpe|shared", re.IGNORECASE)
