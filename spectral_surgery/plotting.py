@@ -27,7 +27,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def require_matplotlib() -> None:
-    """Find out before long work that there will be no plot. Raises BackendError when matplotlib is not installed."""
+    """Say before long work that there will not be a plot. Raises BackendError when matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401 - whether it is there
     except ImportError:

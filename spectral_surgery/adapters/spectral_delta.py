@@ -126,7 +126,7 @@ class SpectralDelta(nn.Module):
             scaling: factor of ΔW, by which the coefficients are divided.
 
         Raises:
-            ShapeError: when delta is no matrix.
+            ShapeError: when delta is not a matrix.
             ConfigError: when delta is not finite, or n_frequency or the transform do not fit.
         """
         if delta.ndim != 2:

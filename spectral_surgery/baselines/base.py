@@ -94,7 +94,7 @@ def in_groups(x: Tensor, size: int) -> Tensor:
 
 
 def whole_bytes(bits: int) -> int:
-    """Bytes that hold so many bits."""
+    """Bytes that hold a number of bits."""
     return -(-bits // 8)
 
 

@@ -210,7 +210,7 @@ class _Sections:
         self.left = len(parts)
 
     def take(self, size: int, *, exactly: bool = True) -> Bytes:
-        """The next one: ``size`` bytes, or at most so many where not exactly."""
+        """The next one: ``size`` bytes, or at most ``size`` where not exactly."""
         section = next(self._parts)
         self.left -= 1
         try:

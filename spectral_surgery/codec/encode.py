@@ -30,7 +30,7 @@ FloatArray = npt.NDArray[np.float32]
 
 _SAMPLE = 1 << 17
 _ATTEMPTS = 8
-_PILOT = 8  # one of so many frames, neither of the least energy nor of the most, on which a rate is tried first
+_PILOT = 8  # one of this many frames, neither of the least energy nor of the most, on which a rate is tried first
 _BITS_TOLERANCE = 0.004
 _BITS_NEAR = 0.05
 _EXPECTED_OVERHEAD = 1.014

@@ -20,7 +20,7 @@ from spectral_surgery.errors import ConfigError
 
 _DAMPING = 0.01  # of the mean: what the text never reached is not free
 _OCTAVES, _BINS = 200, 256  # of costs either side of one; bins of an octave
-_ROUNDING_SHARE = 0.025  # rounding may cost so much of what dropping costs...
+_ROUNDING_SHARE = 0.025  # rounding may cost this part of what dropping costs...
 _ROUNDING_FLOOR = 1e-4  # ...or of everything there is, where hardly anything is dropped
 
 

@@ -16,7 +16,7 @@ _OF_ANY_LENGTH = ("data", "places", "beyond")  # stored frames, and outliers: as
 class FormHolder(nn.Module):
     """Buffers named as the fields of a form. They keep their dtypes in ``.half()`` and its like.
 
-    What a form leaves in host memory is no buffer, so that it stays there; it is in the state all the same.
+    Tensors in host memory are not buffers, so that `.to(device)` does not move them; they are in the state dict.
     """
 
     def __init__(self, form: Form) -> None:

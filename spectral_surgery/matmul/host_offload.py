@@ -18,7 +18,7 @@ from spectral_surgery.matmul.int8 import Int8Form, int8_form
 from spectral_surgery.matmul.outliers import add_adjoint, add_levels, add_product
 from spectral_surgery.matmul.transfers import BUFFER_BYTES, bus
 
-_MOST_BEYOND = 1 << 12  # one code in so many may be beyond a nibble: these stay on the device
+_MOST_BEYOND = 1 << 12  # at most one code in 4096 may be an outlier: these stay on the device
 
 
 @dataclass(frozen=True)

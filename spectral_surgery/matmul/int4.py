@@ -16,7 +16,7 @@ from spectral_surgery.matmul.levels import Grid, grid_of
 from spectral_surgery.matmul.outliers import add_block, add_levels, add_product
 
 _LOW, _HIGH = -8, 7
-_MOST_BEYOND = 64  # one code in so many may be beyond a nibble
+_MOST_BEYOND = 64  # at most one code in 64 may be an outlier
 _FEW = 16  # tokens on a GPU: more are faster with unpacked levels than with outliers of their own
 _BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
@@ -106,7 +106,7 @@ def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
     """Nibbles of a spectrum, decoded block by block.
 
     Args:
-        most_beyond: one code in so many may be none of -8 to 7.
+        most_beyond: at most one code in this many may be outside of -8 to 7.
 
     Raises:
         ConfigError: when more of its codes do not fit 4 bits, or one of them or their offset no int8 grid.

@@ -81,7 +81,7 @@ def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
 
 
 def constant_shape(weight: Tensor) -> tuple[int, int]:
-    """(O, I) of a matrix that is no input, about which who traces need not be warned."""
+    """(O, I) of a matrix that is not an input, so that a trace needs no warning about it."""
     if not torch._C._is_tracing():
         return weight.shape[0], weight.shape[1]
     with warnings.catch_warnings():

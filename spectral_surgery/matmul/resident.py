@@ -21,7 +21,7 @@ class Resident:
     Attributes:
         name: how users choose it.
         build: spectrum to form; raises ConfigError when the codes do not fit.
-        most_bytes: on the device, at most, of so many weights that are stored in so many bytes.
+        most_bytes: (weights, stored bytes) -> bytes on the device at most.
         help: what it costs, in one line.
     """
 

@@ -20,7 +20,7 @@ Rows = Callable[[int, int], Tensor]
 def block_streaming_matmul(x: Tensor, weights: Weights, block_size: int = 512) -> Tensor:
     """Multiply by a weight that is only known as a spectrum, streaming over rows of the spectrum.
 
-    A block of rows or columns of a spectrum is no block of the weight: every coefficient reaches every weight of its
+    A block of rows or columns of a spectrum is not a block of the weight: every coefficient reaches every weight of its
     tile (of the whole matrix, for a Fourier spectrum). What is exact is to transform x, to take the products with the
     rows of the spectrum block by block, and to transform them back. Differentiable in x. Returns [..., O] in the dtype
     of x, computed in float32, or in float64 for float64.
@@ -31,8 +31,8 @@ def block_streaming_matmul(x: Tensor, weights: Weights, block_size: int = 512) -
         block_size: rows of the spectrum at a time, 1 or more.
 
     Raises:
-        ShapeError: when the weights are no matrix, or the width of x is not I.
-        DomainError: when x is not real floating, or the weights are a real tensor, which is no spectrum.
+        ShapeError: when the weights are not a matrix, or the width of x is not I.
+        DomainError: when x is not real floating, or the weights are a real tensor, which is not a spectrum.
         ConfigError: when block_size is less than 1.
     """
     shape = tuple(weights.shape)

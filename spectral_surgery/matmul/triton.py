@@ -45,7 +45,7 @@ class Blocks:
 
 
 def blocks(tokens: int, rows: int, terms: int) -> Blocks:
-    """How to cut a product of so many tokens, rows and terms."""
+    """How to cut a product of these numbers of tokens, rows and terms."""
     few = tokens <= _FEW
     height, width = (32, 128) if few else (128, 64)
     high = _FEW if few else 64

@@ -34,7 +34,7 @@ def expand(delta: Tensor, most: int, enough: float | None, config: Any) -> Expan
 
     Args:
         delta: [O, I] float32.
-        most: at most so many.
+        most: components at most.
         enough: energy with which to stop; None for ``most``.
         config: not used.
     """

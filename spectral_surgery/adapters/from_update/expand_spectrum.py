@@ -25,7 +25,7 @@ def expand_delta(delta: Tensor, most: int, enough: float | None, config: Any) ->
 
     Args:
         delta: [O, I] float32.
-        most: at most so many.
+        most: components at most.
         enough: energy with which to stop; None for ``most``.
     """
     coefficients = FAST[config.transform].forward2(delta).reshape(-1)
@@ -44,7 +44,7 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
 
     Args:
         delta: [O, I] float32.
-        most: at most so many.
+        most: components at most.
         enough: energy with which to stop; None for ``most``.
     """
     values, gains = _cosines(delta)
@@ -67,7 +67,7 @@ def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -
 
     Args:
         delta: [O, I] float32.
-        most: at most so many.
+        most: components at most.
         enough: energy with which to stop; None for ``most``.
     """
     rows, columns = delta.shape

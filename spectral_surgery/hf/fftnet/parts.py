@@ -180,7 +180,7 @@ def sinusoids(at: Tensor, width: int) -> Tensor:
 
 
 def mean_of_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens that are no padding: [B, T, D] to [B, D]; zero for a sequence of padding alone."""
+    """Mean over tokens that are not padding: [B, T, D] to [B, D]; zero for a sequence of padding alone."""
     if mask is None:
         return x.mean(1)
     real = mask.to(x.dtype)[..., None]

@@ -150,7 +150,7 @@ Source = Rows | Stack
 
 
 class LazyWeight(Tensor):
-    """A weight that is decompressed anew by everything that computes with it and is no product, and by ``.data``.
+    """A weight that is decompressed anew by ``.data`` and by whatever computes with it, products excepted.
 
     Setting its data raises NotMergeableError: adapters that are merged so would be lost without a word.
     """

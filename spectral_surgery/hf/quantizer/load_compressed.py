@@ -52,7 +52,7 @@ def load_compressed(
 
     Raises:
         BackendError: when transformers is not installed.
-        CheckpointError: when the folder is no compressed model.
+        CheckpointError: when the folder is not a compressed model.
         ConfigError: when there is no such resident form, or codes do not fit it.
         LimitError: when the weights do not fit max_memory.
     """
