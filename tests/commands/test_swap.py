@@ -191,7 +191,9 @@ def test_a_dense_model_is_not_swapped_on_the_fly() -> None:
     from spectral_surgery.hf.swapped_models import config_class, quantizer_class
 
     quantizer = quantizer_class()(config_class()(**SwapRecord("fnet", (0,), {}).to_json()), pre_quantized=False)
-    with pytest.raises(ConfigError, match="spectral_surgery_swap for a folder that is not swapped; a swapped one is"):
+    with pytest.raises(
+        ConfigError, match="spectral_surgery_swap for a folder that is not swapped; expected a swapped one"
+    ):
         quantizer.validate_environment()
     assert quantizer.is_trainable
     assert quantizer.is_qat_trainable
