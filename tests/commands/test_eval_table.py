@@ -194,7 +194,7 @@ def test_what_no_table_can_be_made_of(folder: Path) -> None:
         evaluate(a, None, EvalData(), reference=Reference(baselines=("prune",)))
     with pytest.raises(ConfigError, match=r"eval --baseline: expected a plain A .*, got compressed"):
         evaluate(b, None, EvalData(), reference=Reference(baselines=("int8",)))
-    with pytest.raises(ConfigError, match=r"eval --adapter: reference baselines or several B"):
+    with pytest.raises(ConfigError, match=r"eval --adapter: expected at most one B and no baselines with it, got more"):
         evaluate(a, b, EvalData(), reference=Reference(others=(b,)), adapter=folder)
     with pytest.raises(ConfigError, match=r"baseline 'int5': unknown"):
         evaluate(a, None, EvalData(), reference=Reference(baselines=("int5",)))

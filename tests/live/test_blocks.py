@@ -73,7 +73,7 @@ def test_models_without_blocks_or_text(model: Model) -> None:
     assert find_blocks(model)[0] == "layers"
     with pytest.raises(TargetError, match="Linear: expected a transformer, got a model without a list of blocks"):
         find_blocks(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="calibrate: no text"):
+    with pytest.raises(ConfigError, match="calibrate: expected some text, got none"):
         next(blocks_in_turn(model, []))
     model.layers.extend([Block() for _ in range(9)])
 
