@@ -28,52 +28,47 @@ class Setting:
 def settings_of(config: type[Any]) -> Iterator[Setting]:
     """The settings of a dataclass, in order."""
     hints = get_type_hints(config)
-    for own in fields(config):
-        default = own.default_factory() if own.default_factory is not MISSING else own.default
-        yield Setting(own.name, said(hints[own.name]), default, own.metadata.get("help", ""))
+    for field in fields(config):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        yield Setting(field.name, in_words(hints[field.name]), default, field.metadata.get("help", ""))
 
 
 def parse_settings(config: type[T], pairs: Sequence[str]) -> T:
-    """Make a settings object from texts.
+    """Make a settings object from texts such as ``name=value``, the other settings at their defaults.
 
-    Args:
-        config: a dataclass.
-        pairs: ``name=value``; a mapping as JSON. Of a name that comes twice, the last one counts.
-
-    Returns:
-        The settings, the others at their defaults.
+    A mapping is written as JSON. Of a name that comes twice, the last one counts.
 
     Raises:
-        ConfigError: for a text that is no pair, an unknown name, or a value that is not accepted.
+        ConfigError: for a text that is not a pair, an unknown name, or a value of another type.
     """
     hints = get_type_hints(config)
-    known = {own.name: own for own in settings_of(config)}
+    known = {setting.name: setting for setting in settings_of(config)}
     values = {}
     for pair in pairs:
-        name, found, text = pair.partition("=")
-        if not found:
-            raise ConfigError(f"setting '{pair}': is no NAME=VALUE; such as {next(iter(known))}=... is accepted.")
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"-o {pair}: expected NAME=VALUE, such as {next(iter(known))}=..., got '{pair}'.")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"setting '{name}': unknown; {', '.join(known)} are accepted.{hint}")
+            raise ConfigError(f"-o {pair}: expected one of {', '.join(known)}, got '{name}'.{hint}")
         try:
             values[name] = _parsed(hints[name], text)
         except ValueError:
-            own = known[name]
-            raise ConfigError(f"{name} '{text}': is not accepted; {own.accepts} is. {own.help}") from None
+            setting = known[name]
+            raise ConfigError(f"-o {pair}: expected {setting.accepts}, got '{text}'. {setting.help}") from None
     return config(**values)
 
 
-def said(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """A type in words: ``a whole number``, ``dct or hartley``."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        return " or ".join(said(part) for part in parts)
+        return " or ".join(in_words(part) for part in parts)
     if kind is Literal:
         return " or ".join(map(str, parts))
     if kind is not None:
-        return f'{{"pattern": {said(parts[1])}}}'
+        return f'{{"pattern": {in_words(parts[1])}}}'
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
 
 
@@ -89,10 +84,10 @@ def _parsed(hint: Any, text: str) -> Any:
     if kind is Literal:
         return _chosen({str(part): part for part in parts}, text)
     if kind is not None:
-        found = json.loads(text)  # its error is a ValueError
-        if not isinstance(found, dict):
+        mapping = json.loads(text)  # its error is a ValueError
+        if not isinstance(mapping, dict):
             raise ValueError(text)
-        return {key: _parsed(parts[1], json.dumps(value)) for key, value in found.items()}
+        return {key: _parsed(parts[1], json.dumps(value)) for key, value in mapping.items()}
     return _chosen(_TRUTH, text.lower()) if hint is bool else hint(text)
 
 

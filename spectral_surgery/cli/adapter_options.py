@@ -57,7 +57,7 @@ def spec_of(base: str, revision: str | None, bias: str) -> AdapterSpec:
     """A new adapter for a base model, as the options of this module say.
 
     Raises:
-        ConfigError: for an unknown method or setting, or a value that is not accepted.
+        ConfigError: for an unknown method or setting, or a value of another type.
     """
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.adapters.base import AdapterSpec
@@ -72,7 +72,7 @@ def config_of(method: str) -> Any:
     """The settings of a method, as -o says.
 
     Raises:
-        ConfigError: for an unknown method or setting, or a value that is not accepted.
+        ConfigError: for an unknown method or setting, or a value of another type.
     """
     from spectral_surgery.adapters import METHODS
 

@@ -87,8 +87,8 @@ def command(source: str, out: Path, base: str | None, workers: int, shard: str |
     before, name = access.others().resolve(base) if base else (None, None)
     options = from_options(CompressOptions, {"target": target, "base": name})
     if dry_run:
-        with access.outline(source) as found:
-            index, plan = plan_compression(found.path, options, compare=found.whole, base=before)
+        with access.outline(source) as outline:
+            index, plan = plan_compression(outline.path, options, compare=outline.whole, base=before)
         output.show({"dry_run": True, **plan.to_json(index)}, _plan_lines(index, plan))
         return
     path, origin = access.prepare().resolve(source)
@@ -141,7 +141,7 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
 
 
 def _text_lines(report: CompressReport) -> Iterator[str]:
-    """What text was good for, where there was some."""
+    """What calibrating and healing did."""
     reached, healed = report.calibration, report.healing
     if reached is not None:
         yield (

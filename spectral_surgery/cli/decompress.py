@@ -38,8 +38,8 @@ def command(
     keep_freed_memory()
     access = shared.hub_access()
     if dry_run:
-        with access.outline(source) as found:
-            _show_plan(found.path)
+        with access.outline(source) as outline:
+            _show_plan(outline.path)
         return
     path, origin = access.prepare().resolve(source)
     with output.progress(" tensors") as progress:

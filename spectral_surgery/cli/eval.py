@@ -97,9 +97,9 @@ def _check_plot(plot: Path, *, table: bool) -> None:
     from spectral_surgery.plotting import require_matplotlib
 
     if not table:
-        raise ConfigError("eval --plot: one model or two; several B or --baseline is accepted, whose table is drawn.")
+        raise ConfigError("eval --plot: expected several B or --baseline, whose table is drawn, got one model or two.")
     if not plot.parent.is_dir():
-        raise ConfigError(f"eval --plot: {plot.parent} is no folder; a file in an existing one is accepted. Create it.")
+        raise ConfigError(f"eval --plot: expected a file in an existing folder, got {plot}. Create {plot.parent}.")
     require_matplotlib()
 
 

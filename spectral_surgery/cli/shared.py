@@ -85,7 +85,7 @@ def hub_access() -> HubAccess:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     access = from_options(HubAccess)
     if access.private and not access.push:
-        raise click.UsageError("--private: says how --push makes a repository; it is accepted with that alone.")
+        raise click.UsageError("--private: expected with --push, got it alone. It says how --push makes a repository.")
     return access
 
 

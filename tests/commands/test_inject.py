@@ -20,7 +20,7 @@ from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, read_adapter
 from spectral_surgery.live import attach
 from spectral_surgery.live.resolve import candidates
 from spectral_surgery.live.skeleton import skeleton
-from spectral_surgery.options import parse_settings, said, settings_of
+from spectral_surgery.options import in_words, parse_settings, settings_of
 from spectral_surgery.targets import ModuleTargets
 from tests.support.checkpoints import gaussian, llama_like, write_folder
 from tests.support.tiny import MODELS, outputs, tiny
@@ -169,15 +169,15 @@ def test_settings_are_read_by_their_types(method: str, pairs: list[str], expecte
 @pytest.mark.parametrize(
     ("method", "pair", "match"),
     [
-        ("lora", "r", "setting 'r': is no NAME=VALUE; such as r="),
-        ("lora", "rank=3", "setting 'rank': unknown; r, lora_alpha, rank_pattern, alpha_pattern are accepted"),
+        ("lora", "r", "-o r: expected NAME=VALUE, such as r="),
+        ("lora", "rank=3", "-o rank=3: expected one of r, lora_alpha, rank_pattern, alpha_pattern, got 'rank'"),
         ("fourierft", "n_frequenzy=3", "Did you mean n_frequency?"),
-        ("lora", "r=2.5", r"r '2\.5': is not accepted; a whole number is\. Rank\."),
-        ("lora", "rank_pattern=3", r"rank_pattern '3': is not accepted; \{\"pattern\": a whole number\} is"),
-        ("lora", "rank_pattern={", "rank_pattern '{': is not accepted"),
-        ("foura", "transform=fft", "transform 'fft': is not accepted; dct or hartley or dft is"),
-        ("foura", "use_gate=1", "use_gate '1': is not accepted; true or false is"),
-        ("fourierft", "scaling=big", "scaling 'big': is not accepted; a number or auto is"),
+        ("lora", "r=2.5", r"-o r=2\.5: expected a whole number, got '2\.5'\. Rank\."),
+        ("lora", "rank_pattern=3", r"-o rank_pattern=3: expected \{\"pattern\": a whole number\}, got '3'"),
+        ("lora", "rank_pattern={", "-o rank_pattern={: expected "),
+        ("foura", "transform=fft", "-o transform=fft: expected dct or hartley or dft, got 'fft'"),
+        ("foura", "use_gate=1", "-o use_gate=1: expected true or false, got '1'"),
+        ("fourierft", "scaling=big", "-o scaling=big: expected a number or auto, got 'big'"),
     ],
 )
 def test_wrong_settings_say_what_is_accepted(method: str, pair: str, match: str) -> None:
@@ -191,7 +191,7 @@ def test_every_setting_of_every_method_has_help_and_accepts_its_default() -> Non
             text = json.dumps(setting.default) if isinstance(setting.default, (dict, bool)) else str(setting.default)
             assert setting.help
             assert getattr(parse_settings(row.config, [f"{setting.name}={text}"]), setting.name) == setting.default
-    assert said(str) == "a text"
+    assert in_words(str) == "a text"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_adapters_that_are_made_and_not_trained(hub: LoopbackHub, client: Client
     assert 'resolve("me/delta")' in text
     done = client("inject", "org/base", tmp_path / "x", *settings, "--private")
     assert done.code == 2
-    assert "--private: says how --push makes a repository; it is accepted with that alone." in done.stderr
+    assert "--private: expected with --push, got it alone." in done.stderr
 
 
 def test_token_and_revision_reach_every_source(hub: LoopbackHub, client: Client, base: Path, tmp_path: Path) -> None:
