@@ -46,11 +46,6 @@ class MeasuredLayer(Protocol):
 def adapter_card(config: Mapping[str, object], index: CheckpointIndex, metrics: Mapping[str, Any]) -> CardContent:
     """The card of an adapter in PEFT's format.
 
-    Args:
-        config: its adapter_config.json.
-        index: headers of its tensors.
-        metrics: what `train` wrote beside it; empty without.
-
     Returns:
         With metrics, the command and a table of what was measured; else a table of its tensors.
     """

@@ -53,9 +53,6 @@ def derived(source: str | None, content: CardContent) -> str:
         source: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
             follows ours. Metadata that cannot be read are left where they are.
         content: about the new one.
-
-    Returns:
-        The text of the card.
     """
     text = _unix(source or "").removeprefix("\ufeff")
     try:
@@ -87,11 +84,8 @@ def refreshed(text: str, content: CardContent) -> str:
         text: the card. Without a section of ours, one is put below the metadata.
         content: what the section says. Metadata are added where the card has none; those it has stay.
 
-    Returns:
-        The text of the card.
-
     Raises:
-        ConfigError: when the metadata of the card are no YAML.
+        ConfigError: when the metadata of the card are not YAML.
     """
     return _placed(text, _section(content, "new"), content.metadata())
 
@@ -136,10 +130,6 @@ def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
 def reconciled(here: str, there: str | None) -> str | None:
     """Which of two cards to build on, when one is in a folder and one on the Hub.
 
-    Args:
-        here: the card in the folder.
-        there: the card on the Hub, if any.
-
     Returns:
         The one that a person has edited; the one here when neither was, or when their texts agree; None when both
         were edited and differ.
@@ -164,7 +154,7 @@ def metadata(text: str) -> dict[str, Any]:
     """Metadata of a card.
 
     Raises:
-        ConfigError: when they are no YAML mapping.
+        ConfigError: when they are not a YAML mapping.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -174,13 +164,13 @@ def metadata(text: str) -> dict[str, Any]:
     try:
         written = yaml.safe_load(front.group(1)) or {}
         if not isinstance(written, dict):
-            raise TypeError("it is no mapping")
+            raise TypeError("it is not a mapping")
         found: dict[str, Any] = _card_data(written | {"ignore_metadata_errors": True}).to_dict()
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{FILE_NAME}: the metadata cannot be read ({reason}); YAML of keys and values between two lines of --- is "
-            "accepted. Correct or remove them."
+            f"{FILE_NAME}: the metadata cannot be read ({reason}); expected YAML of keys and values between two lines"
+            " of ---. Correct or remove them."
         ) from None
     return found
 
@@ -195,7 +185,7 @@ def read_card(folder: Path) -> str | None:
     """The card of a folder, None without one.
 
     Raises:
-        ConfigError: when it is no UTF-8 text.
+        ConfigError: when it is not UTF-8 text.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -203,7 +193,7 @@ def read_card(folder: Path) -> str | None:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{FILE_NAME}: is no UTF-8 text ({error.reason}); UTF-8 is accepted. Convert it.") from None
+        raise ConfigError(f"{FILE_NAME}: is not UTF-8 text ({error.reason}); expected UTF-8. Convert it.") from None
 
 
 def is_untouched_template(text: str) -> bool:

@@ -52,18 +52,11 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
     Of a compressed checkpoint every checksum of the manifest is verified; of an adapter the configuration, and that
     its values are finite.
 
-    Args:
-        folder: written by one of our commands, by transformers or by PEFT.
-        progress: called after each compressed tensor.
-
-    Returns:
-        What it is.
-
     Raises:
         CheckpointError: when it is incomplete or damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a folder with a checkpoint or an adapter is accepted.")
+        raise CheckpointError(f"{folder}: no such folder; expected a folder with a checkpoint or an adapter.")
     if (folder / FILE_NAME).exists():
         return _compressed(folder, progress)
     if (folder / ADAPTER_CONFIG).exists():
@@ -71,8 +64,8 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
     index = read_index(folder)
     if is_compressed(folder):
         raise CheckpointError(
-            f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; a complete folder is "
-            "accepted. Compress again, or fetch it again."
+            f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; expected a complete folder."
+            " Compress again, or fetch it again."
         )
     content = merged_card(read_record(folder), index) if is_merged(folder) else plain_card(index)
     return Checked("dense", index, content, complete=False)
@@ -93,19 +86,19 @@ def _adapter(folder: Path) -> Checked:
     config: Mapping[str, object] = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise CheckpointError(
-            f"{folder.name}/{ADAPTER_CONFIG}: peft_type is {named([config.get('peft_type')])}; the name of a method is "
-            "accepted. Save the adapter again."
+            f"{folder.name}/{ADAPTER_CONFIG}: peft_type is {named([config.get('peft_type')])}; expected the name of a"
+            " method. Save the adapter again."
         )
     if not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
-            f"{folder.name}: {ADAPTER_FILE} is missing; an adapter in the format of PEFT is accepted. Save it again."
+            f"{folder.name}: {ADAPTER_FILE} is missing; expected an adapter in the format of PEFT. Save it again."
         )
     index = read_index(folder, adapters=True)
     for name, info in index.tensors.items():
         floating = info.dtype in (*FLOATS, *FLOATS8)
         if floating and not all(bool(torch.isfinite(piece.float()).all()) for piece in flat_pieces(info)):
             raise CheckpointError(
-                f"{folder.name}: {name} has NaN or infinite values; finite ones are accepted. Train the adapter again."
+                f"{folder.name}: {name} has NaN or infinite values; expected finite ones. Train the adapter again."
             )
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
     return Checked("adapter", index, adapter_card(config, index, metrics), complete=bool(metrics))

@@ -57,14 +57,7 @@ def compressed_card(checkpoint: CompressedCheckpoint, origin: str | None) -> Car
 def decompressed_card(
     manifest: Manifest, index: CheckpointIndex, dtype: str | None, origin: str | None = None
 ) -> CardContent:
-    """The card of a plain checkpoint made from a compressed one.
-
-    Args:
-        manifest: of the compressed one.
-        index: headers of the compressed one.
-        dtype: floating tensors were stored in it, if given.
-        origin: repository of the compressed one, if it has one.
-    """
+    """The card of a plain checkpoint made from a compressed one."""
     options = {"dtype": dtype, "base": base_name(manifest.options)}
     return CardContent(
         "decompressed",
@@ -94,12 +87,7 @@ def merged_card(record: MergeRecord, index: CheckpointIndex, origin: str | None 
 
 
 def swapped_card(index: CheckpointIndex, report: Mapping[str, Any]) -> CardContent:
-    """The card of a checkpoint with mixers in place of attention.
-
-    Args:
-        index: headers of the original.
-        report: `SwapReport.to_json`.
-    """
+    """The card of a checkpoint with mixers in place of attention."""
     base = as_repository(index.config.get("_name_or_path"))
     layers, training = ",".join(map(str, report["layers"])), report["training"] or {}
     options = {

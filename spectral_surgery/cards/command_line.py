@@ -57,11 +57,7 @@ def stored_command(text: object, place: str, repository: str | None) -> str:
 
 
 def compress_command(options: CompressOptions) -> str:
-    """The command that makes the same bytes; text is named by its checksum elsewhere, not by its path.
-
-    Args:
-        options: as they were settled.
-    """
+    """The command that makes the same bytes; text is named by its checksum elsewhere, not by its path."""
     chosen = changed(options)
     del chosen["target"]
     if not (options.calibration or options.importance):

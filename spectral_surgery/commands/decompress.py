@@ -140,7 +140,7 @@ def _dtype_code(dtype: str | None) -> str | None:
         return None
     names = {str(DTYPES[code]).removeprefix("torch."): code for code in (*FLOATS, *FLOATS8)}
     if dtype not in names:
-        raise ConfigError(f"--dtype {dtype}: unknown; {', '.join(names)} are accepted.")
+        raise ConfigError(f"--dtype {dtype}: unknown; expected {', '.join(names)}.")
     return names[dtype]
 
 
@@ -232,8 +232,8 @@ def _verify(work: _Entries, folder: Path) -> list[str]:
 def _verify_sum(work: _Entries, name: str, written: TensorInfo, dtype: torch.dtype) -> list[str]:
     """A difference is far below the rounding of a norm, so each part is decoded and added once more."""
     record, energy, start = work.checkpoint.manifest.tensors[name], 0.0, 0
-    for weight, own in work.weights(name, record):
-        energy += own
+    for weight, part_energy in work.weights(name, record):
+        energy += part_energy
         expected = _cast(weight, dtype).reshape(-1)
         if not _same_bits(read_flat(written, start, start + len(expected)), expected):
             return [f"{name}: is not the sum of the base and the difference"]

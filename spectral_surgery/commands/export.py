@@ -119,7 +119,7 @@ def export(
 
     Raises:
         CheckpointError: when something is damaged, does not fit, or out is taken.
-        ConfigError: when a size or the base is needed, or not accepted.
+        ConfigError: when a size or the base is needed, or is of no use.
         NotMergeableError: when the adapter is not one weight update, as with a gate that is not frozen.
     """
     started = time.perf_counter()
@@ -178,12 +178,6 @@ class ExportPlan:
 def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Size | None = None) -> ExportPlan:
     """Read an adapter and the headers of its base, and see whether it can be written in another form.
 
-    Args:
-        adapter: as in `export`.
-        form: as in `export`.
-        base: as in `export`.
-        size: as in `export`.
-
     Raises:
         CheckpointError: as `export`.
         ConfigError: as `export`.
@@ -192,14 +186,14 @@ def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Siz
     state = read_adapter(adapter)
     if state.only_merged:
         raise ConfigError(
-            f"{adapter}: has {state.only_merged}, which other forms have no place for; an adapter without is accepted."
+            f"{adapter}: has {state.only_merged}, which other forms have no place for; expected an adapter without."
             " Merge it, or use it with PEFT."
         )
     model = base_model(read_index(base)) if base is not None else None
     if model is None and needs_base(state, form):
         raise ConfigError(
             f"{state.spec.method.name} to {form}: names and shapes of the base model are needed, for which headers are"
-            " enough; a folder or a repository is accepted. Use --base."
+            " enough; expected a folder or a repository. Use --base."
         )
     updates = [_update(state, layer, model) for layer in state.layers]
     updates[0].delta()  # a gate is refused before anything is computed
@@ -209,8 +203,8 @@ def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Siz
     exact = size is None and EXTRACTORS[form].unit == "rank" and name in _LOW_RANK
     if size is None and not exact:
         raise ConfigError(
-            f"{name} to {form}: is an approximation, and no size was given; bytes, an error or a"
-            f" {EXTRACTORS[form].unit} are accepted. Only foura and lora become each other exactly."
+            f"{name} to {form}: is an approximation, and no size was given; expected bytes, an error or a"
+            f" {EXTRACTORS[form].unit}. Only foura and lora become each other exactly."
         )
     return ExportPlan(state, model, updates, exact)
 
@@ -241,7 +235,7 @@ def _weight(state: AdapterState, layer: str, base: BaseModel) -> tuple[TensorInf
     info = found.whole if found else None
     if info is None or len(info.shape) < 2:
         raise CheckpointError(
-            f"{base.index.root}: has no matrix {layer}.weight; the base of the adapter is accepted. Use --base."
+            f"{base.index.root}: has no matrix {layer}.weight; expected the base of the adapter. Use --base."
         )
     return info, base.is_transposed(state, layer, info.shape)
 
@@ -258,15 +252,15 @@ def _update(state: AdapterState, layer: str, base: BaseModel | None) -> Update:
 
 def _converted(work: _Work, form: str, size: Size | None, config: Any) -> Fit:
     extractor = EXTRACTORS[form]
-    own = extractor.method.config() if config is None else config
-    extractor.check(own)
+    settings = extractor.method.config() if config is None else config
+    extractor.check(settings)
     dtype = DTYPES[work.dtype]
     if size is None:
-        return _rewritten(work, extractor, own, dtype)
+        return _rewritten(work, extractor, settings, dtype)
     names = [f"{layer}.{form}_adapter.positions" for layer in work.state.layers]
     extra = work.state.extra
     size = room(size, [*names, *names, *extra], sum(tensor.nbytes for tensor in extra.values()))
-    return fit(extractor, own, work.updates, size, dtype=dtype, report=work.steps.advance)
+    return fit(extractor, settings, work.updates, size, dtype=dtype, report=work.steps.advance)
 
 
 def _rewritten(work: _Work, extractor: Extractor, config: Any, dtype: torch.dtype) -> Fit:
@@ -279,7 +273,7 @@ def _rewritten(work: _Work, extractor: Extractor, config: Any, dtype: torch.dtyp
         used = used if bool(used.any()) else ~used
         parts[update.layer] = {"down": down[used], "up": up[:, used].T}
         work.steps.advance(update.layer)
-    counts = {layer: len(own["down"]) for layer, own in parts.items()}
+    counts = {layer: len(factors["down"]) for layer, factors in parts.items()}
     settled = extractor.settle(config, counts)
     layers = {}
     for update in work.updates:

@@ -81,10 +81,6 @@ class InjectPlan:
 def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
     """Choose the layers and settle the settings; only headers and the configuration are read.
 
-    Args:
-        source: a checkpoint, or the outline of one.
-        spec: as asked: targets and settings may be left open.
-
     Returns:
         The plan. Layers are those of the model that transformers builds from the configuration; of one that it does
         not know, they are guessed from the names and shapes of tensors, and the notes say so.
@@ -206,7 +202,7 @@ def _shared(names: TensorNames, layers: Iterable[str]) -> tuple[str, ...]:
         found = names.find(f"{layer}.weight")
         if found is not None:
             by_weight.setdefault(found.name, []).append(layer)
-    together = [own for own in by_weight.values() if len(own) > 1]
+    together = [group for group in by_weight.values() if len(group) > 1]
     if not together:
         return ()
     return (
@@ -220,8 +216,8 @@ def _refuse_misread(index: CheckpointIndex, spec: AdapterSpec, layers: Iterable[
     if misread:
         name, reason = next(iter(misread.items()))
         raise TargetError(
-            f"target_modules: {name} and {len(misread) - 1} more are among them, and {reason}; other layers or methods"
-            " are accepted. Use --exclude-modules, or --method."
+            f"target_modules: {name} and {len(misread) - 1} more are among them, and {reason}; expected other layers"
+            " or methods. Use --exclude-modules, or --method."
         )
 
 
@@ -236,18 +232,20 @@ def _copied(
     """What is trained whole: modules_to_save and biases, as `live.attach.state_of` names them."""
     targets = spec.targets
     wanted = {name: name for name in model.state_dict() if targets.saves(name)}
-    for own in asked:
-        if not any(replace(targets, modules_to_save=(own,)).saves(name) for name in wanted):
-            raise TargetError(f"modules_to_save {own}: not in {names.index.root}; names or ends of names are accepted.")
+    for wanted_module in asked:
+        if not any(replace(targets, modules_to_save=(wanted_module,)).saves(name) for name in wanted):
+            raise TargetError(
+                f"modules_to_save {wanted_module}: not in {names.index.root}; expected names or ends of names."
+            )
     for module, host in model.named_modules():
         chosen = module in layers if targets.bias.endswith("_only") else targets.bias == "all"
         if chosen and host._parameters.get("bias") is not None and f"{module}.bias" not in wanted:
             wanted[f"{module}.base_layer.bias" if module in layers else f"{module}.bias"] = f"{module}.bias"
-    stored = {own: names.find(own) for own in wanted.values()}
+    stored = {parameter: names.find(parameter) for parameter in wanted.values()}
     absent = [name for name, found in stored.items() if found is None]
     if absent:
         raise CheckpointError(
-            f"{names.index.root}: {named(absent)} is to be trained whole and is not in the files; what they have"
-            " is accepted. Choose other modules_to_save, or another bias."
+            f"{names.index.root}: {named(absent)} is to be trained whole and is not in the files; expected what they"
+            " have. Choose other modules_to_save, or another bias."
         )
-    return {name: found for name, own in wanted.items() if (found := stored[own]) is not None}
+    return {name: found for name, parameter in wanted.items() if (found := stored[parameter]) is not None}

@@ -82,7 +82,7 @@ def pull(
     started = time.perf_counter()
     repository = hub.remote(source, revision)
     if repository is None:
-        raise HubError(f"{source}: is a path; org/name or hf://org/name is accepted. Copy folders as they are.")
+        raise HubError(f"{source}: is a path; expected org/name or hf://org/name. Copy folders as they are.")
     partial = partial_folder(out, overwrite=overwrite)
     if partial.exists() and not (partial / _MARK).exists():
         raise CheckpointError(f"{partial.name}: holds unfinished work of another command. Finish or remove it first.")
@@ -102,7 +102,8 @@ def _matching(listing: hub.Listing, include: Sequence[str]) -> list[str]:
     for glob in include:
         if not any(fnmatchcase(name, glob) for name in listing.files):
             raise TargetError(
-                f"--include {glob!r}: matches none of {len(listing.files)} files of {listing.repository}; globs of "
-                "file names are accepted. Look at the names on its page."
+                f"--include {glob!r}: matches none of {len(listing.files)} files of {listing.repository}; expected"
+                " globs of "
+                "file names. Look at the names on its page."
             )
     return sorted(name for name in listing.files if any(fnmatchcase(name, glob) for glob in include))

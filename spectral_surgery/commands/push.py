@@ -98,7 +98,7 @@ def push(
     started = time.perf_counter()
     target = hub.to_push(repository, revision)
     if revision and create_pr:
-        raise ConfigError("--create-pr: opens a pull request to the default branch; no --revision is accepted with it.")
+        raise ConfigError("--create-pr: opens a pull request to the default branch; expected no --revision with it.")
     checked = check_folder(folder, progress=progress)
     files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder)}
     here = card_text(folder, checked, target.name)
@@ -123,8 +123,8 @@ def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None
     kept = cards.reconciled(here, there)
     if kept is None:
         raise HubError(
-            f"{listing.repository}: {cards.FILE_NAME} was edited on the Hub and in {folder.name}; one edited card is "
-            "accepted. Merge both into the one on the Hub, and remove the one here."
+            f"{listing.repository}: {cards.FILE_NAME} was edited on the Hub and in {folder.name}; expected one edited"
+            " card. Merge both into the one on the Hub, and remove the one here."
         )
     return kept if kept == here else cards.transplanted(kept, here)
 

@@ -45,9 +45,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _AGAIN = "Download or write it again."
 _LOOKALIKES: Mapping[bytes, str] = MappingProxyType(
     {
-        b"version ": "a Git LFS pointer; the weights themselves are accepted. Run `git lfs pull`.",
-        b"PK\x03\x04": "a zip archive, as torch.save writes; safetensors is accepted. Convert it.",
-        b"GGUF": "a GGUF file; safetensors is accepted. Use the checkpoint it was made from.",
+        b"version ": "a Git LFS pointer; expected the weights themselves. Run `git lfs pull`.",
+        b"PK\x03\x04": "a zip archive, as torch.save writes; expected safetensors. Convert it.",
+        b"GGUF": "a GGUF file; expected safetensors. Use the checkpoint it was made from.",
     }
 )
 
@@ -94,12 +94,6 @@ class Header:
 def read_header(file: Path) -> Header:
     """Read and check the header of one safetensors file; its data is not touched.
 
-    Args:
-        file: the file.
-
-    Returns:
-        The checked header.
-
     Raises:
         CheckpointError: when the header is damaged or disagrees with the size of the file.
         LimitError: when it is longer than HEADER_LIMIT.
@@ -110,7 +104,7 @@ def read_header(file: Path) -> Header:
         raw = stream.read(length)
     if not raw.startswith(b"{"):
         raise CheckpointError(
-            f"{file}: not a safetensors file: its header begins with {raw[:8]!r}; a JSON object is accepted. {_AGAIN}"
+            f"{file}: not a safetensors file: its header begins with {raw[:8]!r}; expected a JSON object. {_AGAIN}"
         )
     header = _parse_object(raw, f"{file}: the header")
     metadata = _metadata(file, header.pop(METADATA_KEY, None))
@@ -123,20 +117,14 @@ def read_header(file: Path) -> Header:
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object from a file of bounded size; repeated keys are refused.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The parsed object.
-
     Raises:
-        CheckpointError: when it cannot be read or is no JSON object.
+        CheckpointError: when it cannot be read or is not a JSON object.
         LimitError: when it is larger than HEADER_LIMIT.
     """
     with reading(path), path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > HEADER_LIMIT:
-            raise LimitError(f"{path}: {size} bytes; at most {HEADER_LIMIT} of JSON are accepted. {_AGAIN}")
+            raise LimitError(f"{path}: {size} bytes; expected at most {HEADER_LIMIT} of JSON. {_AGAIN}")
         raw = stream.read(size)
     return _parse_object(raw, f"{path}: the file")
 
@@ -148,7 +136,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); readable files are accepted."
+            f"{path}: cannot be read ({error.strerror or error}); expected readable files."
             " Check the path and its permissions."
         ) from error
 
@@ -172,7 +160,7 @@ def _parse_object(raw: bytes, where: str) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}). {_AGAIN}") from None
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where} is not a JSON object, which alone is accepted. {_AGAIN}")
+        raise CheckpointError(f"{where} is not JSON of one object. {_AGAIN}")
     return parsed
 
 
@@ -194,12 +182,12 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
     if length > HEADER_LIMIT:
         raise LimitError(
             f"{file}: damaged, or not a safetensors file: it claims a header of {length} bytes;"
-            f" at most {HEADER_LIMIT} are accepted. {_AGAIN}"
+            f" expected at most {HEADER_LIMIT}. {_AGAIN}"
         )
     if length > size - 8:
         raise CheckpointError(
             f"{file}: truncated: it claims a header of {length} bytes and is {size} bytes in all;"
-            f" whole files are accepted. {_AGAIN}"
+            f" expected whole files. {_AGAIN}"
         )
     return length
 
@@ -208,7 +196,7 @@ def _metadata(file: Path, metadata: object) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise CheckpointError(f"{file}: {METADATA_KEY} is {named([metadata])}; text by key is accepted. {_AGAIN}")
+        raise CheckpointError(f"{file}: {METADATA_KEY} is {named([metadata])}; expected text by key. {_AGAIN}")
     return metadata
 
 
@@ -217,16 +205,16 @@ def _tensor_info(file: Path, name: str, entry: object, data: int, size: int) -> 
         return CheckpointError(f"{file}: tensor {named([name])} {what}. {_AGAIN}")
 
     if _SURROGATE.search(name):
-        raise damaged("has a name with half a surrogate pair; valid Unicode is accepted")
+        raise damaged("has a name with half a surrogate pair; expected valid Unicode")
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise damaged(f"is described by {named([entry])}; dtype, shape and data_offsets are accepted")
+        raise damaged(f"is described by {named([entry])}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise damaged(f"has dtype {named([dtype])}; {', '.join(DTYPE_BITS)} are accepted")
+        raise damaged(f"has dtype {named([dtype])}; expected {', '.join(DTYPE_BITS)}")
     if not _are_sizes(shape) or len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) >= 2**63:
-        raise damaged(f"has shape {named([shape])}; up to {MAX_RANK} sizes with a product below 2**63 are accepted")
+        raise damaged(f"has shape {named([shape])}; expected up to {MAX_RANK} sizes with a product below 2**63")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(f"has data_offsets {named([offsets])}; a begin and an end not before it are accepted")
+        raise damaged(f"has data_offsets {named([offsets])}; expected a begin and an end not before it")
     start, stop = data + offsets[0], data + offsets[1]
     if stop > size:
         raise damaged(f"ends at byte {stop} of a file of {size} bytes, which seems truncated")
@@ -247,9 +235,8 @@ def _check_layout(file: Path, tensors: Iterable[TensorInfo], data: int, size: in
             gap = info.start - end
             what = f"leaves a hole of {gap} bytes after" if gap > 0 else f"overlaps {-gap} bytes of"
             raise CheckpointError(
-                f"{file}: tensor {named([info.name])} {what} the data before it;"
-                f" one after the other is accepted. {_AGAIN}"
+                f"{file}: tensor {named([info.name])} {what} the data before it; expected one after the other. {_AGAIN}"
             )
         end += info.nbytes
     if end != size:
-        raise CheckpointError(f"{file}: {size - end} bytes follow the last tensor; none are accepted. {_AGAIN}")
+        raise CheckpointError(f"{file}: {size - end} bytes follow the last tensor; expected none. {_AGAIN}")

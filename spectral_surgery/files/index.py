@@ -97,11 +97,7 @@ class CheckpointIndex:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter in PEFT's format, and no model beside it.
-
-    Args:
-        folder: any path.
-    """
+    """Whether a folder holds an adapter in PEFT's format, and no model beside it."""
     if not (folder / _ADAPTER_CONFIG).is_file() or (folder / INDEX_FILE).is_file():
         return False
     return all(path.name in _ADAPTER_FILES for path in folder.glob("*.safetensors"))
@@ -117,7 +113,7 @@ def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
         source: a folder with an indexed, a single or several ``.safetensors`` files, or one
             safetensors file of any name. Weights at the top level of a folder are the model.
             Links to files are followed, links to folders are not.
-        adapters: whether the folder of an adapter, which is no model, will do.
+        adapters: whether the folder of an adapter, which is not a model, will do.
 
     Returns:
         The index; a lone file has neither other files nor configuration.
@@ -132,8 +128,7 @@ def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
             return _lone_file(source)
         if not source.is_dir():
             raise CheckpointError(
-                f"{source}: no such file or folder; a .safetensors file or a folder with some is"
-                " accepted. Check the path."
+                f"{source}: no such file or folder; expected a .safetensors file or a folder with some. Check the path."
             )
         if not adapters:
             refuse_adapter(source)
@@ -163,21 +158,21 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{path}: weight_map is {named([weight_map])}; the file of every tensor by name is"
-            " accepted. Download it again."
+            f"{path}: weight_map is {named([weight_map])}; expected the file of every tensor by name. Download it"
+            " again."
         )
     if root / SINGLE_FILE in top and SINGLE_FILE not in weight_map.values():
         return {}  # as transformers loads it
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: tensor {named([name])} is in {named([shard])}; a .safetensors file is"
-                " accepted. Download it again."
+                f"{path}: tensor {named([name])} is in {named([shard])}; expected a .safetensors file. Download it"
+                " again."
             )
         parts = PureWindowsPath(shard)  # knows both separators, and drives
         if parts.anchor or ".." in parts.parts:
             raise CheckpointError(
-                f"{path}: {named([shard])} leads out of the folder; paths below it are accepted."
+                f"{path}: {named([shard])} leads out of the folder; expected paths below it."
                 " Do not trust this checkpoint."
             )
     return weight_map
@@ -210,7 +205,7 @@ def _unindexed(root: Path, top: set[Path]) -> list[Path]:
         hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
     elif deeper:
         hint = f"Give one of its folders that have some: {named(deeper)}."
-    raise CheckpointError(f"{root}: no weights; a folder with .safetensors files is accepted. {hint}")
+    raise CheckpointError(f"{root}: no weights; expected a folder with .safetensors files. {hint}")
 
 
 def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
@@ -231,17 +226,14 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
             f"    safetensors.torch.save_file(tensors, {target!r})"
         )
     raise CheckpointError(
-        f"{root}: the weights are pickled ({named(names)}); safetensors is accepted, and pickle"
-        " refused since loading it can run code. If you trust who made it, convert it once with"
+        f"{root}: the weights are pickled ({named(names)}); expected safetensors, since to"
+        " load a pickle can run code. If you trust who made it, convert it once with"
         f" these lines of Python:\n{convert}"
     )
 
 
 def refuse_adapter(folder: Path) -> None:
     """Refuse the folder of an adapter where a model is needed.
-
-    Args:
-        folder: any path.
 
     Raises:
         CheckpointError: when it is one.
@@ -252,7 +244,7 @@ def refuse_adapter(folder: Path) -> None:
     base = config.get("base_model_name_or_path")
     known = named([base]) if isinstance(base, str) and base else "a base model"
     raise CheckpointError(
-        f"{folder}: is an adapter ({named([config.get('peft_type')])}) for {known}; a model is accepted. Give that"
+        f"{folder}: is an adapter ({named([config.get('peft_type')])}) for {known}; expected a model. Give that"
         " model, or merge the adapter into it first."
     )
 
@@ -265,8 +257,8 @@ def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
         again = sorted(header.tensors.keys() & tensors.keys())
         if again and not twice:
             raise CheckpointError(
-                f"{file}: {named(again)} also in {tensors[again[0]].file.name}; every tensor in one"
-                " file is accepted. Give one of the files instead of the folder."
+                f"{file}: {named(again)} also in {tensors[again[0]].file.name}; expected every tensor in one"
+                " file. Give one of the files instead of the folder."
             )
         tensors |= header.tensors
         metadata |= header.metadata
@@ -286,8 +278,8 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
     ]
     if strangers:
         raise CheckpointError(
-            f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; a complete checkpoint is"
-            " accepted. Download it again."
+            f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; expected a complete"
+            " checkpoint. Download it again."
         )
     several = {name: infos for name, infos in holders.items() if len(infos) > 1}
     for name, infos in several.items():
@@ -295,7 +287,7 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
         if meant.file != infos[-1].file and not same_bytes(meant, infos[-1]):
             raise CheckpointError(
                 f"{root}: {named([name])} is in {meant.file.name}, which {INDEX_FILE} names, with other values than in"
-                f" {infos[-1].file.name}, which transformers loads; one of them is accepted. Remove the other."
+                f" {infos[-1].file.name}, which transformers loads; expected one of them. Remove the other."
             )
     absent = sorted(weight_map.keys() - holders.keys())
     elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and not _among(root / weight_map[n], infos))

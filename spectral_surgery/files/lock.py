@@ -35,7 +35,7 @@ def hold(folder: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
             fcntl.flock(lock, mode if wait else mode | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{folder.name}: another process is working in it; one at a time is accepted. "
+                f"{folder.name}: another process is working in it; expected one at a time. "
                 "Wait for it, or choose another output folder."
             ) from None
         yield

@@ -55,9 +55,9 @@ class Source:
 
     def resolved(self, shape: Sequence[int]) -> Source:
         """With nothing left to the stored tensor, which is of this shape."""
-        own = self.shape or tuple(shape)
-        rows = own[0] if len(own) == 1 else math.prod(own[:-1])
-        return replace(self, shape=own, spans=self.spans or ((0, 0, rows),))
+        whole = self.shape or tuple(shape)
+        rows = whole[0] if len(whole) == 1 else math.prod(whole[:-1])
+        return replace(self, shape=whole, spans=self.spans or ((0, 0, rows),))
 
     @property
     def out_in(self) -> tuple[int, int]:
@@ -148,9 +148,6 @@ def is_merged(root: Path) -> bool:
 def read_record(root: Path) -> MergeRecord:
     """Read the record of a merged checkpoint.
 
-    Args:
-        root: its folder.
-
     Raises:
         UnmergeError: when there is none.
         FormatVersionError: when a later version wrote it.
@@ -158,11 +155,11 @@ def read_record(root: Path) -> MergeRecord:
     """
     path = root / FOLDER / RECORD_FILE
     if not path.is_file():
-        raise UnmergeError(f"{root}: has no record of a merge; a folder that merge wrote is accepted.")
+        raise UnmergeError(f"{root}: has no record of a merge; expected a folder that merge wrote.")
     body = read_json(path)
     version = body.get("format_version")
     if version not in (_FIRST_VERSION, FORMAT_VERSION):
-        raise FormatVersionError(f"{path}: format_version {version!r}; up to {FORMAT_VERSION} is accepted. Upgrade.")
+        raise FormatVersionError(f"{path}: format_version {version!r}; expected up to {FORMAT_VERSION}. Upgrade.")
     try:
         weights = tuple(float(weight) for weight in _as(list, body["weights"]))
         aliases = {_as(str, a): _as(str, b) for a, b in _as(dict, body["aliases"]).items()}
@@ -171,7 +168,7 @@ def read_record(root: Path) -> MergeRecord:
             for name, row in _as(dict, body["tensors"]).items()
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); the file that merge wrote is accepted.") from None
+        raise CheckpointError(f"{path}: is damaged ({error}); expected the file that merge wrote.") from None
     return MergeRecord(weights, tensors, aliases)
 
 
@@ -187,9 +184,9 @@ def read_data(root: Path, tensor: MergedTensor) -> bytes:
             stream.seek(tensor.offset)
             data = stream.read(min(tensor.nbytes, path.stat().st_size))
     except OSError as error:
-        raise UnmergeError(f"{path}: cannot be read ({error.strerror}); the file merge wrote is accepted.") from None
+        raise UnmergeError(f"{path}: cannot be read ({error.strerror}); expected the file merge wrote.") from None
     if len(data) != tensor.nbytes:
-        raise UnmergeError(f"{path}: is too short; the file that merge wrote is accepted. Fetch it again.")
+        raise UnmergeError(f"{path}: is too short; expected the file that merge wrote. Fetch it again.")
     return data
 
 
@@ -213,9 +210,9 @@ def decompressed(data: bytes, shape: Sequence[int], dtype: torch.dtype, merged: 
         return None
     if len(raw) != size or not size:
         return torch.empty(tuple(shape), dtype=dtype) if not size else None
-    own = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    own = own if merged is None else own ^ _bytes_of(merged)
-    return own.view(dtype).reshape(tuple(shape))
+    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    flat = flat if merged is None else flat ^ _bytes_of(merged)
+    return flat.view(dtype).reshape(tuple(shape))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -226,8 +223,8 @@ def _upgraded(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the first version as one of this."""
     transposed = _as(bool, row["transposed"])
     sources = [[number, layer, [], [], transposed] for number, layer in _as(list, row["sources"])]
-    own = {key: value for key, value in row.items() if key != "transposed"}
-    return own | {"sources": sources, "coding": "update" if sources else "whole", "shape": None}
+    kept = {key: value for key, value in row.items() if key != "transposed"}
+    return kept | {"sources": sources, "coding": "update" if sources else "whole", "shape": None}
 
 
 def _tensor(row: dict[str, Any], adapters: int) -> MergedTensor:

@@ -31,7 +31,7 @@ def writing_to(path: Path) -> Iterator[None]:
                 " Free some space or choose another output."
             ) from error
         raise CheckpointError(
-            f"{path}: cannot be written ({error}); a writable place is accepted."
+            f"{path}: cannot be written ({error}); expected a writable place."
             " Check permissions or choose another output."
         ) from error
 
@@ -54,10 +54,6 @@ def write_pieces(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file so that at any time either its old content is there or all of the new.
-
-    Args:
-        path: the file.
-        data: its new content.
 
     Raises:
         CheckpointError: when it cannot be written.
@@ -92,20 +88,20 @@ def partial_folder(out: Path, *, overwrite: bool) -> Path:
         partial = final.with_name(f"{final.name}.partial")
         for folder in (final, partial):
             if folder.exists() and not folder.is_dir():
-                raise CheckpointError(f"{folder}: is a file; a folder is accepted. Choose another output.")
+                raise CheckpointError(f"{folder}: is a file; expected a folder. Choose another output.")
         if final.is_mount():
-            raise CheckpointError(f"{out}: is a mount point, which cannot be replaced; a folder below it is accepted.")
+            raise CheckpointError(f"{out}: is a mount point, which cannot be replaced; expected a folder below it.")
         if not final.is_dir() or not any(final.iterdir()):
             return partial
         if not overwrite:
             raise CheckpointError(
-                f"{out}: is not empty; a new or empty folder is accepted. Use --overwrite to replace it."
+                f"{out}: is not empty; expected a new or empty folder. Use --overwrite to replace it."
             )
         home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where there is none
         if any(kept.resolve().is_relative_to(final) for kept in (Path.cwd(), home)):
             raise CheckpointError(
                 f"{out}: holds the current or the home folder, which --overwrite does not replace;"
-                " any other folder is accepted."
+                " expected any other folder."
             )
     return partial
 
@@ -120,9 +116,6 @@ def publishing(out: Path, *, overwrite: bool, keep_partial: bool = False) -> Ite
             the disk, and comes back if that cannot be put in place.
         keep_partial: go on from what an earlier attempt left in ``<out>.partial``, and leave it
             there again on an exception; otherwise it is removed in both cases.
-
-    Yields:
-        ``<out>.partial``, to write into.
 
     Raises:
         CheckpointError: as `partial_folder`, and when writing or publishing fails. What was
@@ -165,12 +158,7 @@ def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
 
 
 def clear_folder(folder: Path, *, keep: Collection[str]) -> None:
-    """Remove what an attempt that was killed while writing has left; the lock stays.
-
-    Args:
-        folder: from `publishing`.
-        keep: names of what is not removed.
-    """
+    """Remove what an attempt that was killed while writing has left; the lock stays."""
     for path in folder.iterdir():
         if path.name not in (*keep, LOCK_FILE):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

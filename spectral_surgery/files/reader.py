@@ -35,11 +35,6 @@ CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype
 def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
     """Read a range of the stored bytes of a tensor.
 
-    Args:
-        info: the tensor.
-        start: first byte, counted from the beginning of the tensor.
-        stop: end of the range.
-
     Returns:
         Exactly ``stop - start`` bytes.
 
@@ -57,7 +52,7 @@ def _check_range(info: TensorInfo, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= info.nbytes:
         raise CheckpointError(
             f"{info.file}: bytes {start} to {stop} of {named([info.name])} asked for;"
-            f" 0 to {info.nbytes} are accepted. Check the range."
+            f" expected 0 to {info.nbytes}. Check the range."
         )
 
 
@@ -70,7 +65,7 @@ def _fill(view: memoryview, info: TensorInfo, start: int) -> None:
             if not count:
                 raise CheckpointError(
                     f"{info.file}: ends inside {named([info.name])}, {view.nbytes - done} bytes"
-                    " short; a file that does not change is accepted. Download it again."
+                    " short; expected a file that does not change. Download it again."
                 )
             done += count
 
@@ -88,11 +83,6 @@ def release(path: Path) -> None:
 def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Read a range of the elements of a tensor, in storage order.
 
-    Args:
-        info: the tensor.
-        start: first element.
-        stop: end of the range.
-
     Returns:
         ``[stop - start]`` in the stored dtype, with memory of its own.
 
@@ -104,7 +94,7 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
     if dtype is None:
         raise CheckpointError(
             f"{info.file}: {named([info.name])} is {info.dtype}, several elements to a byte;"
-            f" {', '.join(DTYPES)} are accepted. Exclude it, so that it is copied."
+            f" expected {', '.join(DTYPES)}. Exclude it, so that it is copied."
         )
     _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
     made = empty((stop - start,), dtype)
@@ -132,9 +122,6 @@ def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """Read a tensor.
-
-    Args:
-        info: the tensor.
 
     Returns:
         The tensor, of shape ``info.shape``, in the stored dtype, with memory of its own.

@@ -52,27 +52,23 @@ def with_shim(config: Mapping[str, object]) -> dict[str, object]:
     """A configuration that names the file; classes of the model's own code are found through it.
 
     Code of another repository (``org/name--module.Class``) is named as before: the file cannot import it.
-
-    Args:
-        config: content of config.json.
     """
-    own = _entries(config.get("auto_map"))
-    if any(key.startswith("AutoModel") for key in own):
-        return {**config, "auto_map": {key: _through_shim(key, value) for key, value in own.items()}}
-    return {**config, "auto_map": {**_AUTO_MAP, **own}}
+    entries = _entries(config.get("auto_map"))
+    if any(key.startswith("AutoModel") for key in entries):
+        return {**config, "auto_map": {key: _through_shim(key, value) for key, value in entries.items()}}
+    return {**config, "auto_map": {**_AUTO_MAP, **entries}}
 
 
 def notes_on(config: Mapping[str, object]) -> tuple[str, ...]:
     """What users of a folder have to know that the file does not do for them, in sentences.
 
     It cannot stand before code of another repository: a revision that is asked of that code would not reach it.
-
-    Args:
-        config: content of the source's config.json.
     """
-    own = {key: str(value) for key, value in _entries(config.get("auto_map")).items() if key.startswith("AutoModel")}
-    others = sorted({value.partition("--")[0] for value in own.values() if "--" in value})
-    if not others or is_shim(own):
+    entries = {
+        key: str(value) for key, value in _entries(config.get("auto_map")).items() if key.startswith("AutoModel")
+    }
+    others = sorted({value.partition("--")[0] for value in entries.values() if "--" in value})
+    if not others or is_shim(entries):
         return ()
     return (
         f"its code is in another repository ({', '.join(others)}): to load the compressed folder, import"
@@ -81,28 +77,24 @@ def notes_on(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def without_shim(config: Mapping[str, object]) -> dict[str, object]:
-    """A configuration that does not name the file.
-
-    Args:
-        config: content of config.json.
-    """
+    """A configuration that does not name the file."""
     if not is_shim(config.get("auto_map")):
         return dict(config)
-    own = own_auto_map(config.get("auto_map"))
+    entries = own_auto_map(config.get("auto_map"))
     rest = {key: value for key, value in config.items() if key != "auto_map"}
-    return {**rest, "auto_map": own} if own else rest
+    return {**rest, "auto_map": entries} if entries else rest
 
 
 def shim_text(config: Mapping[str, object]) -> str:
-    """What the file says.
-
-    Args:
-        config: content of config.json, as `with_shim` gives it.
-    """
+    """What the file says."""
     classes = {_through(value) for value in _entries(config.get("auto_map")).values()} - {None}
     if not classes:
         return SHIM
-    lines = [f"from .{own[1]} import {own[0]} as {own[0]}{_OF}{own[1]}  # noqa: F401" for own in classes if own]
+    lines = [
+        f"from .{origin[1]} import {origin[0]} as {origin[0]}{_OF}{origin[1]}  # noqa: F401"
+        for origin in classes
+        if origin
+    ]
     return SHIM.partition("import transformers")[0] + "\n".join(["", *sorted(lines), ""])
 
 
@@ -112,33 +104,25 @@ def is_shim(auto_map: object) -> bool:
 
 
 def own_auto_map(auto_map: object) -> dict[str, object]:
-    """What an ``auto_map`` names besides the file, and through it.
-
-    Args:
-        auto_map: of a configuration.
-    """
-    own: dict[str, object] = {}
+    """What an ``auto_map`` names besides the file, and through it."""
+    entries: dict[str, object] = {}
     for key, value in _entries(auto_map).items():
         found = _through(value)
         if found is not None:
             repository, mark, _ = str(value).rpartition("--")
-            own[key] = f"{repository}{mark}{found[1]}.{found[0]}"
+            entries[key] = f"{repository}{mark}{found[1]}.{found[0]}"
         elif not is_shim({key: value}):
-            own[key] = value
-    return own
+            entries[key] = value
+    return entries
 
 
 def forget_shim(config: Any) -> None:
-    """Let a configuration of a loaded model name its own code alone: save_pretrained does not write the file.
-
-    Args:
-        config: of transformers, changed in place.
-    """
+    """Let a configuration of a loaded model name its own code alone: save_pretrained does not write the file."""
     if is_shim(getattr(config, "auto_map", None)):
-        own = own_auto_map(config.auto_map)
+        entries = own_auto_map(config.auto_map)
         del config.auto_map
-        if own:
-            config.auto_map = own
+        if entries:
+            config.auto_map = entries
 
 
 def _entries(auto_map: object) -> dict[str, object]:
@@ -158,5 +142,5 @@ def _through_shim(key: str, value: object) -> object:
 def _through(value: object) -> tuple[str, str] | None:
     """Class and module that are found through the file."""
     module, _, name = _after_repository(value).partition(".")
-    own, mark, source = name.partition(_OF)
-    return (own, source) if module == _MODULE and mark else None
+    class_name, mark, source = name.partition(_OF)
+    return (class_name, source) if module == _MODULE and mark else None

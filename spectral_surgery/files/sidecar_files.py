@@ -24,7 +24,7 @@ def check_apart(source: Path, out: Path) -> None:
     """
     a, b = source.resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise CheckpointError(f"{out}: overlaps the source {source}; a folder apart from it is accepted.")
+        raise CheckpointError(f"{out}: overlaps the source {source}; expected a folder apart from it.")
 
 
 def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:

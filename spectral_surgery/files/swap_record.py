@@ -40,9 +40,6 @@ class SwapRecord:
 def read_record(body: Mapping[str, Any]) -> SwapRecord:
     """Read what `SwapRecord.to_json` made.
 
-    Args:
-        body: content of ``quantization_config``.
-
     Raises:
         FormatVersionError: when a newer release wrote it.
         CheckpointError: when something is missing or of another kind.
@@ -50,14 +47,15 @@ def read_record(body: Mapping[str, Any]) -> SwapRecord:
     version = body.get("format_version")
     if version != SWAP_VERSION:
         raise FormatVersionError(
-            f"config.json: swapped in format version {version!r}; {SWAP_VERSION} is accepted. Upgrade spectral-surgery"
+            f"config.json: swapped in format version {version!r}; expected {SWAP_VERSION}. Upgrade spectral-surgery"
             " to read newer files."
         )
     mixer, layers, settings = body.get("mixer"), body.get("layers"), body.get("settings")
     numbers = isinstance(layers, list) and all(type(number) is int for number in layers)
     if not isinstance(mixer, str) or not numbers or not isinstance(settings, Mapping):
         raise CheckpointError(
-            f"config.json: mixer {mixer!r}, layers {layers!r} and settings {settings!r}; a name, a list of numbers and"
-            " an object are accepted. Swap again, or fetch it again."
+            f"config.json: mixer {mixer!r}, layers {layers!r} and settings {settings!r}; expected a name, a list of"
+            " numbers and"
+            " an object. Swap again, or fetch it again."
         )
     return SwapRecord(mixer, tuple(layers or ()), settings)

@@ -80,8 +80,8 @@ class Entry:
         bits = math.prod(self.shape) * DTYPE_BITS.get(self.dtype, 1)
         if self.dtype not in DTYPE_BITS or bits % 8 or any(size < 0 for size in self.shape):
             raise CheckpointError(
-                f"{self.name}: {self.dtype} of shape {named([self.shape])} cannot be stored; whole"
-                f" bytes of {', '.join(DTYPE_BITS)} are accepted. Cast or reshape it."
+                f"{self.name}: {self.dtype} of shape {named([self.shape])} cannot be stored; expected whole"
+                f" bytes of {', '.join(DTYPE_BITS)}. Cast or reshape it."
             )
 
     @property
@@ -92,9 +92,6 @@ class Entry:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a tensor as bytes, in row-major order; shares memory where it can.
-
-    Args:
-        tensor: of any shape and dtype, on any device.
 
     Returns:
         A flat view of unsigned bytes.
@@ -119,28 +116,18 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
     code = CODES.get(tensor.dtype)
     if code is None:
         raise CheckpointError(
-            f"{name}: {tensor.dtype} cannot be stored; {', '.join(map(str, CODES))} are accepted. Cast it."
+            f"{name}: {tensor.dtype} cannot be stored; expected {', '.join(map(str, CODES))}. Cast it."
         )
     return Entry(name, code, tuple(tensor.shape), lambda: [tensor_bytes(tensor)])
 
 
 def copy_entry(info: TensorInfo, name: str | None = None) -> Entry:
-    """A stored tensor, bit for bit.
-
-    Args:
-        info: the tensor.
-        name: another key for it.
-    """
+    """A stored tensor, bit for bit."""
     return Entry(name or info.name, info.dtype, info.shape, lambda: byte_pieces(info))
 
 
 def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA) -> None:
     """Write one safetensors file: header, then every tensor; widest dtype first, then by name.
-
-    Args:
-        path: file to write or overwrite.
-        entries: the tensors, in any order.
-        metadata: free text by key.
 
     Raises:
         CheckpointError: when a name repeats, chunks disagree with a declared size, or the file
@@ -175,9 +162,6 @@ def write_checkpoint(
         metadata: free text by key, in every file.
         name: of the files, before number and ending; see `weights_name`.
 
-    Returns:
-        The safetensors files, in order.
-
     Raises:
         CheckpointError: when a name repeats, chunks disagree with a declared size, or a file cannot
             be written.
@@ -205,9 +189,6 @@ def write_checkpoint(
 def weights_name(index: CheckpointIndex) -> str:
     """What the weight files of a checkpoint are called, before number and ending, so that its tools find them again.
 
-    Args:
-        index: plain, or compressed by us, which says what its source had.
-
     Returns:
         ``model`` for a model of transformers, and where files have several names; else as it is, such as
         ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
@@ -218,11 +199,7 @@ def weights_name(index: CheckpointIndex) -> str:
 
 
 def weights_metadata(index: CheckpointIndex) -> dict[str, str]:
-    """Metadata for a checkpoint made from another one, under usual file names, that keeps the unusual ones.
-
-    Args:
-        index: what it is made from.
-    """
+    """Metadata for a checkpoint made from another one, under usual file names, that keeps the unusual ones."""
     name = weights_name(index)
     return {**PT_METADATA, **({_NAME_KEY: name} if name != _MODEL else {})}
 
@@ -232,14 +209,14 @@ def _check_names(where: Path, entries: Sequence[Entry]) -> None:
     bad = [name for name, count in counts.items() if count > 1 or name == METADATA_KEY]
     if bad:
         raise CheckpointError(
-            f"{where}: names {named(bad)} repeat or are reserved; different names other than"
-            f" {METADATA_KEY} are accepted. Rename the tensors."
+            f"{where}: names {named(bad)} repeat or are reserved; expected different names other than"
+            f" {METADATA_KEY}. Rename the tensors."
         )
 
 
 def _shards(entries: Sequence[Entry], max_shard_size: int) -> list[list[Entry]]:
     if max_shard_size < 1:
-        raise ConfigError(f"max_shard_size: {max_shard_size} is no size; 1 or more is accepted.")
+        raise ConfigError(f"max_shard_size: {max_shard_size} is not a size; expected 1 or more.")
     shards: list[list[Entry]] = []
     current: list[Entry] = []
     room = max_shard_size
@@ -266,12 +243,12 @@ def _header(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -
         raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{path}: a name is not text ({error}); valid Unicode is accepted. Rename the tensor."
+            f"{path}: a name is not text ({error}); expected valid Unicode. Rename the tensor."
         ) from None
     raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8
     if len(raw) > HEADER_LIMIT:
         raise LimitError(
-            f"{path}: the header would be {len(raw)} bytes; at most {HEADER_LIMIT} are accepted. Write smaller shards."
+            f"{path}: the header would be {len(raw)} bytes; expected at most {HEADER_LIMIT}. Write smaller shards."
         )
     return len(raw).to_bytes(8, "little") + raw
 

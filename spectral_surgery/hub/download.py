@@ -48,11 +48,6 @@ def outline(source: str, *, revision: str | None = None, token: str | None = Non
     The outline of a repository is a temporary folder whose weight files have their true length and header, fetched
     by range requests, and holes where the data would be. So headers are checked as those of local files are.
 
-    Args:
-        source: see `resolve`.
-        revision: see `resolve`.
-        token: instead of the one that is logged in.
-
     Yields:
         Where it is. A path is given as it is; a repository that cannot be reached, as it is in the cache.
 
@@ -170,8 +165,8 @@ def fetch(listing: Listing, names: Iterable[str], folder: Path, *, token: str | 
     if wrong:
         raise HubError(
             f"{repository}: {wrong[0]} does not have the hash the Hub lists"
-            f"{f', nor have {len(wrong) - 1} more' if len(wrong) > 1 else ''}; files as they were uploaded are "
-            "accepted. Run the command again."
+            f"{f', nor have {len(wrong) - 1} more' if len(wrong) > 1 else ''}; expected files as they were uploaded."
+            " Run the command again."
         )
     shutil.rmtree(folder / _OWN_CACHE, ignore_errors=True)
     kept = set()
@@ -205,8 +200,8 @@ def _listed_or_cached(repository: Repository, token: str | None) -> Listing | Pa
     if folder is None or not Path(folder, repository.path).exists():
         if HF_HUB_OFFLINE:
             raise HubError(
-                f"{repository}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; what was fetched before is"
-                " accepted. Unset HF_HUB_OFFLINE once."
+                f"{repository}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; expected what was"
+                " fetched before. Unset HF_HUB_OFFLINE once."
             )
         raise unanswered
     return Path(folder, repository.path)

@@ -19,12 +19,12 @@ _TOKEN = re.compile(r"\bhf_\w+")
 _QUERY = re.compile(r"\?\S+")  # the signature of a presigned address
 _CREDENTIALS = "Give --token, set HF_TOKEN, or run `hf auth login`."
 _STATUS = {
-    401: f"the token is missing or refused (401); one that opens it is accepted. {_CREDENTIALS}",
-    403: "not permitted (403); a token with the right to do this is accepted. Use another token or repository.",
-    404: "not found (404); an existing repository is accepted. Check the name.",
-    409: "changed while it was written to (409); one writer at a time is accepted. Run the command again.",
-    416: "shorter than the Hub says (416); whole files are accepted. Upload it again.",
-    429: "too many requests (429); a slower pace is accepted. Wait some minutes and run the command again.",
+    401: f"the token is missing or refused (401); expected one that opens it. {_CREDENTIALS}",
+    403: "not permitted (403); expected a token with the right to do this. Use another token or repository.",
+    404: "not found (404); expected an existing repository. Check the name.",
+    409: "changed while it was written to (409); expected one writer at a time. Run the command again.",
+    416: "shorter than the Hub says (416); expected whole files. Upload it again.",
+    429: "too many requests (429); expected a slower pace. Wait some minutes and run the command again.",
 }
 
 
@@ -65,43 +65,42 @@ def retrying(call: Callable[[], T], tries: int = TRIES) -> T:
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, what is accepted and what to do, in one line without tokens or signatures."""
+    """What went wrong, what was expected and what to do, in one line without tokens or signatures."""
     from huggingface_hub import errors
 
     chain = [error, *_causes(error)]
     for kind, text in (
-        (errors.GatedRepoError, f"is gated; an account with access is accepted. Ask on its page, then: {_CREDENTIALS}"),
+        (errors.GatedRepoError, f"is gated; expected an account with access. Ask on its page, then: {_CREDENTIALS}"),
         (
             errors.RevisionNotFoundError,
-            "has no such revision; a branch, tag or commit is accepted. Check @revision or --revision.",
+            "has no such revision; expected a branch, tag or commit. Check @revision or --revision.",
         ),
         (
             errors.RepositoryNotFoundError,
-            "no such repository, or a private one that the token does not open; org/name of a model is accepted. "
+            "no such repository, or a private one that the token does not open; expected org/name of a model. "
             f"Check the name. {_CREDENTIALS}",
         ),
         (
             errors.OfflineModeIsEnabled,
-            "is not asked, since HF_HUB_OFFLINE is set; reading what is in the cache is accepted with it. "
-            "Unset HF_HUB_OFFLINE.",
+            "is not asked, since HF_HUB_OFFLINE is set; what is in the cache can be read. Unset HF_HUB_OFFLINE.",
         ),
-        (errors.RemoteEntryNotFoundError, "has no such file; files it lists are accepted. Check the path."),
+        (errors.RemoteEntryNotFoundError, "has no such file; expected files it lists. Check the path."),
     ):
         if any(isinstance(one, kind) for one in chain):
             return text
     status = getattr(_response(error), "status_code", 0)
     if status >= 500:
-        return f"the Hub failed ({status}); a working one is accepted. Wait a while and run the command again."
+        return f"the Hub failed ({status}); expected a working one. Wait a while and run the command again."
     if status in _STATUS:
         return _STATUS[status]
     told = (str(one) for one in chain if not isinstance(one, RuntimeError) and str(one).strip())
     reason = clean(next(told, type(chain[-1]).__name__))
     if status:
-        return f"refused what was sent ({reason}); what its documentation allows is accepted. Correct it and retry."
+        return f"refused what was sent ({reason}); expected what its documentation allows. Correct it and retry."
     if "xet" in " ".join(map(str, chain)).lower():
-        return f"cannot store by Xet ({reason}); a Hub with Xet is accepted. For one without, set HF_HUB_DISABLE_XET=1."
+        return f"cannot store by Xet ({reason}); expected a Hub with Xet. For one without, set HF_HUB_DISABLE_XET=1."
     return (
-        f"cannot be reached or used ({reason}); a path, org/name or hf://org/name is accepted. "
+        f"cannot be reached or used ({reason}); expected a path, org/name or hf://org/name. "
         "Check the name, the network and HF_ENDPOINT."
     )
 

@@ -50,10 +50,6 @@ class Listing:
 def list_files(repository: Repository, token: str | None = None) -> Listing:
     """List a repository; one request.
 
-    Args:
-        repository: which one.
-        token: instead of the one that is logged in.
-
     Returns:
         Commit and files; of a repository with a path, the files below it, or the file itself.
 
@@ -79,7 +75,7 @@ def list_files(repository: Repository, token: str | None = None) -> Listing:
         elif path.is_relative_to(repository.path):
             files[str(path.relative_to(repository.path))] = _remote_file(entry)
     if not files and repository.path:
-        raise HubError(f"{repository}: has no such file or folder; files it lists are accepted. Check the path.")
+        raise HubError(f"{repository}: has no such file or folder; expected files it lists. Check the path.")
     return Listing(repository, str(info.sha), folder, files)
 
 
@@ -124,5 +120,5 @@ def first_bytes(listing: Listing, name: str, start: int, stop: int, token: str |
             if len(data) >= skip + stop - start:
                 break
     if len(data) < skip + stop - start:
-        raise HubError(f"{listing.repository}: {name} ended after {len(data)} bytes; whole files are accepted. Retry.")
+        raise HubError(f"{listing.repository}: {name} ended after {len(data)} bytes; expected whole files. Retry.")
     return bytes(data[skip : skip + stop - start])

@@ -37,7 +37,7 @@ class Repository:
 
 
 def remote(source: str, revision: str | None = None) -> Repository | None:
-    """Which repository a source names, if it is none on this machine.
+    """Which repository a source names, if it is not one on this machine.
 
     Args:
         source: a folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name[@revision][/path]``.
@@ -57,7 +57,7 @@ def remote(source: str, revision: str | None = None) -> Repository | None:
     inner = source.removeprefix(_SCHEME)
     match = _URI.fullmatch(inner.rstrip("/"))
     if match is None or inner.startswith(_OTHER_KINDS) or not is_safe(match.group(3) or ""):
-        raise HubError(f"{source}: is no model on the Hub; hf://org/name[@revision][/path] is accepted.")
+        raise HubError(f"{source}: is not a model on the Hub; expected hf://org/name[@revision][/path].")
     return Repository(match.group(1), revision or match.group(2), match.group(3) or "")
 
 
@@ -69,7 +69,7 @@ def to_push(name: str, revision: str | None = None) -> Repository:
     """
     match = re.fullmatch(rf"(?:{_SCHEME})?({_NAME})", name)
     if match is None:
-        raise HubError(f"{name}: cannot be pushed to; org/name is accepted. A branch is given by --revision.")
+        raise HubError(f"{name}: cannot be pushed to; expected org/name. A branch is given by --revision.")
     return Repository(match.group(1), revision)
 
 

@@ -59,7 +59,7 @@ def read_text(listing: Listing, name: str, token: str | None = None) -> str | No
     """Text of a small remote file as it is at the listed commit; None when there is none.
 
     Raises:
-        HubError: when it cannot be read, or is no text.
+        HubError: when it cannot be read, or is not text.
     """
     from huggingface_hub import hf_hub_download
 
@@ -76,10 +76,6 @@ def read_text(listing: Listing, name: str, token: str | None = None) -> str | No
 def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
     """Refuse to publish the access token itself.
 
-    Args:
-        files: content by name.
-        token: instead of the one that is logged in.
-
     Raises:
         HubError: when one of the smaller files holds it.
     """
@@ -89,7 +85,7 @@ def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -
     for name, content in files.items():
         small = isinstance(content, bytes) or content.stat().st_size <= _SEARCHED
         if secret and small and secret in (content if isinstance(content, bytes) else content.read_bytes()):
-            raise HubError(f"{name}: holds your access token; files without it are accepted. Remove it, and renew it.")
+            raise HubError(f"{name}: holds your access token; expected files without it. Remove it, and renew it.")
 
 
 def upload(

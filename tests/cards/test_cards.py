@@ -177,7 +177,7 @@ def test_a_template_without_answers_is_nobodys_text() -> None:
 def test_metadata_that_cannot_be_read() -> None:
     for text in ("---\na: [\n---\n", "---\n- a\n---\n"):
         with pytest.raises(
-            ConfigError, match=r"README.md: the metadata cannot be read \(.*\); YAML of keys and values"
+            ConfigError, match=r"README.md: the metadata cannot be read \(.*\); expected YAML of keys and values"
         ):
             cards.refreshed(text, FACTS)
 

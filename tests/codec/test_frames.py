@@ -27,7 +27,7 @@ from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
 from spectral_surgery.files.compressed.plan import make_plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import Workshop, leave_codes
+from spectral_surgery.files.compressed.units import UnitStore, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.matmul.code_blocks import as_encoded
@@ -57,9 +57,9 @@ def by_live_model(values: Tensor, folder: Path) -> EncodedSpectrum:
 def by_calibration(values: Tensor, folder: Path) -> EncodedSpectrum:
     """Codes that text has chosen become a unit of the compression."""
     plan = make_plan(read_index(source_of(values, folder)), OPTIONS)
-    leave_codes(Workshop(folder, "key"), plan, plan.tensors[0], values.float(), Codes(values, 1.0))
+    leave_codes(UnitStore(folder, "key"), plan, plan.tensors[0], values.float(), Codes(values, 1.0))
     (unit,) = plan.units
-    return part_in(Workshop(folder, "key").path(unit), values)
+    return part_in(UnitStore(folder, "key").path(unit), values)
 
 
 def by_heal(values: Tensor, folder: Path) -> EncodedSpectrum:

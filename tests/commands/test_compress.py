@@ -162,7 +162,7 @@ def test_decompress_dtype_casts_every_floating_tensor(tmp_path: Path, source: Pa
     kinds = {v.dtype for v in load(tmp_path / "plain").values()}
     assert kinds == {torch.float32, torch.int64}
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "float32"
-    with pytest.raises(ConfigError, match=r"--dtype float31: unknown; float64, float32"):
+    with pytest.raises(ConfigError, match=r"--dtype float31: unknown; expected float64, float32"):
         decompress(tmp_path / "out", tmp_path / "other", dtype="float31")
 
 
@@ -359,8 +359,8 @@ def test_a_killed_worker_is_reported_and_its_work_resumed(
     assert compress(source, tmp_path / "out", FIFTH, run=Run(resume=True)) is not None
 
 
-def _die(workshop: units.Workshop, *_: object, **__: object) -> None:
-    died = workshop.folder / "died"
+def _die(store: units.UnitStore, *_: object, **__: object) -> None:
+    died = store.folder / "died"
     if multiprocessing.parent_process():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)

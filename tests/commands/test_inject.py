@@ -123,7 +123,7 @@ def test_modules_to_save_are_copied(tmp_path: Path) -> None:
     targets = ModuleTargets(("q_proj",), modules_to_save=("score",))
     inject(base, tmp_path / "out", AdapterSpec(METHODS["lora"], METHODS["lora"].config(r=2), targets))
     assert torch.equal(read_adapter(tmp_path / "out").extra["score.weight"], tensors["score.weight"])
-    with pytest.raises(TargetError, match=r"modules_to_save head: not in .*base; names or ends of names"):
+    with pytest.raises(TargetError, match=r"modules_to_save head: not in .*base; expected names or ends of names"):
         plan_injection(
             base,
             AdapterSpec(

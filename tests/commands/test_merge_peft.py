@@ -303,7 +303,9 @@ def test_trained_tokens_that_do_not_fit(tmp_path: Path) -> None:
     ):
         merge(theirs.base, [theirs.adapter], tmp_path / "merged")
     file.write_text(json.dumps({**config, "trainable_token_indices": [5]}))
-    with pytest.raises(CheckpointError, match=r"trainable_token_indices is .*shape \[2, 32\]; a row for each number"):
+    with pytest.raises(
+        CheckpointError, match=r"trainable_token_indices is .*shape \[2, 32\]; expected a row for each number"
+    ):
         read_adapter(theirs.adapter)
 
 

@@ -248,7 +248,7 @@ def test_transformers_takes_the_last_file_too(tmp_path: Path) -> None:
 def test_a_tensor_in_two_files_without_an_index_is_refused(sharded: Path) -> None:
     (sharded / INDEX_FILE).unlink()
     save(sharded, SHARDS[1], "a", "b", "c")
-    with pytest.raises(CheckpointError, match=f"{SHARDS[1]}: 'b', 'c' also in {SHARDS[0]}; every"):
+    with pytest.raises(CheckpointError, match=f"{SHARDS[1]}: 'b', 'c' also in {SHARDS[0]}; expected every"):
         read_index(sharded)
 
 
@@ -258,8 +258,8 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_index(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: the weights are pickled ('pytorch_model.bin'); safetensors is accepted, and"
-        " pickle refused since loading it can run code. If you trust who made it, convert it once"
+        f"{tmp_path}: the weights are pickled ('pytorch_model.bin'); expected safetensors, since to load"
+        " a pickle can run code. If you trust who made it, convert it once"
         " with these lines of Python:\n"
         "    from transformers import BertForMaskedLM\n"
         f"    BertForMaskedLM.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')"
@@ -270,7 +270,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
 def test_pickles_are_recognised(name: str, tmp_path: Path) -> None:
     touch(tmp_path, name)
     for source in (tmp_path, tmp_path / name):
-        with pytest.raises(CheckpointError, match=f"pickled .'{name}'.; safetensors is accepted"):
+        with pytest.raises(CheckpointError, match=f"pickled .'{name}'.; expected safetensors"):
             read_index(source)
 
 
@@ -323,12 +323,12 @@ def test_a_folder_without_weights(files: tuple[str, ...], hint: str, tmp_path: P
     touch(tmp_path, *files)
     with pytest.raises(CheckpointError) as caught:
         read_index(tmp_path)
-    accepted = "a folder with .safetensors files is accepted."
-    assert str(caught.value) == f"{tmp_path}: no weights; {accepted} {hint}"
+    expected = "expected a folder with .safetensors files."
+    assert str(caught.value) == f"{tmp_path}: no weights; {expected} {hint}"
 
 
 def test_a_missing_path(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder; a .safetensors fi"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder; expected a .safetensors fi"):
         read_index(tmp_path / "nowhere")
 
 
@@ -336,7 +336,7 @@ def test_a_missing_path(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{,}", "config.json: the file is not valid JSON"),
-        ("7", "config.json: the file is not a JSON object"),
+        ("7", "config.json: the file is not JSON of one object"),
         ('{"a": 1, "a": 2}', "config.json: the file is not valid JSON .key 'a' appears 2 times"),
     ],
 )
@@ -349,7 +349,7 @@ def test_a_damaged_configuration(text: str, message: str, tmp_path: Path) -> Non
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match=r"x: cannot be read \(Permission denied\); readable"),
+        pytest.raises(CheckpointError, match=r"x: cannot be read \(Permission denied\); expected readable"),
         reading(Path("x")),
     ):
         raise PermissionError(13, "Permission denied")

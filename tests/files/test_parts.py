@@ -11,7 +11,7 @@ import torch
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress, plan_compression
+from spectral_surgery.commands.compress import plan_compression
 from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import open_compressed
@@ -33,17 +33,19 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
     index, plan = plan_compression(source, OPTIONS)
     (tensor,) = plan.tensors
     weight, basis = read_tensor(tensor.info), Basis(OPTIONS.transform, OPTIONS.tile, tensor.axes)
-    with opened(source, tmp_path / "out", index, plan, Run()) as job:
-        workshop = job.workshop
+    out = tmp_path / "out"
+    with opened(source, out, index, plan, Run()) as job:
+        store = job.store
         for expert in chosen:
             coefficients = basis.forward(weight[expert])
             steps = 0.05 * torch.linspace(1, 2, WIDTH).bfloat16().float()
             codes = Codes((coefficients / (0.4 * steps)).round().to(torch.int32), 0.4, 0.0, steps)
-            leave_codes(workshop, plan, tensor, coefficients, codes, first=expert * HEIGHT)
+            leave_codes(store, plan, tensor, coefficients, codes, first=expert * HEIGHT)
         for unit in plan.units:
-            run_unit(workshop, unit, OPTIONS, 1)
-        alone = [_alone(workshop.path(unit), workshop.key) for unit in plan.units]
-    compress(source, tmp_path / "out", OPTIONS, run=Run(resume=True))
+            run_unit(store, unit, OPTIONS, 1)
+        alone = [_alone(store.path(unit), store.key) for unit in plan.units]
+        out.mkdir()
+        job.write(out)
     stored = open_compressed(tmp_path / "out")
     for number, one in enumerate(alone):
         part = stored.part(NAME, number)

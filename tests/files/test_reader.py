@@ -68,7 +68,7 @@ def test_ranges(info: TensorInfo) -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 25), (25, 25)])
 def test_ranges_outside_of_the_tensor_are_refused(start: int, stop: int, info: TensorInfo) -> None:
-    message = f"bytes {start} to {stop} of 'x' asked for; 0 to 24 are accepted. Check the range."
+    message = f"bytes {start} to {stop} of 'x' asked for; expected 0 to 24. Check the range."
     with pytest.raises(CheckpointError, match=message):
         read_bytes(info, start, stop)
 
@@ -82,7 +82,7 @@ def test_a_file_that_shrank_is_refused(info: TensorInfo) -> None:
     content = info.file.read_bytes()
     info.file.write_bytes(content[:-5])
     assert read_flat(info, 0, 2).tolist() == [0, 1]
-    with pytest.raises(CheckpointError, match="ends inside 'x', 5 bytes short; a file that does"):
+    with pytest.raises(CheckpointError, match="ends inside 'x', 5 bytes short; expected a file that does"):
         read_tensor(info)
 
 
@@ -95,7 +95,7 @@ def test_a_file_that_vanished_is_refused(info: TensorInfo) -> None:
 def test_packed_dtypes_are_read_as_bytes_only(info: TensorInfo) -> None:
     packed = replace(info, dtype="F4", shape=(48,))
     assert len(read_bytes(packed, 0, packed.nbytes)) == 24
-    with pytest.raises(CheckpointError, match=r"'x' is F4, several elements to a byte; BOOL, U8, .*"):
+    with pytest.raises(CheckpointError, match=r"'x' is F4, several elements to a byte; expected BOOL, U8, .*"):
         read_tensor(packed)
 
 

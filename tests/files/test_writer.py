@@ -141,7 +141,7 @@ def test_the_index_of_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_shards_have_a_size(size: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"max_shard_size: {size} is no size; 1 or more is"):
+    with pytest.raises(ConfigError, match=f"max_shard_size: {size} is not a size; expected 1 or more"):
         write_checkpoint(tmp_path, [zeros("a", 1)], max_shard_size=size)
 
 
@@ -217,7 +217,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("names", "bad"), [("aba", "'a'"), (["__metadata__"], "'__metadata__'")])
 def test_names_that_repeat_or_are_reserved(names: list[str], bad: str, tmp_path: Path) -> None:
-    message = f"names {bad} repeat or are reserved; different names other than __metadata__ are"
+    message = f"names {bad} repeat or are reserved; expected different names other than __metadata__"
     todo = [zeros(name, 1) for name in names]
     with pytest.raises(CheckpointError, match=message):
         write_checkpoint(tmp_path, todo, max_shard_size=1)
@@ -227,23 +227,23 @@ def test_names_that_repeat_or_are_reserved(names: list[str], bad: str, tmp_path:
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"a name is not text \('utf-8' codec .*; valid Unic"):
+    with pytest.raises(CheckpointError, match=r"a name is not text \('utf-8' codec .*; expected valid Unic"):
         write_checkpoint(tmp_path, [zeros("\ud800", 1)])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_headers_no_reader_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "HEADER_LIMIT", 100)
-    with pytest.raises(LimitError, match=r"the header would be 120 bytes; at most 100 are accepted."):
+    with pytest.raises(LimitError, match=r"the header would be 120 bytes; expected at most 100."):
         write_checkpoint(tmp_path, [zeros("a" * 30, 1)])
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F33", (8,)), ("F4", (3,)), ("F32", (-1, -2))])
 def test_entries_no_file_can_hold(dtype: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(CheckpointError, match=rf"x: {dtype} of shape \(.*\) cannot be stored; whole"):
+    with pytest.raises(CheckpointError, match=rf"x: {dtype} of shape \(.*\) cannot be stored; expected whole"):
         Entry("x", dtype, shape, lambda: [])
 
 
 def test_dtypes_safetensors_does_not_have() -> None:
-    with pytest.raises(CheckpointError, match=r"x: torch.complex128 cannot be stored; torch.bool, "):
+    with pytest.raises(CheckpointError, match=r"x: torch.complex128 cannot be stored; expected torch.bool, "):
         tensor_entry("x", torch.zeros(1, dtype=torch.complex128))

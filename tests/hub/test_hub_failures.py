@@ -25,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("org/missing", {}, "org/missing: no such repository, or a private one that the token does not open"),
         ("org/private", {"HF_TOKEN": None}, "org/private: no such repository, or a private one"),
         ("org/private", {"HF_TOKEN": "hf_wrong"}, "org/private: the token is missing or refused (401)"),
-        ("org/gated", {}, "org/gated: is gated; an account with access is accepted. Ask on its page, then: Give"),
-        ("org/plain@v9", {}, "org/plain@v9: has no such revision; a branch, tag or commit is accepted"),
+        ("org/gated", {}, "org/gated: is gated; expected an account with access. Ask on its page, then: Give"),
+        ("org/plain@v9", {}, "org/plain@v9: has no such revision; expected a branch, tag or commit"),
         ("org/plain--x..y", {}, "org/plain--x..y: cannot be reached or used ("),
     ],
 )
@@ -54,13 +54,13 @@ def test_a_token_can_be_given(hub: LoopbackHub, client: Client, folder: Path) ->
     ("path", "status", "text"),
     [
         ("POST /api/repos/create", 401, "the token is missing or refused (401)"),
-        ("POST /api/repos/create", 403, "not permitted (403); a token with the right to do this is accepted"),
+        ("POST /api/repos/create", 403, "not permitted (403); expected a token with the right to do this"),
         ("/preupload/", 403, "not permitted (403)"),
-        ("/preupload/", 404, "not found (404); an existing repository is accepted. Check the name."),
-        ("/commit/", 409, "changed while it was written to (409); one writer at a time is accepted"),
-        ("/commit/", 429, "too many requests (429); a slower pace is accepted"),
-        ("/commit/", 500, "the Hub failed (500); a working one is accepted"),
-        ("/objects/batch", 503, "the Hub failed (503); a working one is accepted"),
+        ("/preupload/", 404, "not found (404); expected an existing repository. Check the name."),
+        ("/commit/", 409, "changed while it was written to (409); expected one writer at a time"),
+        ("/commit/", 429, "too many requests (429); expected a slower pace"),
+        ("/commit/", 500, "the Hub failed (500); expected a working one"),
+        ("/objects/batch", 503, "the Hub failed (503); expected a working one"),
         ("PUT /lfs/", 416, "shorter than the Hub says (416)"),
         ("POST /api/validate-yaml", 400, "refused what was sent (Invalid metadata in README.md. - asked to fail);"),
     ],
@@ -116,7 +116,7 @@ def test_a_compression_that_cannot_be_pushed_fails_before_the_work(
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
     done = client("decompress", folder, tmp_path / "out", "--push", "nonsense")
-    assert "nonsense: cannot be pushed to; org/name is accepted." in done.stderr
+    assert "nonsense: cannot be pushed to; expected org/name." in done.stderr
 
 
 def test_the_token_is_nowhere(hub: LoopbackHub, client: Client, folder: Path, tmp_path: Path) -> None:

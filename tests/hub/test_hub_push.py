@@ -138,7 +138,7 @@ def test_branches_and_pull_requests(hub: LoopbackHub, client: Client, compressed
     assert "model.safetensors" in hub.contents("me/small", "refs/pr/1")
     done = client("push", compressed, "me/small", "--create-pr", "--revision", "dev")
     assert done.code == 1
-    assert "--create-pr: opens a pull request to the default branch; no --revision is accepted with it." in done.stderr
+    assert "--create-pr: opens a pull request to the default branch; expected no --revision with it." in done.stderr
 
 
 def test_files_of_the_checkpoint_before_are_replaced(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_adapters(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     [
         ("flip", "does not have its checksum; the data is damaged"),
         ("manifest", "config.json calls it compressed, but spectral_surgery.json is missing"),
-        ("weights", "no weights; a folder with .safetensors files is accepted"),
+        ("weights", "no weights; expected a folder with .safetensors files"),
         ("card", "README.md: the metadata cannot be read ("),
-        ("encoding", "README.md: is no UTF-8 text ("),
-        ("token", "notes.txt: holds your access token; files without it are accepted. Remove it, and renew it."),
-        ("folder", "no such folder; a folder with a checkpoint or an adapter is accepted"),
-        ("adapter type", "adapter_config.json: peft_type is 3; the name of a method is accepted"),
-        ("adapter file", "adapter_model.safetensors is missing; an adapter in the format of PEFT is accepted"),
-        ("adapter nan", "base_model.model.q.lora_A.weight has NaN or infinite values; finite ones are accepted"),
+        ("encoding", "README.md: is not UTF-8 text ("),
+        ("token", "notes.txt: holds your access token; expected files without it. Remove it, and renew it."),
+        ("folder", "no such folder; expected a folder with a checkpoint or an adapter"),
+        ("adapter type", "adapter_config.json: peft_type is 3; expected the name of a method"),
+        ("adapter file", "adapter_model.safetensors is missing; expected an adapter in the format of PEFT"),
+        ("adapter nan", "base_model.model.q.lora_A.weight has NaN or infinite values; expected finite ones"),
     ],
 )
 def test_a_damaged_folder_is_refused_before_the_hub_is_asked(
@@ -262,9 +262,7 @@ def test_a_card_edited_on_the_hub_is_kept(hub: LoopbackHub, client: Client, comp
     (folder / "README.md").write_text(card + "\n## Also mine\n")
     done = client("push", folder, "me/card")
     assert done.code == 1
-    assert (
-        "me/card: README.md was edited on the Hub and in folder; one edited card is accepted. Merge both" in done.stderr
-    )
+    assert "me/card: README.md was edited on the Hub and in folder; expected one edited card. Merge both" in done.stderr
     (folder / "README.md").unlink()  # as the message says
     client.result("push", folder, "me/card")
     assert hub.contents("me/card")["README.md"].decode() == edited

@@ -60,13 +60,13 @@ def test_what_a_source_means(source: str, expected: Repository | None, monkeypat
 
 @pytest.mark.parametrize("source", ["hf://datasets/org/name", "hf://name", "hf://org/name/../../etc", "hf://org/a b"])
 def test_other_uris_are_refused(source: str) -> None:
-    with pytest.raises(HubError, match=r"is no model on the Hub; hf://org/name\[@revision\]\[/path\] is accepted"):
+    with pytest.raises(HubError, match=r"is not a model on the Hub; expected hf://org/name\[@revision\]\[/path\]"):
         remote(source)
 
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "../b", "org/name@dev", "/a/b", "org/"])
 def test_only_repositories_can_be_pushed_to(name: str) -> None:
-    with pytest.raises(HubError, match=r"cannot be pushed to; org/name is accepted. A branch is given by --revision"):
+    with pytest.raises(HubError, match=r"cannot be pushed to; expected org/name. A branch is given by --revision"):
         to_push(name)
 
 
@@ -150,9 +150,9 @@ def test_revisions_folders_and_files(hub: LoopbackHub, client: Client, tmp_path:
     assert sorted(body["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "pulled" / "model.safetensors").exists()
     done = client("inspect", "org/nested", "--revision", "old")
-    assert "org/nested@old: no weights; a folder with .safetensors files is accepted" in done.stderr
+    assert "org/nested@old: no weights; expected a folder with .safetensors files" in done.stderr
     done = client("inspect", "hf://org/nested/vae")
-    assert "has no such file or folder; files it lists are accepted. Check the path." in done.stderr
+    assert "has no such file or folder; expected files it lists. Check the path." in done.stderr
 
 
 def test_a_pickle_is_refused_before_anything_is_fetched(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:

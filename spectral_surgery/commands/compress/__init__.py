@@ -188,7 +188,7 @@ def compress_shard(
         if not job.encode(shard):
             return None
     with hold(job.folder, exclusive=True, wait=True):
-        if not job.workshop.folder.exists():  # another shard joined everything
+        if not job.store.folder.exists():  # another shard joined everything
             return None
         return _finish(job, out, started)
 
@@ -228,7 +228,7 @@ def _finish(job: Job, out: Path, started: float) -> CompressReport:
         clear_folder(folder, keep=(UNITS,))
         manifest, copied, size = job.write(folder)
         (folder / LOCK_FILE).unlink(missing_ok=True)
-        shutil.rmtree(job.workshop.folder)
+        shutil.rmtree(job.store.folder)
     return _report(job, manifest, copied, size, started)
 
 
@@ -236,7 +236,7 @@ def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float) 
     if not unhealed.exists():
         with publishing(unhealed, overwrite=True) as folder:
             job.write(folder)
-    shutil.rmtree(job.workshop.folder, ignore_errors=True)
+    shutil.rmtree(job.store.folder, ignore_errors=True)
     checkpoint = open_compressed(unhealed)
     state = job.folder / STATE
     entries, healed = heal_checkpoint(

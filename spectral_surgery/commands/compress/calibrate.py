@@ -39,7 +39,7 @@ def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
             "--calibrate: expected --bits or --sparsity with it, got --max-error, which it minimises itself."
         )
     if job.plan.options.allocation == "slope":
-        targets = spread_targets(job.source, job.index, job.plan, data, job.workshop)
+        targets = spread_targets(job.source, job.index, job.plan, data, job.store)
         job = replace(job, plan=job.plan.with_targets(targets))
     return job, _Calibration(job).run(data)
 
@@ -55,7 +55,7 @@ class _Calibration:
         lazy, sequences = model_and_text(job.source, job.index, data)
         reasons = reasons_of(lazy.model, lazy.names, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
-        turns = layer_moments(lazy, sequences, wanted, folder=job.workshop.folder, progress=job.run.progress)
+        turns = layer_moments(lazy, sequences, wanted, folder=job.store.folder, progress=job.run.progress)
         done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         if not done:
             examples = {reason: name for name, reason in reasons.items()}
@@ -71,7 +71,7 @@ class _Calibration:
         job, options = self.job, self.job.plan.options
         basis = Basis(options.transform, options.tile, tensor.axes)
         weight = turn.matrix.weight.float()
-        codes = finished_codes(job.workshop, job.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
+        codes = finished_codes(job.store, job.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
         release_freed_memory()
@@ -81,7 +81,7 @@ class _Calibration:
         return done
 
     def _chosen(self, turn: LayerMoment, tensor: PlannedTensor, weight: Tensor, basis: Basis) -> Codes:
-        """Codes with error feedback, which are left in the workshop too."""
+        """Codes with error feedback, which are left in the store too."""
         coefficients = basis.forward(weight)
         job, turned = self.job, coefficients.T.contiguous() if turn.transposed else coefficients
         target = tensor.target or job.plan.options.target
@@ -89,5 +89,5 @@ class _Calibration:
         release_freed_memory()
         codes = codes_at(turned, factor, target, basis, column_steps=not turn.transposed)
         codes = codes.T if turn.transposed else codes
-        leave_codes(job.workshop, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
+        leave_codes(job.store, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

@@ -16,7 +16,7 @@ from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import UNITS, Workshop, is_done, join, run_unit, work_key
+from spectral_surgery.files.compressed.units import UNITS, UnitStore, is_done, join, run_unit, work_key
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import hold
 from spectral_surgery.files.publish import discard_unfinished, partial_folder, writing_to
@@ -34,33 +34,33 @@ class Job:
         source: the checkpoint.
         index: of it.
         plan: what is compressed; stages that ask for other rates of some tensors go on with another plan.
-        workshop: the finished units.
+        store: the finished units.
         run: how the work is carried out.
     """
 
     source: Path
     index: CheckpointIndex
     plan: Plan
-    workshop: Workshop
+    store: UnitStore
     run: Run
 
     @property
     def folder(self) -> Path:
         """``<out>.partial``."""
-        return self.workshop.folder.parent
+        return self.store.folder.parent
 
     def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
         """Encode the units that are not there yet, of one shard; whether those of all shards are there then."""
         units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
         weights = list(accumulate(unit.weights for unit in units))  # largest first
-        work = partial(run_unit, self.workshop, options=options, threads=self.run.threads)
+        work = partial(run_unit, self.store, options=options, threads=self.run.threads)
         last = -1
         with _team(self.run.workers) as workers:
             for last in workers.share(work, units, last=True):
                 progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
         if last + 1 < len(units):
             progress(weights[-1], weights[-1], units[-1].tensor.info.name)
-        return shard[1] == 1 or all(is_done(self.workshop, unit) for unit in self.plan.units)
+        return shard[1] == 1 or all(is_done(self.store, unit) for unit in self.plan.units)
 
     def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
         """Join the units to a compressed checkpoint, and remove them.
@@ -68,7 +68,7 @@ class Job:
         Returns:
             The manifest, the reason by name of each tensor that is copied, and the bytes of weights and manifest.
         """
-        entries, manifest, copied = join(self.workshop, self.plan, self.index)
+        entries, manifest, copied = join(self.store, self.plan, self.index)
         manifest = replace(manifest, command=compress_command(self.plan.options))
         files = write_checkpoint(folder, entries, metadata=weights_metadata(self.index))
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -86,9 +86,9 @@ def opened(
     aside = partial_folder(out, overwrite=run.overwrite)
     if alone and not run.resume:
         discard_unfinished(aside, overwrite=run.overwrite)
-    job = Job(source, index, plan, Workshop(aside / UNITS, work_key(index, plan.options)), run)
+    job = Job(source, index, plan, UnitStore(aside / UNITS, work_key(index, plan.options)), run)
     with writing_to(out):
-        job.workshop.folder.mkdir(parents=True, exist_ok=True)
+        job.store.folder.mkdir(parents=True, exist_ok=True)
     with hold(aside, exclusive=alone, wait=not alone):
         yield job
 

@@ -20,7 +20,7 @@ from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import Workshop, leave_codes
+from spectral_surgery.files.compressed.units import UnitStore, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.publish import replace_file
 from spectral_surgery.files.reader import read_tensor
@@ -42,17 +42,17 @@ def keep_important(job: Job, data: TextData) -> None:
     Of linear layers those are kept whose loss changes the model most. With an allocation of ``slope`` a layer has as
     many of them as its coefficients count, with ``even`` all have as many.
     """
-    workshop, plan, progress = job.workshop, job.plan, job.run.progress
+    store, plan, progress = job.store, job.plan, job.run.progress
     planned = {tensor.info.name: tensor for tensor in plan.tensors}
-    importances = _remembered(workshop)
+    importances = _remembered(store)
     if importances is None:
         importances = measure_importance(job.source, plan, data, progress)
-        _remember(workshop, importances)
+        _remember(store, importances)
     cuts = _cuts(planned, importances, plan.options)
     for done, (name, importance) in enumerate(importances.items()):
         coefficients = _coefficients(planned[name], plan.options)
         codes = cuts[name].codes(coefficients, importance)
-        leave_codes(workshop, plan, planned[name], coefficients, codes, threads=job.run.threads)
+        leave_codes(store, plan, planned[name], coefficients, codes, threads=job.run.threads)
         progress(done + 1, len(importances), name)
 
 
@@ -126,18 +126,18 @@ def _coefficients(tensor: PlannedTensor, options: CompressOptions) -> Tensor:
     return Basis(options.transform, options.tile, tensor.axes).forward(weight)
 
 
-def _remember(workshop: Workshop, importances: Mapping[str, Importance]) -> None:
+def _remember(store: UnitStore, importances: Mapping[str, Importance]) -> None:
     tensors = {f"{name}.rows": importance.rows for name, importance in importances.items()}
     tensors |= {f"{name}.columns": importance.columns for name, importance in importances.items()}
-    replace_file(workshop.folder / _FILE, save(tensors, {"key": workshop.key}))
+    replace_file(store.folder / _FILE, save(tensors, {"key": store.key}))
 
 
-def _remembered(workshop: Workshop) -> dict[str, Importance] | None:
-    file = workshop.folder / _FILE
+def _remembered(store: UnitStore) -> dict[str, Importance] | None:
+    file = store.folder / _FILE
     if not file.exists():
         return None
     with safe_open(file, "pt") as state:
-        if (state.metadata() or {}).get("key") != workshop.key:
+        if (state.metadata() or {}).get("key") != store.key:
             return None
         names = [key.removesuffix(".rows") for key in state.keys() if key.endswith(".rows")]  # noqa: SIM118 - no dict
         return {

@@ -25,7 +25,7 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import feedback_noise
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.files.compressed.plan import Plan
-from spectral_surgery.files.compressed.units import Workshop
+from spectral_surgery.files.compressed.units import UnitStore
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.publish import replace_file
@@ -51,15 +51,15 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 
 
 def spread_targets(
-    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, workshop: Workshop
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, store: UnitStore
 ) -> dict[str, Target]:
     """Targets of single tensors that together give what was asked of all; where a cost is unknown, none."""
-    file, kind = workshop.folder / _RATES, plan.options.target.kind
+    file, kind = store.folder / _RATES, plan.options.target.kind
     body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if body.get("key") != workshop.key:
-        shares = measure_shares(source, index, plan, data, folder=workshop.folder)
+    if body.get("key") != store.key:
+        shares = measure_shares(source, index, plan, data, folder=store.folder)
         spread = spread_density if kind == "density" else spread_bits
-        body = {"key": workshop.key, "rates": spread(shares, plan.options.target.value, REACH)}
+        body = {"key": store.key, "rates": spread(shares, plan.options.target.value, REACH)}
         replace_file(file, json.dumps(body).encode())
     return {name: Target(kind, rate) for name, rate in body["rates"].items()}
 

@@ -230,14 +230,7 @@ def _command(options: ExtractOptions) -> str:
 def measure(
     state: AdapterState, updates: Sequence[Update], fitted: Fit, done: Callable[[str], None] = lambda _: None
 ) -> tuple[LayerReport, ...]:
-    """Compare adapters as they are stored with the updates they stand for.
-
-    Args:
-        state: the adapters.
-        updates: the updates.
-        fitted: how the adapters were made.
-        done: called with the name of each layer.
-    """
+    """Compare adapters as they are stored with the updates they stand for."""
     reports = []
     for update in updates:
         if update.layer in fitted.counts:
@@ -290,8 +283,8 @@ def room(size: Size, names: Collection[str], whole: int) -> Size:
     left = int(size.value) - header - whole
     if left < 1:
         raise ConfigError(
-            f"bytes {size.value:g}: {header} go to names and shapes, {whole} to tensors saved whole; more than"
-            f" {header + whole} are accepted. Choose fewer layers or more bytes."
+            f"bytes {size.value:g}: {header} go to names and shapes, {whole} to tensors saved whole; expected more than"
+            f" {header + whole}. Choose fewer layers or more bytes."
         )
     return replace(size, value=left)
 

@@ -58,7 +58,7 @@ def save_rest(
         targets = replace(targets, bias=f"{method}_only")
         every = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in tuned]
         tensors = {f"{name.removesuffix('.bias')}.base_layer.bias": tuned[name] for name in every}
-    tied = {own for module in modules for name in _tensors_of(tuned, module) for own in model.tied_with(name)}
+    tied = {alias for module in modules for name in _tensors_of(tuned, module) for alias in model.tied_with(name)}
     modules += sorted({name.rpartition(".")[0] for name in tied} - {*modules})
     targets = replace(targets, modules_to_save=tuple(modules))
     for name in (*model.ties, *model.ties.values()):

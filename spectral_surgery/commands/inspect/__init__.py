@@ -107,7 +107,7 @@ def inspect(
         What was found.
 
     Raises:
-        CheckpointError: when the source is no usable checkpoint.
+        CheckpointError: when the source is not a usable checkpoint.
         ConfigError: when spectra of anything else than a dense one are asked for.
     """
     if source.is_dir() and is_compressed(source):
@@ -144,10 +144,6 @@ def inspect(
 
 def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
     """Estimate what the spectrum of a tensor promises.
-
-    Args:
-        tensor: which one.
-        basis: transform and tile; the default is that of compress.
 
     Returns:
         Energy and error estimates, on rows of tiles spread over the tensor.

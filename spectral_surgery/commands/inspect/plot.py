@@ -14,11 +14,6 @@ from spectral_surgery.plotting import new_figure
 def plot_spectra(spectra: Sequence[Spectrum], file: Path, title: str) -> None:
     """Save energy compaction and rate-distortion of a checkpoint as one PNG.
 
-    Args:
-        spectra: from inspect.
-        file: where to; the ending decides the format.
-        title: above the plot.
-
     Raises:
         BackendError: when matplotlib is not installed.
     """

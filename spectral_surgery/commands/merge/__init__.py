@@ -187,7 +187,7 @@ class _Work:
             states, weights = dict(enumerate(self.plan.states)), self.plan.weights
             change = change_of(target.sources, states, weights, start.shape, base=start)
             merged, undo = merge_weight(start, change.delta, name, change.scale)
-            data, step = b"".join(tensor_bytes(own) for own in change.factors) + undo.data, undo.step
+            data, step = b"".join(tensor_bytes(factor) for factor in change.factors) + undo.data, undo.step
             if as_name == name:
                 moved = torch.linalg.vector_norm(merged.double() - start.double())
                 self.sizes[name] = float(moved / start.double().norm().clamp_min(1e-300))
@@ -223,7 +223,7 @@ def _patched(tensor: Tensor | None, patches: Sequence[Patch], name: str) -> Tens
     for patch in patches:
         values = patch.values.to(made.dtype)
         if not bool(torch.isfinite(values).all()):
-            raise NotMergeableError(f"{name}: is beyond the range of {CODES[made.dtype]}; finite numbers are accepted.")
+            raise NotMergeableError(f"{name}: is beyond the range of {CODES[made.dtype]}; expected finite numbers.")
         if not patch.spans:
             made = values
             continue

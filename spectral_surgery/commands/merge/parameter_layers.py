@@ -22,10 +22,6 @@ _WRAPPER = ".base_layer"
 def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState, list[str]]:
     """Give the updates of parameters the names of these, and say what does not fit.
 
-    Args:
-        state: an adapter as read.
-        base: the model it belongs to.
-
     Returns:
         The adapter with layers named as parameters, whose rank and lora_alpha are those of all experts together.
     """
@@ -51,8 +47,8 @@ def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState,
     config = state.spec.config
     ranks, alphas = {}, {}
     for name in layers:
-        own, experts = config.for_layer(name), _experts(base, name) if name in chosen.values() else 1
-        ranks[re.escape(name)], alphas[re.escape(name)] = own.r * experts, own.lora_alpha * experts
+        settings, experts = config.for_layer(name), _experts(base, name) if name in chosen.values() else 1
+        ranks[re.escape(name)], alphas[re.escape(name)] = settings.r * experts, settings.lora_alpha * experts
     config = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
     spec, parameters = replace(state.spec, config=config), {name: (name,) for name in chosen.values()}
     return replace(state, spec=spec, layers=layers, parameters=parameters), wrong
@@ -64,8 +60,8 @@ def is_transposed(state: AdapterState, name: str, base: BaseModel) -> bool:
     module = base.module(name.rpartition(".")[0])
     if found is None or len(found.shape) != 3:
         return False
-    own = state.layers[name]
-    told = (own["B"].shape[0], own["A"].shape[1])
+    factors = state.layers[name]
+    told = (factors["B"].shape[0], factors["A"].shape[1])
     if told[0] != told[1]:
         return tuple(found.shape[1:]) != told
     return bool(getattr(module, "is_transposed", False))
@@ -94,10 +90,10 @@ def _fit(state: AdapterState, base: BaseModel, layers: Sequence[str], names: Seq
 
 
 def _fits(state: AdapterState, base: BaseModel, layer: str, name: str) -> bool:
-    found, own = base.find(name), state.layers[layer]
-    if found is None or not {"A", "B"} <= own.keys() or len(found.shape) not in (2, 3):
+    found, factors = base.find(name), state.layers[layer]
+    if found is None or not {"A", "B"} <= factors.keys() or len(found.shape) not in (2, 3):
         return False
-    (rank, inside), (outside, other) = own["A"].shape, own["B"].shape
+    (rank, inside), (outside, other) = factors["A"].shape, factors["B"].shape
     sides = {(outside, inside)} if len(found.shape) == 2 else {(outside, inside), (inside, outside)}
     experts = _experts(base, name)
     return rank == other == experts * state.spec.config.for_layer(name).r and found.shape[-2:] in sides

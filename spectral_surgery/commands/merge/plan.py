@@ -118,10 +118,10 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
 
     factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
     if not adapters or len(factors) != len(adapters):
-        raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; one for each is accepted.")
+        raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; expected one for each.")
     if is_merged(base):
         raise CheckpointError(
-            f"{base}: has adapters merged in; a checkpoint without is accepted. Unmerge it first, and merge all "
+            f"{base}: has adapters merged in; expected a checkpoint without. Unmerge it first, and merge all "
             "adapters"
             " in one command."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class Finder:
         self.wrong: list[str] = []
         named = []
         for state in states:
-            own, problems = name_parameters(state, self.base)
-            named.append(own)
+            renamed, problems = name_parameters(state, self.base)
+            named.append(renamed)
             self.wrong += problems
         self._states, self._weights = tuple(named), weights
         self._found: dict[str, Target] = {}
@@ -55,10 +56,10 @@ class Finder:
             self._replace(name, tensor)
         self._keep_apart()
         for number, state in enumerate(self._states):
-            if any("magnitude" in own for own in state.layers.values()) and self._weights[number] != 1:
+            if any("magnitude" in tensors for tensors in state.layers.values()) and self._weights[number] != 1:
                 raise ConfigError(
                     f"--weights {self._weights[number]:g}: for an adapter with DoRA, whose magnitudes are those of"
-                    " the whole update; 1 is accepted."
+                    " the whole update; expected 1."
                 )
             for layer in state.layers:
                 self._update(number, state, layer)
@@ -87,27 +88,28 @@ class Finder:
         """Parameters that an adapter has whole."""
         for full, tensor in state.extra.items():
             name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
-            own = self.base.named(name)
-            found = self.base.names.find(own)
+            parameter = self.base.named(name)
+            found = self.base.names.find(parameter)
             copy = full.endswith(".base_layer.weight")
             if copy and _equal(found, tensor):
                 continue  # PEFT's copy of the base, beside an update
-            if own in self._whole and not (copy and torch.equal(self._whole[own], tensor)):
-                self.wrong.append(f"{own} is replaced by two adapters, which must be merged one after the other")
-            if self.base.hides_ties and _EMBEDDING.search(own):
+            if parameter in self._whole and not (copy and torch.equal(self._whole[parameter], tensor)):
+                self.wrong.append(f"{parameter} is replaced by two adapters, which must be merged one after the other")
+            if self.base.hides_ties and _EMBEDDING.search(parameter):
                 self.wrong.append(
-                    f"{own} is tied to an output layer that is not stored, and transformers does not know this model,"
+                    f"{parameter} is tied to an output layer that is not stored, and transformers does not know this"
+                    " model,"
                     " so the output layer cannot be kept as PEFT keeps it"
                 )
-            self._whole[own] = tensor
+            self._whole[parameter] = tensor
 
     def _undo_ties(self) -> None:
         """Parameters that were one come apart when an adapter brings one of them, or different ones, as in PEFT."""
         for group in {self.base.tied_with(name) for name in self._whole} - {()}:
-            first, *others = (self._whole.get(own) for own in group)
+            first, *others = (self._whole.get(tied) for tied in group)
             if first is not None and all(value is not None and torch.equal(value, first) for value in others):
-                for own in group[1:]:
-                    del self._whole[own]
+                for tied in group[1:]:
+                    del self._whole[tied]
             else:
                 self._apart.update(group)
         if self._apart:  # a configuration says it for all
@@ -126,14 +128,14 @@ class Finder:
         """Second name -> first name of tied parameters that are both stored."""
         pairs = {}
         for alias, name in self.base.ties.items():
-            own, root = self.base.names.find(alias), self.base.names.find(name)
-            if own and root and own.pieces[0].info != root.pieces[0].info and alias not in self._apart:
-                pairs[own.pieces[0].info.name] = root.pieces[0].info.name
+            second, root = self.base.names.find(alias), self.base.names.find(name)
+            if second and root and second.pieces[0].info != root.pieces[0].info and alias not in self._apart:
+                pairs[second.pieces[0].info.name] = root.pieces[0].info.name
         return pairs
 
     def _apart_stored(self) -> set[str]:
         found = [self.base.names.find(name) for name in self._apart]
-        return {own.pieces[0].info.name for own in found if own}
+        return {parameter.pieces[0].info.name for parameter in found if parameter}
 
     def _replace(self, name: str, tensor: Tensor) -> None:
         found = self._find(name)
@@ -143,10 +145,10 @@ class Finder:
         if found.shape != tuple(tensor.shape) and not self._resize(name, found, tensor):
             self.wrong.append(f"{name} is {list(found.shape)}, in the adapter {list(tensor.shape)}")
             return
-        for own, piece in self._targets(name, found):
+        for key, piece in self._targets(name, found):
             patch = Patch(tensor) if found.whole is not None else Patch(tensor, piece.spans, piece.transposed)
-            old = self._found.get(own, Target(piece.info))
-            self._found[own] = Target(old.info, old.sources, (*old.replaced, patch), old.rows)
+            target = self._found.get(key, Target(piece.info))
+            self._found[key] = replace(target, replaced=(*target.replaced, patch))
 
     def _keep_apart(self) -> None:
         """Parameters that are stored under the name of another one, and come apart, get tensors of their own."""
@@ -190,18 +192,19 @@ class Finder:
         found = self._find(name)
         if found is None:
             raise NotMergeableError(
-                f"{source.layer}: the adapter has a bias (lora_bias), and the base has none to add it to; a base with"
-                " biases is accepted. Keep the adapter beside the model."
+                f"{source.layer}: the adapter has a bias (lora_bias), and the base has none to add it to; expected a"
+                " base with"
+                " biases. Keep the adapter beside the model."
             )
         self._add(name, found, Source(source.number, source.layer, found.shape))
 
     def _add(self, name: str, found: StoredParameter, source: Source) -> None:
-        for own, piece in self._targets(name, found):
-            old = self._found.get(own, Target(piece.info))
+        for key, piece in self._targets(name, found):
+            target = self._found.get(key, Target(piece.info))
             spans = source.spans if found.whole is not None else piece.spans
             part = Source(source.number, source.layer, source.shape, spans, source.transposed, piece.transposed)
-            part = _short(part, old.shape)
-            self._found[own] = Target(old.info, (*old.sources, part), old.replaced, old.rows)
+            part = _short(part, target.shape)
+            self._found[key] = replace(target, sources=(*target.sources, part))
 
     def _replace_rows(self, name: str, numbers: tuple[int, ...], values: Tensor) -> None:
         found = self._find(name)
@@ -213,15 +216,15 @@ class Finder:
             self.wrong.append(f"{name} is {list(shape)}, in the adapter {rows}")
         else:
             patch = Patch(values, tuple((row, number, 1) for row, number in enumerate(numbers)))
-            for own, piece in self._targets(name, found):
-                old = self._found.get(own, Target(piece.info))
-                self._found[own] = Target(old.info, old.sources, old.replaced, (*old.rows, patch))
+            for key, piece in self._targets(name, found):
+                target = self._found.get(key, Target(piece.info))
+                self._found[key] = replace(target, rows=(*target.rows, patch))
 
     def _misfit(self, found: StoredParameter, state: AdapterState, source: Source) -> str:
         infos = [piece.info for piece in found.pieces]
         strange = next((info for info in infos if info.dtype not in _DTYPES), None)
         if strange is not None:
-            return f"{strange.name} is {strange.dtype}, where {', '.join(_DTYPES)} are accepted"
+            return f"{strange.name} is {strange.dtype}, expected {', '.join(_DTYPES)}"
         if len(source.shape) < 2:
             return f"{infos[0].name} is {list(source.shape)}, no matrix"
         if source.layer in state.parameters:
@@ -241,13 +244,15 @@ class Finder:
 
     def _resized_shape(self, name: str, found: StoredParameter) -> tuple[int, ...]:
         group = self.base.tied_with(name) or (found.name,)
-        rows = next((self._resized[own][1] for own in (name, *group) if own in self._resized), None)
+        rows = next((self._resized[other][1] for other in (name, *group) if other in self._resized), None)
         return found.shape if rows is None else (rows, *found.shape[1:])
 
     def _touched(self) -> list[str]:
         states = self._states
-        layers = [layer if layer in own.parameters else f"{layer}.weight" for own in states for layer in own.layers]
-        rows = [f"{module}.weight" for own in states for module in own.rows]
+        layers = [
+            layer if layer in state.parameters else f"{layer}.weight" for state in states for layer in state.layers
+        ]
+        rows = [f"{module}.weight" for state in states for module in state.rows]
         return [*map(self.base.named, [*layers, *rows]), *self._whole]
 
     def _check_vocabulary(self) -> None:
@@ -256,7 +261,11 @@ class Finder:
             return
         for ask in (self.base.model.get_input_embeddings, self.base.model.get_output_embeddings):
             module = ask()
-            names = [name for name, own in self.base.model.named_modules() if own is module and module is not None]
+            names = [
+                name
+                for name, candidate in self.base.model.named_modules()
+                if candidate is module and module is not None
+            ]
             parameter = f"{names[0]}.weight" if names else ""
             found = self.base.find(parameter) if names else None
             if found and self._resized_shape(parameter, found) == found.shape:
@@ -274,14 +283,14 @@ class Finder:
 
 def _lora_misfit(state: AdapterState, source: Source) -> str:
     out, inside = source.out_in
-    own, rank = state.layers[source.layer], state.spec.config.for_layer(source.layer).r
+    tensors, rank = state.layers[source.layer], state.spec.config.for_layer(source.layer).r
     expected = {"A": (rank, inside), "B": (out, rank), "bias": (out,)}
     expected["magnitude"] = (inside if source.layer in state.embeddings else out,)
-    given = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    given = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wanted = {key: expected[key] for key in given if key in expected}
     if given == wanted and {"A", "B"} <= given.keys():
         return ""
-    return f"{source.layer}: the adapter has {given}; {wanted} is accepted for a layer of {out} x {inside}"
+    return f"{source.layer}: the adapter has {given}; expected {wanted} for a layer of {out} x {inside}"
 
 
 def _short(source: Source, shape: tuple[int, ...]) -> Source:

@@ -83,7 +83,7 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
     missing = [name for name in record.tensors if name not in index.tensors]
     if missing:
         raise UnmergeError(
-            f"{merged}: {', '.join(missing)} was merged into and is missing; the folder that merge wrote is accepted."
+            f"{merged}: {', '.join(missing)} was merged into and is missing; expected the folder that merge wrote."
         )
     used = sorted({source.number for tensor in record.tensors.values() for source in tensor.sources})
     work = _Work(record, index, {number: read_adapter(adapter_folder(merged, number)) for number in used}, progress)
@@ -145,10 +145,10 @@ class _Work:
         """What the merge added, and the bytes that are left for what it lost."""
         factors = []
         for size in factor_sizes(tensor.sources, self.states, info.shape):
-            own, data = data[: 8 * size], data[8 * size :]
-            if len(own) < 8 * size:
+            raw, data = data[: 8 * size], data[8 * size :]
+            if len(raw) < 8 * size:
                 raise _changed(info.name)
-            factors.append(torch.frombuffer(bytearray(own), dtype=torch.float64))
+            factors.append(torch.frombuffer(bytearray(raw), dtype=torch.float64))
         return change_of(tensor.sources, self.states, self.record.weights, info.shape, factors=factors), data
 
 
@@ -163,4 +163,4 @@ def _stored(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Ten
 
 
 def _changed(name: str) -> UnmergeError:
-    return UnmergeError(f"{name}: was changed after the merge, or the record was; untouched ones are accepted.")
+    return UnmergeError(f"{name}: was changed after the merge, or the record was; expected untouched ones.")

@@ -62,18 +62,18 @@ def change_of(
     scale: Tensor | None = None
     known, used = iter(factors), []
     for source in sources:
-        state, own = states[source.number], source.resolved(shape)
-        delta = _placed(state, own, shape).mul_(weights[own.number])
+        state, resolved = states[source.number], source.resolved(shape)
+        delta = _placed(state, resolved, shape).mul_(weights[resolved.number])
         part = delta if scale is None else delta / scale
         total = part if total is None else total + part
-        magnitude = state.layers[own.layer].get("magnitude")
-        if magnitude is None or len(own.shape) == 1:
+        magnitude = state.layers[resolved.layer].get("magnitude")
+        if magnitude is None or len(resolved.shape) == 1:
             continue
-        factor = next(known, None) if base is None else _factor(state, own, magnitude, base, delta)
+        factor = next(known, None) if base is None else _factor(state, resolved, magnitude, base, delta)
         if factor is None:
-            raise NotMergeableError(f"{own.layer}: the record lacks a factor of DoRA; the file of merge is accepted.")
+            raise NotMergeableError(f"{resolved.layer}: the record lacks a factor of DoRA; expected the file of merge.")
         used.append(factor)
-        spread = _spread(state, own, factor, shape)
+        spread = _spread(state, resolved, factor, shape)
         scale = spread if scale is None else scale * spread
     return Change(cast(Tensor, total), scale, tuple(used))
 
@@ -83,8 +83,12 @@ def factor_sizes(
 ) -> tuple[int, ...]:
     """How many numbers each of `Change.factors` has."""
     resolved = [source.resolved(shape) for source in sources]
-    rows = [(states[own.number], own) for own in resolved if "magnitude" in states[own.number].layers[own.layer]]
-    return tuple(_factor_size(state, own) for state, own in rows if len(own.shape) > 1)
+    rows = [
+        (states[source.number], source)
+        for source in resolved
+        if "magnitude" in states[source.number].layers[source.layer]
+    ]
+    return tuple(_factor_size(state, source) for state, source in rows if len(source.shape) > 1)
 
 
 def update_rows(state: AdapterState, source: Source, start: int, count: int) -> Tensor:
@@ -102,16 +106,16 @@ def update_rows(state: AdapterState, source: Source, start: int, count: int) -> 
     Raises:
         NotMergeableError: when the adapter is not one weight update.
     """
-    own, shape = state.layers[source.layer], source.shape
+    tensors, shape = state.layers[source.layer], source.shape
     lora = state.spec.method.peft_type == "LORA"
     settings = state.spec.config.for_layer(source.layer)
     scaling = settings.lora_alpha / settings.r if lora else 1.0
     if len(shape) == 1:
-        return scaling * own["bias"].double()[start : start + count, None]
+        return scaling * tensors["bias"].double()[start : start + count, None]
     if lora and len(shape) == 3 and source.layer not in state.kernels:
-        return torch.cat(list(_expert_rows(own, source, start, count))).mul_(scaling)
+        return torch.cat(list(_expert_rows(tensors, source, start, count))).mul_(scaling)
     if lora:
-        up, down = own["B"].double(), own["A"].double()
+        up, down = tensors["B"].double(), tensors["A"].double()
         left, right = (down.T, up.T) if source.transposed else (up, down)
         per_row = rows_of(shape) // len(left)
         first, last = start // per_row, -(-(start + count) // per_row)
@@ -123,11 +127,11 @@ def update_rows(state: AdapterState, source: Source, start: int, count: int) -> 
     return as_rows((delta.T if source.transposed else delta).reshape(shape))[start : start + count]
 
 
-def _expert_rows(own: Mapping[str, Tensor], source: Source, start: int, count: int) -> Iterator[Tensor]:
+def _expert_rows(tensors: Mapping[str, Tensor], source: Source, start: int, count: int) -> Iterator[Tensor]:
     """Rows of stacked experts: A [E R, I] is expert after expert, B [O, R E] has the expert as its last index."""
     experts, height, _ = source.shape
-    down = own["A"].double().reshape(experts, -1, own["A"].shape[1])  # [E, R, I]
-    up = own["B"].double().reshape(len(own["B"]), -1, experts)  # [O, R, E]
+    down = tensors["A"].double().reshape(experts, -1, tensors["A"].shape[1])  # [E, R, I]
+    up = tensors["B"].double().reshape(len(tensors["B"]), -1, experts)  # [O, R, E]
     for expert in range(start // height, -(-(start + count) // height)):
         left, right = up[..., expert], down[expert]
         left, right = (right.T, left.T) if source.transposed else (left, right)
@@ -194,6 +198,7 @@ def _check_whole(state: AdapterState, source: Source, shape: Sequence[int]) -> N
     rowwise = len(source.shape) == 2 and source.layer not in state.embeddings and not source.transposed
     if source.turned or not (rowwise or _is_whole(source, shape)):
         raise NotMergeableError(
-            f"{source.layer}: has DoRA, and its weight is stored in parts that do not hold what a norm is taken over; a"
-            " weight stored whole is accepted. Merge it with PEFT."
+            f"{source.layer}: has DoRA, and its weight is stored in parts that do not hold what a norm is taken over;"
+            " expected a"
+            " weight stored whole. Merge it with PEFT."
         )

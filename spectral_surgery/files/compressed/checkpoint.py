@@ -52,13 +52,6 @@ class CompressedCheckpoint:
     def part(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor, as frames.
 
-        Args:
-            name: tensor name in the manifest.
-            part: which of its parts.
-
-        Returns:
-            The encoded rows of that part.
-
         Raises:
             CheckpointError: when the stored bytes do not have their checksum.
         """
@@ -97,11 +90,7 @@ class CompressedCheckpoint:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder claims to be a compressed checkpoint; nothing is checked.
-
-    Args:
-        folder: any path.
-    """
+    """Whether a folder claims to be a compressed checkpoint; nothing is checked."""
     if (folder / FILE_NAME).exists():
         return True
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -114,10 +103,7 @@ def open_compressed(folder: Path, *, differences: bool = False) -> CompressedChe
 
     Args:
         folder: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
-        differences: whether spectra may stand for differences to another checkpoint, which are no weights.
-
-    Returns:
-        The checkpoint.
+        differences: whether spectra may stand for differences to another checkpoint, which are not weights.
 
     Raises:
         CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says,
@@ -131,7 +117,7 @@ def open_compressed(folder: Path, *, differences: bool = False) -> CompressedChe
     base = base_name(manifest.options)
     if base is not None and not differences:
         raise CheckpointError(
-            f"{folder.name}: holds differences to {base}, and no weights; a compressed model is accepted. Decompress it"
+            f"{folder.name}: holds differences to {base}, and no weights; expected a compressed model. Decompress it"
             " with --base first."
         )
     for name, record in manifest.tensors.items():
@@ -143,7 +129,7 @@ def open_compressed(folder: Path, *, differences: bool = False) -> CompressedChe
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors and name not in index.tensors:
             raise CheckpointError(
-                f"{alias}: tied to {name}, which is missing; a complete folder is accepted. Fetch it again."
+                f"{alias}: tied to {name}, which is missing; expected a complete folder. Fetch it again."
             )
     return CompressedCheckpoint(index, manifest)
 
@@ -153,7 +139,7 @@ def _check(
 ) -> None:
     info = index.tensors.get(name)
     if info is None:
-        raise CheckpointError(f"{name}: in the manifest but in no file; a complete folder is accepted. Fetch it again.")
+        raise CheckpointError(f"{name}: in the manifest but in no file; expected a complete folder. Fetch it again.")
     if info.dtype not in dtypes or (shapes is not None and info.shape not in shapes):
         raise CheckpointError(
             f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "

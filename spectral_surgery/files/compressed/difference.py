@@ -20,10 +20,6 @@ _MARK = " sha256:"
 def describe(base: CheckpointIndex, name: str) -> str:
     """A base in words and a checksum over all its tensors, which are read for it.
 
-    Args:
-        base: the checkpoint.
-        name: what to call it.
-
     Returns:
         ``<name> sha256:<hex>``.
     """
@@ -36,22 +32,13 @@ def describe(base: CheckpointIndex, name: str) -> str:
 
 
 def base_name(options: Mapping[str, object]) -> str | None:
-    """What the base of a compressed checkpoint is called; None when it holds no differences.
-
-    Args:
-        options: of its manifest.
-    """
+    """What the base of a compressed checkpoint is called; None when it holds no differences."""
     text = options.get("base")
     return str(text).rpartition(_MARK)[0] if text else None
 
 
 def check_base(options: Mapping[str, object], base: Path | None, where: str) -> CheckpointIndex | None:
     """Read the headers of the right base; all of its tensors are read to see that it is.
-
-    Args:
-        options: of the manifest.
-        base: what was given.
-        where: the compressed folder, for errors.
 
     Returns:
         The base; None where none is needed.
@@ -70,31 +57,20 @@ def check_base(options: Mapping[str, object], base: Path | None, where: str) -> 
     index = read_index(base)
     if describe(index, name) != options["base"]:
         raise CheckpointError(
-            f"{base}: is not the {name} that {where} holds differences to; the checkpoint with the same tensors,"
-            " bit for bit, is accepted."
+            f"{base}: is not the {name} that {where} holds differences to; expected the checkpoint with the same"
+            " tensors,"
+            " bit for bit,."
         )
     return index
 
 
 def counterpart(base: CheckpointIndex | None, name: str, shape: tuple[int, ...]) -> TensorInfo | None:
-    """The tensor of a base that one of another checkpoint is the difference to; None when it has none.
-
-    Args:
-        base: the base, if any.
-        name: of the tensor.
-        shape: of the tensor.
-    """
+    """The tensor of a base that one of another checkpoint is the difference to; None when it has none."""
     info = base.tensors.get(name) if base is not None else None
     return info if info is not None and info.shape == shape and info.dtype in (*FLOATS, *FLOATS8) else None
 
 
 def read_rows(info: TensorInfo, rows: tuple[int, int], columns: int) -> Tensor:
-    """Rows of a tensor seen as a matrix: [N, I] float32.
-
-    Args:
-        info: the tensor.
-        rows: first and end.
-        columns: of the matrix.
-    """
+    """Rows of a tensor seen as a matrix: [N, I] float32."""
     start, stop = rows
     return read_flat(info, start * columns, stop * columns).reshape(stop - start, columns).float()

@@ -110,9 +110,6 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a compressed folder.
 
-    Args:
-        folder: the checkpoint folder.
-
     Returns:
         The manifest; sizes in it are consistent with each other, and bounded.
 
@@ -124,24 +121,21 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise LimitError(f"{path.name}: {path.stat().st_size} bytes; at most {_MAX_BYTES} are accepted.")
+            raise LimitError(f"{path.name}: {path.stat().st_size} bytes; expected at most {_MAX_BYTES}.")
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder.name}: no {FILE_NAME}; a folder written by compress is accepted. Is it compressed at all?"
+            f"{folder.name}: no {FILE_NAME}; expected a folder written by compress. Is it compressed at all?"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name}: cannot be read ({error}); the JSON that compress wrote is accepted. Fetch it again."
+            f"{path.name}: cannot be read ({error}); expected the JSON that compress wrote. Fetch it again."
         ) from None
     return parse_manifest(body)
 
 
 def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
     """The manifest in the header of a weight file; None when there is none.
-
-    Args:
-        metadata: of the file.
 
     Raises:
         CheckpointError: when it is damaged; see `read_manifest`.
@@ -155,7 +149,7 @@ def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
-            f"{QUANT_METHOD} in the header: cannot be read ({error}); the JSON that save_pretrained wrote is accepted."
+            f"{QUANT_METHOD} in the header: cannot be read ({error}); expected the JSON that save_pretrained wrote."
             " Fetch the file again."
         ) from None
 
@@ -163,11 +157,11 @@ def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
 def parse_manifest(body: object) -> Manifest:
     """Check the parsed JSON of a manifest; see `read_manifest`."""
     if not isinstance(body, dict) or body.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{FILE_NAME}: not a manifest of this format; the file that compress wrote is accepted.")
+        raise CheckpointError(f"{FILE_NAME}: not a manifest of this format; expected the file that compress wrote.")
     version = body.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{FILE_NAME}: format version {version!r}; {FORMAT_VERSION} is accepted. Upgrade spectral-surgery to read "
+            f"{FILE_NAME}: format version {version!r}; expected {FORMAT_VERSION}. Upgrade spectral-surgery to read "
             "newer files."
         )
     try:
@@ -178,7 +172,7 @@ def parse_manifest(body: object) -> Manifest:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
-            f"{FILE_NAME}: damaged ({error!r}); the file that compress wrote is accepted. Fetch it again."
+            f"{FILE_NAME}: damaged ({error!r}); expected the file that compress wrote. Fetch it again."
         ) from None
     return Manifest(tensors, aliases, options, source, command)
 
@@ -199,13 +193,13 @@ def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
         weights *= size
     if weights > _MAX_WEIGHTS or not weights or weights != rows * columns:
         raise LimitError(
-            f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; the sizes compress wrote are accepted."
+            f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; expected the sizes compress wrote."
         )
     ends = [0, *(part.rows[1] for part in record.parts)]
     if ends[-1] != rows or any(
         part.rows[0] != end or part.rows[1] <= end for part, end in zip(record.parts, ends, strict=False)
     ):
-        raise LimitError(f"{name}: parts do not cover {rows} rows in order; the parts compress wrote are accepted.")
+        raise LimitError(f"{name}: parts do not cover {rows} rows in order; expected the parts compress wrote.")
     if record.dtype not in DTYPES or not 1 <= record.tile <= _MAX_TILE or record.axes not in ((0, 1), (1,), (0,), ()):
         raise CheckpointError(
             f"{name}: dtype {record.dtype}, tile {record.tile} or axes {record.axes} is unknown. Fetch the manifest "

@@ -79,10 +79,6 @@ def joined(
 ) -> tuple[list[Entry], tuple[PartRecord, ...]]:
     """A compressed tensor, joined from the files of its parts a piece at a time.
 
-    Args:
-        name: of the tensor.
-        parts: all of them in order, see `read_part`.
-
     Returns:
         Its entries, and the records with the bytes that steps take beside those of the other parts.
     """
@@ -113,7 +109,7 @@ def _stored_steps(parts: Sequence[Tensor]) -> Tensor:
     A part with one step has it for every column, where another part has a step for each.
     """
     longest = max(map(len, parts))
-    steps = torch.stack([torch.cat((own[:1].expand(longest - len(own)), own)) for own in parts])
+    steps = torch.stack([torch.cat((part[:1].expand(longest - len(part)), part)) for part in parts])
     half = steps.bfloat16()
     return half if longest > 2 and torch.equal(half.float(), steps) else steps
 

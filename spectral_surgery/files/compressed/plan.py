@@ -98,12 +98,10 @@ class Plan:
         return sum(tensor.info.numel for tensor in self.tensors)
 
     def with_targets(self, targets: Mapping[str, Target]) -> Plan:
-        """The same plan, with targets of their own for some tensors.
-
-        Args:
-            targets: by name of the tensor.
-        """
-        return replace(self, tensors=tuple(replace(own, target=targets.get(own.info.name)) for own in self.tensors))
+        """The same plan, with targets of their own for some tensors."""
+        return replace(
+            self, tensors=tuple(replace(tensor, target=targets.get(tensor.info.name)) for tensor in self.tensors)
+        )
 
     def predicted_bits(self) -> float:
         """Stored bits per weight to expect: as asked, or as of Gaussian coefficients."""
@@ -166,9 +164,6 @@ def make_plan(
         options: what was asked.
         compare: find tied tensors, for which some are read; otherwise none is taken to be tied.
         base: compress differences to the tensors of this checkpoint, where it has the same.
-
-    Returns:
-        The plan.
 
     Raises:
         TargetError: when a pattern matches nothing.
@@ -236,11 +231,8 @@ def _is_stack(shape: Sequence[int]) -> bool:
 def find_tied(index: CheckpointIndex) -> dict[str, str]:
     """Tensors stored twice: output heads and embeddings of equal shape, dtype and bytes.
 
-    Args:
-        index: headers of the checkpoint.
-
     Returns:
-        Second name -> first name. Bytes are compared, so a head that merely has the shape of an embedding is no alias.
+        Second name -> first name. Bytes are compared, so that a head of the shape of an embedding is not an alias.
     """
     groups: dict[tuple[str, tuple[int, ...]], list[TensorInfo]] = {}
     for info in index.tensors.values():

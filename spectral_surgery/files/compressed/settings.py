@@ -59,7 +59,7 @@ class CompressOptions:
         from spectral_surgery.transforms import TRANSFORMS  # which imports torch
 
         if not 1 <= self.tile <= MAX_TILE:
-            raise ConfigError(f"tile {self.tile}: out of range; 1 to {MAX_TILE} is accepted.")
+            raise ConfigError(f"tile {self.tile}: out of range; expected 1 to {MAX_TILE}.")
         if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):
             fitting = ", ".join(t.name for t in TRANSFORMS.values() if t.accepts(self.tile))
             raise ConfigError(

@@ -35,7 +35,7 @@ UNITS = "units"  # folder of unfinished work
 
 
 @dataclass(frozen=True)
-class Workshop:
+class UnitStore:
     """Where unfinished work lives, and the key that its unit files must carry."""
 
     folder: Path
@@ -59,19 +59,13 @@ def source_digest(index: CheckpointIndex) -> str:
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
-def is_done(workshop: Workshop, unit: Unit) -> bool:
+def is_done(store: UnitStore, unit: Unit) -> bool:
     """Whether a unit file of this very work is there and intact."""
-    return read_part(workshop.path(unit), workshop.key) is not None
+    return read_part(store.path(unit), store.key) is not None
 
 
-def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+def run_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
     """Encode one part and leave its file.
-
-    Args:
-        workshop: where to.
-        unit: which part.
-        options: what was asked.
-        threads: frames encoded at once.
 
     Returns:
         The measured report, or None when the part is not finite and is to be copied.
@@ -79,14 +73,14 @@ def run_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: 
     Raises:
         ConfigError: when the weights are not finite (and may not be copied) or cannot be encoded; the tensor is named.
     """
-    done = read_part(workshop.path(unit), workshop.key)
+    done = read_part(store.path(unit), store.key)
     if done is not None:
         return done[1].report if done[1] else None
     with one_torch_thread():
-        return _encode_unit(workshop, unit, options, threads)
+        return _encode_unit(store, unit, options, threads)
 
 
-def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+def _encode_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
     tensor = unit.tensor
     start, stop = tensor.parts[unit.part]
     weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
@@ -101,17 +95,17 @@ def _encode_unit(workshop: Workshop, unit: Unit, options: CompressOptions, threa
             raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
         if not options.copy_nonfinite:
             raise ConfigError(
-                f"{tensor.info.name}: has NaN or infinite values; finite weights are accepted. "
+                f"{tensor.info.name}: has NaN or infinite values; expected finite weights. "
                 "Repair it, or use --copy-nonfinite to pass such tensors through."
             ) from None
-        write_part(workshop.path(unit), workshop.key, None, None)
+        write_part(store.path(unit), store.key, None, None)
         return None
-    write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
+    write_part(store.path(unit), store.key, encoded, part_record((start, stop), encoded, report))
     return report
 
 
 def leave_codes(
-    workshop: Workshop,
+    store: UnitStore,
     plan: Plan,
     tensor: PlannedTensor,
     coefficients: Tensor,
@@ -123,7 +117,7 @@ def leave_codes(
     """Leave the unit files of a tensor, or of rows of it that are whole parts, whose codes were chosen elsewhere.
 
     Args:
-        workshop: where to.
+        store: where to.
         plan: the plan it belongs to.
         tensor: which.
         coefficients: [O, I] float32, what the codes stand for.
@@ -134,9 +128,9 @@ def leave_codes(
     basis = Basis(plan.options.transform, plan.options.tile, tensor.axes)
     for unit in _units_of(plan, tensor, (first, first + len(coefficients))):
         start, stop = tensor.parts[unit.part]
-        own = replace(codes, values=codes.values[start - first : stop - first])
-        encoded, report = encode_codes(coefficients[start - first : stop - first], own, basis, threads=threads)
-        write_part(workshop.path(unit), workshop.key, encoded, part_record((start, stop), encoded, report))
+        part = replace(codes, values=codes.values[start - first : stop - first])
+        encoded, report = encode_codes(coefficients[start - first : stop - first], part, basis, threads=threads)
+        write_part(store.path(unit), store.key, encoded, part_record((start, stop), encoded, report))
 
 
 def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[Unit]:
@@ -145,12 +139,12 @@ def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[
 
 
 def finished_codes(
-    workshop: Workshop, plan: Plan, tensor: PlannedTensor, rows: tuple[int, int] | None = None
+    store: UnitStore, plan: Plan, tensor: PlannedTensor, rows: tuple[int, int] | None = None
 ) -> Codes | None:
     """What `leave_codes` was given, if all its unit files are there.
 
     Args:
-        workshop: where they are.
+        store: where they are.
         plan: the plan they belong to.
         tensor: which.
         rows: of it, from and to; None for all.
@@ -160,7 +154,7 @@ def finished_codes(
     """
     parts, step = [], torch.ones(2)
     for unit in _units_of(plan, tensor, rows or (0, tensor.rows)):
-        done = read_part(workshop.path(unit), workshop.key)
+        done = read_part(store.path(unit), store.key)
         if done is None or done[1] is None:
             return None
         start, stop = tensor.parts[unit.part]
@@ -180,13 +174,8 @@ def _is_finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:
+def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:
     """Everything the compressed checkpoint consists of, once all units were written or found intact by this run.
-
-    Args:
-        workshop: where the unit files are.
-        plan: the plan they belong to.
-        index: the source, for tensors that are copied.
 
     Returns:
         Entries for the writer, the manifest, and the reasons for every tensor that is copied.
@@ -203,10 +192,10 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
     for tensor in plan.tensors:
         parts = []
         for unit in units[tensor.info.name]:
-            done = read_part(workshop.path(unit), workshop.key, verify=False)
+            done = read_part(store.path(unit), store.key, verify=False)
             if done is None:
                 raise CheckpointError(
-                    f"{workshop.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
+                    f"{store.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
                     "again with --resume."
                 )
             parts.append(done)
@@ -214,9 +203,9 @@ def join(workshop: Workshop, plan: Plan, index: CheckpointIndex) -> tuple[list[E
         if len(finite) < len(parts):
             copied[tensor.info.name] = "not finite"
             continue
-        own, counted = joined(tensor.info.name, finite)
+        joined_entries, counted = joined(tensor.info.name, finite)
         records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
-        entries += own
+        entries += joined_entries
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
 

@@ -71,7 +71,7 @@ _LORA_READ: dict[str, object] = dict.fromkeys(("lora_bias", "use_dora"), False)
 _LORA_READ |= {"trainable_token_indices": None, "target_parameters": None, "ensure_weight_tying": False}
 _LORA_UNUSED: dict[str, object] = {"corda_config": None, "eva_config": None, "lora_ga_config": None}
 _LORA_UNUSED |= {"loftq_config": {}, "lora_dropout": 0.0, "megatron_core": "megatron.core", "qalora_group_size": 16}
-_TARGETS = tuple(own.name for own in fields(ModuleTargets) if own.name not in _LORA_READ)
+_TARGETS = tuple(item.name for item in fields(ModuleTargets) if item.name not in _LORA_READ)
 _SUBTRACTS = (
     "which takes a part out of the base when training starts, so the files hold no update of the base as it is. Save it"
     " from PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a LoRA of it."
@@ -111,21 +111,13 @@ def dialect_of(method: AdapterMethod[Any]) -> Dialect:
 def to_config(spec: AdapterSpec, layers: list[str], features: Mapping[str, object] | None = None) -> dict[str, object]:
     """The content of adapter_config.json.
 
-    Args:
-        spec: what the adapter is, every choice made.
-        layers: names of the modules that carry it.
-        features: what its tensors have beyond the settings, as `Dialect.read` names it.
-
-    Returns:
-        JSON values by field, all that PEFT writes.
-
     Raises:
         CheckpointError: when a setting is still to be decided, or a layer is not among the targets.
     """
     settings = {name: _plain(value) for name, value in asdict(spec.config).items()}
     if "auto" in settings.values():
         raise CheckpointError(
-            f"{spec.method.name}: a setting is still 'auto'; numbers are accepted in files. Use the specification"
+            f"{spec.method.name}: a setting is still 'auto'; expected numbers in files. Use the specification"
             " that inject returns."
         )
     about: dict[str, object] = {
@@ -144,10 +136,6 @@ def to_config(spec: AdapterSpec, layers: list[str], features: Mapping[str, objec
 def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
     """Read the content of adapter_config.json.
 
-    Args:
-        config: parsed JSON.
-        where: the file, for errors.
-
     Returns:
         The specification, as far as it does not depend on the tensors; see `settle`.
 
@@ -158,13 +146,11 @@ def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
     method = by_type.get(str(config.get("peft_type")))
     if method is None:
         known = ", ".join(by_type)
-        raise CheckpointError(
-            f"{where}: peft_type {named([config.get('peft_type')])} is unknown; {known} are accepted."
-        )
+        raise CheckpointError(f"{where}: peft_type {named([config.get('peft_type')])} is unknown; expected {known}.")
     dialect = dialect_of(method)
-    own = {item.name for item in fields(method.config)}
+    setting_names = {item.name for item in fields(method.config)}
     _refuse_changed_base(config, dialect, where)
-    _refuse_features(config, dialect, own | _ABOUT | {*_TARGETS, *dialect.unused, *dialect.read}, where)
+    _refuse_features(config, dialect, setting_names | _ABOUT | {*_TARGETS, *dialect.unused, *dialect.read}, where)
     settings = _settings(method.config, {**dialect.absent, **config}, where)
     _refuse_counts(settings, dialect, where)
     try:
@@ -183,11 +169,6 @@ def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
 
 def settle(spec: AdapterSpec, config: Mapping[str, object], layers: list[str]) -> AdapterSpec:
     """Express what PEFT means otherwise by the settings we have, once the layers are known.
-
-    Args:
-        spec: as `from_config` gave it.
-        config: parsed JSON.
-        layers: names of the modules that carry the adapter.
 
     Returns:
         A specification with the same weight updates: rank-stabilized LoRA scales by lora_alpha / sqrt(r), and LoRA's
@@ -226,8 +207,8 @@ def _targets_to_config(spec: AdapterSpec, layers: list[str]) -> dict[str, object
     strange = [name for name in layers if not targets.matches(name)]
     if strange:
         raise CheckpointError(
-            f"layers {named(strange)}: have an adapter and are no targets; layers that target_modules matches are"
-            " accepted. Correct the specification."
+            f"layers {named(strange)}: have an adapter and are not targets; expected layers that target_modules"
+            " matches. Correct the specification."
         )
     numbered = targets.layers_to_transform is not None and not isinstance(targets.target_modules, str)
     dialect = dialect_of(spec.method)
@@ -252,7 +233,7 @@ def _targets_from_config(
         if value is None or value == []:
             return default
         if not _fits(hint, value):
-            raise CheckpointError(f"{where}: {name} is {named([value])}; {_said(hint)} is accepted.")
+            raise CheckpointError(f"{where}: {name} is {named([value])}; expected {_said(hint)}.")
         return tuple(value) if isinstance(value, list) else value
 
     names, numbers = tuple[str, ...], tuple[int, ...]
@@ -263,8 +244,9 @@ def _targets_from_config(
     target = of("target_modules", str | names, () if parameters else None)
     if target is None:
         raise CheckpointError(
-            f"{where}: target_modules is {named([config.get('target_modules')])}; a regular expression or a list of"
-            " names of modules is accepted."
+            f"{where}: target_modules is {named([config.get('target_modules')])}; expected a regular expression or a"
+            " list of"
+            " names of modules."
         )
     try:
         return ModuleTargets(
@@ -287,7 +269,7 @@ def _refuse_changed_base(config: Mapping[str, object], dialect: Dialect, where: 
     for method, reason in dialect.changing.items():
         if start.startswith(method):
             raise CheckpointError(
-                f"{where}: init_lora_weights is {named([start])}, {reason} Adapters of an unchanged base are accepted."
+                f"{where}: init_lora_weights is {named([start])}, {reason} Expected an adapter of an unchanged base."
             )
 
 
@@ -295,7 +277,7 @@ def _refuse_features(config: Mapping[str, object], dialect: Dialect, known: set[
     for name, values in dialect.choices.items():
         if name in config and config[name] not in values:
             listed = ", ".join(map(str, values))
-            raise CheckpointError(f"{where}: {name} is {named([config[name]])}; {listed} are accepted.")
+            raise CheckpointError(f"{where}: {name} is {named([config[name]])}; expected {listed}.")
     wanted = {
         name: value
         for name, value in config.items()
@@ -304,8 +286,8 @@ def _refuse_features(config: Mapping[str, object], dialect: Dialect, known: set[
     if wanted:
         listed = ", ".join(f"{name} = {named([value])}" for name, value in sorted(wanted.items()))
         raise CheckpointError(
-            f"{where}: {listed}: not supported, and the adapter would be wrong without it; adapters that do without are"
-            " accepted. Merge it with PEFT, or train one without."
+            f"{where}: {listed}: not supported, and the adapter would be wrong without it; expected adapters that do"
+            " without. Merge it with PEFT, or train one without."
         )
 
 
@@ -318,9 +300,7 @@ def _settings(row: type[Any], config: Mapping[str, object], where: str) -> dict[
             continue  # null is PEFT's other word for an empty pattern
         if not _fits(hints[item.name], value) or value == "auto":
             said = _said(hints[item.name])
-            raise CheckpointError(
-                f"{where}: {item.name} is {named([value])}; {said} is accepted. {item.metadata['help']}"
-            )
+            raise CheckpointError(f"{where}: {item.name} is {named([value])}; expected {said}. {item.metadata['help']}")
         settings[item.name] = tuple(value) if isinstance(value, list) else value
     return settings
 
@@ -330,13 +310,13 @@ def _refuse_counts(settings: Mapping[str, Any], dialect: Dialect, where: str) ->
         value = settings.get(name, {})
         values = value.values() if isinstance(value, Mapping) else [value]
         if any(count <= 0 for count in values):
-            raise CheckpointError(f"{where}: {name} is {named([value])}; positive numbers are accepted.")
+            raise CheckpointError(f"{where}: {name} is {named([value])}; expected positive numbers.")
 
 
 def _text(config: Mapping[str, object], name: str, where: str) -> str | None:
     value = config.get(name)
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{where}: {name} is {named([value])}; a text or null is accepted.")
+        raise CheckpointError(f"{where}: {name} is {named([value])}; expected a text or null.")
     return value
 
 

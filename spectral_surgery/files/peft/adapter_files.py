@@ -47,19 +47,13 @@ _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 def read_adapter(folder: Path) -> AdapterState:
     """Read an adapter that PEFT or `write_adapter` has written.
 
-    Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        The adapter, its tensors in the stored dtypes.
-
     Raises:
         CheckpointError: when a file is missing or damaged, the method or a feature is unknown, or tensors are missing,
             unexpected, not finite or of another shape than the settings say; all of them are listed.
     """
     config_file, file = folder / CONFIG_FILE, folder / TENSOR_FILE
     if not folder.is_dir() or not config_file.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE} is there; a folder with an adapter is accepted.")
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE} is there; expected a folder with an adapter.")
     if not file.is_file():
         raise CheckpointError(f"{folder}: {_missing(folder)}")
     config = read_json(config_file)
@@ -69,10 +63,10 @@ def read_adapter(folder: Path) -> AdapterState:
     stored, extra, strange = _sorted_out(tensors, spec)
     plain = as_matrices(stored) if spec.method.peft_type == "LORA" else Plain(stored)
     layers = plain.layers
-    parameters = {name: own for name in layers if (own := _parameters(name, spec))}
-    spec = settle(spec, config, [*layers, *(name for own in parameters.values() for name in own)])
+    parameters = {name: choices for name in layers if (choices := _parameters(name, spec))}
+    spec = settle(spec, config, [*layers, *(name for choices in parameters.values() for name in choices)])
     spec, absent = _saved_modules(spec, extra)
-    matrices = {name: own for name, own in layers.items() if name not in parameters}
+    matrices = {name: factors for name, factors in layers.items() if name not in parameters}
     if spec.method.peft_type == "LORA":
         strange += misfits(Plain(matrices), config)
     problems = strange + absent + _misfits(matrices, spec) + _not_finite(tensors)
@@ -99,13 +93,13 @@ def write_adapter(state: AdapterState, folder: Path) -> None:
     method = state.spec.method
     lora = method.peft_type == "LORA"
     layers = as_stored(state) if lora else state.layers
-    tensors = {f"{layer}.{method.file_name(k)}": v for layer, own in layers.items() for k, v in own.items()}
+    tensors = {f"{layer}.{method.file_name(k)}": v for layer, factors in layers.items() for k, v in factors.items()}
     tensors |= state.extra
     config = to_config(state.spec, list(state.layers), features(state) if lora else {})
     problems = _misfits(state.layers, state.spec) + _not_finite(tensors)
     if problems or not state.layers:
         what = "; ".join(problems) or "it has no layers"
-        raise CheckpointError(f"{folder}: the adapter cannot be written: {what}; finite, complete ones are accepted.")
+        raise CheckpointError(f"{folder}: the adapter cannot be written: {what}; expected finite, complete ones.")
     entries = [tensor_entry(_PREFIX + name, tensor) for name, tensor in tensors.items()]
     text = json.dumps(config, indent=2, sort_keys=True)
     with _written(folder) as part:
@@ -147,10 +141,10 @@ def _written(folder: Path) -> Iterator[Callable[[str], Path]]:
 def _missing(folder: Path) -> str:
     if (folder / _PICKLE).exists():
         return (
-            f"{_PICKLE} is a pickle, which can run any code when opened; {TENSOR_FILE} is accepted. Load it with PEFT"
+            f"{_PICKLE} is a pickle, which can run any code when opened; expected {TENSOR_FILE}. Load it with PEFT"
             " where you trust it, and save_pretrained it again."
         )
-    return f"no {TENSOR_FILE} is there; a folder with an adapter is accepted."
+    return f"no {TENSOR_FILE} is there; expected a folder with an adapter."
 
 
 def _sorted_out(
@@ -205,7 +199,9 @@ def _is_extra(name: str, spec: AdapterSpec, layers: Mapping[str, object]) -> boo
 def _saved_modules(spec: AdapterSpec, extra: Mapping[str, Tensor]) -> tuple[AdapterSpec, list[str]]:
     """The specification with the modules_to_save that are there: PEFT lists all usual names of classifiers."""
     asked = spec.targets.modules_to_save
-    found = tuple(own for own in asked if any(replace(spec.targets, modules_to_save=(own,)).saves(n) for n in extra))
+    found = tuple(
+        module for module in asked if any(replace(spec.targets, modules_to_save=(module,)).saves(n) for n in extra)
+    )
     absent = [f"nothing of modules_to_save {', '.join(asked)} is there"] if asked and not found else []
     return replace(spec, targets=replace(spec.targets, modules_to_save=found)), absent
 
@@ -213,12 +209,14 @@ def _saved_modules(spec: AdapterSpec, extra: Mapping[str, Tensor]) -> tuple[Adap
 def _misfits(layers: Mapping[str, Mapping[str, Tensor]], spec: AdapterSpec) -> list[str]:
     """What is missing, or of another shape than the settings say, in words."""
     sizes = dialect_of(spec.method).sizes
-    every = {key: None for own in layers.values() for key in own}
+    every = {key: None for factors in layers.values() for key in factors}
     problems = []
-    for layer, own in layers.items():
+    for layer, factors in layers.items():
         expected = sizes(spec.config.for_layer(layer)) if sizes else every
-        problems += [f"{_PREFIX}{layer}.{spec.method.file_name(key)} is missing" for key in expected if key not in own]
-        for key, tensor in own.items():
+        problems += [
+            f"{_PREFIX}{layer}.{spec.method.file_name(key)} is missing" for key in expected if key not in factors
+        ]
+        for key, tensor in factors.items():
             shape = expected.get(key)
             if shape is not None and not _has_shape(tensor, shape):
                 said = ", ".join("any" if size is None else str(size) for size in shape)

@@ -37,25 +37,21 @@ class Plain:
 
 
 def as_matrices(stored: Mapping[str, Mapping[str, Tensor]]) -> Plain:
-    """Give every layer the shapes that a linear layer has.
-
-    Args:
-        stored: tensors by layer and key, as PEFT has them.
-    """
+    """Give every layer the shapes that a linear layer has."""
     layers: Layers = {}
     embeddings, kernels = set(), {}
     for layer, tensors in stored.items():
-        own = dict(tensors)
-        if "embedding_A" in own and "embedding_B" in own:
-            a, b = own.pop("embedding_A"), own.pop("embedding_B")
-            own |= {"A": b.T.contiguous(), "B": a.T.contiguous()}
+        factors = dict(tensors)
+        if "embedding_A" in factors and "embedding_B" in factors:
+            a, b = factors.pop("embedding_A"), factors.pop("embedding_B")
+            factors |= {"A": b.T.contiguous(), "B": a.T.contiguous()}
             embeddings.add(layer)
-        elif "A" in own and own["A"].dim() > 2:
-            kernels[layer] = tuple(own["A"].shape[2:])
-            own |= {key: own[key].flatten(1) for key in ("A", "B") if key in own}
-        if "magnitude" in own:
-            own["magnitude"] = own["magnitude"].flatten()
-        layers[layer] = own
+        elif "A" in factors and factors["A"].dim() > 2:
+            kernels[layer] = tuple(factors["A"].shape[2:])
+            factors |= {key: factors[key].flatten(1) for key in ("A", "B") if key in factors}
+        if "magnitude" in factors:
+            factors["magnitude"] = factors["magnitude"].flatten()
+        layers[layer] = factors
     return Plain(layers, frozenset(embeddings), kernels)
 
 
@@ -63,41 +59,36 @@ def as_stored(state: AdapterState) -> Layers:
     """The reverse of `as_matrices`."""
     layers: Layers = {}
     for layer, tensors in state.layers.items():
-        own, kernel = dict(tensors), state.kernels.get(layer)
+        factors, kernel = dict(tensors), state.kernels.get(layer)
         if layer in state.embeddings:
-            own |= {"embedding_A": own.pop("B").T.contiguous(), "embedding_B": own.pop("A").T.contiguous()}
+            factors |= {"embedding_A": factors.pop("B").T.contiguous(), "embedding_B": factors.pop("A").T.contiguous()}
         elif kernel is not None:
             ones = (1,) * len(kernel)
-            own["A"] = own["A"].reshape(len(own["A"]), -1, *kernel)
-            own["B"] = own["B"].reshape(*own["B"].shape, *ones)
-            if "magnitude" in own:
-                own["magnitude"] = own["magnitude"].reshape(1, -1, *ones)
-        layers[layer] = own
+            factors["A"] = factors["A"].reshape(len(factors["A"]), -1, *kernel)
+            factors["B"] = factors["B"].reshape(*factors["B"].shape, *ones)
+            if "magnitude" in factors:
+                factors["magnitude"] = factors["magnitude"].reshape(1, -1, *ones)
+        layers[layer] = factors
     return layers
 
 
 def misfits(plain: Plain, config: Mapping[str, object]) -> list[str]:
-    """Tensors that are there, or are not, against what adapter_config.json says, in words.
-
-    Args:
-        plain: layers that are modules.
-        config: content of adapter_config.json.
-    """
+    """Tensors that are there, or are not, against what adapter_config.json says, in words."""
     problems = []
-    for layer, own in plain.layers.items():
-        problems += [f"{layer}.lora_{key} is unexpected" for key in own if key.startswith("embedding_")]
+    for layer, factors in plain.layers.items():
+        problems += [f"{layer}.lora_{key} is unexpected" for key in factors if key.startswith("embedding_")]
         for key, name, said in (
             ("magnitude", "lora_magnitude_vector", "use_dora"),
             ("bias", "lora_B.bias", "lora_bias"),
         ):
-            if (key in own) != bool(config.get(said)):
-                problems.append(f"{layer}.{name} is {'unexpected' if key in own else 'missing'}: {said} says so")
+            if (key in factors) != bool(config.get(said)):
+                problems.append(f"{layer}.{name} is {'unexpected' if key in factors else 'missing'}: {said} says so")
     return problems
 
 
 def features(state: AdapterState) -> dict[str, object]:
     """What adapter_config.json says of it beyond the settings."""
-    keys = {key for own in state.layers.values() for key in own}
+    keys = {key for factors in state.layers.values() for key in factors}
     return {"lora_bias": "bias" in keys, "use_dora": "magnitude" in keys}
 
 
@@ -105,14 +96,6 @@ def trained_rows(
     tensors: Mapping[str, Tensor], config: Mapping[str, object], where: str
 ) -> dict[str, tuple[tuple[int, ...], Tensor]]:
     """Rows of embeddings that were trained, PEFT's trainable_token_indices.
-
-    Args:
-        tensors: by name in the model.
-        config: content of adapter_config.json.
-        where: the file, for errors.
-
-    Returns:
-        (row numbers, new rows) by module.
 
     Raises:
         CheckpointError: when numbers and rows do not belong together.
@@ -125,12 +108,13 @@ def trained_rows(
         module = name.removesuffix(_ROWS)
         numbers = said
         if isinstance(said, dict):
-            numbers = next((own for end, own in said.items() if f".{module}".endswith(f".{end}")), None)
+            numbers = next((indices for end, indices in said.items() if f".{module}".endswith(f".{end}")), None)
         rows = tuple(n for n in numbers if type(n) is int and n >= 0) if isinstance(numbers, list) else ()
         if tensor.dim() != 2 or numbers != list(rows) or not len(rows) == len(tensor) == len({*rows}):
             raise CheckpointError(
-                f"{where}: trainable_token_indices is {named([said])}, and {name} has shape {list(tensor.shape)}; a row"
-                " for each number is accepted. Save the adapter again, or fetch it again."
+                f"{where}: trainable_token_indices is {named([said])}, and {name} has shape {list(tensor.shape)};"
+                " expected a row"
+                " for each number. Save the adapter again, or fetch it again."
             )
         found[module] = (rows, tensor)
     return found

@@ -29,20 +29,13 @@ _ON_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # their encoder-decoders ma
 
 
 def architecture_of(config: Mapping[str, object]) -> str:
-    """The class that config.json names; empty when it names none.
-
-    Args:
-        config: content of config.json.
-    """
+    """The class that config.json names; empty when it names none."""
     architectures = config.get("architectures")
     return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
 
 
 def task_of(config: Mapping[str, object]) -> str | None:
     """The task_type of an adapter for a model, from the class that config.json names.
-
-    Args:
-        config: content of config.json.
 
     Returns:
         Such as CAUSAL_LM, also of a model that sees or hears before it writes; None when no task of PEFT's fits.
@@ -55,20 +48,12 @@ def task_of(config: Mapping[str, object]) -> str | None:
 
 
 def is_causal(config: Mapping[str, object]) -> bool:
-    """Whether a model predicts the next token.
-
-    Args:
-        config: content of config.json.
-    """
+    """Whether a model predicts the next token."""
     return task_of(config) == "CAUSAL_LM"
 
 
 def needs_decoder_input(config: Mapping[str, object]) -> bool:
-    """Whether a model has an encoder and a decoder, and its input text alone does not run both.
-
-    Args:
-        config: content of config.json.
-    """
+    """Whether a model has an encoder and a decoder, and its input text alone does not run both."""
     alone = architecture_of(config).endswith("EncoderModel") or task_of(config) in _ON_TEXT
     return bool(config.get("is_encoder_decoder")) and not alone
 
@@ -78,10 +63,6 @@ def class_for(config: Mapping[str, object], auto_class: str) -> str:
 
     AutoModel makes an encoder and a decoder of an encoder of T5, and AutoModelForCausalLM does not know most models
     that see or hear before they write.
-
-    Args:
-        config: content of config.json.
-        auto_class: what would be used.
     """
     name = architecture_of(config)
     alone = auto_class == "AutoModel" and name.endswith("EncoderModel")
@@ -91,10 +72,6 @@ def class_for(config: Mapping[str, object], auto_class: str) -> str:
 
 def callable_task(task: str | None, takes: Collection[str]) -> str | None:
     """The task, where PEFT's model for it can call the base model; an adapter without a task is called as its base is.
-
-    Args:
-        task: PEFT's name of it.
-        takes: names of the arguments of the forward of the base model.
 
     Returns:
         The task; None for models that do not take what would be passed, such as those of images and speech.
