@@ -15,20 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from spectral_surgery import resolve
-from spectral_surgery.adapters import METHODS
-from spectral_surgery.adapters.base import AdapterSpec
-from spectral_surgery.adapters.fourierft import FourierFTConfig
-from spectral_surgery.commands.push import push
-from spectral_surgery.commands.train import train
-from spectral_surgery.targets import ModuleTargets
-from spectral_surgery.text.settings import TrainData
-from spectral_surgery.training.settings import TrainSettings
+from spectral_surgery import METHODS, AdapterSpec, ModuleTargets, TrainData, TrainSettings, push, resolve, train
 
 
 def main(model: str, text: Path, out: Path, repository: str | None) -> None:
-    config = FourierFTConfig(n_frequency=64, scaling=150.0)
-    spec = AdapterSpec(METHODS["fourierft"], config, ModuleTargets(("q_proj", "v_proj")), base_model=model)
+    method = METHODS["fourierft"]
+    config = method.config(n_frequency=64, scaling=150.0)
+    spec = AdapterSpec(method, config, ModuleTargets(("q_proj", "v_proj")), base_model=model)
     settings = TrainSettings(learning_rate=3e-2, head_learning_rate=1e-3, steps=20, batch_size=4, eval_every=10)
     report = train(resolve(model), out, TrainData(text, seq_length=64), spec, settings)
     print(f"trained: loss {report.before['loss']:.3f} -> {report.after['loss']:.3f}, {report.adapter_bytes} bytes")
