@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fresh zoo lint format bench clean
+.PHONY: setup demo test test-fresh zoo lint format bench docs clean
 
 setup: .venv/dev
 
@@ -48,6 +48,15 @@ format: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks
+
+.venv/docs: pyproject.toml | .venv/bin/uv
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[docs]'
+	@touch $@
+
+# the pages that come from the source first; then all of them, into build/docs
+docs: .venv/docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs build/docs
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
