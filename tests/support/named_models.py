@@ -16,7 +16,7 @@ def named_models(folder: Path) -> Path:
     """Write MODEL, TUNED, an encoder, texts, and MODEL at 4 bits into a folder."""
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-    text = write_passages(folder / "notes.txt", 80).read_text(encoding="utf-8")
+    text = write_passages(folder / "notes.txt", 40).read_text(encoding="utf-8")
     tokenizer = learn_bpe(text, 320)
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}
