@@ -121,7 +121,7 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
     """The text to calibrate and to heal on.
 
     Raises:
-        click.UsageError: when --keep has nothing to choose from, or a shard is asked for text.
+        click.UsageError: when --keep has nothing to choose from, or text meets --shard or --base.
     """
     params = click.get_current_context().params
     length: dict[str, object] = {"seq_length": params["seq_length"]} if params["seq_length"] else {}
@@ -129,9 +129,9 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
     text = from_options(TextData, length | {"file": params["heal"], "samples": 0}) if params["heal"] else None
     if params["keep"] is not None and (text is None or calibrate is not None):
         raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.")
-    if part[1] > 1 and (calibrate or text):
+    if (part[1] > 1 or params["base"]) and (calibrate or text):
         raise click.UsageError(
-            "--calibrate and --heal go through a whole model; they have no --shard. Run heal under torchrun."
+            "--calibrate and --heal go through a whole model; they have no --shard or --base. Run heal under torchrun."
         )
     keep_freed_memory(LITTLE if calibrate and not text else WORTH_KEEPING)  # healing has the whole model in memory
     only_one("steps", "minutes")

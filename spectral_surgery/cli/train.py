@@ -97,6 +97,7 @@ def _lines(report: TrainReport, out: Path) -> Iterator[str]:
 @options_of(
     *(ScratchData, "file", "columns", "tokenizer", "vocabulary", "seq_length", "validation_fraction", "test_fraction"),
     flags={"file": "--data file", "vocabulary": "--vocab-size vocabulary"},
+    help={"tokenizer": "Folder or repository of one, or tiktoken:NAME."},
 )
 @options_of(
     ModelSizes,

@@ -141,6 +141,8 @@ def compress(
     started = time.perf_counter()
     if base is not None and (calibrate or heal):
         raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+    if calibrate and heal and heal.keep is not None:
+        raise ConfigError(f"--keep {heal.keep}: expected without --calibrate, which chooses itself, got both.")
     important = calibrate is None and heal is not None and keeps_important(source, options, heal.keep)
     options = _with_choices(options, calibrate, heal.data if heal and important else None)
     check_apart(source, out)
