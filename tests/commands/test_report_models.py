@@ -11,18 +11,18 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from spectral_surgery.text.heal_text import HealData
-
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import Healing, compress
-from spectral_surgery.commands.eval import Beside, EvalData, evaluate
+from spectral_surgery.commands.eval import evaluate
 from spectral_surgery.commands.report import report
-from spectral_surgery.commands.swap import DistillData, swap
+from spectral_surgery.commands.settings import Reference
+from spectral_surgery.commands.swap import swap
 from spectral_surgery.commands.swap.fit_layers import FitSettings
 from spectral_surgery.commands.train import TrainData, train
 from spectral_surgery.commands.train.from_scratch import train_from_scratch
 from spectral_surgery.files.compressed.plan import CompressOptions
 from spectral_surgery.live.swap import SwapSpec
+from spectral_surgery.text.settings import EvalData, TextData
 from tests.commands.test_calibrate import save_model
 from tests.commands.test_report import page_of, section, sections
 from tests.commands.test_train import fourierft, settings
@@ -42,7 +42,7 @@ def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
 def test_a_healed_folder_has_its_course(tmp_path: Path, bert: Path, text: Path) -> None:
     from spectral_surgery.training.loop import DistillSettings
 
-    heal = Healing(HealData(text, 16, 16), DistillSettings(**HEALING))  # type: ignore[arg-type]
+    heal = Healing(TextData(text, seq_length=16, batch_size=16), DistillSettings(**HEALING))  # type: ignore[arg-type]
     compress(bert, tmp_path / "healed", CompressOptions(Target("density", 0.2)), heal=heal)
     body = metrics_of(tmp_path / "healed", "heal.json")
     page = page_of(tmp_path / "healed", tmp_path / "page.html")
@@ -86,7 +86,7 @@ def test_a_swapped_model_has_its_layers(tmp_path: Path, text: Path) -> None:
         source,
         tmp_path / "swapped",
         SwapSpec("causal_spectral_mixing", (0, 1), {"kernel_length": 8}),
-        data=DistillData(text, seq_length=16),
+        data=TextData(text, seq_length=16),
         training=FitSettings(2, 1),
         judged_on=EvalData(text=text, seq_length=16),
     )
@@ -125,8 +125,8 @@ def test_a_model_from_nothing_has_its_courses(tmp_path: Path) -> None:
 def test_a_comparison_has_its_models(tmp_path: Path, bert: Path, text: Path) -> None:
     compress(bert, tmp_path / "four", CompressOptions(Target("bits", 4.0)))
     compress(bert, tmp_path / "two", CompressOptions(Target("bits", 2.0)))
-    data, beside = EvalData(text=text, seq_length=16, samples=20), Beside((tmp_path / "two",), ("int8",))
-    done = evaluate(bert, tmp_path / "four", data, beside=beside)
+    data, reference = EvalData(text=text, seq_length=16, samples=20), Reference((tmp_path / "two",), ("int8",))
+    done = evaluate(bert, tmp_path / "four", data, reference=reference)
     file = tmp_path / "eval.json"
     file.write_text(json.dumps({"schema_version": 1, "command": "eval", **done.to_json()}))
     shown = run("report", file, "-o", tmp_path / "page.html")
