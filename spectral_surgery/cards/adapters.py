@@ -85,7 +85,7 @@ def converted_card(
     """
     config = {"peft_type": spec.method.peft_type, "task_type": spec.task_type}
     card = adapter_card(config | {"base_model_name_or_path": spec.base_model}, index, {})
-    values = {**card.values, "source": source, "relative_error": _error(layers)}
+    values = {**card.values, "source": source, "relative_error": error_of(layers)}
     return replace(card, values=values, command=command, rows=_layer_rows(layers, unit), libraries=("torch",))
 
 
@@ -102,7 +102,7 @@ def delta_card(
         command: that made them.
     """
     method = spec.method.name
-    values = {"method": method, "relative_error": _error(layers), **sizes(index)}
+    values = {"method": method, "relative_error": error_of(layers), **sizes(index)}
     rows, tags = _layer_rows(layers, ""), ("weight-differences", method)
     return CardContent("delta", values, command, rows, origin, "adapter", None, tags, ("torch",))
 
@@ -128,7 +128,8 @@ def _training(metrics: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _error(layers: Sequence[MeasuredLayer]) -> float:
+def error_of(layers: Sequence[MeasuredLayer]) -> float:
+    """The relative error of all layers together: norm of what is left over norm of ΔW."""
     whole = sum(layer.energy for layer in layers)
     return math.sqrt(sum(layer.energy * layer.relative_error**2 for layer in layers) / whole) if whole else 0.0
 

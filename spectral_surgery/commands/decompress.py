@@ -56,15 +56,7 @@ class DecompressReport:
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
-        return {
-            "tensors": self.tensors,
-            "weights": self.weights,
-            "output_bytes": self.output_bytes,
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "verified": self.verified,
-            "failures": list(self.failures),
-        }
+        return vars(self) | {"failures": list(self.failures)}
 
 
 class _NotVerifiedError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from spectral_surgery.adapters.foura import Foura
 from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Extractor, Fit, Size, Update, fit
 from spectral_surgery.adapters.lora import Lora
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.adapters import converted_card, delta_card
+from spectral_surgery.cards.adapters import converted_card, delta_card, error_of
 from spectral_surgery.cards.card import as_repository
 from spectral_surgery.cards.command_line import BASE, command_line, setting_options, size_options
 from spectral_surgery.codec.quality import relative_error
@@ -66,9 +65,7 @@ class ExportReport:
     @property
     def relative_error(self) -> float:
         """Of all layers together."""
-        whole = sum(layer.energy for layer in self.layers)
-        left = sum(layer.energy * layer.relative_error**2 for layer in self.layers)
-        return math.sqrt(left / whole) if whole else 0.0
+        return error_of(self.layers)
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""

@@ -79,7 +79,7 @@ class CheckpointIndex:
     def why_not_plain(self) -> str | None:
         """What config.json calls it, if it is quantised, compressed or swapped, and what to do; None when plain."""
         config = self.config.get("quantization_config")
-        if not config:
+        if config is None:
             return None
         method = config.get("quant_method") if isinstance(config, dict) else config
         remedies = {"spectral_surgery": "Decompress it first.", "spectral_surgery_swap": "Start from the original."}

@@ -189,7 +189,13 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path, base: Path) ->
     write_adapter(AdapterState(fresh, {Q: {"spectrum": torch.zeros(3)}}), tmp_path / "zero")
     for source, form, options, kind, match in (
         (fourier, "lora", {"base": base}, ConfigError, "fourierft to lora: is an approximation, and no size was given"),
-        (lora, "spectral_delta", {}, ConfigError, "lora to spectral_delta: is an approximation.* a n_frequency are"),
+        (
+            lora,
+            "spectral_delta",
+            {},
+            ConfigError,
+            "lora to spectral_delta: is an approximation.*; expected .* a n_frequency",
+        ),
         (fourier, "lora", {"size": Size("count", 1)}, ConfigError, "fourierft to lora: names and shapes of the base"),
         (lora, "delta", {}, ConfigError, "lora to delta: names and shapes of the base model are needed"),
         (

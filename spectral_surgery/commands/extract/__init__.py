@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_surgery.adapters.base import Adapter, AdapterSpec, AdapterState
 from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Fit, Size, Update, fit
 from spectral_surgery.cards import card as cards
-from spectral_surgery.cards.adapters import converted_card
+from spectral_surgery.cards.adapters import converted_card, error_of
 from spectral_surgery.cards.command_line import BASE, command_line, setting_options, size_options, target_options
 from spectral_surgery.commands.extract.plan import ExtractPlan, plan_extraction
 from spectral_surgery.commands.extract.whole_tensors import Rest, save_rest
@@ -118,23 +118,13 @@ class ExtractReport:
 
     @property
     def relative_error(self) -> float:
-        """Of all matrices together: norm of what is left over norm of the difference."""
-        left = sum(layer.energy * layer.relative_error**2 for layer in self.layers)
-        return math.sqrt(left / sum(layer.energy for layer in self.layers))
+        """Of all matrices together."""
+        return error_of(self.layers)
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
-        return {
-            "method": self.method,
-            "unit": self.unit,
-            "relative_error": self.relative_error,
-            "stored_bytes": self.stored_bytes,
-            "layers": [layer.to_json() for layer in self.layers],
-            "rest": self.rest,
-            "tied": self.tied,
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }
+        layers = [layer.to_json() for layer in self.layers]
+        return vars(self) | {"layers": layers, "relative_error": self.relative_error}
 
 
 def extract(

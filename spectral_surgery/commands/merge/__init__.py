@@ -75,17 +75,8 @@ class MergeReport:
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
-        return {
-            "layers": self.layers,
-            "replaced": list(self.replaced),
-            "tied": self.tied,
-            "untied": list(self.untied),
-            "resized": {name: list(rows) for name, rows in self.resized.items()},
-            "merged_bytes": self.merged_bytes,
-            "undo_bytes": self.undo_bytes,
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }
+        resized = {name: list(rows) for name, rows in self.resized.items()}
+        return vars(self) | {"replaced": list(self.replaced), "untied": list(self.untied), "resized": resized}
 
 
 def merge(

@@ -57,7 +57,7 @@ class UnmergeReport:
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json``."""
-        return {"restored": list(self.restored), "dropped": list(self.dropped), "seconds": self.seconds}
+        return vars(self) | {"restored": list(self.restored), "dropped": list(self.dropped)}
 
 
 def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> UnmergeReport:
