@@ -34,6 +34,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 class Command(click.Command):
     """A command whose function gets only the values it names; `from_options` has the others."""
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
+        """The same names wherever a context comes from: click keeps the option that the first one has made."""
+        return ["-h", "--help"]
+
     def invoke(self, ctx: click.Context) -> Any:
         """Call the function."""
         function = cast("Callable[..., object]", self.callback)

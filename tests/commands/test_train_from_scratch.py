@@ -259,6 +259,8 @@ def test_command(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert [line.split()[0] for line in out.splitlines()[2:5]] == ["fftnet", "transformer", "frequencies"]
     saved = json.loads((tmp_path / "a/config.json").read_text())
     assert (saved["kernel_length"], saved["max_seq_length"], saved["sinusoidal_positions"]) == (16, 16, False)
+    settings = json.loads((tmp_path / "a/metrics.json").read_text())["settings"]
+    assert [settings[name] for name in ("learning_rate", "weight_decay", "scheduler")] == [3e-3, 0.01, "cosine"]
     code, out, _ = command("--init=transformer", str(tmp_path / "b"), *small, "--json")
     body = json.loads(out)
     assert (code, body["command"], [own["init"] for own in body["models"]]) == (0, "train", ["transformer"])
