@@ -217,8 +217,9 @@ def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -
         model, tokenizer = load_model(llama, "AutoModelForCausalLM", dtype=torch.float32)
         load(model, read_adapter(tmp_path / name))
         rows = TASKS["causal-lm"].encode(tokenizer, [(held_out.read_text(),)], 16)
-        assert prediction_scores(model, rows, 4)["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
-        assert abs(report["after"]["loss"] / report["before"]["loss"] - 1) > 1e-2
+        near = {"one": 1e-5, "two": 3e-3}[name]  # what is judged by two processes is not to the last digit what one has
+        assert prediction_scores(model, rows, 4)["loss"] == pytest.approx(report["after"]["loss"], rel=near)
+        assert report["after"]["loss"] < (1 - 3 * near) * report["before"]["loss"]
 
 
 def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path: Path) -> None:
