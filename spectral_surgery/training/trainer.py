@@ -94,12 +94,11 @@ def run_trainer(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[His
         (what happened, checkpoint that did best on the held-out examples); None when there is no checkpoint.
     """
     checkpoint = _last_checkpoint(job.folder, file) if resume else None
-    before = trainer.evaluate() if checkpoint is None else None
+    # not trainer.evaluate() here: accelerate would take the model for prepared, and processes would train apart
+    trainer.args.eval_on_start = checkpoint is None
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = trainer.state.log_history
     held_out = [(row["step"], _measures(row)) for row in log if "eval_loss" in row]
-    if before is not None and (not held_out or held_out[0][0] != 0):
-        held_out.insert(0, (0, _measures(before)))
     best = trainer.state.best_model_checkpoint
     folder = Path(best) if best else _last_checkpoint(job.folder, file)
     history = History(

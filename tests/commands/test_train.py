@@ -209,17 +209,18 @@ def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -
         reports.append(json.loads(done.stdout))
     assert reports[1]["before"]["loss"] == pytest.approx(reports[0]["before"]["loss"], rel=1e-5)
     curves = [[loss for _, loss in report["train_loss"]] for report in reports]
-    # rounding differs between one batch and two halves; where a gradient is all rounding, Adam makes it a full step
-    assert curves[1][:3] == pytest.approx(curves[0][:3], rel=1e-5)
-    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert reports[1]["after"]["loss"] < reports[1]["before"]["loss"]
     for name, report in zip(("one", "two"), reports, strict=True):  # what was saved is what was judged
         model, tokenizer = load_model(llama, "AutoModelForCausalLM", dtype=torch.float32)
         load(model, read_adapter(tmp_path / name))
         rows = TASKS["causal-lm"].encode(tokenizer, [(held_out.read_text(),)], 16)
-        near = {"one": 1e-5, "two": 3e-3}[name]  # what is judged by two processes is not to the last digit what one has
-        assert prediction_scores(model, rows, 4)["loss"] == pytest.approx(report["after"]["loss"], rel=near)
-        assert report["after"]["loss"] < (1 - 3 * near) * report["before"]["loss"]
+        assert prediction_scores(model, rows, 4)["loss"] == pytest.approx(report["after"]["loss"], rel=1e-5)
+    assert reports[1]["after"]["loss"] == pytest.approx(reports[0]["after"]["loss"], rel=1e-5)
+    alone, together = (read_adapter(tmp_path / name).layers for name in ("one", "two"))
+    for name, tensors in alone.items():  # processes that trained apart were a fifth of the way from it
+        difference = torch.linalg.vector_norm(together[name]["spectrum"] - tensors["spectrum"])
+        assert difference < 1e-4 * torch.linalg.vector_norm(tensors["spectrum"])
 
 
 def test_a_classifier_of_other_labels_gets_a_new_head(tmp_path: Path) -> None:
