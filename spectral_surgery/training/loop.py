@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spectral_surgery.distributed import average, rank, world
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.writer import tensor_entry, write_file
-from spectral_surgery.live.running import differentiating
+from spectral_surgery.live.running import differentiating, not_differentiable
 from spectral_surgery.progress import Progress
 from spectral_surgery.training.settings import DistillSettings
 
@@ -72,6 +72,7 @@ class Training:
         state_file: unfinished work; None to keep none.
         key: what decides the result: work of another key is not taken up.
         refresh: sets what is derived from the parameters, before they are judged and when they are final.
+        needed: parameters of which one at least must get a gradient.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -81,6 +82,7 @@ class Training:
     state_file: Path | None = None
     key: str = ""
     refresh: Callable[[], None] = lambda: None
+    needed: Sequence[Tensor] = ()
 
 
 def distillation(
@@ -172,6 +174,8 @@ class _Run:
         loss = self._loss(self.work.batch(self.curve.step, rank()))
         with differentiating(loss):
             loss.backward()
+        if self.work.needed and not self.curve.step and all(values.grad is None for values in self.work.needed):
+            raise not_differentiable("they are computed under torch.no_grad")
         value = float(average(loss.detach().clone()))
         if not math.isfinite(value):
             raise ConfigError(

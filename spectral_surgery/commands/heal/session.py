@@ -180,6 +180,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         session.folder / "all.safetensors",
         session.key,
         session.hold_rate(student),
+        values,
     )
     healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
     for name, parts in each_kept_spectrum(student):
