@@ -46,6 +46,10 @@ from spectral_surgery.commands.push import PushReport as PushReport
 from spectral_surgery.commands.push import push as push
 from spectral_surgery.commands.report import PageReport as PageReport
 from spectral_surgery.commands.report import report as report
+from spectral_surgery.commands.settings import FitSettings as FitSettings
+from spectral_surgery.commands.settings import Healing as Healing
+from spectral_surgery.commands.settings import Reference as Reference
+from spectral_surgery.commands.settings import Running as Running
 from spectral_surgery.commands.swap import SwapReport as SwapReport
 from spectral_surgery.commands.swap import swap as swap
 from spectral_surgery.commands.train import TrainReport as TrainReport
@@ -79,7 +83,9 @@ from spectral_surgery.sparse.tensor import SparseSpectralTensor as SparseSpectra
 from spectral_surgery.sparse.tensor import sst as sst
 from spectral_surgery.targets import ModuleTargets as ModuleTargets
 from spectral_surgery.text.settings import EvalData as EvalData
+from spectral_surgery.text.settings import ScratchData as ScratchData
 from spectral_surgery.text.settings import TextData as TextData
+from spectral_surgery.text.settings import TrainData as TrainData
 from spectral_surgery.training.settings import DistillSettings as DistillSettings
 from spectral_surgery.training.settings import ModelSizes as ModelSizes
 from spectral_surgery.training.settings import TrainSettings as TrainSettings
