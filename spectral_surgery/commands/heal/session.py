@@ -23,6 +23,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import DTYPES, read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import TensorNames, names_in
+from spectral_surgery.live.blocks import find_blocks, has_blocks
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
@@ -180,7 +181,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         session.folder / "all.safetensors",
         session.key,
         session.hold_rate(student),
-        values,
+        _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
     )
     healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
     for name, parts in each_kept_spectrum(student):
@@ -188,6 +189,12 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         healed.replaced[tensor] = session.leave(tensor, parts, teacher.get_parameter(name))
     healed.vectors = {vectors[name]: vector for name, vector in trained_vectors(student).items()}
     return healed
+
+
+def _in_blocks(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the trained weights that are in the blocks of a model; all of them where there are none."""
+    prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
+    return [value for name, value in values.items() if name.startswith(prefix)] or list(values.values())
 
 
 def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, nn.Parameter]:
