@@ -18,7 +18,7 @@ import click
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "spectral_surgery"
 GROUPS = {
-    "Compress": ("inspect", "compress", "decompress", "heal", "eval"),
+    "Compress": ("inspect", "compress", "decompress", "heal", "eval", "report"),
     "Run": ("generate",),
     "Adapters": ("train", "inject", "merge", "unmerge", "extract", "export"),
     "Token mixers": ("swap",),
