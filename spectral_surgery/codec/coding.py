@@ -290,7 +290,10 @@ def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, list[mem
         raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {damaged}")
     kind, digits, low_bits, itemsize, width = _HEADER.unpack_from(view)
     if kind >= len(_KINDS) or digits not in _BASES[_KINDS[kind]] or itemsize not in (1, 2, 4):
-        raise CheckpointError(f"spectral frame: unknown layout {kind}/{digits}/{itemsize}; {damaged}")
+        raise CheckpointError(
+            f"spectral frame: unknown layout {kind}/{digits}/{itemsize}; written by another version, or damaged. Update"
+            " spectral_surgery, or fetch the file again."
+        )
     layout = Layout(_KINDS[kind], digits, low_bits)
     if width > itemsize or low_bits >= 8 * itemsize or (low_bits > 0) != (layout.kind == "split"):
         raise CheckpointError(f"spectral frame: impossible layout {kind}/{low_bits}/{width}; {damaged}")
