@@ -192,7 +192,7 @@ def test_every_block_runs(page: Path, models: Path, tmp_path: Path, monkeypatch:
 def the_page_reads_what_the_package_writes(names: dict[str, Any]) -> None:
     import numpy as np
 
-    from spectral_surgery.codec.coding import Layout, encode_frame
+    from spectral_surgery.codec.frame_bytes import Layout, encode_frame
 
     part = spectral_surgery.open_compressed(names["folder"]).part(names["name"], 0)
     assert np.array_equal(names["codes"], part.codes(0).numpy())

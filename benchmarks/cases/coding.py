@@ -10,9 +10,9 @@ from torch import Tensor
 from benchmarks.case import Row, require
 from benchmarks.timing import interleaved
 from benchmarks.weights import linear_weights
-from spectral_surgery.codec.coding import decode_frame, entropy
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.encoded import EncodedSpectrum
+from spectral_surgery.codec.frame_bytes import decode_frame, entropy
 from spectral_surgery.codec.parallel import one_torch_thread
 from spectral_surgery.codec.rate import Target
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.coding import Layout, encode_frame
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
+from spectral_surgery.codec.frame_bytes import Layout, encode_frame
 from spectral_surgery.codec.frames import checked_frame, choose_layouts, middle
 from spectral_surgery.codec.parallel import one_torch_thread, parallel_map
 from spectral_surgery.codec.quantized import Moments, code_dtype, dequantize, quantize, reconstruction

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.coding import decode_frame
+from spectral_surgery.codec.frame_bytes import decode_frame
 from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.codec.parallel import parallel_map
 from spectral_surgery.codec.quantized import QuantizedSpectrum, dequantize

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.coding import Layout, choose_layout, decode_frame, encode_frame
 from spectral_surgery.codec.encoded import frame_spans, rows_per_frame
+from spectral_surgery.codec.frame_bytes import Layout, choose_layout, decode_frame, encode_frame
 from spectral_surgery.codec.parallel import one_torch_thread, parallel_map
 from spectral_surgery.errors import CheckpointError
 

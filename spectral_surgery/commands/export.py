@@ -22,10 +22,10 @@ from spectral_surgery.cards.command_line import BASE, command_line, setting_opti
 from spectral_surgery.codec.quality import relative_error
 from spectral_surgery.commands.extract import LayerReport, Steps, delta_of, measure, room
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.index import TensorInfo, read_index
 from spectral_surgery.files.merge_record import Source
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, read_adapter, write_adapter
-from spectral_surgery.files.publish import publishing
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from spectral_surgery.adapters.base import AdapterSpec, AdapterState
 from spectral_surgery.adapters.layer import forms_of, shape_of
 from spectral_surgery.errors import BackendError, CheckpointError, TargetError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.header import named
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.peft.task import callable_task, task_of
-from spectral_surgery.files.publish import publishing
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.hf.models import outline_model
 from spectral_surgery.hf.peft.target_rules import misread_by_peft

@@ -11,7 +11,7 @@ from pathlib import Path
 from spectral_surgery import hub
 from spectral_surgery.cards.check import check_folder
 from spectral_surgery.errors import CheckpointError, HubError, TargetError
-from spectral_surgery.files.publish import partial_folder, publishing
+from spectral_surgery.files.atomic import partial_folder, publishing
 from spectral_surgery.progress import Progress, silent
 
 _MARK = Path(".cache", "huggingface")  # what an unfinished pull leaves

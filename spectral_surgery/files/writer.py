@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.files.atomic import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
 from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, TensorInfo, named
 from spectral_surgery.files.index import CheckpointIndex
-from spectral_surgery.files.publish import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
 from spectral_surgery.files.reader import CODES, byte_pieces
 from spectral_surgery.progress import Progress
 

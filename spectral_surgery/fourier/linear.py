@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spectral_surgery.fourier.batching import loop
-from spectral_surgery.fourier.operator import add_backward, add_forward
+from spectral_surgery.fourier.beside_weight import add_backward, add_forward
 from spectral_surgery.fourier.rfft_positions import SCHEMA, Delta, Places
 
 

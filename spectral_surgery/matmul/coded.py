@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.coding import decode_frame
 from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.frame_bytes import decode_frame
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.matmul import integer
 from spectral_surgery.matmul.code_blocks import Spectrum, as_encoded

@@ -15,7 +15,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.peft.task import needs_decoder_input, task_of
 from spectral_surgery.live.running import called
 from spectral_surgery.registry import Table
-from spectral_surgery.text.metrics import kl
+from spectral_surgery.text.kl import kl
 from spectral_surgery.text.settings import Keep
 
 Batch = dict[str, Tensor]

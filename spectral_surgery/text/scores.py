@@ -17,7 +17,7 @@ from spectral_surgery.hf.models import SentenceEncoder, load_model
 from spectral_surgery.live.attach import load
 from spectral_surgery.live.running import called
 from spectral_surgery.text.examples import documents, read_examples
-from spectral_surgery.text.metrics import kl
+from spectral_surgery.text.kl import kl
 from spectral_surgery.text.sequences import cut_stream
 from spectral_surgery.text.settings import EvalData
 from spectral_surgery.text.tasks import spearman

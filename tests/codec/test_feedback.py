@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.coding import entropy
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import (
     DAMPING,
@@ -20,6 +19,7 @@ from spectral_surgery.codec.feedback import (
     output_error,
     step_shape,
 )
+from spectral_surgery.codec.frame_bytes import entropy
 from spectral_surgery.codec.rate import Quantizer
 from spectral_surgery.errors import ConfigError, ShapeError
 

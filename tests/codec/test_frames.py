@@ -13,15 +13,15 @@ from torch import Tensor
 
 from spectral_surgery.codec import encoded as codec
 from spectral_surgery.codec import frames
-from spectral_surgery.codec.coding import choose_layout, encode_frame
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes, encode_codes, feedback_factor, stored_codes
 from spectral_surgery.codec.feedback_rate import codes_at
+from spectral_surgery.codec.frame_bytes import choose_layout, encode_frame
 from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
-from spectral_surgery.commands.heal.session import HealSession
+from spectral_surgery.commands.heal.whole_model import HealSession
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spectral_surgery.codec.coding import entropy
+from spectral_surgery.codec.frame_bytes import entropy
 from spectral_surgery.codec.rate import Magnitudes, Quantizer, Target, for_bits, for_density, for_error
 from spectral_surgery.errors import ConfigError
 

@@ -21,7 +21,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
-from spectral_surgery.files import publish
+from spectral_surgery.files import atomic as publish
 from spectral_surgery.files.compressed import parts as part_files
 from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed import units

@@ -15,7 +15,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.hf.quantizer.loading import Loading
+from spectral_surgery.hf.quantizer.fill_weights import Loading
 from spectral_surgery.hf.quantizer.saving import spectral_experts
 from spectral_surgery.layers import SpectralExperts, SpectralWeight
 from spectral_surgery.matmul import workers

@@ -21,7 +21,7 @@ from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.hf import swapped_models as swap_plugin
-from spectral_surgery.hf.quantizer.loading import Loading, retie, untie
+from spectral_surgery.hf.quantizer.fill_weights import Loading, retie, untie
 from spectral_surgery.hf.quantizer.loading_plan import Plan
 from spectral_surgery.hf.quantizer.saving import spectral_layers
 from spectral_surgery.matmul import HostMatrix

@@ -16,6 +16,7 @@ from spectral_surgery.commands.compress.keep_important import keep_important
 from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, write_healed
 from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.atomic import clear_folder, publishing
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.difference import describe
 from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
@@ -24,7 +25,6 @@ from spectral_surgery.files.compressed.settings import AUTO, DEFAULT_TRANSFORM, 
 from spectral_surgery.files.compressed.units import UNITS
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
-from spectral_surgery.files.publish import clear_folder, publishing
 from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.memory import peak_rss_bytes

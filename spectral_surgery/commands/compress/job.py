@@ -12,6 +12,7 @@ from pathlib import Path
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import compress_command
+from spectral_surgery.files.atomic import discard_unfinished, partial_folder, writing_to
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import Plan
@@ -19,7 +20,6 @@ from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import UNITS, UnitStore, is_done, join, run_unit, work_key
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import hold
-from spectral_surgery.files.publish import discard_unfinished, partial_folder, writing_to
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import weights_metadata, write_checkpoint
 from spectral_surgery.pool import Team, team

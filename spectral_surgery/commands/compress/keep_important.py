@@ -18,11 +18,11 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.importance import Importance, Threshold, threshold_at
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import UnitStore, leave_codes
 from spectral_surgery.files.index import read_index
-from spectral_surgery.files.publish import replace_file
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import names_in

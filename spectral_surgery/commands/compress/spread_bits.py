@@ -24,11 +24,11 @@ from spectral_surgery.codec.allocation import TensorCost, spread_bits, spread_de
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import feedback_noise
 from spectral_surgery.codec.rate import Target
+from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.units import UnitStore
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal
-from spectral_surgery.files.publish import replace_file
 from spectral_surgery.live.blocks import (
     Sample,
     UnchainedError,

@@ -20,10 +20,10 @@ from spectral_surgery.cards.command_line import BASE, command_line, setting_opti
 from spectral_surgery.commands.extract.plan import ExtractPlan, plan_extraction
 from spectral_surgery.commands.extract.whole_tensors import Rest, save_rest
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
 from spectral_surgery.files.peft.task import task_of
-from spectral_surgery.files.publish import publishing
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.memory import peak_rss_bytes

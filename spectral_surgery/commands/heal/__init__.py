@@ -19,15 +19,15 @@ from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import healed_command
 from spectral_surgery.commands.heal.blocks import heal_blocks
 from spectral_surgery.commands.heal.recode import recoded
-from spectral_surgery.commands.heal.session import Healed, HealSession, heal_whole
+from spectral_surgery.commands.heal.whole_model import Healed, HealSession, heal_whole
 from spectral_surgery.distributed import rank, wait_for_all, world
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.atomic import clear_folder, discard_unfinished, partial_folder, publishing, writing_to
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, Manifest
 from spectral_surgery.files.compressed.units import source_digest
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
-from spectral_surgery.files.publish import clear_folder, discard_unfinished, partial_folder, publishing, writing_to
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, load_lazily
 from spectral_surgery.commands.heal.recomputed import recomputed_weights
-from spectral_surgery.commands.heal.session import Healed, HealSession, train_stored_vectors
+from spectral_surgery.commands.heal.whole_model import Healed, HealSession, train_stored_vectors
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames

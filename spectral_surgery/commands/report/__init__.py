@@ -12,11 +12,11 @@ from spectral_surgery.commands.report.models import is_swapped, is_trained, merg
 from spectral_surgery.commands.report.page import Page, render
 from spectral_surgery.commands.report.records import json_of
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.atomic import replace_file, writing_to
 from spectral_surgery.files.compressed.checkpoint import is_compressed
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.index import is_adapter
 from spectral_surgery.files.merge_record import is_merged
-from spectral_surgery.files.publish import replace_file, writing_to
 from spectral_surgery.files.sidecar_files import CONFIG_FILE
 
 _KINDS = (

@@ -16,9 +16,9 @@ from spectral_surgery.cards.checkpoints import swapped_card
 from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.commands.swap.fit_layers import LayerFit, SwappedPair, distill
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.atomic import partial_folder, publishing
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.task import is_causal
-from spectral_surgery.files.publish import partial_folder, publishing
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.swap_record import SwapRecord

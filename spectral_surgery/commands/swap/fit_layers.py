@@ -25,7 +25,7 @@ from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
 from spectral_surgery.text.data import sequences_of_step
-from spectral_surgery.text.metrics import kl
+from spectral_surgery.text.kl import kl
 from spectral_surgery.training.loop import Training, train, trained
 from spectral_surgery.training.settings import DistillSettings
 

@@ -17,9 +17,9 @@ from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.cards.check import METRICS_FILE
 from spectral_surgery.cards.command_line import train_command
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.index import refuse_adapter
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
-from spectral_surgery.files.publish import replace_file
 from spectral_surgery.hf.models import load_classifier, load_model
 from spectral_surgery.live.attach import inject, trainable_parameters
 from spectral_surgery.live.heads import trained_heads

@@ -11,7 +11,7 @@ from typing import Any
 from spectral_surgery.cards.check import METRICS_FILE
 from spectral_surgery.commands.train import PLOT_FILE, check_out, set_seed
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.publish import replace_file
+from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import hold_out, read_examples

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spectral_surgery.adapters.base import AdapterMethod, AdapterSpec, AdapterState
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.atomic import sync, writing_to
 from spectral_surgery.files.header import read_header, read_json
 from spectral_surgery.files.peft.adapter_config import dialect_of, from_config, settle, to_config
 from spectral_surgery.files.peft.lora_files import (
@@ -32,7 +33,6 @@ from spectral_surgery.files.peft.lora_files import (
     misfits,
     trained_rows,
 )
-from spectral_surgery.files.publish import sync, writing_to
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.writer import tensor_entry, write_file
 

@@ -14,7 +14,7 @@ from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.load_errors import loading, required
 from spectral_surgery.hf.models import class_named
-from spectral_surgery.hf.quantizer.loading import NARROW, STREAMED, resident_bytes, residents_for
+from spectral_surgery.hf.quantizer.fill_weights import NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
 
 BLOCK_BYTES = 8 << 20  # of one block of rows while it is decoded and multiplied: 2^20 codes and what becomes of them

@@ -22,9 +22,10 @@ from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION
 from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.remote_code import forget_shim
 from spectral_surgery.hf import swapped_models as swap_plugin
-from spectral_surgery.hf.quantizer import loading, saving
+from spectral_surgery.hf.quantizer import fill_weights as loading
 from spectral_surgery.hf.quantizer import loading_plan as planning
-from spectral_surgery.hf.quantizer.loading import UNREAD, Loading
+from spectral_surgery.hf.quantizer import saving
+from spectral_surgery.hf.quantizer.fill_weights import UNREAD, Loading
 from spectral_surgery.hf.quantizer.loading_plan import STEP
 from spectral_surgery.hf.quantizer.whole_model import bind_methods, cast, unbind_methods
 

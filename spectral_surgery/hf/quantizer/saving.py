@@ -17,8 +17,8 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.manifest import QUANT_METHOD, SUFFIXES, Manifest
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.quantizer.class_swap import SpectralLayer
+from spectral_surgery.hf.quantizer.fill_weights import Loading, decoded, retie
 from spectral_surgery.hf.quantizer.fused_experts import Held, held_parameters
-from spectral_surgery.hf.quantizer.loading import Loading, decoded, retie
 from spectral_surgery.hf.quantizer.loading_plan import Plan
 from spectral_surgery.live.trained_copy import HoldsSpectra, decode
 

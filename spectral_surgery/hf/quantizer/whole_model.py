@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.hf.quantizer.loading import Loading, retie, untie
+from spectral_surgery.hf.quantizer.fill_weights import Loading, retie, untie
 from spectral_surgery.hf.quantizer.saving import decode_layers
 from spectral_surgery.layers import SpectralEmbedding, SpectralWeight
 from spectral_surgery.layers.trainable import TrainableWeight

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spectral_surgery.codec.coding import Layout, choose_layout, decode_frame, encode_frame, entropy
+from spectral_surgery.codec.frame_bytes import Layout, choose_layout, decode_frame, encode_frame, entropy
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 
 LAYOUTS = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.publish import partial_folder, publishing, replace_file, writing_to
+from spectral_surgery.files.atomic import partial_folder, publishing, replace_file, writing_to
 
 
 class StoppedError(Exception):
