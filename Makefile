@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fresh zoo lint format bench docs clean
+.PHONY: setup demo test test-slow test-fresh zoo lint format bench docs clean
 
 setup: .venv/dev
 
@@ -27,7 +27,11 @@ demo: .venv/demo
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow"
+
+# those that take ten seconds or more each, as they start processes that import torch
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo

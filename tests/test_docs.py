@@ -180,6 +180,7 @@ def ran(page: Path, folder: Path, models: Path) -> dict[str, Any]:
 WITH_BLOCKS = [page for page in PAGES if any(b.is_run and b.language in ("python", "bash") for b in blocks(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a page is many commands, each of which loads a model
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.name)
 def test_every_block_runs(page: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,13 +42,13 @@ class DistillSettings:
             ConfigError: when the learning rate is not positive, or there are not either steps or minutes.
         """
         if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate {self.learning_rate}: a positive number is accepted.")
+            raise ConfigError(f"--learning-rate: expected a positive number, got {self.learning_rate}.")
         if self.steps and self.minutes > 0:
-            raise ConfigError(f"--steps {self.steps}: and --minutes: one of them is accepted.")
+            raise ConfigError(f"--steps: expected it or --minutes, got both: {self.steps} and {self.minutes:g}.")
         if self.steps is None:
             object.__setattr__(self, "steps", 0 if self.minutes > 0 else _STEPS)
         elif self.steps < 1 and not self.minutes > 0:
-            raise ConfigError(f"--steps {self.steps}: 1 or more is accepted, or --minutes.")
+            raise ConfigError(f"--steps: expected 1 or more, or --minutes, got {self.steps}.")
 
 
 @dataclass(frozen=True)

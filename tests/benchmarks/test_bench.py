@@ -114,6 +114,7 @@ def test_layers_of_another_package_are_checked(runs: bool, monkeypatch: pytest.M
         spectral_matmul.bitsandbytes_layers(64)
 
 
+@pytest.mark.slow
 def test_a_generating_model_that_differs_fails_the_check(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     size = generate.TINY
@@ -137,6 +138,7 @@ def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None
         rate.measure({"w": matrix()}, Target("bits", 3.0))
 
 
+@pytest.mark.slow
 def test_generated_checkpoints_and_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_SIDE", 128)
     folder = engine.generate(tmp_path / "source", 1)

@@ -25,6 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[case.Bench]:
         yield case.Bench(hub, client, scratch)
 
 
+@pytest.mark.slow
 def test_rows(bench: case.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "CUTS", 3)
     rows = [case.round_trip(bench, TINY), case.cut_upload(bench, TINY)]

@@ -305,6 +305,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": gaussian(384, 512, seed=i) for i in range(24)}
     source = write_folder(tmp_path / "source", tensors)
@@ -350,9 +351,8 @@ def test_shard_out_of_range(tmp_path: Path, source: Path, shard: tuple[int, int]
 def test_a_killed_worker_is_reported_and_its_work_resumed(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectral_surgery.commands import compress as module
 
-    monkeypatch.setattr(module, "run_unit", _die)
+    monkeypatch.setattr("spectral_surgery.commands.compress.job.run_unit", _die)
     with pytest.raises(CheckpointError, match=r"a worker was killed, .*--resume and fewer --workers"):
         compress(source, tmp_path / "out", FIFTH, run=Run(workers=2))
     monkeypatch.undo()

@@ -103,7 +103,7 @@ def test_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     ("running", "error", "text"),
     [
         (Running("int8"), ConfigError, "source: is not compressed; --resident and --max-memory"),
-        (Running(dtype="int8"), ConfigError, "--dtype int8: unknown"),
+        (Running(dtype="int8"), ConfigError, "--dtype: expected float32, bfloat16, float16 or the like, got int8"),
         (Running(adapter=Path("nowhere")), CheckpointError, "nowhere"),
     ],
 )

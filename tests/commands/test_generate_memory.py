@@ -42,6 +42,7 @@ print(json.dumps([limited, peak_bytes(run(dense, Running(dtype="float32")), cpu)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak")
 def test_memory_stays_below_the_dense_size(tmp_path: Path) -> None:
     dense, tiny = write_model(tmp_path / "dense", SIZE), write_model(tmp_path / "tiny", TINY)

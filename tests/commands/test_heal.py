@@ -337,6 +337,7 @@ def test_commands(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     assert "go through a whole model" in said
 
 
+@pytest.mark.slow
 def test_two_processes_heal_together(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spectral_surgery"]
     words = ["heal", sparse, bert, tmp_path / "out", "--data", text, "--steps", 8, "--batch-size", 8, "--json", "-q"]

@@ -346,7 +346,7 @@ def test_metrics_that_somebody_edited_are_left_out(
     compressed: tuple[Path, CompressReport], tmp_path: Path, course: object
 ) -> None:
     shutil.copytree(compressed[0], tmp_path / "healed")
-    body = {"course": course, "blocks": {"0": [1, 2], "1": "x", "2": [None, 3]}, "best_step": "<b>", "objective": None}
+    body = {"curve": course, "blocks": {"0": [1, 2], "1": "x", "2": [None, 3]}, "best_step": "<b>", "objective": None}
     (tmp_path / "healed" / "heal.json").write_text(json.dumps(body))
     page = page_of(tmp_path / "healed", tmp_path / "page.html")
     assert not list(page.all("b"))

@@ -120,7 +120,7 @@ def test_a_script_that_were_in_the_page_would_not_run(browser: Any, page_file: P
 
 
 def test_lines_are_not_filled(browser: Any, page_file: Path, tmp_path: Path) -> None:
-    body = {"course": {"train": [[1, 2.0], [2, 1.0], [3, 1.5]], "held_out": [[0, 2.0], [3, 1.0]]}}
+    body = {"curve": {"train": [[1, 2.0], [2, 1.0], [3, 1.5]], "held_out": [[0, 2.0], [3, 1.0]]}}
     (page_file.parent / "out" / "heal.json").write_text(json.dumps(body))
     report(page_file.parent / "out", tmp_path / "page.html")
     page = browser.new_page()

@@ -50,7 +50,7 @@ def test_a_healed_folder_has_its_course(tmp_path: Path, bert: Path, text: Path) 
     healing = section(page, "Healing")
     assert float(facts(healing)["Held-out loss after"]) == pytest.approx(body["held_out_after"], rel=1e-3)
     assert facts(healing)["Step kept"] == str(body["best_step"])
-    course = body["course"]
+    course = body["curve"]
     assert len(tips(healing, "second")) == len(course["held_out"])
     assert [tip.split(":")[0] for tip in tips(healing, "first")] == [
         f"training, step {step}" for step, _ in course["train"]
@@ -90,7 +90,7 @@ def test_a_swapped_model_has_its_layers(tmp_path: Path, text: Path) -> None:
         training=FitSettings(2, 1),
         judged_on=EvalData(text=text, seq_length=16),
     )
-    body = metrics_of(tmp_path / "swapped")
+    body = metrics_of(tmp_path / "swapped", "swap.json")
     page = page_of(tmp_path / "swapped", tmp_path / "page.html")
     assert page.one("p", kind="kind").text == "Model with mixers for attention"
     assert facts(page.one("header"))["parameters after"] == f"{body['parameters']['after']:,}"

@@ -190,6 +190,7 @@ def test_spearman_gives_ties_their_mean_rank() -> None:
     assert spearman(a, np.ones(5)) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, llama: Path, text: Path) -> None:
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(" ".join(WORDS[i % 7] for i in range(64)))  # equal shares for both processes

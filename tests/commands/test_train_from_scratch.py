@@ -107,6 +107,7 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, text: Pat
     assert again.models[0].test == whole.models[0].test  # the seed decides everything
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, text: Path) -> None:
     options = ["train", "--init", "fftnet", "--data", str(text), "--vocab-size", "280", "--seq-length", "16"]
     options += [
@@ -233,9 +234,17 @@ def test_numbers_of_tokens_may_have_gaps() -> None:
 @pytest.mark.parametrize(
     ("start", "changes", "text_of_error"),
     [
-        ("fftnet", {"sizes": replace(SIZES, max_seq_length=8)}, "--seq-length 16: at most 8, the --max-seq-length"),
+        (
+            "fftnet",
+            {"sizes": replace(SIZES, max_seq_length=8)},
+            "--seq-length: expected at most --max-seq-length, 8, got 16",
+        ),
         ("fftnet", {"sizes": replace(SIZES, num_heads=5)}, "heads 5: expected a divisor of the width, 16"),
-        ("transformer", {"sizes": replace(SIZES, d_model=15, num_heads=3)}, "--d-model 15: an even number"),
+        (
+            "transformer",
+            {"sizes": replace(SIZES, d_model=15, num_heads=3)},
+            "--d-model: expected an even number for a Transformer, got 15",
+        ),
         ("rnn", {}, "model to start from 'rnn': unknown; known: fftnet, transformer"),
     ],
 )

@@ -178,7 +178,7 @@ def test_copies_that_peft_writes_twice_are_dropped(folder: Path) -> None:
         ({"n_frequency_pattern": {"query": "a"}}, "n_frequency_pattern is .*; expected"),
         ({"target_modules": None}, "target_modules is None; expected a regular expression or a list"),
         ({"target_modules": [1]}, "target_modules is .*; expected .*"),
-        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": "("}, "is not a regular expression"),
         ({"bias": "some"}, "bias 'some': unknown"),
         ({"revision": 3}, "revision is 3; expected a text or null"),
         ({"new_feature": {"a": 1}}, "new_feature = .*not supported"),

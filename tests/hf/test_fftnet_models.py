@@ -304,6 +304,7 @@ def test_an_encoder_cannot_generate_and_a_sequence_has_an_end() -> None:
         fftnet_models.nothing  # noqa: B018 - reading it is the test
 
 
+@pytest.mark.slow
 def test_a_folder_is_known_without_asking_for_the_classes(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path)
     code = (

@@ -16,6 +16,7 @@ from spectral_surgery.files.peft.adapter_files import read_adapter
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fourierft", "lora"])
 def test_two_shards_train_like_one_process(tmp_path: Path, method: str) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -60,6 +60,7 @@ def adapter(client: Client, base: object, out: Path, *options: str) -> None:
     save_file({name: gaussian(*tensor.shape) for name, tensor in load_file(file).items()}, file)
 
 
+@pytest.mark.slow
 def test_merge_and_unmerge(hub: LoopbackHub, client: Client, base: Path, tmp_path: Path) -> None:
     hub.seed("org/base", base)
     adapter(client, "org/base", tmp_path / "adapter")
@@ -152,6 +153,7 @@ def python(hub: LoopbackHub, home: Path, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_loaded_by_name(hub: LoopbackHub, client: Client, llama: Path, tmp_path: Path) -> None:
     hub.seed("org/llama", llama)
     options = ("--method", "lora", "-o", "r=2", "--lr", "0.01", "--steps", "4", "--batch-size", "4")
@@ -182,6 +184,7 @@ def test_a_model_from_nothing_is_pushed_without_its_control(
     assert set(done["pushed"]["files"]) <= set(hub.contents("me/fftnet"))
 
 
+@pytest.mark.slow
 def test_the_example_of_an_adapter(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     hub.seed("org/llama", llama)
     arguments = ("examples/train_push_load.py", "org/llama", llama.parent / "text.txt", tmp_path / "out", "me/adapter")
@@ -191,6 +194,7 @@ def test_the_example_of_an_adapter(hub: LoopbackHub, llama: Path, tmp_path: Path
     assert float(said.rpartition(" ")[2].strip().removesuffix("%")) > 1
 
 
+@pytest.mark.slow
 def test_the_example_of_compression_and_its_card(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     hub.seed("org/llama", llama)
     said = python(hub, tmp_path / "home", "examples/compress_push_load.py", "org/llama", tmp_path / "out", "me/small")

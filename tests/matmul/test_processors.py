@@ -26,6 +26,7 @@ CAPABILITIES = {  # of torch, oneDNN and MKL: those that are not of this machine
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_products_and_promises_with_fewer_instructions(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *OF_PRODUCTS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
@@ -48,6 +49,7 @@ def train_alone() -> tuple[nn.ModuleList, LossCurve]:
     return model, train(work, SETTINGS, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     multiprocessing.spawn(train_one_of_two, (tmp_path,), nprocs=2)
     (first, train_loss, held_out), (second, *_) = (torch.load(tmp_path / f"{process}.pt") for process in (0, 1))

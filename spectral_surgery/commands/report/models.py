@@ -13,6 +13,7 @@ from spectral_surgery.commands.report.page import Cell, Page, Section, sides, si
 from spectral_surgery.commands.report.records import card_says, json_of, listed, mapping, numbers, place, words
 from spectral_surgery.commands.report.sizes import Stored, bytes_figure, size_bars
 from spectral_surgery.commands.report.training import before_and_after, settings_table, training_section
+from spectral_surgery.commands.swap import METRICS_FILE as SWAP_METRICS
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.merge_record import MergeRecord, adapter_folder
@@ -115,7 +116,7 @@ def swapped_page(folder: Path, title: str) -> Page:
         title: what to call it.
     """
     index = read_index(folder)
-    record, metrics = read_swap(mapping(index.config.get("quantization_config"))), json_of(folder, METRICS)
+    record, metrics = read_swap(mapping(index.config.get("quantization_config"))), json_of(folder, SWAP_METRICS)
     command, versions = card_says(folder)
     parameters, measures = numbers(metrics.get("parameters")), numbers(metrics.get("measures"))
     figures = {"mixer": record.mixer, "layers swapped": f"{len(record.layers)}", "size": size(index.nbytes)}

@@ -16,7 +16,7 @@ _SPAN = 20  # ratio of values above which an axis is logarithmic
 
 def healing_section(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     """What ``heal.json`` says; none where it says nothing."""
-    course = mapping(metrics.get("course"))
+    course = mapping(metrics.get("curve"))
     train, held_out = pairs(course.get("train")), pairs(course.get("held_out"))
     if not train and not held_out:
         return ()
