@@ -119,5 +119,5 @@ def test_steps_and_minutes_mean_the_same_in_python() -> None:
     assert DistillSettings(minutes=2).steps == 0
     with pytest.raises(ConfigError, match="--steps: expected it or --minutes, got both"):
         DistillSettings(steps=3, minutes=2)
-    with pytest.raises(ConfigError, match="--steps 0: "):
+    with pytest.raises(ConfigError, match="--steps: expected 1 or more, or --minutes, got 0"):
         DistillSettings(steps=0)

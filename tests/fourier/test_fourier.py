@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from spectral_surgery import fourier as op
 from spectral_surgery.fourier import (
     adapted_linear,
+    beside_weight,
     delta_rows,
     delta_weight,
     dense,
     fold,
     fourier_delta,
-    operator,
     reference,
 )
 from spectral_surgery.fourier import dispatch as choice
@@ -56,7 +56,7 @@ def error(expected: Tensor, actual: Tensor) -> float:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "_BLOCK", 200)
+    monkeypatch.setattr(beside_weight, "_BLOCK", 200)
     monkeypatch.setattr(dense, "_BLOCK", 1)
 
 
@@ -307,8 +307,8 @@ def test_nothing_of_the_size_of_the_weight_is_made() -> None:
     x, dy = draw(tokens, side).float(), draw(tokens, side, seed=1).float()
     assert choice.choose(x, weight, delta.coefficients) is Way.BESIDE
     with Largest() as largest:
-        operator.add_forward(torch.zeros_like(dy), x, delta)
-        operator.add_backward(torch.zeros_like(x), x, dy, delta)
+        beside_weight.add_forward(torch.zeros_like(dy), x, delta)
+        beside_weight.add_backward(torch.zeros_like(x), x, dy, delta)
     assert 0 < largest.numel < side * side // 16
 
 

@@ -13,7 +13,7 @@ from tests.support.hub_client import Client
 def test_a_repository_is_reported_under_its_name(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "base", llama_like())
     client.result("compress", source, tmp_path / "small", "--bits", "4")
-    (tmp_path / "small" / "heal.json").write_text('{"course": {"train": [[1, 2.5], [2, 1.5]]}}')
+    (tmp_path / "small" / "heal.json").write_text('{"curve": {"train": [[1, 2.5], [2, 1.5]]}}')
     hub.seed("org/small", tmp_path / "small")
     done = client.result("report", "org/small", "-o", tmp_path / "page.html")
     assert done["title"] == "org/small"
