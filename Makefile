@@ -29,7 +29,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow"
 
-# those that take ten seconds or more each, as they start processes that import torch
+# those that take six seconds or more each, most of them as they start processes that import torch
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m slow
 

@@ -40,6 +40,7 @@ def arguments(example: str) -> list[str]:
     }[example]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # several trainings
 @pytest.mark.parametrize("example", [path for path in EXAMPLES if path.suffix == ".py"], ids=lambda path: path.name)
 def test_every_example_runs(

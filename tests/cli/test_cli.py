@@ -140,6 +140,7 @@ def test_a_process_prints_and_exits_the_same(source: Path, tmp_path: Path) -> No
     assert own.returncode == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_resumes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", {f"layers.{i}.weight": gaussian(64, 64, seed=i) for i in range(40)})
     command = ["compress", str(source), str(tmp_path / "out"), "--bits", "3"]

@@ -383,6 +383,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", {f"layers.{i}.weight": gaussian(384, 512, seed=i) for i in range(12)})
     script = tmp_path / "run.py"  # workers import it

@@ -163,6 +163,7 @@ def test_block_after_block(tmp_path: Path, kind: str, text: Path) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_interrupted_blocks_go_on_to_the_same_bytes(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     data = TextData(text, 0, 16, 16)
     heal(sparse, bert, tmp_path / "whole", data, FEW, blocks=True)
@@ -318,6 +319,7 @@ def run(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output + (repr(result.exception) if result.exception else "")
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     code, said = run(
         "heal", sparse, bert, tmp_path / "a", "--data", text, "--steps", 4, "--eval-every", 2, "--json", "-q"

@@ -254,6 +254,7 @@ def test_bad_settings(tmp_path: Path, text: Path, start: str, changes: dict[str,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["spectral-surgery", "train", *arguments])

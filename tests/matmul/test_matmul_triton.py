@@ -62,6 +62,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_values_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", _INTERPRETED]

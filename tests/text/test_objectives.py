@@ -22,6 +22,7 @@ def outputs(x: Tensor, maps: Tensor, base: Tensor, *, classes: int) -> Any:
     return SimpleNamespace(hidden_states=states[:2], logits=logits, pooler_output=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "classes", "factor"),
     [("tokens", 0, 1.0), ("embeddings", 0, 0.5), ("classes", 3, 0.5), ("classes", 1, 0.5)],
