@@ -17,6 +17,7 @@ from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.commands.swap.fit_layers import LayerFit, SwappedPair, distill
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.atomic import partial_folder, publishing
+from spectral_surgery.files.header import FLOATS
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.reader import DTYPES
@@ -36,7 +37,6 @@ from spectral_surgery.text.settings import EvalData, TextData
 METRICS_FILE = "swap.json"
 _SAMPLES, _SEQ_LENGTH = 20000, 256  # usual
 _BATCH_TOKENS = 1024
-_FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,10 @@ def _write(out: Path, student: Any, report: SwapReport, dtype: torch.dtype, *, o
 def _stored_dtype(index: CheckpointIndex) -> torch.dtype:
     """The dtype that from_pretrained chooses: of config.json, else of the first floating tensor."""
     named = index.config.get("dtype") or index.config.get("torch_dtype")
-    names = {str(DTYPES[code]).removeprefix("torch."): DTYPES[code] for code in _FLOATS}
+    names = {str(DTYPES[code]).removeprefix("torch."): DTYPES[code] for code in FLOATS}
     if isinstance(named, str) and named in names:
         return names[named]
-    return next((DTYPES[info.dtype] for info in index.tensors.values() if info.dtype in _FLOATS), torch.float32)
+    return next((DTYPES[info.dtype] for info in index.tensors.values() if info.dtype in FLOATS), torch.float32)
 
 
 def _count(model: nn.Module) -> int:
