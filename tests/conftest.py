@@ -6,6 +6,7 @@ Threads of several processes of tests would wait for each other, in turns.
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ settings.register_profile("fresh", database=None, deadline=None, max_examples=10
 settings.load_profile("fixed")  # --hypothesis-profile chooses another
 
 
-def pytest_configure() -> None:
-    """Set before any test starts a thread or a process."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Set before any test starts a thread or a process, or imports transformers."""
+    modules = tempfile.TemporaryDirectory(prefix="modules-of-tests-")  # two processes would write the same files
+    config.add_cleanup(modules.cleanup)
+    os.environ["HF_MODULES_CACHE"] = modules.name
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         torch.set_num_threads(1)
