@@ -25,7 +25,7 @@ LAYERS = (
         "run",
         "distributed",
     },
-    {"transforms"},
+    {"transforms", "kernels"},
     {"codec"},
     {"sparse"},
     {"baselines", "matmul", "fourier", "causal_conv"},
@@ -46,6 +46,7 @@ HEAVY = {
     "peft": ("hf/", "training/"),
     "huggingface_hub": ("hub/", "cards/"),
     "triton": ("matmul/", "fourier/"),
+    "numba": ("kernels/",),
     "matplotlib": ("plotting.py", "commands/eval/plot.py"),
 }
 BASES = {

@@ -35,7 +35,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--sparsity", "--density", "density", type=float, help="Fraction of coefficients KEPT: 0.2 keeps 20 %.")
 @click.option("--bits", type=float, help="Stored bits per weight, 0.5 to 8, every byte counted.")
 @click.option("--max-error", type=float, help="Relative error of every tensor, at the fewest bits.")
-@options_of(CompressOptions, "transform", "tile")
+@options_of(CompressOptions, "transform", "tile", "quantizer")
 @click.option("--base", metavar="BASE", help="Compress the difference to this checkpoint; decompress needs it again.")
 @options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite")
 @options_of(

@@ -74,9 +74,8 @@ class EncodedSpectrum:
         """[rows, I] codes of one frame; in ``out``, contiguous [rows, I] int8, where it is given and they are int8."""
         start = frame * self.rows_per_frame
         stop = min(start + self.rows_per_frame, self.shape[0])
-        place = None if out is None else out.view(-1).numpy()
-        flat = decode_frame(self.frames[frame], (stop - start) * self.shape[1], place)
-        return torch.from_numpy(flat).reshape(stop - start, self.shape[1])
+        place = None if out is None else out.numpy()
+        return torch.from_numpy(decode_frame(self.frames[frame], (stop - start, self.shape[1]), place))
 
     def decode(self) -> QuantizedSpectrum:
         """Every frame decoded, as one spectrum of codes."""

@@ -17,7 +17,7 @@ from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, EncodingRepor
 from spectral_surgery.codec.frames import encode_rows
 from spectral_surgery.codec.parallel import parallel_map
 from spectral_surgery.codec.quantized import dequantize
-from spectral_surgery.codec.rate import Quantizer
+from spectral_surgery.codec.quantizers import Rounding
 from spectral_surgery.errors import ConfigError, ShapeError
 
 _BLOCK = 128  # columns between two updates of all the others
@@ -158,19 +158,18 @@ def step_shape(factor: Tensor, power: float) -> Tensor:
 
 
 def feedback_codes(
-    coefficients: Tensor, factor: Tensor, quantizer: Quantizer, offset: float = 0.0, columns: Tensor | None = None
+    coefficients: Tensor, factor: Tensor, rounding: Rounding, offset: float = 0.0, columns: Tensor | None = None
 ) -> Codes:
     """Codes of a spectrum, chosen column by column.
 
     Args:
         coefficients: C, [O, I] float32; not changed.
         factor: from `feedback_factor`.
-        quantizer: dead zone and step.
+        rounding: quantiser, with its step.
         offset: of the reconstruction points, in steps.
-        columns: [I] multiples of the dead zone and step for each column; None for ones.
+        columns: [I] multiples of the step for each column; None for ones.
     """
-    rest, steps = coefficients.clone(), _steps(quantizer.step, columns).expand(coefficients.shape[1])
-    dead_zone = quantizer.dead_zone / quantizer.step
+    rest, steps = coefficients.clone(), _steps(rounding.step, columns).expand(coefficients.shape[1])
     codes = torch.empty_like(rest, dtype=torch.int32)
     for start in range(0, rest.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rest.shape[1])
@@ -178,14 +177,14 @@ def feedback_codes(
         block, square = rest[:, start:stop], factor[start:stop, start:stop]
         for column in range(stop - start):
             values, step = block[:, column], steps[start + column]
-            level = (values.abs() / step - dead_zone).floor_().add_(1).clamp_(min=0)
-            kept = torch.copysign(level + offset * (level > 0), values)
-            codes[:, start + column] = torch.copysign(level, values).to(torch.int32)
+            level = rounding.round((values / step)[:, None])[:, 0]
+            codes[:, start + column] = level.to(torch.int32)
+            kept = level + offset * level.sign() if offset else level
             error = (values - kept * step) / square[column, column]
             block[:, column:] -= error[:, None] * square[column, column:]
             errors[:, column] = error
         rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return Codes(codes, quantizer.step, offset, columns)
+    return Codes(codes, rounding.step, offset, columns)
 
 
 def output_error(weight: Tensor, restored: Tensor, moment: Tensor) -> float:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import COLUMN_STEP_BITS, Basis
 from spectral_surgery.codec.feedback import Codes, feedback_codes, step_shape, stored_codes
-from spectral_surgery.codec.rate import Magnitudes, Quantizer, Target, for_bits
+from spectral_surgery.codec.quantizers import DEFAULT, QUANTIZERS, Rounding
+from spectral_surgery.codec.quantizers.scalar import DeadZone
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.codec.sample import Sample
 
 _ATTEMPTS, _HALVINGS = 8, 24
-_SAMPLE = 1 << 17  # coefficients that the first step is chosen by
 _STEEPEST, _FLATTEST = 2.0, 0.05  # bits by log2 step
 _LEAP = 2.0  # of log2 step, at most
 _TOLERANCE = 0.004  # of the asked rate
@@ -24,13 +26,22 @@ _SAVED = 0.6  # of the bits that theory promises, one coder for all columns save
 _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
 
 
-def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis, *, column_steps: bool = True) -> Codes:
+def codes_at(
+    coefficients: Tensor,
+    factor: Tensor,
+    target: Target,
+    basis: Basis,
+    *,
+    quantizer: str | None = None,
+    column_steps: bool = True,
+) -> Codes:
     """Codes at the asked bits or density. Returns the codes; all zero for a zero matrix.
 
     Args:
         coefficients: C, [O, I] float32.
         factor: from `feedback_factor`.
         target: bits or density.
+        quantizer: name in QUANTIZERS for bits; a density is kept by `scalar`.
         column_steps: allow a step for every column, where that is worth its bytes.
     """
     if not torch.count_nonzero(coefficients):
@@ -39,29 +50,38 @@ def codes_at(coefficients: Tensor, factor: Tensor, target: Target, basis: Basis,
     if target.kind == "density":
         return _at_density(coefficients, factor, target.value, columns)
 
-    def made(step: float) -> tuple[Codes, float]:
-        codes = feedback_codes(coefficients, factor, Quantizer((1 - _ROUND_UP) * step, step), 0.0, columns)
+    sample = Sample([coefficients])
+    if (quantizer or DEFAULT[target.kind]) == "scalar":
+        step = QUANTIZERS["scalar"].for_bits(sample, target.value).step
+        rounding: Rounding = DeadZone((1 - _ROUND_UP) * step, step)
+    else:
+        rounding = QUANTIZERS[quantizer or DEFAULT[target.kind]].for_bits(sample, target.value)
+
+    def trial(ratio: float, before: Codes | None) -> tuple[Codes, float]:
+        learned = rounding if before is None else rounding.learned(before.values)
+        codes = feedback_codes(coefficients, factor, learned.finer(ratio), 0.0, columns)
         return codes, 8 * stored_codes(codes, basis, verify=False).stored_bytes / codes.values.numel()
 
-    flat = coefficients.reshape(-1)
-    magnitudes = Magnitudes(flat[:: len(flat) // _SAMPLE | 1].numpy())  # odd: does not resonate with tiles
-    step = for_bits(magnitudes, target.value).step if magnitudes.rms > 0 else float(flat.abs().max())
-    return _at_bits(made, step, target.value)
+    return _at_bits(trial, target.value)
 
 
-def _at_bits(made: Callable[[float], tuple[Codes, float]], step: float, bits: float) -> Codes:
+def _at_bits(trial: Callable[[float, Codes | None], tuple[Codes, float]], bits: float) -> Codes:
     """The codes of the step that gives the nearest rate; the slope of the rate over log2 step is learned on the way.
 
     It is -1 where steps are fine, and next to nothing where almost all codes are zero.
+
+    Args:
+        trial: codes and rate for a multiple of the first step, with codes of another to learn from.
     """
-    best, found = made(step)
+    ratio = 1.0
+    best, found = trial(ratio, None)
     rate, slope = found, -1.0
     for _ in range(_ATTEMPTS - 1):
         if abs(rate / bits - 1) <= _TOLERANCE:
             break
         leap = min(max((bits - found) / slope, -_LEAP), _LEAP)
-        step, before = step * 2.0**leap, found
-        codes, found = made(step)
+        ratio, before = ratio * 2.0**leap, found
+        codes, found = trial(ratio, best)
         slope = min(max((found - before) / leap, -_STEEPEST), -_FLATTEST)
         if abs(found - bits) < abs(rate - bits):
             best, rate = codes, found
@@ -87,7 +107,7 @@ def _at_density(coefficients: Tensor, factor: Tensor, density: float, columns: T
     threshold, nearest = float(coefficients.abs().mean()), math.inf
     for _ in range(_HALVINGS):
         # steps of half a threshold: the error of what is kept is fed forward too, and coarse steps let it grow
-        quantizer = Quantizer(threshold, _FINE * threshold)
+        quantizer = DeadZone(threshold, _FINE * threshold)
         codes = feedback_codes(coefficients, factor, quantizer, 1 / _FINE - 0.5, columns)  # the middle of intervals
         kept = torch.count_nonzero(codes.values).item() / codes.values.numel()
         if abs(kept - density) < nearest:

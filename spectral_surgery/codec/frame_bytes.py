@@ -1,316 +1,270 @@
-"""Integer codes of one frame, as bytes and back.
+"""Integer codes of one frame, as bytes and back; docs/format.md has every byte.
 
-A frame is a run of quantiser codes that decodes alone. Codes near zero are by far the most frequent, and zstd's
-Huffman coder spends at least one bit on every byte, so several codes share a byte: ``base ** digits`` of them fit in
-256. Codes beyond the base saturate at its ends, and an overflow list says where and how much is missing, so that rare
-large codes do not force a large base on all others. Four families of layouts cover all rates, and the smallest one is
-found by trying them on a frame:
-
-* ``packed``: every code is a digit.
-* ``split``: codes are split into low bits, which are stored as they are, and a high part, which is packed.
-* ``bitmap``: one bit per code says whether it is zero, and only the non-zero codes become digits.
-* ``gaps``: the same for sparser codes, with the lengths of the runs of zeros in place of the bits.
+A frame is some rows of a matrix of codes, and decodes alone. What is coded are symbols, with tables of how frequent
+they are in this frame (`kernels.rans`). Where all codes are points of the lattice (`kernels.lattice`), ``l = 2 m + c``,
+the words c are stored as they are, and the m are symbols with a table for each c. All other codes are symbols
+themselves. Low bits of large symbols are stored as they are, and a few codes beyond all symbols in a list.
 """
 
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import zstandard
+import numpy.typing as npt
 
-from spectral_surgery.codec.digits import Bytes, Codes, join_low, low_size, pack, split_low, unpack, widths
-from spectral_surgery.codec.gaps import Places, most_bytes, pack_places, unpack_places
-from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.codec.symbol_table import SymbolTable, fitted_table, with_parity
+from spectral_surgery.errors import CheckpointError, ConfigError
 
-Kind = Literal["packed", "bitmap", "gaps", "split"]
+Codes = npt.NDArray[Any]  # int8, int16 or int32
+Bytes = npt.NDArray[np.uint8]
 
-# Matches only get in the way of Huffman coding here: the smallest tables and the longest minimal match make them rare.
-_ZSTD = zstandard.ZstdCompressionParameters(
-    window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
-)
-_HEADER = struct.Struct("<BBBBB")  # layout, digits per byte, low bits, bytes of a code, overflow bytes
-_MAX_WINDOW = 1 << 27
-_OF_THREAD = threading.local()  # a decompressor for each: to make one takes longer than a small section does
-# Nanoseconds that decoding a code takes, measured on one core: for each bit of Huffman coding, for taking a byte apart,
-# and for writing a code to its place. Bytes are worth more: a layout may be 4 % larger if it saves a whole nanosecond.
-_HUFFMAN_BIT, _APART, _PLACED = 0.165, 0.2, 2.0
-_BYTES_PER_NANOSECOND = 0.04
+ZEROS, INTEGERS, LATTICE = range(3)  # kinds of frames
+BLOCK = 32  # rows that are coded together
+
+_HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
+_LISTED = np.dtype([("place", "<u4"), ("code", "<i4")])
+_STATE_BYTES, _WORD_BYTES = 8, 4
+_LANES = ((1 << 17, 8), (1 << 14, 2), (0, 1))  # codes of a frame from which on it has so many: each costs 8 bytes
+_MAX_LOW = 24
+_DAMAGED = "the data is damaged. Fetch the file again."
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the codes of a frame become bytes.
+class _Plan:
+    """How a frame is stored: its kind, a table for each value of c, low bits of a symbol, and the bits it takes."""
 
-    Attributes:
-        kind: ``packed``, ``bitmap``, ``gaps`` or ``split``.
-        digits: codes per byte.
-        low_bits: of every code, stored as they are (``split`` only).
-    """
-
-    kind: Kind
-    digits: int
-    low_bits: int = 0
-
-    @property
-    def base(self) -> int:
-        """Number of values a digit can take: odd and signed when packed, sign and magnitude of a non-zero code else."""
-        return _BASES[self.kind][self.digits]
-
-    @property
-    def limit(self) -> int:
-        """Largest magnitude a digit holds; what a code has beyond it goes to the overflow list."""
-        return self.base // 2
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether only non-zero codes become digits."""
-        return self.kind in ("bitmap", "gaps")
+    kind: int
+    tables: tuple[SymbolTable, ...]
+    low: int
+    bits: float
 
 
-_SPARSE_BASES = {1: 254, 2: 16, 3: 6, 4: 4}
-_BASES: dict[Kind, dict[int, int]] = {
-    "packed": {1: 255, 2: 15, 3: 5, 5: 3},
-    "bitmap": _SPARSE_BASES,
-    "gaps": _SPARSE_BASES,
-    "split": {2: 15},
-}
-_KINDS = tuple(_BASES)
-
-
-def entropy(codes: Codes) -> float:
-    """Order-0 entropy of integer codes, in bits per code."""
-    _, counts = np.unique(codes, return_counts=True)
-    p = counts / codes.size
-    return float(-(p * np.log2(p)).sum())
-
-
-def choose_layout(codes: Codes) -> Layout:
-    """Find the layout that stores these codes in the fewest bytes, by trying every plausible one.
-
-    Returns the best layout; where two differ by little, the one that decodes faster. ``codes`` is [n] signed integers,
-    typical of the frames to come.
-    """
-    scores = {layout: _cost(codes, layout) for layout in _candidates(codes)}
-    return min(scores, key=lambda layout: scores[layout])
-
-
-def _cost(codes: Codes, layout: Layout) -> float:
-    count = max(codes.size, 1)
-    bits = 8 * len(encode_frame(codes, layout)) / count
-    apart = (layout.digits > 1) + len(widths(layout.low_bits))
-    nanoseconds = _HUFFMAN_BIT * (bits - layout.low_bits) + _APART * apart
-    if layout.is_sparse:
-        nanoseconds += _PLACED * np.count_nonzero(codes) / count
-    return bits * (1 + _BYTES_PER_NANOSECOND * nanoseconds)
-
-
-def _candidates(codes: Codes) -> Iterator[Layout]:
-    # like a standard deviation, but blind to outliers: those go to the overflow list
-    spread = float(np.quantile(np.abs(codes.astype(np.int64)), 0.95)) / 2 if codes.size else 0.0
-    if spread < 400:
-        yield Layout("packed", 1)
-    if spread < 5:
-        yield Layout("packed", 2)
-    for bits in range(1, 31):
-        if spread / 2**bits < 5:
-            yield Layout("split", 2, bits)
-            if spread / 2**bits < 1.5:
-                break
-    if spread < 2:
-        yield Layout("packed", 3)
-        yield Layout("packed", 5)
-    if spread < 100 and np.count_nonzero(codes) < 0.6 * codes.size:
-        for digits in _SPARSE_BASES if spread < 5 else (1,):
-            yield Layout("bitmap", digits)
-            yield Layout("gaps", digits)
-
-
-def encode_frame(codes: Codes, layout: Layout) -> bytes:
-    """Encode the codes of one frame. Returns the frame: a header, then its sections.
+def encode_frame(codes: Codes) -> bytes:
+    """Encode the codes of one frame, in whichever way takes the fewest bytes.
 
     Args:
-        codes: [n] int8, int16 or int32.
-        layout: how to lay them out; any layout with fewer low bits than a code has holds any codes.
+        codes: [r, I] int8, int16 or int32.
 
     Raises:
-        ConfigError: when codes is not a flat signed integer array.
+        ConfigError: when codes is not a matrix of signed integers.
     """
-    if codes.ndim != 1 or codes.dtype not in (np.int8, np.int16, np.int32):
-        raise ConfigError(f"encode_frame: codes are {codes.dtype} {codes.shape}; expected int8, int16 or int32 [n].")
-    raw = b""
-    high: Codes = codes
-    if layout.low_bits:
-        high, raw = split_low(codes, layout.low_bits)
-    sections: list[bytes] = []
-    if layout.is_sparse:
-        significant = high != 0
-        packed = np.packbits(significant) if layout.kind == "bitmap" else pack_places(np.flatnonzero(significant))
-        sections.append(_compress(packed))
-        high = high[significant]
-    clipped = np.clip(high, -layout.limit, layout.limit)
-    if layout.is_sparse:
-        digits = (2 * (np.abs(clipped) - 1) + (clipped < 0)).astype(np.uint8)
-    else:
-        digits = clipped.astype(np.uint8) + np.uint8(layout.limit)  # modulo 256 on purpose
-    sections.append(_compress(pack(digits, layout.base, layout.digits)))
-    beyond = np.flatnonzero(high != clipped)
-    width = 0
-    if beyond.size:
-        rest = np.abs(high[beyond].astype(np.int64)) - layout.limit
-        width = 1 + (int(rest.max()).bit_length() - 1) // 8
-        sections.append(_compress(pack_places(beyond)))
-        sections += [_compress((rest >> (8 * i)).astype(np.uint8)) for i in range(width)]
-    header = _HEADER.pack(_KINDS.index(layout.kind), layout.digits, layout.low_bits, codes.itemsize, width)
-    lengths = struct.pack(f"<{len(sections)}I", *map(len, sections))
-    return b"".join((header, lengths, *sections, raw))
+    from spectral_surgery.kernels import rans
+    from spectral_surgery.kernels.lattice import MASKS
+
+    if codes.ndim != 2 or codes.dtype not in (np.int8, np.int16, np.int32):
+        raise ConfigError(f"encode_frame: codes are {codes.dtype} {codes.shape}; expected int8, int16 or int32 [r, I].")
+    wide = np.ascontiguousarray(codes, np.int32)
+    if not wide.any():
+        return _HEADER.pack(ZEROS, codes.itemsize, 0, 0, 0, 0)
+    plan, words = _cheapest(wide)
+    lattice = plan.kind == LATTICE
+    symbols = np.empty_like(wide)
+    rans.symbols_of(wide, lattice, plan.low, symbols, np.zeros((2, 256), np.int64))
+    m = wide >> 1 if lattice else wide
+    listed = np.flatnonzero(symbols != m >> plan.low)
+    masks = MASKS[words] if lattice else np.zeros(0, np.uint32)
+    lanes = next(lanes for least, lanes in _LANES if wide.size >= least)
+    stream, states = rans.encode(symbols, masks, _frequencies(plan), lattice and not plan.low, lanes)
+    entries = np.empty(listed.size, _LISTED)
+    entries["place"], entries["code"] = listed, wide.reshape(-1)[listed]
+    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes, len(stream), len(entries))
+    tables = b"".join(table.to_bytes() for table in plan.tables)
+    packed = _packed_words(words, wide.shape) if lattice else b""
+    coded = (states.astype("<u8").tobytes(), stream.astype("<u4").tobytes())
+    return b"".join((header, tables, packed, *coded, _packed(m, plan.low), entries.tobytes()))
 
 
-def decode_frame(frame: bytes | memoryview, count: int, out: Codes | None = None) -> Codes:
+def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes | None = None) -> Codes:
     """Decode one frame; the inverse of `encode_frame`.
 
-    Every size is checked against ``count`` before anything of that size is allocated. Returns [count] int8, int16 or
+    Every size is checked against the shape before anything of that size is allocated. Returns [r, I] int8, int16 or
     int32, as encoded; ``out`` itself where codes are int8 and it is given.
 
     Args:
         frame: the bytes of one frame.
-        count: number of codes it must hold.
-        out: [count] int8, where int8 codes are written to.
+        shape: (r, I) that it must have.
+        out: [r, I] int8, C-contiguous, where int8 codes are written to.
 
     Raises:
         CheckpointError: when the frame is damaged.
-        LimitError: when it claims more data than ``count`` codes can need.
     """
-    layout, itemsize, parts, raw = _parse(frame, count)
-    sections = _Sections(parts)
-    dtype = np.dtype(f"i{itemsize}")
-    if itemsize != 1:
-        out = None
-    if layout.is_sparse:
-        places = _significant(sections, count, layout)
-        high = np.empty(count, dtype) if out is None else out
-        high.fill(0)
-        high[places] = _decode_values(sections, len(places), layout, dtype)
-        return high
-    high = _decode_values(sections, count, layout, dtype, out)
-    if layout.low_bits:
-        join_low(high, raw, layout.low_bits)
-    return high
+    from spectral_surgery.kernels import rans
+    from spectral_surgery.kernels.lattice import MASKS
 
-
-class _Sections:
-    """The compressed sections of a frame, one after the other."""
-
-    def __init__(self, parts: list[memoryview]) -> None:
-        self._parts = iter(parts)
-        self.left = len(parts)
-
-    def take(self, size: int, *, exactly: bool = True) -> Bytes:
-        """The next one: ``size`` bytes, or at most ``size`` where not exactly."""
-        section = next(self._parts)
-        self.left -= 1
-        try:
-            declared = zstandard.frame_content_size(section)
-            if not (declared == size or (not exactly and 0 <= declared < size)):
-                wanted = f"{size} belong" if exactly else f"at most {size} belong"
-                raise LimitError(
-                    f"spectral frame: a section declares {declared} bytes where {wanted}; expected only sizes that fit."
-                    " The data is damaged or hostile: do not use it."
-                )
-            # exactly the declared size, or an error
-            return np.frombuffer(_decompressor().decompress(section, allow_extra_data=False), np.uint8)
-        except zstandard.ZstdError as error:
-            raise CheckpointError(
-                f"spectral frame: zstd says {error}; the data is damaged. Fetch the file again."
-            ) from None
-
-    def places(self, count: int) -> Places:
-        """The next one, as places below ``count``."""
-        return unpack_places(self.take(most_bytes(count), exactly=False), count)
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    if not hasattr(_OF_THREAD, "zstd"):
-        _OF_THREAD.zstd = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-    found: zstandard.ZstdDecompressor = _OF_THREAD.zstd
-    return found
-
-
-def _significant(sections: _Sections, count: int, layout: Layout) -> Places:
-    if layout.kind == "gaps":
-        return sections.places(count)
-    return np.flatnonzero(np.unpackbits(sections.take(-(-count // 8)), count=count).view(np.bool_))
-
-
-def _decode_values(
-    sections: _Sections, count: int, layout: Layout, dtype: np.dtype[Any], out: Codes | None = None
-) -> Codes:
-    packed = sections.take(-(-count // layout.digits))
-    whole = np.empty(count, np.int8) if out is None else out
-    digits = whole.view(np.uint8)
-    if layout.is_sparse:
-        unpack(packed, layout.base, layout.digits, digits)
-        negative = -(digits & 1).view(np.int8)
-        digits >>= 1
-        digits += 1
-        values = whole
-        values ^= negative  # two's complement, without branches
-        values -= negative
-    else:
-        unpack(packed, layout.base, layout.digits, digits, less=layout.limit)
-        values = whole
-    wide: Codes = values.astype(dtype, copy=False)
-    if sections.left:
-        _add_overflow(wide, sections)
-    return wide
-
-
-def _add_overflow(values: Codes, sections: _Sections) -> None:
-    places = sections.places(len(values))
-    rest = sections.take(len(places)).astype(np.int64)
-    for i in range(sections.left):
-        rest += sections.take(len(places)).astype(np.int64) << (8 * i + 8)
-    ends = values[places].astype(np.int64)
-    ends += np.sign(ends) * rest
-    values[places] = ends  # may wrap, which the next line sees
-    if (values[places] != ends).any():
-        raise CheckpointError(
-            f"spectral frame: a code exceeds {values.dtype}; the data is damaged. Fetch the file again."
-        )
-
-
-def _parse(frame: bytes | memoryview, count: int) -> tuple[Layout, int, list[memoryview], memoryview]:
     view = memoryview(frame)
-    damaged = "the data is damaged. Fetch the file again."
+    kind, itemsize, low, lanes, length, listed = _header(view, shape)
+    if itemsize != 1 or out is None:
+        out = np.empty(shape, np.dtype(f"i{itemsize}"))
+    if kind == ZEROS:
+        out.fill(0)
+        return out
+    tables, at = _tables(view, kind, low)
+    lattice = kind == LATTICE
+    before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
+    sizes = (*before, -(-low * out.size // 8), _LISTED.itemsize * listed)
+    if at + sum(sizes) != len(view):
+        raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
+    words, states, stream, lows, entries = _split(view[at:], sizes)
+    masks = MASKS[_unpacked_words(words, shape)] if lattice else np.zeros(0, np.uint32)
+    padded = np.zeros(length + 1, np.uint32)
+    padded[:length] = np.frombuffer(stream, "<u4")
+    direct = out if itemsize == 1 and not low else np.empty(shape, np.int32)
+    parity, double = lattice and not low, int(lattice and not low)
+    table = rans.decoding_table(_frequencies(_Plan(kind, tables, low, 0.0)))
+    read = rans.decode(padded, np.frombuffer(states, "<u8").astype(np.uint64), table, masks, direct, parity, double)
+    if read != length:
+        raise CheckpointError(f"spectral frame: the stream does not end where it should; {_DAMAGED}")
+    if low:
+        direct = (direct << low) | _unpacked(lows, direct.size, low).reshape(shape)
+        direct = 2 * direct + _odd(masks, shape) if lattice else direct
+    if direct is not out:
+        out[:] = direct
+    _put(np.frombuffer(entries, _LISTED), out)
+    return out
+
+
+def _cheapest(codes: Codes) -> tuple[_Plan, Bytes]:
+    """The plan of the fewest bits for codes [r, I] int32, and the words of the lattice, of no length if it has none."""
+    from spectral_surgery.kernels.lattice import words_of
+
+    words = np.empty(_blocks(codes.shape), np.uint8)
+    plans = [_plan(codes, INTEGERS, 0)]
+    if words_of(codes, words):
+        plans.append(_plan(codes, LATTICE, 8 * _words_bytes(codes.shape)))
+    else:
+        words = words[:0]
+    return min(plans, key=lambda plan: plan.bits), words
+
+
+def _plan(codes: Codes, kind: int, fixed: int) -> _Plan:
+    """The plan of the fewest bits for a kind of frame; ``fixed`` bits are the same for all."""
+    best = _with_low(codes, kind, fixed, 0)[0]
+    for low in range(1, _MAX_LOW + 1):
+        plan, listed = _with_low(codes, kind, fixed, low)
+        if plan.bits < best.bits:
+            best = plan
+        elif listed * _LISTED.itemsize < codes.size:  # else it may be that all are beyond, and one bit does not help
+            break
+    return best
+
+
+def _with_low(codes: Codes, kind: int, fixed: int, low: int) -> tuple[_Plan, int]:
+    """The plan with so many low bits, and how many codes it has in the list."""
+    from spectral_surgery.kernels.rans import symbols_of
+
+    counts = np.zeros((2, 256), np.int64)
+    listed = symbols_of(codes, kind == LATTICE, low, np.empty_like(codes), counts)
+    tables = tuple(fitted_table(one, zero) for one, zero in zip(counts, _about_zero(kind, low), strict=False))
+    coded = sum(table.bits(one) for table, one in zip(tables, counts, strict=False))
+    return _Plan(kind, tables, low, fixed + low * codes.size + 8 * _LISTED.itemsize * listed + coded), listed
+
+
+def _about_zero(kind: int, low: int) -> tuple[bool, ...]:
+    """For the table of each c, what its symbols are symmetric about."""
+    return (not low, False) if kind == LATTICE else (not low,)
+
+
+def _frequencies(plan: _Plan) -> npt.NDArray[np.int64]:
+    """[contexts, 256], in the order of `kernels.rans`."""
+    main = np.stack([table.by_symbol() for table in plan.tables])
+    if plan.kind == INTEGERS or plan.low:
+        return main
+    known = [with_parity(one) for one in main]
+    return np.concatenate((main, [known[c][parity] for parity in (0, 1) for c in (0, 1)]))
+
+
+def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, int, int, int]:
     if len(view) < _HEADER.size:
-        raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {damaged}")
-    kind, digits, low_bits, itemsize, width = _HEADER.unpack_from(view)
-    if kind >= len(_KINDS) or digits not in _BASES[_KINDS[kind]] or itemsize not in (1, 2, 4):
+        raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {_DAMAGED}")
+    fields: tuple[int, int, int, int, int, int] = _HEADER.unpack_from(view)
+    kind, itemsize, low, lanes, _, listed = fields
+    if kind > LATTICE or itemsize not in (1, 2, 4) or low > _MAX_LOW or (kind != ZEROS) != (0 < lanes <= 64):
         raise CheckpointError(
-            f"spectral frame: unknown layout {kind}/{digits}/{itemsize}; written by another version, or damaged. Update"
-            " spectral_surgery, or fetch the file again."
+            f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
+            " Update spectral_surgery, or fetch the file again."
         )
-    layout = Layout(_KINDS[kind], digits, low_bits)
-    if width > itemsize or low_bits >= 8 * itemsize or (low_bits > 0) != (layout.kind == "split"):
-        raise CheckpointError(f"spectral frame: impossible layout {kind}/{low_bits}/{width}; {damaged}")
-    sections = (2 if layout.is_sparse else 1) + (1 + width if width else 0)
-    start = _HEADER.size + 4 * sections
-    raw = low_size(count, low_bits)
-    if len(view) < start:
-        raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {damaged}")
-    lengths = struct.unpack_from(f"<{sections}I", view, _HEADER.size)
-    if start + sum(lengths) + raw != len(view):
-        raise CheckpointError(f"spectral frame: sections do not add up to its {len(view)} bytes; {damaged}")
-    parts: list[memoryview] = []
-    for length in lengths:
-        parts.append(view[start : start + length])
-        start += length
-    return layout, itemsize, parts, view[start:]
+    if listed > shape[0] * shape[1]:
+        raise CheckpointError(f"spectral frame: a list of {listed} codes is longer than the frame; {_DAMAGED}")
+    return fields
 
 
-def _compress(data: Bytes) -> bytes:
-    return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(data.tobytes())
+def _tables(view: memoryview, kind: int, low: int) -> tuple[tuple[SymbolTable, ...], int]:
+    """The tables, and where they end."""
+    at, tables = _HEADER.size, []
+    for about_zero in _about_zero(kind, low):
+        table, size = SymbolTable.from_bytes(view[at:], about_zero)
+        tables.append(table)
+        at += size
+    return tuple(tables), at
+
+
+def _split(view: memoryview, sizes: tuple[int, ...]) -> list[memoryview]:
+    ends = np.cumsum(sizes)
+    return [view[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _blocks(shape: tuple[int, ...]) -> int:
+    """Blocks of 32 rows of one column; those of the rows that are left come last."""
+    return -(-shape[0] // BLOCK) * shape[1]
+
+
+def _word_groups(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Blocks and bits of a word: of whole blocks, and of the rows that are left."""
+    from spectral_surgery.kernels.lattice import word_bits
+
+    whole, left = divmod(shape[0], BLOCK)
+    groups = [(whole * shape[1], word_bits(BLOCK)), (shape[1], word_bits(left) if left else 0)]
+    return [(blocks, bits) for blocks, bits in groups if blocks and bits]
+
+
+def _words_bytes(shape: tuple[int, ...]) -> int:
+    return sum(-(-blocks * bits // 8) for blocks, bits in _word_groups(shape))
+
+
+def _packed_words(words: Bytes, shape: tuple[int, ...]) -> bytes:
+    out, start = b"", 0
+    for blocks, bits in _word_groups(shape):
+        out += _packed(words[start : start + blocks], bits)
+        start += blocks
+    return out
+
+
+def _unpacked_words(data: memoryview, shape: tuple[int, int]) -> Bytes:
+    out, at = [], 0
+    for blocks, bits in _word_groups(shape):
+        size = -(-blocks * bits // 8)
+        out.append(_unpacked(data[at : at + size], blocks, bits).astype(np.uint8))
+        at += size
+    return np.concatenate(out)
+
+
+def _packed(numbers: Codes, bits: int) -> bytes:
+    """The low bits of numbers, one after the other, the lowest bit first."""
+    if not bits:
+        return b""
+    places = np.arange(bits, dtype=numbers.dtype)
+    return np.packbits((numbers.reshape(-1, 1) >> places) & 1, bitorder="little").tobytes()
+
+
+def _unpacked(data: memoryview, count: int, bits: int) -> npt.NDArray[np.int32]:
+    flags = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.int32)
+    total: npt.NDArray[np.int32] = flags.reshape(count, bits).astype(np.int32) @ weights
+    return total
+
+
+def _odd(masks: Codes, shape: tuple[int, int]) -> Codes:
+    """C at every position, [r, I] int32, from the bits of each block."""
+    blocks = masks.reshape(-1, 1, shape[1]) >> np.arange(BLOCK, dtype=np.uint32)[None, :, None]
+    return (blocks & 1).astype(np.int32).reshape(-1, shape[1])[: shape[0]]
+
+
+def _put(entries: Codes, out: Codes) -> None:
+    """Set the codes of the list."""
+    if len(entries):
+        if int(entries["place"].max()) >= out.size:
+            raise CheckpointError(f"spectral frame: the list names code {entries['place'].max()}; {_DAMAGED}")
+        out.reshape(-1)[entries["place"]] = entries["code"]

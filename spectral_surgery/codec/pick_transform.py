@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis, frame_spans
-from spectral_surgery.codec.rate import Magnitudes, Target, for_bits, for_density, for_error
+from spectral_surgery.codec.quantizers.scalar import for_bits, for_density, for_error
+from spectral_surgery.codec.rate import Magnitudes, Target
 
 _MARGIN = 0.99  # another transform must leave 1 % less error (or bits) than the default
 
@@ -40,7 +41,7 @@ def _cost(magnitudes: Magnitudes, target: Target) -> float:
     if not 0 < magnitudes.rms < math.inf:  # nothing to compare; `encode` says what is wrong
         return 0.0
     if target.kind == "max_error":
-        return magnitudes.estimate(for_error(magnitudes, target.value)).entropy
+        return for_error(magnitudes, target.value).estimate(magnitudes).entropy
     if target.kind == "bits":
-        return math.sqrt(magnitudes.estimate(for_bits(magnitudes, target.value)).distortion)
-    return math.sqrt(magnitudes.estimate(for_density(magnitudes, magnitudes.quantile(target.value))).distortion)
+        return math.sqrt(for_bits(magnitudes, target.value).estimate(magnitudes).distortion)
+    return math.sqrt(for_density(magnitudes, magnitudes.quantile(target.value)).estimate(magnitudes).distortion)

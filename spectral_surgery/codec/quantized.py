@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.rate import Quantizer
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
 INT8_MAX = 127
-
-_CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
-_SUMMED = 1 << 16  # numbers of a float32 sum
 
 
 @dataclass(frozen=True)
@@ -102,72 +98,6 @@ def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
     return values.mul_(step)
 
 
-def quantize(coefficients: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> tuple[Tensor, Moments]:
-    """Coefficients to codes: [O, I] codes, and the sums needed to place reconstruction points.
-
-    Args:
-        coefficients: [O, I] float32.
-        quantizer: dead zone and step.
-        dtype: int8, int16 or int32, wide enough for the largest code.
-    """
-    codes = coefficients.new_empty(coefficients.shape, dtype=dtype)
-    moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
-    for some, out in zip(coefficients.reshape(-1).split(_CACHED), codes.view(-1).split(_CACHED), strict=True):
-        moments += _quantize(some, quantizer, out)
-    return codes, moments
-
-
-def _quantize(coefficients: Tensor, quantizer: Quantizer, out: Tensor) -> Moments:
-    magnitude = coefficients.abs()
-    level = magnitude - quantizer.dead_zone
-    level.mul_(1 / quantizer.step).floor_().add_(1).clamp_(0, torch.iinfo(out.dtype).max)
-    kept = (level > 0).to(torch.float32)
-    out.copy_(torch.copysign(level, coefficients))
-    return Moments(
-        float(kept.sum()), float(level.sum()), _dot(level, level), _dot(level, magnitude), _dot(kept, magnitude)
-    )
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    """A dot product of float32 in parts: some processors add up a long one in few running sums, which lose digits."""
-    parts = zip(torch.split(left, _SUMMED), torch.split(right, _SUMMED), strict=True)
-    return sum(float(torch.dot(one, other)) for one, other in parts)
-
-
-def code_dtype(peak: float, quantizer: Quantizer) -> torch.dtype:
-    """Narrowest integer type for the codes of coefficients up to ``peak``."""
-    largest = (peak - quantizer.dead_zone) / quantizer.step + 2  # one spare for rounding
-    for dtype in (torch.int8, torch.int16):
-        if largest <= torch.iinfo(dtype).max:
-            return dtype
-    return torch.int32
-
-
-def reconstruction(moments: Moments, largest: int) -> tuple[float, float]:
-    """Step and offset of the least-squares line through the centroids of all levels.
-
-    Returns (step, offset); the offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
-    """
-    if not moments.kept:
-        return 1.0, 0.0
-    spread = moments.level_square * moments.kept - moments.level**2
-    slope = (moments.product * moments.kept - moments.magnitude * moments.level) / (spread or 1.0)
-    offset = 0.0
-    if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
-        offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
-    if largest <= INT8_MAX:
-        offset = _snap(offset, largest)
-    numerator = moments.product + offset * moments.magnitude
-    denominator = moments.level_square + 2 * offset * moments.level + offset**2 * moments.kept
-    return numerator / denominator, offset
-
-
 def grid(largest: int, offset: float) -> int:
     """Finest integer grid, in parts of a step, on which every reconstruction point fits int8; 0 when none does."""
     return INT8_MAX // (largest + max(math.ceil(offset), 0))
-
-
-def _snap(offset: float, largest: int) -> float:
-    offset = min(offset, float(INT8_MAX - largest))
-    fine = grid(largest, offset)
-    return round(offset * fine) / fine  # in the same unit interval, or at its end: on the grid of the result too

@@ -106,7 +106,7 @@ class CodedForm:
         first, last = self.ends[frame : frame + 2].tolist()
         rows = min(self.rows_per_frame, self.size[0] - frame * self.rows_per_frame)
         data = self.data[first:last].cpu().numpy().data
-        return torch.from_numpy(decode_frame(data, rows * self.size[1])).reshape(rows, self.size[1])
+        return torch.from_numpy(decode_frame(data, (rows, self.size[1])))
 
 
 def coded_form(spectrum: Spectrum) -> CodedForm:

@@ -87,7 +87,8 @@ class _Calibration:
         target = tensor.target or job.plan.options.target
         factor = feedback_factor(turn.moment, basis)
         release_freed_memory()
-        codes = codes_at(turned, factor, target, basis, column_steps=not turn.transposed)
+        quantizer = job.plan.options.quantizer
+        codes = codes_at(turned, factor, target, basis, quantizer=quantizer, column_steps=not turn.transposed)
         codes = codes.T if turn.transposed else codes
         leave_codes(job.store, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from spectral_surgery.codec.encoded import Basis
-from spectral_surgery.codec.rate import Magnitudes, Target, for_bits, for_density
+from spectral_surgery.codec.quantizers.lattice import SAVED
+from spectral_surgery.codec.quantizers.scalar import for_bits, for_density
+from spectral_surgery.codec.rate import Magnitudes, Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.compressed.difference import base_name
@@ -169,13 +171,13 @@ def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
     spectrum = Magnitudes(torch.cat(transformed).numpy())
     if not spectrum.rms:
         return Spectrum(tensor.info.name, weights.numel(), (1.0,) * 5, (1.0,) * 5, (0.0,) * 3, 0.0)
-    fifth = spectrum.estimate(for_density(spectrum, spectrum.quantile(0.2))).distortion
+    fifth = for_density(spectrum, spectrum.quantile(0.2)).estimate(spectrum).distortion
     return Spectrum(
         tensor.info.name,
         weights.numel(),
         _energy_curve(spectrum),
         _energy_curve(Magnitudes(weights.numpy())),
-        tuple(float(np.sqrt(spectrum.estimate(for_bits(spectrum, rate)).distortion)) for rate in RATES),
+        tuple(float(np.sqrt(for_bits(spectrum, rate + SAVED).estimate(spectrum).distortion)) for rate in RATES),
         float(np.sqrt(fifth)),
     )
 

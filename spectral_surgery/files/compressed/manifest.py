@@ -15,7 +15,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError, FormatVersionE
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.transforms import TRANSFORMS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "spectral_surgery.json"
 QUANT_METHOD = "spectral_surgery"
 SUFFIXES = ("spectral_codes", "spectral_frames", "spectral_step")

@@ -10,7 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from spectral_surgery.codec.encoded import rows_per_frame
-from spectral_surgery.codec.rate import Magnitudes, Target, for_density, for_error
+from spectral_surgery.codec.quantizers.lattice import SAVED
+from spectral_surgery.codec.quantizers.scalar import for_density, for_error
+from spectral_surgery.codec.rate import Magnitudes, Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.difference import counterpart
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -113,7 +115,8 @@ class Plan:
             quantizer = for_density(gaussian, gaussian.quantile(value))
         else:
             quantizer = for_error(gaussian, value)
-        return gaussian.estimate(quantizer).entropy * 1.015
+        bits = quantizer.estimate(gaussian).entropy
+        return bits - SAVED if self.options.target.kind == "max_error" and self.options.quantizer != "scalar" else bits
 
     def predicted_memory(self) -> int:
         """Bytes one worker needs at its largest part, on top of the interpreter and torch."""

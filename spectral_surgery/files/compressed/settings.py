@@ -26,6 +26,13 @@ class CompressOptions:
         metadata={"help": "A transform (see methods), or auto: the best of each part by measured rate and error."},
     )
     tile: int = field(default=64, metadata={"help": "Side of the transform tiles."})
+    quantizer: Literal["lattice", "scalar"] | None = field(
+        default=None,
+        metadata={
+            "help": "Round 32 coefficients together, to a point of a lattice, or each by itself.",
+            "unset": "lattice; scalar with --sparsity, which keeps exactly what it is asked to",
+        },
+    )
     include: tuple[str, ...] = field(
         default=(),
         metadata={"help": "Compress only tensors that match; repeatable.", "metavar": "GLOB", "repeatable": True},
@@ -58,6 +65,11 @@ class CompressOptions:
     def __post_init__(self) -> None:
         from spectral_surgery.transforms import TRANSFORMS  # which imports torch
 
+        if self.quantizer == "lattice" and self.target.kind == "density":
+            raise ConfigError(
+                "quantizer lattice: chooses its zeros itself; expected scalar with a density. Use --bits, or leave out"
+                " --quantizer."
+            )
         if not 1 <= self.tile <= MAX_TILE:
             raise ConfigError(f"tile {self.tile}: out of range; expected 1 to {MAX_TILE}.")
         if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):

@@ -89,7 +89,7 @@ def _encode_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads
     try:
         target = tensor.target or options.target
         basis = choose_basis(weight, target, options.candidates(tensor.axes))
-        encoded, report = encode(weight, target, basis, threads=threads)
+        encoded, report = encode(weight, target, basis, quantizer=options.quantizer, threads=threads)
     except ConfigError as error:
         if _is_finite(weight):
             raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None

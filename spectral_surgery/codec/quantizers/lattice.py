@@ -1,0 +1,204 @@
+"""Blocks of 32 rows of a column together, as points of a lattice: see `kernels.lattice`.
+
+Which point is taken depends on its squared error and on the bits it costs, ``error + slope * bits``: the slope is that
+of the bound at the same error, and the bits are those of the symbols m given c, as often as they occurred in a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spectral_surgery.codec.quantized import Moments
+from spectral_surgery.codec.quantizers.scalar import code_dtype, dot
+from spectral_surgery.codec.sample import Sample
+
+Array = npt.NDArray[Any]
+
+SAVED = 0.155  # bits a coefficient, at the error that `scalar` has: of Gaussian numbers, from 1 to 5 bits
+
+_BLOCK = 32
+_SLOPE = 2 * math.log(2)  # of the bound: bits by the logarithm of the error, times the squared error
+_NOISE = 0.22  # squared error in squared steps, to begin with
+_PASSES = 2  # over the sample at each step, so that symbols and what they cost agree
+_PRICED = 1 << 12  # magnitudes that have prices of their own
+_UNSEEN = 0.05  # times that a code occurs that did not
+_ATTEMPTS = 8
+_NEAR = 0.02  # of a doubling of the step, from there on all of the sample is looked at
+_CLOSE = 0.002  # of a doubling: close enough
+_SOME = 4  # one block of so many, until it is near
+
+
+@dataclass(frozen=True)
+class LatticePoints:
+    """The lattice at a step.
+
+    Attributes:
+        step: in units of the coefficients.
+        slope: squared steps that a bit is worth.
+        prices: [n] bits that a code of each magnitude takes; the last one for all larger ones.
+    """
+
+    step: float
+    slope: float
+    prices: Array
+
+    @property
+    def costs(self) -> Array:
+        """[n] float32, in squared steps."""
+        return (self.slope * self.prices).astype(np.float32)
+
+    def finer(self, ratio: float) -> LatticePoints:
+        """See `Rounding`."""
+        return replace(self, step=self.step * ratio)
+
+    def learned(self, codes: Tensor) -> LatticePoints:
+        """See `Rounding`."""
+        return replace(self, prices=_prices(_counts(codes.numpy())))
+
+    def quantize(self, coefficients: Tensor) -> tuple[Tensor, Moments]:
+        """See `Rounding`."""
+        peak = float(coefficients.abs().max()) if coefficients.numel() else 0.0
+        codes = torch.empty(coefficients.shape, dtype=code_dtype(peak / self.step + 3))
+        moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
+        for some, out in zip(coefficients.split(_BLOCK), codes.split(_BLOCK), strict=True):
+            levels = torch.from_numpy(_nearest(some.numpy(), self.step, self.costs))
+            out.copy_(levels)
+            flat, values = levels.reshape(-1).float(), some.reshape(-1)
+            kept = float(torch.count_nonzero(levels))
+            moments += Moments(kept, float(flat.abs().sum()), dot(flat, flat), dot(flat, values), 0.0)
+        return codes, moments
+
+    def round(self, values: Tensor) -> Tensor:
+        """See `Rounding`. A single column is taken as if its blocks were columns, which is faster."""
+        rows, columns = values.shape
+        whole = rows // _BLOCK * _BLOCK
+        if columns > 1 or not whole:
+            return torch.cat(
+                [torch.from_numpy(_nearest(part.numpy(), 1.0, self.costs)) for part in values.split(_BLOCK)]
+            ).float()
+        blocks = np.ascontiguousarray(values[:whole].numpy().reshape(-1, _BLOCK).T)
+        levels = [_nearest(blocks, 1.0, self.costs).T.reshape(-1)]
+        if whole < rows:
+            levels.append(_nearest(values[whole:].numpy(), 1.0, self.costs).reshape(-1))
+        return torch.from_numpy(np.concatenate(levels)).float()[:, None]
+
+    def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:  # noqa: ARG002 - no offset to fit
+        """See `Rounding`: the step of the least squared error, and no offset."""
+        return (moments.product / moments.level_square if moments.kept else 1.0), 0.0
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The row of the table."""
+
+    name: str = "lattice"
+
+    def for_bits(self, sample: Sample, bits: float) -> LatticePoints:
+        """See `Quantizer`."""
+        return _search(sample.blocks, lambda trial: trial.bits - bits)
+
+    def for_error(self, sample: Sample, relative_error: float) -> LatticePoints:
+        """See `Quantizer`."""
+        return _search(sample.blocks, lambda trial: math.log2(relative_error / max(trial.error, 1e-9)))
+
+
+class _Trial(NamedTuple):
+    """What a step gives on a sample: bits a coefficient, and the relative error."""
+
+    points: LatticePoints
+    bits: float
+    error: float
+
+
+def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
+    """The step at which bits or accuracy are as asked; both fall by about one when it doubles.
+
+    Args:
+        blocks: [r, I] of a sample.
+        above: of a trial, how many bits it is above what was asked.
+    """
+    rms = float(np.sqrt(np.square(blocks, dtype=np.float64).mean()))
+    some, all_of_it = np.ascontiguousarray(blocks[:, ::_SOME]), False
+    place, tried = math.log2(rms), list[tuple[float, float]]()
+    trial = _trial(some, 2.0**place)
+    for _ in range(_ATTEMPTS):
+        excess = above(trial)
+        tried.append((place, excess))
+        if abs(excess) < _CLOSE and all_of_it:
+            break
+        move = excess / _slope(tried)
+        if abs(move) < _NEAR and not all_of_it:
+            some, all_of_it, tried = blocks, True, []
+        place += min(max(move, -12.0), 12.0)
+        trial = _trial(some, 2.0**place)
+    return trial.points
+
+
+def _slope(tried: list[tuple[float, float]]) -> float:
+    """By how much the excess fell in a doubling of the step, from the last two trials."""
+    if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
+        return 1.0
+    (before, first), (here, last) = tried[-2:]
+    return min(max((first - last) / (here - before), 0.1), 2.0)
+
+
+def _trial(blocks: Array, step: float) -> _Trial:
+    scaled = blocks.astype(np.float64) / step
+    prices = _prices(_counts(np.rint(np.clip(scaled, -(1 << 30), 1 << 30)).astype(np.int64)))
+    noise = _NOISE
+    for _ in range(_PASSES):
+        points = LatticePoints(step, _SLOPE * noise, prices)
+        levels = _nearest(blocks, step, points.costs)
+        noise = float(np.square(scaled - levels).mean())
+        counts = _counts(levels)
+        prices = _prices(counts)
+    square = float(np.square(levels, dtype=np.float64).sum())
+    shared = float((scaled * levels).sum()) ** 2 / square if square else 0.0
+    error = math.sqrt(max(1 - shared / float(np.square(scaled).sum()), 0.0))
+    return _Trial(points, _bits(counts, prices, len(blocks)), error)
+
+
+def _nearest(values: Array, step: float, costs: Array) -> Array:
+    from spectral_surgery.kernels.lattice import nearest
+
+    out = np.empty(values.shape, np.int32)
+    nearest(np.ascontiguousarray(values), np.full(values.shape[1], 1 / step, np.float32), costs, out)
+    return out
+
+
+def _counts(levels: Array) -> Array:
+    """How often each magnitude occurs, the last one with all larger ones: [n] int64."""
+    return np.bincount(np.minimum(np.abs(levels), _PRICED - 1).reshape(-1))
+
+
+def _prices(counts: Array) -> Array:
+    """Bits of m given c for a code of each magnitude; two codes of opposite signs are equally frequent."""
+    each = np.maximum(counts, _UNSEEN) / np.where(np.arange(len(counts)) > 0, 2, 1)
+    out = np.zeros(len(counts))
+    for c in (0, 1):
+        out[c::2] = math.log2(max(counts[c::2].sum(), 1)) - np.log2(each[c::2])
+    return out
+
+
+def _bits(counts: Array, prices: Array, height: int) -> float:
+    """Of a coefficient in blocks of ``height`` rows: its symbol, and its share of the word."""
+    from spectral_surgery.kernels.lattice import word_bits
+
+    total = float(counts.sum())
+    block = float(word_bits(height))
+    if height == _BLOCK:  # the last m is known to be even or odd
+        even = counts[0::4].sum() / max(counts[0::2].sum(), 1)
+        block -= counts[1::2].sum() / total + counts[0::2].sum() / total * _entropy(even)
+    return float((counts * prices).sum()) / total + block / height
+
+
+def _entropy(p: float) -> float:
+    return 0.0 if p in (0, 1) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)

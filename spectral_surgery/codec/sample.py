@@ -1,0 +1,49 @@
+"""Some coefficients of a spectrum, from all over it, on which a quantiser is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from spectral_surgery.codec.rate import Magnitudes
+
+Floats = npt.NDArray[np.float32]
+
+_SIZE = 1 << 17  # coefficients
+_BLOCK = 32  # rows that some quantisers take together
+
+
+class Sample:
+    """About 2^17 coefficients.
+
+    Args:
+        frames: [r, I] float32 each, on the CPU.
+    """
+
+    def __init__(self, frames: Sequence[Tensor]) -> None:
+        self._frames = frames
+        self._total = sum(frame.numel() for frame in frames)
+
+    @cached_property
+    def magnitudes(self) -> Magnitudes:
+        """Every so many coefficients of the spectrum."""
+        flat = [frame.reshape(-1) for frame in self._frames]
+        stride = max(1, self._total // _SIZE) | 1  # odd: does not resonate with tiles
+        return Magnitudes(np.concatenate([frame[::stride].numpy() for frame in flat]))
+
+    @cached_property
+    def blocks(self) -> Floats:
+        """[32, n]: every so many blocks of 32 rows of a column; of all the rows where there are fewer."""
+        height = min(_BLOCK, max(len(frame) for frame in self._frames))
+        rows = [
+            frame[start : start + height].numpy()
+            for frame in self._frames
+            for start in range(0, len(frame) - height + 1, height)
+        ]
+        stride = max(1, sum(part.size for part in rows) // _SIZE) | 1
+        joined = (part[:, number % stride :: stride] for number, part in enumerate(rows))  # not the same columns
+        return np.ascontiguousarray(np.concatenate(list(joined), 1))
