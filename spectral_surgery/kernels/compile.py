@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-import numba
-
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -15,6 +13,8 @@ def kernel(function: Function) -> Function:
 
     Indices are not checked. Where no folder can be written to, every process compiles for itself.
     """
+    import numba
+
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return cast(Function, numba.njit(cache=True, **options)(function))
@@ -24,4 +24,6 @@ def kernel(function: Function) -> Function:
 
 def inlined(function: Function) -> Function:
     """A part of kernels, put into each before it is compiled: LLVM then sees that its arrays do not overlap."""
+    import numba
+
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
