@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
+from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
 from spectral_surgery.hf.models import longest_sequence
-from spectral_surgery.live.blocks import blocks_in_turn, moments_of
+from spectral_surgery.live.blocks import blocks_in_turn
+from spectral_surgery.live.moments import moments_of
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import documents
 from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
@@ -105,12 +107,11 @@ def _moments(
 ) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
     """Of each matrix of a group, while a block runs on all samples; None where no token came."""
     layers = {key: layer for matrix in group for key, layer in matrix.modules.items()}
-    with (
-        moments_of(layers) as moments,
-        expert_moments({key: expert for matrix in group for key, expert in matrix.experts.items()}) as of_experts,
-    ):
+    experts = {key: expert for matrix in group for key, expert in matrix.experts.items()}
+    stop = EarlyStop([*layers, *experts])  # which is not told of the calls of experts: with them, it never ends a run
+    with moments_of(layers, stop.seen) as moments, expert_moments(experts) as of_experts:
         for _ in run():
-            pass
+            stop.finished()
     moments |= of_experts
     del of_experts
     left = Counter(key for matrix in group for key in matrix.layers)  # an expert's gate and up projection share one
