@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
@@ -74,8 +75,13 @@ def layer_moments(
 
     All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`; of many experts
     the later ones also with the layers of their own block.
+
+    Args:
+        progress: counts matrices; the tokens per second that it tells are those of the text through the whole model,
+            with what the caller does to each layer.
     """
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
+    tokens, started = sum(map(len, sequences)), time.perf_counter()
     with closing(ActivationStore(IN_MEMORY, folder)) as store:
         batches = equal_lengths(sequences, BATCH_TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put):
@@ -85,7 +91,8 @@ def layer_moments(
                     if moment is not None:
                         yield LayerMoment(block, matrix, moment)
                     count += 1
-                    progress(count, total, matrix.tensor)
+                    through = tokens * count / total / (time.perf_counter() - started)
+                    progress(count, total, f"{matrix.tensor}, {through:,.0f} tokens/s")
 
 
 def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
