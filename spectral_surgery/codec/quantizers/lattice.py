@@ -79,19 +79,13 @@ class LatticePoints:
             moments += Moments(kept, float(flat.abs().sum()), dot(flat, flat), dot(flat, values), 0.0)
         return codes, moments
 
-    def round(self, values: Tensor) -> Tensor:
-        """See `Rounding`. A single column is taken as if its blocks were columns, which is faster."""
-        rows, columns = values.shape
-        whole = rows // _BLOCK * _BLOCK
-        if columns > 1 or not whole:
-            return torch.cat(
-                [torch.from_numpy(_nearest(part.numpy(), 1.0, self.costs)) for part in values.split(_BLOCK)]
-            ).float()
-        blocks = np.ascontiguousarray(values[:whole].numpy().reshape(-1, _BLOCK).T)
-        levels = [_nearest(blocks, 1.0, self.costs).T.reshape(-1)]
-        if whole < rows:
-            levels.append(_nearest(values[whole:].numpy(), 1.0, self.costs).reshape(-1))
-        return torch.from_numpy(np.concatenate(levels)).float()[:, None]
+    def feed(self, block: Tensor, square: Tensor, steps: Tensor, offset: float) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """See `Rounding`; there is no offset."""
+        from spectral_surgery.kernels.feedback import feed_lattice
+
+        codes, errors = torch.empty(block.shape, dtype=torch.int32), torch.empty(block.shape)
+        feed_lattice(block.numpy(), square.numpy(), steps.numpy(), self.costs, codes.numpy(), errors.numpy())
+        return codes, errors
 
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:  # noqa: ARG002 - no offset to fit
         """See `Rounding`: the step of the least squared error, and no offset."""

@@ -72,10 +72,14 @@ class DeadZone:
             float(kept.sum()), float(level.sum()), dot(level, level), dot(level, magnitude), dot(kept, magnitude)
         )
 
-    def round(self, values: Tensor) -> Tensor:
+    def feed(self, block: Tensor, square: Tensor, steps: Tensor, offset: float) -> tuple[Tensor, Tensor]:
         """See `Rounding`."""
-        level = (values.abs() - self.dead_zone / self.step).floor_().add_(1).clamp_(min=0)
-        return torch.copysign(level, values)
+        from spectral_surgery.kernels.feedback import feed_scalar
+
+        codes, errors = torch.empty(block.shape, dtype=torch.int32), torch.empty(block.shape)
+        ratio = self.dead_zone / self.step
+        feed_scalar(block.numpy(), square.numpy(), steps.numpy(), ratio, offset, codes.numpy(), errors.numpy())
+        return codes, errors
 
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:
         """Step and offset of the least-squares line through the centroids of all levels; see `Rounding`.
