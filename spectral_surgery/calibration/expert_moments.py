@@ -27,7 +27,7 @@ class ExpertMatrix:
     @property
     def weight(self) -> Tensor:
         """[O, I], or [I, O] where it is transposed: a view of the parameter."""
-        return cast(Tensor, getattr(self.module, self.leaf)[self.expert])
+        return _stack(self.module, self.leaf)[self.expert]
 
     @property
     def transposed(self) -> bool:
@@ -38,6 +38,12 @@ class ExpertMatrix:
     def width(self) -> int:
         """I, of what it is given."""
         return self.weight.shape[0 if self.transposed else 1]
+
+
+def _stack(module: nn.Module, leaf: str) -> Tensor:
+    """[E, rows, columns]: a parameter, which DBRX has as [E * rows, columns]."""
+    whole = cast(Tensor, module._parameters[leaf])
+    return whole if whole.ndim == 3 else whole.unflatten(0, (cast(int, module.moe_num_experts), -1))
 
 
 class _Recording(ExpertsForward):
@@ -78,8 +84,8 @@ class _SeenRows(Rows):
 def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
     def read(module: nn.Module) -> Tensor:
         sums = cast(dict[tuple[int, str], SecondMoment], module._moments)
-        whole = cast(Tensor, module._parameters[leaf]).detach()
-        matrices = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
+        stack = _stack(module, leaf).detach()  # a forward that is given it for [E * rows, columns] views it as this
+        matrices = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(stack))
         return LazyWeight.of(
             Stack(
                 tuple(_SeenRows(cast(SpectralWeight, dense), 0, len(dense.matrix), dense.dtype) for dense in matrices)
