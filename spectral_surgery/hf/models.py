@@ -245,8 +245,13 @@ def continue_text(
         emit: called with each piece of new text.
 
     Raises:
-        ConfigError: when the prompt has no tokens, or as many as the model can read.
+        ConfigError: when the model cannot generate, or the prompt has no tokens, or as many as the model can read.
     """
+    if not hasattr(model, "generate"):
+        raise ConfigError(
+            f"generate: {type(model).__name__} has no method `generate`; expected a model that transformers lets"
+            " generate, a class with its GenerationMixin."
+        )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise ConfigError("generate: the prompt has no tokens; expected some text.")
