@@ -54,7 +54,7 @@ def check_utf8(text: str | Path, where: str) -> None:
         encoding = sys.getfilesystemencoding()
         remedy = "Use a name in UTF-8." if encoding == "utf-8" else "Set PYTHONUTF8=1 in the environment."
         raise ConfigError(
-            f"{where}: expected text that Python reads as {encoding}, got bytes that are none. {remedy}"
+            f"{where}: expected text that Python can read as {encoding}, got other bytes. {remedy}"
         ) from None
 
 

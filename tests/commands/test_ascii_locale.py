@@ -19,7 +19,7 @@ from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.text.examples import read_examples
 
 UNREAD = os.fsencode("modèle").decode("ascii", "surrogateescape")  # what Python makes of it there
-REASON = "expected text that Python reads as {}, got bytes that are none. {}"
+REASON = "expected text that Python can read as {}, got other bytes. {}"
 
 
 def test_readable_text_is_accepted() -> None:
@@ -38,7 +38,7 @@ def test_the_way_out_is_named(encoding: str, remedy: str, monkeypatch: pytest.Mo
 
 
 def test_what_needs_the_name_says_so_before_any_work(tmp_path: Path) -> None:
-    folder, problem = tmp_path / UNREAD, r"expected text that Python reads as"
+    folder, problem = tmp_path / UNREAD, r"expected text that Python can read as"
     with pytest.raises(ConfigError, match=rf"mod.*le: {problem}"):
         load_tokenizer(folder)
     with pytest.raises(ConfigError, match=rf"mod.*le: {problem}"):
