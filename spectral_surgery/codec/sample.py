@@ -13,12 +13,12 @@ from spectral_surgery.codec.rate import Magnitudes
 
 Floats = npt.NDArray[np.float32]
 
-_SIZE = 1 << 17  # coefficients
+_SIZE, _SIZE_OF_BLOCKS = 1 << 17, 1 << 16  # coefficients
 _BLOCK = 32  # rows that some quantisers take together
 
 
 class Sample:
-    """About 2^17 coefficients.
+    """About 2^17 coefficients, or 2^16 in blocks.
 
     Args:
         frames: [r, I] float32 each, on the CPU.
@@ -44,6 +44,6 @@ class Sample:
             for frame in self._frames
             for start in range(0, len(frame) - height + 1, height)
         ]
-        stride = max(1, sum(part.size for part in rows) // _SIZE) | 1
+        stride = max(1, sum(part.size for part in rows) // _SIZE_OF_BLOCKS) | 1
         joined = (part[:, number % stride :: stride] for number, part in enumerate(rows))  # not the same columns
         return np.ascontiguousarray(np.concatenate(list(joined), 1))

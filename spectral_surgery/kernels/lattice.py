@@ -97,27 +97,29 @@ def _candidates(
     odd, and the gap to the other go to row 2 i + c; the points to row 4 i + l mod 4.
     """
     peak = np.int32(costs.size - 1)
+    quarter, four, span = np.float32(0.25), np.float32(4), np.int32(4)
     for i in range(values.shape[0]):
-        for residue in range(4):
+        for c in range(2):
+            row = 2 * i + c
             for lane in range(count):
-                value = min(max(values[i, start + lane] * inverse[start + lane], -_LARGEST), _LARGEST)
-                low = np.int32(math.floor((value - np.float32(residue)) * np.float32(0.25))) * np.int32(4) + np.int32(
-                    residue
-                )
-                high = low + np.int32(4)
-                below, above = value - np.float32(low), value - np.float32(high)
-                one = below * below + costs[min(abs(low), peak)]
-                two = above * above + costs[min(abs(high), peak)]
-                points[4 * i + residue, lane] = low if one <= two else high
-                found = min(one, two)
-                row = 2 * i + (residue & 1)
-                if residue < 2:
-                    cost[row, lane] = found
-                else:
-                    least = cost[row, lane]
-                    odd[row, lane] = np.int32(found < least)
-                    gap[row, lane] = abs(found - least)
-                    cost[row, lane] = min(found, least)
+                value = values[i, start + lane] * inverse[start + lane]
+                value = min(max(value, -_LARGEST), _LARGEST) - np.float32(c)
+                base = np.float32(math.floor(value * quarter)) * four
+                even = np.int32(base) + np.int32(c)
+                away = value - base  # in [0, 4): even m are at 0 and 4, odd ones at -2 and 2 or at 2 and 6
+                one = away * away + costs[min(abs(even), peak)]
+                two = (away - four) * (away - four) + costs[min(abs(even + span), peak)]
+                shift = np.float32(2) if away >= np.float32(2) else np.float32(-2)
+                odd_low = even + np.int32(shift)
+                three = (away - shift) * (away - shift) + costs[min(abs(odd_low), peak)]
+                beyond = away - shift - four
+                last = beyond * beyond + costs[min(abs(odd_low + span), peak)]
+                points[4 * i + c, lane] = even if one <= two else even + span
+                points[4 * i + c + 2, lane] = odd_low if three <= last else odd_low + span
+                least, other = min(one, two), min(three, last)
+                cost[row, lane] = min(least, other)
+                odd[row, lane] = np.int32(other < least)
+                gap[row, lane] = abs(other - least)
 
 
 @inlined

@@ -1,4 +1,7 @@
-"""A weight that is trained in its kept spectrum: positions are frozen, and the quantiser is in the loop."""
+"""A weight that is trained in its kept spectrum: positions are frozen, and the quantiser is in the loop.
+
+Where codes are points of the lattice nothing was left out by a threshold, and all coefficients are trained.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.quantized import QuantizedSpectrum
+from spectral_surgery.codec.quantizers.lattice import LatticePoints, bits_of, points_of
 from spectral_surgery.errors import ShapeError
 
 _FINER = 1.2
@@ -28,7 +32,8 @@ class KeptSpectrum(nn.Module):
     Attributes:
         shape: of the weight.
         start: values [K] that the training starts from.
-        dead_zone: times the usual one, which ends halfway between zero and the first level.
+        dead_zone: times the usual one, which ends halfway between zero and the first level; for points of the lattice,
+            the root of what a bit is worth, times the usual.
     """
 
     def __init__(
@@ -51,17 +56,22 @@ class KeptSpectrum(nn.Module):
             raise ShapeError(f"KeptSpectrum: spectra of {sizes} for a weight of {list(self.shape)}; equal sizes fit.")
         self._grids = [_trainable(spectrum, finer=original is not None) for spectrum in spectra]
         self._scales: list[float] = []
+        self._points: list[LatticePoints | None] = []
         starts, row = [], 0
         for part, spectrum in enumerate(spectra):
             stored = spectrum.coefficients().reshape(-1)
-            positions = stored.nonzero()[:, 0]
+            points = points_of(spectrum.codes.cpu())
+            positions = stored.nonzero()[:, 0] if points is None else torch.arange(stored.numel())
             values = stored[positions]
             if original is not None:
                 rows = original.reshape(-1, spectrum.shape[1])[row : row + spectrum.shape[0]]
                 values = (
                     Basis(spectrum.transform, spectrum.tile, spectrum.axes).forward(rows.cpu()).reshape(-1)[positions]
                 )
+                if points is not None:
+                    points = points_of(spectrum.codes.cpu(), values.reshape(spectrum.shape) / spectrum.step.cpu())
             row += spectrum.shape[0]
+            self._points.append(points)
             self._scales.append(float(values.square().mean().sqrt()) if len(values) else 1.0)
             starts.append(values / self._scales[-1])
             self.register_buffer(f"positions_{part}", positions.to(_index_dtype(stored.numel())))
@@ -90,10 +100,16 @@ class KeptSpectrum(nn.Module):
             found.append(replace(grid, codes=codes.reshape(grid.shape)))
         return found
 
-    def codes(self, values: Tensor, dead_zone: float) -> list[tuple[int, Tensor]]:
-        """Weights, and codes of what is kept of them, as floats, for each row range. ``values`` is [K]."""
-        parts = enumerate(self._split(values))
-        return [(math.prod(self._grids[part].shape), self._codes(part, numbers, dead_zone)) for part, numbers in parts]
+    def bits(self, values: Tensor, dead_zone: float) -> float:
+        """About what the codes of values [K] take, tables aside."""
+        total = 0.0
+        for part, numbers in enumerate(self._split(values)):
+            codes, shape = self._codes(part, numbers, dead_zone), self._grids[part].shape
+            if self._points[part] is None:
+                total += _entropy(math.prod(shape), codes)
+            else:
+                total += bits_of(codes.to(torch.int32).reshape(shape).cpu())
+        return total
 
     def _rows(self, part: int, values: Tensor) -> Tensor:
         grid = self._grids[part]
@@ -106,7 +122,11 @@ class KeptSpectrum(nn.Module):
 
     def _codes(self, part: int, values: Tensor, dead_zone: float) -> Tensor:
         """Integers, as floats: zero in the dead zone, else the nearest of the points that can be stored."""
-        offset = self._grids[part].offset
+        offset, points = self._grids[part].offset, self._points[part]
+        if points is not None:
+            scaled = (values * self._scales[part] / self.get_buffer(f"steps_{part}")).reshape(self._grids[part].shape)
+            stricter = replace(points, slope=points.slope * dead_zone**2)
+            return stricter.levels(scaled.cpu(), threads=torch.get_num_threads()).reshape(-1).to(values)
         levels = values.abs() * self._scales[part] / self.get_buffer(f"steps_{part}")
         nearest = (levels - offset).round_().clamp_(min=1.0)
         return torch.where(levels < dead_zone * (1 + offset) / 2, 0.0, nearest).copysign(values)
@@ -136,6 +156,15 @@ class _Placed(torch.autograd.Function):
         """[N] to [K]."""
         (positions,) = ctx.saved_tensors
         return gradient.index_select(0, positions), None, None
+
+
+def _entropy(weights: int, codes: Tensor) -> float:
+    """Bits of the codes of so many weights, of which all but these are zero."""
+    counts = torch.bincount(codes.abs().to(torch.int64)).double()
+    kept = float(counts[1:].sum())
+    counts[0] = weights - kept
+    shares = counts[counts > 0] / weights
+    return weights * float(-(shares * shares.log2()).sum()) + kept  # and a sign
 
 
 def _index_dtype(size: int) -> torch.dtype:

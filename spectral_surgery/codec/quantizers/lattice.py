@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectral_surgery.codec.parallel import parallel_map
 from spectral_surgery.codec.quantized import Moments
 from spectral_surgery.codec.quantizers.scalar import code_dtype, dot
 from spectral_surgery.codec.sample import Sample
@@ -27,7 +28,7 @@ SAVED = 0.155  # bits a coefficient, at the error that `scalar` has: of Gaussian
 _BLOCK = 32
 _SLOPE = 2 * math.log(2)  # of the bound: bits by the logarithm of the error, times the squared error
 _NOISE = 0.22  # squared error in squared steps, to begin with
-_PASSES = 2  # over the sample at each step, so that symbols and what they cost agree
+_PASSES = 2  # over the sample at each step, so that symbols and what they cost agree; one where both are near
 _PRICED = 1 << 12  # magnitudes that have prices of their own
 _UNSEEN = 0.05  # times that a code occurs that did not
 _ATTEMPTS = 16
@@ -66,6 +67,11 @@ class LatticePoints:
         """See `Rounding`."""
         return replace(self, prices=_prices(_counts(codes.numpy())))
 
+    def levels(self, values: Tensor, *, threads: int = 1) -> Tensor:
+        """[O, I] float32 to [O, I] int32 codes."""
+        parts = parallel_map(lambda part: _nearest(part.numpy(), self.step, self.costs), values.split(_BLOCK), threads)
+        return torch.from_numpy(np.concatenate(parts))
+
     def quantize(self, coefficients: Tensor) -> tuple[Tensor, Moments]:
         """See `Rounding`."""
         peak = float(coefficients.abs().max()) if coefficients.numel() else 0.0
@@ -90,6 +96,29 @@ class LatticePoints:
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:  # noqa: ARG002 - no offset to fit
         """See `Rounding`: the step of the least squared error, and no offset."""
         return (moments.product / moments.level_square if moments.kept else 1.0), 0.0
+
+
+def points_of(codes: Tensor, values: Tensor | None = None) -> LatticePoints | None:
+    """The lattice in steps, with prices as codes have them; None where codes are no points of it.
+
+    Args:
+        codes: [O, I] integers.
+        values: [O, I] float32 in steps, what was rounded to them, if it is known.
+    """
+    from spectral_surgery.kernels.lattice import words_of
+
+    wide = np.ascontiguousarray(codes.numpy(), np.int32)
+    words = np.empty(-(-wide.shape[0] // _BLOCK) * wide.shape[1], np.uint8)
+    if not wide.any() or not words_of(wide, words):
+        return None
+    noise = _NOISE if values is None else float((values - codes).square().mean())
+    return LatticePoints(1.0, _SLOPE * noise, _prices(_counts(wide)))
+
+
+def bits_of(codes: Tensor) -> float:
+    """About what points of the lattice take, [O, I] integers, tables aside."""
+    counts = _counts(codes.numpy())
+    return _bits(counts, _prices(counts), min(len(codes), _BLOCK)) * codes.numel()
 
 
 @dataclass(frozen=True)
@@ -138,25 +167,30 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
             some, all_of_it = blocks, True
             low, high = place - 4 * _NEAR, place + 4 * _NEAR  # it was found on some of them
         place = place + excess if low < place + excess < high else (low + high) / 2
-        trial = _trial(some, 2.0**place)
+        trial = _trial(some, 2.0**place, trial.points if all_of_it else None)
     nothing_left = trial.error == 1  # constants have no step between all of it and nothing
     return finer.points if finer is not None and nothing_left else trial.points
 
 
-def _trial(blocks: Array, step: float) -> _Trial:
+def _trial(blocks: Array, step: float, near: LatticePoints | None = None) -> _Trial:
+    """What a step gives, with the prices and the slope of one that is near, or with its own."""
     scaled = blocks.astype(np.float64) / step
-    prices = _prices(_counts(np.rint(np.clip(scaled, -(1 << 30), 1 << 30)).astype(np.int64)))
-    noise = _NOISE
-    for _ in range(_PASSES):
-        points = LatticePoints(step, _SLOPE * noise, prices)
+    prices, slope = (near.prices, near.slope) if near else (_prices(_counts(_rounded(scaled))), _SLOPE * _NOISE)
+    for _ in range(1 if near else _PASSES):
+        points = LatticePoints(step, slope, prices)
         levels = _nearest(blocks, step, points.costs)
-        noise = float(np.square(scaled - levels).mean())
+        slope = _SLOPE * float(np.square(scaled - levels).mean())
         counts = _counts(levels)
         prices = _prices(counts)
     square = float(np.square(levels, dtype=np.float64).sum())
     shared = float((scaled * levels).sum()) ** 2 / square if square else 0.0
     error = math.sqrt(max(1 - shared / float(np.square(scaled).sum()), 0.0))
     return _Trial(points, _bits(counts, prices, len(blocks)), error)
+
+
+def _rounded(scaled: Array) -> Array:
+    limit = 1 << 30
+    return np.rint(np.clip(scaled, -limit, limit)).astype(np.int64)
 
 
 def _nearest(values: Array, step: float, costs: Array) -> Array:

@@ -6,8 +6,7 @@ small is then dropped: which coefficients become zero is the encoder's choice, a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectral_surgery.live.trained_spectra import trained_weights
 
@@ -41,14 +40,5 @@ class HeldRate:
             if id(values) in seen:
                 continue
             seen.add(id(values))
-            for weights, codes in kept.codes(values.detach(), dead_zone):
-                total += _entropy(weights, codes)
+            total += kept.bits(values.detach(), dead_zone)
         return total
-
-
-def _entropy(weights: int, codes: Tensor) -> float:
-    counts = torch.bincount(codes.abs().to(torch.int64)).double()
-    kept = float(counts[1:].sum())
-    counts[0] = weights - kept
-    shares = counts[counts > 0] / weights
-    return weights * float(-(shares * shares.log2()).sum()) + kept  # and a sign
