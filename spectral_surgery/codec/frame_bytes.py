@@ -80,8 +80,9 @@ def encode_frame(codes: Codes) -> bytes:
 def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes | None = None) -> Codes:
     """Decode one frame; the inverse of `encode_frame`.
 
-    Every size is checked against the shape before anything of that size is allocated. Returns [r, I] int8, int16 or
-    int32, as encoded; ``out`` itself where codes are int8 and it is given.
+    Every size is checked against the shape and the bytes before anything of that size is allocated. Codes alone can be
+    far more than the bytes: whoever names the shape bounds them. Returns [r, I] int8, int16 or int32, as encoded;
+    ``out`` itself where codes are int8 and it is given.
 
     Args:
         frame: the bytes of one frame.
@@ -96,17 +97,17 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
 
     view = memoryview(frame)
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
+    lattice = kind == LATTICE
+    tables, at = _tables(view, kind, low)
+    before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
+    sizes = (*before, -(-low * shape[0] * shape[1] // 8), _LISTED.itemsize * listed)
+    if at + sum(sizes) != len(view):
+        raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
     if itemsize != 1 or out is None:
         out = np.empty(shape, np.dtype(f"i{itemsize}"))
     if kind == ZEROS:
         out.fill(0)
         return out
-    tables, at = _tables(view, kind, low)
-    lattice = kind == LATTICE
-    before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
-    sizes = (*before, -(-low * out.size // 8), _LISTED.itemsize * listed)
-    if at + sum(sizes) != len(view):
-        raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
     words, states, stream, lows, entries = _split(view[at:], sizes)
     masks = MASKS[_unpacked_words(words, shape)] if lattice else np.zeros(0, np.uint32)
     padded = np.zeros(length + 1, np.uint32)
@@ -163,8 +164,8 @@ def _with_low(codes: Codes, kind: int, fixed: int, low: int) -> tuple[_Plan, int
 
 
 def _about_zero(kind: int, low: int) -> tuple[bool, ...]:
-    """For the table of each c, what its symbols are symmetric about."""
-    return (not low, False) if kind == LATTICE else (not low,)
+    """For the table of each c, whether its symbols are symmetric about zero."""
+    return {ZEROS: (), INTEGERS: (not low,), LATTICE: (not low, False)}[kind]
 
 
 def _frequencies(plan: _Plan) -> npt.NDArray[np.int64]:
@@ -186,6 +187,8 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
             f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
             " Update spectral_surgery, or fetch the file again."
         )
+    if kind == ZEROS and any(fields[2:]) or kind != ZEROS and not shape[0] * shape[1]:
+        raise CheckpointError(f"spectral frame: a frame of kind {kind} cannot have {fields[2:]} and {shape}; {_DAMAGED}")
     if listed > shape[0] * shape[1]:
         raise CheckpointError(f"spectral frame: a list of {listed} codes is longer than the frame; {_DAMAGED}")
     return fields
@@ -243,17 +246,24 @@ def _unpacked_words(data: memoryview, shape: tuple[int, int]) -> Bytes:
 
 def _packed(numbers: Codes, bits: int) -> bytes:
     """The low bits of numbers, one after the other, the lowest bit first."""
-    if not bits:
-        return b""
-    places = np.arange(bits, dtype=numbers.dtype)
-    return np.packbits((numbers.reshape(-1, 1) >> places) & 1, bitorder="little").tobytes()
+    flags = np.empty((numbers.size, bits), np.uint8)
+    for bit in range(bits):
+        flags[:, bit] = numbers.reshape(-1) >> bit & 1
+    return np.packbits(flags, bitorder="little").tobytes()
 
 
 def _unpacked(data: memoryview, count: int, bits: int) -> npt.NDArray[np.int32]:
-    flags = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.int32)
-    total: npt.NDArray[np.int32] = flags.reshape(count, bits).astype(np.int32) @ weights
-    return total
+    """The inverse of `_packed`: [count] numbers of 1 to 24 bits. Eight of them are a whole number of bytes."""
+    octets = np.zeros((-(-count // 8), bits), np.uint8)
+    octets.reshape(-1)[: len(data)] = np.frombuffer(data, np.uint8)
+    out = np.empty((len(octets), 8), np.int32)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        number = np.zeros(len(octets), np.int32)
+        for byte in range(first, -(-(place + 1) * bits // 8)):
+            number |= octets[:, byte].astype(np.int32) << 8 * (byte - first)
+        out[:, place] = (number >> shift) & ((1 << bits) - 1)
+    return out.reshape(-1)[:count]
 
 
 def _odd(masks: Codes, shape: tuple[int, int]) -> Codes:
