@@ -187,10 +187,10 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
             f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
             " Update spectral_surgery, or fetch the file again."
         )
-    if kind == ZEROS and any(fields[2:]) or kind != ZEROS and not shape[0] * shape[1]:
-        raise CheckpointError(f"spectral frame: a frame of kind {kind} cannot have {fields[2:]} and {shape}; {_DAMAGED}")
-    if listed > shape[0] * shape[1]:
-        raise CheckpointError(f"spectral frame: a list of {listed} codes is longer than the frame; {_DAMAGED}")
+    size = shape[0] * shape[1]
+    fits = not any(fields[2:]) if kind == ZEROS else 0 < size and listed <= size
+    if not fits:
+        raise CheckpointError(f"spectral frame: {fields} cannot be of {shape} codes; {_DAMAGED}")
     return fields
 
 
