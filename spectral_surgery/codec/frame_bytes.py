@@ -188,7 +188,7 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
             " Update spectral_surgery, or fetch the file again."
         )
     size = shape[0] * shape[1]
-    fits = not any(fields[2:]) if kind == ZEROS else 0 < size and listed <= size
+    fits = not any(fields[2:]) if kind == ZEROS else size > 0 and listed <= size
     if not fits:
         raise CheckpointError(f"spectral frame: {fields} cannot be of {shape} codes; {_DAMAGED}")
     return fields
