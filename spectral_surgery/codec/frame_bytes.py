@@ -160,7 +160,16 @@ def _with_low(codes: Codes, kind: int, fixed: int, low: int) -> tuple[_Plan, int
     listed = symbols_of(codes, kind == LATTICE, low, np.empty_like(codes), counts)
     tables = tuple(fitted_table(one, zero) for one, zero in zip(counts, _about_zero(kind, low), strict=False))
     coded = sum(table.bits(one) for table, one in zip(tables, counts, strict=False))
+    if kind == LATTICE and not low:
+        coded -= codes.shape[0] // BLOCK * codes.shape[1] * _parity_bits(counts)
     return _Plan(kind, tables, low, fixed + low * codes.size + 8 * _LISTED.itemsize * listed + coded), listed
+
+
+def _parity_bits(counts: Codes) -> float:
+    """Entropy of whether a symbol is odd, given c: what the last row of a block takes less. Counts are [2, 256]."""
+    sums = np.stack([counts[:, 0::2].sum(1), counts[:, 1::2].sum(1)])  # [parity, c]
+    share = np.maximum(sums, 1e-300) / np.maximum(sums.sum(0), 1)
+    return float(-(sums * np.log2(share)).sum() / sums.sum())
 
 
 def _about_zero(kind: int, low: int) -> tuple[bool, ...]:
