@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.case import BenchCase
 from benchmarks.cases import (
     adapters,
+    calibration,
     coding,
     engine,
     generate,
@@ -31,6 +32,7 @@ CASES = Table(
         BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", adapters.run),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", mixers.run, mixers.plot),
         BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
+        BenchCase("calibrate", "moments of all layers: time, in forward passes of the same text", calibration.run),
         BenchCase("text", "peak memory of calibrate and block-wise heal, for models of different depth", text.run),
         BenchCase("hub", "bytes that push, pull and inspect move, with the real client and a Hub here", hub.run),
         BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectral_surgery.hf.quantizer.fused_experts import ExpertsForward, expert_matrices, fused_matrices
 from spectral_surgery.hf.quantizer.lazy_weight import LazyWeight, Rows, Stack
 from spectral_surgery.layers import SpectralWeight
+from spectral_surgery.live.moments import SecondMoment
 
 
 class ExpertMatrix:
@@ -26,7 +27,7 @@ class ExpertMatrix:
     @property
     def weight(self) -> Tensor:
         """[O, I], or [I, O] where it is transposed: a view of the parameter."""
-        return cast(Tensor, getattr(self.module, self.leaf)[self.expert])
+        return _stack(self.module, self.leaf)[self.expert]
 
     @property
     def transposed(self) -> bool:
@@ -39,22 +40,28 @@ class ExpertMatrix:
         return self.weight.shape[0 if self.transposed else 1]
 
 
+def _stack(module: nn.Module, leaf: str) -> Tensor:
+    """[E, rows, columns]: a parameter, which DBRX has as [E * rows, columns]."""
+    whole = cast(Tensor, module._parameters[leaf])
+    return whole if whole.ndim == 3 else whole.unflatten(0, (cast(int, module.moe_num_experts), -1))
+
+
 class _Recording(ExpertsForward):
     """The same forward, that sums the second moments of what each expert is given."""
 
-    _moments: dict[tuple[int, str], Tensor]
+    _moments: dict[tuple[int, str], SecondMoment]
 
     def _project(self, name: str, x: Tensor, ids: Tensor, counts: Sequence[int]) -> Tensor:
-        for expert, rows in enumerate(torch.split(x.detach().float(), list(counts))):
+        for expert, rows in enumerate(torch.split(x, list(counts))):
             if len(rows) and (expert, name) in self._moments:
-                self._moments[expert, name].addmm_(rows.T, rows)
+                self._moments[expert, name].add(rows)
         return super()._project(name, x, ids, counts)
 
 
 class _Dense:
     """The matrix of one expert in the place of a spectrum, with the sum of the moments of what is multiplied by it."""
 
-    def __init__(self, matrix: Tensor, moment: Tensor | None) -> None:
+    def __init__(self, matrix: Tensor, moment: SecondMoment | None) -> None:
         self.matrix, self.moment = matrix, moment
         self.shape, self.dtype, self._like = matrix.shape, matrix.dtype, matrix
 
@@ -68,17 +75,17 @@ class _SeenRows(Rows):
         return matrix.T if self.turned else matrix
 
     def product(self, x: Tensor) -> Tensor:
-        moment, flat = cast(_Dense, self.weight).moment, x.detach().reshape(-1, x.shape[-1]).float()
+        moment = cast(_Dense, self.weight).moment
         if moment is not None:
-            moment.addmm_(flat.T, flat)
+            moment.add(x)
         return x @ self.dense()
 
 
 def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
     def read(module: nn.Module) -> Tensor:
-        sums = cast(dict[tuple[int, str], Tensor], module._moments)
-        whole = cast(Tensor, module._parameters[leaf]).detach()
-        matrices = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(whole))
+        sums = cast(dict[tuple[int, str], SecondMoment], module._moments)
+        stack = _stack(module, leaf).detach()  # a forward that is given it for [E * rows, columns] views it as this
+        matrices = (_Dense(matrix, sums.get((expert, leaf))) for expert, matrix in enumerate(stack))
         return LazyWeight.of(
             Stack(
                 tuple(_SeenRows(cast(SpectralWeight, dense), 0, len(dense.matrix), dense.dtype) for dense in matrices)
@@ -105,10 +112,10 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
     modules = list({id(matrix.module): matrix.module for matrix in matrices.values()}.values())
     classes = [type(module) for module in modules]
     moments: dict[str, Tensor] = {}
-    sums: dict[int, dict[tuple[int, str], Tensor]] = {}
+    sums: dict[int, dict[tuple[int, str], SecondMoment]] = {}
     for matrix in matrices.values():
-        zeros = torch.zeros(matrix.width, matrix.width, device=matrix.weight.device)
-        sums.setdefault(id(matrix.module), {})[matrix.expert, matrix.leaf] = zeros
+        zero = SecondMoment(matrix.width, matrix.weight.device)
+        sums.setdefault(id(matrix.module), {})[matrix.expert, matrix.leaf] = zero
     try:
         for module in modules:
             leaves = () if fused_matrices(module) else tuple(expert_matrices(module))
@@ -120,6 +127,6 @@ def expert_moments(matrices: Mapping[str, ExpertMatrix]) -> Iterator[dict[str, T
             module.__class__ = before
             vars(module).pop("_moments", None)
     for name, matrix in matrices.items():
-        moment = sums[id(matrix.module)].pop((matrix.expert, matrix.leaf))
+        moment = sums[id(matrix.module)].pop((matrix.expert, matrix.leaf)).whole()
         if moment.diagonal().any():
             moments[name] = moment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
+from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
 from spectral_surgery.hf.models import longest_sequence
-from spectral_surgery.live.blocks import blocks_in_turn, moments_of
+from spectral_surgery.live.blocks import blocks_in_turn
+from spectral_surgery.live.moments import moments_of
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import documents
 from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
@@ -72,8 +75,13 @@ def layer_moments(
 
     All layers of a block are seen with the blocks before it as they were left, see `StoredMatrix.put`; of many experts
     the later ones also with the layers of their own block.
+
+    Args:
+        progress: counts matrices; the tokens per second that it tells are those of the text through the whole model,
+            with what the caller does to each layer.
     """
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
+    tokens, started = sum(map(len, sequences)), time.perf_counter()
     with closing(ActivationStore(IN_MEMORY, folder)) as store:
         batches = equal_lengths(sequences, BATCH_TOKENS)
         for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put):
@@ -83,7 +91,8 @@ def layer_moments(
                     if moment is not None:
                         yield LayerMoment(block, matrix, moment)
                     count += 1
-                    progress(count, total, matrix.tensor)
+                    through = tokens * count / total / (time.perf_counter() - started)
+                    progress(count, total, f"{matrix.tensor}, {through:,.0f} tokens/s")
 
 
 def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
@@ -105,12 +114,11 @@ def _moments(
 ) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
     """Of each matrix of a group, while a block runs on all samples; None where no token came."""
     layers = {key: layer for matrix in group for key, layer in matrix.modules.items()}
-    with (
-        moments_of(layers) as moments,
-        expert_moments({key: expert for matrix in group for key, expert in matrix.experts.items()}) as of_experts,
-    ):
+    experts = {key: expert for matrix in group for key, expert in matrix.experts.items()}
+    stop = EarlyStop([*layers, *experts])  # which is not told of the calls of experts: with them, it never ends a run
+    with moments_of(layers, stop.seen) as moments, expert_moments(experts) as of_experts:
         for _ in run():
-            pass
+            stop.finished()
     moments |= of_experts
     del of_experts
     left = Counter(key for matrix in group for key in matrix.layers)  # an expert's gate and up projection share one

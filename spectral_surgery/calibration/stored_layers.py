@@ -104,9 +104,8 @@ def _expert_matrices(
 
 
 def _of_experts(piece: Piece, name: str, like: ExpertMatrix) -> Iterator[StoredMatrix]:
-    height = like.weight.shape[0]
-    if len(piece.info.shape) == 3:
-        count = rows_of(piece.info.shape)
+    height, count = like.weight.shape[0], rows_of(piece.info.shape)
+    if count > height:
         if piece.spans == ((0, 0, count),):
             for expert in range(count // height):
                 layers = {f"{name}[{expert}]": ExpertMatrix(like.module, like.leaf, expert)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ _NAMED = 3  # of the names that share a reason; --json has all
 
 @contextmanager
 def progress(unit: str = "", *, quiet: bool | None = None) -> Iterator[Progress]:
-    """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; always on stderr.
+    """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; on stderr, with the time left.
 
     Args:
         unit: what is counted.
@@ -28,22 +29,42 @@ def progress(unit: str = "", *, quiet: bool | None = None) -> Iterator[Progress]
 
     silent, terminal = click.get_current_context().params["quiet"] if quiet is None else quiet, sys.stderr.isatty()
     bar = tqdm(disable=silent or not terminal, leave=False, unit=unit, unit_scale=True, file=sys.stderr)
-    shown = 0
+    shown, left = 0, _TimeLeft()
 
     def report(done: int, total: int, what: str) -> None:
-        nonlocal shown
+        nonlocal shown, left
         if done * _LINES // max(total, 1) < shown:  # the next stage of the same command
-            shown = 0
+            shown, left = 0, _TimeLeft()
+        estimate = left.after(done, total)
         if terminal:
             bar.total = total
             bar.set_postfix_str(what[-48:], refresh=False)
             bar.update(done - bar.n)
         elif not silent and done * _LINES // max(total, 1) > shown:
             shown = done * _LINES // max(total, 1)
-            click.echo(f"{done / total:4.0%} {what}", err=True)
+            click.echo(f"{done / total:4.0%} {what}{estimate}", err=True)
 
     with bar:
         yield report
+
+
+class _TimeLeft:
+    """How long a stage goes on at its speed since its first report."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None  # seconds, and what was done by then
+
+    def after(self, done: int, total: int) -> str:
+        """In words with a comma before them; empty where it is unknown, or nothing is left."""
+        now = time.perf_counter()
+        started, before = self._first = self._first or (now, done)
+        if not before < done < total:
+            return ""
+        seconds = (now - started) * (total - done) / (done - before)
+        for unit, size in (("h", 3600), ("min", 60)):
+            if seconds >= 2 * size:
+                return f", {seconds / size:.0f} {unit} left"
+        return f", {seconds:.0f} s left"
 
 
 def show(body: Mapping[str, object], lines: Iterable[str]) -> None:

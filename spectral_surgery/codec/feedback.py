@@ -21,6 +21,7 @@ from spectral_surgery.codec.quantizers import Rounding
 from spectral_surgery.errors import ConfigError, ShapeError
 
 _BLOCK = 128  # columns between two updates of all the others
+_ROWS = 512  # that share nothing with others: whole blocks of the lattice, worked on by one thread
 _COLUMNS = 512  # of H, or rows of a weight, in double precision at once
 _TRIANGLE = 256  # rows that are inverted at once
 DAMPING = 0.05  # of the mean of the diagonal: directions that the text never took are not free; measured on two models
@@ -158,7 +159,13 @@ def step_shape(factor: Tensor, power: float) -> Tensor:
 
 
 def feedback_codes(
-    coefficients: Tensor, factor: Tensor, rounding: Rounding, offset: float = 0.0, columns: Tensor | None = None
+    coefficients: Tensor,
+    factor: Tensor,
+    rounding: Rounding,
+    offset: float = 0.0,
+    columns: Tensor | None = None,
+    *,
+    threads: int = 1,
 ) -> Codes:
     """Codes of a spectrum, chosen column by column.
 
@@ -168,22 +175,20 @@ def feedback_codes(
         rounding: quantiser, with its step.
         offset: of the reconstruction points, in steps.
         columns: [I] multiples of the step for each column; None for ones.
+        threads: groups of rows worked on at once; the result does not depend on it.
     """
-    rest, steps = coefficients.clone(), _steps(rounding.step, columns).expand(coefficients.shape[1])
-    codes = torch.empty_like(rest, dtype=torch.int32)
-    for start in range(0, rest.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, rest.shape[1])
-        errors = torch.empty(rest.shape[0], stop - start)
-        block, square = rest[:, start:stop], factor[start:stop, start:stop]
-        for column in range(stop - start):
-            values, step = block[:, column], steps[start + column]
-            level = rounding.round((values / step)[:, None])[:, 0]
-            codes[:, start + column] = level.to(torch.int32)
-            kept = level + offset * level.sign() if offset else level
-            error = (values - kept * step) / square[column, column]
-            block[:, column:] -= error[:, None] * square[column, column:]
-            errors[:, column] = error
-        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    steps = _steps(rounding.step, columns).expand(coefficients.shape[1]).contiguous()
+    codes = torch.empty(coefficients.shape, dtype=torch.int32)
+
+    def feed(span: tuple[int, int]) -> None:
+        rest, out = coefficients[slice(*span)].clone(), codes[slice(*span)]
+        for start in range(0, rest.shape[1], _BLOCK):
+            part = slice(start, min(start + _BLOCK, rest.shape[1]))
+            square = factor[part, part].contiguous()
+            out[:, part], errors = rounding.feed(rest[:, part].contiguous(), square, steps[part], offset)
+            rest[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1)
+
+    parallel_map(feed, frame_spans(len(coefficients), _ROWS), threads)
     return Codes(codes, rounding.step, offset, columns)
 
 

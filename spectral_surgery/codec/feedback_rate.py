@@ -34,6 +34,7 @@ def codes_at(
     *,
     quantizer: str | None = None,
     column_steps: bool = True,
+    threads: int = 1,
 ) -> Codes:
     """Codes at the asked bits or density. Returns the codes; all zero for a zero matrix.
 
@@ -43,12 +44,13 @@ def codes_at(
         target: bits or density.
         quantizer: name in QUANTIZERS for bits; a density is kept by `scalar`.
         column_steps: allow a step for every column, where that is worth its bytes.
+        threads: groups of rows worked on at once; the result does not depend on it.
     """
     if not torch.count_nonzero(coefficients):
         return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)
     columns = worthwhile_steps(factor, len(coefficients)) if column_steps else None
     if target.kind == "density":
-        return _at_density(coefficients, factor, target.value, columns)
+        return _at_density(coefficients, factor, target.value, columns, threads)
 
     sample = Sample([coefficients])
     if (quantizer or DEFAULT[target.kind]) == "scalar":
@@ -59,8 +61,8 @@ def codes_at(
 
     def trial(ratio: float, before: Codes | None) -> tuple[Codes, float]:
         learned = rounding if before is None else rounding.learned(before.values)
-        codes = feedback_codes(coefficients, factor, learned.finer(ratio), 0.0, columns)
-        return codes, 8 * stored_codes(codes, basis, verify=False).stored_bytes / codes.values.numel()
+        codes = feedback_codes(coefficients, factor, learned.finer(ratio), 0.0, columns, threads=threads)
+        return codes, 8 * stored_codes(codes, basis, threads=threads, verify=False).stored_bytes / codes.values.numel()
 
     return _at_bits(trial, target.value)
 
@@ -102,13 +104,15 @@ def worthwhile_steps(factor: Tensor, rows: int) -> Tensor | None:
     return columns if _SAVED * saved > COLUMN_STEP_BITS / rows else None
 
 
-def _at_density(coefficients: Tensor, factor: Tensor, density: float, columns: Tensor | None) -> Codes:
+def _at_density(coefficients: Tensor, factor: Tensor, density: float, columns: Tensor | None, threads: int) -> Codes:
     low = high = 0.0
     threshold, nearest = float(coefficients.abs().mean()), math.inf
     for _ in range(_HALVINGS):
         # steps of half a threshold: the error of what is kept is fed forward too, and coarse steps let it grow
         quantizer = DeadZone(threshold, _FINE * threshold)
-        codes = feedback_codes(coefficients, factor, quantizer, 1 / _FINE - 0.5, columns)  # the middle of intervals
+        codes = feedback_codes(
+            coefficients, factor, quantizer, 1 / _FINE - 0.5, columns, threads=threads
+        )  # the middle of intervals
         kept = torch.count_nonzero(codes.values).item() / codes.values.numel()
         if abs(kept - density) < nearest:
             best, nearest = codes, abs(kept - density)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spectral_surgery.codec.symbol_table import SymbolTable, fitted_table, with_parity
+from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, SymbolTable, fitted_table, with_parity
 from spectral_surgery.errors import CheckpointError, ConfigError
 
 Codes = npt.NDArray[Any]  # int8, int16 or int32
@@ -25,7 +25,6 @@ ZEROS, INTEGERS, LATTICE = range(3)  # kinds of frames
 BLOCK = 32  # rows that are coded together
 
 _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
-_LISTED = np.dtype([("place", "<u4"), ("code", "<i4")])
 _STATE_BYTES, _WORD_BYTES = 8, 4
 _LANES = ((1 << 17, 8), (1 << 14, 2), (0, 1))  # codes of a frame from which on it has so many: each costs 8 bytes
 _MAX_LOW = 24
@@ -59,22 +58,22 @@ def encode_frame(codes: Codes) -> bytes:
     wide = np.ascontiguousarray(codes, np.int32)
     if not wide.any():
         return _HEADER.pack(ZEROS, codes.itemsize, 0, 0, 0, 0)
-    plan, words = _cheapest(wide)
+    plan, words = _cheapest(wide, codes.itemsize)
     lattice = plan.kind == LATTICE
     symbols = np.empty_like(wide)
     rans.symbols_of(wide, lattice, plan.low, symbols, np.zeros((2, 256), np.int64))
     m = wide >> 1 if lattice else wide
-    listed = np.flatnonzero(symbols != m >> plan.low)
+    listed = wide[np.abs(symbols) > rans.LARGEST]
     masks = MASKS[words] if lattice else np.zeros(0, np.uint32)
     lanes = next(lanes for least, lanes in _LANES if wide.size >= least)
     stream, states = rans.encode(symbols, masks, _frequencies(plan), lattice and not plan.low, lanes)
-    entries = np.empty(listed.size, _LISTED)
-    entries["place"], entries["code"] = listed, wide.reshape(-1)[listed]
-    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes, len(stream), len(entries))
+    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes, len(stream), len(listed))
     tables = b"".join(table.to_bytes() for table in plan.tables)
     packed = _packed_words(words, wide.shape) if lattice else b""
     coded = (states.astype("<u8").tobytes(), stream.astype("<u4").tobytes())
-    return b"".join((header, tables, packed, *coded, _packed(m, plan.low), entries.tobytes()))
+    return b"".join(
+        (header, tables, packed, *coded, _packed(m, plan.low), listed.astype(f"<i{codes.itemsize}").tobytes())
+    )
 
 
 def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes | None = None) -> Codes:
@@ -100,7 +99,7 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     lattice = kind == LATTICE
     tables, at = _tables(view, kind, low)
     before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
-    sizes = (*before, -(-low * shape[0] * shape[1] // 8), _LISTED.itemsize * listed)
+    sizes = (*before, -(-low * shape[0] * shape[1] // 8), itemsize * listed)
     if at + sum(sizes) != len(view):
         raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
     if itemsize != 1 or out is None:
@@ -112,57 +111,61 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     masks = MASKS[_unpacked_words(words, shape)] if lattice else np.zeros(0, np.uint32)
     padded = np.zeros(length + 1, np.uint32)
     padded[:length] = np.frombuffer(stream, "<u4")
-    direct = out if itemsize == 1 and not low else np.empty(shape, np.int32)
-    parity, double = lattice and not low, int(lattice and not low)
+    direct = itemsize == 1 and not low and not listed
+    symbols = out if direct else np.empty(shape, np.int32)
     table = rans.decoding_table(_frequencies(_Plan(kind, tables, low, 0.0)))
-    read = rans.decode(padded, np.frombuffer(states, "<u8").astype(np.uint64), table, masks, direct, parity, double)
+    entry = np.frombuffer(states, "<u8").astype(np.uint64)
+    read = rans.decode(padded, entry, table, masks, symbols, lattice and not low, int(lattice and direct))
     if read != length:
         raise CheckpointError(f"spectral frame: the stream does not end where it should; {_DAMAGED}")
-    if low:
-        direct = (direct << low) | _unpacked(lows, direct.size, low).reshape(shape)
-        direct = 2 * direct + _odd(masks, shape) if lattice else direct
-    if direct is not out:
-        out[:] = direct
-    _put(np.frombuffer(entries, _LISTED), out)
+    if not direct:
+        m = (symbols << low) | _unpacked(lows, symbols.size, low).reshape(shape) if low else symbols
+        out[:] = 2 * m + _odd(masks, shape) if lattice else m
+        large = np.abs(symbols) > rans.LARGEST
+        if np.count_nonzero(large) != listed:
+            raise CheckpointError(
+                f"spectral frame: a list of {listed} codes has another length than needed; {_DAMAGED}"
+            )
+        out[large] = np.frombuffer(entries, f"<i{itemsize}")
     return out
 
 
-def _cheapest(codes: Codes) -> tuple[_Plan, Bytes]:
+def _cheapest(codes: Codes, itemsize: int) -> tuple[_Plan, Bytes]:
     """The plan of the fewest bits for codes [r, I] int32, and the words of the lattice, of no length if it has none."""
     from spectral_surgery.kernels.lattice import words_of
 
     words = np.empty(_blocks(codes.shape), np.uint8)
-    plans = [_plan(codes, INTEGERS, 0)]
+    plans = [_plan(codes, itemsize, INTEGERS, 0)]
     if words_of(codes, words):
-        plans.append(_plan(codes, LATTICE, 8 * _words_bytes(codes.shape)))
+        plans.append(_plan(codes, itemsize, LATTICE, 8 * _words_bytes(codes.shape)))
     else:
         words = words[:0]
     return min(plans, key=lambda plan: plan.bits), words
 
 
-def _plan(codes: Codes, kind: int, fixed: int) -> _Plan:
+def _plan(codes: Codes, itemsize: int, kind: int, fixed: int) -> _Plan:
     """The plan of the fewest bits for a kind of frame; ``fixed`` bits are the same for all."""
-    best = _with_low(codes, kind, fixed, 0)[0]
+    best = _with_low(codes, itemsize, kind, fixed, 0)[0]
     for low in range(1, _MAX_LOW + 1):
-        plan, listed = _with_low(codes, kind, fixed, low)
+        plan, listed = _with_low(codes, itemsize, kind, fixed, low)
         if plan.bits < best.bits:
             best = plan
-        elif listed * _LISTED.itemsize < codes.size:  # else it may be that all are beyond, and one bit does not help
+        elif 8 * listed < codes.size:  # else it may be that all are beyond, and one bit does not help
             break
     return best
 
 
-def _with_low(codes: Codes, kind: int, fixed: int, low: int) -> tuple[_Plan, int]:
+def _with_low(codes: Codes, itemsize: int, kind: int, fixed: int, low: int) -> tuple[_Plan, int]:
     """The plan with so many low bits, and how many codes it has in the list."""
     from spectral_surgery.kernels.rans import symbols_of
 
     counts = np.zeros((2, 256), np.int64)
     listed = symbols_of(codes, kind == LATTICE, low, np.empty_like(codes), counts)
-    tables = tuple(fitted_table(one, zero) for one, zero in zip(counts, _about_zero(kind, low), strict=False))
+    tables = tuple(fitted_table(one, symmetry) for one, symmetry in zip(counts, _symmetries(kind, low), strict=False))
     coded = sum(table.bits(one) for table, one in zip(tables, counts, strict=False))
     if kind == LATTICE and not low:
         coded -= codes.shape[0] // BLOCK * codes.shape[1] * _parity_bits(counts)
-    return _Plan(kind, tables, low, fixed + low * codes.size + 8 * _LISTED.itemsize * listed + coded), listed
+    return _Plan(kind, tables, low, fixed + low * codes.size + 8 * itemsize * listed + coded), listed
 
 
 def _parity_bits(counts: Codes) -> float:
@@ -172,9 +175,10 @@ def _parity_bits(counts: Codes) -> float:
     return float(-(sums * np.log2(share)).sum() / sums.sum())
 
 
-def _about_zero(kind: int, low: int) -> tuple[bool, ...]:
-    """For the table of each c, whether its symbols are symmetric about zero."""
-    return {ZEROS: (), INTEGERS: (not low,), LATTICE: (not low, False)}[kind]
+def _symmetries(kind: int, low: int) -> tuple[int, ...]:
+    """Of the table for each c."""
+    main = ABOUT_HALF if low else ABOUT_ZERO
+    return {ZEROS: (), INTEGERS: (main,), LATTICE: (main, ABOUT_HALF)}[kind]
 
 
 def _frequencies(plan: _Plan) -> npt.NDArray[np.int64]:
@@ -206,8 +210,8 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
 def _tables(view: memoryview, kind: int, low: int) -> tuple[tuple[SymbolTable, ...], int]:
     """The tables, and where they end."""
     at, tables = _HEADER.size, []
-    for about_zero in _about_zero(kind, low):
-        table, size = SymbolTable.from_bytes(view[at:], about_zero)
+    for symmetry in _symmetries(kind, low):
+        table, size = SymbolTable.from_bytes(view[at:], symmetry)
         tables.append(table)
         at += size
     return tuple(tables), at
@@ -279,11 +283,3 @@ def _odd(masks: Codes, shape: tuple[int, int]) -> Codes:
     """C at every position, [r, I] int32, from the bits of each block."""
     blocks = masks.reshape(-1, 1, shape[1]) >> np.arange(BLOCK, dtype=np.uint32)[None, :, None]
     return (blocks & 1).astype(np.int32).reshape(-1, shape[1])[: shape[0]]
-
-
-def _put(entries: Codes, out: Codes) -> None:
-    """Set the codes of the list."""
-    if len(entries):
-        if int(entries["place"].max()) >= out.size:
-            raise CheckpointError(f"spectral frame: the list names code {entries['place'].max()}; {_DAMAGED}")
-        out.reshape(-1)[entries["place"]] = entries["code"]

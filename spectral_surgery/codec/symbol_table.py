@@ -1,7 +1,7 @@
 """How frequent the symbols of a frame are, in 4096ths, and as bytes.
 
-Coefficients are as often positive as negative, so a table is symmetric: about zero, or about -1/2 where a symbol k
-stands for numbers around k + 1/2.
+Coefficients are mostly as often positive as negative, so a table is symmetric: about zero, or about -1/2 where a symbol
+k stands for numbers around k + 1/2. Where this takes fewer bits, a table has an entry for every symbol instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from spectral_surgery.errors import CheckpointError
 
 SLOTS = 4096
-LARGEST = 127  # magnitude of a symbol
+ABOUT_ZERO, ABOUT_HALF, NONE = range(3)  # symmetries
 
 Counts = npt.NDArray[Any]  # [256] int64, by symbol + 128
 
@@ -25,21 +25,24 @@ class SymbolTable:
     """Frequencies of symbols.
 
     Attributes:
-        about_zero: whether entry k is for k and -k; else for k and -1 - k.
-        entries: frequency of each of the two, in 4096ths; below 4096, and together 4096 at most.
+        symmetry: what entry k is for: k and -k (ABOUT_ZERO), k and -1 - k (ABOUT_HALF), or ``first`` + k (NONE).
+        entries: frequency of each symbol, in 4096ths; below 4096, and of all symbols together 4096 at most.
+        first: symbol of the first entry, where there is no symmetry.
     """
 
-    about_zero: bool
+    symmetry: int
     entries: tuple[int, ...]
+    first: int = 0
 
     def by_symbol(self) -> Counts:
         """[256] int64 frequencies, by symbol + 128."""
         entries = np.array(self.entries, np.int64)
         out, size = np.zeros(256, np.int64), len(entries)
-        out[128 : 128 + size] = entries
-        if self.about_zero:
+        first = self.first if self.symmetry == NONE else 0
+        out[128 + first : 128 + first + size] = entries
+        if self.symmetry == ABOUT_ZERO:
             out[129 - size : 129] = entries[::-1]
-        else:
+        elif self.symmetry == ABOUT_HALF:
             out[128 - size : 128] = entries[::-1]
         return out
 
@@ -49,39 +52,61 @@ class SymbolTable:
         return float(-(counts[used] * np.log2(self.by_symbol()[used] / SLOTS)).sum()) + 8 * len(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The number of entries, and each: in one byte below 128, else in two, of which the first has the high bit."""
-        out = bytearray([len(self.entries)])
+        """The number of entries, and each: in one byte below 128, else in two, of which the first has the high bit.
+
+        Without symmetry, before them: a zero, and the first symbol + 128.
+        """
+        out = bytearray([0, self.first + 128] if self.symmetry == NONE else [])
+        out.append(len(self.entries))
         for entry in self.entries:
             out += bytes([entry]) if entry < 128 else bytes([128 | entry >> 8, entry & 255])
         return bytes(out)
 
     @classmethod
-    def from_bytes(cls, data: memoryview, about_zero: bool) -> tuple[SymbolTable, int]:
+    def from_bytes(cls, data: memoryview, symmetry: int) -> tuple[SymbolTable, int]:
         """The table at the start of some bytes, and how many it takes. Raises CheckpointError when it is damaged."""
-        entries, at = [], 1
-        for _ in range(data[0] if data else 0):
+        at, first = 0, 0
+        if len(data) > 2 and data[0] == 0:
+            symmetry, first, at = NONE, data[1] - 128, 2
+        size, entries = data[at] if at < len(data) else 0, list[int]()
+        at += 1
+        for _ in range(size):
             wide = at < len(data) and data[at] >= 128
             if at + wide >= len(data):
                 raise CheckpointError("spectral frame: a table ends early; the data is damaged. Fetch the file again.")
             entries.append((data[at] & 127) << 8 | data[at + 1] if wide else data[at])
             at += 1 + wide
-        total = 2 * sum(entries) - (entries[0] if about_zero and entries else 0)
-        if not entries or len(entries) > LARGEST + 1 or max(entries) >= SLOTS or total > SLOTS:
+        fits = 0 < size <= (128 - first if symmetry == NONE else 128) and max(entries) < SLOTS
+        table = cls(symmetry, tuple(entries), first)
+        if not fits or int(table.by_symbol().sum()) > SLOTS:
             raise CheckpointError(
-                f"spectral frame: a table of {len(entries)} entries adds up to {total}; expected {SLOTS} at most. The"
-                " data is damaged: fetch the file again."
+                f"spectral frame: a table of {size} entries does not add up to {SLOTS}; the data is damaged. Fetch the"
+                " file again."
             )
-        return cls(about_zero, tuple(entries)), at
+        return table, at
 
 
-def fitted_table(counts: Counts, about_zero: bool) -> SymbolTable:
-    """The table for symbols that occur so often; every one that occurs has a frequency."""
-    positive, negative = counts[128:], counts[128:0:-1] if about_zero else counts[127::-1]
-    weights = (positive + negative).astype(np.float64) / 2
-    if about_zero:
-        weights[0] = counts[128]
+def fitted_table(counts: Counts, symmetry: int) -> SymbolTable:
+    """The table for symbols that occur so often, with or without symmetry, whichever takes fewer bits.
+
+    Every symbol that occurs has a frequency.
+    """
+    if symmetry == ABOUT_ZERO:
+        pairs = counts[128:] + counts[128:0:-1]
+        pairs[0] //= 2
+    else:
+        pairs = counts[128:] + counts[127::-1]
     times = np.full(128, 2, np.int64)
-    times[0] -= about_zero
+    times[0] -= symmetry == ABOUT_ZERO
+    symmetric = SymbolTable(symmetry, _entries(pairs / times, times))
+    used = np.flatnonzero(counts)
+    first, last = (int(used[0]), int(used[-1])) if used.size else (128, 128)
+    free = SymbolTable(NONE, _entries(counts[first : last + 1], np.ones(last + 1 - first, np.int64)), first - 128)
+    return min(symmetric, free, key=lambda table: table.bits(counts))
+
+
+def _entries(weights: Counts, times: Counts) -> tuple[int, ...]:
+    """Frequencies in proportion to weights, each counted so many times; none is zero but that of no weight."""
     size = int(np.flatnonzero(weights)[-1]) + 1 if weights.any() else 1
     weights, times = weights[:size], times[:size]
     entries = np.floor(weights * (SLOTS / max(float((weights * times).sum()), 1.0)) + 0.5).astype(np.int64)
@@ -90,10 +115,8 @@ def fitted_table(counts: Counts, about_zero: bool) -> SymbolTable:
         largest = int(np.where(entries > 1, entries * times, 0).argmax())
         entries[largest] -= max(1, min(over // int(times[largest]), int(entries[largest]) // 2))
     largest = int((entries * times).argmax())
-    entries[largest] = min(entries[largest] + -over // times[largest], SLOTS - 1)
-    if not entries.any():
-        entries[0] = 1
-    return SymbolTable(about_zero, tuple(int(entry) for entry in entries))
+    entries[largest] = max(min(entries[largest] + -over // times[largest], SLOTS - 1), 1)
+    return tuple(int(entry) for entry in entries)
 
 
 def with_parity(frequencies: Counts) -> Counts:

@@ -14,6 +14,7 @@ from spectral_surgery.commands.settings import Running
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import is_compressed
 from spectral_surgery.files.peft.adapter_files import read_adapter
+from spectral_surgery.hf.load_errors import check_utf8
 from spectral_surgery.hf.models import continue_text, load_model, load_tokenizer
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.hf.settings import Sampling
@@ -63,6 +64,7 @@ def generate(
         ConfigError: when a setting does not fit the model.
         LimitError: when the weights do not fit max_memory.
     """
+    check_utf8(prompt, "generate: the prompt")
     started = time.perf_counter()
     model, tokenizer = _model(source, running)
     ready = time.perf_counter()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.errors import BackendError, CheckpointError, SpectralSurgeryError
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, SpectralSurgeryError
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.remote_code import own_auto_map
 
@@ -37,6 +38,24 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
                 " and run it with that."
             ) from error
         raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
+
+
+def check_utf8(text: str | Path, where: str) -> None:
+    """Refuse what Python was given in another encoding than it reads: most libraries cannot take it.
+
+    Python keeps such bytes as halves of surrogate pairs (PEP 383), which its functions for files turn back.
+
+    Raises:
+        ConfigError: when there are any, with the way out.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        remedy = "Use a name in UTF-8." if encoding == "utf-8" else "Set PYTHONUTF8=1 in the environment."
+        raise ConfigError(
+            f"{where}: expected text that Python can read as {encoding}, got other bytes. {remedy}"
+        ) from None
 
 
 def required(library: str, purpose: str) -> Any:

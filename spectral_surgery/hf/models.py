@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.task import class_for
-from spectral_surgery.hf.load_errors import loading, own_code, required
+from spectral_surgery.hf.load_errors import check_utf8, loading, own_code, required
 from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.blocks import text_config
 from spectral_surgery.live.running import called, running
@@ -215,8 +215,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no tokenizer.
+        ConfigError: when Python could not read the name of the folder, see check_utf8.
     """
     transformers = _transformers()
+    check_utf8(folder, str(folder))
     with loading(folder, "has no tokenizer that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -243,8 +245,13 @@ def continue_text(
         emit: called with each piece of new text.
 
     Raises:
-        ConfigError: when the prompt has no tokens, or as many as the model can read.
+        ConfigError: when the model cannot generate, or the prompt has no tokens, or as many as the model can read.
     """
+    if not hasattr(model, "generate"):
+        raise ConfigError(
+            f"generate: {type(model).__name__} has no method `generate`; expected a model that transformers lets"
+            " generate, a class with its GenerationMixin."
+        )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise ConfigError("generate: the prompt has no tokens; expected some text.")

@@ -28,6 +28,7 @@ Floats = npt.NDArray[Any]
 
 _LANES = 16  # blocks side by side: as many as a vector register holds of float32 on the widest processors
 _FAR = np.float32(np.inf)
+_LARGEST = np.float32(1 << 29)  # steps: what is farther out is taken for that
 
 
 def word_bits(height: int) -> int:
@@ -99,7 +100,7 @@ def _candidates(
     for i in range(values.shape[0]):
         for residue in range(4):
             for lane in range(count):
-                value = values[i, start + lane] * inverse[start + lane]
+                value = min(max(values[i, start + lane] * inverse[start + lane], -_LARGEST), _LARGEST)
                 low = np.int32(math.floor((value - np.float32(residue)) * np.float32(0.25))) * np.int32(4) + np.int32(
                     residue
                 )

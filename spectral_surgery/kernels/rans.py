@@ -22,7 +22,7 @@ PRECISION = 12
 SLOTS = 1 << PRECISION
 FLOOR = 1 << 31  # the least state
 BLOCK = 32  # rows of a block
-LARGEST = 127  # magnitude of a symbol
+LARGEST = 125  # magnitude of a symbol that stands for itself; 126 and 127 stand for all larger ones
 
 Ints = npt.NDArray[Any]
 
@@ -34,9 +34,9 @@ _PARITY = np.uint64(2 * SLOTS)
 
 @kernel
 def symbols_of(codes: Ints, lattice: bool, low: int, symbols: Ints, counts: Ints) -> int:
-    """Symbols of codes, without their low bits and with magnitudes of at most 127, and how often each occurs.
+    """Symbols of codes, without their low bits, and how often each occurs.
 
-    A larger one becomes 127 or 126, whichever is odd or even as it is. Returns how many are.
+    One beyond 125 in magnitude becomes 126 or 127, whichever is odd or even as it is. Returns how many are.
 
     Args:
         codes: [r, I] int32.
@@ -52,7 +52,7 @@ def symbols_of(codes: Ints, lattice: bool, low: int, symbols: Ints, counts: Ints
         c = (code & 1) if lattice else 0
         symbol = code >> shift
         if abs(symbol) > LARGEST:
-            near = LARGEST - 1 + (symbol & 1)
+            near = LARGEST + 1 + (symbol & 1)
             symbol = near if symbol > 0 else -near
             beyond += 1
         out[place] = symbol

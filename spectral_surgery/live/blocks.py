@@ -1,13 +1,13 @@
-"""Running a model block by block, and the second moments of what its linear layers are given.
+"""Running a model block by block.
 
-Activations of all samples wait between two blocks, so that a block is run twice: once to see the inputs of its layers,
-and again, after these were changed, for what the next block will be given.
+Activations of all samples wait between two blocks, so that a block is run twice: once until its layers were seen with
+their inputs, and again, after these were changed, for what the next block will be given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import ConfigError, TargetError
-from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 
 Batch = dict[str, Tensor]
@@ -62,8 +61,8 @@ def _in_memory(tensor: Tensor) -> Held:
     return lambda: tensor
 
 
-class _Reached(Exception):  # noqa: N818 - no error: it stops a forward pass at the last block
-    pass
+class Reached(Exception):  # noqa: N818 - no error
+    """Raised inside a forward pass: what is wanted of it is there, and the rest is not run."""
 
 
 class UnchainedError(TargetError):
@@ -139,7 +138,8 @@ def blocks_in_turn(
         keep: puts activations away until they are needed.
 
     Yields:
-        (name of the block, the block, a function that runs it on one sample after the other and yields its outputs).
+        (name of the block, the block, a function that runs it on one sample after the other and yields its outputs;
+        none of a sample whose run a hook ended with `Reached`).
 
     Raises:
         ConfigError: when there is no sample.
@@ -161,38 +161,6 @@ def blocks_in_turn(
             yield name, block, partial(outputs_of, block, inputs)
             if number + 1 < len(blocks):
                 inputs = next_inputs(block, inputs, keep)
-
-
-@contextmanager
-def moments_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Sum the second moments of the inputs of layers while the block lasts.
-
-    Args:
-        layers: modules that take [..., I], by name. Those that are given the same tensor share one sum.
-
-    Yields:
-        H = Xᵀ X, [I, I] float32, by name; filled as the layers run.
-    """
-    moments: dict[str, Tensor] = {}
-    leaders: dict[str, str] = {}
-    last: tuple[Tensor, str] | None = None  # kept alive, since a new tensor may get the id of one that is gone
-
-    def see(name: str, args: tuple[Any, ...], _: object) -> None:
-        nonlocal last
-        x = cast(Tensor, args[0])
-        if name not in leaders:
-            leaders[name] = last[1] if last is not None and last[0] is x else name
-        if leaders[name] == name:
-            flat = x.detach().reshape(-1, x.shape[-1]).float()
-            if name not in moments:
-                moments[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-            moments[name].addmm_(flat.T, flat)
-            last = (x, name)
-
-    with hooked(layers, see, before=True):
-        yield moments
-        for name, leader in leaders.items():
-            moments[name] = moments[leader]
 
 
 def captured_inputs(
@@ -221,7 +189,7 @@ def captured_inputs(
                     " that changes it."
                 )
             if number == len(blocks) - 1:
-                raise _Reached
+                raise Reached
             if not number:
                 returned.append(forward(*args, **named))
             return returned[0]
@@ -231,7 +199,7 @@ def captured_inputs(
     try:
         for number, block in enumerate(blocks):
             block.forward = watched(number, block.forward)  # some call it themselves, so that hooks would not see it
-        with torch.no_grad(), suppress(_Reached):
+        with torch.no_grad(), suppress(Reached):
             called(model, named=batch)
     finally:
         for block in blocks:
@@ -269,9 +237,10 @@ def next_inputs(
 
 @torch.no_grad()
 def outputs_of(block: nn.Module, inputs: Sequence[Sample]) -> Iterator[Tensor]:
-    """Hidden states that a block gives for one sample after the other; no gradients."""
+    """Hidden states that a block gives, one sample after the other; none where `Reached` ended a run, no gradients."""
     for sample in inputs:
-        yield sample.through(block)
+        with suppress(Reached):
+            yield sample.through(block)
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -284,4 +253,5 @@ def hidden_of(output: Any) -> Tensor:
 @torch.no_grad()
 def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
     for batch in batches:
-        yield hidden_of(called(model, named={**batch, "return_dict": False}))
+        with suppress(Reached):
+            yield hidden_of(called(model, named={**batch, "return_dict": False}))

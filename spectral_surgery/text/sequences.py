@@ -18,17 +18,33 @@ def token_sequences(
 ) -> list[list[int]]:
     """Token ids of texts."""
     if causal:
-        return cut_stream(tokenizer, [example.texts[0] for example in texts], length)[: samples or None]
+        return cut_stream(tokenizer, [example.texts[0] for example in texts], length, samples=samples)
     lines = [example.texts[0] for example in texts[: samples or None]]
     return list(tokenizer(lines, truncation=True, max_length=length)["input_ids"]) if lines else []
 
 
-def cut_stream(tokenizer: Any, texts: Sequence[str], length: int, *, ended: bool = False) -> list[list[int]]:
-    """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is."""
+def cut_stream(
+    tokenizer: Any, texts: Sequence[str], length: int, *, ended: bool = False, samples: int = 0
+) -> list[list[int]]:
+    """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is.
+
+    Args:
+        tokenizer: of transformers.
+        texts: in order.
+        length: tokens of a sequence.
+        ended: put the token that ends a text after each, if there are several.
+        samples: sequences at most; texts after those that they need are not read. 0 for all.
+    """
     end = [tokenizer.eos_token_id] if ended and len(texts) > 1 and tokenizer.eos_token_id is not None else []
-    stream = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], *end)]
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, verbose=False)["input_ids"]
+        stream += end
+        if samples and len(stream) >= samples * length:
+            break
     length = min(length, len(stream))
-    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)] if length else []
+    starts = range(0, len(stream) - length + 1, length) if length else ()
+    return [stream[start : start + length] for start in starts][: samples or None]
 
 
 def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:

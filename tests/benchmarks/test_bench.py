@@ -53,6 +53,7 @@ def test_names_are_those_of_the_commands() -> None:
         "fourierft",
         "mixers",
         "memory",
+        "calibrate",
         "text",
         "hub",
         "workers",

@@ -19,9 +19,9 @@ from spectral_surgery.codec.feedback import (
     output_error,
     step_shape,
 )
-from spectral_surgery.codec.frame_bytes import entropy
-from spectral_surgery.codec.rate import Quantizer
+from spectral_surgery.codec.quantizers.scalar import DeadZone
 from spectral_surgery.errors import ConfigError, ShapeError
+from tests.support.entropy import entropy
 
 
 def skewed(features: int, samples: int = 400, seed: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ def test_a_matrix_is_factorized_in_place(size: int) -> None:
 def test_feedback_halves_the_error_of_the_outputs(shape: tuple[int, int]) -> None:
     weight, moment, basis = torch.randn(shape, generator=torch.Generator().manual_seed(1)), skewed(shape[1]), Basis()
     coefficients, step = basis.forward(weight), 0.7
-    quantizer = Quantizer(0.5 * step, step)
+    quantizer = DeadZone(0.5 * step, step)
     fed = feedback_codes(coefficients, feedback_factor(moment, basis), quantizer)
     plain = Codes((coefficients / step).round().to(torch.int32), step)
     errors = [output_error(weight, basis.inverse(codes.coefficients()), moment) for codes in (fed, plain)]
@@ -76,7 +76,7 @@ def test_feedback_halves_the_error_of_the_outputs(shape: tuple[int, int]) -> Non
 def test_without_correlation_feedback_is_rounding() -> None:
     coefficients, step = torch.randn(30, 150, generator=torch.Generator().manual_seed(2)), 0.3
     factor = feedback_factor(torch.eye(150), Basis("identity"))
-    codes = feedback_codes(coefficients, factor, Quantizer(0.5 * step, step))
+    codes = feedback_codes(coefficients, factor, DeadZone(0.5 * step, step))
     assert torch.equal(codes.values, (coefficients / step).round().to(torch.int32))
 
 
@@ -92,7 +92,7 @@ def test_codes_column_by_column_as_the_definition_says() -> None:
         expected[:, j] = (torch.sign(rest[:, j]) * level).to(torch.int32)
         error = (rest[:, j] - torch.sign(rest[:, j]) * (level + 0.1 * (level > 0)) * step) / factor[j, j]
         rest[:, j:] -= error[:, None] * factor[j, j:]
-    codes = feedback_codes(coefficients, factor, Quantizer(0.6 * step, step), offset=0.1)
+    codes = feedback_codes(coefficients, factor, DeadZone(0.6 * step, step), offset=0.1)
     assert (codes.values == expected).float().mean() > 0.999  # sums in another order may tip a tie
 
 
@@ -123,7 +123,7 @@ def test_features_that_are_never_used_do_no_harm() -> None:
     moment = skewed(64)
     moment[10], moment[:, 10] = 0, 0
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
-    codes = feedback_codes(Basis().forward(weight), feedback_factor(moment, Basis()), Quantizer(0.1, 0.2))
+    codes = feedback_codes(Basis().forward(weight), feedback_factor(moment, Basis()), DeadZone(0.1, 0.2))
     assert output_error(weight, Basis().inverse(codes.coefficients()), moment) < 0.1
     assert output_error(torch.zeros(2, 64), torch.zeros(2, 64), moment) == 0
 
@@ -137,7 +137,7 @@ def test_steps_of_columns_leave_less_error_at_the_same_entropy() -> None:
     for power in (0.0, 0.6):
         columns = step_shape(factor, power)
         assert float(columns.log().mean()) == pytest.approx(0, abs=1e-5)
-        codes = feedback_codes(coefficients, factor, Quantizer(0.4, 0.8), 0.0, columns)
+        codes = feedback_codes(coefficients, factor, DeadZone(0.4, 0.8), 0.0, columns)
         bits = entropy(codes.values.reshape(-1).to(torch.int16).numpy())
         errors[power] = output_error(weight, basis.inverse(codes.coefficients()), moment) * 2**bits  # at zero bits
     assert errors[0.6] < 0.95 * errors[0.0]
@@ -147,7 +147,7 @@ def test_equal_columns_are_one_step() -> None:
     coefficients, step = torch.randn(30, 150, generator=torch.Generator().manual_seed(2)), 0.25
     factor = feedback_factor(skewed(150), Basis("identity"))
     assert torch.equal(step_shape(factor, 0.0), torch.ones(150))
-    quantizer = Quantizer(0.55 * step, step)
+    quantizer = DeadZone(0.55 * step, step)
     one, many = (feedback_codes(coefficients, factor, quantizer, 0.1, own) for own in (None, torch.ones(150)))
     assert torch.equal(one.values, many.values)
     assert torch.equal(one.coefficients(), many.coefficients())
@@ -159,7 +159,7 @@ def test_equal_columns_are_one_step() -> None:
 def test_stored_steps_of_columns_are_those_of_the_codes() -> None:
     weight, basis = torch.randn(130, 70, generator=torch.Generator().manual_seed(4)), Basis()
     coefficients, factor = basis.forward(weight), feedback_factor(skewed(70), basis)
-    codes = feedback_codes(coefficients, factor, Quantizer(0.3, 0.5), 1.5, step_shape(factor, 1.0))
+    codes = feedback_codes(coefficients, factor, DeadZone(0.3, 0.5), 1.5, step_shape(factor, 1.0))
     assert torch.equal(codes.steps, codes.steps.bfloat16().float())
     encoded, report = encode_codes(coefficients, codes, basis)
     torch.testing.assert_close(encoded.to_dense(), basis.inverse(codes.coefficients()))

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.parallel import one_torch_thread
+from spectral_surgery.codec.quantizers import QUANTIZERS
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.transforms import TRANSFORMS
 
@@ -66,10 +67,10 @@ def error(weight: Tensor, decoded: Tensor) -> float:
     return float((exact - decoded.double()).norm() / exact.norm()) if exact.any() else float(decoded.double().norm())
 
 
-@given(weight=matrices(), basis=BASES, exponent=st.floats(-4, 0))
-def test_an_error_limit_is_never_exceeded(weight: Tensor, basis: Basis, exponent: float) -> None:
+@given(weight=matrices(), basis=BASES, exponent=st.floats(-4, 0), quantizer=st.sampled_from(list(QUANTIZERS)))
+def test_an_error_limit_is_never_exceeded(weight: Tensor, basis: Basis, exponent: float, quantizer: str) -> None:
     limit = max(10**exponent, 1e-4)
-    encoded, report = encode(weight, Target("max_error", limit), basis)
+    encoded, report = encode(weight, Target("max_error", limit), basis, quantizer=quantizer)
     decoded = encoded.to_dense()
     assert decoded.shape == weight.shape
     assert error(weight, decoded) <= limit
@@ -98,11 +99,13 @@ def test_the_largest_coefficients_are_kept_to_the_asked_number(weight: Tensor, b
 
 @given(
     kind=st.sampled_from(["gaussian", "heavy tails", "one outlier", "rows of different scale"]),
-    shape=st.tuples(st.integers(200, 400), st.integers(200, 400)),  # small ones feel every bit of the Huffman coder
+    shape=st.tuples(st.integers(200, 400), st.integers(200, 400)),  # small ones feel every byte of a table
     seed=st.integers(0, 2**32 - 1),
     basis=BASES,
     bits=st.floats(0.5, 8),
+    quantizer=st.sampled_from(list(QUANTIZERS)),
 )
-def test_bits_are_met(kind: str, shape: tuple[int, int], seed: int, basis: Basis, bits: float) -> None:
+def test_bits_are_met(kind: str, shape: tuple[int, int], seed: int, basis: Basis, bits: float, quantizer: str) -> None:
     weight = _matrix(kind, shape, torch.Generator().manual_seed(seed)).float()
-    assert encode(weight, Target("bits", bits), basis)[1].bits_per_weight == pytest.approx(bits, rel=0.005)
+    report = encode(weight, Target("bits", bits), basis, quantizer=quantizer)[1]
+    assert report.bits_per_weight == pytest.approx(bits, rel=0.005)

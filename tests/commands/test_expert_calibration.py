@@ -176,7 +176,37 @@ def test_experts_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
     assert report.manifest.report.bits_per_weight == pytest.approx(2.0, rel=0.03)
 
 
-@pytest.mark.parametrize(("family", "pattern"), [("jetmoe", "*_linear.weight"), ("llama4_text", "*.experts.*")])
+def test_moments_of_experts_below_each_other_in_one_matrix() -> None:
+    """DBRX has no third axis, and multiplies by the matrices of two parameters transposed, and of the third as is."""
+    kind = import_module("transformers.models.dbrx.modeling_dbrx").DbrxExperts
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}}
+    experts = kind(SimpleNamespace(**sizes))
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.3)
+    x, weights = torch.randn(5, 64), torch.rand(5, 2)
+    chosen = torch.tensor([[0, 3], [2, 3], [0, 2], [2, 0], [3, 2]])  # 1 has no token
+    mlp, asked = experts.mlp, range(3)
+    matrices = {f"{leaf}{i}": ExpertMatrix(mlp, leaf, i) for leaf in expert_matrices(mlp) for i in asked}
+    assert {key: own.width for key, own in matrices.items() if own.expert == 2} == {"w12": 64, "v12": 64, "w22": 32}
+    with torch.no_grad():
+        expected = experts(x, chosen, weights)
+        with expert_moments(matrices) as found:
+            torch.testing.assert_close(experts(x, chosen, weights), expected)
+    assert type(mlp).__name__ == "DbrxExpertGLU"
+    assert found.keys() == {"w10", "v10", "w20", "w12", "v12", "w22"}
+    for expert in (0, 2):
+        rows = x[(chosen == expert).any(1)]
+        w1, v1 = (own.detach()[32 * expert : 32 * expert + 32] for own in (mlp.w1, mlp.v1))
+        inner = torch.nn.functional.silu(rows @ w1.T) * (rows @ v1.T)
+        for name, given in (("w1", rows), ("v1", rows), ("w2", inner)):
+            torch.testing.assert_close(found[f"{name}{expert}"], given.T @ given, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [("jetmoe", "*_linear.weight"), ("llama4_text", "*.experts.*"), ("dbrx", "*.experts.mlp.*")],
+)
 def test_experts_with_a_forward_of_their_own_are_calibrated(
     tmp_path: Path, text: Path, family: str, pattern: str
 ) -> None:

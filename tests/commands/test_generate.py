@@ -19,6 +19,7 @@ from spectral_surgery.commands.generate import generate
 from spectral_surgery.commands.settings import Running
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 from spectral_surgery.files.peft.adapter_files import write_adapter
+from spectral_surgery.hf.models import continue_text
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.attach import adapted_layers, inject, state_of
@@ -50,6 +51,11 @@ def test_a_compressed_model_writes_what_the_dense_one_writes(folder: Path) -> No
     assert (ours.prompt_tokens, ours.tokens) == (3, 6)
     assert 0 < ours.first_seconds <= ours.seconds
     assert ours.weight_bytes < 0.3 * dense.weight_bytes
+
+
+def test_a_model_that_cannot_generate_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^generate: Linear has no method `generate`; expected a model that"):
+        continue_text(torch.nn.Linear(2, 2), None, PROMPT, SHORT, print)
 
 
 def test_sampling_follows_its_seed(folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_what_no_integer_is_near_leaves_other_columns_alone(height: int, value: 
     np.testing.assert_array_equal(found(values, costs=DEAR)[:, others], found(values[:, others], costs=DEAR))
 
 
-@pytest.mark.parametrize("scale", [300.0, 1e5, 4e8])
+@pytest.mark.parametrize("scale", [300.0, 1e5, 1e8])
 def test_large_levels_are_points(scale: float) -> None:
     """Where float32 has no halves any more, the points still are some: those around, with the parity that belongs."""
     values = numbers(32, 20, scale)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import ConfigError, TargetError
-from spectral_surgery.live.blocks import blocks_in_turn, find_blocks, moments_of
+from spectral_surgery.live.blocks import blocks_in_turn, find_blocks
+from spectral_surgery.live.moments import moments_of
 
 
 class Block(nn.Module):

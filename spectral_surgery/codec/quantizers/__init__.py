@@ -33,8 +33,17 @@ class Rounding(Protocol):
         """[r, I] float32, whole blocks of 32 rows but for the last, to integer codes and what they add up to."""
         ...
 
-    def round(self, values: Tensor) -> Tensor:
-        """[r, I] float32 in steps to [r, I] float32 codes; as for `quantize`."""
+    def feed(self, block: Tensor, square: Tensor, steps: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+        """Codes of columns that take up what the rounding of those before them left; see `codec.feedback`.
+
+        Returns [r, n] int32 codes, and [r, n] float32, what columns after these have to take up.
+
+        Args:
+            block: [r, n] float32, C-contiguous; changed.
+            square: [n, n] float32, C-contiguous: of the factor, for these columns.
+            steps: [n] float32.
+            offset: of the points codes stand for, in steps.
+        """
         ...
 
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:

@@ -30,10 +30,13 @@ _NOISE = 0.22  # squared error in squared steps, to begin with
 _PASSES = 2  # over the sample at each step, so that symbols and what they cost agree
 _PRICED = 1 << 12  # magnitudes that have prices of their own
 _UNSEEN = 0.05  # times that a code occurs that did not
-_ATTEMPTS = 8
+_ATTEMPTS = 16
 _NEAR = 0.02  # of a doubling of the step, from there on all of the sample is looked at
 _CLOSE = 0.002  # of a doubling: close enough
 _SOME = 4  # one block of so many, until it is near
+_MEDIAN = 0.6745  # of magnitudes of Gaussian numbers, in units of their root mean square
+_OCTAVES = 13.0  # around the root mean square, in which steps are looked for
+_EXACT = 1e-4  # an error that is small enough, whatever bits are left
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,13 @@ class LatticePoints:
             moments += Moments(kept, float(flat.abs().sum()), dot(flat, flat), dot(flat, values), 0.0)
         return codes, moments
 
-    def round(self, values: Tensor) -> Tensor:
-        """See `Rounding`. A single column is taken as if its blocks were columns, which is faster."""
-        rows, columns = values.shape
-        whole = rows // _BLOCK * _BLOCK
-        if columns > 1 or not whole:
-            return torch.cat(
-                [torch.from_numpy(_nearest(part.numpy(), 1.0, self.costs)) for part in values.split(_BLOCK)]
-            ).float()
-        blocks = np.ascontiguousarray(values[:whole].numpy().reshape(-1, _BLOCK).T)
-        levels = [_nearest(blocks, 1.0, self.costs).T.reshape(-1)]
-        if whole < rows:
-            levels.append(_nearest(values[whole:].numpy(), 1.0, self.costs).reshape(-1))
-        return torch.from_numpy(np.concatenate(levels)).float()[:, None]
+    def feed(self, block: Tensor, square: Tensor, steps: Tensor, offset: float) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """See `Rounding`; there is no offset."""
+        from spectral_surgery.kernels.feedback import feed_lattice
+
+        codes, errors = torch.empty(block.shape, dtype=torch.int32), torch.empty(block.shape)
+        feed_lattice(block.numpy(), square.numpy(), steps.numpy(), self.costs, codes.numpy(), errors.numpy())
+        return codes, errors
 
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:  # noqa: ARG002 - no offset to fit
         """See `Rounding`: the step of the least squared error, and no offset."""
@@ -125,29 +122,25 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
         blocks: [r, I] of a sample.
         above: of a trial, how many bits it is above what was asked.
     """
-    rms = float(np.sqrt(np.square(blocks, dtype=np.float64).mean()))
+    rms = math.sqrt(float(np.square(blocks, dtype=np.float64).mean()))
+    usual = float(np.median(np.abs(blocks[blocks != 0]))) / _MEDIAN  # which a few large ones do not move
+    low, high = math.log2(rms) - _OCTAVES, math.log2(rms) + _OCTAVES
     some, all_of_it = np.ascontiguousarray(blocks[:, ::_SOME]), False
-    place, tried = math.log2(rms), list[tuple[float, float]]()
-    trial = _trial(some, 2.0**place)
+    place = min(max(math.log2(usual), low), high)
+    trial, finer = _trial(some, 2.0**place), None
     for _ in range(_ATTEMPTS):
-        excess = above(trial)
-        tried.append((place, excess))
+        excess = above(trial) if trial.error > _EXACT else 1.0
+        low, high = (max(low, place), high) if excess > 0 else (low, min(high, place))
+        finer = trial if excess > 0 else finer
         if abs(excess) < _CLOSE and all_of_it:
             break
-        move = excess / _slope(tried)
-        if abs(move) < _NEAR and not all_of_it:
-            some, all_of_it, tried = blocks, True, []
-        place += min(max(move, -12.0), 12.0)
+        if abs(excess) < _NEAR and not all_of_it:
+            some, all_of_it = blocks, True
+            low, high = place - 4 * _NEAR, place + 4 * _NEAR  # it was found on some of them
+        place = place + excess if low < place + excess < high else (low + high) / 2
         trial = _trial(some, 2.0**place)
-    return trial.points
-
-
-def _slope(tried: list[tuple[float, float]]) -> float:
-    """By how much the excess fell in a doubling of the step, from the last two trials."""
-    if len(tried) < 2 or tried[-1][0] == tried[-2][0]:
-        return 1.0
-    (before, first), (here, last) = tried[-2:]
-    return min(max((first - last) / (here - before), 0.1), 2.0)
+    nothing_left = trial.error == 1  # constants have no step between all of it and nothing
+    return finer.points if finer is not None and nothing_left else trial.points
 
 
 def _trial(blocks: Array, step: float) -> _Trial:

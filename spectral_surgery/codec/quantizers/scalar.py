@@ -21,6 +21,7 @@ _CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
 _SUMMED = 1 << 16  # numbers of a float32 sum
 _FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
 _HALVINGS = 20  # of that range, to a hundred-thousandth of a step
+_EXACT = 1e-4  # an error that is small enough, whatever bits are left
 _ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
 _DEAD_ZONES = np.array([0.5, 0.54, 0.58, 0.62, 0.66, 0.7])  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
@@ -71,10 +72,14 @@ class DeadZone:
             float(kept.sum()), float(level.sum()), dot(level, level), dot(level, magnitude), dot(kept, magnitude)
         )
 
-    def round(self, values: Tensor) -> Tensor:
+    def feed(self, block: Tensor, square: Tensor, steps: Tensor, offset: float) -> tuple[Tensor, Tensor]:
         """See `Rounding`."""
-        level = (values.abs() - self.dead_zone / self.step).floor_().add_(1).clamp_(min=0)
-        return torch.copysign(level, values)
+        from spectral_surgery.kernels.feedback import feed_scalar
+
+        codes, errors = torch.empty(block.shape, dtype=torch.int32), torch.empty(block.shape)
+        ratio = self.dead_zone / self.step
+        feed_scalar(block.numpy(), square.numpy(), steps.numpy(), ratio, offset, codes.numpy(), errors.numpy())
+        return codes, errors
 
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:
         """Step and offset of the least-squares line through the centroids of all levels; see `Rounding`.
@@ -133,9 +138,13 @@ class Scalar:
 def for_bits(magnitudes: Magnitudes, entropy: float) -> DeadZone:
     """Quantiser with the least error at a given entropy, in bits per coefficient."""
     ratios = _DEAD_ZONES
-    steps = _steps(magnitudes, lambda s: ratios * s, lambda found, _: found <= entropy, len(ratios))
+    steps = _steps(magnitudes, lambda s: ratios * s, _unfilled(entropy), len(ratios))
     _, distortion = magnitudes.estimates(ratios * steps, steps)
     return _quantizer(ratios, steps, int(distortion.argmin()))
+
+
+def _unfilled(entropy: float) -> Callable[[Floats, Floats], npt.NDArray[np.bool_]]:
+    return lambda found, distortion: (found <= entropy) & (distortion > _EXACT**2)
 
 
 def for_error(magnitudes: Magnitudes, relative_error: float) -> DeadZone:

@@ -88,7 +88,15 @@ class _Calibration:
         factor = feedback_factor(turn.moment, basis)
         release_freed_memory()
         quantizer = job.plan.options.quantizer
-        codes = codes_at(turned, factor, target, basis, quantizer=quantizer, column_steps=not turn.transposed)
+        codes = codes_at(
+            turned,
+            factor,
+            target,
+            basis,
+            quantizer=quantizer,
+            column_steps=not turn.transposed,
+            threads=job.run.threads,
+        )
         codes = codes.T if turn.transposed else codes
         leave_codes(job.store, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

@@ -35,9 +35,9 @@ from spectral_surgery.live.blocks import (
     captured_inputs,
     find_blocks,
     has_blocks,
-    moments_of,
     next_inputs,
 )
+from spectral_surgery.live.moments import moments_of
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.sequences import equal_lengths
 from spectral_surgery.text.settings import TextData

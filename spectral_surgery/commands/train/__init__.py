@@ -20,6 +20,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.index import refuse_adapter
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
+from spectral_surgery.hf.load_errors import check_utf8
 from spectral_surgery.hf.models import load_classifier, load_model
 from spectral_surgery.live.attach import inject, trainable_parameters
 from spectral_surgery.live.heads import trained_heads
@@ -148,7 +149,9 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
 
     Raises:
         CheckpointError: when it is not empty and nothing was said.
+        ConfigError: when Python could not read its name: logs and tokenizers could not be written there.
     """
+    check_utf8(out, str(out))
     if not out.exists() or not any(out.iterdir()) or resume:
         return
     if not overwrite:

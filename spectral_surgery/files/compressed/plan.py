@@ -31,6 +31,8 @@ MAX_TILE = 4096
 _EMBEDDING = re.compile(r"(embed|wte|wpe|shared\.weight)", re.IGNORECASE)
 _HEAD = re.compile(r"(lm_head|embed_out|output\.weight|decoder\.weight|classifier\.weight)")
 _EXPERT = re.compile(r"experts?\b")
+_DBRX_EXPERTS = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
+_DBRX_USUAL = 4  # experts of a DBRX whose configuration does not say how many; as transformers 5.24 has it
 _ROUTER = re.compile(r"(\.gate\.weight|router)")
 
 
@@ -184,7 +186,8 @@ def make_plan(
         if reason:
             copied[name] = reason
         else:
-            tensors.append(replace(_planned(info, options.tile), base=counterpart(base, name, info.shape)))
+            planned = _planned(info, options.tile, _matrices_in(info, index.config))
+            tensors.append(replace(planned, base=counterpart(base, name, info.shape)))
     if not tensors:
         reasons = "; ".join(sorted(set(copied.values())))
         raise ConfigError(
@@ -206,9 +209,18 @@ def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] |
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _planned(info: TensorInfo, tile: int) -> PlannedTensor:
+def _matrices_in(info: TensorInfo, config: Mapping[str, object]) -> int:
+    """How many matrices of experts [rows, columns] are: DBRX has them one above the other, and no third axis."""
+    if len(info.shape) != 2 or config.get("model_type") != "dbrx" or not _DBRX_EXPERTS.search(info.name):
+        return 1
+    settings = config.get("ffn_config")
+    count = settings.get("moe_num_experts", _DBRX_USUAL) if isinstance(settings, dict) else _DBRX_USUAL
+    return count if isinstance(count, int) and count > 0 and info.shape[0] % count == 0 else 1
+
+
+def _planned(info: TensorInfo, tile: int, matrices: int) -> PlannedTensor:
     columns = info.shape[-1]
-    height = info.numel // columns  # rows that must stay together: all, or one expert
+    height = info.numel // columns // matrices  # rows that must stay together: all, or one expert
     if len(info.shape) > 2 and (_EXPERT.search(info.name) or _is_stack(info.shape)):
         height = info.shape[-2]
     elif len(info.shape) > 2:

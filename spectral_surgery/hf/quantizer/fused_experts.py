@@ -31,6 +31,7 @@ _MULTIPLIED_OUTSIDE = {("DbrxExpertGLU", leaf) for leaf in ("w1", "v1", "w2")}  
 
 # of classes with a forward of their own: whether experts multiply by the matrix, and not by the transposed one
 _BY_CLASS: Mapping[str, Mapping[str, bool]] = {
+    "DbrxExpertGLU": {"w1": False, "v1": False, "w2": True},
     "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
     "JetMoeParallelExperts": {"weight": False},
     "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
@@ -121,7 +122,7 @@ def fused_matrices(module: nn.Module) -> tuple[str, ...]:
 
 
 def expert_matrices(module: nn.Module) -> dict[str, bool]:
-    """The parameters with a matrix for each expert, [E, ...], that calibration knows the use of.
+    """The parameters with a matrix for each expert, one above the other, that calibration knows the use of.
 
     Returns by name, whether experts multiply by their matrix and not by the transposed one.
     """
