@@ -17,7 +17,9 @@ from spectral_surgery.codec import feedback_rate
 from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, decode_frame, encode_frame
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
+from spectral_surgery.errors import FormatVersionError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
+from spectral_surgery.files.compressed.manifest import check_version, parse_manifest
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.text.settings import TextData
 from tests.support.checkpoints import gaussian, llama_like, write_folder
@@ -155,3 +157,19 @@ def check_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
         written = dense.reshape(names["record"]["shape"])
         np.testing.assert_allclose(names["weights"], written, rtol=1e-4, atol=1e-6 * np.abs(written).max())
     return names
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        (1, r"format version 1; expected 2\. Compress the original again\."),
+        (3, r"format version 3; expected 2\. Upgrade spectral-surgery to read newer files\."),
+        (None, r"format version None; expected 2\. Upgrade"),
+        ("1", r"format version '1'; expected 2\. Upgrade"),
+    ],
+)
+def test_other_versions_are_refused(version: object, advice: str) -> None:
+    with pytest.raises(FormatVersionError, match=rf"^spectral_surgery\.json: {advice}"):
+        parse_manifest({"quant_method": "spectral_surgery", "format_version": version})
+    with pytest.raises(FormatVersionError, match=rf"^config\.json: {advice}"):
+        check_version(version, "config.json")

@@ -142,10 +142,8 @@ def damages(frame: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("file", SMALL, ids=lambda file: file.stem)
 def test_damaged_frames_are_errors_or_other_codes(file: Path) -> None:
     golden = read(file)
-    refused = 0
-    for damaged in damages(golden.frame):
-        refused += is_refused(damaged, golden.codes.shape)
-    assert refused > len(golden.frame), "whatever is cut off is missed"
+    errors = sum(is_refused(frame, golden.codes.shape) for frame in damages(golden.frame))
+    assert errors > len(golden.frame), "whatever is cut off is missed"
 
 
 def is_refused(frame: bytes, shape: tuple[int, int]) -> bool:
@@ -191,8 +189,8 @@ def test_indices_of_damaged_frames_are_in_bounds(tmp_path: Path) -> None:
         "-k",
         "test_damaged",
     ]  # not this one
-    checked = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(tests, env=checked, capture_output=True, text=True, check=False)
+    variables = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(tests, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert f"{2 * len(SMALL) + 1} passed" in done.stdout
 

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 def use(how: str, root: Path = ROOT, **environment: str | None) -> None:
     """Use all kernels in a fresh process; None takes a variable away."""
-    given = {name: value for name, value in (os.environ | environment).items() if value is not None}
-    given["PYTHONPATH"] = str(root)
+    variables = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    variables["PYTHONPATH"] = str(root)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.support.kernel_use", how],
         cwd=root,
-        env=given,
+        env=variables,
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ FREE = np.zeros(1, np.float32)  # what levels cost: nothing
 DEAR = (0.3 * np.log2(2 + np.arange(40))).astype(np.float32)
 
 
-def found(values: Array, inverse: Array | None = None, costs: Array = FREE) -> Array:
+def point_near(values: Array, inverse: Array | None = None, costs: Array = FREE) -> Array:
     out = np.full(values.shape, 99, np.int32)
     nearest(values, np.ones(values.shape[1], np.float32) if inverse is None else inverse, costs, out)
     return out
@@ -69,12 +69,12 @@ def test_members_of_small_heights(height: int) -> None:
     values = (-2, -1, 0, 1) if height < 6 else (-1, 2)
     vectors = np.array(list(itertools.product(values, repeat=height)), np.int32)
     code = reed_muller(height)
-    accepted = 0
+    members = 0
     for vector in vectors:
         wanted = tuple((vector & 1).tolist()) in code
         assert are_points(vector[:, None]) == wanted
-        accepted += wanted
-    assert accepted == len(vectors) * len(code) >> height
+        members += wanted
+    assert members == len(vectors) * len(code) >> height
 
 
 def test_members_of_whole_blocks() -> None:
@@ -120,7 +120,7 @@ def test_words_of_many_blocks(rows: int, dtype: Any) -> None:
 @pytest.mark.parametrize("height", range(1, 33))
 def test_nearest_is_as_cheap_as_trying_every_word(height: int, costs: Array) -> None:
     values = numbers(height, 19)  # a full vector of columns and three more
-    levels, wanted = found(values, costs=costs), nearest_reference(values, np.ones(19, np.float32), costs)
+    levels, wanted = point_near(values, costs=costs), nearest_reference(values, np.ones(19, np.float32), costs)
     assert are_points(levels)
     assert are_points(wanted)
     np.testing.assert_allclose(cost(values, levels, costs), cost(values, wanted, costs), rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_nearest_is_the_nearest_of_all_points(height: int) -> None:
     values = numbers(height, 40)
     base = np.floor(values).astype(np.int64)
     offsets = np.array(list(itertools.product(range(-1, 3), repeat=height)))
-    levels, code = found(values), reed_muller(height)
+    levels, code = point_near(values), reed_muller(height)
     for column in range(40):
         near = base[:, column] + offsets
         members = np.array([tuple(row) in code for row in (near & 1).tolist()])
@@ -144,9 +144,9 @@ def test_nearest_is_the_nearest_of_all_points(height: int) -> None:
 def test_columns_do_not_depend_on_each_other(columns: int) -> None:
     values = numbers(32, columns)
     inverse = np.linspace(0.5, 2, columns).astype(np.float32)
-    together = found(values, inverse, DEAR)
+    together = point_near(values, inverse, DEAR)
     for column in range(columns):
-        alone = found(values[:, column : column + 1], inverse[column : column + 1], DEAR)
+        alone = point_near(values[:, column : column + 1], inverse[column : column + 1], DEAR)
         np.testing.assert_array_equal(together[:, column], alone[:, 0])
 
 
@@ -154,32 +154,34 @@ def test_columns_do_not_depend_on_each_other(columns: int) -> None:
 def test_values_need_not_be_contiguous(height: int) -> None:
     wide = numbers(height, 60)
     for values in (wide[:, ::3], wide[:, 20:37], np.asfortranarray(wide), wide[::-1], numbers(60, height).T):
-        np.testing.assert_array_equal(found(values, costs=DEAR), found(np.ascontiguousarray(values), costs=DEAR))
+        np.testing.assert_array_equal(
+            point_near(values, costs=DEAR), point_near(np.ascontiguousarray(values), costs=DEAR)
+        )
     out = np.zeros((height, 120), np.int32)
     nearest(wide, np.ones(60, np.float32), FREE, out[:, ::2])
-    np.testing.assert_array_equal(out[:, ::2], found(wide))
+    np.testing.assert_array_equal(out[:, ::2], point_near(wide))
     assert not out[:, 1::2].any()
 
 
 @pytest.mark.parametrize("height", [1, 17, 32])
 def test_zeros_are_zero(height: int) -> None:
     for costs in (FREE, DEAR):
-        assert not found(np.zeros((height, 20), np.float32), costs=costs).any()
-        assert not found(np.full((height, 20), 1e-30, np.float32), costs=costs).any()
-        assert not found(np.full((height, 20), 1e-45, np.float32), costs=costs).any()
+        assert not point_near(np.zeros((height, 20), np.float32), costs=costs).any()
+        assert not point_near(np.full((height, 20), 1e-30, np.float32), costs=costs).any()
+        assert not point_near(np.full((height, 20), 1e-45, np.float32), costs=costs).any()
 
 
 @pytest.mark.parametrize("height", [5, 32])
 def test_extreme_values_and_steps(height: int) -> None:
     """Only their ratio matters."""
     values = numbers(height, 20)
-    wanted = found(values)
+    wanted = point_near(values)
     for factor in (2.0**100, 2.0**-100):
         scaled = (values * np.float32(factor)).astype(np.float32)
-        np.testing.assert_array_equal(found(scaled, np.full(20, 1 / factor, np.float32)), wanted)
+        np.testing.assert_array_equal(point_near(scaled, np.full(20, 1 / factor, np.float32)), wanted)
     one = np.zeros((height, 20), np.float32)
     one[2] = 1e30
-    levels = found(one, np.full(20, 1e-30 * 1000, np.float32))
+    levels = point_near(one, np.full(20, 1e-30 * 1000, np.float32))
     assert are_points(levels)
     np.testing.assert_allclose(levels[2], 1000, atol=4)
 
@@ -190,26 +192,26 @@ def test_what_no_integer_is_near_leaves_other_columns_alone(height: int, value: 
     values = numbers(height, 40)
     values[height // 2, ::3] = value
     others = np.arange(40) % 3 > 0
-    np.testing.assert_array_equal(found(values, costs=DEAR)[:, others], found(values[:, others], costs=DEAR))
+    np.testing.assert_array_equal(point_near(values, costs=DEAR)[:, others], point_near(values[:, others], costs=DEAR))
 
 
 @pytest.mark.parametrize("scale", [300.0, 1e5, 1e8])
 def test_large_levels_are_points(scale: float) -> None:
     """Where float32 has no halves any more, the points still are some: those around, with the parity that belongs."""
     values = numbers(32, 20, scale)
-    levels = found(values, costs=DEAR)
+    levels = point_near(values, costs=DEAR)
     assert are_points(levels)
     np.testing.assert_allclose(levels, values, atol=4 + 4e-7 * scale)
 
 
 def test_points_stay_where_they_are() -> None:
     codes = lattice_points(np.random.default_rng(0), (32, 50), 8)
-    np.testing.assert_array_equal(found(codes.astype(np.float32)), codes)
+    np.testing.assert_array_equal(point_near(codes.astype(np.float32)), codes)
 
 
 def test_levels_that_cost_are_avoided() -> None:
     values = numbers(32, 400)
-    free, dear = found(values), found(values, costs=DEAR)
+    free, dear = point_near(values), point_near(values, costs=DEAR)
     assert np.abs(dear).sum() < np.abs(free).sum()
     assert cost(values, dear, DEAR).sum() < cost(values, free, DEAR).sum()
     assert cost(values, free).sum() < cost(values, dear).sum()
@@ -218,7 +220,7 @@ def test_levels_that_cost_are_avoided() -> None:
 def test_the_error_is_that_of_the_lattice() -> None:
     """Of numbers spread evenly: 2^(27/16) times the second moment, which is below 1/12 of integers as dense."""
     values = np.random.default_rng(0).uniform(-64, 64, (32, 6000)).astype(np.float32)
-    error = cost(values, found(values)).mean() / 32
+    error = cost(values, point_near(values)).mean() / 32
     volume = 2.0 ** (2 * (32 + 1 - 6) / 32)  # of a point, as a square for each coefficient
     gain = 10 * np.log10(1 / 12 / (error / volume))
     assert 0.9 < gain < 1.1, "decibels, of 1.53 at most"
