@@ -79,8 +79,9 @@ def encode_frame(codes: Codes) -> bytes:
 def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes | None = None) -> Codes:
     """Decode one frame; the inverse of `encode_frame`.
 
-    Every size is checked against the shape before anything of that size is allocated. Returns [r, I] int8, int16 or
-    int32, as encoded; ``out`` itself where codes are int8 and it is given.
+    Every size is checked against the shape and the bytes before anything of that size is allocated. Codes alone can be
+    far more than the bytes: whoever names the shape bounds them. Returns [r, I] int8, int16 or int32, as encoded;
+    ``out`` itself where codes are int8 and it is given.
 
     Args:
         frame: the bytes of one frame.
@@ -95,17 +96,17 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
 
     view = memoryview(frame)
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
+    lattice = kind == LATTICE
+    tables, at = _tables(view, kind, low)
+    before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
+    sizes = (*before, -(-low * shape[0] * shape[1] // 8), itemsize * listed)
+    if at + sum(sizes) != len(view):
+        raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
     if itemsize != 1 or out is None:
         out = np.empty(shape, np.dtype(f"i{itemsize}"))
     if kind == ZEROS:
         out.fill(0)
         return out
-    tables, at = _tables(view, kind, low)
-    lattice = kind == LATTICE
-    before = (_words_bytes(shape) if lattice else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
-    sizes = (*before, -(-low * out.size // 8), itemsize * listed)
-    if at + sum(sizes) != len(view):
-        raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
     words, states, stream, lows, entries = _split(view[at:], sizes)
     masks = MASKS[_unpacked_words(words, shape)] if lattice else np.zeros(0, np.uint32)
     padded = np.zeros(length + 1, np.uint32)
@@ -118,7 +119,7 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     if read != length:
         raise CheckpointError(f"spectral frame: the stream does not end where it should; {_DAMAGED}")
     if not direct:
-        m = (symbols << low) | _unpacked(lows, symbols.size, low).reshape(shape)
+        m = (symbols << low) | _unpacked(lows, symbols.size, low).reshape(shape) if low else symbols
         out[:] = 2 * m + _odd(masks, shape) if lattice else m
         large = np.abs(symbols) > rans.LARGEST
         if np.count_nonzero(large) != listed:
@@ -162,13 +163,22 @@ def _with_low(codes: Codes, itemsize: int, kind: int, fixed: int, low: int) -> t
     listed = symbols_of(codes, kind == LATTICE, low, np.empty_like(codes), counts)
     tables = tuple(fitted_table(one, symmetry) for one, symmetry in zip(counts, _symmetries(kind, low), strict=False))
     coded = sum(table.bits(one) for table, one in zip(tables, counts, strict=False))
+    if kind == LATTICE and not low:
+        coded -= codes.shape[0] // BLOCK * codes.shape[1] * _parity_bits(counts)
     return _Plan(kind, tables, low, fixed + low * codes.size + 8 * itemsize * listed + coded), listed
+
+
+def _parity_bits(counts: Codes) -> float:
+    """Entropy of whether a symbol is odd, given c: what the last row of a block takes less. Counts are [2, 256]."""
+    sums = np.stack([counts[:, 0::2].sum(1), counts[:, 1::2].sum(1)])  # [parity, c]
+    share = np.maximum(sums, 1e-300) / np.maximum(sums.sum(0), 1)
+    return float(-(sums * np.log2(share)).sum() / sums.sum())
 
 
 def _symmetries(kind: int, low: int) -> tuple[int, ...]:
     """Of the table for each c."""
     main = ABOUT_HALF if low else ABOUT_ZERO
-    return (main, ABOUT_HALF) if kind == LATTICE else (main,)
+    return {ZEROS: (), INTEGERS: (main,), LATTICE: (main, ABOUT_HALF)}[kind]
 
 
 def _frequencies(plan: _Plan) -> npt.NDArray[np.int64]:
@@ -190,8 +200,10 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
             f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
             " Update spectral_surgery, or fetch the file again."
         )
-    if listed > shape[0] * shape[1]:
-        raise CheckpointError(f"spectral frame: a list of {listed} codes is longer than the frame; {_DAMAGED}")
+    size = shape[0] * shape[1]
+    fits = not any(fields[2:]) if kind == ZEROS else size > 0 and listed <= size
+    if not fits:
+        raise CheckpointError(f"spectral frame: {fields} cannot be of {shape} codes; {_DAMAGED}")
     return fields
 
 
@@ -247,17 +259,24 @@ def _unpacked_words(data: memoryview, shape: tuple[int, int]) -> Bytes:
 
 def _packed(numbers: Codes, bits: int) -> bytes:
     """The low bits of numbers, one after the other, the lowest bit first."""
-    if not bits:
-        return b""
-    places = np.arange(bits, dtype=numbers.dtype)
-    return np.packbits((numbers.reshape(-1, 1) >> places) & 1, bitorder="little").tobytes()
+    flags = np.empty((numbers.size, bits), np.uint8)
+    for bit in range(bits):
+        flags[:, bit] = numbers.reshape(-1) >> bit & 1
+    return np.packbits(flags, bitorder="little").tobytes()
 
 
 def _unpacked(data: memoryview, count: int, bits: int) -> npt.NDArray[np.int32]:
-    flags = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.int32)
-    total: npt.NDArray[np.int32] = flags.reshape(count, bits).astype(np.int32) @ weights
-    return total
+    """The inverse of `_packed`: [count] numbers of 1 to 24 bits. Eight of them are a whole number of bytes."""
+    octets = np.zeros((-(-count // 8), bits), np.uint8)
+    octets.reshape(-1)[: len(data)] = np.frombuffer(data, np.uint8)
+    out = np.empty((len(octets), 8), np.int32)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        number = np.zeros(len(octets), np.int32)
+        for byte in range(first, -(-(place + 1) * bits // 8)):
+            number |= octets[:, byte].astype(np.int32) << 8 * (byte - first)
+        out[:, place] = (number >> shift) & ((1 << bits) - 1)
+    return out.reshape(-1)[:count]
 
 
 def _odd(masks: Codes, shape: tuple[int, int]) -> Codes:

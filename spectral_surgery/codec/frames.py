@@ -27,8 +27,8 @@ def encode_rows(codes: Tensor, tile: int, *, threads: int = 1, verify: bool = Tr
         CheckpointError: when a frame does not decode to its codes.
     """
     height = rows_per_frame(codes.shape[1], tile)
-    dtype = narrowest(codes)
-    parts = [codes[start:stop].to(dtype) for start, stop in frame_spans(len(codes), height)]
+    rows = [codes[start:stop] for start, stop in frame_spans(len(codes), height)]
+    parts = [part.to(narrowest(part)) for part in rows]
     encode = checked_frame if verify else _frame
     return height, tuple(parallel_map(encode, parts, threads))
 

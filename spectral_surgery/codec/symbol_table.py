@@ -122,15 +122,15 @@ def _entries(weights: Counts, times: Counts) -> tuple[int, ...]:
 def with_parity(frequencies: Counts) -> Counts:
     """Frequencies of symbols of which one bit is known: [2, 256], of even and of odd ones.
 
-    Those of the parity are scaled to 4096 slots, rounded down but not to zero, and the most frequent one of them, the
-    first of several, takes what is left over or too much.
+    Those of the parity are scaled to 4096 slots and rounded down, which leaves at least one to each, and the most
+    frequent of them, the first of several, takes what is left over, up to 4095.
     """
     out = np.zeros((2, 256), np.int64)
     for parity in (0, 1):
         chosen = frequencies[parity::2]
         total = int(chosen.sum())
         if total:
-            scaled = np.where(chosen > 0, np.maximum(chosen * SLOTS // total, 1), 0)
+            scaled = chosen * SLOTS // total
             largest = int(scaled.argmax())
             scaled[largest] = min(scaled[largest] + SLOTS - int(scaled.sum()), SLOTS - 1)
             out[parity, parity::2] = scaled

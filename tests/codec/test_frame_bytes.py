@@ -1,224 +1,291 @@
-"""Frames: every code comes back, sizes are near the entropy, and damaged bytes are errors."""
+"""Frames: every code comes back, sizes are at the entropy, and damaged bytes are errors or other codes."""
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
 
-from spectral_surgery.codec.frame_bytes import Layout, choose_layout, decode_frame, encode_frame, entropy
-from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from benchmarks.cases.coding import information_of
+from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, ZEROS, decode_frame, encode_frame
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.kernels.lattice import nearest
+from tests.codec.golden_frames import FOLDER, Golden, read
+from tests.support.codes import Codes, integers, lattice_points
 
-LAYOUTS = [
-    *(Layout("packed", digits) for digits in (1, 2, 3, 5)),
-    *(Layout("split", 2, bits) for bits in (1, 2, 3, 4, 6, 7)),
-    *(Layout(kind, digits) for kind in ("bitmap", "gaps") for digits in (1, 2, 3, 4)),
-]
-
-
-def codes_of(rng: np.random.Generator, n: int, scale: float, dtype: Any) -> Any:
-    limit = np.iinfo(dtype).max
-    return np.clip(rng.standard_t(1.5, n) * scale, -limit, limit).astype(dtype)
+DTYPES = (np.int8, np.int16, np.int32)
+SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (1, 40), (40, 1), (31, 3), (32, 3), (33, 3), (64, 129), (95, 200)]
+SMALL = [file for file in sorted(FOLDER.glob("*.json")) if file.stat().st_size < 3500 and "lanes" not in file.stem]
 
 
-def gaussian_codes(n: int, dead_zone: float, step: float) -> Any:
-    x = np.random.default_rng(0).standard_normal(n)
-    magnitude = np.maximum(np.floor((np.abs(x) - dead_zone) / step) + 1, 0)
-    codes = np.sign(x) * magnitude
-    return codes.astype(np.int8 if magnitude.max() <= 127 else np.int16)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
-def test_every_layout_holds_every_code(layout: Layout, dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("make", [integers, lattice_points])
+def test_every_code_comes_back(make: Any, shape: tuple[int, int], dtype: Any) -> None:
     rng = np.random.default_rng(0)
-    limit = np.iinfo(dtype).max
-    cases = [codes_of(rng, n, scale, dtype) for n in (0, 1, 7, 8, 9, 15, 16, 17, 63, 1000) for scale in (0.3, 3, 40)]
-    cases += [np.array([limit, -limit, -limit - 1, 0, 1, -1] * 7, dtype), np.zeros(100, dtype)]
-    cases += [np.full(33, -limit - 1, dtype)]
-    for codes in cases:
-        back = decode_frame(encode_frame(codes, layout), codes.size)
+    for spread in (0.1, 3, 90, 4e4, 1e9):
+        codes = make(rng, shape, spread, dtype)
+        back = decode_frame(encode_frame(codes), shape)
         assert back.dtype == dtype
         np.testing.assert_array_equal(back, codes)
-        out = np.full(codes.size, 99, np.int8)
-        given = decode_frame(encode_frame(codes, layout), codes.size, out)
-        np.testing.assert_array_equal(given, codes)
-        assert np.shares_memory(given, out) == (dtype == np.int8 and codes.size > 0)
 
 
-@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=70), st.sampled_from(LAYOUTS))
-def test_round_trip_of_anything(values: list[int], layout: Layout) -> None:
-    codes = np.array(values, np.int32)
-    np.testing.assert_array_equal(decode_frame(encode_frame(codes, layout), codes.size), codes)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_codes_come_back(dtype: Any) -> None:
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    for values in ([low], [high], [low, high], [low, high, 0, 1, -1], [0] * 40 + [low]):
+        codes = np.resize(np.array(values, dtype), (40, 7))
+        np.testing.assert_array_equal(decode_frame(encode_frame(codes), codes.shape), codes)
 
 
-@pytest.mark.parametrize(
-    ("dead_zone", "step", "bits"),
-    [
-        *((0.008, 0.016, 8), (0.03, 0.06, 6), (0.15, 0.25, 4), (0.3, 0.5, 3), (0.6, 1, 2)),
-        *((0.9, 1.5, 1.4), (1.2, 2, 1), (1.45, 2.4, 0.75), (1.28, 0.5, 1.2)),
-    ],
-)
-def test_stored_bits_are_near_the_entropy(dead_zone: float, step: float, bits: float) -> None:
-    codes = gaussian_codes(1 << 18, dead_zone, step)
-    least = entropy(codes)
-    assert least == pytest.approx(bits, abs=0.15)
-    assert 8 * len(encode_frame(codes, choose_layout(codes))) / codes.size <= 1.03 * least
+def test_codes_need_not_be_contiguous() -> None:
+    codes = integers(np.random.default_rng(0), (60, 40), 3, np.int16)
+    assert encode_frame(codes.T) == encode_frame(np.ascontiguousarray(codes.T))
 
 
-@pytest.mark.parametrize("density", [0.01, 0.03, 0.1])
-def test_gaps_are_near_the_entropy_where_bits_cannot_be(density: float) -> None:
-    """A byte costs zstd a bit at least, and most bytes of a sparse bitmap are zero."""
-    codes = (np.random.default_rng(0).random(1 << 18) < density).astype(np.int8)
-    least = entropy(codes) * codes.size / 8
-    assert len(encode_frame(codes, Layout("gaps", 4))) < 1.05 * least
-    if density < 0.1:
-        assert len(encode_frame(codes, Layout("bitmap", 4))) > 1.2 * least
-
-
-def test_one_layout_alone_is_not_enough() -> None:
-    codes = gaussian_codes(1 << 18, 1.28, 0.5)
-    packed = min(len(encode_frame(codes, layout)) for layout in LAYOUTS if layout == Layout("packed", 2))
-    assert 8 * packed / codes.size > 1.1 * entropy(codes)
-    assert choose_layout(codes).is_sparse
-
-
-@pytest.mark.parametrize("outlier", [1000, 2**30])
-def test_outliers_do_not_choose_the_layout(outlier: int) -> None:
-    codes = gaussian_codes(1 << 18, 1.28, 0.5).astype(np.int32)
-    plain = len(encode_frame(codes, choose_layout(codes)))
-    codes[:: 1 << 12] = outlier
-    assert len(encode_frame(codes, choose_layout(codes))) < 1.01 * plain
-    few = np.where(np.arange(1 << 18) % 4096 == 0, codes, 0).astype(np.int32)
-    assert len(encode_frame(few, choose_layout(few))) < 2000
+def test_int8_codes_go_where_they_are_wanted() -> None:
+    rng = np.random.default_rng(0)
+    for codes in (
+        integers(rng, (40, 9), 50, np.int8),
+        lattice_points(rng, (40, 9), 3, np.int8),
+        np.zeros((40, 9), "i1"),
+    ):
+        out = np.full(codes.shape, 99, np.int8)
+        assert decode_frame(encode_frame(codes), codes.shape, out) is out
+        np.testing.assert_array_equal(out, codes)
+    wide, out = np.full((40, 9), 1000, np.int16), np.full((40, 9), 99, np.int8)
+    np.testing.assert_array_equal(decode_frame(encode_frame(wide), wide.shape, out), wide)
+    assert (out == 99).all()
 
 
 def test_equal_codes_give_equal_bytes() -> None:
-    codes = gaussian_codes(5000, 0.3, 0.5)
-    assert encode_frame(codes, choose_layout(codes)) == encode_frame(codes.copy(), choose_layout(codes.copy()))
+    codes = integers(np.random.default_rng(0), (50, 60), 3, np.int8)
+    assert encode_frame(codes) == encode_frame(codes.copy())
 
 
-def test_only_flat_signed_integers_are_codes() -> None:
-    with pytest.raises(ConfigError, match=r"codes are float32 \(3,\)"):
-        encode_frame(np.zeros(3, np.float32), LAYOUTS[0])
-    with pytest.raises(ConfigError, match=r"codes are int8 \(3, 3\)"):
-        encode_frame(np.zeros((3, 3), np.int8), LAYOUTS[0])
+@pytest.mark.parametrize("codes", [np.zeros((3, 3), np.float32), np.zeros(3, np.int8), np.zeros((3, 3), np.uint8)])
+def test_only_matrices_of_signed_integers_are_codes(codes: Codes) -> None:
+    with pytest.raises(ConfigError, match="expected int8, int16 or int32"):
+        encode_frame(codes)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_truncated_and_flipped_frames(layout: Layout) -> None:
-    codes = codes_of(np.random.default_rng(1), 200, 4, np.int16)
-    frame = encode_frame(codes, layout)
-    for length in range(len(frame)):
-        with pytest.raises(CheckpointError):
-            decode_frame(frame[:length], codes.size)
-    with pytest.raises(CheckpointError, match="sections do not add up"):
-        decode_frame(frame + b"\0", codes.size)
-    rng = np.random.default_rng(2)
-    for _ in range(200):
-        damaged = bytearray(frame)
-        damaged[rng.integers(len(frame))] ^= 1 << rng.integers(8)
-        try:
-            assert decode_frame(bytes(damaged), codes.size).shape == codes.shape
-        except CheckpointError:
-            continue
+# --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def test_low_bits_belong_to_one_layout() -> None:
-    for layout, low_bits in ((Layout("packed", 2), 2), (Layout("split", 2, 2), 0)):
-        frame = bytearray(encode_frame(np.ones(100, np.int8), layout))
-        frame[2] = low_bits
-        with pytest.raises(CheckpointError, match="impossible layout"):
-            decode_frame(bytes(frame), 100)
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.5, 4, 12, 30, 60, 1000])
+@pytest.mark.parametrize("kind", [INTEGERS, LATTICE])
+def test_sizes_are_at_the_entropy(kind: int, scale: float) -> None:
+    codes = gaussian_codes(kind, scale)
+    frame = encode_frame(codes)
+    assert frame[0] == kind
+    assert 8 * len(frame) <= 1.005 * information_of(codes)
 
 
-def test_a_frame_for_another_count_is_refused() -> None:
-    frame = encode_frame(np.ones(100, np.int8), Layout("packed", 2))
-    with pytest.raises(LimitError, match="declares 50 bytes where 51 belong"):
-        decode_frame(frame, 101)
+def gaussian_codes(kind: int, scale: float) -> Codes:
+    """[1024, 1024] Gaussian numbers, rounded: integers, or the nearest points of the lattice."""
+    values = (scale * np.random.default_rng(0).standard_normal((1024, 1024))).astype(np.float32)
+    codes = np.rint(values).astype(np.int32)
+    if kind == LATTICE:
+        ones, free = np.ones(1024, np.float32), np.zeros(1, np.float32)
+        for top in range(0, 1024, 32):
+            nearest(values[top : top + 32], ones, free, codes[top : top + 32])
+    return codes
 
 
-def test_a_small_frame_claiming_terabytes() -> None:
-    bomb = b"\x28\xb5\x2f\xfd" + bytes([0xC0, 0x00]) + struct.pack("<Q", 1 << 42) + b"\x01\0\0"
-    assert zstandard.frame_content_size(bomb) == 1 << 42
-    frame = struct.pack("<BBBBB", 0, 1, 0, 1, 0) + struct.pack("<I", len(bomb)) + bomb
+@pytest.mark.parametrize("density", [0.003, 0.01, 0.1])
+def test_sparse_codes_are_near_the_entropy(density: float) -> None:
+    """The header, a table, and states of 64 bytes count here."""
+    rng = np.random.default_rng(0)
+    codes = ((rng.random((1024, 1024)) < density) * rng.choice([-1, 1], (1024, 1024))).astype(np.int8)
+    assert 8 * len(encode_frame(codes)) <= 1.005 * information_of(codes) + 8 * 90
+
+
+def test_a_few_large_codes_cost_only_themselves() -> None:
+    rng = np.random.default_rng(0)
+    for make in (integers, lattice_points):
+        codes = make(rng, (256, 512), 1)
+        before = len(encode_frame(codes))
+        codes[::64, ::64] = codes[::64, ::64] % 4 + (1 << 29)
+        codes = codes if make is integers else with_even_blocks(codes)
+        assert len(encode_frame(codes)) <= before + 6 * 32 + 2 * 128, "each a symbol and 4 bytes, and longer tables"
+
+
+def with_even_blocks(codes: Codes) -> Codes:
+    """The second row of each block is changed where the m of the block add up to an odd number."""
+    blocks = codes.reshape(-1, 32, codes.shape[1])
+    blocks[:, 1] += 2 * ((blocks >> 1).sum(1) & 1).astype(codes.dtype)
+    return blocks.reshape(codes.shape)
+
+
+# ------------------------------------------------------------------------------------------------------ damaged frames
+
+
+def damages(frame: bytes) -> Iterator[bytes]:
+    """Every byte changed in two ways, every end cut, and bytes too many."""
+    for place in range(len(frame)):
+        for change in (1 << place % 8, 255):
+            yield frame[:place] + bytes([frame[place] ^ change]) + frame[place + 1 :]
+        yield frame[:place]
+    yield frame + b"\0"
+    yield frame + frame
+
+
+@pytest.mark.parametrize("file", SMALL, ids=lambda file: file.stem)
+def test_damaged_frames_are_errors_or_other_codes(file: Path) -> None:
+    golden = read(file)
+    errors = sum(is_refused(frame, golden.codes.shape) for frame in damages(golden.frame))
+    assert errors > len(golden.frame), "whatever is cut off is missed"
+
+
+def is_refused(frame: bytes, shape: tuple[int, int]) -> bool:
+    try:
+        codes = decode_frame(frame, shape)
+    except CheckpointError:
+        return True
+    assert codes.shape == shape
+    assert codes.dtype in DTYPES
+    return False
+
+
+@pytest.mark.parametrize("file", SMALL, ids=lambda file: file.stem)
+def test_damaged_headers_with_random_bytes(file: Path) -> None:
+    """What follows a header that fits is all taken: states, words and tables of any bits."""
+    golden, rng = read(file), np.random.default_rng(0)
+    for _ in range(100):
+        body = bytearray(golden.frame)
+        start = int(rng.integers(0, len(body)))
+        body[start:] = rng.bytes(len(body) - start)
+        is_refused(bytes(body), golden.codes.shape)
+
+
+def test_damaged_frames_of_other_shapes() -> None:
+    for file in SMALL:
+        golden = read(file)
+        rows, columns = golden.codes.shape
+        for shape in ((rows + 1, columns), (rows, columns + 1), (rows - 1, columns), (0, columns), (rows, 0)):
+            assert is_refused(golden.frame, shape) or golden.frame[0] == ZEROS, file.stem
+
+
+@pytest.mark.slow
+def test_indices_of_damaged_frames_are_in_bounds(tmp_path: Path) -> None:
+    """The tests above, with compiled code that checks every index."""
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "test_damaged",
+    ]  # not this one
+    variables = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(tests, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert f"{2 * len(SMALL) + 1} passed" in done.stdout
+
+
+def small(kind: int) -> Golden:
+    """A frame of one lane without low bits or a list."""
+    return read(FOLDER / {INTEGERS: "integers-int8.json", LATTICE: "lattice-int8.json"}[kind])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("kind", 3, "unknown kind 3/1/0/1; written by another version, or damaged"),
+        ("kind", 255, "unknown kind"),
+        ("size", 3, "unknown kind"),
+        ("low", 25, "unknown kind"),
+        ("lanes", 0, "unknown kind"),
+        ("lanes", 65, "unknown kind"),
+        ("kind", 0, "unknown kind"),
+        ("words", (1 << 32) - 1, "its parts do not add up to its"),
+        ("listed", (1 << 32) - 1, "cannot be of"),
+        ("listed", 64, "its parts do not add up to its"),
+        ("low", 24, "entries does not add up to 4096"),
+    ],
+)
+def test_headers_that_lie(field: str, value: int, text: str) -> None:
+    golden = small(LATTICE)
+    fields = dict(zip(("kind", "size", "low", "lanes", "words", "listed"), header(golden.frame), strict=True))
+    frame = struct.pack("<BBBBII", *(fields | {field: value}).values()) + golden.frame[12:]
     tracemalloc.start()
-    with pytest.raises(LimitError, match=r"declares 4398046511104 bytes where 100 belong; .*do not use it"):
-        decode_frame(frame, 100)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    try:
+        with pytest.raises(CheckpointError, match=text):
+            decode_frame(frame, golden.codes.shape)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def header(frame: bytes) -> tuple[int, ...]:
+    return struct.unpack_from("<BBBBII", frame)
+
+
+def test_zeros_are_nothing_but_a_header() -> None:
+    frame = encode_frame(np.zeros((4, 4), np.int16))
+    assert frame == bytes([0, 2]) + bytes(10)
+    for other in (frame + b"\0", frame[:11], bytes([0, 2, 1]) + bytes(9), bytes([0, 2, 0, 65]) + bytes(8)):
+        with pytest.raises(CheckpointError):
+            decode_frame(other, (4, 4))
+
+
+def test_a_list_of_another_length() -> None:
+    golden = read(FOLDER / "integers-int32-list.json")
+    fields = header(golden.frame)
+    none = golden.frame[12 : -4 * fields[5]]
+    for more, body in ((1, golden.frame[12:] + bytes(4)), (-1, golden.frame[12:-4]), (-fields[5], none)):
+        frame = struct.pack("<BBBBII", *fields[:5], fields[5] + more) + body
+        with pytest.raises(CheckpointError, match=f"a list of {fields[5] + more} codes has another length than needed"):
+            decode_frame(frame, golden.codes.shape)
+    other = decode_frame(golden.frame[:-4] + struct.pack("<i", -7), golden.codes.shape)
+    assert (other != golden.codes).sum() == 1
+    assert -7 in other
+
+
+@pytest.mark.parametrize("kind", [INTEGERS, LATTICE])
+def test_the_stream_must_end(kind: int) -> None:
+    golden = small(kind)
+    fields = header(golden.frame)
+    longer = struct.pack("<BBBBII", *fields[:4], fields[4] + 1, 0) + golden.frame[12:] + bytes(4)
+    shorter = struct.pack("<BBBBII", *fields[:4], fields[4] - 1, 0) + golden.frame[12:-4]
+    for frame in (longer, shorter):
+        with pytest.raises(CheckpointError, match="the stream does not end where it should"):
+            decode_frame(frame, golden.codes.shape)
+
+
+def test_memory_is_that_of_the_codes() -> None:
+    """A few bytes may be many codes, but nothing more than these and a table is allocated for them."""
+    codes = np.full((1024, 1024), 1, np.int8)
+    codes[0, 0] = 0
+    frame = encode_frame(codes)
+    tracemalloc.start()
+    decode_frame(frame, codes.shape)
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert peak < codes.nbytes + len(frame) + (1 << 18)
 
 
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        ((9, 1, 0, 1, 0), "unknown layout"),
-        ((0, 7, 0, 1, 0), "unknown layout"),
-        ((0, 1, 0, 3, 0), "unknown layout"),
-        ((0, 1, 8, 1, 0), "impossible layout"),
-        ((1, 1, 1, 1, 0), "impossible layout"),
-        ((2, 1, 1, 1, 0), "impossible layout"),
-        ((0, 1, 0, 1, 2), "impossible layout"),
-    ],
-)
-def test_headers_that_lie(header: tuple[int, ...], text: str) -> None:
-    with pytest.raises(CheckpointError, match=text):
-        decode_frame(struct.pack("<BBBBB", *header) + bytes(40), 10)
-
-
-def test_a_digit_out_of_range() -> None:
-    section = zstandard.ZstdCompressor().compress(bytes([226] * 5))  # 15 * 15 = 225 values only
-    frame = struct.pack("<BBBBBI", 0, 2, 0, 1, 0, len(section)) + section
-    with pytest.raises(CheckpointError, match="a digit is out of range"):
-        decode_frame(frame, 10)
-
-
-@pytest.mark.parametrize("gaps", [bytes([9]), bytes([0, 8]), bytes([255])])
-def test_a_place_beyond_the_frame(gaps: bytes) -> None:
-    sections = [zstandard.ZstdCompressor().compress(data) for data in (gaps, bytes(2))]
-    frame = struct.pack("<BBBBBII", 2, 1, 0, 1, 0, *map(len, sections)) + b"".join(sections)
-    with pytest.raises(CheckpointError, match=r"a code at place \d+ of 9; the data is damaged"):
-        decode_frame(frame, 9)
-
-
-def test_more_gaps_than_places() -> None:
-    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes(11), bytes(2))]
-    frame = struct.pack("<BBBBBII", 2, 1, 0, 1, 0, *map(len, sections)) + b"".join(sections)
-    with pytest.raises(LimitError, match="declares 11 bytes where at most 10 belong"):
-        decode_frame(frame, 10)
-
-
-def test_an_overflow_beyond_the_code_type() -> None:
-    sections = [zstandard.ZstdCompressor().compress(data) for data in (bytes([14]), bytes([0]), bytes([255]))]
-    frame = struct.pack("<BBBBBIII", 0, 2, 0, 1, 1, *map(len, sections)) + b"".join(sections)
-    with pytest.raises(CheckpointError, match="a code exceeds int8"):
-        decode_frame(frame, 1)
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        (b"", "zstd says .*; the data is damaged"),
-        (b"not zstd at all", "zstd says"),
-        (zstandard.ZstdCompressor().compress(bytes(10)) + b"more", "zstd says .*unused data"),
-        (zstandard.ZstdCompressor().compress(bytes(range(10)))[:-1], "zstd says"),
-        (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10)), "declares -1 bytes where 10 belong"),
-    ],
-)
-def test_sections_zstd_refuses(data: bytes, text: str) -> None:
-    frame = struct.pack("<BBBBBI", 0, 1, 0, 1, 0, len(data)) + data
-    with pytest.raises(CheckpointError, match=text):
-        decode_frame(frame, 10)
-
-
-def test_headers_cut_short() -> None:
-    with pytest.raises(CheckpointError, match="4 bytes are too few for a header"):
-        decode_frame(bytes(4), 10)
-    with pytest.raises(CheckpointError, match="8 bytes are too few for a header"):
-        decode_frame(struct.pack("<BBBBB", 0, 1, 0, 1, 0) + bytes(3), 10)
+def test_threads_decode_at_once() -> None:
+    rng = np.random.default_rng(0)
+    all_codes = [make(rng, (256, 700), 3, dtype) for make in (integers, lattice_points) for dtype in DTYPES]
+    frames = [encode_frame(codes) for codes in all_codes]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            (codes, pool.submit(decode_frame, frame, codes.shape))
+            for _ in range(4)
+            for frame, codes in zip(frames, all_codes, strict=True)
+        ]
+        for codes, job in jobs:
+            np.testing.assert_array_equal(job.result(), codes)

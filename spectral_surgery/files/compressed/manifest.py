@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: when there is none or it is damaged.
-        FormatVersionError: when a newer release wrote it.
+        FormatVersionError: when it is of another format version.
         LimitError: when it claims impossible sizes.
     """
     path = folder / FILE_NAME
@@ -158,12 +158,7 @@ def parse_manifest(body: object) -> Manifest:
     """Check the parsed JSON of a manifest; see `read_manifest`."""
     if not isinstance(body, dict) or body.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{FILE_NAME}: not a manifest of this format; expected the file that compress wrote.")
-    version = body.get("format_version")
-    if version != FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{FILE_NAME}: format version {version!r}; expected {FORMAT_VERSION}. Upgrade spectral-surgery to read "
-            "newer files."
-        )
+    check_version(body.get("format_version"), FILE_NAME)
     try:
         tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
         aliases = {str(alias): str(name) for alias, name in body["aliases"].items()}
@@ -175,6 +170,14 @@ def parse_manifest(body: object) -> Manifest:
             f"{FILE_NAME}: damaged ({error!r}); expected the file that compress wrote. Fetch it again."
         ) from None
     return Manifest(tensors, aliases, options, source, command)
+
+
+def check_version(version: object, file: str) -> None:
+    """Refuse a format version that this release does not read, with what to do about it, as FormatVersionError."""
+    if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
+        advice = "Compress the original again" if older else "Upgrade spectral-surgery to read newer files"
+        raise FormatVersionError(f"{file}: format version {version!r}; expected {FORMAT_VERSION}. {advice}.")
 
 
 def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import ConfigError, FormatVersionError
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
-from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD
+from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, check_version
 from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.remote_code import forget_shim
 from spectral_surgery.hf import swapped_models as swap_plugin
@@ -55,12 +55,7 @@ class Settings:
     """
 
     def __init__(self, **settings: Any) -> None:
-        version = settings.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"config.json: compressed in format version {version!r}; expected {FORMAT_VERSION}. Upgrade"
-                " spectral-surgery to read newer files."
-            )
+        check_version(settings.get("format_version", FORMAT_VERSION), "config.json")
         self.__dict__.update(settings)
         self.quant_method = QUANT_METHOD
         self.resident: str | Mapping[str, str] = settings.get("resident", AUTO)

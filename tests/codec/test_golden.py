@@ -1,0 +1,63 @@
+"""Frames that were written once decode to the same codes for ever, and equal codes give equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, ZEROS, decode_frame, encode_frame
+from tests.codec.golden_frames import CASES, FOLDER, read, write
+from tests.support.format_page import page_reader
+
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_decodes_to_its_codes(file: Path) -> None:
+    golden = read(file)
+    decoded = decode_frame(golden.frame, golden.codes.shape)
+    assert decoded.dtype == golden.codes.dtype
+    np.testing.assert_array_equal(decoded, golden.codes)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "8-lanes" not in file.stem], ids=lambda file: file.stem)
+def test_the_page_decodes_it(file: Path) -> None:
+    golden = read(file)
+    np.testing.assert_array_equal(page_reader()(golden.frame, *golden.codes.shape), golden.codes)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_codes_give_the_same_bytes(file: Path) -> None:
+    golden = read(file)
+    assert encode_frame(golden.codes) == golden.frame
+
+
+def test_every_case_has_a_file() -> None:
+    assert {file.stem for file in FILES} == set(CASES), "python -m tests.codec.golden_frames writes new ones"
+
+
+def test_every_kind_of_frame_is_there() -> None:
+    """Each kind with each size of a code, low bits, a list and every number of lanes."""
+    kinds: dict[int, dict[str, set[int]]] = {}
+    for file in FILES:
+        kind, size, low, lanes = (frame := read(file).frame)[:4]
+        fields = kinds.setdefault(kind, {"size": set(), "low": set(), "lanes": set(), "list": set()})
+        fields["size"].add(size)
+        fields["low"].add(low > 0)
+        fields["lanes"].add(lanes)
+        fields["list"].add(int.from_bytes(frame[8:12], "little") > 0)
+    assert kinds.keys() == {ZEROS, INTEGERS, LATTICE}
+    for kind in (INTEGERS, LATTICE):
+        every = {"size": {1, 2, 4}, "low": {0, 1}, "lanes": {1, 2, 8}, "list": {0, 1}}
+        assert kinds[kind] == every
+
+
+def test_none_is_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "case.json"
+    codes = np.array([[1, -2]], np.int16)
+    write(file, codes)
+    np.testing.assert_array_equal(read(file).codes, codes)
+    with pytest.raises(FileExistsError):
+        write(file, codes)

@@ -1,0 +1,77 @@
+"""Kernels run wherever Python does: with a cache and without one, in threads, forks and fresh processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spectral_surgery.kernels.compile import kernel
+
+ROOT = Path(__file__).parents[2]
+
+
+def use(how: str, root: Path = ROOT, **environment: str | None) -> None:
+    """Use all kernels in a fresh process; None takes a variable away."""
+    variables = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    variables["PYTHONPATH"] = str(root)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.support.kernel_use", how],
+        cwd=root,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_they_are_kept_on_disk(tmp_path: Path) -> None:
+    use("once", NUMBA_CACHE_DIR=str(tmp_path))
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb*")}
+    names = {file.name.split("-")[0] for file in files}
+    assert names >= {"lattice.nearest", "lattice.words_of", "rans._encode", "rans.decode", "rans.symbols_of"}
+    use("once", NUMBA_CACHE_DIR=str(tmp_path))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb*")} == files, "compiled again"
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # an administrator may write to every folder, but to none below a file
+    (tmp_path / "folder").mkdir(mode=0o500)
+    for cache in ("file/folder", "folder"):
+        use("once", NUMBA_CACHE_DIR=str(tmp_path / cache), HOME=None)
+
+
+@pytest.mark.slow
+def test_a_package_that_cannot_be_written_to(tmp_path: Path) -> None:
+    """Nowhere at all may kernels be kept; then each process compiles them."""
+    for folder in ("spectral_surgery", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    (tmp_path / "spectral_surgery" / "kernels" / "__pycache__").touch()
+    use("once", tmp_path, HOME="/dev/null", NUMBA_CACHE_DIR=None)
+    assert not list(tmp_path.rglob("*.nb*"))
+
+
+@pytest.mark.slow
+def test_four_threads_compile_at_once(tmp_path: Path) -> None:
+    use("threads", NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["threads", "fork", "spawn"])
+def test_processes_that_find_them_on_disk(how: str) -> None:
+    use(how)
+
+
+def test_a_kernel_of_a_function_without_a_file() -> None:
+    """Where numba has no place for a cache it says so with a RuntimeError."""
+    names: dict[str, object] = {}
+    exec("def double(x):\n    return 2 * x\n", names)
+    double = kernel(names["double"])  # type: ignore[type-var]
+    assert double(21) == 42  # type: ignore[operator]
