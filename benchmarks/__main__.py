@@ -7,36 +7,68 @@ from pathlib import Path
 
 import click
 
+from benchmarks.case import Inputs
 from benchmarks.cases import CASES
 from benchmarks.runner import run_cases
 from spectral_surgery.cli import output, run
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.plotting import require_matplotlib
 
 CHECK_FAILED = 3
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("benchmarks", epilog="Cases: " + "; ".join(f"{name}: {case.help}" for name, case in CASES.items()))
 @click.argument("cases", nargs=-1, metavar="[CASE]...")
-@click.option("--quick", is_flag=True, help="Smaller inputs where a case has them.")
+@click.option("--quick", is_flag=True, help="Smaller inputs, or fewer rows, where a case has them.")
+@click.option("--only", metavar="NAME,...", default="", help="Rows of language_model or encoder: 4,calibrated-4,nf4.")
+@click.option("--text", type=_FILE, help="Text that language_model and encoder are judged on.")
+@click.option("--train-text", type=_FILE, help="Text that language_model and encoder are calibrated and healed on.")
+@click.option("--sts", type=_FILE, help="CSV of sentence pairs and scores for encoder, as STS-B has them.")
+@click.option("--heal-minutes", type=click.FloatRange(0, min_open=True), help="Add a row of language_model, healed.")
+@click.option(
+    "--scratch",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the models of language_model and encoder, which stay.  [default: one that is removed]",
+)
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the times of `mixers` over length, as PNG."
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the times of mixers over length, or the perplexities of language_model over bits, as PNG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def command(
-    cases: tuple[str, ...], quick: bool, file: Path | None, plot: Path | None, as_json: bool, quiet: bool
+    cases: tuple[str, ...],
+    quick: bool,
+    only: str,
+    text: Path | None,
+    train_text: Path | None,
+    sts: Path | None,
+    heal_minutes: float | None,
+    scratch: Path | None,
+    file: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure: each case first checks its results, then times them beside what else a user could pick.
 
-    A case whose check fails prints FAILED and no numbers, and the exit code is 3. `--help` lists the cases.
+    A case whose check fails prints FAILED and no numbers, and the exit code is 3. `--help` lists the cases. Without
+    names all run but language_model and encoder, which take long.
 
     \b
     Example:
       python -m benchmarks coding rate
+      python -m benchmarks language_model --only 4,nf4 --text held-out.txt
     """
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    inputs = Inputs(quick, names, text, train_text, sts, heal_minutes, scratch)
+    if plot:
+        require_matplotlib()
     with output.progress(quiet=quiet, unit=" cases") as progress:
-        results = run_cases(list(cases) or list(CASES), quick=quick, progress=progress)
+        results = run_cases(cases, inputs, progress=progress)
     if file:
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if plot:
@@ -71,9 +103,11 @@ def _text(result: dict[str, object]) -> str:
             blocks[-1].append(row)
         else:
             blocks.append([row])
+    notes = result.get("notes")
+    said = "\n".join(output.notes(notes if isinstance(notes, list) else []))
     stamp = result.get("stamp", {})
     stamped = ", ".join(f"{key} {value}" for key, value in stamp.items()) if isinstance(stamp, dict) else ""
-    return "\n\n".join([title, *map(output.table, blocks), stamped])
+    return "\n\n".join(filter(None, [title, *map(output.table, blocks), said, stamped]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 _SHORTEST, _LONGEST = 60, 400  # characters of a passage
+_HELD_OUT = 5  # the last fifth of the paragraphs
 _FEWEST_LETTERS = 0.75  # of a passage: code and grammar are left out
 
 
@@ -33,3 +34,20 @@ def write_passages(file: Path, count: int) -> Path:
     found = passages()
     file.write_text("\n".join(found[:: max(1, len(found) // count)][:count]) + "\n", encoding="utf-8")
     return file
+
+
+def write_split(folder: Path) -> tuple[Path, Path]:
+    """Write the paragraphs as one text to train on and one to judge on, without a paragraph in both.
+
+    Args:
+        folder: in which both are written.
+
+    Returns:
+        The file to train on and the file to judge on, a paragraph a line.
+    """
+    found = list(dict.fromkeys(passages()))
+    edge = len(found) - len(found) // _HELD_OUT
+    train, held_out = folder / "reference-train.txt", folder / "reference-held-out.txt"
+    for file, part in ((train, found[:edge]), (held_out, found[edge:])):
+        file.write_text("\n".join(part) + "\n", encoding="utf-8")
+    return train, held_out

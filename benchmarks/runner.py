@@ -11,35 +11,51 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.case import CheckFailedError
+from benchmarks.case import BenchCase, CheckFailedError, Inputs
 from benchmarks.cases import CASES
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.progress import Progress, silent
 
 
-def run_cases(names: Sequence[str], *, quick: bool = False, progress: Progress = silent) -> list[dict[str, object]]:
+def run_cases(
+    names: Sequence[str], inputs: Inputs | None = None, *, progress: Progress = silent
+) -> list[dict[str, object]]:
     """Run benchmark cases.
 
     Args:
-        names: of the cases.
-        quick: smaller inputs, where a case has them.
+        names: of the cases; none for all that take no inputs of a user.
+        inputs: what they are run on.
         progress: called after each case.
 
     Returns:
-        For each case its name, help, status (``ok`` or ``FAILED``), reason, rows and stamp.
+        For each case its name, help, status (``ok`` or ``FAILED``), reason, rows, notes and stamp.
 
     Raises:
-        ConfigError: when a name is unknown; nothing is run then.
+        ConfigError: when a name is unknown, or no case takes what is given; nothing is run then.
     """
+    inputs = inputs or Inputs()
+    cases = [CASES[name] for name in names] or [case for case in CASES.values() if not case.takes]
+    _refuse_unused(cases, inputs)
     results: list[dict[str, object]] = []
-    for number, case in enumerate([CASES[name] for name in names]):
+    for number, case in enumerate(cases):
         result: dict[str, object] = {"case": case.name, "help": case.help, "status": "ok", "reason": "", "rows": []}
         try:
-            result["rows"] = case.run(quick)
+            result |= {"rows": case.run(inputs), "notes": list(case.notes)}
         except CheckFailedError as error:
             result |= {"status": "FAILED", "reason": str(error)}
         results.append(result | {"stamp": stamp()})
-        progress(number + 1, len(names), case.name)
+        progress(number + 1, len(cases), case.name)
     return results
+
+
+def _refuse_unused(cases: Sequence[BenchCase], inputs: Inputs) -> None:
+    for name in inputs.given():
+        if not any(name in case.takes for case in cases):
+            takers = [case.name for case in CASES.values() if name in case.takes]
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: expected one of the cases that take it, {', '.join(takers)}, got none."
+                " Name it, or leave the option away."
+            )
 
 
 def stamp() -> dict[str, object]:

@@ -104,10 +104,12 @@ def parsed(words: list[str]) -> None:
 
 
 def check_module(module: str, *arguments: str) -> None:
+    from benchmarks.__main__ import command as benchmarks
     from benchmarks.cases import CASES
 
     if module == "benchmarks":
-        assert {word for word in arguments if not word.startswith("-")} <= set(CASES), f"benchmarks: {arguments}"
+        cases = benchmarks.make_context("benchmarks", list(arguments)).params["cases"]
+        assert set(cases) <= set(CASES), f"benchmarks: {arguments}"
     else:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"no module {module}"
@@ -141,6 +143,7 @@ def test_every_command_exists(page: Path) -> None:
         "make nothing",
         'pip install "spectral-surgery[nothing]"',
         "python -m benchmarks nothing",
+        "python -m benchmarks rate --no-such-option",
         "python examples/nothing.py",
         "docs/nothing.sh",
         "rm x",

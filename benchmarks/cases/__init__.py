@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.case import BenchCase
+from benchmarks.case import BenchCase, by_size
 from benchmarks.cases import (
     adapters,
     calibration,
     coding,
+    encoder,
     engine,
     generate,
     hub,
     mixers,
     rate,
+    smollm2,
     spectral_matmul,
     speed,
     text,
@@ -21,20 +23,49 @@ from spectral_surgery.registry import Table
 CASES = Table(
     "bench case",
     (
-        BenchCase("coding", "stored bits over the entropy of the codes; decode speed of codes alone", coding.run),
-        BenchCase("rate", "bits and error on the linear weights of all-MiniLM-L6-v2, beside baselines", rate.run),
-        BenchCase("tiles", "why dct and tile 64 are the defaults: every transform at 3 bits", rate.run_tiles),
-        BenchCase("speed", "encode and decode of a 4096 x 4096 matrix, beside naive pipelines", speed.run),
         BenchCase(
-            "spectral_matmul", "compressed layers beside dense ones, 1 to 512 tokens in bfloat16", spectral_matmul.run
+            "coding", "stored bits over the entropy of the codes; decode speed of codes alone", by_size(coding.run)
         ),
-        BenchCase("generate", "text from a compressed model: tokens/s and memory beside dense bfloat16", generate.run),
-        BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", adapters.run),
-        BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", mixers.run, mixers.plot),
-        BenchCase("memory", "peak memory of compress on large sharded bfloat16 checkpoints", engine.run_memory),
-        BenchCase("calibrate", "moments of all layers: time, in forward passes of the same text", calibration.run),
-        BenchCase("text", "peak memory of calibrate and block-wise heal, for models of different depth", text.run),
-        BenchCase("hub", "bytes that push, pull and inspect move, with the real client and a Hub here", hub.run),
-        BenchCase("workers", "two worker processes against one, with equal bytes", engine.run_workers),
+        BenchCase(
+            "rate", "bits and error on the linear weights of all-MiniLM-L6-v2, beside baselines", by_size(rate.run)
+        ),
+        BenchCase("tiles", "why dct and tile 64 are the defaults: every transform at 3 bits", by_size(rate.run_tiles)),
+        BenchCase("speed", "encode and decode of a 4096 x 4096 matrix, beside naive pipelines", by_size(speed.run)),
+        BenchCase(
+            "spectral_matmul",
+            "compressed layers beside dense ones, 1 to 512 tokens in bfloat16",
+            by_size(spectral_matmul.run),
+        ),
+        BenchCase(
+            "generate", "text from a compressed model: tokens/s and memory beside dense bfloat16", by_size(generate.run)
+        ),
+        BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", by_size(adapters.run)),
+        BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", by_size(mixers.run), mixers.plot),
+        BenchCase(
+            "memory", "peak memory of compress on large sharded bfloat16 checkpoints", by_size(engine.run_memory)
+        ),
+        BenchCase(
+            "text", "peak memory of calibrate and block-wise heal, for models of different depth", by_size(text.run)
+        ),
+        BenchCase("calibrate", "moments of all layers: time, in forward passes of the same text", by_size(calibration.run)),
+        BenchCase(
+            "hub", "bytes that push, pull and inspect move, with the real client and a Hub here", by_size(hub.run)
+        ),
+        BenchCase("workers", "two worker processes against one, with equal bytes", by_size(engine.run_workers)),
+        BenchCase(
+            "language_model",
+            "SmolLM2-135M-Instruct compressed: size, perplexity and KL, beside other formats",
+            smollm2.run,
+            smollm2.plot,
+            smollm2.TAKES,
+            smollm2.NOTES,
+        ),
+        BenchCase(
+            "encoder",
+            "all-MiniLM-L6-v2 and all-mpnet-base-v2 compressed: size, cosine and STS-B",
+            encoder.run,
+            takes=encoder.TAKES,
+            notes=encoder.NOTES,
+        ),
     ),
 )

@@ -12,7 +12,7 @@ import torch
 from benchmarks import case as case_module
 from benchmarks import cases as bench
 from benchmarks import language_model, runner, timing, weights
-from benchmarks.case import BenchCase, CheckFailedError, require
+from benchmarks.case import BenchCase, CheckFailedError, Inputs, chosen, require
 from benchmarks.cases import coding, engine, generate, rate, spectral_matmul, speed
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import BackendError, ConfigError
@@ -24,15 +24,15 @@ def matrix(rows: int = 300, columns: int = 200) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def wrong(_: bool) -> list[case_module.Row]:
+def wrong(_: Inputs) -> list[case_module.Row]:
     require(False, "2 is not 3")
     return [{"speed": 1}]
 
 
 def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = BenchCase("good", "works", lambda quick: [{"quick": quick}])
+    good = BenchCase("good", "works", lambda inputs: [{"quick": inputs.quick}])
     monkeypatch.setattr(runner, "CASES", Table("bench case", (good, BenchCase("bad", "fails", wrong))))
-    results = runner.run_cases(["good", "bad"], quick=True)
+    results = runner.run_cases(["good", "bad"], Inputs(quick=True))
     assert [r["status"] for r in results] == ["ok", "FAILED"]
     assert results[0]["rows"] == [{"quick": True}]
     assert results[1]["rows"] == []
@@ -57,7 +57,31 @@ def test_names_are_those_of_the_commands() -> None:
         "text",
         "hub",
         "workers",
+        "language_model",
+        "encoder",
     ]
+
+
+def test_long_cases_run_where_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = BenchCase("short", "works", lambda _: [{"ran": 1}])
+    long = BenchCase("long", "works", lambda inputs: [{"only": inputs.only}], takes=("only",), notes=("Mind.",))
+    monkeypatch.setattr(runner, "CASES", Table("bench case", (short, long)))
+    assert [result["case"] for result in runner.run_cases([])] == ["short"]
+    (result,) = runner.run_cases(["long"], Inputs(only=("a",)))
+    assert (result["rows"], result["notes"]) == ([{"only": ("a",)}], ["Mind."])
+    with pytest.raises(ConfigError, match="--only: expected one of the cases that take it, long, got none"):
+        runner.run_cases(["short"], Inputs(only=("a",)))
+    with pytest.raises(ConfigError, match="--heal-minutes: expected one of the cases"):
+        runner.run_cases(["long"], Inputs(heal_minutes=1.0))
+
+
+def test_rows_are_chosen_by_name() -> None:
+    known = ("a", "b", "c")
+    assert chosen(("c", "a"), known, ("b",), Inputs(quick=True)) == ["a", "c"]
+    assert chosen((), known, ("b",), Inputs(quick=True)) == ["b"]
+    assert chosen((), known, ("b",), Inputs()) == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match="--only d: expected some of a, b, c, got another name"):
+        chosen(("d",), known, ("b",), Inputs())
 
 
 def test_timings_are_medians_of_interleaved_calls() -> None:

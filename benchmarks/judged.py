@@ -1,0 +1,104 @@
+"""Models compressed for a benchmark: none is judged before it is verified."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.case import Inputs, require
+from spectral_surgery import (
+    CompressOptions,
+    CompressReport,
+    EvalReport,
+    Healing,
+    Run,
+    Target,
+    TextData,
+    compress,
+    decompress,
+)
+
+_CLOSE = 1e-3  # relative: the same error, measured on coefficients and on decoded weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A compression to be judged.
+
+    Attributes:
+        name: how users choose it.
+        target: what is asked for.
+        calibrated: whether codes are chosen with text.
+    """
+
+    name: str
+    target: Target
+    calibrated: bool = False
+
+    @property
+    def method(self) -> str:
+        """What it belongs to, in a plot."""
+        return "spectral, calibrated" if self.calibrated else "spectral"
+
+    @property
+    def label(self) -> str:
+        """The option that asks for it."""
+        option = "--bits" if self.target.kind == "bits" else "--sparsity"
+        return f"{option} {self.target.value:g}"
+
+
+def settings(bits: tuple[float, ...], *, calibrated: bool) -> list[Setting]:
+    """Settings at several rates, in bits per weight."""
+    before = "calibrated-" if calibrated else ""
+    return [Setting(f"{before}{value:g}", Target("bits", value), calibrated) for value in bits]
+
+
+def verified(
+    source: Path, out: Path, target: Target, *, calibrate: TextData | None = None, heal: Healing | None = None
+) -> CompressReport:
+    """Compress a checkpoint, and check that `decompress` gives back what was encoded.
+
+    Args:
+        source: plain checkpoint.
+        out: folder to be written; one that is there is replaced.
+        target: of every matrix, or of all of them where text decides what each gets.
+        calibrate: text to choose codes with.
+        heal: how to train what is kept.
+
+    Raises:
+        CheckFailedError: when a tensor came back as something else.
+    """
+    run = Run(threads=torch.get_num_threads(), overwrite=True)
+    report = compress(source, out, CompressOptions(target), calibrate=calibrate, heal=heal, run=run)
+    plain = out.with_name(f"{out.name}-plain")
+    failures = decompress(out, plain, verify=True, overwrite=True, threads=run.threads).failures
+    shutil.rmtree(plain, ignore_errors=True)
+    require(not failures, f"{out.name}: {'; '.join(failures[:3])}")
+    return report
+
+
+def require_same_error(report: CompressReport, judged: EvalReport) -> None:
+    """Check the error that a compression reported against one measured on what transformers will load.
+
+    Raises:
+        CheckFailedError: when they differ.
+    """
+    reported, measured = report.manifest.report.relative_error, judged.relative_error
+    require(abs(measured - reported) <= _CLOSE * reported, f"error {measured:g} where {reported:g} is reported")
+
+
+@contextmanager
+def scratch_folder(inputs: Inputs) -> Iterator[Path]:
+    """The folder for models: the user's, or one that is removed."""
+    if inputs.scratch is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    inputs.scratch.mkdir(parents=True, exist_ok=True)
+    yield inputs.scratch
