@@ -83,14 +83,16 @@ def verified(
     return report
 
 
-def require_same_error(report: CompressReport, judged: EvalReport) -> None:
-    """Check the error that a compression reported against one measured on what transformers will load.
+def require_same_errors(report: CompressReport, judged: EvalReport) -> None:
+    """Check the error that a compression reported of every tensor against one measured on the decoded weights.
 
     Raises:
         CheckFailedError: when they differ.
     """
-    reported, measured = report.manifest.report.relative_error, judged.relative_error
-    require(abs(measured - reported) <= _CLOSE * reported, f"error {measured:g} where {reported:g} is reported")
+    measured = {tensor.name: tensor.relative_error for tensor in judged.tensors}
+    for name, record in report.manifest.tensors.items():
+        reported, error = record.report.relative_error, measured.get(name, 0.0)
+        require(abs(error - reported) <= _CLOSE * reported, f"{name}: error {error:g} where {reported:g} is reported")
 
 
 @contextmanager

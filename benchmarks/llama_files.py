@@ -24,12 +24,13 @@ _PLAIN = "F16"  # near enough to the dense model to show that both read the same
 _SAME = 1e-3  # nats per token
 
 
-def llama_rows(file: Path, dense: Path, text: str, *, sequences: int, length: int) -> list[Row]:
+def llama_rows(file: Path, dense: Path, scratch: Path, text: str, *, sequences: int, length: int) -> list[Row]:
     """Size, perplexity and KL of a file of each type, or one row that says why there are none.
 
     Args:
         file: GGUF file with the weights of the dense model.
         dense: folder of the dense model.
+        scratch: folder for the files.
         text: to judge on.
         sequences: of the text, at most.
         length: tokens of each.
@@ -41,8 +42,7 @@ def llama_rows(file: Path, dense: Path, text: str, *, sequences: int, length: in
         return [{"skipped": "llama.cpp", "reason": "not run: llama-cpp-python is not installed"}]
     model, tokenizer = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)
     ids = cut_stream(tokenizer, [text], length)[:sequences]
-    folder = dense.parent
-    written = {name: _quantised(file, folder, name) for name in (_PLAIN, *TYPES)}
+    written = {name: _quantised(file, scratch, name) for name in (_PLAIN, *TYPES)}
     runners = {name: _runner(path, length) for name, (path, _) in written.items()}
     lost, far = dict.fromkeys(written, 0.0), dict.fromkeys(written, 0.0)
     for row in ids:

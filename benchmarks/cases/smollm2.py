@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.case import Inputs, Row, chosen, require
-from benchmarks.judged import Setting, require_same_error, scratch_folder, settings, verified
+from benchmarks.judged import Setting, require_same_errors, scratch_folder, settings, verified
 from benchmarks.llama_files import llama_rows
 from benchmarks.packaged import smollm2_file, smollm2_folder
 from benchmarks.plot import plot_rates
@@ -89,7 +89,7 @@ class _Bench:
         folder = self.scratch / name
         report = verified(self.dense, folder, target, calibrate=calibrate, heal=heal)
         judged = evaluate(self.dense, folder, self.text)
-        require_same_error(report, judged)
+        require_same_errors(report, judged)
         self._require_same_text(judged)
         measures = judged.measures
         return self.row(
@@ -158,7 +158,7 @@ def run(inputs: Inputs) -> list[Row]:
         rows += [bench.other(name) for name in names if name in OTHERS]
         if LLAMA in names and bench.text.text is not None:
             text = " ".join(example.texts[0] for example in read_examples(bench.text.text))
-            rows += llama_rows(smollm2_file(), bench.dense, text, sequences=SEQUENCES, length=LENGTH)
+            rows += llama_rows(smollm2_file(), bench.dense, scratch, text, sequences=SEQUENCES, length=LENGTH)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import zipfile
 from dataclasses import replace
@@ -18,7 +19,10 @@ from benchmarks.cases import encoder, smollm2
 from benchmarks.reference_text import write_split
 from spectral_surgery import CompressOptions, EvalReport, Target, compress, evaluate, read_index
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.compressed.manifest import FILE_NAME
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
+from spectral_surgery.hf.models import load_model, load_tokenizer
+from spectral_surgery.text.scores import compare_logits
 from tests.support.named_models import named_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -63,8 +67,8 @@ def test_rows_of_a_language_model(small: Path, tmp_path: Path) -> None:
     weights = sum(torch.Size(info.shape).numel() for info in index.tensors.values())
     assert rows[0]["bytes"] == index.nbytes == 4 * weights
     assert rows[0]["bits per weight"] == 32
-    files = [path for path in (scratch / "4").iterdir() if path.suffix == ".safetensors" or "surgery" in path.name]
-    assert rows[1]["bytes"] == sum(path.stat().st_size for path in files)
+    files = ("model.safetensors", FILE_NAME)
+    assert rows[1]["bytes"] == sum((scratch / "4" / name).stat().st_size for name in files)
     asked = evaluate(small / "MODEL", scratch / "4", smollm2.EvalData(text, samples=2, seq_length=32)).measures
     assert (rows[0]["perplexity"], rows[1]["perplexity"]) == (asked["perplexity_a"], asked["perplexity_b"])
     assert rows[1]["kl"] == asked["kl"]
@@ -99,7 +103,7 @@ def test_a_changed_dense_model_shows_no_figures(small: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_rows_of_an_encoder(small: Path, tmp_path: Path) -> None:
     only, scratch = ("3", "calibrated-3"), tmp_path / "scratch"
-    skipped, *rows = encoder.run(Inputs(only=only, sts=small / "pairs.csv", scratch=scratch))
+    *rows, skipped = encoder.run(Inputs(only=only, sts=small / "pairs.csv", scratch=scratch))
     assert skipped["skipped"] == "all-mpnet-base-v2"
     assert [(row["method"], row["setting"]) for row in rows] == [
         ("dense", "float32"),
@@ -112,19 +116,49 @@ def test_rows_of_an_encoder(small: Path, tmp_path: Path) -> None:
     assert rows[1]["cosine"] == asked["cosine"] < 1
     assert rows[0]["Spearman"] == pytest.approx(asked["spearman_a"])
     assert rows[1]["Spearman"] == pytest.approx(asked["spearman_b"])
-    quick = encoder.run(Inputs(quick=True))
-    assert [row["setting"] for row in quick] == ["float32", "--bits 4", "--bits 3", "--bits 2"]
-    assert {row["Spearman"] for row in quick} == {"no --sts"}
+    assert {row["Spearman"] for row in encoder.run(Inputs(only=("minilm", "2")))} == {"no --sts"}
+
+
+def test_models_and_rows_of_encoders_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Names:
+        def __init__(self, model: str, *_: object) -> None:
+            self.model = model
+
+        def dense(self) -> Row:
+            return {"row": f"{self.model} dense"}
+
+        def ours(self, setting: judged.Setting) -> Row:
+            return {"row": f"{self.model} {setting.name}"}
+
+    monkeypatch.setattr(encoder, "_Bench", Names)
+    monkeypatch.setattr(encoder, "mpnet_folder", lambda _: tmp_path)
+    monkeypatch.setattr(encoder, "checkpoint_folder", lambda: tmp_path)
+    names = {key: [row["row"] for row in encoder.run(value)] for key, value in ENCODER_INPUTS.items()}
+    small, large = ([f"{model} {row}" for row in ("dense", *encoder.SETTINGS)] for model in encoder.MODELS.values())
+    assert names["all"] == small + large
+    assert names["large"] == large
+    assert names["two"] == [small[0], small[1], large[0], large[1]]
+    assert names["quick"] == small[:4]
+    with pytest.raises(ConfigError, match="--only 5: expected some of minilm, mpnet, 4"):
+        encoder.run(Inputs(only=("5",)))
+
+
+ENCODER_INPUTS = {
+    "all": Inputs(),
+    "large": Inputs(only=("mpnet",)),
+    "two": Inputs(only=("4",)),
+    "quick": Inputs(quick=True),
+}
 
 
 def test_what_is_not_verified_shows_no_figures(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = models / "MODEL", Target("bits", 4.0)
     report = judged.verified(source, tmp_path / "out", target)
     assert not (tmp_path / "out-plain").exists()
-    judged.require_same_error(report, evaluate(source, tmp_path / "out", encoder.EvalData()))
+    judged.require_same_errors(report, evaluate(source, tmp_path / "out", encoder.EvalData()))
     compress(source, tmp_path / "worse", CompressOptions(Target("bits", 3.0)))
-    with pytest.raises(CheckFailedError, match=r"error .* where .* is reported; the figures of this case"):
-        judged.require_same_error(report, evaluate(source, tmp_path / "worse", encoder.EvalData()))
+    with pytest.raises(CheckFailedError, match=r"weight: error .* where .* is reported; the figures of this case"):
+        judged.require_same_errors(report, evaluate(source, tmp_path / "worse", encoder.EvalData()))
     wrong = SimpleNamespace(failures=("w: squared norm 1 where 2 was encoded",))
     monkeypatch.setattr(judged, "decompress", lambda *_, **__: wrong)
     with pytest.raises(CheckFailedError, match="out: w: squared norm 1"):
@@ -174,6 +208,68 @@ def test_an_encoder_is_joined_from_its_packages(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(packaged, "files", absent)
     assert packaged.mpnet_folder(tmp_path / "third") is None
+
+
+class Llama:
+    """Stands for llama.cpp: the dense model, with its logits made flatter in all but the plain file."""
+
+    LLAMA_FTYPE_MOSTLY_F16, LLAMA_FTYPE_MOSTLY_Q8_0, LLAMA_FTYPE_MOSTLY_Q4_K_M = 1, 7, 15
+    LLAMA_FTYPE_MOSTLY_Q3_K_M, LLAMA_FTYPE_MOSTLY_Q4_0, LLAMA_FTYPE_MOSTLY_Q2_K = 12, 2, 10
+
+    def __init__(self, model: Any, plain: float) -> None:
+        self.model, self.plain, self.settings = model, plain, SimpleNamespace(ftype=0)
+
+    def llama_model_quantize_default_params(self) -> Any:
+        class Params(ctypes.Structure):
+            _fields_ = (("ftype", ctypes.c_int), ("nthread", ctypes.c_int), ("allow_requantize", ctypes.c_bool))
+
+        self.settings = Params()
+        return self.settings
+
+    def llama_model_quantize(self, source: bytes, out: bytes, _: object) -> int:
+        assert Path(source.decode()).name == "no.gguf"
+        assert self.settings.allow_requantize
+        Path(out.decode()).write_bytes(bytes(100 * self.settings.ftype))
+        return 0
+
+    def Llama(self, file: str, *, n_ctx: int, logits_all: bool, **_: object) -> Any:  # noqa: N802 - its name there
+        assert logits_all
+        factor = self.plain if Path(file).name == "F16.gguf" else 0.5
+        runner = SimpleNamespace(reset=lambda: None, scores=None)
+
+        def read(ids: list[int]) -> None:
+            with torch.inference_mode():
+                logits = factor * self.model(torch.tensor([ids])).logits[0]
+            runner.scores = torch.nn.functional.pad(logits, (0, 0, 0, n_ctx - len(ids))).numpy()
+
+        runner.eval = read
+        return runner
+
+
+def test_rows_of_llama_cpp(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, text = models / "MODEL", (models / "notes.txt").read_text(encoding="utf-8")
+    model = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)[0]
+    monkeypatch.setattr(llama_files, "find_spec", lambda _: True)
+    monkeypatch.setattr(llama_files, "import_module", lambda _: Llama(model, 1.0))
+    rows = llama_files.llama_rows(tmp_path / "no.gguf", dense, tmp_path, text, sequences=2, length=32)
+    assert [(row["setting"], row["bytes"]) for row in rows] == [
+        ("Q8_0", 700),
+        ("Q4_K_M", 1500),
+        ("Q3_K_M", 1200),
+        ("Q4_0", 200),
+        ("Q2_K", 1000),
+    ]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert rows[0]["bits per weight"] == 8 * 700 / weights
+    flatter = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)[0]
+    flatter.lm_head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    flatter.lm_head.weight.data = 0.5 * model.lm_head.weight.data
+    expected = compare_logits([model, flatter], load_tokenizer(dense), text, 32, 2)
+    assert rows[0]["perplexity"] == pytest.approx(expected["perplexity_b"], rel=1e-5)
+    assert rows[0]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+    monkeypatch.setattr(llama_files, "import_module", lambda _: Llama(model, 0.5))
+    with pytest.raises(CheckFailedError, match=r"llama.cpp: KL .* of the plain weights"):
+        llama_files.llama_rows(tmp_path / "no.gguf", dense, tmp_path, text, sequences=2, length=32)
 
 
 class Gguf:
