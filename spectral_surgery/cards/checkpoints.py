@@ -16,7 +16,7 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.merge_record import MergeRecord
 from spectral_surgery.files.peft.task import class_for, task_of
 
-_LIBRARIES = ("torch", "zstandard")
+_LIBRARIES = ("torch", "numba")
 _AUTO = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM"}
 
 

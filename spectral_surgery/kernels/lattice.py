@@ -104,7 +104,9 @@ def _candidates(
             for lane in range(count):
                 value = values[i, start + lane] * inverse[start + lane]
                 value = min(max(value, -_LARGEST), _LARGEST) - np.float32(c)
-                base = np.floor(value * quarter) * four  # np's: math's goes through 64 bits, and takes a third longer in all
+                base = (
+                    np.floor(value * quarter) * four
+                )  # np's: math's goes through 64 bits, and takes a third longer in all
                 even = np.int32(base) + np.int32(c)
                 away = value - base  # in [0, 4): even m are at 0 and 4, odd ones at -2 and 2 or at 2 and 6
                 one = away * away + costs[min(abs(even), peak)]

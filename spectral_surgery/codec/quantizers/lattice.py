@@ -190,7 +190,8 @@ def _trial(blocks: Array, step: float, near: LatticePoints | None = None) -> _Tr
 
 def _rounded(scaled: Array) -> Array:
     limit = 1 << 30
-    return np.rint(np.clip(scaled, -limit, limit)).astype(np.int64)
+    whole: Array = np.rint(np.clip(scaled, -limit, limit)).astype(np.int64)
+    return whole
 
 
 def _nearest(values: Array, step: float, costs: Array) -> Array:
