@@ -28,6 +28,7 @@ _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, wo
 _STATE_BYTES, _WORD_BYTES = 8, 4
 _LANES = ((1 << 17, 8), (1 << 14, 2), (0, 1))  # codes of a frame from which on it has so many: each costs 8 bytes
 _MAX_LOW = 24
+_LARGE, _FEW = 1 << 16, 48  # codes of a frame, entries of a table: low bits are then never worth leaving out
 _DAMAGED = "the data is damaged. Fetch the file again."
 
 
@@ -145,7 +146,9 @@ def _cheapest(codes: Codes, itemsize: int) -> tuple[_Plan, Bytes]:
 
 def _plan(codes: Codes, itemsize: int, kind: int, fixed: int) -> _Plan:
     """The plan of the fewest bits for a kind of frame; ``fixed`` bits are the same for all."""
-    best = _with_low(codes, itemsize, kind, fixed, 0)[0]
+    best, listed = _with_low(codes, itemsize, kind, fixed, 0)
+    if codes.size >= _LARGE and not listed and max(len(table.entries) for table in best.tables) < _FEW:
+        return best
     for low in range(1, _MAX_LOW + 1):
         plan, listed = _with_low(codes, itemsize, kind, fixed, low)
         if plan.bits < best.bits:
