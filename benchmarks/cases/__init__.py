@@ -45,10 +45,10 @@ CASES = Table(
             "memory", "peak memory of compress on large sharded bfloat16 checkpoints", by_size(engine.run_memory)
         ),
         BenchCase(
-            "text", "peak memory of calibrate and block-wise heal, for models of different depth", by_size(text.run)
+            "calibrate", "moments of all layers: time, in forward passes of the same text", by_size(calibration.run)
         ),
         BenchCase(
-            "calibrate", "moments of all layers: time, in forward passes of the same text", by_size(calibration.run)
+            "text", "peak memory of calibrate and block-wise heal, for models of different depth", by_size(text.run)
         ),
         BenchCase(
             "hub", "bytes that push, pull and inspect move, with the real client and a Hub here", by_size(hub.run)

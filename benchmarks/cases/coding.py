@@ -76,8 +76,9 @@ def decode_speed(matrix: Tensor, target: Target) -> Row:
 
 
 def information_of(codes: npt.NDArray[np.integer]) -> float:
-    """Bits of codes [O, I] with O a multiple of 32: the words, and the entropy of m given c, and parity in row 31."""
-    blocks = codes.astype(np.int64).reshape(-1, 32, codes.shape[1])
+    """Bits of codes [O, I]: the words, and the entropy of m given c, and parity in row 31 of each block."""
+    whole = len(codes) // 32 * 32
+    blocks = codes[:whole].astype(np.int64).reshape(-1, 32, codes.shape[1])
     m, c = blocks >> 1, blocks & 1
     odd = m[:, :31].sum(1) & 1
     if ((odd + m[:, 31]) & 1).any():  # no points of the lattice
@@ -87,6 +88,10 @@ def information_of(codes: npt.NDArray[np.integer]) -> float:
         inner, last = c[:, :31] == one, c[:, 31] == one
         bits += _entropy(m[:, :31][inner]) * inner.sum()
         bits += sum(_entropy(m[:, 31][last & (odd == known)]) * (last & (odd == known)).sum() for known in (0, 1))
+    if whole < len(codes):  # a word for the rows that are left, and no parity
+        rest = codes[whole:].astype(np.int64)
+        bits += (1 + (len(rest) - 1).bit_length()) * codes.shape[1]
+        bits += sum(_entropy(rest[rest & 1 == one] >> 1) * (rest & 1 == one).sum() for one in (0, 1))
     return float(bits)
 
 

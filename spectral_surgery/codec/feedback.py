@@ -67,7 +67,7 @@ def codes_of(values: Tensor, steps: Tensor, offset: float) -> Codes:
 
 
 def _steps(step: float, columns: Tensor | None) -> Tensor:
-    return torch.tensor([step]) if columns is None else (step * columns).bfloat16().float()
+    return torch.tensor([step], dtype=torch.float32) if columns is None else (step * columns).bfloat16().float()
 
 
 def feedback_factor(moment: Tensor, basis: Basis, damping: float = DAMPING) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis, frame_spans
-from spectral_surgery.codec.quantizers.scalar import for_bits, for_density, for_error
+from spectral_surgery.codec.quantizers.scalar import EXACT, for_bits, for_density, for_error
 from spectral_surgery.codec.rate import Magnitudes, Target
 
 _MARGIN = 0.99  # another transform must leave 1 % less error (or bits) than the default
@@ -43,5 +43,6 @@ def _cost(magnitudes: Magnitudes, target: Target) -> float:
     if target.kind == "max_error":
         return for_error(magnitudes, target.value).estimate(magnitudes).entropy
     if target.kind == "bits":
-        return math.sqrt(for_bits(magnitudes, target.value).estimate(magnitudes).distortion)
+        found = for_bits(magnitudes, target.value).estimate(magnitudes)
+        return max(math.sqrt(found.distortion), EXACT * found.entropy / target.value)  # both exact: the smaller one
     return math.sqrt(for_density(magnitudes, magnitudes.quantile(target.value)).estimate(magnitudes).distortion)

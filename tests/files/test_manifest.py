@@ -73,7 +73,8 @@ PART = (*TENSOR, "parts", 0)
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (set_at("format_version", value=2), FormatVersionError, "format version 2; expected 1. Upgrade"),
+        (set_at("format_version", value=3), FormatVersionError, "format version 3; expected 2. Upgrade"),
+        (set_at("format_version", value=1), FormatVersionError, "version 1; expected 2. Compress the original again"),
         (set_at("format_version", value=None), FormatVersionError, "format version None"),
         (set_at("quant_method", value="gptq"), CheckpointError, "not a manifest of this format"),
         (set_at("tensors", value=[]), CheckpointError, "damaged"),

@@ -225,7 +225,7 @@ def test_max_memory_with_narrow_codes(folders: dict[str, Path], tmp_path: Path) 
     weights = spectral_surgery.open_compressed(folder).manifest.report
     rest = torch.get_num_threads() * (8 << 20) + read_index(folder).nbytes - weights.stored_bytes
     expected = output(spectral_surgery.load_compressed(folder))
-    for share, residents in ((0.25, {"coded"}), (0.45, {"coded", "int4"}), (0.8, {"int4", "int8"}), (1.1, {"int8"})):
+    for share, residents in ((0.26, {"coded"}), (0.45, {"coded", "int4"}), (0.8, {"int4", "int8"}), (1.1, {"int8"})):
         limit = rest + int(share * weights.weights)
         model = spectral_surgery.load_compressed(folder, max_memory=limit)
         assert {layer.spectrum.resident for _, layer in spectral_layers(model)} == residents

@@ -238,7 +238,7 @@ def damage(folder: Path, change: str) -> None:
     elif change == "flip":
         weights = folder / "model.safetensors"
         data = bytearray(weights.read_bytes())
-        data[data.index(b"(\xb5/\xfd") + 40] ^= 1  # in the first frame
+        data[8 + int.from_bytes(data[:8], "little") + 40] ^= 1  # in the first frame
         weights.write_bytes(data)
     elif change == "adapter nan":
         bad = {"base_model.model.q.lora_A.weight": torch.full((2, 8), float("nan"))}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.parallel import parallel_map
 from spectral_surgery.codec.quantized import Moments
-from spectral_surgery.codec.quantizers.scalar import code_dtype, dot
+from spectral_surgery.codec.quantizers.scalar import EXACT, code_dtype, dot
 from spectral_surgery.codec.sample import Sample
 
 Array = npt.NDArray[Any]
@@ -37,7 +37,6 @@ _CLOSE = 0.002  # of a doubling: close enough
 _SOME = 4  # one block of so many, until it is near
 _MEDIAN = 0.6745  # of magnitudes of Gaussian numbers, in units of their root mean square
 _OCTAVES = 13.0  # around the root mean square, in which steps are looked for
-_EXACT = 1e-4  # an error that is small enough, whatever bits are left
 
 
 @dataclass(frozen=True)
@@ -155,10 +154,10 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
     usual = float(np.median(np.abs(blocks[blocks != 0]))) / _MEDIAN  # which a few large ones do not move
     low, high = math.log2(rms) - _OCTAVES, math.log2(rms) + _OCTAVES
     some, all_of_it = np.ascontiguousarray(blocks[:, ::_SOME]), False
-    place = min(max(math.log2(usual), low), high)
+    place = float(min(max(math.log2(usual), low), high))
     trial, finer = _trial(some, 2.0**place), None
     for _ in range(_ATTEMPTS):
-        excess = above(trial) if trial.error > _EXACT else 1.0
+        excess = above(trial) if trial.error > EXACT else 1.0
         low, high = (max(low, place), high) if excess > 0 else (low, min(high, place))
         finer = trial if excess > 0 else finer
         if abs(excess) < _CLOSE and all_of_it:
@@ -166,7 +165,7 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
         if abs(excess) < _NEAR and not all_of_it:
             some, all_of_it = blocks, True
             low, high = place - 4 * _NEAR, place + 4 * _NEAR  # it was found on some of them
-        place = place + excess if low < place + excess < high else (low + high) / 2
+        place = float(place + excess if low < place + excess < high else (low + high) / 2)
         trial = _trial(some, 2.0**place, trial.points if all_of_it else None)
     nothing_left = trial.error == 1  # constants have no step between all of it and nothing
     return finer.points if finer is not None and nothing_left else trial.points

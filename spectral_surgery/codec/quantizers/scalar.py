@@ -17,11 +17,12 @@ from spectral_surgery.codec.quantized import INT8_MAX, Moments, grid
 from spectral_surgery.codec.rate import Estimate, Floats, Magnitudes
 from spectral_surgery.codec.sample import Sample
 
+EXACT = 1e-4  # an error that is small enough, whatever bits are left
+
 _CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
 _SUMMED = 1 << 16  # numbers of a float32 sum
 _FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
 _HALVINGS = 20  # of that range, to a hundred-thousandth of a step
-_EXACT = 1e-4  # an error that is small enough, whatever bits are left
 _ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
 _DEAD_ZONES = np.array([0.5, 0.54, 0.58, 0.62, 0.66, 0.7])  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
@@ -144,7 +145,7 @@ def for_bits(magnitudes: Magnitudes, entropy: float) -> DeadZone:
 
 
 def _unfilled(entropy: float) -> Callable[[Floats, Floats], npt.NDArray[np.bool_]]:
-    return lambda found, distortion: (found <= entropy) & (distortion > _EXACT**2)
+    return lambda found, distortion: (found <= entropy) & (distortion > EXACT**2)
 
 
 def for_error(magnitudes: Magnitudes, relative_error: float) -> DeadZone:
