@@ -2,8 +2,9 @@
 
 A frame is some rows of a matrix of codes, and decodes alone. What is coded are symbols, with tables of how frequent
 they are in this frame (`kernels.rans`). Where all codes are points of the lattice (`kernels.lattice`), ``l = 2 m + c``,
-the words c are stored as they are, and the m are symbols with a table for each c. All other codes are symbols
-themselves. Low bits of large symbols are stored as they are, and a few codes beyond all symbols in a list.
+the words c are stored as they are, and the m are symbols with a table for each c; where the transposed codes are points
+of it, these are stored. All other codes are symbols themselves. Low bits of large symbols are stored as they are, and a
+few codes beyond all symbols in a list.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 Codes = npt.NDArray[Any]  # int8, int16 or int32
 Bytes = npt.NDArray[np.uint8]
 
-ZEROS, INTEGERS, LATTICE = range(3)  # kinds of frames
+ZEROS, INTEGERS, LATTICE, TURNED = range(4)  # kinds of frames
 BLOCK = 32  # rows that are coded together
 
 _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
@@ -59,7 +60,12 @@ def encode_frame(codes: Codes) -> bytes:
     wide = np.ascontiguousarray(codes, np.int32)
     if not wide.any():
         return _HEADER.pack(ZEROS, codes.itemsize, 0, 0, 0, 0)
-    plan, words = _cheapest(wide, codes.itemsize)
+    words = _words(wide)
+    if not len(words) and len(_words(np.ascontiguousarray(wide.T))):
+        turned = encode_frame(codes.T)
+        if turned[0] == LATTICE:
+            return bytes([TURNED]) + turned[1:]
+    plan = _cheapest(wide, words, codes.itemsize)
     lattice = plan.kind == LATTICE
     symbols = np.empty_like(wide)
     rans.symbols_of(wide, lattice, plan.low, symbols, np.zeros((2, 256), np.int64))
@@ -96,6 +102,11 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     from spectral_surgery.kernels.lattice import MASKS
 
     view = memoryview(frame)
+    if view[:1] == bytes([TURNED]):
+        turned = decode_frame(bytes([LATTICE]) + view[1:], shape[::-1]).T
+        out = out if out is not None and turned.itemsize == 1 else np.empty(shape, turned.dtype)
+        out[:] = turned
+        return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
     lattice = kind == LATTICE
     tables, at = _tables(view, kind, low)
@@ -131,17 +142,20 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     return out
 
 
-def _cheapest(codes: Codes, itemsize: int) -> tuple[_Plan, Bytes]:
-    """The plan of the fewest bits for codes [r, I] int32, and the words of the lattice, of no length if it has none."""
+def _words(codes: Codes) -> Bytes:
+    """The words of codes [r, I] int32 that are points of the lattice, by block; of no length where they are not."""
     from spectral_surgery.kernels.lattice import words_of
 
     words = np.empty(_blocks(codes.shape), np.uint8)
+    return words if words_of(codes, words) else words[:0]
+
+
+def _cheapest(codes: Codes, words: Bytes, itemsize: int) -> _Plan:
+    """The plan of the fewest bits for codes [r, I] int32 and their words."""
     plans = [_plan(codes, itemsize, INTEGERS, 0)]
-    if words_of(codes, words):
+    if len(words):
         plans.append(_plan(codes, itemsize, LATTICE, 8 * _words_bytes(codes.shape)))
-    else:
-        words = words[:0]
-    return min(plans, key=lambda plan: plan.bits), words
+    return min(plans, key=lambda plan: plan.bits)
 
 
 def _plan(codes: Codes, itemsize: int, kind: int, fixed: int) -> _Plan:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.quantized import QuantizedSpectrum
-from spectral_surgery.codec.quantizers.lattice import LatticePoints, bits_of, points_of
+from spectral_surgery.codec.quantizers.lattice import LatticePoints, points_of
 from spectral_surgery.errors import ShapeError
 
 _FINER = 1.2
@@ -105,10 +105,11 @@ class KeptSpectrum(nn.Module):
         total = 0.0
         for part, numbers in enumerate(self._split(values)):
             codes, shape = self._codes(part, numbers, dead_zone), self._grids[part].shape
-            if self._points[part] is None:
+            points = self._points[part]
+            if points is None:
                 total += _entropy(math.prod(shape), codes)
             else:
-                total += bits_of(codes.to(torch.int32).reshape(shape).cpu())
+                total += points.bits(codes.to(torch.int32).reshape(shape).cpu())
         return total
 
     def _rows(self, part: int, values: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ CASES: dict[str, Callable[[], Codes]] = {
     "lattice-int32-list": lambda: _far(lattice_points(_random(), (70, 29), 1)),
     "lattice-int8-2-lanes": lambda: lattice_points(_random(), (129, 128), 0.3, np.int8),
     "lattice-int8-8-lanes": _words_alone,
+    "turned-int8": lambda: np.ascontiguousarray(lattice_points(_random(), (70, 37), 1, np.int8).T),
 }
 
 

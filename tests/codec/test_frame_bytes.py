@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cases.coding import information_of
-from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, ZEROS, decode_frame, encode_frame
+from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, TURNED, ZEROS, decode_frame, encode_frame
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.kernels.lattice import nearest
 from tests.codec.golden_frames import FOLDER, Golden, read
@@ -203,7 +203,7 @@ def small(kind: int) -> Golden:
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("kind", 3, "unknown kind 3/1/0/1; written by another version, or damaged"),
+        ("kind", 4, "unknown kind 4/1/0/1; written by another version, or damaged"),
         ("kind", 255, "unknown kind"),
         ("size", 3, "unknown kind"),
         ("low", 25, "unknown kind"),
@@ -289,3 +289,17 @@ def test_threads_decode_at_once() -> None:
         ]
         for codes, job in jobs:
             np.testing.assert_array_equal(job.result(), codes)
+
+
+@pytest.mark.parametrize("shape", [(64, 70), (31, 40), (5, 96)])
+def test_points_of_the_transposed_lattice(shape: tuple[int, int]) -> None:
+    """As calibration leaves them for weights that are multiplied transposed."""
+    codes = np.ascontiguousarray(lattice_points(np.random.default_rng(0), shape[::-1], 1, np.int8).T)
+    frame = encode_frame(codes)
+    assert frame[0] == TURNED
+    assert len(frame) == len(encode_frame(np.ascontiguousarray(codes.T)))
+    out = np.full(shape, 77, np.int8)
+    assert decode_frame(frame, shape, out) is out
+    np.testing.assert_array_equal(out, codes)
+    with pytest.raises(CheckpointError, match="do not add up"):
+        decode_frame(frame[:-1], shape)

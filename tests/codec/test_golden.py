@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, ZEROS, decode_frame, encode_frame
+from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, TURNED, ZEROS, decode_frame, encode_frame
 from tests.codec.golden_frames import CASES, FOLDER, read, write
 from tests.support.format_page import page_reader
 
@@ -48,7 +48,7 @@ def test_every_kind_of_frame_is_there() -> None:
         fields["low"].add(low > 0)
         fields["lanes"].add(lanes)
         fields["list"].add(int.from_bytes(frame[8:12], "little") > 0)
-    assert kinds.keys() == {ZEROS, INTEGERS, LATTICE}
+    assert kinds.keys() == {ZEROS, INTEGERS, LATTICE, TURNED}
     for kind in (INTEGERS, LATTICE):
         every = {"size": {1, 2, 4}, "low": {0, 1}, "lanes": {1, 2, 8}, "list": {0, 1}}
         assert kinds[kind] == every

@@ -238,7 +238,10 @@ def damage(folder: Path, change: str) -> None:
     elif change == "flip":
         weights = folder / "model.safetensors"
         data = bytearray(weights.read_bytes())
-        data[8 + int.from_bytes(data[:8], "little") + 40] ^= 1  # in the first frame
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        codes = next(entry for name, entry in header.items() if name.endswith(".spectral_codes"))
+        data[8 + size + codes["data_offsets"][0] + 40] ^= 1
         weights.write_bytes(data)
     elif change == "adapter nan":
         bad = {"base_model.model.q.lora_A.weight": torch.full((2, 8), float("nan"))}

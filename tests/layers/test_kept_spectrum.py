@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.frames import encode_rows
 from spectral_surgery.codec.quantized import QuantizedSpectrum
+from spectral_surgery.codec.quantizers.lattice import points_of
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
@@ -152,3 +156,20 @@ def test_spectral_layers_are_trained_and_freeze_to_what_was_trained(resident: st
 def test_a_model_without_spectral_layers_is_refused() -> None:
     with pytest.raises(TargetError, match="Tied: expected a compressed model, got one without spectral layers"):
         unfreeze_spectra(Tied())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_points_of_the_lattice_are_trained_as_points_of_it(*, turned: bool) -> None:
+    """All of them, those that are zero too; and what comes out is as small as it was."""
+    weight = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
+    spectrum = stored(weight.T.contiguous() if turned else weight, Target("bits", 2.0))
+    if turned:
+        spectrum = replace(spectrum, codes=spectrum.codes.T.contiguous())
+    kept = KeptSpectrum([spectrum], weight.shape)
+    assert kept.start.numel() == weight.numel()
+    (found,) = kept.spectra(kept.start)
+    before, after = (sum(map(len, encode_rows(one.codes, 64)[1])) for one in (spectrum, found))
+    assert after <= 1.01 * before
+    torch.testing.assert_close(found.coefficients(), spectrum.coefficients(), rtol=0, atol=3 * float(spectrum.step))
+    (moved,) = kept.spectra(1.1 * kept.start)
+    assert points_of(moved.codes) is not None

@@ -47,11 +47,13 @@ class LatticePoints:
         step: in units of the coefficients.
         slope: squared steps that a bit is worth.
         prices: [n] bits that a code of each magnitude takes; the last one for all larger ones.
+        turned: whether blocks run along rows; for `levels` and `bits`.
     """
 
     step: float
     slope: float
     prices: Array
+    turned: bool = False
 
     @property
     def costs(self) -> Array:
@@ -68,8 +70,15 @@ class LatticePoints:
 
     def levels(self, values: Tensor, *, threads: int = 1) -> Tensor:
         """[O, I] float32 to [O, I] int32 codes."""
+        if self.turned:
+            return replace(self, turned=False).levels(values.T.contiguous(), threads=threads).T.contiguous()
         parts = parallel_map(lambda part: _nearest(part.numpy(), self.step, self.costs), values.split(_BLOCK), threads)
         return torch.from_numpy(np.concatenate(parts))
+
+    def bits(self, codes: Tensor) -> float:
+        """About what points of the lattice take, [O, I] integers, tables aside."""
+        counts, height = _counts(codes.numpy()), codes.shape[1 if self.turned else 0]
+        return _bits(counts, _prices(counts), min(height, _BLOCK)) * codes.numel()
 
     def quantize(self, coefficients: Tensor) -> tuple[Tensor, Moments]:
         """See `Rounding`."""
@@ -106,18 +115,14 @@ def points_of(codes: Tensor, values: Tensor | None = None) -> LatticePoints | No
     """
     from spectral_surgery.kernels.lattice import words_of
 
-    wide = np.ascontiguousarray(codes.numpy(), np.int32)
-    words = np.empty(-(-wide.shape[0] // _BLOCK) * wide.shape[1], np.uint8)
-    if not wide.any() or not words_of(wide, words):
-        return None
-    noise = _NOISE if values is None else float((values - codes).square().mean())
-    return LatticePoints(1.0, _SLOPE * noise, _prices(_counts(wide)))
-
-
-def bits_of(codes: Tensor) -> float:
-    """About what points of the lattice take, [O, I] integers, tables aside."""
-    counts = _counts(codes.numpy())
-    return _bits(counts, _prices(counts), min(len(codes), _BLOCK)) * codes.numel()
+    wide = codes.numpy().astype(np.int32)
+    for turned in (False, True):
+        seen = np.ascontiguousarray(wide.T if turned else wide)
+        words = np.empty(-(-seen.shape[0] // _BLOCK) * seen.shape[1], np.uint8)
+        if seen.any() and words_of(seen, words):
+            noise = _NOISE if values is None else float((values - codes).square().mean())
+            return LatticePoints(1.0, _SLOPE * noise, _prices(_counts(wide)), turned)
+    return None
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Lattice:
 
     def for_bits(self, sample: Sample, bits: float) -> LatticePoints:
         """See `Quantizer`."""
-        return _search(sample.blocks, lambda trial: trial.bits - bits)
+        return _search(sample.blocks, lambda trial: trial.bits - bits if trial.error > EXACT else 1.0)
 
     def for_error(self, sample: Sample, relative_error: float) -> LatticePoints:
         """See `Quantizer`."""
@@ -157,7 +162,7 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
     place = float(min(max(math.log2(usual), low), high))
     trial, finer = _trial(some, 2.0**place), None
     for _ in range(_ATTEMPTS):
-        excess = above(trial) if trial.error > EXACT else 1.0
+        excess = above(trial)
         low, high = (max(low, place), high) if excess > 0 else (low, min(high, place))
         finer = trial if excess > 0 else finer
         if abs(excess) < _CLOSE and all_of_it:
