@@ -110,4 +110,4 @@ def test_gradients_reach_what_it_multiplies(name: str, monkeypatch: pytest.Monke
         KEPT[name](own).square().sum().backward()
         grads.append(made[0].grad)
     assert grads[0] is not None
-    assert torch.allclose(*grads, rtol=1e-4)
+    assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < 1e-5  # single ones may be sums that cancel
