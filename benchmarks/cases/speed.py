@@ -10,10 +10,12 @@ from torch import Tensor
 from benchmarks.case import Row, require
 from benchmarks.timing import interleaved
 from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.quantizers import QUANTIZERS
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
 TARGETS = (Target("bits", 4.0), Target("bits", 3.0), Target("bits", 2.0), Target("density", 0.2))
+BOTH = [(target, name) for target in TARGETS for name in QUANTIZERS if name == "scalar" or target.kind == "bits"]
 ENCODE, DECODE = 25.0, 40.0  # M weights/s
 THREADS = 2
 
@@ -22,14 +24,19 @@ def run(quick: bool) -> list[Row]:
     """M weights per second, encoding with verification, and decoding; two threads, float32."""
     size = 1024 if quick else 4096
     matrix = 0.02 * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-    encoded = {target: encode(matrix, target, threads=THREADS) for target in TARGETS}
+    encoded = {(t, name): encode(matrix, t, quantizer=name, threads=THREADS) for t, name in BOTH}
     for spectrum, report in encoded.values():
         error = float((spectrum.to_dense() - matrix).norm() / matrix.norm())
         require(abs(error - report.relative_error) < 1e-3 * error, f"error {error} where {report} is reported")
-    encoders = {f"encode, {t.kind} {t.value:g}": lambda t=t: encode(matrix, t, threads=THREADS) for t in TARGETS}
+    encoders = {
+        f"encode, {name}, {t.kind} {t.value:g}": lambda t=t, name=name: encode(
+            matrix, t, quantizer=name, threads=THREADS
+        )
+        for t, name in BOTH
+    }
     decoders = {
-        f"decode, {t.kind} {t.value:g}": lambda s=spectrum: s.to_dense(threads=THREADS)
-        for t, (spectrum, _) in encoded.items()
+        f"decode, {name}, {t.kind} {t.value:g}": lambda s=spectrum: s.to_dense(threads=THREADS)
+        for (t, name), (spectrum, _) in encoded.items()
     }
     naive = {
         "naive: tile DCT, round, zstd (3 bits, no rate search, no check)": lambda: naive_pipeline(matrix),
