@@ -18,12 +18,12 @@ import numpy.typing as npt
 
 from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, SymbolTable, fitted_table, with_parity
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.kernels import BLOCK
 
 Codes = npt.NDArray[Any]  # int8, int16 or int32
 Bytes = npt.NDArray[np.uint8]
 
 ZEROS, INTEGERS, LATTICE, TURNED = range(4)  # kinds of frames
-BLOCK = 32  # rows that are coded together
 
 _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
 _STATE_BYTES, _WORD_BYTES = 8, 4

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from spectral_surgery.codec.rate import Magnitudes
+from spectral_surgery.kernels import BLOCK
 
 Floats = npt.NDArray[np.float32]
 
 _SIZE, _SIZE_OF_BLOCKS = 1 << 17, 1 << 16  # coefficients
-_BLOCK = 32  # rows that some quantisers take together
 
 
 class Sample:
@@ -38,7 +38,7 @@ class Sample:
     @cached_property
     def blocks(self) -> Floats:
         """[32, n]: every so many blocks of 32 rows of a column; of all the rows where there are fewer."""
-        height = min(_BLOCK, max(len(frame) for frame in self._frames))
+        height = min(BLOCK, max(len(frame) for frame in self._frames))
         rows = [
             frame[start : start + height].numpy()
             for frame in self._frames

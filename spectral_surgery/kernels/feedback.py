@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spectral_surgery.kernels import BLOCK
 from spectral_surgery.kernels.compile import kernel
-from spectral_surgery.kernels.lattice import BLOCK, nearest
+from spectral_surgery.kernels.lattice import nearest
 
 Array = npt.NDArray[Any]
 

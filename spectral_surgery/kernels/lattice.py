@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spectral_surgery.kernels import BLOCK
 from spectral_surgery.kernels.compile import inlined, kernel
 
-BLOCK = 32  # rows of a block
 WORDS = 64
 
 Ints = npt.NDArray[Any]

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spectral_surgery.kernels import BLOCK
 from spectral_surgery.kernels.compile import inlined, kernel
 
 PRECISION = 12
 SLOTS = 1 << PRECISION
 FLOOR = 1 << 31  # the least state
-BLOCK = 32  # rows of a block
 LARGEST = 125  # magnitude of a symbol that stands for itself; 126 and 127 stand for all larger ones
 
 Ints = npt.NDArray[Any]
@@ -88,9 +88,7 @@ def _level(slot: np.uint64, context: np.uint64, double: np.int32) -> np.int32:
 
 
 @kernel
-def decode(
-    words: Ints, states: Ints, table: Ints, masks: Ints, out: Ints, parity: bool, double: int
-) -> int:  # pragma: no cover - compiled
+def decode(words: Ints, states: Ints, table: Ints, masks: Ints, out: Ints, parity: bool, double: int) -> int:
     """Decode a matrix of symbols.
 
     Returns how many words were read, or -1 where the states do not end where they began.

@@ -294,8 +294,8 @@ def test_reports_add_up() -> None:
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 4.0, 8.0])
-def test_frames_of_different_scale_have_layouts_of_their_own(bits: float) -> None:
-    """One layout for all missed the rate by a tenth and left four times the error at 4 bits."""
+def test_frames_of_different_scale_have_tables_of_their_own(bits: float) -> None:
+    """One table for all would miss the rate: symbols are as rare as they are in each frame."""
     scales = torch.tensor([0.01, 1.0, 0.1, 5.0, 0.02, 1.0]).repeat_interleave(2048)
     weight = gaussian(12288, 512) * scales[:, None]
     encoded, report = encode(weight, Target("bits", bits))

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from spectral_surgery.kernels.lattice import BLOCK, MASKS, WORDS, nearest, nearest_reference, word_bits, words_of
+from spectral_surgery.kernels import BLOCK
+from spectral_surgery.kernels.lattice import MASKS, WORDS, nearest, nearest_reference, word_bits, words_of
 from tests.support.codes import lattice_points
 
 Array = npt.NDArray[Any]

@@ -20,12 +20,12 @@ from spectral_surgery.codec.parallel import parallel_map
 from spectral_surgery.codec.quantized import Moments
 from spectral_surgery.codec.quantizers.scalar import EXACT, code_dtype, dot
 from spectral_surgery.codec.sample import Sample
+from spectral_surgery.kernels import BLOCK
 
 Array = npt.NDArray[Any]
 
 SAVED = 0.155  # bits a coefficient, at the error that `scalar` has: of Gaussian numbers, from 1 to 5 bits
 
-_BLOCK = 32
 _SLOPE = 2 * math.log(2)  # of the bound: bits by the logarithm of the error, times the squared error
 _NOISE = 0.22  # squared error in squared steps, to begin with
 _PASSES = 2  # over the sample at each step, so that symbols and what they cost agree; one where both are near
@@ -72,20 +72,20 @@ class LatticePoints:
         """[O, I] float32 to [O, I] int32 codes."""
         if self.turned:
             return replace(self, turned=False).levels(values.T.contiguous(), threads=threads).T.contiguous()
-        parts = parallel_map(lambda part: _nearest(part.numpy(), self.step, self.costs), values.split(_BLOCK), threads)
+        parts = parallel_map(lambda part: _nearest(part.numpy(), self.step, self.costs), values.split(BLOCK), threads)
         return torch.from_numpy(np.concatenate(parts))
 
     def bits(self, codes: Tensor) -> float:
         """About what points of the lattice take, [O, I] integers, tables aside."""
         counts, height = _counts(codes.numpy()), codes.shape[1 if self.turned else 0]
-        return _bits(counts, _prices(counts), min(height, _BLOCK)) * codes.numel()
+        return _bits(counts, _prices(counts), min(height, BLOCK)) * codes.numel()
 
     def quantize(self, coefficients: Tensor) -> tuple[Tensor, Moments]:
         """See `Rounding`."""
         peak = float(coefficients.abs().max()) if coefficients.numel() else 0.0
         codes = torch.empty(coefficients.shape, dtype=code_dtype(peak / self.step + 3))
         moments = Moments(0.0, 0.0, 0.0, 0.0, 0.0)
-        for some, out in zip(coefficients.split(_BLOCK), codes.split(_BLOCK), strict=True):
+        for some, out in zip(coefficients.split(BLOCK), codes.split(BLOCK), strict=True):
             levels = torch.from_numpy(_nearest(some.numpy(), self.step, self.costs))
             out.copy_(levels)
             flat, values = levels.reshape(-1).float(), some.reshape(-1)
@@ -118,7 +118,7 @@ def points_of(codes: Tensor, values: Tensor | None = None) -> LatticePoints | No
     wide = codes.numpy().astype(np.int32)
     for turned in (False, True):
         seen = np.ascontiguousarray(wide.T if turned else wide)
-        words = np.empty(-(-seen.shape[0] // _BLOCK) * seen.shape[1], np.uint8)
+        words = np.empty(-(-seen.shape[0] // BLOCK) * seen.shape[1], np.uint8)
         if seen.any() and words_of(seen, words):
             noise = _NOISE if values is None else float((values - codes).square().mean())
             return LatticePoints(1.0, _SLOPE * noise, _prices(_counts(wide)), turned)
@@ -226,7 +226,7 @@ def _bits(counts: Array, prices: Array, height: int) -> float:
 
     total = float(counts.sum())
     block = float(word_bits(height))
-    if height == _BLOCK:  # the last m is known to be even or odd
+    if height == BLOCK:  # the last m is known to be even or odd
         even = counts[0::4].sum() / max(counts[0::2].sum(), 1)
         block -= counts[1::2].sum() / total + counts[0::2].sum() / total * _entropy(even)
     return float((counts * prices).sum()) / total + block / height
