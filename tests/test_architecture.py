@@ -49,8 +49,9 @@ HEAVY = {
     "numba": ("kernels/",),
     "matplotlib": ("plotting.py", "commands/eval/plot.py"),
 }
+COMPILED = "kernels/"  # compiled when they are imported, so by nobody at the top
 BASES = {
-    *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
+    *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function", "Structure"),
     *("Group", "Command", "ParamType", "Option", "ValueError", "TypeError"),
 }
 # classes and hooks of other libraries, which call them with whatever they have
@@ -123,7 +124,8 @@ def heavy_libraries(path: str, tree: ast.Module) -> Found:
     at_top = {id(node) for node in tree.body}
     for name, node in imports(tree):
         allowed = HEAVY.get(name.split(".")[0])
-        if allowed is not None and (not path.startswith(allowed) or id(node) in at_top):
+        early = id(node) in at_top and not path.startswith(COMPILED)
+        if allowed is not None and (not path.startswith(allowed) or early):
             yield f"{path}:{node.lineno} imports {name}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -27,3 +27,24 @@ def inlined(function: Function) -> Function:
     import numba
 
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
+
+
+def c_function(function: Callable[[Any], None]) -> int:
+    """A kernel of one pointer that others than Python can call, compiled now or read from disk. Returns its address."""
+    import numba
+
+    options = {"nopython": True, "error_model": "numpy"}
+    try:
+        return int(numba.cfunc("void(voidptr)", cache=True, **options)(function).address)
+    except RuntimeError:  # as for `kernel`
+        return int(numba.cfunc("void(voidptr)", **options)(function).address)
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of kernels that writes LLVM's instructions itself.
+
+    What is kept on disk is compiled anew when the file of a kernel changes, not when one of its operations does.
+    """
+    from numba.extending import intrinsic as numba_intrinsic
+
+    return cast(Callable[..., Any], numba_intrinsic(function))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.layers.linear import autocast_input, bias_parameter, dense_linear, with_bias
+from spectral_surgery.layers.linear import autocast_input, bias_parameter, dense_linear
 from spectral_surgery.layers.weight import Spectra, SpectralWeight, compressed
 from spectral_surgery.matmul import Int8Form, transposed_form
 
@@ -111,7 +111,7 @@ class SpectralConv1D(nn.Module):
             ConfigError: when x is not floating.
         """
         matmul = self.spectrum.matmul if self.transposed else self.spectrum.matmul_transposed
-        return with_bias(autocast_input(x), matmul, self.bias)
+        return matmul(autocast_input(x), self.bias)
 
     def to_dense(self) -> nn.Linear:
         """A linear layer of the same function, with the decompressed weight."""

@@ -80,7 +80,7 @@ class SpectralExperts(nn.Module):
             )
         x = autocast_input(x)
         parts = [
-            (weight.matmul_transposed(rows) if self.transposed else weight.matmul(rows)).to(x.dtype)
+            weight.matmul_transposed(rows) if self.transposed else weight.matmul(rows)
             for weight, rows in zip(self.weights, torch.split(x, list(counts)), strict=True)
             if len(rows)
         ]

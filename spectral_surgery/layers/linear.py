@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -90,7 +89,7 @@ class SpectralLinear(nn.Module):
             ShapeError: when the width of x is not I.
             ConfigError: when x is not floating.
         """
-        return with_bias(autocast_input(x), self.spectrum.matmul, self.bias)
+        return self.spectrum.matmul(autocast_input(x), self.bias)
 
     def to_dense(self) -> nn.Linear:
         """The same layer with the decompressed weight."""
@@ -118,12 +117,6 @@ def autocast_input(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def with_bias(x: Tensor, matmul: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
-    """matmul(x) + bias, rounded once, to the dtype of x."""
-    y = matmul(x)
-    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

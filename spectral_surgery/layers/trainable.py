@@ -44,13 +44,13 @@ class TrainableWeight(nn.Module):
         rows, columns = self.shape
         return 32 * self.values.numel() / (rows * columns)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """X Wᵀ: [..., I] to [..., O]."""
-        return functional.linear(x, self.to_dense(x.dtype))
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + b: [..., I] to [..., O]."""
+        return functional.linear(x, self.to_dense(x.dtype), bias)
 
-    def matmul_transposed(self, x: Tensor) -> Tensor:
-        """X W: [..., O] to [..., I]."""
-        return functional.linear(x, self.to_dense(x.dtype).T)
+    def matmul_transposed(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W + b: [..., O] to [..., I]."""
+        return functional.linear(x, self.to_dense(x.dtype).T, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W: [...] integers to [..., I] float32."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectral_surgery.codec.encode import encode
-from spectral_surgery.codec.encoded import Basis, rows_per_frame
+from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.layers.holder import FormHolder
@@ -17,6 +17,7 @@ from spectral_surgery.matmul import (
     RESIDENTS,
     Form,
     Spectrum,
+    dense_rows,
     form_matmul,
     form_matmul_transposed,
     recorded,
@@ -99,13 +100,13 @@ class SpectralWeight(nn.Module):
         rows, columns = self.shape
         return 8 * self.nbytes / (rows * columns)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """X Wᵀ: [..., I] to [..., O]; see `form_matmul`."""
-        return form_matmul(x, self.forms)
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + b: [..., I] to [..., O]; see `form_matmul`."""
+        return form_matmul(x, self.forms, bias)
 
-    def matmul_transposed(self, x: Tensor) -> Tensor:
-        """X W: [..., O] to [..., I]; see `form_matmul_transposed`."""
-        return form_matmul_transposed(x, self.forms)
+    def matmul_transposed(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W + b: [..., O] to [..., I]; see `form_matmul_transposed`."""
+        return form_matmul_transposed(x, self.forms, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W: [...] integers to [..., I] float32, from the tiles that hold them.
@@ -122,7 +123,7 @@ class SpectralWeight(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W: [O, I], computed in float32 and cast once; None for `dtype`."""
-        return torch.cat([block.to(dtype or self.dtype) for form in self.forms for block in _dense_blocks(form)])
+        return torch.cat([block.to(dtype or self.dtype) for form in self.forms for block in dense_rows(form)])
 
     def _save_to_state_dict(self, *_: object) -> None:
         """Nothing of its own: the parts have the spectrum."""
@@ -161,13 +162,6 @@ def compressed(
     target = Target(kind, value)  # type: ignore[arg-type]  # the keys above
     encoded, _ = encode(weight.detach().cpu(), target, basis, threads=torch.get_num_threads())
     return SpectralWeight.from_spectra(encoded, resident, weight.dtype).to(weight.device)
-
-
-def _dense_blocks(form: Form) -> Iterator[Tensor]:
-    rows, columns = form.shape
-    height = rows_per_frame(columns, form.basis.tile)
-    for start in range(0, rows, height):
-        yield _decoded(form, start, min(start + height, rows))
 
 
 def _decoded(form: Form, start: int, stop: int) -> Tensor:

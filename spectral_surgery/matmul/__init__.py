@@ -6,7 +6,7 @@ from spectral_surgery.matmul.code_blocks import Spectrum
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.int8 import Int8Form, transposed_form
-from spectral_surgery.matmul.operator import form_matmul, form_matmul_transposed
+from spectral_surgery.matmul.operator import dense_rows, form_matmul, form_matmul_transposed
 from spectral_surgery.matmul.reference import spectral_matmul
 from spectral_surgery.matmul.resident import RESIDENTS, resident_form
 from spectral_surgery.matmul.row_blocks import block_streaming_matmul
@@ -20,6 +20,7 @@ __all__ = [
     "Int8Form",
     "Spectrum",
     "block_streaming_matmul",
+    "dense_rows",
     "form_matmul",
     "form_matmul_transposed",
     "resident_form",

@@ -61,7 +61,7 @@ class CodedForm:
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
-        operand = integer.prepare(g, accuracy, adjoint=True)
+        operand = integer.prepare(g, accuracy)
 
         def rows(span: Span) -> Tensor:
             levels, parts = self._block(span, g.device)

@@ -10,11 +10,9 @@ import torch
 
 from spectral_surgery.matmul import triton
 
-Way = Literal["packed", "planes", "blocks", "triton"]
+Way = Literal["planes", "blocks", "triton"]
 
 _MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
-_PACKED_TERMS = 32
-_PACKED_TOKENS = 8, 16  # at most: without dot products of bfloat16, and with them
 _NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
 
 
@@ -44,25 +42,20 @@ def processor() -> Processor:
     return Processor(has("_is_vnni_supported"), has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
 
 
-def way(device: str, tokens: int, terms: int, accuracy: torch.dtype, *, adjoint: bool = False) -> Way:
-    """How to multiply activations by an int8 matrix.
+def way(device: str, terms: int, accuracy: torch.dtype) -> Way:
+    """How to multiply activations by an int8 matrix, where `few_tokens` does not.
 
-    Returns ``packed``: torch's int8 weight-only kernel, which reads each weight once (few tokens in bfloat16).
-    ``planes``: activations as several int8 digits, exact int8 products. ``blocks``: blocks of rows converted to
+    Returns ``planes``: activations as several int8 digits, exact int8 products. ``blocks``: blocks of rows converted to
     floating point. ``triton``: a kernel that converts in registers, on GPUs.
 
     Args:
         terms: summed per output.
-        adjoint: whether outputs are columns of the matrix: torch's weight-only kernel has rows only.
     """
     if device == "cuda" and accuracy != torch.float64 and triton.available():
         return "triton"
     if device != "cpu" or accuracy == torch.float64:
         return "blocks"
     has = processor()
-    whole = not terms % _PACKED_TERMS  # torch's kernel reads beyond a row of other lengths
-    if accuracy == torch.bfloat16 and not adjoint and whole and tokens <= _PACKED_TOKENS[has.bfloat16]:
-        return "packed"
     if accuracy == torch.bfloat16 and has.bfloat16:
         return "blocks"
     return "planes" if has.int8 and terms <= _MAX_INT32_TERMS else "blocks"
@@ -83,9 +76,3 @@ def transform_dtype(device: str, tokens: int, accuracy: torch.dtype) -> torch.dt
         return torch.float64
     native = accuracy == torch.bfloat16 and tokens > _NATIVE_TOKENS
     return block_dtype(device, accuracy) if native else torch.float32
-
-
-def packed_tokens(terms: int) -> int:
-    """How many tokens of bfloat16 torch's int8 weight-only kernel takes on a CPU; 0 where it takes none."""
-    most = _PACKED_TOKENS[processor().bfloat16]
-    return most if way("cpu", most, terms, torch.bfloat16) == "packed" else 0

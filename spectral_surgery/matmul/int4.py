@@ -59,7 +59,7 @@ class Int4Form:
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
-        operand = integer.prepare(g, accuracy, adjoint=True)
+        operand = integer.prepare(g, accuracy)
         wide = torch.promote_types(operand.dtype, torch.float32)
         out = g.new_zeros((len(g), self.columns), dtype=wide)
         for start, levels in self.blocks():

@@ -40,7 +40,7 @@ class Int8Form:
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
-        return integer.adjoint(integer.prepare(g, accuracy, adjoint=True), self.codes)
+        return integer.adjoint(integer.prepare(g, accuracy), self.codes)
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.matmul import triton
 from spectral_surgery.matmul.dispatch import Way, block_dtype, way
-from spectral_surgery.transforms.base import constants
 
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
 _BLOCKS = 4  # at least: a small matrix is not converted at once either
@@ -43,24 +41,21 @@ class Operand:
         return replace(self, x=self.x[:, start:stop], digits=self.digits[..., start:stop])
 
 
-def prepare(x: Tensor, accuracy: torch.dtype, *, adjoint: bool = False) -> Operand:
+def prepare(x: Tensor, accuracy: torch.dtype) -> Operand:
     """Choose a way and convert activations once.
 
     Args:
         x: [T, K] float32, float64 or a 16-bit type.
-        adjoint: whether `adjoint` will be called instead of `product`.
     """
-    how = way(x.device.type, len(x), x.shape[1], accuracy, adjoint=adjoint)
+    how = way(x.device.type, x.shape[1], accuracy)
     dtype = block_dtype(x.device.type, accuracy)
     if how == "planes":
         return Operand(x, how, dtype, *_digits(x, 3 if accuracy == torch.float32 else 2))
-    return Operand(x.to(torch.bfloat16 if how == "packed" else dtype), how, dtype, _NOTHING, _NOTHING)
+    return Operand(x.to(dtype), how, dtype, _NOTHING, _NOTHING)
 
 
 def product(operand: Operand, matrix: Tensor) -> Tensor:
     """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type."""
-    if matrix.dtype == torch.int8 and operand.how == "packed":
-        return torch._weight_int8pack_mm(operand.x, matrix, ones(len(matrix), matrix.device))
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix.T)
     if matrix.dtype == torch.int8 and operand.how == "triton":
@@ -84,13 +79,6 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
     for start, stop, block in _blocks(matrix, g.dtype):
         out += g[:, start:stop] @ block
     return out
-
-
-@lru_cache(maxsize=64)
-def ones(count: int, device: torch.device) -> Tensor:
-    """[count] bfloat16, the scales that torch's int8 kernel asks for: ours are applied before."""
-    with constants():
-        return torch.ones(count, dtype=torch.bfloat16, device=device)
 
 
 def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:

@@ -8,7 +8,7 @@ float32 (scales are float32), 2^-11 for float16 and 2^-7 for bfloat16; more only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.matmul import recorded
 from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
@@ -48,14 +49,15 @@ class _Adjoint(Function):
             return _Product.apply(grads[0], ctx.form, ctx.accuracy), None, None
 
 
-def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
-    """Y = x Wᵀ, with the rows of W in one or more forms.
+def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) -> Tensor:
+    """Y = x Wᵀ + b, with the rows of W in one or more forms; see the module for how exact it is.
 
-    Returns [..., O]: float64 for float64, else float32 or a 16-bit type; see the module for how exact it is.
+    Returns [..., O] in the dtype of x, rounded once.
 
     Args:
         x: [..., I] floating.
         forms: their rows follow each other.
+        bias: [O] or None.
 
     Raises:
         ShapeError: when the width of x is not I.
@@ -63,32 +65,35 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
     """
     if recorded.recording(forms):
         with unrounded(x.device.type):
-            return recorded.product(x, forms)
+            return _with_bias(recorded.product(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
-        return recorded.left_to_python(form_matmul, x, forms)
-    if len(forms) == 1 and (quick := few_tokens(x, forms[0])) is not None:
+        return recorded.left_to_python(form_matmul, x, forms, bias)
+    if len(forms) == 1 and (quick := few_tokens(x, forms[0], bias)) is not None:
         return quick
     flat = _checked(x, forms[0].shape[1])
     with unrounded(x.device.type):
-        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
         parts = []
-        for number, form in enumerate(forms):
+        if not _finite(flat):
+            parts = [flat @ rows.to(flat.dtype).T for form in forms for rows in dense_rows(form)]
+        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
+        for number, form in enumerate(forms if not parts else ()):
             if not number or form.basis != forms[number - 1].basis:
                 inside = to_spectrum(wide, form.basis)
             y = _product(inside * form.scale.to(wide.dtype), form, x.dtype)
             parts.append(to_space(y.to(wide.dtype), form.basis))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return whole.reshape(*x.shape[:-1], whole.shape[1])
+        return _with_bias(whole.reshape(*x.shape[:-1], whole.shape[1]), bias, x.dtype)
 
 
-def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
-    """Y = x V, with the rows of V, [I, O], in one or more forms: for weights that are stored transposed.
+def form_matmul_transposed(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) -> Tensor:
+    """Y = x V + b, with the rows of V, [I, O], in one or more forms: for weights that are stored transposed.
 
     Returns [..., O], as `form_matmul`.
 
     Args:
         x: [..., I] floating.
         forms: their rows follow each other.
+        bias: [O] or None.
 
     Raises:
         ShapeError: when the width of x is not I.
@@ -96,20 +101,44 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
     """
     if recorded.recording(forms):
         with unrounded(x.device.type):
-            return recorded.product_transposed(x, forms)
+            return _with_bias(recorded.product_transposed(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
-        return recorded.left_to_python(form_matmul_transposed, x, forms)
+        return recorded.left_to_python(form_matmul_transposed, x, forms, bias)
     flat = _checked(x, sum(form.shape[0] for form in forms))
     with unrounded(x.device.type):
+        dense = not _finite(flat)
         wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
         parts, start = [], 0
         for form in forms:
             stop = start + form.shape[0]
-            y = _adjoint(rows_to_spectrum(wide[:, start:stop], form.basis), form, x.dtype)
-            parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
+            if dense:
+                parts.append(flat[:, start:stop] @ torch.cat(list(dense_rows(form))).to(flat.dtype))
+            else:
+                y = _adjoint(rows_to_spectrum(wide[:, start:stop], form.basis), form, x.dtype)
+                parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
             start = stop
         whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return whole.reshape(*x.shape[:-1], whole.shape[1])
+        return _with_bias(whole.reshape(*x.shape[:-1], whole.shape[1]), bias, x.dtype)
+
+
+def dense_rows(form: Form) -> Iterator[Tensor]:
+    """W as blocks of whole tiles of rows, [r, I] float32."""
+    rows, columns = form.shape
+    height = rows_per_frame(columns, form.basis.tile)
+    for start in range(0, rows, height):
+        levels = form.levels(torch.arange(start, min(start + height, rows), device=form.scale.device))
+        yield form.basis.inverse(levels * form.scale)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of x, on a CPU, is finite; else a transform would spread infinities over a whole tile."""
+    if not x.is_cpu or not x.numel() or recorded.unreadable(x):
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(x.detach()))
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def _checked(x: Tensor, columns: int) -> Tensor:

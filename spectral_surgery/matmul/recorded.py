@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from spectral_surgery.after_import import when_imported
@@ -35,9 +35,16 @@ def whole_graph() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-def left_to_python(function: Callable[[Tensor, Sequence[Any]], Tensor], x: Tensor, others: Sequence[Any]) -> Tensor:
+def unreadable(x: Tensor) -> bool:
+    """Whether x may have no numbers to read, or somebody follows what is done with it: fake tensors, torch.func."""
+    if type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def left_to_python(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
     """Call a function between two graphs of torch.compile."""
-    return function(x, others)
+    return function(x, *others)
 
 
 def product(x: Tensor, forms: Sequence[Form]) -> Tensor:

@@ -1,15 +1,32 @@
-"""The short way of a few tokens on a CPU gives the bits of the general one, and leaves all else to it."""
+"""A few tokens in one call of a kernel: outputs beside the exact product, and all that it leaves to the general way."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from spectral_surgery import matmul as op
-from spectral_surgery.matmul import few_tokens, int4
-from tests.support.spectra import TOLERANCE, noise, random_codes, relative
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.matmul import Int8Form
+from spectral_surgery.matmul.few_tokens import MOST, few_tokens
+from spectral_surgery.matmul.form import Form
+from tests.support.spectra import noise, random_codes, relative
+
+ROOT = Path(__file__).parents[2]
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHAPES = ((192, 128), (200, 96), (130, 333), (4, 64), (67, 100), (1000, 65))
+PROCESSORS = {  # as numba compiles for them
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2"},
+    "plain": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+}
 
 
 @pytest.fixture
@@ -20,44 +37,156 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("one_thread", "processor")
+def exact(x: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
+    dense = torch.cat(list(op.dense_rows(form))).double()
+    return torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
+
+
+def taken(x: Tensor, form: Form, bias: Tensor | None = None) -> Tensor:
+    y = few_tokens(x, form, bias)
+    assert y is not None, "was left to the general way"
+    assert (y.dtype, y.shape) == (x.dtype, (*x.shape[:-1], form.shape[0]))
+    return y
+
+
+def error(y: Tensor, reference: Tensor) -> float:
+    """The largest of a token."""
+    return max(relative(one.double(), other) for one, other in zip(y, reference, strict=True))
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
-@pytest.mark.parametrize("settings", [{}, {"transform": "identity"}, {"transform": "hadamard"}])
+@pytest.mark.parametrize("transform", ["dct", "identity", "hadamard"])
 @pytest.mark.parametrize("resident", ["int8", "int4"])
-def test_a_few_tokens_give_the_same_bits(
-    axes: tuple[int, ...], settings: dict[str, str], resident: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The short way is the general one, for what it takes; all else is left to that."""
-    monkeypatch.setattr(int4, "_BLOCK", 50 * 128)
+@pytest.mark.parametrize("dtype", BOUND)
+def test_equals_the_exact_product(axes: tuple[int, ...], transform: str, resident: str, dtype: torch.dtype) -> None:
     high = 60 if resident == "int8" else 7
-    for rows, columns, length in ((192, 128, 9), (192, 96, 16), (200, 128, 1), (64, 128, 8), (1, 32, 1)):
-        spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, tile=64, **settings)
+    for number, (rows, columns) in enumerate(SHAPES):
+        offset = 0.5 if number % 2 and resident == "int4" else 0.0
+        spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, transform=transform, offset=offset)
         form = op.resident_form(spectrum, resident)
-        x = noise(length, columns).bfloat16()
-        for tokens in {1, min(length, 8), length}:
-            some = x[:tokens].reshape(tokens, 1, columns)
-            quick = few_tokens.few_tokens(some, form)
-            general = op.form_matmul(some.clone().requires_grad_(), [form])
-            if quick is not None:
-                assert (quick.dtype, quick.shape) == (torch.float32, (tokens, 1, rows))
-                assert torch.equal(quick, general.to(quick.dtype))
-            assert torch.equal(op.form_matmul(some, [form]), general)
-    aligned = op.resident_form(random_codes(192, 128, high, torch.int8, axes=axes, tile=64, **settings), resident)
-    x = noise(8, 128).bfloat16()
-    assert few_tokens.few_tokens(x, aligned) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert few_tokens.few_tokens(x, aligned) is None
-    others = (x.clone().requires_grad_(), x.float(), x[:0], x[:, :64], noise(40, 128).bfloat16(), x.to("meta"))
-    assert [few_tokens.few_tokens(own, aligned) for own in others] == [None] * len(others)
+        bias = noise(rows).to(dtype)
+        for tokens in (1, 3, 5 + number, MOST):
+            x = noise(tokens, columns).to(dtype)
+            assert error(taken(x, form), exact(x, form)) < BOUND[dtype]
+            assert error(taken(x, form, bias), exact(x, form, bias)) < BOUND[dtype]
 
 
-@pytest.mark.usefixtures("one_thread", "processor")
+@pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("resident", ["int8", "int4"])
-def test_a_step_for_every_column(resident: str) -> None:
+def test_steps_of_columns_and_outliers(resident: str, dtype: torch.dtype) -> None:
     steps = 0.01 * (1 + torch.arange(128) % 5)
-    spectrum = random_codes(192, 128, 7, torch.int8, tile=64, step=steps, offset=0.5)
-    form, x = op.resident_form(spectrum, resident), noise(3, 128).bfloat16()
-    quick = few_tokens.few_tokens(x, form)
-    assert quick is not None
-    assert relative(quick, x.double() @ spectrum.to_dense().double().T) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(quick, op.form_matmul(x.clone().requires_grad_(), [form]))
+    spectrum = random_codes(192, 128, 7, torch.int8, step=steps, offset=0.5)
+    spectrum.codes[torch.arange(0, 192, 3), torch.arange(64) * 2] = 12  # a third of the rows have one
+    form, x = op.resident_form(spectrum, resident), noise(3, 128).to(dtype)
+    assert len(getattr(form, "places", torch.ones(64))) == 64
+    assert error(taken(x, form), x.double() @ spectrum.to_dense().double().T) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("columns", [32, 4128, 8256, 8257, 20000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_extremes_do_not_overflow(columns: int, sign: int) -> None:
+    """All levels and all activations at their peaks: integers, which are exact as long as none is beyond int32."""
+    levels = torch.full((8, columns), 127 * sign, dtype=torch.int8)
+    form = Int8Form(levels, torch.ones(1), Basis("identity", 64, ()))
+    y = taken(torch.full((5, columns), 1.5), form)
+    assert torch.allclose(y, torch.full((5, 8), 127.0 * 1.5 * columns * sign), rtol=1e-6)
+
+
+def test_terms_that_stand_out_are_as_exact_as_bfloat16() -> None:
+    """One term in thousands at the peak: integers of the others would be zero, and others take their place."""
+    columns = 1 << 15
+    form = Int8Form(torch.full((4, columns), 3, dtype=torch.int8), torch.ones(1), Basis("identity", 64, ()))
+    x = torch.full((1, columns), 0.004).bfloat16()
+    x[0, 5] = 4096
+    assert error(taken(x, form), exact(x, form)) < 2**-8
+    x[0, 5], x[0, 6] = 0.0, 0.0
+    assert error(taken(x, form), exact(x, form)) < 2**-8
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
+def test_very_small_and_very_large_activations(scale: float) -> None:
+    form = op.resident_form(random_codes(64, 128, 60, torch.int8), "int8")
+    x = noise(2, 128) * scale
+    y, reference = taken(x, form), exact(x, form)
+    assert (y.double() - reference).norm() <= 5e-7 * reference.norm() + 1e-38
+
+
+@pytest.mark.parametrize("resident", ["int8", "int4", "coded"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_not_finite_gives_what_a_dense_layer_gives(
+    resident: str, value: float, tokens: int, dtype: torch.dtype
+) -> None:
+    spectrum = random_codes(70, 130, 7, torch.int8)
+    form, x = op.resident_form(spectrum, resident), noise(tokens, 130).to(dtype)
+    x[1, 7] = value
+    dense = torch.nn.functional.linear(x, spectrum.to_dense().to(dtype))
+    assert torch.equal(op.form_matmul(x, [form])[1].isnan(), dense[1].isnan())
+    assert torch.equal(op.form_matmul(x, [form])[1].nan_to_num(), dense[1].nan_to_num())
+    turned, v = noise(tokens, 70).to(dtype), spectrum.to_dense().to(dtype)
+    turned[1, 7] = value
+    assert torch.equal(op.form_matmul_transposed(turned, [form])[1].nan_to_num(), (turned @ v)[1].nan_to_num())
+
+
+def test_what_is_left_to_the_general_way() -> None:
+    form = op.resident_form(random_codes(192, 128, 60, torch.int8), "int8")
+    x, bias = noise(8, 128).bfloat16(), torch.zeros(192, dtype=torch.bfloat16)
+    assert few_tokens(x, form, bias) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_tokens(x, form, None) is None
+    others = (x.clone().requires_grad_(), x.double(), x[:0], x[:, :64], noise(MOST + 1, 128), x.to("meta"), x.int())
+    assert [few_tokens(other, form, None) for other in others] == [None] * len(others)
+    assert few_tokens(x, form, bias.float()) is None
+    assert few_tokens(x, form, bias.clone().requires_grad_()) is None
+    assert few_tokens(x, op.resident_form(random_codes(3, 128, 60, torch.int8), "int8"), None) is None
+    assert few_tokens(noise(2, 31), op.resident_form(random_codes(64, 31, 60, torch.int8), "int8"), None) is None
+    batched = torch.func.vmap(lambda one: op.form_matmul(one, [form]))(x)
+    assert relative(batched, taken(x, form)) < 2**-7
+
+
+def test_whatever_strides_and_modes() -> None:
+    form = op.resident_form(random_codes(192, 128, 60, torch.int8), "int8")
+    x = noise(128, 6)
+    expected = taken(x.T.contiguous(), form)
+    assert torch.equal(taken(x.T, form), expected)
+    assert torch.equal(taken(x.T.reshape(2, 3, 128), form), expected.reshape(2, 3, 192))
+    with torch.inference_mode():
+        assert torch.equal(taken(x.T, form), expected)
+    assert torch.equal(taken(x.T.contiguous()[2], form), expected[2])
+
+
+def test_the_same_bits_whatever_the_threads() -> None:
+    form = op.resident_form(random_codes(640, 512, 60, torch.int8), "int8")
+    x, before, results = noise(7, 512), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(taken(x, form))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_several_threads_of_python_at_once() -> None:
+    form = op.resident_form(random_codes(640, 512, 60, torch.int8), "int8")
+    inputs = [noise(1 + number % 5, 512) + number for number in range(12)]
+    expected = [taken(x, form) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda x: taken(x, form), inputs))
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_other_processors(name: str) -> None:
+    """The vectors of this kernel, compiled for fewer instructions than this machine has."""
+    chosen = [
+        f"{__file__}::{test}" for test in ("test_steps_of_columns_and_outliers", "test_whatever_strides_and_modes")
+    ]
+    chosen += [f"{__file__}::test_sums_of_extremes_do_not_overflow", f"{__file__}::test_equals_the_exact_product"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
+    environment = os.environ | PROCESSORS[name] | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

@@ -276,24 +276,20 @@ def test_digits_are_exact() -> None:
 
 
 def test_ways_and_types_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    for processor, tokens, accuracy, expected in [
-        (Processor(False, False), 1, torch.bfloat16, "packed"),
-        (Processor(False, False), 9, torch.bfloat16, "blocks"),
-        (Processor(True, False), 9, torch.bfloat16, "planes"),
-        (Processor(True, False), 5000, torch.bfloat16, "planes"),
-        (Processor(True, True), 17, torch.bfloat16, "blocks"),
-        (Processor(True, True), 1, torch.float32, "planes"),
-        (Processor(True, True), 1, torch.float64, "blocks"),
+    for processor, accuracy, expected in [
+        (Processor(False, False), torch.bfloat16, "blocks"),
+        (Processor(True, False), torch.bfloat16, "planes"),
+        (Processor(True, True), torch.bfloat16, "blocks"),
+        (Processor(True, True), torch.float32, "planes"),
+        (Processor(True, True), torch.float64, "blocks"),
     ]:
         monkeypatch.setattr(dispatch, "processor", lambda processor=processor: processor)
-        assert dispatch.way("cpu", tokens, 4096, accuracy) == expected
-        assert dispatch.way("cpu", tokens, 4096, accuracy, adjoint=True) != "packed"
-        assert dispatch.way("cpu", tokens, 200_000, torch.float32) == "blocks"  # int32 would overflow
-        assert dispatch.way("cpu", 1, 40, torch.bfloat16) != "packed"  # torch reads beyond such rows
+        assert dispatch.way("cpu", 4096, accuracy) == expected
+        assert dispatch.way("cpu", 200_000, torch.float32) == "blocks"  # int32 would overflow
         for installed in (True, False):
             monkeypatch.setattr(dispatch.triton, "available", lambda installed=installed: installed)
             kernel = installed and accuracy != torch.float64
-            assert dispatch.way("cuda", tokens, 4096, accuracy) == ("triton" if kernel else "blocks")
+            assert dispatch.way("cuda", 4096, accuracy) == ("triton" if kernel else "blocks")
     assert dispatch.block_dtype("cpu", torch.bfloat16) == torch.bfloat16
     assert dispatch.block_dtype("cpu", torch.float16) == torch.float32
     assert dispatch.block_dtype("cuda", torch.float16) == torch.float16

@@ -91,7 +91,7 @@ class ExpertsForward:
         matrices = getattr(self, name)
         if isinstance(matrices, SpectralExperts):
             weight = matrices.weights[expert]
-            y = (weight.matmul_transposed(x) if matrices.transposed else weight.matmul(x)).to(x.dtype)
+            y = weight.matmul_transposed(x) if matrices.transposed else weight.matmul(x)
         else:
             y = x @ (matrices[expert] if self.is_transposed else matrices[expert].mT)
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y

@@ -143,7 +143,7 @@ class Stack:
 
     def product(self, x: Tensor) -> Tensor:
         """Each batch of x, [E, T, O], by its matrix: [E, T, I]."""
-        return torch.stack([matrix.product(rows).to(x.dtype) for rows, matrix in zip(x, self.matrices, strict=True)])
+        return torch.stack([matrix.product(rows) for rows, matrix in zip(x, self.matrices, strict=True)])
 
 
 Source = Rows | Stack

@@ -1,0 +1,224 @@
+"""Sums of int8 or 4-bit levels times int16 numbers, in vector instructions of whatever processor compiles this.
+
+LLVM finds the instruction that multiplies pairs of int16 and adds them (``vpmaddwd``, ``vpdpwssd``) in some loops and
+not in others, and then they take twenty times as long. So the inner loop is written as LLVM's vectors. These are of any
+width: processors without such vectors get the same sums from narrower ones.
+
+Numbers x are in chunks: for each chunk of `width()` terms, those of all tokens of a group follow each other. With
+4-bit levels, a chunk has the terms of all low nibbles, and then those of all high ones. The last chunk ends where the
+row ends; terms that the chunk before has too are zero in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+
+from spectral_surgery.kernels.compile import intrinsic
+
+TOKENS = (1, 2, 4)  # of a group
+SPAN = 64  # float32 that `add_row_times` adds up at once: as many registers as hide how long an addition takes
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_WIDE, _NARROW = 32, 16  # int16 in a register
+_HIGH, _LOW = 4, 2  # rows at once, as many as leave registers for four tokens
+
+
+def _features(context: Any) -> list[str]:
+    """What the processor has that is compiled for."""
+    names: str = context.codegen().magic_tuple()[2]
+    return names.split(",")
+
+
+def _is_wide(context: Any) -> bool:
+    return "+avx512bw" in _features(context)
+
+
+@intrinsic
+def width(_typing: Any) -> Any:
+    """Terms of a chunk, a constant of the processor."""
+    return types.int64(), lambda context, *_: ir.Constant(_I64, _WIDE if _is_wide(context) else _NARROW)
+
+
+@intrinsic
+def height(_typing: Any) -> Any:
+    """Rows that are multiplied at once, a constant of the processor."""
+    return types.int64(), lambda context, *_: ir.Constant(_I64, _HIGH if _is_wide(context) else _LOW)
+
+
+def dots(tokens: int, *, nibbles: bool, shifted: bool = False) -> Callable[..., None]:
+    """Make the product of rows with a group of tokens: of `height()` rows, or of one row with one token.
+
+    Several rows at once need fewer loads of x. From memory, one stream arrives faster than several.
+
+    The function takes the address of the levels of the first row, the bytes of a row, at least one chunk, the addresses
+    of the numbers x and of the sums, [rows, tokens] float32, which are written, and parts and shift: a nibble q stands
+    for the level parts * q + shift * sign(q), when ``shifted``.
+
+    Every sum is one of int32, and must not go beyond it in any term of a vector: see `few_tokens.largest`.
+    """
+
+    @intrinsic
+    def product(_typing: Any, _levels: Any, _size: Any, _x: Any, _sums: Any, _parts: Any, _shift: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+            _Loop(context, builder, tokens, nibbles, shifted).write(*arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return product
+
+
+class _Loop:
+    """Writes the loop over chunks."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, tokens: int, nibbles: bool, shifted: bool) -> None:
+        self.builder, self.features = builder, _features(context)
+        self.tokens, self.nibbles, self.shifted = tokens, nibbles, shifted
+        self.rows = 1 if tokens == 1 else _HIGH if _is_wide(context) else _LOW
+        self.width = _WIDE if _is_wide(context) else _NARROW
+        self.sum_type = ir.VectorType(_I32, self.width // 2)
+
+    def write(self, levels: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
+        build, zero = self.builder, ir.Constant(self.sum_type, None)
+        entry, loop, end = build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("sums")
+        grid = [self._splat(build.trunc(number, _I16)) for number in (parts, shift)]
+        last = build.sub(size, _number(self.width))
+        build.branch(loop)
+        build.position_at_end(loop)
+        at, place = build.phi(_I64), build.phi(_I64)
+        totals = [[build.phi(self.sum_type) for _ in range(self.tokens)] for _ in range(self.rows)]
+        first = build.select(build.icmp_signed("<", at, last), at, last)  # the last chunk ends with the row
+        added = [list(row) for row in totals]
+        numbers = [
+            [self._load(build.add(place, _number(2 * self.width * (half * self.tokens + token))), _I16, 2)
+             for token in range(self.tokens)]
+            for half in range(1 + self.nibbles)
+        ]  # fmt: skip
+        for row in range(self.rows):
+            start = build.add(build.add(levels, build.mul(size, _number(row))), first)
+            for half, factors in enumerate(self._levels(start, *grid)):
+                for token in range(self.tokens):
+                    added[row][token] = build.add(added[row][token], self._pairs(factors, numbers[half][token]))
+        after = build.add(at, _number(self.width))
+        following = build.add(place, _number(2 * self.width * self.tokens * (1 + self.nibbles)))
+        for phi, start, value in ((at, _number(0), after), (place, x, following)):
+            phi.add_incoming(start, entry)
+            phi.add_incoming(value, loop)
+        for row in range(self.rows):
+            for token in range(self.tokens):
+                totals[row][token].add_incoming(zero, entry)
+                totals[row][token].add_incoming(added[row][token], loop)
+        build.cbranch(build.icmp_signed("<", after, size), loop, end)
+        build.position_at_end(end)
+        for row in range(self.rows):
+            for token in range(self.tokens):
+                to = build.inttoptr(build.add(sums, _number(4 * (row * self.tokens + token))), _F32.as_pointer())
+                build.store(self._total(added[row][token]), to)
+
+    def _levels(self, address: Any, parts: Any, shift: Any) -> list[Any]:
+        """Levels of a chunk of a row, int16: one vector, or those of the low and of the high nibbles."""
+        build = self.builder
+        both = build.sext(self._load(address, _I8, 1), ir.VectorType(_I16, self.width))
+        if not self.nibbles:
+            return [both]
+        four, twelve = self._splat(ir.Constant(_I16, 4)), self._splat(ir.Constant(_I16, 12))
+        codes = [build.ashr(build.shl(both, twelve), twelve), build.ashr(both, four)]
+        if not self.shifted:
+            return codes
+        fifteen = self._splat(ir.Constant(_I16, 15))
+        signs = [build.or_(build.ashr(code, fifteen), build.lshr(build.neg(code), fifteen)) for code in codes]
+        return [
+            build.add(build.mul(code, parts), build.mul(sign, shift)) for code, sign in zip(codes, signs, strict=True)
+        ]
+
+    def _pairs(self, left: Any, right: Any) -> Any:
+        """Products of int16, two neighbours added up: int32."""
+        build, name = self.builder, None
+        if self.width == _WIDE:
+            name = "llvm.x86.avx512.pmaddw.d.512"
+        elif "+avx2" in self.features:
+            name = "llvm.x86.avx2.pmadd.wd"
+        if name is None:
+            even, odd = (build.mul(self._every_other(left, first), self._every_other(right, first)) for first in (0, 1))
+            return build.add(even, odd)
+        kind = ir.FunctionType(self.sum_type, [left.type, right.type])
+        return build.call(cgutils.get_or_insert_function(build.module, kind, name), [left, right])
+
+    def _every_other(self, vector: Any, first: int) -> Any:
+        return self.builder.sext(self._some(vector, list(range(first, self.width, 2))), self.sum_type)
+
+    def _total(self, vector: Any) -> Any:
+        """Sum of a vector of int32 as float32: an int32 would not hold it."""
+        build = self.builder
+        total = build.sitofp(vector, ir.VectorType(_F32, self.width // 2))
+        while total.type.count > 1:
+            half = total.type.count // 2
+            total = build.fadd(self._some(total, list(range(half))), self._some(total, list(range(half, 2 * half))))
+        return build.extract_element(total, ir.Constant(_I32, 0))
+
+    def _some(self, vector: Any, places: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_I32, len(places)), places)
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+    def _load(self, address: Any, element: Any, align: int) -> Any:
+        pointer = self.builder.inttoptr(address, ir.VectorType(element, self.width).as_pointer())
+        vector = self.builder.load(pointer)
+        vector.align = align
+        return vector
+
+    def _splat(self, number: Any) -> Any:
+        empty = ir.Constant(ir.VectorType(number.type, self.width), ir.Undefined)
+        one = self.builder.insert_element(empty, number, ir.Constant(_I32, 0))
+        return self._some(one, [0] * self.width)
+
+
+@intrinsic
+def add_row_times(_typing: Any, _row: Any, _matrix: Any, _points: Any, _start: Any, _out: Any) -> Any:
+    """Sums over i of row[i] matrix[i, j], for `SPAN` of the j: a tile of activations times a transform.
+
+    Takes addresses of float32: of the row [points], the matrix [points, points], and the sums [points], of which those
+    from ``start`` on are written.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+        row, matrix, points, start, out = arguments
+        vector = ir.VectorType(_F32, SPAN)
+        entry, loop, end = (
+            builder.basic_block,
+            builder.append_basic_block("terms"),
+            builder.append_basic_block("stored"),
+        )
+        offset = builder.mul(start, _number(4))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        term, total = builder.phi(_I64), builder.phi(vector)
+        value = builder.load(builder.inttoptr(builder.add(row, builder.mul(term, _number(4))), _F32.as_pointer()))
+        line = builder.add(matrix, builder.mul(builder.mul(term, points), _number(4)))
+        weights = builder.load(builder.inttoptr(builder.add(line, offset), vector.as_pointer()))
+        weights.align = 4
+        empty = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(empty, value, ir.Constant(_I32, 0))
+        spread = builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_I32, SPAN), None))
+        kind = ir.FunctionType(vector, [vector] * 3)
+        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{SPAN}f32")
+        added = builder.call(fused, [spread, weights, total])
+        after = builder.add(term, _number(1))
+        for phi, initial, following in ((term, _number(0), after), (total, ir.Constant(vector, None), added)):
+            phi.add_incoming(initial, entry)
+            phi.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", after, points), loop, end)
+        builder.position_at_end(end)
+        stored = builder.store(added, builder.inttoptr(builder.add(out, offset), vector.as_pointer()))
+        stored.align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_I64, value)

@@ -1,0 +1,381 @@
+"""Y = x Wᵀ for a few tokens on a CPU, as two calls: activations into the spectrum and to integers; products and back.
+
+The weight is a matrix of levels L, int8 or nibbles, in the transformed domain: W = T_outᵀ L diag(scale) T_in. For each
+token, c = scale * T_in x is rounded to ``hi + lo / (2 Q)`` times a unit, with integers hi and lo of magnitude Q at most
+and the unit |c|_max / Q. Sums of L hi and L lo are exact: a term of a vector adds up two products a chunk, in chunks
+of at least 16 terms, so that it stays below 2^31 as long as ``2 * 127 * Q * chunks < 2^31`` (`_largest`). Q is 32767 up
+to 4128 terms, and 4096 at 33 thousand.
+
+With both hi and lo, c is as exact as float32. With hi alone, errors of terms are at most half a unit. Their sum is then
+at most 2^-9 of the sum of all |c|, as it is where each is rounded to bfloat16; unless a few terms stand out by far:
+then ``coarse`` is 1 afterwards, and the caller begins again with both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray
+
+from spectral_surgery.kernels.compile import c_function, kernel
+from spectral_surgery.kernels.dots import SPAN, TOKENS, add_row_times, dots, height, width
+from spectral_surgery.kernels.threads import next_task, pointer_to
+
+FIELDS = (
+    "counter",  # 0 at first
+    "tokens",
+    "rows",
+    "columns",
+    "kind",  # INT8, NIBBLES or SHIFTED
+    "parts",  # of the grid of nibbles
+    "shift",
+    "planes",  # 1 for hi, 2 for hi and lo
+    "finite",  # 1 at first; 0 afterwards where c is not
+    "coarse",  # 0 at first; 1 afterwards where hi alone is not exact enough for bfloat16
+    "bfloat16",  # whether x, y and bias are bfloat16; else they are float32
+    "x",  # addresses from here: [tokens, columns]
+    "y",  # [tokens, rows]
+    "levels",  # [rows, columns] int8, or [rows, ceil(columns / 2)]
+    "scales",  # how many: 1, or columns
+    "scale",  # float32
+    "row_scale",  # [rows] float32, or 0
+    "bias",  # [rows] as x and y, or 0
+    "work",  # `work_bytes` of memory, written: c [tokens, columns] float32, units [tokens] float32, integers
+    "outliers",  # how many
+    "wide_places",  # whether places are int64; else int32
+    "places",  # row * columns + column, ascending
+    "beyond",  # int8, what levels at places go beyond those of the matrix
+    "tile",  # of columns
+    "into",  # [tile, tile] float32 that tiles of x are multiplied by, or 0
+    "rest_into",  # of the columns beyond whole tiles, or 0
+    "row_tile",
+    "back",  # [row_tile, row_tile] float32 that tiles of the product are multiplied by, or 0
+    "rest_back",
+)
+INT8, NIBBLES, SHIFTED = range(3)
+LEAST_BYTES, LEAST_ROWS = 32, 4  # of a matrix of levels: what `dots` takes at once
+
+Array = npt.NDArray[Any]
+
+
+class Job(ctypes.Structure):
+    """One product; a number or an address for every field."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+
+
+def work_bytes(tokens: int, columns: int) -> int:
+    """Bytes of memory that a product works in; the integers of a row fill its last chunks, of 64 terms at most."""
+    return 4 * tokens * (columns + 1) + 2 * 2 * tokens * (columns + 2 * 64)
+
+
+_JOB = np.dtype([(name, np.int64) for name in FIELDS])
+_AT_ONCE = 4  # rows at most that `dots` takes, and tokens of a group
+
+_bytes_1, _bytes_2, _bytes_4 = (dots(tokens, nibbles=False) for tokens in TOKENS)
+_halves_1, _halves_2, _halves_4 = (dots(tokens, nibbles=True) for tokens in TOKENS)
+_points_1, _points_2, _points_4 = (dots(tokens, nibbles=True, shifted=True) for tokens in TOKENS)
+
+
+@kernel
+def _floats(address: int, count: int) -> Array:
+    values: Array = carray(pointer_to(address), (count,), np.float32)
+    return values
+
+
+@kernel
+def _parts(job: Any) -> tuple[int, int, int]:
+    """Addresses of the parts of the memory to work in: c, units and integers."""
+    units = job.work + 4 * job.tokens * job.columns
+    return job.work, units, units + 4 * job.tokens
+
+
+@kernel
+def largest(size: int, halves: int) -> int:
+    """Q: the largest magnitude of integers whose sums with levels of a row stay exact.
+
+    Args:
+        size: bytes of a row.
+        halves: terms of a byte.
+    """
+    chunks = -(-size // width())
+    most: int = (2**31 - 1) // (2 * 127 * halves * chunks)
+    return min(32767, most)
+
+
+@kernel
+def _turn(inside: Array, matrix: int, points: int, start: int, stop: int, tile: Array) -> None:
+    """Multiply tiles of [start, stop) by a matrix, in place."""
+    weights = carray(pointer_to(matrix), (points, points), np.float32)
+    whole = points // SPAN * SPAN
+    for first in range(start, stop, points):
+        for point in range(0, whole, SPAN):
+            add_row_times(inside.ctypes.data + 4 * first, matrix, points, point, tile.ctypes.data)
+        tile[whole:points] = 0
+        for term in range(points if whole < points else 0):
+            value = inside[first + term]
+            for point in range(whole, points):
+                tile[point] += value * weights[term, point]
+        inside[first : first + points] = tile[:points]
+
+
+@kernel
+def _turn_all(inside: Array, tile: int, matrix: int, rest_matrix: int) -> None:
+    """Transform whole tiles, and those terms that are left."""
+    whole = inside.size // tile * tile
+    points = np.empty(tile, np.float32)
+    if matrix:
+        _turn(inside, matrix, tile, 0, whole, points)
+    if rest_matrix and whole < inside.size:
+        _turn(inside, rest_matrix, inside.size - whole, whole, inside.size, points)
+
+
+@kernel
+def _read(address: int, bfloat16: int, out: Array) -> None:
+    if bfloat16:
+        halves = carray(pointer_to(address), (out.size,), np.uint16)
+        bits = out.view(np.uint32)
+        for place in range(out.size):
+            bits[place] = np.uint32(halves[place]) << np.uint32(16)
+    else:
+        out[:] = _floats(address, out.size)
+
+
+@kernel
+def _write(values: Array, address: int, bfloat16: int) -> None:
+    """Store float32, rounded to the nearest, ties to even; what is not a number stays none."""
+    if bfloat16:
+        halves = carray(pointer_to(address), (values.size,), np.uint16)
+        bits = values.view(np.uint32)
+        for place in range(values.size):
+            word = bits[place]
+            even = (word >> np.uint32(16)) & np.uint32(1)
+            rounded = (word + np.uint32(0x7FFF) + even) >> np.uint32(16)
+            halves[place] = np.uint16(rounded if values[place] == values[place] else np.uint32(0x7FC0))
+    else:
+        _floats(address, values.size)[:] = values
+
+
+@kernel
+def _round(
+    inside: Array, inverse: np.float32, numbers: Array, step: Any, size: int, halves: int, low: np.float32
+) -> None:
+    """Integers of one token, chunk by chunk.
+
+    Args:
+        inside: [columns] float32.
+        inverse: one over the unit of hi.
+        numbers: int16, from the first of this token in the first chunk; written.
+        step: from a chunk to the next, in numbers.
+        size: bytes of a row of levels.
+        halves: terms of a byte; the second ones are ``size`` columns further.
+        low: 0 for hi; 2 Q for lo, in units of hi over this.
+    """
+    span = np.int64(width())
+    chunks = -(-size // span)
+    for half in range(halves):
+        for chunk in range(chunks):
+            start = min(chunk * span, size - span)
+            skip = chunk * span - start
+            to = (chunk * halves + half) * step
+            from_ = half * size + start
+            count = min(span, inside.size - from_)
+            if skip or count < span:
+                numbers[to : to + span] = 0
+            for place in range(skip, count):
+                value = inside[from_ + place] * inverse
+                high = np.rint(value)
+                if low > 0:
+                    high = np.rint((value - high) * low)
+                numbers[to + place] = np.int16(high)
+
+
+@kernel
+def _peak(values: Array) -> np.float32:
+    """The largest magnitude; what is not finite is larger than all others."""
+    most = np.int32(0)
+    for bits in values.view(np.int32):
+        most = max(most, bits & np.int32(0x7FFFFFFF))  # of positive numbers, in the order of their bits
+    if most >= 0x7F800000:
+        return np.float32(np.inf)
+    place = 0
+    while values.view(np.int32)[place] & np.int32(0x7FFFFFFF) != most:
+        place += 1
+    return abs(values[place])
+
+
+@kernel
+def _total(values: Array) -> np.float32:
+    """Sum of magnitudes, in sixteen sums, since one would wait for itself."""
+    sums = np.zeros(16, np.float32)
+    whole = values.size // 16 * 16
+    for first in range(0, whole, 16):
+        for place in range(16):
+            sums[place] += abs(values[first + place])
+    return np.float32(sums.sum() + np.abs(values[whole:]).sum())
+
+
+@kernel
+def _group(token: int, tokens: int) -> tuple[int, int]:
+    """The group of a token: its first one, and how many it has."""
+    whole = tokens // _AT_ONCE * _AT_ONCE
+    if token < whole:
+        return token // _AT_ONCE * _AT_ONCE, _AT_ONCE
+    if tokens - whole == 1 or token - whole == 2:
+        return token, 1
+    return whole, 2
+
+
+@c_function
+def prepare(pointer: Any) -> None:
+    """Activations into the spectrum and to integers; a task is a token. Points to a `Job`."""
+    job = carray(pointer, (1,), _JOB)[0]
+    columns, halves = job.columns, 1 if job.kind == INT8 else 2
+    size = -(-columns // halves)
+    span = np.int64(width())
+    each = halves * -(-size // span) * span  # numbers of a token
+    top = np.float32(largest(size, halves))
+    spectrum, units_at, numbers_at = _parts(job)
+    units = _floats(units_at, job.tokens)
+    numbers = carray(pointer_to(numbers_at), (job.planes * job.tokens * each,), np.int16)
+    scale = _floats(job.scale, job.scales)
+    while True:
+        token = next_task(pointer)
+        if token >= job.tokens:
+            return
+        inside = _floats(spectrum + 4 * token * columns, columns)
+        _read(job.x + (2 if job.bfloat16 else 4) * token * columns, job.bfloat16, inside)
+        _turn_all(inside, job.tile, job.into, job.rest_into)
+        if scale.size == 1:
+            inside *= scale[0]
+        else:
+            inside *= scale
+        peak = _peak(inside)
+        unit = max(peak / top, np.float32(1e-38))
+        inverse = np.float32(1) / unit
+        if not peak < np.inf:
+            job.finite = 0
+            return
+        if peak and columns * unit > np.float32(2.0**-8) * _total(inside):
+            job.coarse = 1
+        units[token] = unit
+        first, group = _group(token, job.tokens)
+        for plane in range(job.planes):
+            some = numbers[(plane * job.tokens + first) * each + (token - first) * span :]
+            _round(inside, inverse, some, group * span, size, halves, np.float32(2 * plane) * top)
+
+
+@kernel
+def _dots(kind: int, group: int, levels: int, size: int, x: int, sums: int, parts: int, shift: int) -> None:
+    """Products of `height()` rows with a group of tokens: [rows, group] sums."""
+    if group == 1:
+        for row in range(height()):
+            if kind == INT8:
+                _bytes_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
+            elif kind == NIBBLES:
+                _halves_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
+            else:
+                _points_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
+    elif group == 2:
+        if kind == INT8:
+            _bytes_2(levels, size, x, sums, parts, shift)
+        elif kind == NIBBLES:
+            _halves_2(levels, size, x, sums, parts, shift)
+        else:
+            _points_2(levels, size, x, sums, parts, shift)
+    elif kind == INT8:
+        _bytes_4(levels, size, x, sums, parts, shift)
+    elif kind == NIBBLES:
+        _halves_4(levels, size, x, sums, parts, shift)
+    else:
+        _points_4(levels, size, x, sums, parts, shift)
+
+
+@kernel
+def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
+    """Add what outliers of rows [first, last) contribute, in units of the integers."""
+    columns, tokens = job.columns, job.tokens
+    places32 = carray(pointer_to(job.places), (job.outliers,), np.int32)
+    places64 = carray(pointer_to(job.places), (job.outliers,), np.int64)
+    spectrum, units_at, _ = _parts(job)
+    beyond = carray(pointer_to(job.beyond), (job.outliers,), np.int8)
+    units = _floats(units_at, tokens)
+    low, high = 0, job.outliers
+    while low < high:
+        middle = (low + high) // 2
+        if (places64[middle] if job.wide_places else np.int64(places32[middle])) < first * columns:
+            low = middle + 1
+        else:
+            high = middle
+    for number in range(low, job.outliers):
+        place = places64[number] if job.wide_places else np.int64(places32[number])
+        row, column = place // columns, place % columns
+        if row >= last:
+            return
+        for token in range(tokens):
+            inside = _floats(spectrum + 4 * (token * columns + column), 1)[0]
+            values[token, row - first] += np.float32(beyond[number]) * inside / units[token]
+
+
+@kernel
+def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -> None:
+    """Sums of integers of rows of a tile to numbers in space, with the bias."""
+    if job.row_scale:
+        row_scale = _floats(job.row_scale + 4 * first, out.size)
+        for place in range(out.size):
+            out[place] *= row_scale[place]
+    for place in range(out.size):
+        out[place] *= unit
+    if out.size == job.row_tile:
+        if job.back:
+            _turn(out, job.back, job.row_tile, 0, out.size, points)
+    elif job.rest_back:
+        _turn(out, job.rest_back, out.size, 0, out.size, points)
+    if job.bias:
+        _read(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, points[: out.size])
+        for place in range(out.size):
+            out[place] += points[place]
+
+
+@c_function
+def multiply(pointer: Any) -> None:
+    """Products, and back into space; a task is a tile of rows. Points to a `Job` that `prepare` has seen."""
+    job = carray(pointer, (1,), _JOB)[0]
+    tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == INT8 else 2
+    size = -(-columns // halves)
+    span, most = np.int64(width()), np.int64(height())
+    each = halves * -(-size // span) * span
+    fine = np.float32(0.5) / np.float32(largest(size, halves))  # of lo
+    _, units_at, numbers = _parts(job)
+    units = _floats(units_at, tokens)
+    values, sums = np.empty((tokens, job.row_tile), np.float32), np.empty(_AT_ONCE * most, np.float32)
+    points = np.empty(job.row_tile, np.float32)
+    while True:
+        task = next_task(pointer)
+        first = task * job.row_tile
+        if first >= rows:
+            return
+        last = min(first + job.row_tile, rows)
+        values[:] = 0
+        for row in range(first, last, most):
+            start = min(row, rows - most)  # the last rows again, where there are not enough others
+            for plane in range(job.planes):
+                unit = fine if plane else np.float32(1)
+                token = 0
+                while token < tokens:
+                    _, group = _group(token, tokens)
+                    x = numbers + 2 * (plane * tokens + token) * each
+                    _dots(job.kind, group, job.levels + start * size, size, x, sums.ctypes.data, job.parts, job.shift)
+                    for place in range(row, min(row + most, last)):
+                        for other in range(group):
+                            values[token + other, place - first] += unit * sums[(place - start) * group + other]
+                    token += group
+        if job.outliers:
+            _add_outliers(job, first, last, values)
+        for token in range(tokens):
+            out = values[token, : last - first]
+            _finish(job, out, first, units[token], points)
+            _write(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)
