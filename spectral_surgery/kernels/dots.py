@@ -1,11 +1,11 @@
-"""Sums of int8 or 4-bit levels times int16 numbers, in vector instructions of whatever processor compiles this.
+"""Sums of levels of 4, 5 or 8 bits times int16 numbers, in vector instructions of whatever processor compiles this.
 
 LLVM finds the instruction that multiplies pairs of int16 and adds them (``vpmaddwd``, ``vpdpwssd``) in some loops and
 not in others, and then they take twenty times as long. So the inner loop is written as LLVM's vectors. These are of any
 width: processors without such vectors get the same sums from narrower ones.
 
 Numbers x are in chunks: for each chunk of `width()` terms, those of all tokens of a group follow each other. With
-4-bit levels, a chunk has the terms of all low nibbles, and then those of all high ones. The last chunk ends where the
+nibbles, a chunk has the terms of all low ones, and then those of all high ones. The last chunk ends where the
 row ends; terms that the chunk before has too are zero in it.
 """
 
@@ -20,7 +20,8 @@ from numba.core import cgutils
 
 from spectral_surgery.kernels.compile import intrinsic
 
-TOKENS = (1, 2, 4)  # of a group
+BYTES, NIBBLES, POINTS, FIVE = range(4)  # kinds of levels; see `dots`
+TOKENS = 4  # of a group; a token that is left over is one by itself
 SPAN = 64  # float32 that `add_row_times` adds up at once: as many registers as hide how long an addition takes
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -50,25 +51,33 @@ def height(_typing: Any) -> Any:
     return types.int64(), lambda context, *_: ir.Constant(_I64, _HIGH if _is_wide(context) else _LOW)
 
 
-def dots(tokens: int, *, nibbles: bool, shifted: bool = False) -> Callable[..., None]:
+def dots(kind: int, tokens: int) -> Callable[..., None]:
     """Make the product of rows with a group of tokens: of `height()` rows, or of one row with one token.
 
     Several rows at once need fewer loads of x. From memory, one stream arrives faster than several.
 
-    The function takes the address of the levels of the first row, the bytes of a row, at least one chunk, the addresses
-    of the numbers x and of the sums, [rows, tokens] float32, which are written, and parts and shift: a nibble q stands
-    for the level parts * q + shift * sign(q), when ``shifted``.
+    The function takes the addresses of the levels of the first row and of their lowest bits, the bytes of a row of
+    levels, at least one chunk, the addresses of the numbers x and of the sums, [rows, tokens] float32, which are
+    written, and parts and shift.
 
     Every sum is one of int32, and must not go beyond it in any term of a vector: see `few_tokens.largest`.
+
+    Args:
+        kind: BYTES for int8 levels. NIBBLES for two levels in a byte, the low nibbles for the first half of a row.
+            POINTS for nibbles q that stand for parts * q + shift * sign(q). FIVE for nibbles that are the upper four
+            bits of a level; bits of the first half of a row, and then of the second, are its lowest.
+        tokens: 1 or `TOKENS`.
     """
 
     @intrinsic
-    def product(_typing: Any, _levels: Any, _size: Any, _x: Any, _sums: Any, _parts: Any, _shift: Any) -> Any:
+    def product(
+        _typing: Any, _levels: Any, _lowest: Any, _size: Any, _x: Any, _sums: Any, _parts: Any, _shift: Any
+    ) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-            _Loop(context, builder, tokens, nibbles, shifted).write(*arguments)
+            _Loop(context, builder, kind, tokens).write(*arguments)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return product
 
@@ -76,14 +85,14 @@ def dots(tokens: int, *, nibbles: bool, shifted: bool = False) -> Callable[..., 
 class _Loop:
     """Writes the loop over chunks."""
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, tokens: int, nibbles: bool, shifted: bool) -> None:
+    def __init__(self, context: Any, builder: ir.IRBuilder, kind: int, tokens: int) -> None:
         self.builder, self.features = builder, _features(context)
-        self.tokens, self.nibbles, self.shifted = tokens, nibbles, shifted
+        self.kind, self.tokens, self.halves = kind, tokens, 1 if kind == BYTES else 2
         self.rows = 1 if tokens == 1 else _HIGH if _is_wide(context) else _LOW
         self.width = _WIDE if _is_wide(context) else _NARROW
         self.sum_type = ir.VectorType(_I32, self.width // 2)
 
-    def write(self, levels: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
+    def write(self, levels: Any, lowest: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
         build, zero = self.builder, ir.Constant(self.sum_type, None)
         entry, loop, end = build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("sums")
         grid = [self._splat(build.trunc(number, _I16)) for number in (parts, shift)]
@@ -97,15 +106,17 @@ class _Loop:
         numbers = [
             [self._load(build.add(place, _number(2 * self.width * (half * self.tokens + token))), _I16, 2)
              for token in range(self.tokens)]
-            for half in range(1 + self.nibbles)
+            for half in range(self.halves)
         ]  # fmt: skip
+        eight = build.lshr(size, _number(3))  # bytes of the lowest bits of half a row
         for row in range(self.rows):
             start = build.add(build.add(levels, build.mul(size, _number(row))), first)
-            for half, factors in enumerate(self._levels(start, *grid)):
+            bits = build.add(build.add(lowest, build.mul(eight, _number(2 * row))), build.lshr(first, _number(3)))
+            for half, factors in enumerate(self._levels(start, [bits, build.add(bits, eight)], *grid)):
                 for token in range(self.tokens):
                     added[row][token] = build.add(added[row][token], self._pairs(factors, numbers[half][token]))
         after = build.add(at, _number(self.width))
-        following = build.add(place, _number(2 * self.width * self.tokens * (1 + self.nibbles)))
+        following = build.add(place, _number(2 * self.width * self.tokens * self.halves))
         for phi, start, value in ((at, _number(0), after), (place, x, following)):
             phi.add_incoming(start, entry)
             phi.add_incoming(value, loop)
@@ -120,21 +131,37 @@ class _Loop:
                 to = build.inttoptr(build.add(sums, _number(4 * (row * self.tokens + token))), _F32.as_pointer())
                 build.store(self._total(added[row][token]), to)
 
-    def _levels(self, address: Any, parts: Any, shift: Any) -> list[Any]:
+    def _levels(self, address: Any, bits: list[Any], parts: Any, shift: Any) -> list[Any]:
         """Levels of a chunk of a row, int16: one vector, or those of the low and of the high nibbles."""
         build = self.builder
         both = build.sext(self._load(address, _I8, 1), ir.VectorType(_I16, self.width))
-        if not self.nibbles:
+        if self.kind == BYTES:
             return [both]
-        four, twelve = self._splat(ir.Constant(_I16, 4)), self._splat(ir.Constant(_I16, 12))
-        codes = [build.ashr(build.shl(both, twelve), twelve), build.ashr(both, four)]
-        if not self.shifted:
+        low = build.shl(both, self._all(12))
+        if self.kind == FIVE:
+            doubles = [build.ashr(low, self._all(11)), build.ashr(build.and_(both, self._all(-16)), self._all(3))]
+            return [build.or_(double, self._bits(place)) for double, place in zip(doubles, bits, strict=True)]
+        codes = [build.ashr(low, self._all(12)), build.ashr(both, self._all(4))]
+        if self.kind == NIBBLES:
             return codes
-        fifteen = self._splat(ir.Constant(_I16, 15))
-        signs = [build.or_(build.ashr(code, fifteen), build.lshr(build.neg(code), fifteen)) for code in codes]
+        signs = [
+            build.or_(build.ashr(code, self._all(15)), build.lshr(build.neg(code), self._all(15))) for code in codes
+        ]
         return [
             build.add(build.mul(code, parts), build.mul(sign, shift)) for code, sign in zip(codes, signs, strict=True)
         ]
+
+    def _bits(self, address: Any) -> Any:
+        """A bit for each term, the lowest bit of a byte first: int16."""
+        build, number = self.builder, ir.IntType(self.width)
+        word = build.load(build.inttoptr(address, number.as_pointer()))
+        word.align = 1
+        return build.zext(
+            build.bitcast(word, ir.VectorType(ir.IntType(1), self.width)), ir.VectorType(_I16, self.width)
+        )
+
+    def _all(self, value: int) -> Any:
+        return ir.Constant(ir.VectorType(_I16, self.width), [value] * self.width)
 
     def _pairs(self, left: Any, right: Any) -> Any:
         """Products of int16, two neighbours added up: int32."""

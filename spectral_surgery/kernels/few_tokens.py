@@ -21,7 +21,7 @@ import numpy.typing as npt
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function, kernel
-from spectral_surgery.kernels.dots import SPAN, TOKENS, add_row_times, dots, height, width
+from spectral_surgery.kernels.dots import BYTES, FIVE, NIBBLES, POINTS, SPAN, TOKENS, add_row_times, dots, height, width
 from spectral_surgery.kernels.threads import next_task, pointer_to
 
 FIELDS = (
@@ -29,7 +29,7 @@ FIELDS = (
     "tokens",
     "rows",
     "columns",
-    "kind",  # INT8, NIBBLES or SHIFTED
+    "kind",  # of levels; see `dots`
     "parts",  # of the grid of nibbles
     "shift",
     "planes",  # 1 for hi, 2 for hi and lo
@@ -39,6 +39,7 @@ FIELDS = (
     "x",  # addresses from here: [tokens, columns]
     "y",  # [tokens, rows]
     "levels",  # [rows, columns] int8, or [rows, ceil(columns / 2)]
+    "lowest",  # [rows, columns / 8] uint8 of FIVE
     "scales",  # how many: 1, or columns
     "scale",  # float32
     "row_scale",  # [rows] float32, or 0
@@ -55,7 +56,6 @@ FIELDS = (
     "back",  # [row_tile, row_tile] float32 that tiles of the product are multiplied by, or 0
     "rest_back",
 )
-INT8, NIBBLES, SHIFTED = range(3)
 LEAST_BYTES, LEAST_ROWS = 32, 4  # of a matrix of levels: what `dots` takes at once
 
 Array = npt.NDArray[Any]
@@ -68,16 +68,17 @@ class Job(ctypes.Structure):
 
 
 def work_bytes(tokens: int, columns: int) -> int:
-    """Bytes of memory that a product works in; the integers of a row fill its last chunks, of 64 terms at most."""
-    return 4 * tokens * (columns + 1) + 2 * 2 * tokens * (columns + 2 * 64)
+    """Bytes of memory that a product works in; integers fill the last chunks, of 64 terms at most, and groups."""
+    return 4 * tokens * (columns + 1) + 2 * 2 * (tokens + TOKENS) * (columns + 2 * 64)
 
 
 _JOB = np.dtype([(name, np.int64) for name in FIELDS])
-_AT_ONCE = 4  # rows at most that `dots` takes, and tokens of a group
+_ROWS = 4  # at most that `dots` takes at once
 
-_bytes_1, _bytes_2, _bytes_4 = (dots(tokens, nibbles=False) for tokens in TOKENS)
-_halves_1, _halves_2, _halves_4 = (dots(tokens, nibbles=True) for tokens in TOKENS)
-_points_1, _points_2, _points_4 = (dots(tokens, nibbles=True, shifted=True) for tokens in TOKENS)
+_bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
+_group_bytes, _group_nibbles, _group_points, _group_five = (
+    dots(kind, TOKENS) for kind in (BYTES, NIBBLES, POINTS, FIVE)
+)
 
 
 @kernel
@@ -220,27 +221,24 @@ def _total(values: Array) -> np.float32:
 
 @kernel
 def _group(token: int, tokens: int) -> tuple[int, int]:
-    """The group of a token: its first one, and how many it has."""
-    whole = tokens // _AT_ONCE * _AT_ONCE
-    if token < whole:
-        return token // _AT_ONCE * _AT_ONCE, _AT_ONCE
-    if tokens - whole == 1 or token - whole == 2:
-        return token, 1
-    return whole, 2
+    """The group of a token: its first one, and how many it has room for."""
+    first = token // TOKENS * TOKENS
+    return first, 1 if tokens - first == 1 else TOKENS
 
 
 @c_function
 def prepare(pointer: Any) -> None:
     """Activations into the spectrum and to integers; a task is a token. Points to a `Job`."""
     job = carray(pointer, (1,), _JOB)[0]
-    columns, halves = job.columns, 1 if job.kind == INT8 else 2
+    columns, halves = job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
     span = np.int64(width())
     each = halves * -(-size // span) * span  # numbers of a token
     top = np.float32(largest(size, halves))
     spectrum, units_at, numbers_at = _parts(job)
     units = _floats(units_at, job.tokens)
-    numbers = carray(pointer_to(numbers_at), (job.planes * job.tokens * each,), np.int16)
+    room = -(-job.tokens // TOKENS) * TOKENS if job.tokens > 1 else 1  # tokens of whole groups
+    numbers = carray(pointer_to(numbers_at), (job.planes * room * each,), np.int16)
     scale = _floats(job.scale, job.scales)
     while True:
         token = next_task(pointer)
@@ -264,34 +262,34 @@ def prepare(pointer: Any) -> None:
         units[token] = unit
         first, group = _group(token, job.tokens)
         for plane in range(job.planes):
-            some = numbers[(plane * job.tokens + first) * each + (token - first) * span :]
+            some = numbers[(plane * room + first) * each + (token - first) * span :]
             _round(inside, inverse, some, group * span, size, halves, np.float32(2 * plane) * top)
 
 
 @kernel
-def _dots(kind: int, group: int, levels: int, size: int, x: int, sums: int, parts: int, shift: int) -> None:
+def _dots(job: Any, group: int, row: int, size: int, x: int, sums: int) -> None:
     """Products of `height()` rows with a group of tokens: [rows, group] sums."""
+    kind, parts, shift = job.kind, job.parts, job.shift
+    levels, lowest = job.levels + row * size, job.lowest + row * (size // 8 * 2)
     if group == 1:
-        for row in range(height()):
-            if kind == INT8:
-                _bytes_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
+        for _ in range(height()):
+            if kind == BYTES:
+                _bytes(levels, lowest, size, x, sums, parts, shift)
             elif kind == NIBBLES:
-                _halves_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
+                _nibbles(levels, lowest, size, x, sums, parts, shift)
+            elif kind == POINTS:
+                _points(levels, lowest, size, x, sums, parts, shift)
             else:
-                _points_1(levels + row * size, size, x, sums + 4 * row, parts, shift)
-    elif group == 2:
-        if kind == INT8:
-            _bytes_2(levels, size, x, sums, parts, shift)
-        elif kind == NIBBLES:
-            _halves_2(levels, size, x, sums, parts, shift)
-        else:
-            _points_2(levels, size, x, sums, parts, shift)
-    elif kind == INT8:
-        _bytes_4(levels, size, x, sums, parts, shift)
+                _five(levels, lowest, size, x, sums, parts, shift)
+            levels, lowest, sums = levels + size, lowest + size // 8 * 2, sums + 4
+    elif kind == BYTES:
+        _group_bytes(levels, lowest, size, x, sums, parts, shift)
     elif kind == NIBBLES:
-        _halves_4(levels, size, x, sums, parts, shift)
+        _group_nibbles(levels, lowest, size, x, sums, parts, shift)
+    elif kind == POINTS:
+        _group_points(levels, lowest, size, x, sums, parts, shift)
     else:
-        _points_4(levels, size, x, sums, parts, shift)
+        _group_five(levels, lowest, size, x, sums, parts, shift)
 
 
 @kernel
@@ -344,14 +342,15 @@ def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -
 def multiply(pointer: Any) -> None:
     """Products, and back into space; a task is a tile of rows. Points to a `Job` that `prepare` has seen."""
     job = carray(pointer, (1,), _JOB)[0]
-    tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == INT8 else 2
+    tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
     span, most = np.int64(width()), np.int64(height())
     each = halves * -(-size // span) * span
+    room = -(-tokens // TOKENS) * TOKENS if tokens > 1 else 1
     fine = np.float32(0.5) / np.float32(largest(size, halves))  # of lo
     _, units_at, numbers = _parts(job)
     units = _floats(units_at, tokens)
-    values, sums = np.empty((tokens, job.row_tile), np.float32), np.empty(_AT_ONCE * most, np.float32)
+    values, sums = np.empty((tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
     points = np.empty(job.row_tile, np.float32)
     while True:
         task = next_task(pointer)
@@ -367,10 +366,10 @@ def multiply(pointer: Any) -> None:
                 token = 0
                 while token < tokens:
                     _, group = _group(token, tokens)
-                    x = numbers + 2 * (plane * tokens + token) * each
-                    _dots(job.kind, group, job.levels + start * size, size, x, sums.ctypes.data, job.parts, job.shift)
+                    x = numbers + 2 * (plane * room + token) * each
+                    _dots(job, group, start, size, x, sums.ctypes.data)
                     for place in range(row, min(row + most, last)):
-                        for other in range(group):
+                        for other in range(min(group, tokens - token)):
                             values[token + other, place - first] += unit * sums[(place - start) * group + other]
                     token += group
         if job.outliers:

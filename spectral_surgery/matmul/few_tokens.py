@@ -85,6 +85,7 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _product(x: Tensor, form: Int8Form | Int4Form, bias: Tensor | None) -> Tensor | None:
+    from spectral_surgery.kernels import dots
     from spectral_surgery.kernels import few_tokens as kernel
     from spectral_surgery.kernels.threads import run
 
@@ -103,7 +104,7 @@ def _product(x: Tensor, form: Int8Form | Int4Form, bias: Tensor | None) -> Tenso
     job.back, job.rest_back = back.addresses()
     if isinstance(form, Int4Form):
         job.parts, job.shift = form.grid.tolist()
-        job.kind = kernel.SHIFTED if (job.parts, job.shift) != (1, 0) else kernel.NIBBLES
+        job.kind = dots.POINTS if (job.parts, job.shift) != (1, 0) else dots.NIBBLES
         if len(form.places):
             job.outliers, job.wide_places = len(form.places), form.places.dtype == torch.int64
             job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
