@@ -13,58 +13,34 @@ then ``coarse`` is 1 afterwards, and the caller begins again with both.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function, kernel
-from spectral_surgery.kernels.dots import BYTES, FIVE, NIBBLES, POINTS, SPAN, TOKENS, add_row_times, dots, height, width
-from spectral_surgery.kernels.threads import next_task, pointer_to
-
-FIELDS = (
-    "counter",  # 0 at first
-    "tokens",
-    "rows",
-    "columns",
-    "kind",  # of levels; see `dots`
-    "parts",  # of the grid of nibbles
-    "shift",
-    "planes",  # 1 for hi, 2 for hi and lo
-    "finite",  # 1 at first; 0 afterwards where c is not
-    "coarse",  # 0 at first; 1 afterwards where hi alone is not exact enough for bfloat16
-    "bfloat16",  # whether x, y and bias are bfloat16; else they are float32
-    "x",  # addresses from here: [tokens, columns]
-    "y",  # [tokens, rows]
-    "levels",  # [rows, columns] int8, or [rows, ceil(columns / 2)]
-    "lowest",  # [rows, columns / 8] uint8 of FIVE
-    "scales",  # how many: 1, or columns
-    "scale",  # float32
-    "row_scale",  # [rows] float32, or 0
-    "bias",  # [rows] as x and y, or 0
-    "work",  # `work_bytes` of memory, written: c [tokens, columns] float32, units [tokens] float32, integers
-    "outliers",  # how many
-    "wide_places",  # whether places are int64; else int32
-    "places",  # row * columns + column, ascending
-    "beyond",  # int8, what levels at places go beyond those of the matrix
-    "tile",  # of columns
-    "into",  # [tile, tile] float32 that tiles of x are multiplied by, or 0
-    "rest_into",  # of the columns beyond whole tiles, or 0
-    "row_tile",
-    "back",  # [row_tile, row_tile] float32 that tiles of the product are multiplied by, or 0
-    "rest_back",
+from spectral_surgery.kernels.matrix import (
+    JOB,
+    Array,
+    find_outlier,
+    floats,
+    outlier_place,
+    read_numbers,
+    turn,
+    turn_all,
+    write_numbers,
 )
-LEAST_BYTES, LEAST_ROWS = 32, 4  # of a matrix of levels: what `dots` takes at once
-
-Array = npt.NDArray[Any]
-
-
-class Job(ctypes.Structure):
-    """One product; a number or an address for every field."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
+from spectral_surgery.kernels.threads import next_task, pointer_to
+from spectral_surgery.kernels.vectors import (
+    BYTES,
+    FIVE,
+    NIBBLES,
+    POINTS,
+    TOKENS,
+    dots,
+    height,
+    width,
+)
 
 
 def work_bytes(tokens: int, columns: int) -> int:
@@ -72,19 +48,12 @@ def work_bytes(tokens: int, columns: int) -> int:
     return 4 * tokens * (columns + 1) + 2 * 2 * (tokens + TOKENS) * (columns + 2 * 64)
 
 
-_JOB = np.dtype([(name, np.int64) for name in FIELDS])
 _ROWS = 4  # at most that `dots` takes at once
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
 _group_bytes, _group_nibbles, _group_points, _group_five = (
     dots(kind, TOKENS) for kind in (BYTES, NIBBLES, POINTS, FIVE)
 )
-
-
-@kernel
-def _floats(address: int, count: int) -> Array:
-    values: Array = carray(pointer_to(address), (count,), np.float32)
-    return values
 
 
 @kernel
@@ -105,59 +74,6 @@ def largest(size: int, halves: int) -> int:
     chunks = -(-size // width())
     most: int = (2**31 - 1) // (2 * 127 * halves * chunks)
     return min(32767, most)
-
-
-@kernel
-def _turn(inside: Array, matrix: int, points: int, start: int, stop: int, tile: Array) -> None:
-    """Multiply tiles of [start, stop) by a matrix, in place."""
-    weights = carray(pointer_to(matrix), (points, points), np.float32)
-    whole = points // SPAN * SPAN
-    for first in range(start, stop, points):
-        for point in range(0, whole, SPAN):
-            add_row_times(inside.ctypes.data + 4 * first, matrix, points, point, tile.ctypes.data)
-        tile[whole:points] = 0
-        for term in range(points if whole < points else 0):
-            value = inside[first + term]
-            for point in range(whole, points):
-                tile[point] += value * weights[term, point]
-        inside[first : first + points] = tile[:points]
-
-
-@kernel
-def _turn_all(inside: Array, tile: int, matrix: int, rest_matrix: int) -> None:
-    """Transform whole tiles, and those terms that are left."""
-    whole = inside.size // tile * tile
-    points = np.empty(tile, np.float32)
-    if matrix:
-        _turn(inside, matrix, tile, 0, whole, points)
-    if rest_matrix and whole < inside.size:
-        _turn(inside, rest_matrix, inside.size - whole, whole, inside.size, points)
-
-
-@kernel
-def _read(address: int, bfloat16: int, out: Array) -> None:
-    if bfloat16:
-        halves = carray(pointer_to(address), (out.size,), np.uint16)
-        bits = out.view(np.uint32)
-        for place in range(out.size):
-            bits[place] = np.uint32(halves[place]) << np.uint32(16)
-    else:
-        out[:] = _floats(address, out.size)
-
-
-@kernel
-def _write(values: Array, address: int, bfloat16: int) -> None:
-    """Store float32, rounded to the nearest, ties to even; what is not a number stays none."""
-    if bfloat16:
-        halves = carray(pointer_to(address), (values.size,), np.uint16)
-        bits = values.view(np.uint32)
-        for place in range(values.size):
-            word = bits[place]
-            even = (word >> np.uint32(16)) & np.uint32(1)
-            rounded = (word + np.uint32(0x7FFF) + even) >> np.uint32(16)
-            halves[place] = np.uint16(rounded if values[place] == values[place] else np.uint32(0x7FC0))
-    else:
-        _floats(address, values.size)[:] = values
 
 
 @kernel
@@ -228,25 +144,25 @@ def _group(token: int, tokens: int) -> tuple[int, int]:
 
 @c_function
 def prepare(pointer: Any) -> None:
-    """Activations into the spectrum and to integers; a task is a token. Points to a `Job`."""
-    job = carray(pointer, (1,), _JOB)[0]
+    """Activations into the spectrum and to integers; a task is a token. Points to a `matrix.Job`."""
+    job = carray(pointer, (1,), JOB)[0]
     columns, halves = job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
     span = np.int64(width())
     each = halves * -(-size // span) * span  # numbers of a token
     top = np.float32(largest(size, halves))
     spectrum, units_at, numbers_at = _parts(job)
-    units = _floats(units_at, job.tokens)
+    units = floats(units_at, job.tokens)
     room = -(-job.tokens // TOKENS) * TOKENS if job.tokens > 1 else 1  # tokens of whole groups
     numbers = carray(pointer_to(numbers_at), (job.planes * room * each,), np.int16)
-    scale = _floats(job.scale, job.scales)
+    scale = floats(job.scale, job.scales)
     while True:
         token = next_task(pointer)
         if token >= job.tokens:
             return
-        inside = _floats(spectrum + 4 * token * columns, columns)
-        _read(job.x + (2 if job.bfloat16 else 4) * token * columns, job.bfloat16, inside)
-        _turn_all(inside, job.tile, job.into, job.rest_into)
+        inside = floats(spectrum + 4 * token * columns, columns)
+        read_numbers(job.x + (2 if job.bfloat16 else 4) * token * columns, job.bfloat16, inside)
+        turn_all(inside, job.tile, job.into, job.rest_into)
         if scale.size == 1:
             inside *= scale[0]
         else:
@@ -296,25 +212,16 @@ def _dots(job: Any, group: int, row: int, size: int, x: int, sums: int) -> None:
 def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
     """Add what outliers of rows [first, last) contribute, in units of the integers."""
     columns, tokens = job.columns, job.tokens
-    places32 = carray(pointer_to(job.places), (job.outliers,), np.int32)
-    places64 = carray(pointer_to(job.places), (job.outliers,), np.int64)
     spectrum, units_at, _ = _parts(job)
     beyond = carray(pointer_to(job.beyond), (job.outliers,), np.int8)
-    units = _floats(units_at, tokens)
-    low, high = 0, job.outliers
-    while low < high:
-        middle = (low + high) // 2
-        if (places64[middle] if job.wide_places else np.int64(places32[middle])) < first * columns:
-            low = middle + 1
-        else:
-            high = middle
-    for number in range(low, job.outliers):
-        place = places64[number] if job.wide_places else np.int64(places32[number])
+    units = floats(units_at, tokens)
+    for number in range(find_outlier(job, first), job.outliers):
+        place = outlier_place(job, number)
         row, column = place // columns, place % columns
         if row >= last:
             return
         for token in range(tokens):
-            inside = _floats(spectrum + 4 * (token * columns + column), 1)[0]
+            inside = floats(spectrum + 4 * (token * columns + column), 1)[0]
             values[token, row - first] += np.float32(beyond[number]) * inside / units[token]
 
 
@@ -322,26 +229,26 @@ def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
 def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -> None:
     """Sums of integers of rows of a tile to numbers in space, with the bias."""
     if job.row_scale:
-        row_scale = _floats(job.row_scale + 4 * first, out.size)
+        row_scale = floats(job.row_scale + 4 * first, out.size)
         for place in range(out.size):
             out[place] *= row_scale[place]
     for place in range(out.size):
         out[place] *= unit
     if out.size == job.row_tile:
         if job.back:
-            _turn(out, job.back, job.row_tile, 0, out.size, points)
+            turn(out, job.back, job.row_tile, 0, out.size, points)
     elif job.rest_back:
-        _turn(out, job.rest_back, out.size, 0, out.size, points)
+        turn(out, job.rest_back, out.size, 0, out.size, points)
     if job.bias:
-        _read(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, points[: out.size])
+        read_numbers(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, points[: out.size])
         for place in range(out.size):
             out[place] += points[place]
 
 
 @c_function
 def multiply(pointer: Any) -> None:
-    """Products, and back into space; a task is a tile of rows. Points to a `Job` that `prepare` has seen."""
-    job = carray(pointer, (1,), _JOB)[0]
+    """Products, and back into space; a task is a tile of rows. Points to a `matrix.Job` that `prepare` has seen."""
+    job = carray(pointer, (1,), JOB)[0]
     tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
     span, most = np.int64(width()), np.int64(height())
@@ -349,7 +256,7 @@ def multiply(pointer: Any) -> None:
     room = -(-tokens // TOKENS) * TOKENS if tokens > 1 else 1
     fine = np.float32(0.5) / np.float32(largest(size, halves))  # of lo
     _, units_at, numbers = _parts(job)
-    units = _floats(units_at, tokens)
+    units = floats(units_at, tokens)
     values, sums = np.empty((tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
     points = np.empty(job.row_tile, np.float32)
     while True:
@@ -377,4 +284,4 @@ def multiply(pointer: Any) -> None:
         for token in range(tokens):
             out = values[token, : last - first]
             _finish(job, out, first, units[token], points)
-            _write(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)
+            write_numbers(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)

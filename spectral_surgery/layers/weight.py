@@ -20,6 +20,7 @@ from spectral_surgery.matmul import (
     dense_rows,
     form_matmul,
     form_matmul_transposed,
+    look_up,
     recorded,
     resident_form,
 )
@@ -188,6 +189,9 @@ def _found_rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
 
 
 def _rows(form: Form, rows: Tensor) -> Tensor:
+    quick = look_up(form, rows)
+    if quick is not None:
+        return quick
     basis = form.basis
     if 0 not in basis.axes:
         return tiles.inverse(form.levels(rows) * form.scale, TRANSFORMS[basis.transform], basis.tile, basis.axes)

@@ -1,4 +1,4 @@
-"""Sums of levels of 4, 5 or 8 bits times int16 numbers, in vector instructions of whatever processor compiles this.
+"""Inner loops in vector instructions of whatever processor compiles them: sums of levels times numbers, levels as such.
 
 LLVM finds the instruction that multiplies pairs of int16 and adds them (``vpmaddwd``, ``vpdpwssd``) in some loops and
 not in others, and then they take twenty times as long. So the inner loop is written as LLVM's vectors. These are of any
@@ -21,6 +21,7 @@ from numba.core import cgutils
 from spectral_surgery.kernels.compile import intrinsic
 
 BYTES, NIBBLES, POINTS, FIVE = range(4)  # kinds of levels; see `dots`
+INT8, FLOAT32 = range(2)  # kinds of numbers; see `rows_of`
 TOKENS = 4  # of a group; a token that is left over is one by itself
 SPAN = 64  # float32 that `add_row_times` adds up at once: as many registers as hide how long an addition takes
 
@@ -74,7 +75,7 @@ def dots(kind: int, tokens: int) -> Callable[..., None]:
         _typing: Any, _levels: Any, _lowest: Any, _size: Any, _x: Any, _sums: Any, _parts: Any, _shift: Any
     ) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-            _Loop(context, builder, kind, tokens).write(*arguments)
+            _Vectors(context, builder, kind, tokens).write_sums(*arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -82,17 +83,65 @@ def dots(kind: int, tokens: int) -> Callable[..., None]:
     return product
 
 
-class _Loop:
-    """Writes the loop over chunks."""
+def rows_of(kind: int, result: int) -> Callable[..., None]:
+    """Make the reading of a row of levels as numbers.
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, kind: int, tokens: int) -> None:
+    The function takes the addresses of the levels of the row and of their lowest bits, the bytes of the row, at least
+    one chunk, parts and shift, as `dots` does, and the address of the numbers, which are written: all levels of a byte
+    each, so that there are an even number where these are two.
+
+    Args:
+        kind: of levels, as for `dots`.
+        result: INT8 or FLOAT32.
+    """
+
+    @intrinsic
+    def read(_typing: Any, _levels: Any, _lowest: Any, _size: Any, _parts: Any, _shift: Any, _out: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+            _Vectors(context, builder, kind).write_row(result, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return read
+
+
+class _Vectors:
+    """Writes loops over the chunks of rows."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, kind: int, tokens: int = 1) -> None:
         self.builder, self.features = builder, _features(context)
         self.kind, self.tokens, self.halves = kind, tokens, 1 if kind == BYTES else 2
         self.rows = 1 if tokens == 1 else _HIGH if _is_wide(context) else _LOW
         self.width = _WIDE if _is_wide(context) else _NARROW
         self.sum_type = ir.VectorType(_I32, self.width // 2)
 
-    def write(self, levels: Any, lowest: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
+    def write_row(self, result: int, levels: Any, lowest: Any, size: Any, parts: Any, shift: Any, out: Any) -> None:
+        """See `rows_of`."""
+        build = self.builder
+        entry, loop, end = build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("read")
+        grid = [self._splat(build.trunc(number, _I16)) for number in (parts, shift)]
+        last, each = build.sub(size, _number(self.width)), 4 if result == FLOAT32 else 1
+        build.branch(loop)
+        build.position_at_end(loop)
+        at = build.phi(_I64)
+        first = build.select(build.icmp_signed("<", at, last), at, last)
+        bits = build.add(lowest, build.lshr(first, _number(3)))
+        places = [bits, build.add(bits, build.lshr(size, _number(3)))]
+        for half, factors in enumerate(self._levels(build.add(levels, first), places, *grid)):
+            start = build.add(first, build.mul(size, _number(half)))
+            kind = ir.VectorType(_F32 if result == FLOAT32 else _I8, self.width)
+            numbers = build.sitofp(factors, kind) if result == FLOAT32 else build.trunc(factors, kind)
+            to = build.inttoptr(build.add(out, build.mul(start, _number(each))), numbers.type.as_pointer())
+            build.store(numbers, to).align = 1
+        after = build.add(at, _number(self.width))
+        at.add_incoming(_number(0), entry)
+        at.add_incoming(after, loop)
+        build.cbranch(build.icmp_signed("<", after, size), loop, end)
+        build.position_at_end(end)
+
+    def write_sums(self, levels: Any, lowest: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
+        """See `dots`."""
         build, zero = self.builder, ir.Constant(self.sum_type, None)
         entry, loop, end = build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("sums")
         grid = [self._splat(build.trunc(number, _I16)) for number in (parts, shift)]
