@@ -51,7 +51,8 @@ HEAVY = {
 }
 COMPILED = "kernels/"  # compiled when they are imported, so by nobody at the top
 BASES = {
-    *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function", "Structure"),
+    *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
+    *("Structure", "Listener"),
     *("Group", "Command", "ParamType", "Option", "ValueError", "TypeError"),
 }
 # classes and hooks of other libraries, which call them with whatever they have

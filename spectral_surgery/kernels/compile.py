@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
+import numba
+import numba.extending
+from numba.core import event
+from numba.core.event import Event, Listener
+
 Function = TypeVar("Function", bound=Callable[..., object])
+
+
+@lru_cache(maxsize=1)
+def _announce() -> None:
+    logging.getLogger("spectral_surgery").warning(
+        "spectral_surgery compiles its kernels, once for this processor. This takes up to 20 seconds."
+    )
+
+
+class _Announcement(Listener):  # type: ignore[misc]  # numba has no types
+    """A line before the first kernel is compiled: the process would seem to hang."""
+
+    def on_start(self, event: Event) -> None:
+        """Called before each step of each function that numba compiles, whoever it is for."""
+        if str(event.data["module"]).startswith(__package__ or ""):
+            _announce()
+
+    def on_end(self, event: Event) -> None:
+        """Nothing to say."""
+
+
+event.register("numba:run_pass", _Announcement())
 
 
 def kernel(function: Function) -> Function:
@@ -13,8 +42,6 @@ def kernel(function: Function) -> Function:
 
     Indices are not checked. Where no folder can be written to, every process compiles for itself.
     """
-    import numba
-
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return cast(Function, numba.njit(cache=True, **options)(function))
@@ -24,15 +51,11 @@ def kernel(function: Function) -> Function:
 
 def inlined(function: Function) -> Function:
     """A part of kernels, put into each before it is compiled: LLVM then sees that its arrays do not overlap."""
-    import numba
-
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
 
 
 def c_function(function: Callable[[Any], None]) -> int:
     """A kernel of one pointer that others than Python can call, compiled now or read from disk. Returns its address."""
-    import numba
-
     options = {"nopython": True, "error_model": "numpy"}
     try:
         return int(numba.cfunc("void(voidptr)", cache=True, **options)(function).address)
@@ -45,6 +68,4 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
 
     What is kept on disk is compiled anew when the file of a kernel changes, not when one of its operations does.
     """
-    from numba.extending import intrinsic as numba_intrinsic
-
-    return cast(Callable[..., Any], numba_intrinsic(function))
+    return cast(Callable[..., Any], numba.extending.intrinsic(function))

@@ -69,6 +69,23 @@ def test_processes_that_find_them_on_disk(how: str) -> None:
     use(how)
 
 
+def test_what_compiles_says_so(tmp_path: Path) -> None:
+    """In one line of the process that does, and not where kernels are found on disk."""
+    program = (
+        "import numpy as np; from spectral_surgery.kernels.lattice import words_of;"
+        " words_of(np.zeros((32, 2), np.int32), np.zeros(2, np.uint8))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    said = [
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert said[0].stderr.splitlines() == [
+        "spectral_surgery compiles its kernels, once for this processor. This takes up to 20 seconds."
+    ]
+    assert said[1].stderr == ""
+
+
 def test_a_kernel_of_a_function_without_a_file() -> None:
     """Where numba has no place for a cache it says so with a RuntimeError."""
     names: dict[str, object] = {}

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from tests.support.codes import integers, lattice_points
 
@@ -24,7 +25,24 @@ def use_kernels(seed: int) -> int:
     frames = [points, lattice_points(rng, (70, 30), 3, np.int8), integers(rng, (70, 30), 300, np.int16)]
     for codes in frames:
         assert np.array_equal(decode_frame(encode_frame(codes), codes.shape), codes)
+    use_products(seed)
     return len(frames)
+
+
+def use_products(seed: int) -> None:
+    """A product of several threads with a matrix, and some of its rows."""
+    from spectral_surgery.codec.encoded import Basis
+    from spectral_surgery.matmul import Int8Form, look_up
+    from spectral_surgery.matmul.few_tokens import few_tokens
+
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(-127, 128, (1024, 256), generator=generator, dtype=torch.int8)
+    form, x = Int8Form(levels, torch.ones(1), Basis("identity", 64, ())), torch.randn(3, 256, generator=generator)
+    y, rows = few_tokens(x, form, None), look_up(form, torch.arange(7))
+    assert y is not None
+    assert torch.allclose(y, x @ levels.float().T, rtol=1e-4, atol=1e-2)
+    assert rows is not None
+    assert torch.equal(rows, levels[:7].float())
 
 
 def once() -> None:
@@ -42,6 +60,7 @@ def fork() -> None:
     for _ in range(2):
         child = os.fork()
         if not child:
+            torch.set_num_threads(1)  # as torch's workers do: its other threads are not there
             os._exit(0 if use_kernels(1) == 3 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         once()
