@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.matmul import Form, HostMatrix
 
-_OF_ANY_LENGTH = ("data", "places", "beyond")  # stored frames, and outliers: as many as there are
+_OF_ANY_LENGTH = ("data", "places", "beyond", "row_scale")  # stored frames, outliers, and what not all have
 
 
 class FormHolder(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul import dispatch, integer
 from spectral_surgery.matmul.activations import transform_matrix
-from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.form import Form, times_rows
 from spectral_surgery.matmul.int4 import Int4Form
 from spectral_surgery.matmul.int8 import Int8Form
 from spectral_surgery.transforms import IDENTITY
@@ -42,6 +42,8 @@ def few_tokens(x: Tensor, form: Form) -> Tensor | None:
     """
     if x.dtype != torch.bfloat16 or not isinstance(form, Int8Form | Int4Form) or not x.is_cpu:
         return None
+    if isinstance(form, Int8Form) and len(form.places):
+        return None
     rows, columns = form.shape
     steps = _steps(form.basis, rows, columns, dispatch.packed_tokens(columns))
     if x.numel() > steps.most * columns or not x.numel() or x.shape[-1] != columns:
@@ -52,7 +54,7 @@ def few_tokens(x: Tensor, form: Form) -> Tensor | None:
     inside = x.reshape(-1, columns).float()
     if steps.into is not None:
         inside = (inside.view(-1, tile) @ steps.into).view(inside.shape)
-    y = _product((inside * form.scale).bfloat16(), form, steps.ones).float()
+    y = times_rows(_product((inside * form.scale).bfloat16(), form, steps.ones).float(), form)
     if steps.back is not None:
         y = (y.view(-1, tile) @ steps.back).view(y.shape)
     return y.view(*x.shape[:-1], rows)

@@ -21,7 +21,7 @@ from spectral_surgery.matmul import recorded
 from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
-from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.form import Form, times_rows
 
 
 class _Product(Function):
@@ -76,7 +76,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form]) -> Tensor:
             if not number or form.basis != forms[number - 1].basis:
                 inside = to_spectrum(wide, form.basis)
             y = _product(inside * form.scale.to(wide.dtype), form, x.dtype)
-            parts.append(to_space(y.to(wide.dtype), form.basis))
+            parts.append(to_space(times_rows(y.to(wide.dtype), form), form.basis))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return whole.reshape(*x.shape[:-1], whole.shape[1])
 
@@ -105,7 +105,8 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
         parts, start = [], 0
         for form in forms:
             stop = start + form.shape[0]
-            y = _adjoint(rows_to_spectrum(wide[:, start:stop], form.basis), form, x.dtype)
+            inside = rows_to_spectrum(wide[:, start:stop], form.basis)
+            y = _adjoint(times_rows(inside, form), form, x.dtype)
             parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
             start = stop
         whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
