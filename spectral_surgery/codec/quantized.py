@@ -12,6 +12,7 @@ from spectral_surgery.errors import ShapeError
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
 INT8_MAX = 127
+INT12_MAX = 16 * INT8_MAX + 7  # of what is held as an int8 number and a signed nibble
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,6 @@ def dequantize(codes: Tensor, step: Tensor, offset: float) -> Tensor:
     return values.mul_(step)
 
 
-def grid(largest: int, offset: float) -> int:
-    """Finest integer grid, in parts of a step, on which every reconstruction point fits int8; 0 when none does."""
-    return INT8_MAX // (largest + max(math.ceil(offset), 0))
+def grid(largest: int, offset: float, most: int = INT8_MAX) -> int:
+    """Finest integer grid, in parts of a step, on which no reconstruction point exceeds ``most``; 0 when none does."""
+    return most // (largest + max(math.ceil(offset), 0))

@@ -75,12 +75,12 @@ class FitSettings:
 class Running:
     """How a model is held in memory."""
 
-    resident: Literal["auto", "int8", "int4", "coded", "streamed"] | None = field(
+    resident: Literal["auto", "int8", "int12", "int4", "coded", "streamed"] | None = field(
         default=None,
         metadata={
-            "help": "How compressed weights are held: one byte, half a byte, as stored, or in host memory and"
-            " streamed to a GPU.",
-            "unset": "int8 where codes fit",
+            "help": "How compressed weights are held: one byte, one and a half, half a byte, as stored, or in host"
+            " memory and streamed to a GPU.",
+            "unset": "int8 where codes fit, else int12",
         },
     )
     max_memory: int | None = field(

@@ -25,6 +25,7 @@ from spectral_surgery.kernels.matrix import (
     find_outlier,
     floats,
     outlier_place,
+    outlier_value,
     read_numbers,
     turn,
     turn_all,
@@ -213,7 +214,6 @@ def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
     """Add what outliers of rows [first, last) contribute, in units of the integers."""
     columns, tokens = job.columns, job.tokens
     spectrum, units_at, _ = _parts(job)
-    beyond = carray(pointer_to(job.beyond), (job.outliers,), np.int8)
     units = floats(units_at, tokens)
     for number in range(find_outlier(job, first), job.outliers):
         place = outlier_place(job, number)
@@ -222,7 +222,7 @@ def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
             return
         for token in range(tokens):
             inside = floats(spectrum + 4 * (token * columns + column), 1)[0]
-            values[token, row - first] += np.float32(beyond[number]) * inside / units[token]
+            values[token, row - first] += outlier_value(job, number) * inside / units[token]
 
 
 @kernel

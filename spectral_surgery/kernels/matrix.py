@@ -37,7 +37,8 @@ FIELDS = (
     "outliers",  # how many
     "wide_places",  # whether places are int64; else int32
     "places",  # row * columns + column, ascending
-    "beyond",  # int8, what levels at places go beyond those of the matrix
+    "wide_beyond",  # whether what they go beyond the matrix by is float32; else int8
+    "beyond",
     "tile",  # of columns
     "into",  # [tile, tile] float32 that tiles of x are multiplied by, or 0
     "rest_into",  # of the columns beyond whole tiles, or 0
@@ -127,6 +128,14 @@ def outlier_place(job: Any, number: int) -> int:
     if job.wide_places:
         return int(carray(pointer_to(job.places), (job.outliers,), np.int64)[number])
     return int(carray(pointer_to(job.places), (job.outliers,), np.int32)[number])
+
+
+@kernel
+def outlier_value(job: Any, number: int) -> np.float32:
+    """What the level of an outlier goes beyond that of the matrix by."""
+    if job.wide_beyond:
+        return np.float32(carray(pointer_to(job.beyond), (job.outliers,), np.float32)[number])
+    return np.float32(carray(pointer_to(job.beyond), (job.outliers,), np.int8)[number])
 
 
 @kernel

@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function, kernel
-from spectral_surgery.kernels.matrix import JOB, Array, find_outlier, floats, outlier_place, turn_all
+from spectral_surgery.kernels.matrix import JOB, Array, find_outlier, floats, outlier_place, outlier_value, turn_all
 from spectral_surgery.kernels.threads import next_task, pointer_to
 from spectral_surgery.kernels.vectors import BYTES, FIVE, FLOAT32, INT8, NIBBLES, POINTS, rows_of
 
@@ -49,12 +49,11 @@ def _add_outliers(job: Any, row: int, levels: Array) -> None:
     """Add what levels of a row go beyond those of the matrix."""
     if not job.outliers:
         return
-    beyond = carray(pointer_to(job.beyond), (job.outliers,), np.int8)
     for number in range(find_outlier(job, row), job.outliers):
         column = outlier_place(job, number) - row * job.columns
         if column >= job.columns:
             return
-        levels[column] += np.float32(beyond[number])
+        levels[column] += outlier_value(job, number)
 
 
 @c_function

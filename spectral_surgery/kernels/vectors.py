@@ -149,7 +149,8 @@ class _Vectors:
         build.branch(loop)
         build.position_at_end(loop)
         at, place = build.phi(_I64), build.phi(_I64)
-        totals = [[build.phi(self.sum_type) for _ in range(self.tokens)] for _ in range(self.rows)]
+        chains = self.halves if self.tokens == 1 else 1  # one addition would wait for the other
+        totals = [[build.phi(self.sum_type) for _ in range(self.tokens * chains)] for _ in range(self.rows)]
         first = build.select(build.icmp_signed("<", at, last), at, last)  # the last chunk ends with the row
         added = [list(row) for row in totals]
         numbers = [
@@ -163,22 +164,24 @@ class _Vectors:
             bits = build.add(build.add(lowest, build.mul(eight, _number(2 * row))), build.lshr(first, _number(3)))
             for half, factors in enumerate(self._levels(start, [bits, build.add(bits, eight)], *grid)):
                 for token in range(self.tokens):
-                    added[row][token] = build.add(added[row][token], self._pairs(factors, numbers[half][token]))
+                    chain = half if chains > 1 else token
+                    added[row][chain] = build.add(added[row][chain], self._pairs(factors, numbers[half][token]))
         after = build.add(at, _number(self.width))
         following = build.add(place, _number(2 * self.width * self.tokens * self.halves))
         for phi, start, value in ((at, _number(0), after), (place, x, following)):
             phi.add_incoming(start, entry)
             phi.add_incoming(value, loop)
         for row in range(self.rows):
-            for token in range(self.tokens):
-                totals[row][token].add_incoming(zero, entry)
-                totals[row][token].add_incoming(added[row][token], loop)
+            for total, sum_after in zip(totals[row], added[row], strict=True):
+                total.add_incoming(zero, entry)
+                total.add_incoming(sum_after, loop)
         build.cbranch(build.icmp_signed("<", after, size), loop, end)
         build.position_at_end(end)
         for row in range(self.rows):
             for token in range(self.tokens):
                 to = build.inttoptr(build.add(sums, _number(4 * (row * self.tokens + token))), _F32.as_pointer())
-                build.store(self._total(added[row][token]), to)
+                whole = build.add(*added[row]) if chains > 1 else added[row][token]
+                build.store(self._total(whole), to)
 
     def _levels(self, address: Any, bits: list[Any], parts: Any, shift: Any) -> list[Any]:
         """Levels of a chunk of a row, int16: one vector, or those of the low and of the high nibbles."""

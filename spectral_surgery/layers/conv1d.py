@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self, cast
 
 import torch
@@ -91,8 +90,8 @@ class SpectralConv1D(nn.Module):
         Raises:
             ShapeError: when the bias is not [O].
         """
-        forms = weight.forms
-        turned = transposed_form(cast(Sequence[Int8Form], forms)) if isinstance(forms[0], Int8Form) else None
+        form, *others = weight.forms
+        turned = transposed_form(form) if isinstance(form, Int8Form) and not others else None
         if turned is None:
             return cls(weight, bias)
         return cls(SpectralWeight([turned], weight.resident, weight.dtype), bias, transposed=True)

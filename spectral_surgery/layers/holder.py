@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Self
+from operator import is_not
+from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from spectral_surgery.matmul import Form, HostMatrix
 
-_OF_ANY_LENGTH = ("data", "places", "beyond")  # stored frames, and outliers: as many as there are
+_OF_ANY_LENGTH = ("data", "places", "beyond", "row_scale")  # stored frames, outliers, and what not all have
 
 
 class FormHolder(nn.Module):
@@ -23,6 +25,8 @@ class FormHolder(nn.Module):
         super().__init__()
         self._kind: Callable[..., Form] = type(form)
         self._rest: dict[str, object] = {}
+        self._kept: Form | None = None
+        self._of: tuple[object, ...] | None = None
         for field in fields(form):  # type: ignore[arg-type]  # every form is a dataclass
             value = getattr(form, field.name)
             if isinstance(value, Tensor):
@@ -32,8 +36,17 @@ class FormHolder(nn.Module):
 
     @property
     def form(self) -> Form:
-        """The form, of the tensors as they are now."""
-        return self._kind(**self._rest, **self._buffers)
+        """The form, of the tensors as they are now; the same one as long as they are the same."""
+        now = (*self._buffers.values(), *self._rest.values())
+        if torch.compiler.is_compiling():
+            return self._kind(**self._rest, **self._buffers)
+        if self._of is None or len(now) != len(self._of) or any(map(is_not, now, self._of)):
+            self._kept, self._of = self._kind(**self._rest, **self._buffers), now
+        return cast(Form, self._kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have other tensors."""
+        return self.__dict__ | {"_kept": None, "_of": None}
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +25,7 @@ class TrainableWeight(nn.Module):
 
     def __init__(self, weight: SpectralWeight) -> None:
         super().__init__()
-        self.kept = KeptSpectrum([_spectrum(form) for form in weight.forms], weight.shape)
+        self.kept = KeptSpectrum([part for form in weight.forms for part in _spectra(form)], weight.shape)
         self.values = nn.Parameter(self.kept.start)
         self.register_buffer("_like", torch.empty(0, dtype=weight.dtype), persistent=False)
         self.to(weight.forms[0].scale.device)
@@ -71,12 +74,18 @@ class TrainableWeight(nn.Module):
         return weight.to(self.values.device)
 
 
-def _spectrum(form: Form) -> QuantizedSpectrum:
-    levels = form.levels(torch.arange(form.shape[0], device=form.scale.device)).float().cpu()
-    offset = float(getattr(form, "offset", 0.0))
+def _spectra(form: Form) -> Iterator[QuantizedSpectrum]:
+    """Of row ranges, each with the same scale for all its rows."""
+    scales = form.row_scale.cpu() if len(form.row_scale) else torch.ones(form.shape[0])
+    changes = (scales.diff().nonzero()[:, 0] + 1).tolist()
+    for start, stop in pairwise([0, *changes, form.shape[0]]):
+        levels = form.levels(torch.arange(start, stop, device=form.scale.device)).float().cpu()
+        yield _spectrum(levels, form.scale.float().cpu() * scales[start], form)
+
+
+def _spectrum(levels: Tensor, step: Tensor, form: Form) -> QuantizedSpectrum:
+    offset, basis = float(getattr(form, "offset", 0.0)), form.basis
     codes = (levels.abs() - offset).round_().clamp_(min=0).copysign_(levels)
-    step = form.scale.float().cpu()
     if not offset and int(codes.abs().max()) > INT8_MAX // 2:  # training needs room above, in int8
         codes, step = (codes / 2).round_(), 2 * step
-    basis = form.basis
     return QuantizedSpectrum(codes.to(torch.int32), step, offset, basis.transform, basis.tile, basis.axes)

@@ -22,15 +22,16 @@ from spectral_surgery.matmul import (
     form_matmul_transposed,
     look_up,
     recorded,
-    resident_form,
+    resident_forms,
 )
+from spectral_surgery.matmul.form import coefficients
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
 Spectra = Spectrum | Sequence[Spectrum]
 
 
 class SpectralWeight(nn.Module):
-    """An [O, I] matrix W held as spectra of row ranges.
+    """An [O, I] matrix W held as a spectrum; or as spectra of row ranges that no form can hold together.
 
     Its one parameter is empty, and in no state: models are asked for the dtype and device of their first parameter,
     and some have nothing but matrices.
@@ -72,7 +73,7 @@ class SpectralWeight(nn.Module):
             ShapeError: when row ranges differ in their number of columns, or there is none.
         """
         given = spectra if isinstance(spectra, Sequence) else [spectra]
-        return cls([resident_form(spectrum, resident) for spectrum in given], resident, dtype)
+        return cls(resident_forms(given, resident), resident, dtype)
 
     @property
     def forms(self) -> list[Form]:
@@ -167,8 +168,7 @@ def compressed(
 
 def _decoded(form: Form, start: int, stop: int) -> Tensor:
     """Dense rows from whole tiles."""
-    levels = form.levels(torch.arange(start, stop, device=form.scale.device))
-    return form.basis.inverse(levels * form.scale)
+    return form.basis.inverse(coefficients(form, torch.arange(start, stop, device=form.scale.device)))
 
 
 def _found_rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
@@ -194,7 +194,7 @@ def _rows(form: Form, rows: Tensor) -> Tensor:
         return quick
     basis = form.basis
     if 0 not in basis.axes:
-        return tiles.inverse(form.levels(rows) * form.scale, TRANSFORMS[basis.transform], basis.tile, basis.axes)
+        return tiles.inverse(coefficients(form, rows), TRANSFORMS[basis.transform], basis.tile, basis.axes)
     out = torch.empty(len(rows), form.shape[1], device=rows.device)
     tile_of = rows // basis.tile
     for tile in sorted(set(tile_of.tolist())):

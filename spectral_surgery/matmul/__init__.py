@@ -9,7 +9,7 @@ from spectral_surgery.matmul.int8 import Int8Form, transposed_form
 from spectral_surgery.matmul.look_up import look_up
 from spectral_surgery.matmul.operator import dense_rows, form_matmul, form_matmul_transposed
 from spectral_surgery.matmul.reference import spectral_matmul
-from spectral_surgery.matmul.resident import RESIDENTS, resident_form
+from spectral_surgery.matmul.resident import RESIDENTS, resident_form, resident_forms
 from spectral_surgery.matmul.row_blocks import block_streaming_matmul
 from spectral_surgery.matmul.transfers import STREAM_BYTES
 
@@ -26,6 +26,7 @@ __all__ = [
     "form_matmul_transposed",
     "look_up",
     "resident_form",
+    "resident_forms",
     "spectral_matmul",
     "transposed_form",
 ]

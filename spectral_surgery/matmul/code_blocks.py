@@ -11,7 +11,7 @@ from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, frame_spans, 
 from spectral_surgery.codec.frames import encode_rows
 from spectral_surgery.codec.quantized import INT8_MAX, QuantizedSpectrum
 from spectral_surgery.errors import ConfigError, ShapeError
-from spectral_surgery.matmul.levels import Grid, grid_of
+from spectral_surgery.matmul.levels import grid_of
 
 Spectrum = QuantizedSpectrum | EncodedSpectrum
 
@@ -21,23 +21,6 @@ def basis_of(spectrum: Spectrum) -> Basis:
     if isinstance(spectrum, EncodedSpectrum):
         return spectrum.basis
     return Basis(spectrum.transform, spectrum.tile, spectrum.axes)
-
-
-def fitting_grid(spectrum: Spectrum, codes: Tensor, resident: str, limits: tuple[int, int]) -> Grid:
-    """The grid of the reconstruction points, once it is sure that these codes fit it and the resident form.
-
-    ``codes`` is [r, I], of some of its rows.
-
-    Raises:
-        ConfigError: when they do not fit.
-    """
-    grid = grid_of(spectrum.offset)
-    if grid == Grid(1, 0) and codes.dtype == torch.int8 and limits == (-INT8_MAX, INT8_MAX):
-        return grid  # codes are levels
-    low, high = reach(codes)
-    if grid is None or low < limits[0] or high > limits[1] or not grid.fits(low, high):
-        raise refusal(spectrum, resident, (low, high), limits)
-    return grid
 
 
 def reach(codes: Tensor) -> tuple[int, int]:
@@ -56,7 +39,8 @@ def refusal(
             f"resident '{resident}': an offset of {spectrum.offset:g} steps is on no grid of int8; expected a multiple"
             " of 1/n, n up to 127. Use coded."
         )
-    most = INT8_MAX if grid is None else (INT8_MAX - max(grid.shift, 0)) // grid.parts
+    largest = max(limits[1], INT8_MAX)  # level
+    most = largest if grid is None else (largest - max(grid.shift, 0)) // grid.parts
     return ConfigError(
         f"resident '{resident}': codes reach {low} to {high}; expected {max(limits[0], -most)} to"
         f" {min(limits[1], most)} at this offset{but}. Use coded, or fewer bits."

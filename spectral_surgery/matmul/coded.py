@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.encoded import Basis, frame_spans
 from spectral_surgery.codec.frame_bytes import decode_frame
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.matmul import integer
-from spectral_surgery.matmul.code_blocks import Spectrum, as_encoded
+from spectral_surgery.matmul.code_blocks import as_encoded
 from spectral_surgery.matmul.levels import levels_of
+from spectral_surgery.matmul.row_ranges import RowRanges
 from spectral_surgery.matmul.workers import Span, map_ordered
 
 _BLOCK = 1 << 20  # codes decoded at a time by one thread
@@ -29,24 +31,26 @@ class CodedForm:
         data: [bytes] uint8, the frames.
         ends: [frames + 1] int64 byte offsets.
         scale: [1] or [I] float32.
+        row_scale: [0] or [O] float32.
         offset: [1] float32, shift of the reconstruction points, in steps.
         basis: transform, tile and axes.
-        size: (O, I).
-        rows_per_frame: rows of a frame, whole tiles.
+        starts: [frames + 1] int64, first rows of the frames, which are whole tiles.
+        columns: I.
     """
 
     data: Tensor
     ends: Tensor
     scale: Tensor
+    row_scale: Tensor
     offset: Tensor
+    starts: Tensor
     basis: Basis
-    size: tuple[int, int]
-    rows_per_frame: int
+    columns: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        return self.size
+        return (int(self.starts[-1]), self.columns)
 
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
@@ -65,23 +69,23 @@ class CodedForm:
 
         def rows(span: Span) -> Tensor:
             levels, parts = self._block(span, g.device)
-            start = span[0] * self.rows_per_frame
-            return integer.adjoint(operand.terms(start, start + len(levels)), levels).div_(parts)
+            start, stop = (int(self.starts[frame]) for frame in span)
+            return integer.adjoint(operand.terms(start, stop), levels).div_(parts)
 
         wide = torch.promote_types(operand.dtype, torch.float32)
-        out = g.new_zeros((len(g), self.size[1]), dtype=wide)
+        out = g.new_zeros((len(g), self.columns), dtype=wide)
         for part in map_ordered(rows, self._spans()):
             out += part
         return out
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] float32; each frame that holds one of them is decoded once."""
-        out = torch.empty((len(rows), self.size[1]), device=rows.device)
-        frames = rows // self.rows_per_frame
+        out = torch.empty((len(rows), self.columns), device=rows.device)
+        frames = torch.searchsorted(self.starts, rows, right=True) - 1
         for frame in sorted(set(frames.tolist())):
             levels, parts = self._block((frame, frame + 1), rows.device)
             here = frames == frame
-            out[here] = levels[rows[here] - frame * self.rows_per_frame].to(torch.float32) / parts
+            out[here] = levels[rows[here] - self.starts[frame]].to(torch.float32) / parts
         return out
 
     def recorded_levels(self) -> Tensor:
@@ -93,7 +97,7 @@ class CodedForm:
 
     def _spans(self) -> list[Span]:
         frames = len(self.ends) - 1
-        each = max(1, _BLOCK // (self.rows_per_frame * self.size[1]))
+        each = max(1, _BLOCK * frames // math.prod(self.shape))
         return [(first, min(first + each, frames)) for first in range(0, frames, each)]
 
     def _block(self, span: Span, device: torch.device) -> tuple[Tensor, float]:
@@ -104,23 +108,26 @@ class CodedForm:
 
     def _codes(self, frame: int) -> Tensor:
         first, last = self.ends[frame : frame + 2].tolist()
-        rows = min(self.rows_per_frame, self.size[0] - frame * self.rows_per_frame)
+        rows = int(self.starts[frame + 1] - self.starts[frame])
         data = self.data[first:last].cpu().numpy().data
-        return torch.from_numpy(decode_frame(data, (rows, self.size[1])))
+        return torch.from_numpy(decode_frame(data, (rows, self.columns)))
 
 
-def coded_form(spectrum: Spectrum) -> CodedForm:
-    """The stored frames of a spectrum, as they are."""
-    encoded = as_encoded(spectrum)
-    ends = torch.tensor([0, *map(len, encoded.frames)]).cumsum(0)
+def coded_form(ranges: RowRanges) -> CodedForm:
+    """The stored frames of a matrix of one offset, as they are."""
+    encoded = [as_encoded(ranges.read(number)) for number in range(len(ranges.outlines))]
+    frames = [frame for spectrum in encoded for frame in spectrum.frames]
+    heights = [stop - start for one in encoded for start, stop in frame_spans(one.shape[0], one.rows_per_frame)]
+    scale, row_scale = ranges.scales([1] * len(encoded))
     return CodedForm(
-        _joined(encoded.frames),
-        ends,
-        encoded.step.to(torch.float32).clone(),
-        torch.tensor([encoded.offset], dtype=torch.float32),
-        encoded.basis,
-        encoded.shape,
-        encoded.rows_per_frame,
+        _joined(frames),
+        torch.tensor([0, *map(len, frames)]).cumsum(0),
+        scale.clone(),
+        row_scale,
+        torch.tensor([encoded[0].offset], dtype=torch.float32),
+        torch.tensor([0, *heights]).cumsum(0),
+        ranges.basis,
+        ranges.shape[1],
     )
 
 

@@ -6,14 +6,22 @@ caches: then Python between the steps of a product takes as long as the product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.int4 import Int4Form
 from spectral_surgery.matmul.int8 import Int8Form
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job
+from spectral_surgery.matmul.int12 import UNIT, Int12Form
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, product_job
 from spectral_surgery.matmul.recorded import unreadable
+
+if TYPE_CHECKING:
+    from spectral_surgery.kernels.matrix import Job
 
 MOST = 16  # tokens: with more, products of floating-point blocks are as fast
 
@@ -22,28 +30,38 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     """Y = x Wᵀ + b, as exact as `form_matmul` says.
 
     Returns [..., O] in the dtype of x; None for whatever is not 1 to `MOST` tokens of finite numbers on a CPU without
-    gradients, float32 or 16 bits, times an int8 or int4 form with four rows and 32 bytes in each.
+    gradients, float32 or 16 bits, times levels of 4, 8 or 12 bits, of four rows and 32
+    bytes in each.
 
     Args:
         x: [..., I].
         form: of W, [O, I].
         bias: [O] or None.
     """
-    if not isinstance(form, Int8Form | Int4Form) or not _is_plain(x, form.shape[1]):
+    if not isinstance(form, Int8Form | Int4Form | Int12Form) or not _is_plain(x, form.shape[1]):
         return None
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or _wants_gradient(bias)):
         return None
-    codes = form.codes
-    from spectral_surgery.kernels.matrix import LEAST_BYTES, LEAST_ROWS
-
-    if len(codes) < LEAST_ROWS or codes.shape[1] < LEAST_BYTES or not codes.is_contiguous():
+    codes, kernels = form.codes, _kernels()
+    if len(codes) < kernels.least_rows or codes.shape[1] < kernels.least_bytes or not codes.is_contiguous():
         return None
+    if isinstance(form, Int12Form):
+        return _two_planes(x, form, bias)
     if x.dtype == torch.float16:
         y = few_tokens(x.float(), form, None if bias is None else bias.float())
         return None if y is None else y.half()
-    flat = x.reshape(-1, form.shape[1]).contiguous()
-    y = _product(flat, form, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _product(flat if flat.is_contiguous() else flat.contiguous(), form, bias)
     return None if y is None else y.view(*x.shape[:-1], len(codes))
+
+
+def _two_planes(x: Tensor, form: Int12Form, bias: Tensor | None) -> Tensor | None:
+    """Twelve bits as eight and four, added up in float32."""
+    parts = [few_tokens(x.float(), plane, None) for plane in form.planes()]
+    if parts[0] is None or parts[1] is None or len(form.places):
+        return None
+    y = torch.add(parts[1], parts[0], alpha=UNIT)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _is_plain(x: Tensor, columns: int) -> bool:
@@ -63,25 +81,41 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _product(x: Tensor, form: Int8Form | Int4Form, bias: Tensor | None) -> Tensor | None:
-    from spectral_surgery.kernels import few_tokens as kernel
-    from spectral_surgery.kernels.threads import run
-
-    rows, columns = form.shape
-    tokens, half = len(x), x.dtype == torch.bfloat16
-    job = matrix_job(form)
-    work = torch.empty(kernel.work_bytes(tokens, columns), dtype=torch.uint8)
+    kernels, (tokens, columns), half = _kernels(), x.shape, x.dtype == torch.bfloat16
+    job, rows = product_job(form), len(form.codes)
+    work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8)
     y = x.new_empty((tokens, rows))
     job.tokens, job.bfloat16, job.planes, job.finite = tokens, half, 1 if half else 2, 1
     job.x, job.y, job.work = x.data_ptr(), y.data_ptr(), work.data_ptr()
     if bias is not None:
         job.bias = bias.data_ptr()
     threads = torch.get_num_threads() if rows * columns >= ONE_THREAD else 1
-    run(kernel.prepare, job, min(threads, tokens))
+    kernels.run(kernels.prepare, job, min(threads, tokens))
     if job.finite and job.coarse and job.planes == 1:
         job.planes, job.counter = 2, 0
-        run(kernel.prepare, job, min(threads, tokens))
+        kernels.run(kernels.prepare, job, min(threads, tokens))
     if not job.finite:
         return None
     job.counter = 0
-    run(kernel.multiply, job, threads)
+    kernels.run(kernels.multiply, job, threads)
     return y
+
+
+class _Kernels(NamedTuple):
+    """What is imported, and compiled, when it is first used; to import it at each call would take 1 us each."""
+
+    prepare: int
+    multiply: int
+    run: Callable[[int, Job, int], None]
+    work_bytes: Callable[[int, int], int]
+    least_rows: int
+    least_bytes: int
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> _Kernels:
+    from spectral_surgery.kernels.few_tokens import multiply, prepare, work_bytes
+    from spectral_surgery.kernels.matrix import LEAST_BYTES, LEAST_ROWS
+    from spectral_surgery.kernels.threads import run
+
+    return _Kernels(prepare, multiply, run, work_bytes, LEAST_ROWS, LEAST_BYTES)

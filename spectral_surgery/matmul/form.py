@@ -11,19 +11,25 @@ from spectral_surgery.codec.encoded import Basis
 
 
 class Form(Protocol):
-    """The spectrum of an [O, I] matrix W in memory: levels (int8 where they fit) times a scale per matrix or column.
+    """The spectrum of an [O, I] matrix W in memory: levels (int8 where they fit) times scales of columns and rows.
 
     Implementations are frozen dataclasses: their tensors become buffers of a layer, the rest says how to read them.
 
     Attributes:
         scale: [1] or [I] float32.
+        row_scale: [0] or [O] float32.
         shape: (O, I).
         basis: transform, tile and axes.
     """
 
     @property
     def scale(self) -> Tensor:
-        """[1] or [I] float32: a coefficient is its level times this."""
+        """[1] or [I] float32: a coefficient is its level times this, and times ``row_scale``."""
+        ...
+
+    @property
+    def row_scale(self) -> Tensor:
+        """[O] float32; [0] for ones, where all rows have one scale."""
         ...
 
     @property
@@ -37,7 +43,7 @@ class Form(Protocol):
         ...
 
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
-        """Multiply scaled activations by the levels: [T, I] to [T, O]; see `integer.multiply`."""
+        """Multiply scaled activations by the levels: [T, I] to [T, O]."""
         ...
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
@@ -49,8 +55,19 @@ class Form(Protocol):
         ...
 
     def recorded_levels(self) -> Tensor:
-        """All levels, [O, I] int8, by operations that can be recorded, whatever their numbers are.
+        """All levels, [O, I] int8 or float32, by operations that can be recorded, whatever their numbers are.
 
         Raises ConfigError when there are no such operations.
         """
         ...
+
+
+def times_rows(y: Tensor, form: Form) -> Tensor:
+    """What rows of a matrix gave, or are given, [..., O], times the scales of the rows."""
+    return y * form.row_scale.to(y.dtype) if form.row_scale.nbytes else y  # a trace warns of other sizes
+
+
+def coefficients(form: Form, rows: Tensor) -> Tensor:
+    """Rows of the spectrum itself: [n] int64 to [n, I] float32."""
+    values = form.levels(rows) * form.scale
+    return values * form.row_scale[rows].unsqueeze(1) if len(form.row_scale) else values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 from spectral_surgery.codec.encoded import Basis, frame_spans
 from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.matmul import integer, triton
-from spectral_surgery.matmul.code_blocks import Spectrum, basis_of, code_blocks, reach, refusal
+from spectral_surgery.matmul.code_blocks import reach, refusal
 from spectral_surgery.matmul.levels import Grid, grid_of
-from spectral_surgery.matmul.outliers import add_block, add_levels, add_product
+from spectral_surgery.matmul.outliers import FEW, Outliers, add_block, add_levels, add_product
+from spectral_surgery.matmul.row_ranges import RowRanges
 
 _LOW, _HIGH = -8, 7
 _MOST_BEYOND = 64  # at most one code in 64 may be an outlier
-_FEW = 16  # tokens on a GPU: more are faster with unpacked levels than with outliers of their own
 _BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
 
@@ -28,6 +29,7 @@ class Int4Form:
     Attributes:
         codes: [O, ceil(I / 2)] int8: the low nibbles are the first half of the columns, the high ones the rest.
         scale: [1] or [I] float32.
+        row_scale: [0] or [O] float32.
         basis: transform, tile and axes.
         grid: [2] int8, `Grid` of the reconstruction points: parts and shift.
         places: [n] int32 or int64, row * I + column of the codes that nibbles do not hold, ascending.
@@ -37,6 +39,7 @@ class Int4Form:
 
     codes: Tensor
     scale: Tensor
+    row_scale: Tensor
     grid: Tensor
     places: Tensor
     beyond: Tensor
@@ -51,7 +54,7 @@ class Int4Form:
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
         operand = integer.prepare(x, accuracy)
-        if operand.how == "triton" and (len(x) <= _FEW or not len(self.places)):
+        if operand.how == "triton" and (len(x) <= FEW or not len(self.places)):
             y = triton.packed_product(operand.x, self.codes, self.grid)
             return add_product(y, x, self.places, self.beyond, self.columns)
         parts = [integer.product(operand, levels) for _, levels in self.blocks()]
@@ -102,38 +105,38 @@ def outlier_bytes(weights: int, most_beyond: int = _MOST_BEYOND) -> int:
     return 5 * (weights // most_beyond)
 
 
-def int4_form(spectrum: Spectrum, most_beyond: int = _MOST_BEYOND) -> Int4Form:
-    """Nibbles of a spectrum, decoded block by block.
+def int4_form(ranges: RowRanges, most_beyond: int = _MOST_BEYOND) -> Int4Form:
+    """Nibbles of a matrix, decoded block by block.
 
     Args:
+        ranges: of one offset.
         most_beyond: at most one code in this many may be outside of -8 to 7.
 
     Raises:
         ConfigError: when more of its codes do not fit 4 bits, or one of them or their offset no int8 grid.
     """
-    rows, columns = spectrum.shape
-    half = -(-columns // 2)
-    packed = empty((rows, half), torch.int8).to(spectrum.step.device)
-    grid, parts, shift, low, high = grid_of(spectrum.offset), 0, 0, 0, 0
-    index = torch.int32 if rows * columns <= torch.iinfo(torch.int32).max else torch.int64
-    found = [(torch.empty(0, dtype=index), torch.empty(0, dtype=torch.int8))]
-    for start, codes in code_blocks(spectrum):
+    rows, columns = ranges.shape
+    packed = empty((rows, -(-columns // 2)), torch.int8).to(ranges.device)
+    grid, low, high = grid_of(ranges.outlines[0].offset), 0, 0
+    outliers = Outliers(ranges.shape, most_beyond)
+    for spectrum, start, codes in ranges.blocks():
         least, most = reach(codes)
         low, high = min(low, least), max(high, most)
         part = codes.clamp(_LOW, _HIGH).to(torch.int8)
-        if least < _LOW or most > _HIGH:
-            rest = (codes - part).reshape(-1)
-            places = torch.nonzero(rest).reshape(-1)
-            found.append(((places + start * columns).to(index).cpu(), rest[places].cpu()))
-        beyond = sum(len(places) for places, _ in found)
-        if grid is None or beyond * most_beyond > rows * columns or not grid.fits(low, high):
+        few = (least >= _LOW and most <= _HIGH) or outliers.add(start, codes - part)
+        if grid is None or not few or not grid.fits(low, high):
             but = f", but for one code in {most_beyond}"
             raise refusal(spectrum, "int4", (low, high), (_LOW, _HIGH), but)
-        parts, shift = grid.parts, grid.shift
-        block = packed[start : start + len(part)]
-        block.copy_(part[:, :half] & 15)
-        block[:, : columns - half] |= part[:, half:] << 4
-    places, rest = (torch.cat(pieces).to(packed.device) for pieces in zip(*found, strict=True))
-    stored = torch.tensor([parts, shift], dtype=torch.int8, device=packed.device)
-    scale = spectrum.step.to(torch.float32) / parts
-    return Int4Form(packed, scale, stored, places, (rest * parts).to(torch.int8), basis_of(spectrum), columns)
+        pack(part, packed[start : start + len(part)])
+    found = cast(Grid, grid)
+    places, rest = outliers.tensors(packed.device)
+    stored = torch.tensor([found.parts, found.shift], dtype=torch.int8, device=packed.device)
+    scales = ranges.scales([found.parts] * len(ranges.outlines))
+    return Int4Form(packed, *scales, stored, places, (rest * found.parts).to(torch.int8), ranges.basis, columns)
+
+
+def pack(codes: Tensor, out: Tensor) -> None:
+    """Codes [r, I] int8 from -8 to 7 to nibbles [r, ceil(I / 2)] int8, as in an `Int4Form`."""
+    half = out.shape[1]
+    out.copy_(codes[:, :half] & 15)
+    out[:, : codes.shape[1] - half] |= codes[:, half:] << 4

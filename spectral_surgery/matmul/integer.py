@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,8 @@ _BLOCKS = 4  # at least: a small matrix is not converted at once either
 _DIGIT = 256
 _TOKENS = 32  # split into digits at a time: they stay in cache
 _NOTHING = torch.empty(0)
+
+Change = Callable[[int, Tensor], Tensor]  # of a block of floating levels, from its first row
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,35 @@ class Operand:
         return replace(self, x=self.x[:, start:stop], digits=self.digits[..., start:stop])
 
 
-def prepare(x: Tensor, accuracy: torch.dtype) -> Operand:
+def prepare(x: Tensor, accuracy: torch.dtype, *, blocks: bool = False) -> Operand:
     """Choose a way and convert activations once.
 
     Args:
         x: [T, K] float32, float64 or a 16-bit type.
+        blocks: whether levels have to become floating-point numbers.
     """
-    how = way(x.device.type, x.shape[1], accuracy)
+    how = "blocks" if blocks else way(x.device.type, x.shape[1], accuracy)
     dtype = block_dtype(x.device.type, accuracy)
     if how == "planes":
         return Operand(x, how, dtype, *_digits(x, 3 if accuracy == torch.float32 else 2))
     return Operand(x.to(dtype), how, dtype, _NOTHING, _NOTHING)
 
 
-def product(operand: Operand, matrix: Tensor) -> Tensor:
-    """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type."""
+def product(operand: Operand, matrix: Tensor, change: Change | None = None) -> Tensor:
+    """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type; ``change`` is one of M, by blocks."""
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix.T)
     if matrix.dtype == torch.int8 and operand.how == "triton":
         return triton.product(operand.x, matrix, operand.dtype)
     x = operand.x.to(operand.dtype)
     out = x.new_empty((len(x), len(matrix)))
-    for start, stop, block in _blocks(matrix, x.dtype):
+    for start, stop, block in _blocks(matrix, x.dtype, change):
         out[:, start:stop] = x @ block.T
     return out
 
 
-def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
-    """G M: [T, r] and M [r, I], int8 or float32, to [T, I] float32 or float64."""
+def adjoint(operand: Operand, matrix: Tensor, change: Change | None = None) -> Tensor:
+    """G M: [T, r] and M [r, I], int8 or float32, to [T, I] float32 or float64; ``change`` as in `product`."""
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix)
     if matrix.dtype == torch.int8 and operand.how == "triton":
@@ -76,18 +79,19 @@ def adjoint(operand: Operand, matrix: Tensor) -> Tensor:
     g = operand.x.to(operand.dtype)
     wide = torch.promote_types(g.dtype, torch.float32)  # sums over blocks keep their bits
     out = g.new_zeros((len(g), matrix.shape[1]), dtype=wide)
-    for start, stop, block in _blocks(matrix, g.dtype):
+    for start, stop, block in _blocks(matrix, g.dtype, change):
         out += g[:, start:stop] @ block
     return out
 
 
-def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+def _blocks(matrix: Tensor, dtype: torch.dtype, change: Change | None) -> Iterator[tuple[int, int, Tensor]]:
     rows, columns = matrix.shape
     height = max(1, min(_BLOCK // max(columns, 1), -(-rows // _BLOCKS)))
     buffer = matrix.new_empty((height, columns), dtype=dtype)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
-        yield start, stop, buffer[: stop - start].copy_(matrix[start:stop])
+        block = buffer[: stop - start].copy_(matrix[start:stop])
+        yield start, stop, block if change is None else change(start, block)
 
 
 def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
 
 ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
+_KEPT = "_product_job"
 _NO_TRANSFORM = 64  # rows of a task
 _CPU = torch.device("cpu")
 
@@ -37,6 +38,15 @@ class _Tiles(NamedTuple):
     whole: int
     rest: int
     matrices: tuple[Tensor | None, ...]
+
+
+def product_job(form: Int8Form | Int4Form) -> Job:
+    """A new `matrix_job` for a product; what it is a copy of is kept with the form, since to fill one takes 5 us."""
+    kept: Job | None = vars(form).get(_KEPT)
+    if kept is None or kept.levels != form.codes.data_ptr():  # a copy of a form has other tensors
+        kept = matrix_job(form)
+        object.__setattr__(form, _KEPT, kept)
+    return type(kept).from_buffer_copy(kept)
 
 
 def matrix_job(form: Int8Form | Int4Form, *, look_up: bool = False) -> Job:
@@ -67,9 +77,12 @@ def matrix_job(form: Int8Form | Int4Form, *, look_up: bool = False) -> Job:
     if isinstance(form, Int4Form):
         job.parts, job.shift = form.grid.tolist()
         job.kind = vectors.POINTS if (job.parts, job.shift) != (1, 0) else vectors.NIBBLES
-        if len(form.places):
-            job.outliers, job.wide_places = len(form.places), form.places.dtype == torch.int64
-            job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
+    if len(form.row_scale):
+        job.row_scale = form.row_scale.data_ptr()
+    if len(form.places):
+        job.outliers, job.wide_places = len(form.places), form.places.dtype == torch.int64
+        job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
+        job.wide_beyond = form.beyond.dtype == torch.float32
     return job
 
 

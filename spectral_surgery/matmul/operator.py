@@ -22,7 +22,7 @@ from spectral_surgery.matmul import recorded
 from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
-from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.form import Form, coefficients, times_rows
 
 
 class _Product(Function):
@@ -80,7 +80,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) ->
             if not number or form.basis != forms[number - 1].basis:
                 inside = to_spectrum(wide, form.basis)
             y = _product(inside * form.scale.to(wide.dtype), form, x.dtype)
-            parts.append(to_space(y.to(wide.dtype), form.basis))
+            parts.append(to_space(times_rows(y.to(wide.dtype), form), form.basis))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return _with_bias(whole.reshape(*x.shape[:-1], whole.shape[1]), bias, x.dtype)
 
@@ -114,7 +114,8 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form], bias: Tensor | None
             if dense:
                 parts.append(flat[:, start:stop] @ torch.cat(list(dense_rows(form))).to(flat.dtype))
             else:
-                y = _adjoint(rows_to_spectrum(wide[:, start:stop], form.basis), form, x.dtype)
+                inside = rows_to_spectrum(wide[:, start:stop], form.basis)
+                y = _adjoint(times_rows(inside, form), form, x.dtype)
                 parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
             start = stop
         whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -126,8 +127,8 @@ def dense_rows(form: Form) -> Iterator[Tensor]:
     rows, columns = form.shape
     height = rows_per_frame(columns, form.basis.tile)
     for start in range(0, rows, height):
-        levels = form.levels(torch.arange(start, min(start + height, rows), device=form.scale.device))
-        yield form.basis.inverse(levels * form.scale)
+        numbers = torch.arange(start, min(start + height, rows), device=form.scale.device)
+        yield form.basis.inverse(coefficients(form, numbers))
 
 
 def _finite(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""The few levels that half a byte does not hold: what they go beyond it by, as a sparse matrix S beside the packed one.
+"""The few levels that half a byte, or a byte, does not hold: what they go beyond it by, as a sparse matrix S beside it.
 
 One weight among hundreds is an outlier in matrices of real models; without this, hardly any would fit. Everything here
-takes ``places``, [n] int32 or int64, row * I + column in ascending order, ``beyond``, [n] int8, and I.
+takes ``places``, [n] int32 or int64, row * I + column in ascending order, ``beyond``, [n] int8 or float32, and I.
 """
 
 from __future__ import annotations
@@ -11,14 +11,51 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+FEW = 16  # tokens; more are faster with outliers and other levels in one matrix
 _AT_ONCE = 1 << 20  # products under way
+
+
+class Outliers:
+    """The outliers of a matrix while its codes are read, a block of rows after the other."""
+
+    def __init__(self, shape: tuple[int, int], most: int) -> None:
+        """Begin with none.
+
+        Args:
+            shape: (O, I).
+            most: at most one level in this many may be an outlier.
+        """
+        weights = shape[0] * shape[1]
+        self._columns, self._room = shape[1], weights // most
+        self._index = torch.int32 if weights <= torch.iinfo(torch.int32).max else torch.int64
+        self._pieces = [(torch.empty(0, dtype=self._index), torch.empty(0, dtype=torch.int32))]
+
+    def add(self, start: int, rest: Tensor) -> bool:
+        """Keep what is not zero of what levels go beyond by, [r, I] integers; False where these are too many."""
+        flat = rest.reshape(-1)
+        places = torch.nonzero(flat).reshape(-1)
+        self._room -= len(places)
+        if self._room >= 0:
+            index = (places + start * self._columns).to(self._index)
+            self._pieces.append((index.cpu(), flat[places].to(torch.int32).cpu()))
+        return self._room >= 0
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``places`` and ``beyond``, [n] int32, of all blocks."""
+        places, beyond = (torch.cat(pieces).to(device) for pieces in zip(*self._pieces, strict=True))
+        return places, beyond
 
 
 def add_product(y: Tensor, x: Tensor, places: Tensor, beyond: Tensor, columns: int) -> Tensor:
     """Y + X Sᵀ: [T, O] and [T, I] to [T, O], float32 or wider where S is not empty."""
     if not len(places):
         return y
-    out = y.to(torch.promote_types(y.dtype, torch.float32))
+    out = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
+    if out.is_cpu and out.dtype == x.dtype == torch.float32 and len(x) <= FEW:
+        from spectral_surgery.kernels import outliers
+
+        outliers.add_product(*(part.numpy() for part in (out, x.T.contiguous(), places, beyond)))
+        return out
     for some in _parts(len(places), len(x)):
         _add(out, places[some] // columns, x, places[some] % columns, beyond[some])
     return out
@@ -32,7 +69,7 @@ def add_adjoint(out: Tensor, g: Tensor, places: Tensor, beyond: Tensor, columns:
 
 
 def add_levels(levels: Tensor, rows: Tensor, places: Tensor, beyond: Tensor, columns: int) -> Tensor:
-    """Add some rows of S to those of the packed levels, [n, I] int8, in place."""
+    """Add some rows of S to those of the other levels, [n, I] of the dtype of ``beyond``, in place."""
     if len(places):
         starts, ends = (torch.searchsorted(places, ((rows + end) * columns).to(places.dtype)) for end in (0, 1))
         counts = ends - starts
@@ -44,12 +81,12 @@ def add_levels(levels: Tensor, rows: Tensor, places: Tensor, beyond: Tensor, col
 
 
 def add_block(levels: Tensor, start: int, places: Tensor, beyond: Tensor) -> Tensor:
-    """Add what S has in consecutive rows to their packed levels, [r, I] int8 and contiguous, in place."""
+    """Add what S has in consecutive rows to their other levels, [r, I] and contiguous, in place."""
     if len(places):
         limits = places.new_tensor([start * levels.shape[1], (start + len(levels)) * levels.shape[1]])
         first, last = torch.searchsorted(places, limits).tolist()
         here = places[first:last].long() - start * levels.shape[1]
-        levels.view(-1)[here] += beyond[first:last]
+        levels.view(-1).index_add_(0, here, beyond[first:last].to(levels.dtype))
     return levels
 
 

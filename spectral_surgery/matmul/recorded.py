@@ -19,7 +19,7 @@ from spectral_surgery.after_import import when_imported
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
 from spectral_surgery.matmul.coded import CodedForm
-from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.form import Form, times_rows
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
 
 
@@ -54,7 +54,8 @@ def product(x: Tensor, forms: Sequence[Form]) -> Tensor:
         levels, basis = form.recorded_levels(), form.basis
         rows, columns = constant_shape(levels)
         inside = _along(wide, columns, basis, 1, inverse=False) * form.scale.to(wide.dtype)
-        parts.append(_along(_times(inside, levels, x.dtype, turned=True), rows, basis, 0, inverse=True))
+        y = times_rows(_times(inside, levels, x.dtype, turned=True), form)
+        parts.append(_along(y, rows, basis, 0, inverse=True))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -65,7 +66,7 @@ def product_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
     for form in forms:
         levels, basis = form.recorded_levels(), form.basis
         rows, columns = constant_shape(levels)
-        inside = _along(wide.narrow(-1, start, rows), rows, basis, 0, inverse=False)
+        inside = times_rows(_along(wide.narrow(-1, start, rows), rows, basis, 0, inverse=False), form)
         y = _times(inside, levels, x.dtype, turned=False) * form.scale.to(wide.dtype)
         y = _along(y, columns, basis, 1, inverse=True)
         total, start = y if total is None else total + y, start + rows
@@ -81,7 +82,7 @@ def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
         height, columns = constant_shape(levels)
         local = ids - start if len(forms) > 1 else ids
         inside = local.clamp(0, height - 1) if len(forms) > 1 else local
-        found = _along(_row_levels(inside, levels, form.basis) * form.scale, columns, form.basis, 1, inverse=True)
+        found = _along(_row_levels(inside, levels, form) * form.scale, columns, form.basis, 1, inverse=True)
         whole = found if whole is None else torch.where((local >= 0).unsqueeze(-1), found, whole)
         start += height
     return cast(Tensor, whole)
@@ -138,10 +139,11 @@ def _along(x: Tensor, length: int, basis: Basis, axis: int, *, inverse: bool) ->
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _row_levels(ids: Tensor, levels: Tensor, basis: Basis) -> Tensor:
-    """Rows of the spectrum, [..., I] float32, transformed back along rows: each from all rows of its tile."""
+def _row_levels(ids: Tensor, levels: Tensor, form: Form) -> Tensor:
+    """Rows of the spectrum but for ``scale``, [..., I] float32, transformed back along rows: from those of its tile."""
+    basis = form.basis
     if 0 not in basis.axes or basis.transform == IDENTITY.name:
-        return levels[ids].to(torch.float32)
+        return _scaled(levels, ids, form)
     height, tile = constant_shape(levels)[0], basis.tile
     first = ids // tile * tile
     inside = torch.arange(tile, device=ids.device)
@@ -154,7 +156,12 @@ def _row_levels(ids: Tensor, levels: Tensor, basis: Basis) -> Tensor:
             short = _matrix(basis.transform, rest, like, inverse=False)
         short = torch.nn.functional.pad(short, (0, tile - rest, 0, tile - rest))
         share = torch.where((first == height - rest).unsqueeze(-1), short[ids - first], share)
-    return (share.unsqueeze(-2) @ levels[rows_of_tile].to(torch.float32)).squeeze(-2)
+    return (share.unsqueeze(-2) @ _scaled(levels, rows_of_tile, form)).squeeze(-2)
+
+
+def _scaled(levels: Tensor, rows: Tensor, form: Form) -> Tensor:
+    values = levels[rows].to(torch.float32)
+    return values * form.row_scale[rows].unsqueeze(-1) if form.row_scale.nbytes else values
 
 
 def _matrix(transform: str, points: int, like: Tensor, *, inverse: bool) -> Tensor:

@@ -45,7 +45,8 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 2e-3)):  # the inter
         packed = torch.randint(-128, 128, (rows, -(-terms // 2)), generator=generator).to(torch.int8)
         for grid in ((1, 0), (10, -1)):
             none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int8)
-            form = Int4Form(packed, torch.ones(1), torch.tensor(grid, dtype=torch.int8), *none, Basis(), terms)
+            scales = torch.ones(1), torch.empty(0), torch.tensor(grid, dtype=torch.int8)
+            form = Int4Form(packed, *scales, *none, Basis(), terms)
             wanted = x.double() @ form.levels(torch.arange(rows)).double().T
             close(triton.packed_product(x, packed, form.grid), wanted, limit)
 

@@ -31,13 +31,13 @@ def use_kernels(seed: int) -> int:
 
 def use_products(seed: int) -> None:
     """A product of several threads with a matrix, and some of its rows."""
-    from spectral_surgery.codec.encoded import Basis
-    from spectral_surgery.matmul import Int8Form, look_up
+    from spectral_surgery.matmul import look_up
     from spectral_surgery.matmul.few_tokens import few_tokens
+    from tests.support.spectra import form_of
 
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(-127, 128, (1024, 256), generator=generator, dtype=torch.int8)
-    form, x = Int8Form(levels, torch.ones(1), Basis("identity", 64, ())), torch.randn(3, 256, generator=generator)
+    form, x = form_of(levels), torch.randn(3, 256, generator=generator)
     y, rows = few_tokens(x, form, None), look_up(form, torch.arange(7))
     assert y is not None
     assert torch.allclose(y, x @ levels.float().T, rtol=1e-4, atol=1e-2)

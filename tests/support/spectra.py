@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.quantized import QuantizedSpectrum
+from spectral_surgery.matmul import Int8Form
 
 # relative, of products of random activations: what `spectral_matmul` promises on every processor
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
@@ -32,3 +34,9 @@ def random_codes(rows: int, columns: int, high: int, dtype: torch.dtype, **setti
     codes = torch.randint(-high, high + 1, (rows, columns), generator=torch.Generator().manual_seed(1)).to(dtype)
     plain = QuantizedSpectrum(codes, torch.tensor([0.01]), 0.0, "dct", 16, (0, 1))
     return replace(plain, **settings)
+
+
+def form_of(levels: Tensor) -> Int8Form:
+    """Int8 levels [O, I] that are the weight itself."""
+    nothing = torch.empty(0)
+    return Int8Form(levels, torch.ones(1), nothing, nothing.int(), nothing, Basis("identity", 64, ()))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.quantized import INT8_MAX, Moments, grid
+from spectral_surgery.codec.quantized import INT8_MAX, INT12_MAX, Moments, grid
 from spectral_surgery.codec.rate import Estimate, Floats, Magnitudes
 from spectral_surgery.codec.sample import Sample
 
@@ -26,6 +26,7 @@ _HALVINGS = 20  # of that range, to a hundred-thousandth of a step
 _ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
 _DEAD_ZONES = np.array([0.5, 0.54, 0.58, 0.62, 0.66, 0.7])  # in steps; the wider ones pay off at low rates
 _QUANTISATION_SHARE = 1.007  # keeping a fraction: rounding may add 0.7 % to the error of what is dropped...
+_FEW_PARTS = 4  # of a step, for offsets where single codes are too large for any grid
 _QUANTISATION_FLOOR = 0.01  # ...or leave one percent of error in all, where hardly anything is dropped
 
 
@@ -85,7 +86,7 @@ class DeadZone:
     def reconstruction(self, moments: Moments, largest: int) -> tuple[float, float]:
         """Step and offset of the least-squares line through the centroids of all levels; see `Rounding`.
 
-        The offset is a multiple of ``1 / grid(largest, offset)`` where codes fit int8.
+        The offset is a multiple of ``1 / grid(largest, offset, most)``, with the levels that memory will hold.
         """
         if not moments.kept:
             return 1.0, 0.0
@@ -94,16 +95,18 @@ class DeadZone:
         offset = 0.0
         if spread > 1e-6 * moments.level**2 and slope > 0:  # less is the rounding of float32 sums
             offset = max((moments.magnitude - slope * moments.level) / moments.kept / slope, -0.5)
-        if largest <= INT8_MAX:
-            offset = _snap(offset, largest)
+        offset = _snap(offset, largest)
         numerator = moments.product + offset * moments.magnitude
         denominator = moments.level_square + 2 * offset * moments.level + offset**2 * moments.kept
         return numerator / denominator, offset
 
 
 def _snap(offset: float, largest: int) -> float:
-    offset = min(offset, float(INT8_MAX - largest))
-    fine = grid(largest, offset)
+    most = INT8_MAX if largest <= INT8_MAX else INT12_MAX
+    if largest > most:
+        return round(offset * _FEW_PARTS) / _FEW_PARTS
+    offset = min(offset, float(most - largest))
+    fine = min(grid(largest, offset, most), INT8_MAX)
     return round(offset * fine) / fine  # in the same unit interval, or at its end: on the grid of the result too
 
 

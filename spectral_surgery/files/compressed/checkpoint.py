@@ -49,6 +49,19 @@ class CompressedCheckpoint:
         """
         return replace(self, tables={name: self._tables(name) for name in self.manifest.tensors})
 
+    def outline(self, name: str, part: int) -> EncodedSpectrum:
+        """One part of a compressed tensor without its frames: nothing but steps is read."""
+        record = self.manifest.tensors[name]
+        here, steps = record.parts[part], (self.tables.get(name) or self._tables(name))[1]
+        return EncodedSpectrum(
+            (),
+            (here.rows[1] - here.rows[0], record.matrix[1]),
+            here.rows_per_frame,
+            steps[part, :-1].clone(),
+            float(steps[part, -1]),
+            record.basis(part),
+        )
+
     def part(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor, as frames.
 
@@ -57,7 +70,7 @@ class CompressedCheckpoint:
         """
         record = self.manifest.tensors[name]
         codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]
-        offsets, steps = self.tables.get(name) or self._tables(name)
+        offsets, _ = self.tables.get(name) or self._tables(name)
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
@@ -67,14 +80,7 @@ class CompressedCheckpoint:
                 f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
             )
         frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
-        return EncodedSpectrum(
-            frames,
-            (here.rows[1] - here.rows[0], record.matrix[1]),
-            here.rows_per_frame,
-            steps[part, :-1].clone(),
-            float(steps[part, -1]),
-            record.basis(part),
-        )
+        return replace(self.outline(name, part), frames=frames)
 
     def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)

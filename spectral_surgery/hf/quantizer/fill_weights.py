@@ -9,14 +9,19 @@ Source: transformers 5.24, `core_model_loading.py` and `modeling_utils.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery import matmul
+from spectral_surgery.codec.encoded import EncodedSpectrum
+from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.errors import ConfigError, SpectralSurgeryError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.hf.quantizer.class_swap import stand_in
@@ -24,12 +29,15 @@ from spectral_surgery.hf.quantizer.fused_experts import install_matrices
 from spectral_surgery.hf.quantizer.loading_plan import Plan, row_ranges
 from spectral_surgery.hf.quantizer.prefetch import Prefetcher
 from spectral_surgery.layers import SpectralWeight
-from spectral_surgery.matmul import RESIDENTS, Form, Spectrum, resident_form
+from spectral_surgery.matmul import RESIDENTS, Form, Spectrum
 
 AUTO, NARROW, STREAMED = "auto", "narrow", "streamed"
 UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
 Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
-_FIRST = {AUTO: "int8", NARROW: "int4", STREAMED: STREAMED}  # where codes do not fit these, weights are coded
+Names = tuple[str, ...]  # of stored tensors, one below the other
+_Piece = tuple[str, int, slice | None]  # tensor, part, and rows of the part; None for all
+_TRIED = {AUTO: ("int8", "int12", "coded"), NARROW: ("int4", "coded"), STREAMED: (STREAMED, "coded")}  # in this order
+_HIGH_RATE = 6  # stored bits of a weight: with fewer, hardly any code is beyond int8
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Loading:
             has its own.
         conversions: of transformers alone, that were used; what save_pretrained reverts.
         renaming: ours, by which messengers reach converters of transformers.
-        prefetched: the forms of matrices, made on all cores before they are installed.
+        prefetched: the forms of matrices by stored names, made on all cores before they are installed.
         error: the first one. transformers would go on and report it as one of many; it is raised in the end.
     """
 
@@ -54,7 +62,7 @@ class Loading:
     ties: tuple[dict[str, str], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
     conversions: list[Any] = field(default_factory=list)
     renaming: Any = None
-    prefetched: Prefetcher[Resident] | None = None
+    prefetched: Prefetcher[Names, Resident] | None = None
     error: SpectralSurgeryError | None = None
 
     def fill(
@@ -90,11 +98,11 @@ class Loading:
         ]
 
     def _install(self, model: nn.Module, plan: Plan, target: str, like: Tensor) -> None:
+        taken = [self._taken(names) for names in plan.matrices(target)]
         if target in plan.experts:
-            stored = [[self._taken(name) for name in names] for names in plan.experts[target]]
-            install_matrices(model, target, stored, like)
+            install_matrices(model, target, taken, like)
             return
-        forms, resident = self._taken(plan.stored(target)[0])
+        forms, resident = taken[0]
         groups, rows = [plan.slots.get(target, ())], [(0, sum(form.shape[0] for form in forms))]
         if target in plan.divided:
             groups, rows = [(name,) for name in plan.made[target]], list(row_ranges(plan, target, rows[0][1]))
@@ -108,17 +116,16 @@ class Loading:
         """Expect what the plan will install, in the order in which transformers asks for it."""
         plan = cast(Plan, self.plan)
         spectral = [target for target in plan.sources if target not in plan.dense]
-        groups = [group for target in spectral for group in plan.experts.get(target, (plan.stored(target),))]
-        names = [name for group in groups for name in group]
+        names = [names for target in spectral for names in plan.matrices(target)]
         self.checkpoint = self.checkpoint.with_tables()
         self.prefetched = Prefetcher(self._forms, names, torch.get_num_threads())
 
-    def _forms(self, name: str) -> Resident:
-        cuts = cast(Plan, self.plan).cuts.get(name, ())
-        return resident_forms(self.checkpoint, name, self.residents.get(name, AUTO), cuts)
+    def _forms(self, names: Names) -> Resident:
+        cuts = cast(Plan, self.plan).cuts(names, self.checkpoint.manifest.tensors[names[0]])
+        return resident_forms(self.checkpoint, names, self.residents.get(names[0], AUTO), cuts)
 
-    def _taken(self, name: str) -> Resident:
-        return self.prefetched.take(name) if self.prefetched else self._forms(name)
+    def _taken(self, names: Names) -> Resident:
+        return self.prefetched.take(names) if self.prefetched else self._forms(names)
 
 
 def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:
@@ -172,38 +179,78 @@ def decoded(checkpoint: CompressedCheckpoint, name: str) -> Tensor:
     return torch.cat(parts).reshape(record.shape)
 
 
-def resident_forms(checkpoint: CompressedCheckpoint, name: str, resident: str, cuts: Sequence[int] = ()) -> Resident:
-    """A compressed matrix in memory; one part of it is read at a time. Returns its forms, and the name in RESIDENTS.
+def resident_forms(checkpoint: CompressedCheckpoint, names: Names, resident: str, cuts: Sequence[int] = ()) -> Resident:
+    """Compressed tensors, one below the other, in memory; one part of them is read at a time.
+
+    Returns forms, one for each matrix where that is possible (see `matmul.resident_forms`), and the name in RESIDENTS.
 
     Args:
-        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else coded; ``narrow`` is the same with int4.
-            Where they do not fit what is streamed, they are coded too.
+        names: stored names.
+        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else int12, else coded; ``narrow`` is int4 or
+            coded. Where they do not fit what is streamed, they are coded too.
+        cuts: first rows of matrices.
 
     Raises:
         ConfigError: when the codes do not fit the resident form.
     """
-    wanted = _FIRST.get(resident, resident)
+    *tried, last = _TRIED.get(resident, (resident,))
+    for wanted in tried:
+        with suppress(ConfigError):
+            return _held(checkpoint, names, wanted, cuts)
     try:
-        return [resident_form(spectrum, wanted) for spectrum in _spectra(checkpoint, name, cuts)], wanted
+        return _held(checkpoint, names, last, cuts)
     except ConfigError as error:
-        if resident not in _FIRST:
-            raise ConfigError(f"{name}: {error}") from None
-    return resident_forms(checkpoint, name, "coded", cuts)
+        raise ConfigError(f"{' and '.join(names)}: {error}") from None
 
 
-def _spectra(checkpoint: CompressedCheckpoint, name: str, cuts: Sequence[int]) -> Iterator[Spectrum]:
-    for number, part in enumerate(checkpoint.manifest.tensors[name].parts):
-        spectrum, (first, last) = checkpoint.part(name, number), part.rows
-        ends = [first, *(row for row in cuts if first < row < last), last]
-        whole = spectrum.decode() if len(ends) > 2 else None
-        for start, stop in pairwise(ends):
-            yield replace(whole, codes=whole.codes[start - first : stop - first]) if whole else spectrum
+def _held(checkpoint: CompressedCheckpoint, names: Names, resident: str, cuts: Sequence[int]) -> Resident:
+    matrices = _matrices(checkpoint, names, cuts)
+    return [form for outlines, read in matrices for form in matmul.resident_forms(outlines, resident, read)], resident
+
+
+def _matrices(
+    checkpoint: CompressedCheckpoint, names: Names, cuts: Sequence[int]
+) -> Iterator[tuple[list[Spectrum], Callable[[int], Spectrum]]]:
+    """What is known of the spectra of each matrix before their codes are read, and how to read one of them."""
+
+    @lru_cache(maxsize=1)
+    def codes(name: str, number: int) -> QuantizedSpectrum:
+        return checkpoint.part(name, number).decode()
+
+    def read(piece: _Piece) -> Spectrum:
+        name, number, rows = piece
+        if rows is None:
+            return checkpoint.part(name, number)
+        return replace(codes(name, number), codes=codes(name, number).codes[rows])
+
+    matrices: list[list[_Piece]] = [[]]
+    for name in names:
+        for number, part in enumerate(checkpoint.manifest.tensors[name].parts):
+            first, last = part.rows
+            ends = [first, *(row for row in cuts if first < row < last), last]
+            for start, stop in pairwise(ends):
+                if start in cuts and matrices[-1]:
+                    matrices.append([])
+                matrices[-1].append((name, number, slice(start - first, stop - first) if len(ends) > 2 else None))
+    for pieces in matrices:
+        outlines = [_outline(checkpoint.outline(name, number), rows) for name, number, rows in pieces]
+        yield outlines, lambda number, pieces=pieces: read(pieces[number])  # type: ignore[misc]
+
+
+def _outline(part: EncodedSpectrum, rows: slice | None) -> Spectrum:
+    if rows is None:
+        return part
+    nothing, basis = torch.zeros(1, 1, dtype=torch.int8), part.basis
+    codes = nothing.expand(rows.stop - rows.start, part.shape[1])
+    return QuantizedSpectrum(codes, part.step, part.offset, basis.transform, basis.tile, basis.axes)
 
 
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
-    """Bytes of a compressed tensor where it computes, in a resident form, or in the larger one of two."""
+    """Bytes of a compressed tensor where it computes, in a resident form, or in the largest of those that are tried."""
     report = checkpoint.manifest.tensors[name].report
-    forms = (_FIRST[resident], "coded") if resident in (AUTO, NARROW) else (resident,)
+    forms = {resident} if resident == STREAMED else {*_TRIED.get(resident, (resident,))}
+    if resident == AUTO and report.bits_per_weight < _HIGH_RATE:
+        forms -= {"int12"}
     return max(RESIDENTS[form].most_bytes(report.weights, report.stored_bytes) for form in forms)
 
 

@@ -261,27 +261,23 @@ def _stacked_patterns(by: Mapping[str, Sequence[str]], converters: Sequence[Any]
     return None
 
 
-def install_matrices(
-    model: nn.Module, parameter: str, stored: Sequence[Sequence[tuple[list[Form], str]]], like: Tensor
-) -> None:
+def install_matrices(model: nn.Module, parameter: str, stored: Sequence[tuple[list[Form], str]], like: Tensor) -> None:
     """Put spectra in the place of a parameter.
 
     Args:
         model: changed in place.
-        stored: forms of row ranges and the resident form, for each name that `stored_matrices` gave.
+        stored: forms of row ranges, one below the other, and the resident form.
         like: a tensor on the device and of the dtype that the parameter should have.
     """
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)
     *front, height, _ = getattr(module, leaf).shape
     forms: list[list[Form]] = [[] for _ in range(front[0] if front else 1)]
-    for group in stored:
-        row = 0
-        for expert, (parts, _) in enumerate(group):
-            for form in parts:
-                forms[row // height if len(group) == 1 else expert].append(form)
-                row += form.shape[0]
-    resident = stored[0][0][1]
+    row = 0
+    for form in (form for parts, _ in stored for form in parts):
+        forms[row // height].append(form)
+        row += form.shape[0]
+    resident = stored[0][1]
     weights = [SpectralWeight(part, resident, like.dtype).to(like.device) for part in forms]
     transposed = bool(getattr(module, "is_transposed", False))
     put_parameter(module, leaf, SpectralExperts(weights, transposed=transposed) if front else weights[0])

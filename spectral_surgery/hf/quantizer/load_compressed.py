@@ -39,8 +39,8 @@ def load_compressed(
 
     Args:
         folder: written by compress, or by save_pretrained of a compressed model.
-        resident: ``int8``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by block; coded
-            where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else coded.
+        resident: ``int8``, ``int12``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by
+            block; coded where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else int12, else coded.
         auto_class: class of transformers, such as ``AutoModelForCausalLM``, see `class_for`; None for the one in
             config.json.
         dtype: of activations and of what is not compressed; None for the stored one.

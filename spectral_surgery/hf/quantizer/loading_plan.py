@@ -67,10 +67,31 @@ class Plan:
         spectral = self.slots.keys() | self.divided.keys() | self.experts.keys()
         return {target: self.made[target] for target in self.sources if target not in spectral}
 
+    def matrices(self, target: str) -> list[tuple[str, ...]]:
+        """Stored names of a parameter that is no dense one: those of tensors whose rows are one matrix together."""
+        return list(zip(*self.experts[target], strict=True)) if target in self.experts else [(self.stored(target)[0],)]
+
+    def cuts(self, names: tuple[str, ...], record: TensorRecord) -> Sequence[int]:
+        """Rows at which layers or experts begin in what `matrices` named; any part may be one where no shape tells.
+
+        ``record`` is that of the first name.
+        """
+        if names in self._layers:
+            return self._layers[names]
+        if len(names) > 1 or names not in self._stacks:
+            return ()
+        parts = tuple(part.rows[0] for part in record.parts)
+        return parts if len(record.shape) == 2 else range(0, record.matrix[0], record.shape[-2])
+
     @cached_property
-    def cuts(self) -> dict[str, tuple[int, ...]]:
-        """Rows at which the spectrum of a stored tensor is cut, by its name."""
-        return {self.stored(target)[0]: starts for target, starts in self.divided.items()}
+    def _layers(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        return {self.matrices(target)[0]: starts for target, starts in self.divided.items()}
+
+    @cached_property
+    def _stacks(self) -> set[tuple[str, ...]]:
+        """Of parameters that are one tensor."""
+        found = (self.matrices(target) for target in self.experts)
+        return {names for matrices in found if len(matrices) == 1 for names in matrices}
 
     def stored(self, target: str) -> list[str]:
         """All stored names of a parameter in `sources`."""

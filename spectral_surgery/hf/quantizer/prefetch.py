@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Generic[K, T]):
     """Results of a function by name, a few of them computed ahead in the order that is expected.
 
     What is made ahead would be made anyway, so that nothing but what is under way takes additional memory.
     """
 
-    def __init__(self, make: Callable[[str], T], names: Iterable[str], threads: int) -> None:
+    def __init__(self, make: Callable[[K], T], names: Iterable[K], threads: int) -> None:
         """Begin.
 
         Args:
@@ -29,10 +30,10 @@ class Prefetcher(Generic[T]):
         self._expected = deque(names)
         self._depth = 2 * threads
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self._ready: dict[str, Future[T]] = {}
+        self._ready: dict[K, Future[T]] = {}
         self._prepare()
 
-    def take(self, name: str) -> T:
+    def take(self, name: K) -> T:
         """The result for a name, whether it was expected now, later or never.
 
         Raises Exception whatever the function raised.
