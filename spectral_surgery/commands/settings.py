@@ -75,7 +75,7 @@ class FitSettings:
 class Running:
     """How a model is held in memory."""
 
-    resident: Literal["auto", "int8", "int12", "int4", "coded", "streamed"] | None = field(
+    resident: Literal["auto", "int8", "int12", "int4", "int5", "coded", "streamed"] | None = field(
         default=None,
         metadata={
             "help": "How compressed weights are held: one byte, one and a half, half a byte, as stored, or in host"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -37,12 +39,25 @@ class _Announcement(Listener):  # type: ignore[misc]  # numba has no types
 event.register("numba:run_pass", _Announcement())
 
 
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    """Of all kernels. numba looks at the time of a kernel's file alone, and some are made of parts in other files."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _kept_as(function: Function) -> Function:
+    """The function, with a name that no other version of it has on disk."""
+    function.__qualname__ += f"_{_digest()}"
+    return function
+
+
 def kernel(function: Function) -> Function:
     """A function of numbers and numpy arrays, compiled when it is first called with each set of types.
 
     Indices are not checked. Where no folder can be written to, every process compiles for itself.
     """
-    options = {"nogil": True, "error_model": "numpy"}
+    function, options = _kept_as(function), {"nogil": True, "error_model": "numpy"}
     try:
         return cast(Function, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # numba's word for a package that lies in a folder without a cache, and no home to put it in
@@ -56,7 +71,7 @@ def inlined(function: Function) -> Function:
 
 def c_function(function: Callable[[Any], None]) -> int:
     """A kernel of one pointer that others than Python can call, compiled now or read from disk. Returns its address."""
-    options = {"nopython": True, "error_model": "numpy"}
+    function, options = _kept_as(function), {"nopython": True, "error_model": "numpy"}
     try:
         return int(numba.cfunc("void(voidptr)", cache=True, **options)(function).address)
     except RuntimeError:  # as for `kernel`
@@ -64,8 +79,5 @@ def c_function(function: Callable[[Any], None]) -> int:
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation of kernels that writes LLVM's instructions itself.
-
-    What is kept on disk is compiled anew when the file of a kernel changes, not when one of its operations does.
-    """
+    """An operation of kernels that writes LLVM's instructions itself."""
     return cast(Callable[..., Any], numba.extending.intrinsic(function))

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.int4 import Int4Form
+from spectral_surgery.matmul.int5 import Int5Form
 from spectral_surgery.matmul.int8 import Int8Form
 from spectral_surgery.matmul.int12 import UNIT, Int12Form
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, product_job
-from spectral_surgery.matmul.recorded import unreadable
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, Levels, product_job
+from spectral_surgery.matmul.unreadable import unreadable
 
 if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
@@ -30,7 +31,7 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     """Y = x Wᵀ + b, as exact as `form_matmul` says.
 
     Returns [..., O] in the dtype of x; None for whatever is not 1 to `MOST` tokens of finite numbers on a CPU without
-    gradients, float32 or 16 bits, times levels of 4, 8 or 12 bits, of four rows and 32
+    gradients, float32 or 16 bits, times levels of 4, 5, 8 or 12 bits, of four rows and 32
     bytes in each.
 
     Args:
@@ -38,7 +39,7 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
         form: of W, [O, I].
         bias: [O] or None.
     """
-    if not isinstance(form, Int8Form | Int4Form | Int12Form) or not _is_plain(x, form.shape[1]):
+    if not isinstance(form, Int4Form | Int5Form | Int8Form | Int12Form) or not _is_plain(x, form.shape[1]):
         return None
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or _wants_gradient(bias)):
         return None
@@ -80,7 +81,7 @@ def _wants_gradient(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _product(x: Tensor, form: Int8Form | Int4Form, bias: Tensor | None) -> Tensor | None:
+def _product(x: Tensor, form: Levels, bias: Tensor | None) -> Tensor | None:
     kernels, (tokens, columns), half = _kernels(), x.shape, x.dtype == torch.bfloat16
     job, rows = product_job(form), len(form.codes)
     work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8)

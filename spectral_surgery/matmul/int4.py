@@ -14,12 +14,13 @@ from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.matmul import integer, triton
 from spectral_surgery.matmul.code_blocks import reach, refusal
 from spectral_surgery.matmul.levels import Grid, grid_of
+from spectral_surgery.matmul.matrix_job import Kind, read_levels
 from spectral_surgery.matmul.outliers import FEW, Outliers, add_block, add_levels, add_product
 from spectral_surgery.matmul.row_ranges import RowRanges
 
 _LOW, _HIGH = -8, 7
 _MOST_BEYOND = 64  # at most one code in 64 may be an outlier
-_BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
+BLOCK = 1 << 22  # weights unpacked at a time: few calls of all threads, and 4 MiB
 
 
 @dataclass(frozen=True)
@@ -57,47 +58,40 @@ class Int4Form:
         if operand.how == "triton" and (len(x) <= FEW or not len(self.places)):
             y = triton.packed_product(operand.x, self.codes, self.grid)
             return add_product(y, x, self.places, self.beyond, self.columns)
-        parts = [integer.product(operand, levels) for _, levels in self.blocks()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return integer.product_of_blocks(x, accuracy, self.blocks())
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""
-        operand = integer.prepare(g, accuracy)
-        wide = torch.promote_types(operand.dtype, torch.float32)
-        out = g.new_zeros((len(g), self.columns), dtype=wide)
-        for start, levels in self.blocks():
-            out += integer.adjoint(operand.terms(start, start + len(levels)), levels)
-        return out
+        return integer.adjoint_of_blocks(g, accuracy, self.blocks(), self.columns)
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8."""
-        packed = self.codes[rows]
-        levels = self._unpack(packed, packed.new_empty((len(packed), self.columns)))
+        levels = self._grid.levels_(unpack(self.codes[rows], self.columns))
         return add_levels(levels, rows, self.places, self.beyond, self.columns)
 
     def recorded_levels(self) -> Tensor:
         """[O, I] int8, without a look at the grid."""
-        low = self.codes.bitwise_left_shift(4).bitwise_right_shift(4)  # keeps the sign
-        high = self.codes.bitwise_right_shift(4)
-        codes = torch.cat([low, high], 1)[:, : self.columns]
+        codes = unpack(self.codes, self.columns)
         levels = (codes * self.grid[0] + codes.sign() * self.grid[1]).flatten()
         return levels.index_add(0, self.places, self.beyond).reshape(-1, self.columns)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and levels of blocks of rows, one after the other in the same memory."""
-        rows, columns = self.shape
-        spans = frame_spans(rows, max(1, _BLOCK // columns))
-        buffer = self.codes.new_empty((spans[0][1], columns))
-        for start, stop in spans:
-            levels = self._unpack(self.codes[start:stop], buffer[: stop - start])
+        """First row and levels of blocks of rows."""
+        for start, stop in frame_spans(len(self.codes), max(1, BLOCK // self.columns)):
+            levels = read_levels(self, start, stop)
+            if levels is None:
+                levels = self._grid.levels_(unpack(self.codes[start:stop], self.columns))
             yield start, add_block(levels, start, self.places, self.beyond)
 
-    def _unpack(self, packed: Tensor, out: Tensor) -> Tensor:
-        half = packed.shape[1]
-        torch.bitwise_left_shift(packed, 4, out=out[:, :half]).bitwise_right_shift_(4)  # keeps the sign
-        torch.bitwise_right_shift(packed[:, : self.columns - half], 4, out=out[:, half:])
-        parts, shift = self.grid.tolist()
-        return Grid(parts, shift).levels_(out)
+    @property
+    def kind(self) -> Kind:
+        """What kernels call such levels."""
+        grid = self._grid
+        return Kind("NIBBLES" if grid == Grid(1, 0) else "POINTS", grid.parts, grid.shift)
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(*self.grid.tolist())
 
 
 def outlier_bytes(weights: int, most_beyond: int = _MOST_BEYOND) -> int:
@@ -140,3 +134,9 @@ def pack(codes: Tensor, out: Tensor) -> None:
     half = out.shape[1]
     out.copy_(codes[:, :half] & 15)
     out[:, : codes.shape[1] - half] |= codes[:, half:] << 4
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack`: [r, ceil(I / 2)] int8 to [r, I] int8."""
+    low = packed.bitwise_left_shift(4).bitwise_right_shift(4)  # keeps the sign
+    return torch.cat([low, packed.bitwise_right_shift(4)], 1)[:, :columns].contiguous()

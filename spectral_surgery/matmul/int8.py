@@ -13,6 +13,7 @@ from spectral_surgery.codec.quantized import INT8_MAX
 from spectral_surgery.matmul import integer
 from spectral_surgery.matmul.code_blocks import Spectrum, reach, refusal
 from spectral_surgery.matmul.levels import Grid, grid_of
+from spectral_surgery.matmul.matrix_job import Kind
 from spectral_surgery.matmul.outliers import FEW, Outliers, add_adjoint, add_block, add_levels, add_product
 from spectral_surgery.matmul.row_ranges import RowRanges
 
@@ -45,6 +46,11 @@ class Int8Form:
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
         return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def kind(self) -> Kind:
+        """What kernels call such levels."""
+        return Kind("BYTES", 1, 0)
 
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""

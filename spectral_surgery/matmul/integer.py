@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +81,22 @@ def adjoint(operand: Operand, matrix: Tensor, change: Change | None = None) -> T
     out = g.new_zeros((len(g), matrix.shape[1]), dtype=wide)
     for start, stop, block in _blocks(matrix, g.dtype, change):
         out += g[:, start:stop] @ block
+    return out
+
+
+def product_of_blocks(x: Tensor, accuracy: torch.dtype, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """[T, I] to [T, O], with the rows of M as blocks of int8."""
+    operand = prepare(x, accuracy)
+    parts = [product(operand, levels) for _, levels in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def adjoint_of_blocks(g: Tensor, accuracy: torch.dtype, blocks: Iterable[tuple[int, Tensor]], columns: int) -> Tensor:
+    """[T, O] to [T, I], with first rows and rows of M as blocks of int8."""
+    operand = prepare(g, accuracy)
+    out = g.new_zeros((len(g), columns), dtype=torch.promote_types(operand.dtype, torch.float32))
+    for start, levels in blocks:
+        out += adjoint(operand.terms(start, start + len(levels)), levels)
     return out
 
 

@@ -7,30 +7,28 @@ from torch import Tensor
 
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.int4 import Int4Form
+from spectral_surgery.matmul.int5 import Int5Form
 from spectral_surgery.matmul.int8 import Int8Form
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job
-from spectral_surgery.matmul.recorded import unreadable
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job, readable
+from spectral_surgery.matmul.unreadable import unreadable
 
 
 def look_up(form: Form, numbers: Tensor) -> Tensor | None:
     """Rows of W, from all rows of their tiles.
 
-    Returns [n, I] float32; None for other forms than int8 and int4 on a CPU, and rows of less than 32 bytes, or of an
-    odd number of levels where a byte has two.
+    Returns [n, I] float32; None for other forms than int4, int5 and int8, and where these are not `readable`.
 
     Args:
         numbers: [n] int64, of rows.
     """
-    if not isinstance(form, Int8Form | Int4Form) or not numbers.is_cpu or unreadable(numbers):
+    if not isinstance(form, Int4Form | Int5Form | Int8Form) or not readable(form):
         return None
-    columns = form.shape[1]
-    from spectral_surgery.kernels.matrix import LEAST_BYTES
+    if not numbers.is_cpu or unreadable(numbers):
+        return None
     from spectral_surgery.kernels.rows import look_up as kernel
     from spectral_surgery.kernels.threads import run
 
-    odd = isinstance(form, Int4Form) and columns % 2
-    if odd or form.codes.shape[1] < LEAST_BYTES or not form.codes.is_contiguous():
-        return None
+    columns = form.shape[1]
     numbers = numbers.contiguous()
     out = torch.empty((len(numbers), columns))
     job = matrix_job(form, look_up=True)

@@ -1,17 +1,17 @@
-"""What the kernels of a CPU are told of an int8 or int4 form."""
+"""What the kernels of a CPU are told of a form, and its levels read by them."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
-from spectral_surgery.matmul.int4 import Int4Form
-from spectral_surgery.matmul.int8 import Int8Form
+from spectral_surgery.matmul.form import Form
+from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
 from spectral_surgery.transforms.base import constants
 
@@ -22,6 +22,45 @@ ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
 _KEPT = "_product_job"
 _NO_TRANSFORM = 64  # rows of a task
 _CPU = torch.device("cpu")
+
+
+class Kind(NamedTuple):
+    """How levels are held: a name in `kernels.vectors`, and the grid of nibbles."""
+
+    name: str
+    parts: int
+    shift: int
+
+
+class Levels(Form, Protocol):
+    """A form whose levels kernels can read.
+
+    Attributes:
+        codes: [O, I] or [O, ceil(I / 2)] int8.
+        places: of outliers, [n].
+        beyond: what their levels go beyond others by, [n] int8 or float32.
+        kind: of its levels.
+    """
+
+    @property
+    def codes(self) -> Tensor:
+        """See Levels."""
+        ...
+
+    @property
+    def places(self) -> Tensor:
+        """See Levels."""
+        ...
+
+    @property
+    def beyond(self) -> Tensor:
+        """See Levels."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """See Levels."""
+        ...
 
 
 class _Tiles(NamedTuple):
@@ -40,7 +79,7 @@ class _Tiles(NamedTuple):
     matrices: tuple[Tensor | None, ...]
 
 
-def product_job(form: Int8Form | Int4Form) -> Job:
+def product_job(form: Levels) -> Job:
     """A new `matrix_job` for a product; what it is a copy of is kept with the form, since to fill one takes 5 us."""
     kept: Job | None = vars(form).get(_KEPT)
     if kept is None or kept.levels != form.codes.data_ptr():  # a copy of a form has other tensors
@@ -49,7 +88,7 @@ def product_job(form: Int8Form | Int4Form) -> Job:
     return type(kept).from_buffer_copy(kept)
 
 
-def matrix_job(form: Int8Form | Int4Form, *, look_up: bool = False) -> Job:
+def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
     """A job with the fields of the matrix.
 
     Args:
@@ -74,9 +113,11 @@ def matrix_job(form: Int8Form | Int4Form, *, look_up: bool = False) -> Job:
         back=back.whole,
         rest_back=back.rest,
     )
-    if isinstance(form, Int4Form):
-        job.parts, job.shift = form.grid.tolist()
-        job.kind = vectors.POINTS if (job.parts, job.shift) != (1, 0) else vectors.NIBBLES
+    kind, job.parts, job.shift = form.kind
+    job.kind = getattr(vectors, kind)
+    lowest = getattr(form, "lowest", None)
+    if lowest is not None:
+        job.lowest = lowest.data_ptr()
     if len(form.row_scale):
         job.row_scale = form.row_scale.data_ptr()
     if len(form.places):
@@ -84,6 +125,27 @@ def matrix_job(form: Int8Form | Int4Form, *, look_up: bool = False) -> Job:
         job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
         job.wide_beyond = form.beyond.dtype == torch.float32
     return job
+
+
+def read_levels(form: Levels, start: int, stop: int) -> Tensor | None:
+    """Levels of consecutive rows without outliers, [stop - start, I] int8; None where kernels cannot read them."""
+    if not readable(form):
+        return None
+    from spectral_surgery.kernels.rows import read_levels as kernel
+    from spectral_surgery.kernels.threads import run
+
+    out, numbers = torch.empty((stop - start, form.shape[1]), dtype=torch.int8), torch.arange(start, stop)
+    job = product_job(form)
+    job.tokens, job.x, job.y = len(out), numbers.data_ptr(), out.data_ptr()
+    run(kernel, job, torch.get_num_threads())
+    return out
+
+
+def readable(form: Levels) -> bool:
+    """Whether kernels can read rows of levels: on a CPU, of 32 bytes or more, and no half of a byte left over."""
+    codes = form.codes
+    even = codes.shape[1] == form.shape[1] or not form.shape[1] % 2
+    return codes.is_cpu and even and codes.shape[1] >= 32 and codes.is_contiguous() and not unreadable(codes)
 
 
 @lru_cache(maxsize=1024)

@@ -23,6 +23,7 @@ from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectr
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
 from spectral_surgery.matmul.form import Form, coefficients, times_rows
+from spectral_surgery.matmul.unreadable import unreadable
 
 
 class _Product(Function):
@@ -133,7 +134,7 @@ def dense_rows(form: Form) -> Iterator[Tensor]:
 
 def _finite(x: Tensor) -> bool:
     """Whether all of x, on a CPU, is finite; else a transform would spread infinities over a whole tile."""
-    if not x.is_cpu or not x.numel() or recorded.unreadable(x):
+    if not x.is_cpu or not x.numel() or unreadable(x):
         return True
     return all(bool(end.isfinite()) for end in torch.aminmax(x.detach()))
 

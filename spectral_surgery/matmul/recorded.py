@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from spectral_surgery.after_import import when_imported
@@ -33,13 +33,6 @@ def recording(forms: Sequence[Form]) -> bool:
 def whole_graph() -> bool:
     """Whether all has to be recorded: torch.export and torch.jit.trace have nobody to leave Python to."""
     return torch.compiler.is_exporting() or torch._C._is_tracing()
-
-
-def unreadable(x: Tensor) -> bool:
-    """Whether x may have no numbers to read, or somebody follows what is done with it: fake tensors, torch.func."""
-    if type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack():
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def left_to_python(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:

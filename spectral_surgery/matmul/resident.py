@@ -10,6 +10,7 @@ from spectral_surgery.matmul.coded import coded_form
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import streamed_bytes, streamed_form
 from spectral_surgery.matmul.int4 import int4_form, outlier_bytes
+from spectral_surgery.matmul.int5 import int5_bytes, int5_form
 from spectral_surgery.matmul.int8 import int8_bytes, int8_form
 from spectral_surgery.matmul.int12 import int12_bytes, int12_form
 from spectral_surgery.matmul.row_ranges import Read, RowRanges, row_ranges
@@ -46,8 +47,9 @@ RESIDENTS = Table(
             "int4",
             int4_form,
             lambda weights, _: (weights + 1) // 2 + outlier_bytes(weights),
-            "half a byte a weight, where codes but a few are -8 to 7; unpacked on the fly",
+            "half a byte a weight, where codes but a few are -8 to 7",
         ),
+        Resident("int5", int5_form, int5_bytes, "five bits a weight, where codes but a few are -16 to 15"),
         Resident("coded", coded_form, lambda _, stored: stored, "the stored bytes, for all codes; decoded on the fly"),
         Resident(
             "streamed", streamed_form, streamed_bytes, "as int4 or int8 in host memory; a GPU gets them block by block"

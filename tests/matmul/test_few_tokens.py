@@ -21,6 +21,7 @@ from tests.support.spectra import form_of, noise, random_codes, relative
 ROOT = Path(__file__).parents[2]
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = ((192, 128), (200, 96), (130, 333), (4, 64), (67, 100), (1000, 65))
+SHAPES_OF_FIVE = ((192, 128), (200, 96), (130, 336), (4, 64), (67, 112), (1000, 80))
 PROCESSORS = {  # as numba compiles for them
     "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+sse4.2"},
     "plain": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
@@ -55,11 +56,12 @@ def error(y: Tensor, reference: Tensor) -> float:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
 @pytest.mark.parametrize("transform", ["dct", "identity", "hadamard"])
-@pytest.mark.parametrize("resident", ["int8", "int4"])
+@pytest.mark.parametrize(("resident", "high"), [("int8", 60), ("int4", 7), ("int5", 15)])
 @pytest.mark.parametrize("dtype", BOUND)
-def test_equals_the_exact_product(axes: tuple[int, ...], transform: str, resident: str, dtype: torch.dtype) -> None:
-    high = 60 if resident == "int8" else 7
-    for number, (rows, columns) in enumerate(SHAPES):
+def test_equals_the_exact_product(
+    axes: tuple[int, ...], transform: str, resident: str, high: int, dtype: torch.dtype
+) -> None:
+    for number, (rows, columns) in enumerate(SHAPES_OF_FIVE if resident == "int5" else SHAPES):
         offset = 0.5 if number % 2 and resident == "int4" else 0.0
         spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, transform=transform, offset=offset)
         form = op.resident_form(spectrum, resident)

@@ -12,15 +12,15 @@ from tests.support.spectra import random_codes, relative
 
 @pytest.mark.parametrize("axes", [(0, 1), (1,), (0,)])
 @pytest.mark.parametrize("transform", ["dct", "identity", "hadamard"])
-@pytest.mark.parametrize(("resident", "high"), [("int8", 60), ("int4", 7)])
+@pytest.mark.parametrize(("resident", "high"), [("int8", 60), ("int4", 7), ("int5", 15)])
 def test_rows_are_those_of_the_weight(axes: tuple[int, ...], transform: str, resident: str, high: int) -> None:
-    for number, (rows, columns) in enumerate(((130, 128), (64, 66), (7, 100), (200, 96))):
+    for number, (rows, columns) in enumerate(((130, 128), (64, 80), (7, 112), (200, 96))):
         steps = 0.01 * (1 + torch.arange(columns) % 5) if number == 3 else torch.tensor([0.01])
         offset = 0.5 if number % 2 and resident == "int4" else 0.0
         settings = {"axes": axes, "transform": transform, "step": steps, "offset": offset}
         spectrum = random_codes(rows, columns, high, torch.int8, **settings)
-        if resident == "int4":
-            spectrum.codes[torch.arange(0, rows, 5), 3] = 11  # beyond nibbles
+        if resident != "int8":
+            spectrum.codes[torch.arange(0, rows, 5), 3] = 2 * high + 3  # beyond nibbles, or five bits
         form, ids = op.resident_form(spectrum, resident), torch.tensor([0, rows - 1, 3, 3, rows // 2])
         found = look_up(form, ids)
         assert found is not None

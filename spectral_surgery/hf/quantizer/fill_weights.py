@@ -36,7 +36,11 @@ UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
 Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
 Names = tuple[str, ...]  # of stored tensors, one below the other
 _Piece = tuple[str, int, slice | None]  # tensor, part, and rows of the part; None for all
-_TRIED = {AUTO: ("int8", "int12", "coded"), NARROW: ("int4", "coded"), STREAMED: (STREAMED, "coded")}  # in this order
+_TRIED = {
+    AUTO: ("int8", "int12", "coded"),
+    NARROW: ("int4", "int5", "coded"),
+    STREAMED: (STREAMED, "coded"),
+}  # in this order
 _HIGH_RATE = 6  # stored bits of a weight: with fewer, hardly any code is beyond int8
 
 
@@ -186,8 +190,8 @@ def resident_forms(checkpoint: CompressedCheckpoint, names: Names, resident: str
 
     Args:
         names: stored names.
-        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else int12, else coded; ``narrow`` is int4 or
-            coded. Where they do not fit what is streamed, they are coded too.
+        resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else int12, else coded; ``narrow`` is int4,
+            int5 or coded. Where they do not fit what is streamed, they are coded too.
         cuts: first rows of matrices.
 
     Raises:

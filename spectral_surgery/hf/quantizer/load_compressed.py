@@ -39,15 +39,16 @@ def load_compressed(
 
     Args:
         folder: written by compress, or by save_pretrained of a compressed model.
-        resident: ``int8``, ``int12``, ``int4``, ``coded``, ``streamed`` (in host memory, and on the device block by
-            block; coded where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else int12, else coded.
+        resident: ``int8``, ``int12``, ``int4``, ``int5``, ``coded``, ``streamed`` (in host memory, and on the device
+            block by block; coded where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else int12,
+            else coded.
         auto_class: class of transformers, such as ``AutoModelForCausalLM``, see `class_for`; None for the one in
             config.json.
         dtype: of activations and of what is not compressed; None for the stored one.
         device: where to, or a ``device_map`` such as ``auto``.
         max_memory: bytes that the weights may take on the device, with the blocks of rows under way; with ``auto``, as
-            many weights are int8 as fit, of the others those with narrow codes int4, and what does not fit is coded,
-            or streamed to a GPU.
+            many weights are int8 as fit, of the others those with narrow codes int4 or int5, and what does not fit is
+            coded, or streamed to a GPU.
         trust_remote_code: run the code that a model brings along.
 
     Raises:
