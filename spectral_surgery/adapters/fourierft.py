@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class FourierFT(nn.Module):
 
     @property
     def _places(self) -> Places:
-        return Places(self._indices, self._factors)
+        buffers = self._buffers  # not by attribute: nn.Module looks for others first
+        return Places(cast(Tensor, buffers["_indices"]), cast(Tensor, buffers["_factors"]))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of delta_weight: [..., I] float32."""

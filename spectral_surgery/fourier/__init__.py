@@ -8,7 +8,7 @@ from torch import Tensor
 from spectral_surgery.fourier.dense import delta_rows as pick
 from spectral_surgery.fourier.dispatch import Way, choose
 from spectral_surgery.fourier.linear import fourier_linear
-from spectral_surgery.fourier.one_row import row_residual
+from spectral_surgery.fourier.one_row import add_row
 from spectral_surgery.fourier.rfft_positions import Delta, Places, fold
 from spectral_surgery.fourier.weight import fourier_weight
 
@@ -76,12 +76,13 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
     """
     shape = (weight.shape[0], weight.shape[1])
     if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        compiling, scale = torch.compiler.is_compiling(), scaling / (shape[0] * shape[1])
-        residual = None if compiling else row_residual(x, coefficients, places, shape[0], scale)
-        if residual is not None:
-            if x.dtype == torch.float32:
-                return torch.nn.functional.linear(x, weight, residual if bias is None else residual + bias)
-            return (torch.nn.functional.linear(x, weight, bias) + residual).to(x.dtype)
+        y = (
+            None
+            if torch.compiler.is_compiling()
+            else _one_row(x, weight, bias, Delta(coefficients, places, shape, scaling))
+        )
+        if y is not None:
+            return y
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
@@ -92,3 +93,9 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         return inside
     dense: Tensor = torch.nn.functional.linear(x, delta_weight(coefficients, places, shape, scaling, weight), bias)
     return dense
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta) -> Tensor | None:
+    y = torch.nn.functional.linear(x, weight, bias)
+    wide = y.float()  # itself, if it is of this type
+    return wide.to(x.dtype) if add_row(wide, x, delta.coefficients, delta.places, delta.scale) else None

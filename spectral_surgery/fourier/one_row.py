@@ -1,12 +1,13 @@
 """The residual of one row, for decoding token by token on a CPU.
 
-For one row the calls cost more than the arithmetic, and so does a dispatched operator of our own: numpy, whose calls
-are light, runs the same FFTs as `operator` on the memory of the tensors.
+For one row the calls cost more than the arithmetic, and so does a dispatched operator of our own: a kernel does all of
+it on the memory of the tensors.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,58 +17,97 @@ from torch import Tensor
 
 from spectral_surgery.fourier.rfft_positions import Places
 
+_LARGEST = 47  # radix: the time of a length is in proportion to the sum of its radices
+
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[Any]
 
 
 class Route(NamedTuple):
-    """How one row of x reaches one row of y, coefficients in the order of their bins of y.
+    """How one row of x reaches one row of y.
 
     Attributes:
-        order: [K] of the coefficients.
-        source: [K] bins of x.
-        factors: [K, 2] of the real and the imaginary parts.
-        target: [U] bins of y, all different.
-        starts: [U] the first coefficient of each.
+        indices: [3, K] int64: order of the coefficients, bins of x, bins of y, as in `Places`.
+        factors: [K, 2] float32 of the real and the imaginary parts.
+        roots: of unity, as in `kernels.fourier.add_row`.
+        radices: the same; None where a length has a large prime factor.
+        kernel: that function.
     """
 
-    order: Numbers
-    source: Numbers
+    indices: Numbers
     factors: Floats
-    target: Numbers
-    starts: Numbers
+    roots: Floats
+    radices: Numbers | None
+    kernel: Callable[..., None]
 
 
 _ROUTES: dict[int, Route] = {}  # by the identity of the indices of places, while they live
 
 
-def route_of(places: Places) -> Route:
-    """The way of a row, made at the first call and kept as long as the places, which are on a CPU."""
-    key = id(places.indices)
-    if key not in _ROUTES:
-        order, source, row = places.indices[:3].numpy()
-        target, starts = np.unique(row, return_index=True)
-        _ROUTES[key] = Route(order, source, places.factors[0].numpy(), target, starts)
-        weakref.finalize(places.indices, _ROUTES.pop, key)
-    return _ROUTES[key]
+def add_row(y: Tensor, x: Tensor, coefficients: Tensor, places: Places, scale: float) -> bool:
+    """Add the residual x ΔWᵀ of one row, in place.
 
+    Returns whether it was added: not where a tensor has no memory of its own, as under torch.vmap.
 
-def row_residual(x: Tensor, coefficients: Tensor, places: Places, out_features: int, scale: float) -> Tensor | None:
-    """The residual x ΔWᵀ of one row: [O] float32; None where a tensor has no memory of its own, as under torch.vmap.
-
-    ``x`` is [..., I] of I elements on a CPU, any float dtype but float64; ``coefficients`` is [K] float, there too.
+    Args:
+        y: [..., O] float32 of O elements, contiguous, on a CPU.
+        x: [..., I] of I elements there, any float dtype but float64.
+        coefficients: [K] float, there too.
+        scale: of the sums over coefficients.
     """
     try:
-        row = x.detach().float().numpy().reshape(-1)
-        values = coefficients.detach().float().numpy()
+        out, row, values = y.numpy().reshape(-1), _numbers(x).reshape(-1), _numbers(coefficients)
     except RuntimeError:
-        return None
-    route = route_of(places)
-    weights = values.take(route.order)[:, None] * route.factors
-    weights *= np.float32(scale)
-    taken = np.fft.rfft(row).astype(np.complex64, copy=False).take(route.source)
+        return False
+    route = _ROUTES.get(id(places.indices)) or _make_route(places, len(row), len(out))
+    if route.radices is None:
+        out += plain_residual(row, values, places, len(out), scale)
+    else:
+        route.kernel(row, values, route.indices, route.factors, scale, route.roots, route.radices, out)
+    return True
+
+
+def _numbers(x: Tensor) -> Floats:
+    plain = x.detach() if x.requires_grad else x
+    numbers: Floats = (plain if x.dtype == torch.float32 else plain.float()).numpy()
+    return numbers
+
+
+def _make_route(places: Places, columns: int, rows: int) -> Route:
+    """Made at the first call and kept as long as the places, which are on a CPU."""
+    from spectral_surgery.kernels.fourier import add_row as kernel
+
+    roots = []
+    for length, sign in ((columns, -1), (rows, 1)):
+        angles = np.arange(length) * (2 * np.pi / length)
+        roots += [np.cos(angles), sign * np.sin(angles)]
+    into, out = _radices(columns), _radices(rows)
+    radices = None if into is None or out is None else np.array([len(into), *into, *out], np.int64)
+    indices, factors = places.indices[:3].numpy(), places.factors[0].numpy()
+    route = Route(indices, factors, np.concatenate(roots).astype(np.float32), radices, kernel)
+    key = id(places.indices)
+    _ROUTES[key] = route
+    weakref.finalize(places.indices, _ROUTES.pop, key)
+    return route
+
+
+def _radices(length: int) -> list[int] | None:
+    """Of a length, or of half of an even one; None where one would be too large."""
+    radices, rest = [], length if length % 2 else length // 2
+    for radix in (4, 2, *range(3, _LARGEST + 1, 2)):
+        while not rest % radix:
+            radices.append(radix)
+            rest //= radix
+    return radices if rest == 1 else None
+
+
+def plain_residual(row: Floats, values: Floats, places: Places, out_features: int, scale: float) -> Floats:
+    """The same by numpy, for lengths with large prime factors: [O] float32."""
+    order, source, target = places.indices[:3].numpy()
+    weights = values.take(order)[:, None] * places.factors[0].numpy()
+    taken = np.fft.rfft(row).astype(np.complex64, copy=False).take(source)
     parts = taken.view(np.float32).reshape(-1, 2)
-    parts *= weights
+    parts *= weights * np.float32(scale)
     bins = np.zeros(out_features // 2 + 1, np.complex64)
-    bins[route.target] = np.add.reduceat(taken, route.starts)
-    return torch.from_numpy(np.fft.irfft(bins, out_features, norm="forward").astype(np.float32, copy=False))
+    np.add.at(bins, target, taken)
+    return np.fft.irfft(bins, out_features, norm="forward").astype(np.float32, copy=False)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectral_surgery.codec import encoded as codec
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import plan_compression
+from spectral_surgery.commands.compress import compress, plan_compression
 from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
+from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -70,3 +72,19 @@ def _alone(file: Path, key: str) -> EncodedSpectrum:
     frames = tuple(data[a:b] for a, b in pairwise(read_tensor(tensors["frames"]).tolist()))
     basis = Basis(record.transform, OPTIONS.tile)
     return EncodedSpectrum(frames, (HEIGHT, WIDTH), record.rows_per_frame, step[:-1], float(step[-1]), basis)
+
+
+def test_one_transform_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of the first one, even where it is not that of another: one form in memory holds them together."""
+    monkeypatch.setattr(codec, "FRAME_SIZE", 64)
+    monkeypatch.setattr(plan_module, "PART_WEIGHTS", 1 << 14)
+    weight = gaussian(256, 128)
+    uneven = weight[:128] * torch.tensor([[1.0], [0.05]]).repeat(64, 1)  # transforms mix its large and small rows
+    wanted = ("dct", "identity")
+    for number, whole in enumerate((torch.cat((weight[:128], uneven)), torch.cat((uneven, weight[:128])))):
+        source = write_folder(tmp_path / f"source{number}", {"w": whole})
+        report = compress(source, tmp_path / f"out{number}", CompressOptions(Target("bits", 3.0), transform="auto"))
+        assert report is not None
+        parts = report.manifest.tensors["w"].parts
+        assert len(parts) == 2
+        assert {part.transform for part in parts} == {wanted[number]}

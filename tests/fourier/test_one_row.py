@@ -1,4 +1,4 @@
-"""One row of x without gradients: its residual is found by numpy and added as the bias of the product."""
+"""One row of x without gradients: a kernel adds its residual to the product."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ def test_equals_the_definition(dtype: torch.dtype, shape: tuple[int, int], bias:
 def test_a_row_takes_its_own_way_only_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
 
-    def residual(*arguments: Any) -> Tensor | None:
-        found = one_row.row_residual(*arguments)
-        calls.append(found is not None)
-        return found
+    def add_row(*arguments: Any) -> bool:
+        calls.append(one_row.add_row(*arguments))
+        return calls[-1]
 
-    monkeypatch.setattr(op, "row_residual", residual)
+    monkeypatch.setattr(op, "add_row", add_row)
     weight, c, folded = draw(12, 20).float(), draw(30).float(), fold(places(12, 20), 12, 20)
     x = draw(1, 1, 20).float()
     adapted_linear(x, weight, None, c, folded, SCALING)
@@ -70,7 +69,7 @@ def test_a_row_takes_its_own_way_only_without_gradients(monkeypatch: pytest.Monk
             x, torch.stack((weight, weight)), None, c, folded, SCALING
         )
         torch.testing.assert_close(weights[1], y)
-        assert calls == [True, False, False, True]  # a mapped x or c has no memory of its own
+        assert calls == [True, False, False, False]  # what is mapped has no memory of its own
     routes = len(one_row._ROUTES)
     del folded
     assert len(one_row._ROUTES) == routes - 1

@@ -23,7 +23,9 @@ class CompressOptions:
     target: Target = field(metadata={"help": "Density, bits or error of every tensor."})
     transform: str = field(
         default=DEFAULT_TRANSFORM,
-        metadata={"help": "A transform (see methods), or auto: the best of each part by measured rate and error."},
+        metadata={
+            "help": "A transform (see methods), or auto: the best of each tensor by rate and error of its first part."
+        },
     )
     tile: int = field(default=64, metadata={"help": "Side of the transform tiles."})
     quantizer: Literal["lattice", "scalar"] | None = field(

@@ -81,14 +81,14 @@ def run_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: in
 
 
 def _encode_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
-    tensor = unit.tensor
-    start, stop = tensor.parts[unit.part]
-    weight = read_flat(tensor.info, start * tensor.columns, stop * tensor.columns).reshape(stop - start, tensor.columns)
-    if tensor.base is not None:
-        weight = weight.float() - read_rows(tensor.base, (start, stop), tensor.columns)
+    tensor, rows = unit.tensor, unit.tensor.parts[unit.part]
+    target, candidates = tensor.target or options.target, options.candidates(tensor.axes)
+    weight = _weight(tensor, rows)
     try:
-        target = tensor.target or options.target
-        basis = choose_basis(weight, target, options.candidates(tensor.axes))
+        basis = candidates[0]
+        if len(candidates) > 1:  # by the first part: one transform for all, so that one form can hold them
+            first = weight if unit.part == 0 else _weight(tensor, tensor.parts[0])
+            basis = choose_basis(first, target, candidates)
         encoded, report = encode(weight, target, basis, quantizer=options.quantizer, threads=threads)
     except ConfigError as error:
         if _is_finite(weight):
@@ -100,8 +100,15 @@ def _encode_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads
             ) from None
         write_part(store.path(unit), store.key, None, None)
         return None
-    write_part(store.path(unit), store.key, encoded, part_record((start, stop), encoded, report))
+    write_part(store.path(unit), store.key, encoded, part_record(rows, encoded, report))
     return report
+
+
+def _weight(tensor: PlannedTensor, rows: tuple[int, int]) -> Tensor:
+    """Rows of a tensor, or of its difference to another one: [r, I]."""
+    flat = read_flat(tensor.info, rows[0] * tensor.columns, rows[1] * tensor.columns)
+    weight = flat.reshape(rows[1] - rows[0], tensor.columns)
+    return weight if tensor.base is None else weight.float() - read_rows(tensor.base, rows, tensor.columns)
 
 
 def leave_codes(
