@@ -59,24 +59,33 @@ def words_of(codes: Ints, words: Ints) -> bool:
         words: [blocks] uint8, written: those of whole blocks row by row, then those of the rows that are left.
     """
     rows, columns = codes.shape
-    for block in range(words.size):
-        top, column = block // columns * BLOCK, block % columns
+    mask, odd = np.empty(columns, np.uint32), np.empty(columns, np.int32)
+    for top in range(0, rows, BLOCK):
         height = min(BLOCK, rows - top)
-        mask, odd = np.uint32(0), np.int64(0)
+        mask[:], odd[:] = 0, 0
         for i in range(height):
-            code = np.int64(codes[top + i, column])
-            mask |= np.uint32(code & 1) << np.uint32(i)
-            odd ^= code >> 1
-        first = mask & np.uint32(1)
-        word = first
-        for k in range(5):
-            if (1 << k) < height:
-                word |= (((mask >> np.uint32(1 << k)) & np.uint32(1)) ^ first) << np.uint32(k + 1)
+            for column in range(columns):  # row by row, as they lie in memory
+                code = np.int32(codes[top + i, column])
+                mask[column] |= np.uint32(code & 1) << np.uint32(i)
+                odd[column] ^= code >> 1
         inside = np.uint32(0xFFFFFFFF) >> np.uint32(BLOCK - height)
-        if (MASKS[word] & inside) != mask or (height == BLOCK and odd & 1):
-            return False
-        words[block] = np.uint8(word)
+        for column in range(columns):
+            word = _word(mask[column], height)
+            if (MASKS[word] & inside) != mask[column] or (height == BLOCK and odd[column] & 1):
+                return False
+            words[top // BLOCK * columns + column] = np.uint8(word)
     return True
+
+
+@inlined
+def _word(mask: Any, height: int) -> Any:
+    """The word that has the bits of a mask at positions 0, 1, 2, 4, 8 and 16."""
+    first = mask & np.uint32(1)
+    word = first
+    for k in range(5):
+        if (1 << k) < height:
+            word |= (((mask >> np.uint32(1 << k)) & np.uint32(1)) ^ first) << np.uint32(k + 1)
+    return word
 
 
 @inlined

@@ -119,6 +119,16 @@ def test_a_few_large_codes_cost_only_themselves() -> None:
         assert len(encode_frame(codes)) <= before + 6 * 32 + 2 * 128, "each a symbol and 4 bytes, and longer tables"
 
 
+@pytest.mark.parametrize("extremes", [(-128, 126), (-127, 127), (-128, 127)])
+def test_the_least_and_the_largest_codes_in_eight_lanes(extremes: tuple[int, int]) -> None:
+    """A table that is symmetric has a frequency for 128 where -128 occurs."""
+    codes = lattice_points(np.random.default_rng(0), (256, 512), 5, np.int8)
+    codes[:64, :2] = extremes
+    frame = encode_frame(codes)
+    assert frame[:4] == bytes([LATTICE, 1, 0, 8])
+    np.testing.assert_array_equal(decode_frame(frame, codes.shape), codes)
+
+
 def with_even_blocks(codes: Codes) -> Codes:
     """The second row of each block is changed where the m of the block add up to an odd number."""
     blocks = codes.reshape(-1, 32, codes.shape[1])
