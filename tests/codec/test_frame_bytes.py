@@ -18,7 +18,7 @@ import pytest
 from benchmarks.cases.coding import information_of
 from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, TURNED, ZEROS, decode_frame, encode_frame
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.kernels.lattice import nearest
+from spectral_surgery.kernels.nearest import nearest
 from tests.codec.golden_frames import FOLDER, Golden, read
 from tests.support.codes import Codes, integers, lattice_points
 

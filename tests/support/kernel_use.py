@@ -16,7 +16,7 @@ from tests.support.codes import integers, lattice_points
 def use_kernels(seed: int) -> int:
     """Frames of integers and of points nearest to numbers are encoded and decoded; returns how many."""
     from spectral_surgery.codec.frame_bytes import decode_frame, encode_frame
-    from spectral_surgery.kernels.lattice import nearest
+    from spectral_surgery.kernels.nearest import nearest
 
     rng = np.random.default_rng(seed)
     points = np.empty((32, 50), np.int32)
