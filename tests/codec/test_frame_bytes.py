@@ -24,6 +24,7 @@ from tests.support.codes import Codes, integers, lattice_points
 
 DTYPES = (np.int8, np.int16, np.int32)
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (1, 40), (40, 1), (31, 3), (32, 3), (33, 3), (64, 129), (95, 200)]
+LARGE = [file for file in sorted(FOLDER.glob("*.json")) if file.stem.endswith("int8-8-lanes")]
 SMALL = [file for file in sorted(FOLDER.glob("*.json")) if file.stat().st_size < 3500 and "lanes" not in file.stem]
 
 
@@ -175,6 +176,25 @@ def test_damaged_headers_with_random_bytes(file: Path) -> None:
         start = int(rng.integers(0, len(body)))
         body[start:] = rng.bytes(len(body) - start)
         is_refused(bytes(body), golden.codes.shape)
+
+
+@pytest.mark.parametrize("file", LARGE, ids=lambda file: file.stem)
+def test_damaged_frames_of_eight_lanes(file: Path) -> None:
+    """Of which most is decoded by other instructions, that check no index: tables, words, states and streams."""
+    golden, rng = read(file), np.random.default_rng(0)
+    refused = 0
+    for number in range(60):
+        body = bytearray(golden.frame)
+        start = int(rng.integers(12, len(body) if number % 2 else 12 + 80))
+        width = int(rng.choice([1, 8, 100, len(body)]))
+        body[start : start + width] = rng.bytes(len(body[start : start + width]))
+        refused += is_refused(bytes(body), golden.codes.shape)
+    assert refused > 50
+    fields = header(golden.frame)
+    for change in (-1, 1, -fields[4]):
+        end = len(golden.frame) + 4 * change
+        frame = struct.pack("<BBBBII", *fields[:4], fields[4] + change, 0) + golden.frame[12:end] + bytes(4)
+        assert is_refused(frame[:end], golden.codes.shape)
 
 
 def test_damaged_frames_of_other_shapes() -> None:
