@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import instructions, kernel
+from spectral_surgery.kernels.compile import intrinsic, kernel
 
 LANES = 8
 WORDS = LANES * BLOCK // 2  # that eight blocks can take from the stream at most
@@ -45,8 +48,6 @@ def _row(build: Any, space: Any, states: list[Any], at: Any, to: Any, odd: Any) 
         to: offset of the row's codes.
         odd: 64 bits, of which bit 8 i + 1 is the parity of the symbols before in lane i; None where it does not matter.
     """
-    from llvmlite import ir
-
     byte, half, word = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
     def load(kind: Any, offset: Any) -> Any:
@@ -74,8 +75,6 @@ def _row(build: Any, space: Any, states: list[Any], at: Any, to: Any, odd: Any) 
 
 def _refill(build: Any, words: Any, states: list[Any], read: Any) -> tuple[list[Any], Any]:
     """A word of the stream for each state below 2^31: the states, and how many words have been read."""
-    from llvmlite import ir
-
     word, out = ir.IntType(64), []
     for state in states:
         more = build.load(build.gep(words, [read]))
@@ -89,8 +88,6 @@ def _refill(build: Any, words: Any, states: list[Any], read: Any) -> tuple[list[
 
 def _odd(build: Any, space: Any, to: Any) -> Any:
     """The codes of rows 0 to 30, each row as one number, added up without carry; ``to`` is where row 30 is."""
-    from llvmlite import ir
-
     word = ir.IntType(64)
     total = word(0)
     for row in range(BLOCK - 1):
@@ -99,8 +96,8 @@ def _odd(build: Any, space: Any, to: Any) -> Any:
     return total
 
 
-@instructions
-def _two_rows(typing: Any, states: Any, read: Any, words: Any, space: Any, row: Any, column: Any, last: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _two_rows(_typing: Any, states: Any, read: Any, words: Any, space: Any, row: Any, column: Any, last: Any) -> Any:
     """Two symbols from each state, and then words.
 
     Args:
@@ -112,10 +109,6 @@ def _two_rows(typing: Any, states: Any, read: Any, words: Any, space: Any, row: 
         column: of those at hand.
         last: literal, whether these are rows 30 and 31 with contexts of parity.
     """
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-
     if not isinstance(last, types.Literal):
         return None
     special = bool(last.literal_value)
@@ -137,8 +130,8 @@ def _two_rows(typing: Any, states: Any, read: Any, words: Any, space: Any, row: 
     return out(states, read, words, space, row, column, last), generate
 
 
-@instructions
-def _set_contexts(typing: Any, words: Any, masks: Any, space: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _set_contexts(_typing: Any, words: Any, masks: Any, space: Any) -> Any:
     """The contexts of eight blocks, from their words, six bits each.
 
     Args:
@@ -146,10 +139,8 @@ def _set_contexts(typing: Any, words: Any, masks: Any, space: Any) -> Any:  # no
         masks: address of `lattice.MASKS`.
         space: address of the piece of memory.
     """
-    from llvmlite import ir
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         half, word = ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(half, LANES)
 
@@ -173,13 +164,11 @@ def _set_contexts(typing: Any, words: Any, masks: Any, space: Any) -> Any:  # no
     return types.void(words, masks, space), generate
 
 
-@instructions
-def _copy_line(typing: Any, source: Any, to: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _copy_line(_typing: Any, source: Any, to: Any) -> Any:
     """64 bytes from one address to another."""
-    from llvmlite import ir
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         line = ir.VectorType(ir.IntType(8), _LINE).as_pointer()
         value = build.load(build.inttoptr(values[0], line))
         value.align = 1

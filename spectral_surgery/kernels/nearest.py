@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import instructions, kernel
+from spectral_surgery.kernels.compile import intrinsic, kernel
 from spectral_surgery.kernels.lattice import MASKS, WORDS
 
 Array = npt.NDArray[Any]
@@ -41,7 +44,6 @@ class _Vectors:
     """Vectors of sixteen numbers, in memory that begins at an address."""
 
     def __init__(self, build: Any, space: Any) -> None:
-        from llvmlite import ir
 
         self.build = build
         self.word, self.half, single = ir.IntType(64), ir.IntType(32), ir.FloatType()
@@ -58,8 +60,6 @@ class _Vectors:
 
     def each(self, kind: Any, value: Any) -> Any:
         """A constant, or a number, in every lane."""
-        from llvmlite import ir
-
         if isinstance(value, int | float):
             return ir.Constant(kind, [kind.element(value)] * _LANES)
         one = self.build.insert_element(ir.Constant(kind, ir.Undefined), value, self.half(0))
@@ -67,9 +67,6 @@ class _Vectors:
 
     def function(self, name: str, value: Any) -> Any:
         """One of LLVM's functions of sixteen floats."""
-        from llvmlite import ir
-        from numba.core import cgutils
-
         kind = ir.FunctionType(self.float, [self.float])
         function = cgutils.get_or_insert_function(self.build.module, kind, f"llvm.{name}.v{_LANES}f32")
         return self.build.call(function, [value])
@@ -85,8 +82,6 @@ class _Vectors:
 
 def _looked_up(vectors: _Vectors, table: Any, rows: Any) -> list[Any]:
     """Four floats of each lane's row of a table, turned: one load a lane, where four gathers take far longer."""
-    from llvmlite import ir
-
     build, half = vectors.build, vectors.half
     four = ir.VectorType(ir.FloatType(), 4)
     source = build.inttoptr(table, four.as_pointer())
@@ -109,8 +104,8 @@ def _looked_up(vectors: _Vectors, table: Any, rows: Any) -> list[Any]:
     return [mixed(left, right, list(range(_LANES))) for left, right in zip(*halves, strict=True)]
 
 
-@instructions
-def _try(typing: Any, space: Any, row: Any, c: Any, table: Any, reach: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _try(_typing: Any, space: Any, row: Any, c: Any, table: Any, reach: Any) -> Any:
     """The best m of either parity at one position, for one c, and what the other costs more.
 
     The two points around a value in each class of integers modulo 4 are tried.
@@ -122,9 +117,8 @@ def _try(typing: Any, space: Any, row: Any, c: Any, table: Any, reach: Any) -> A
         table: address of the prices for c.
         reach: int32, see `_price_table`.
     """
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         v = _Vectors(build, values[0])
         number, c = values[1], v.each(v.int, values[2])
         two, four = v.each(v.float, 2.0), v.each(v.float, 4.0)
@@ -162,12 +156,11 @@ def _try(typing: Any, space: Any, row: Any, c: Any, table: Any, reach: Any) -> A
     return types.void(space, row, c, table, reach), generate
 
 
-@instructions
-def _join(typing: Any, space: Any, left: Any, right: Any, to: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _join(_typing: Any, space: Any, left: Any, right: Any, to: Any) -> Any:
     """The node of two words one after the other; offsets are in bytes."""
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         v = _Vectors(build, values[0])
         for row, kind, join in ((0, v.float, build.fadd), (1, v.float, v.least), (2, v.int, build.xor)):
             v.store(join(*(v.load(kind, node, row * _ROW) for node in values[1:3])), values[3], row * _ROW)
@@ -176,8 +169,8 @@ def _join(typing: Any, space: Any, left: Any, right: Any, to: Any) -> Any:  # no
     return types.void(space, left, right, to), generate
 
 
-@instructions
-def _consider(typing: Any, space: Any, node: Any, bits: Any, whole: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _consider(_typing: Any, space: Any, node: Any, bits: Any, whole: Any) -> Any:
     """A word that may be the cheapest so far.
 
     Args:
@@ -186,9 +179,8 @@ def _consider(typing: Any, space: Any, node: Any, bits: Any, whole: Any) -> Any:
         bits: uint32 of `lattice.MASKS`.
         whole: int32, one where the m must add up to an even number, else zero.
     """
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         v = _Vectors(build, values[0])
         zero = v.word(0)
         wrong = build.and_(v.load(v.int, values[1], 2 * _ROW), v.each(v.int, values[3]))
@@ -205,12 +197,11 @@ def _consider(typing: Any, space: Any, node: Any, bits: Any, whole: Any) -> Any:
     return types.void(space, node, bits, whole), generate
 
 
-@instructions
-def _choose(typing: Any, space: Any, position: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _choose(_typing: Any, space: Any, position: Any) -> Any:
     """The points of the cheapest words at a position, int32, and the least gap so far."""
-    from numba import types
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
         v = _Vectors(build, values[0])
         zero, position = v.word(0), build.trunc(values[1], v.half)
         bits = build.lshr(v.load(v.int, zero, _BEST + _ROW), v.each(v.int, position))

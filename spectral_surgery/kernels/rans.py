@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import inlined, instructions, kernel
+from spectral_surgery.kernels.compile import inlined, intrinsic, kernel
 from spectral_surgery.kernels.lattice import MASKS
 
 PRECISION = 12
@@ -158,12 +159,11 @@ def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, pari
     return int(read)
 
 
-@instructions
-def _high(typing: Any, left: Any, right: Any) -> Any:  # noqa: ARG001
+@intrinsic
+def _high(_typing: Any, left: Any, right: Any) -> Any:
     """The upper 64 bits of the product of two uint64."""
-    from llvmlite import ir
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+    def generate(_context: Any, build: Any, _signature: Any, values: Any) -> Any:
         wide = ir.IntType(128)
         product = build.mul(*(build.zext(value, wide) for value in values))
         return build.trunc(build.lshr(product, wide(64)), ir.IntType(64))
