@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from spectral_surgery.kernels import BLOCK
 from spectral_surgery.kernels.compile import kernel
-from spectral_surgery.kernels.lattice import nearest
+from spectral_surgery.kernels.nearest import nearest
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +20,7 @@ def feed_lattice(block: Array, square: Array, steps: Array, costs: Array, codes:
     """Codes that are points of the lattice, in blocks of 32 rows; see `feed_scalar`.
 
     Args:
-        costs: as for `kernels.lattice.nearest`.
+        costs: as for `kernels.nearest.nearest`.
     """
     rows, columns = block.shape
     whole, left = rows // BLOCK, rows % BLOCK

@@ -7,17 +7,22 @@ they share one stream of words. Source: J. Duda, arXiv 1311.2540; lanes in one s
 
 A symbol is coded with the table of its context. With words of the lattice (see `lattice`) this is the bit c of its
 position, and in row 31 also the parity of the symbols before it: contexts are c, and 2 + c + 2 * parity in row 31.
+
+`decode` is plain; most of a large frame is decoded by `lanes` instead.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import inlined, kernel
+from spectral_surgery.kernels.compile import inlined, intrinsic, kernel
+from spectral_surgery.kernels.lattice import MASKS
 
 PRECISION = 12
 SLOTS = 1 << PRECISION
@@ -33,46 +38,54 @@ _PARITY = np.uint64(2 * SLOTS)
 
 
 @kernel
-def symbols_of(codes: Ints, lattice: bool, low: int, symbols: Ints, counts: Ints) -> int:
-    """Symbols of codes, without their low bits, and how often each occurs.
-
-    One beyond 125 in magnitude becomes 126 or 127, whichever is odd or even as it is. Returns how many are.
+def count_symbols(codes: Ints, lattice: bool, low: int, counts: Ints) -> int:
+    """How often each symbol of codes occurs, without their low bits; returns how many are for the list.
 
     Args:
-        codes: [r, I] int32.
+        codes: [r, I] int8 or int32, C-contiguous.
         lattice: whether codes are ``2 m + c``, and symbols are those of m.
         low: bits that are left out.
-        symbols: [r, I] int32, written.
         counts: [2, 256] int64, added to: by c, which is zero without a lattice, and symbol + 128.
     """
-    flat, out = codes.reshape(-1), symbols.reshape(-1)
-    shift, beyond = low + (1 if lattice else 0), 0
+    flat, beyond = codes.reshape(-1), 0
+    parts = np.zeros((4, 512), np.int64)  # in turn: the next addition need not wait for the last one
     for place in range(flat.size):
-        code = flat[place]
-        c = (code & 1) if lattice else 0
-        symbol = code >> shift
-        if abs(symbol) > LARGEST:
-            near = LARGEST + 1 + (symbol & 1)
-            symbol = near if symbol > 0 else -near
-            beyond += 1
-        out[place] = symbol
-        counts[c, symbol + 128] += 1
+        code = np.int32(flat[place])
+        symbol, far = _symbol(code, lattice, low)
+        parts[place & 3, 256 * (code & 1 if lattice else 0) + symbol + 128] += 1
+        beyond += far
+    for which in range(512):
+        for part in range(4):
+            counts[which // 256, which % 256] += parts[part, which]
     return beyond
 
 
-def decoding_table(frequencies: Ints) -> npt.NDArray[np.uint32]:
+@inlined
+def _symbol(code: Any, lattice: bool, low: int) -> tuple[int, int]:
+    """The symbol of a code, and one where it is beyond 125 in magnitude: then 126 or 127, odd or even as it is."""
+    symbol = code >> (low + (1 if lattice else 0))
+    far = 1 if abs(symbol) > LARGEST else 0
+    near = LARGEST + 1 + (symbol & 1)
+    return (near if symbol > 0 else -near) if far else symbol, far
+
+
+@kernel
+def decoding_table(frequencies: Ints) -> Ints:
     """Slots of every context: [contexts, 256] frequencies, by symbol + 128, to [contexts * 4096] uint32.
 
     A slot holds the frequency (12 bits), its place within the symbol (12 bits) and the symbol (8 bits). Slots that no
     symbol has are zero.
     """
-    table = np.zeros((len(frequencies), SLOTS), np.uint32)
-    symbols = (np.arange(256) - 128) & 255
-    for slots, counts in zip(table, frequencies, strict=True):
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        place = np.arange(starts.size) - starts
-        slots[: starts.size] = np.repeat((counts << 20) | symbols, counts) | (place << 8)
-    return table.reshape(-1)
+    table = np.zeros(len(frequencies) * SLOTS, np.uint32)
+    for context in range(len(frequencies)):
+        at = context * SLOTS
+        for number in range(256):
+            frequency = np.uint32(frequencies[context, number])
+            entry = frequency << np.uint32(20) | np.uint32((number - 128) & 255)
+            for place in range(frequency):
+                table[at] = entry | np.uint32(place) << np.uint32(8)
+                at += 1
+    return table
 
 
 @kernel
@@ -88,36 +101,36 @@ def _level(slot: np.uint64, context: np.uint64, double: np.int32) -> np.int32:
 
 
 @kernel
-def decode(words: Ints, states: Ints, table: Ints, masks: Ints, out: Ints, parity: bool, double: int) -> int:
+def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, parity: bool, begin: int) -> int:
     """Decode a matrix of symbols.
 
-    Returns how many words were read, or -1 where the states do not end where they began.
+    Returns how many words of the stream were read, or -1 where the states do not end where they began.
 
     Args:
-        words: [n + 1] uint32, the stream and one spare.
+        stream: [n + 1] uint32, what is left of it and one spare.
         states: [lanes] uint64, not changed.
         table: from `decoding_table`.
-        masks: [blocks] uint32, the bits c of each block; of no length for one context.
-        out: [O, I] int8 or int32.
+        words: [blocks] uint8, the words of the lattice of the blocks from ``begin`` on; of no length for one context.
+        out: [O, I] int8, int16 or int32: ``2 m + c`` for a symbol m with words, and m without.
         parity: whether row 31 has the contexts of parity.
-        double: 1 to write ``2 m + c`` for a symbol m; 0 to write m.
+        begin: whole blocks that have been decoded, a multiple of the lanes.
     """
     rows, columns = out.shape
     lanes = states.size
     flat = out.reshape(-1)
     state, mask, odd = states.copy(), np.zeros(lanes, np.uint64), np.zeros(lanes, np.uint64)
     place = np.zeros(lanes, np.int64)
-    twice, last, read = np.int32(double), np.uint64(words.size - 1), np.uint64(0)
+    twice, last, read = np.int32(1 if words.size else 0), np.uint64(stream.size - 1), np.uint64(0)
     for part in range(2):  # whole blocks, then those of the rows that are left
         height = BLOCK if part == 0 else rows % BLOCK
         first = 0 if part == 0 else rows // BLOCK * columns
         blocks = rows // BLOCK * columns if part == 0 else (columns if height else 0)
-        for start in range(0, blocks, lanes):
+        for start in range(begin if part == 0 else 0, blocks, lanes):
             count = min(lanes, blocks - start)
             for lane in range(count):
                 block = first + start + lane
                 place[lane] = block // columns * BLOCK * columns + block % columns
-                mask[lane] = np.uint64(masks[block]) << _P if masks.size else np.uint64(0)
+                mask[lane] = np.uint64(MASKS[words[block - begin]]) << _P if words.size else np.uint64(0)
                 odd[lane] = np.uint64(0)
             for row in range(0, height, 2):
                 special = parity and row == BLOCK - 2
@@ -137,7 +150,7 @@ def decode(words: Ints, states: Ints, table: Ints, masks: Ints, out: Ints, parit
                     mask[lane] = bits >> np.uint64(2)
                     place[lane] = at + 2 * columns
                     small = x < _FLOOR
-                    more = (x << _WORD) | np.uint64(words[min(read, last)])
+                    more = (x << _WORD) | np.uint64(stream[min(read, last)])
                     state[lane] = more if small else x
                     read += np.uint64(small)
     for lane in range(lanes):
@@ -146,35 +159,81 @@ def decode(words: Ints, states: Ints, table: Ints, masks: Ints, out: Ints, parit
     return int(read)
 
 
-@inlined
-def _encoded(x: Any, at: Any, frequencies: Ints, starts: Ints, inverse: Ints) -> Any:
-    """The state with one symbol more; ``at`` is 256 times its context plus the symbol + 128."""
-    frequency = frequencies[at]
-    quotient = np.int64(np.float64(x) * inverse[at])  # off by one at most, as x / frequency is below 2^51
-    rest = x - quotient * frequency
-    over, under = np.int64(rest >= frequency), np.int64(rest < 0)
-    return ((quotient + over - under) << PRECISION) + rest + (under - over) * frequency + starts[at]
+@intrinsic
+def _high(_typing: Any, left: Any, right: Any) -> Any:
+    """The upper 64 bits of the product of two uint64."""
+
+    def generate(_context: Any, build: Any, _signature: Any, values: Any) -> Any:
+        wide = ir.IntType(128)
+        product = build.mul(*(build.zext(value, wide) for value in values))
+        return build.trunc(build.lshr(product, wide(64)), ir.IntType(64))
+
+    return left(left, right), generate
+
+
+@cache
+def reciprocals() -> npt.NDArray[np.uint64]:
+    """[4096, 2]: r and s so that ``x // f == (x * r >> 64) >> s`` for x below 2^63, by f from 2 on; 0 and 1 have none.
+
+    R. Alverson, Integer division using reciprocals, 1991: r is ``2^(63 + b) / f``, rounded up, f at most 2^b.
+    """
+    out = np.zeros((SLOTS, 2), np.uint64)
+    for f in range(2, SLOTS):
+        b = (f - 1).bit_length()
+        out[f] = ((1 << 63 + b) + f - 1) // f, b - 1
+    return out
 
 
 @inlined
-def _odd(flat: Ints, place: int, columns: int) -> int:
-    """Parity of the first 31 symbols of a block."""
-    odd = 0
-    for row in range(BLOCK - 1):
-        odd ^= flat[place + row * columns]
-    return odd & 1
+def _encoded(x: Any, at: Any, tables: Ints) -> Any:
+    """The state with one symbol more, ``x // f * 4096 + x % f + start``, for row ``at`` of `_encoding_tables`."""
+    quotient = _high(x, tables[at, 1]) >> tables[at, 2]
+    return x + tables[at, 3] + quotient * tables[at, 4]
+
+
+def _encoding_tables(frequencies: Ints) -> npt.NDArray[np.uint64]:
+    """[contexts * 256, 5]: the frequency f, its reciprocal and the shift, the start, and 4096 - f.
+
+    Where f is one, a reciprocal of 2^64 - 1 gives the quotient ``x - 1``, and the start has 4095 more for it.
+    """
+    out = np.zeros((frequencies.size, 5), np.uint64)
+    f = frequencies.reshape(-1)
+    out[:, 0], out[:, 1:3] = f, reciprocals()[f]
+    out[:, 3] = (np.cumsum(frequencies, axis=1) - frequencies).reshape(-1)
+    out[:, 4] = SLOTS - f
+    out[f == 1, 1] = (1 << 64) - 1
+    out[f == 1, 3] += np.uint64(SLOTS - 1)
+    return out
+
+
+@inlined
+def _find_rows(codes: Ints, low: int, parity: bool, place: Ints, mask: Ints, height: int, out: Ints) -> None:
+    """Which row of `_encoding_tables` each symbol of some blocks has: [height, lanes] uint32, from the codes.
+
+    Args:
+        place: [lanes] where blocks begin in the codes.
+        mask: [lanes] uint32, bits c of blocks; of no length without a lattice.
+    """
+    columns, flat, lattice = codes.shape[1], codes.reshape(-1), mask.size > 0
+    odd = np.zeros(place.size, np.int32)
+    for row in range(height):
+        for lane in range(place.size):
+            symbol, _ = _symbol(np.int32(flat[place[lane] + np.uint64(row * columns)]), lattice, low)
+            context = np.int32(mask[lane] >> np.uint32(row) & np.uint32(1)) if lattice else np.int32(0)
+            if parity and row == BLOCK - 1:
+                context += np.int32(2) + np.int32(2) * (odd[lane] & np.int32(1))
+            out[row, lane] = np.uint32(256 * context + symbol + 128)
+            odd[lane] ^= symbol
 
 
 @kernel
-def _encode(
-    symbols: Ints, masks: Ints, frequencies: Ints, starts: Ints, inverse: Ints, parity: bool, states: Ints, words: Ints
-) -> int:
-    """Encode backwards, from the end of ``words``. Returns the first word; -1 where a symbol has no frequency."""
-    rows, columns = symbols.shape
+def _encode(codes: Ints, words: Ints, low: int, tables: Ints, parity: bool, states: Ints, stream: Ints) -> int:
+    """Encode backwards, from the end of ``stream``. Returns the first word; -1 where a symbol has no frequency."""
+    rows, columns = codes.shape
     lanes = states.size
-    flat = symbols.reshape(-1)
-    place, mask, last = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
-    at = words.size
+    rows_of = np.empty((BLOCK, lanes), np.uint32)
+    place, mask = np.empty(lanes, np.uint64), np.empty(lanes if words.size else 0, np.uint32)
+    at, missing = np.uint64(stream.size - 1), False
     for part in range(1, -1, -1):
         height = BLOCK if part == 0 else rows % BLOCK
         first = 0 if part == 0 else rows // BLOCK * columns
@@ -184,39 +243,37 @@ def _encode(
             for lane in range(count):
                 block = first + start + lane
                 place[lane] = block // columns * BLOCK * columns + block % columns
-                mask[lane] = np.int64(masks[block]) if masks.size else np.int64(0)
-                last[lane] = 2 + 2 * _odd(flat, place[lane], columns) if parity and height == BLOCK else 0
+                if words.size:
+                    mask[lane] = MASKS[words[block]]
+            _find_rows(codes, low, parity and height == BLOCK, place[:count], mask[:count], height, rows_of)
             for row in range((height - 1) // 2 * 2, -1, -2):
                 single = row + 1 == height
                 for lane in range(count - 1, -1, -1):
-                    here = place[lane] + row * columns
-                    bits, x = mask[lane] >> row, states[lane]
-                    symbol = ((bits & 1) << 8) + flat[here] + 128
-                    limit, other = frequencies[symbol] << 51, np.int64(0)
+                    one, x = rows_of[row, lane], states[lane]
+                    other = one if single else rows_of[row + 1, lane]
+                    limit = tables[one, 0] << np.uint64(51)
                     if not single:
-                        context = ((bits >> 1) & 1) + (last[lane] if row == BLOCK - 2 else 0)
-                        other = (context << 8) + flat[here + columns] + 128
-                        limit = (frequencies[symbol] * frequencies[other]) << 39
-                    if limit == 0:
-                        return -1
-                    if x >= limit:
-                        at -= 1
-                        words[at] = np.uint32(x & 0xFFFFFFFF)
-                        x >>= 32
+                        limit = (tables[one, 0] * tables[other, 0]) << np.uint64(39)
+                    missing |= limit == 0
+                    full = x >= limit
+                    stream[at] = np.uint32(x)
+                    at -= np.uint64(full)
+                    x = x >> (np.uint64(full) << np.uint64(5))
                     if not single:
-                        x = _encoded(x, other, frequencies, starts, inverse)
-                    states[lane] = _encoded(x, symbol, frequencies, starts, inverse)
-    return at
+                        x = _encoded(x, other, tables)
+                    states[lane] = _encoded(x, one, tables)
+    return -1 if missing else int(at) + 1
 
 
 def encode(
-    symbols: Ints, masks: Ints, frequencies: Ints, parity: bool, lanes: int
+    codes: Ints, words: Ints, low: int, frequencies: Ints, parity: bool, lanes: int
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]:
-    """Encode a matrix of symbols. Returns the stream of words, and the states to begin decoding with.
+    """Encode the symbols of codes. Returns the stream of words, and the states to begin decoding with.
 
     Args:
-        symbols: [O, I] int32 in -128 to 127.
-        masks: as for `decode`.
+        codes: [O, I] int8 or int32, C-contiguous; ``2 m + c`` with words.
+        words: [blocks] uint8 of the lattice; of no length for one context.
+        low: bits of each symbol that are left out.
         frequencies: [contexts, 256] int64 by symbol + 128, each below 4096, with at most 4096 in a context.
         parity: as for `decode`.
         lanes: states that take turns.
@@ -224,12 +281,9 @@ def encode(
     Raises:
         ValueError: when a symbol has no frequency in its context.
     """
-    starts = (np.cumsum(frequencies, axis=1) - frequencies).reshape(-1)
-    flat = frequencies.reshape(-1)
-    inverse = 1.0 / np.maximum(flat, 1)
-    words = np.empty(symbols.size // 2 + symbols.shape[1] + 1, np.uint32)
-    states = np.full(lanes, FLOOR, np.int64)
-    first = _encode(symbols, masks, flat, starts, inverse, parity, states, words)
+    stream = np.empty(codes.size // 2 + codes.shape[1] + 2, np.uint32)
+    states = np.full(lanes, FLOOR, np.uint64)
+    first = _encode(codes, words, low, _encoding_tables(frequencies), parity, states, stream)
     if first < 0:
         raise ValueError("rans: expected a frequency for every symbol, got none for one.")
-    return words[first:], states.view(np.uint64)
+    return stream[first:], states

@@ -18,12 +18,13 @@ import pytest
 from benchmarks.cases.coding import information_of
 from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, TURNED, ZEROS, decode_frame, encode_frame
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.kernels.lattice import nearest
+from spectral_surgery.kernels.nearest import nearest
 from tests.codec.golden_frames import FOLDER, Golden, read
 from tests.support.codes import Codes, integers, lattice_points
 
 DTYPES = (np.int8, np.int16, np.int32)
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (1, 40), (40, 1), (31, 3), (32, 3), (33, 3), (64, 129), (95, 200)]
+LARGE = [file for file in sorted(FOLDER.glob("*.json")) if file.stem.endswith("int8-8-lanes")]
 SMALL = [file for file in sorted(FOLDER.glob("*.json")) if file.stat().st_size < 3500 and "lanes" not in file.stem]
 
 
@@ -119,6 +120,16 @@ def test_a_few_large_codes_cost_only_themselves() -> None:
         assert len(encode_frame(codes)) <= before + 6 * 32 + 2 * 128, "each a symbol and 4 bytes, and longer tables"
 
 
+@pytest.mark.parametrize("extremes", [(-128, 126), (-127, 127), (-128, 127)])
+def test_the_least_and_the_largest_codes_in_eight_lanes(extremes: tuple[int, int]) -> None:
+    """A table that is symmetric has a frequency for 128 where -128 occurs."""
+    codes = lattice_points(np.random.default_rng(0), (256, 512), 5, np.int8)
+    codes[:64, :2] = extremes
+    frame = encode_frame(codes)
+    assert frame[:4] == bytes([LATTICE, 1, 0, 8])
+    np.testing.assert_array_equal(decode_frame(frame, codes.shape), codes)
+
+
 def with_even_blocks(codes: Codes) -> Codes:
     """The second row of each block is changed where the m of the block add up to an odd number."""
     blocks = codes.reshape(-1, 32, codes.shape[1])
@@ -165,6 +176,25 @@ def test_damaged_headers_with_random_bytes(file: Path) -> None:
         start = int(rng.integers(0, len(body)))
         body[start:] = rng.bytes(len(body) - start)
         is_refused(bytes(body), golden.codes.shape)
+
+
+@pytest.mark.parametrize("file", LARGE, ids=lambda file: file.stem)
+def test_damaged_frames_of_eight_lanes(file: Path) -> None:
+    """Of which most is decoded by other instructions, that check no index: tables, words, states and streams."""
+    golden, rng = read(file), np.random.default_rng(0)
+    refused = 0
+    for number in range(60):
+        body = bytearray(golden.frame)
+        start = int(rng.integers(12, len(body) if number % 2 else 12 + 80))
+        width = int(rng.choice([1, 8, 100, len(body)]))
+        body[start : start + width] = rng.bytes(len(body[start : start + width]))
+        refused += is_refused(bytes(body), golden.codes.shape)
+    assert refused > 50
+    fields = header(golden.frame)
+    for change in (-1, 1, -fields[4]):
+        end = len(golden.frame) + 4 * change
+        frame = struct.pack("<BBBBII", *fields[:4], fields[4] + change, 0) + golden.frame[12:end] + bytes(4)
+        assert is_refused(frame[:end], golden.codes.shape)
 
 
 def test_damaged_frames_of_other_shapes() -> None:

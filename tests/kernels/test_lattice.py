@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.lattice import MASKS, WORDS, nearest, nearest_reference, word_bits, words_of
+from spectral_surgery.kernels.lattice import MASKS, WORDS, nearest_reference, word_bits, words_of
+from spectral_surgery.kernels.nearest import nearest
 from tests.support.codes import lattice_points
 
 Array = npt.NDArray[Any]
@@ -203,6 +204,17 @@ def test_large_levels_are_points(scale: float) -> None:
     levels = point_near(values, costs=DEAR)
     assert are_points(levels)
     np.testing.assert_allclose(levels, values, atol=4 + 4e-7 * scale)
+
+
+@pytest.mark.parametrize("known", [1, 2, 7, 60, 4096])
+def test_levels_beyond_all_prices_have_the_last_one(known: int) -> None:
+    """Prices that rise and fall, of fewer and of more levels than occur, and values on integers and between them."""
+    costs = np.random.default_rng(known).uniform(0, 3, known).astype(np.float32)
+    values = numbers(32, 40, 12.0)
+    values[:, ::3] = np.rint(values[:, ::3] * 2) / 2
+    levels, wanted = point_near(values, costs=costs), nearest_reference(values, np.ones(40, np.float32), costs)
+    assert are_points(levels)
+    np.testing.assert_allclose(cost(values, levels, costs), cost(values, wanted, costs), rtol=1e-5)
 
 
 def test_points_stay_where_they_are() -> None:

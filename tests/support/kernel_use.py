@@ -16,13 +16,13 @@ from tests.support.codes import integers, lattice_points
 def use_kernels(seed: int) -> int:
     """Frames of integers and of points nearest to numbers are encoded and decoded; returns how many."""
     from spectral_surgery.codec.frame_bytes import decode_frame, encode_frame
-    from spectral_surgery.kernels.lattice import nearest
+    from spectral_surgery.kernels.nearest import nearest
 
     rng = np.random.default_rng(seed)
     points = np.empty((32, 50), np.int32)
     values = rng.standard_normal((32, 50)).astype(np.float32)
     nearest(values, np.full(50, 2, np.float32), np.zeros(4, np.float32), points)
-    frames = [points, lattice_points(rng, (70, 30), 3, np.int8), integers(rng, (70, 30), 300, np.int16)]
+    frames = [points, lattice_points(rng, (256, 512), 3, np.int8), integers(rng, (70, 30), 300, np.int16)]
     for codes in frames:
         assert np.array_equal(decode_frame(encode_frame(codes), codes.shape), codes)
     use_products(seed)

@@ -199,7 +199,7 @@ def _rounded(scaled: Array) -> Array:
 
 
 def _nearest(values: Array, step: float, costs: Array) -> Array:
-    from spectral_surgery.kernels.lattice import nearest
+    from spectral_surgery.kernels.nearest import nearest
 
     out = np.empty(values.shape, np.int32)
     nearest(np.ascontiguousarray(values), np.full(values.shape[1], 1 / step, np.float32), costs, out)
