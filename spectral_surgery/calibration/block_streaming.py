@@ -38,12 +38,12 @@ class LazyModel:
     tokenizer: Any
     names: TensorNames
     tensors: dict[str, StoredParameter]
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     bf16: bool = False
 
     def computing(self) -> torch.autocast:
         """A context to run the model in: products of bfloat16, if they are wanted, and everything else in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
     def placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch where the model is."""
@@ -80,9 +80,9 @@ class LazyModel:
         self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def fast_bfloat16(device: str) -> bool:
     """Whether products of bfloat16 are faster than those of float32."""
-    return processor().bfloat16 if device.type == "cpu" else torch.cuda.is_bf16_supported()
+    return processor().bfloat16 if device == "cpu" else torch.cuda.is_bf16_supported()
 
 
 def load_lazily(
@@ -122,11 +122,11 @@ def load_lazily(
                 name: buffer if buffer is None or buffer.is_meta else buffer.to(device)
                 for name, buffer in module._buffers.items()
             }
-        return LazyModel(outline, tokenizer, names, tensors, torch.device(device), bf16)
+        return LazyModel(outline, tokenizer, names, tensors, device, bf16)
     model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
     model.requires_grad_(requires_grad=False).to(device)
-    return LazyModel(model, tokenizer, names, {}, torch.device(device), bf16)
+    return LazyModel(model, tokenizer, names, {}, device, bf16)
 
 
 class ActivationStore:

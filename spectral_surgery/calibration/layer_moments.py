@@ -176,7 +176,7 @@ def model_and_text(
         raise ConfigError(
             "calibrate: expected an encoder or a decoder, got a model of both, which its text alone does not run."
         )
-    bf16 = not exact and fast_bfloat16(torch.device(device))
+    bf16 = not exact and fast_bfloat16(device)
     trust = data.trust_remote_code
     lazy = load_lazily(source, index, "AutoModel", trust_remote_code=trust, device=device, bf16=bf16)
     if any(expert_matrices(part) for part in lazy.model.modules()):

@@ -174,7 +174,7 @@ def compress(
         if heal is None:
             report = _finish(job, out, started)
         else:
-            report = _healed(job, unhealed, out, heal, device, started)
+            report = _healed(job, unhealed, out, heal, started, device=device)
     return replace(report, calibration=reached)
 
 
@@ -249,7 +249,7 @@ def _finish(job: Job, out: Path, started: float) -> CompressReport:
     return _report(job, manifest, copied, size, started)
 
 
-def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, device: str, started: float) -> CompressReport:
+def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float, *, device: str) -> CompressReport:
     if not unhealed.exists():
         with publishing(unhealed, overwrite=True) as folder:
             job.write(folder)

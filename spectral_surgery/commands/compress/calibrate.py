@@ -1,8 +1,8 @@
 """compress --calibrate: codes chosen so that the outputs of a model stay right, judged on some text.
 
 The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
-already compressed; then every weight is quantised with error feedback at the asked bits, or gets the best kept set of the asked
-density, and is left as a finished unit of the compression, which then encodes the rest as without text.
+already compressed; then every weight is quantised with error feedback at the asked bits, or gets the best kept set of
+the asked density, and is left as a finished unit of the compression, which then encodes the rest as without text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def calibrated(job: Job, data: TextData, device: str = "cpu") -> tuple[Job, Cove
             "--calibrate: expected --bits or --sparsity with it, got --max-error, which it minimises itself."
         )
     if job.plan.options.allocation == "slope":
-        targets = spread_targets(job.source, job.index, job.plan, data, job.store, device)
+        targets = spread_targets(job.source, job.index, job.plan, data, job.store, device=device)
         job = replace(job, plan=job.plan.with_targets(targets))
     return job, _Calibration(job).run(data, device)
 

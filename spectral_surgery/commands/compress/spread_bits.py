@@ -51,13 +51,13 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 
 
 def spread_targets(
-    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, store: UnitStore, device: str = "cpu"
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, store: UnitStore, *, device: str = "cpu"
 ) -> dict[str, Target]:
     """Targets of single tensors that together give what was asked of all; where a cost is unknown, none."""
     file, kind = store.folder / _RATES, plan.options.target.kind
     body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if body.get("key") != store.key:
-        shares = measure_shares(source, index, plan, data, device, folder=store.folder)
+        shares = measure_shares(source, index, plan, data, device=device, folder=store.folder)
         spread = spread_density if kind == "density" else spread_bits
         body = {"key": store.key, "rates": spread(shares, plan.options.target.value, REACH)}
         replace_file(file, json.dumps(body).encode())
@@ -65,7 +65,7 @@ def spread_targets(
 
 
 def measure_shares(
-    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, device: str = "cpu", *, folder: Path | None = None
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, *, device: str = "cpu", folder: Path | None = None
 ) -> dict[str, TensorCost]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
