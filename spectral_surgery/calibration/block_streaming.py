@@ -17,7 +17,6 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.hf.models import load_model, load_outline
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, names_in
 from spectral_surgery.live.blocks import has_blocks
-from spectral_surgery.matmul.dispatch import processor
 from spectral_surgery.memory import release_freed_memory
 
 
@@ -78,11 +77,6 @@ class LazyModel:
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         path, _, leaf = name.rpartition(".")
         self.model.get_submodule(path)._parameters[leaf] = parameter
-
-
-def fast_bfloat16(device: str) -> bool:
-    """Whether products of bfloat16 are faster than those of float32."""
-    return processor().bfloat16 if device == "cpu" else torch.cuda.is_bf16_supported()
 
 
 def load_lazily(

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, fast_bfloat16, load_lazily
+from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
 from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
@@ -24,6 +24,7 @@ from spectral_surgery.hf.models import longest_sequence
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
 from spectral_surgery.live.blocks import blocks_in_turn
 from spectral_surgery.live.moments import moments_of
+from spectral_surgery.live.running import fast_bfloat16
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import documents
 from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
@@ -176,7 +177,7 @@ def model_and_text(
         raise ConfigError(
             "calibrate: expected an encoder or a decoder, got a model of both, which its text alone does not run."
         )
-    bf16 = not exact and fast_bfloat16(device)
+    bf16 = not exact and fast_bfloat16(torch.device(device).type)
     trust = data.trust_remote_code
     lazy = load_lazily(source, index, "AutoModel", trust_remote_code=trust, device=device, bf16=bf16)
     if any(expert_matrices(part) for part in lazy.model.modules()):

@@ -98,7 +98,8 @@ def command(
     calibrate, heal = _texts(part)
     threads = shared.threads_or_all(workers=workers)
     with output.progress(" weights") as progress:
-        run = from_options(Run, {"workers": processes, "threads": threads, "origin": origin, "progress": progress})
+        more = {"workers": processes, "threads": threads, "origin": origin, "progress": progress, "note": output.note}
+        run = from_options(Run, more)
         if part[1] == 1:
             report = compress(path, out, options, calibrate=calibrate, heal=heal, base=before, device=device, run=run)
         elif (finished := compress_shard(path, out, options, part, base=before, run=run)) is not None:
