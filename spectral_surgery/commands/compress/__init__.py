@@ -31,6 +31,7 @@ from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.settings import Keep, TextData
+from spectral_surgery.training.loop import Clock
 
 _UNHEALED = "unhealed"  # folder of what is compressed and not yet healed
 _KEPT_SAMPLES = 128  # sequences that choose what is kept: what more of them bring, healing does in the same time
@@ -130,6 +131,7 @@ def compress(
     base: Path | None = None,
     device: str = "cpu",
     run: Run = Run(),  # noqa: B008 - frozen
+    clock: Clock = time.perf_counter,
 ) -> CompressReport:
     """Compress a checkpoint into a new folder, which appears at the end, whole.
 
@@ -144,6 +146,7 @@ def compress(
         base: checkpoint that the difference to is compressed.
         device: the model runs on it where there is text.
         run: how the work is carried out.
+        clock: tells the time that healing may take.
 
     Raises:
         CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
@@ -174,7 +177,7 @@ def compress(
         if heal is None:
             report = _finish(job, out, started)
         else:
-            report = _healed(job, unhealed, out, heal, started, device=device)
+            report = _healed(job, unhealed, out, heal, started, device=device, clock=clock)
     return replace(report, calibration=reached)
 
 
@@ -249,7 +252,9 @@ def _finish(job: Job, out: Path, started: float) -> CompressReport:
     return _report(job, manifest, copied, size, started)
 
 
-def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float, *, device: str) -> CompressReport:
+def _healed(
+    job: Job, unhealed: Path, out: Path, heal: Healing, started: float, *, device: str, clock: Clock
+) -> CompressReport:
     if not unhealed.exists():
         with publishing(unhealed, overwrite=True) as folder:
             job.write(folder)
@@ -265,6 +270,7 @@ def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float, 
         state=state,
         run=job.run,
         device=device,
+        clock=clock,
     )
     with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
         clear_folder(folder, keep=(_UNHEALED, STATE))
