@@ -167,8 +167,8 @@ class _Measurement:
         gradients = [self.store.put(probe(sample.hidden(), generator)) for sample in samples[-1]]
         means: dict[str, float] = {}
         for (name, block, matrices), inputs in zip(reversed(blocks), reversed(samples[:-1]), strict=True):
-            squared = gradient_squares(_layers(matrices))
-            with self.lazy.holding(name, ""), self.lazy.computing(), squared as squares:
+            watched = gradient_squares(_layers(matrices))
+            with self.lazy.holding(name, ""), self.lazy.computing(), watched as squares:
                 release_freed_memory()
                 pulled = (pull_back(block, sample, after()) for sample, after in zip(inputs, gradients, strict=True))
                 gradients = [self.store.put(gradient) for gradient in pulled]

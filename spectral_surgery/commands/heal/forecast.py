@@ -49,7 +49,8 @@ class Forecast:
         """Held-out loss at the end; None where no curve was measured: of blocks, and without held-out text."""
         if self.blocks > 1 or not math.isfinite(self.pace.before):
             return None
-        return self.pace.before * (1 + self.pace.steps / self._law.scale) ** -self._law.decay
+        left: float = (1 + self.pace.steps / self._law.scale) ** -self._law.decay
+        return self.pace.before * left
 
     @property
     def hopeless(self) -> bool:
