@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,13 @@ def settings(bits: tuple[float, ...], *, calibrated: bool) -> list[Setting]:
 
 
 def verified(
-    source: Path, out: Path, target: Target, *, calibrate: TextData | None = None, heal: Healing | None = None
+    source: Path,
+    out: Path,
+    target: Target,
+    *,
+    calibrate: TextData | None = None,
+    heal: Healing | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CompressReport:
     """Compress a checkpoint, and check that `decompress` gives back what was encoded.
 
@@ -70,12 +77,13 @@ def verified(
         target: of every matrix, or of all of them where text decides what each gets.
         calibrate: text to choose codes with.
         heal: how to train what is kept.
+        clock: tells the time that healing may take.
 
     Raises:
         CheckFailedError: when a tensor came back as something else.
     """
     run = Run(threads=torch.get_num_threads(), overwrite=True)
-    report = compress(source, out, CompressOptions(target), calibrate=calibrate, heal=heal, run=run)
+    report = compress(source, out, CompressOptions(target), calibrate=calibrate, heal=heal, run=run, clock=clock)
     plain = out.with_name(f"{out.name}-plain")
     failures = decompress(out, plain, verify=True, overwrite=True, threads=run.threads).failures
     shutil.rmtree(plain, ignore_errors=True)

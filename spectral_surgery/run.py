@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from spectral_surgery.pool import Team
 from spectral_surgery.progress import Progress, silent
+
+
+def _unread(sentence: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -26,3 +31,6 @@ class Run:
         default=None, metadata={"help": "The Hub repository that the source is a copy of, for the model card."}
     )
     progress: Progress = field(default=silent, metadata={"help": "Called as the work advances."})
+    note: Callable[[str], None] = field(
+        default=_unread, metadata={"help": "Called with a sentence on what is going to come of the work."}
+    )

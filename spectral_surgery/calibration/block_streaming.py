@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,31 @@ from spectral_surgery.memory import release_freed_memory
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model in float32 that reads its weights when they are needed.
+    """A model that reads its weights, as float32, when they are needed.
 
     Attributes:
         model: a transformers model; parameters that are not needed now are on the meta device.
         tokenizer: its tokenizer.
         names: where its parameters are stored.
         tensors: the same, of those that are read when they are needed; none when all are in memory for good.
+        device: where it runs.
+        bf16: whether its products are those of bfloat16, see `computing`.
     """
 
     model: Any
     tokenizer: Any
     names: TensorNames
     tensors: dict[str, StoredParameter]
+    device: str = "cpu"
+    bf16: bool = False
+
+    def computing(self) -> torch.autocast:
+        """A context to run the model in: products of bfloat16, if they are wanted, and everything else in float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+    def placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model is."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @property
     def whole(self) -> bool:
@@ -51,7 +63,7 @@ class LazyModel:
         for name in names:  # tied parameters are stored once
             key = self.tensors[name].name
             if key not in read:
-                read[key] = nn.Parameter(self.tensors[name].read().float(), requires_grad=False)
+                read[key] = nn.Parameter(self.tensors[name].read().to(self.device, torch.float32), requires_grad=False)
             self._put(name, read[key])
         try:
             yield
@@ -67,8 +79,20 @@ class LazyModel:
         self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_remote_code: bool = False) -> LazyModel:
+def load_lazily(
+    folder: Path,
+    index: CheckpointIndex,
+    auto_class: str,
+    *,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    bf16: bool = False,
+) -> LazyModel:
     """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
+
+    Args:
+        device: where it will run.
+        bf16: whether in bfloat16.
 
     Returns:
         The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
@@ -87,10 +111,16 @@ def load_lazily(folder: Path, index: CheckpointIndex, auto_class: str, *, trust_
     tied = {id(parameters[name]): stored for name, stored in tensors.items()}
     tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
     if tensors.keys() == parameters.keys() and has_blocks(outline):
-        return LazyModel(outline, tokenizer, names, tensors)
+        for module in outline.modules():
+            module._buffers |= {
+                name: buffer if buffer is None or buffer.is_meta else buffer.to(device)
+                for name, buffer in module._buffers.items()
+            }
+        return LazyModel(outline, tokenizer, names, tensors, device, bf16)
     model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
-    return LazyModel(model.requires_grad_(requires_grad=False), tokenizer, names, {})
+    model.requires_grad_(requires_grad=False).to(device)
+    return LazyModel(model, tokenizer, names, {}, device, bf16)
 
 
 class ActivationStore:
@@ -123,11 +153,11 @@ class ActivationStore:
     def _filed(self, tensor: Tensor) -> Callable[[], Tensor]:
         file = tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False)  # noqa: SIM115 - only its name
         file.close()
-        size, dtype, shape = tensor.numel(), tensor.dtype, tensor.shape
+        size, dtype, shape, device = tensor.numel(), tensor.dtype, tensor.shape, tensor.device
         torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape).copy_(tensor)
 
         def mapped() -> Tensor:
-            return torch.from_file(file.name, size=size, dtype=dtype).reshape(shape)
+            return torch.from_file(file.name, size=size, dtype=dtype).reshape(shape).to(device)
 
         weakref.finalize(mapped, Path(file.name).unlink, missing_ok=True)
         return mapped

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
 from spectral_surgery.hf.models import longest_sequence
+from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
 from spectral_surgery.live.blocks import blocks_in_turn
 from spectral_surgery.live.moments import moments_of
+from spectral_surgery.live.running import fast_bfloat16
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.examples import documents
 from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
@@ -31,6 +34,8 @@ IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time
 SAMPLES, SEQ_LENGTH = 512, 256  # usual
 BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,27 @@ def layer_moments(
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
     tokens, started = sum(map(len, sequences)), time.perf_counter()
     with closing(ActivationStore(IN_MEMORY, folder)) as store:
-        batches = equal_lengths(sequences, BATCH_TOKENS)
-        for block, module, run in blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put):
+        batches = [lazy.placed(batch) for batch in equal_lengths(sequences, BATCH_TOKENS)]
+        turns = blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put)
+        for block, module, run in _computed(lazy, turns):
             matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
             for group in _groups(matrices):
-                for matrix, moment in _moments(group, run):
+                for matrix, moment in _moments(lazy, group, run):
                     if moment is not None:
-                        yield LayerMoment(block, matrix, moment)
+                        yield LayerMoment(block, matrix, moment.cpu())
                     count += 1
                     through = tokens * count / total / (time.perf_counter() - started)
                     progress(count, total, f"{matrix.tensor}, {through:,.0f} tokens/s")
+
+
+def _computed(lazy: LazyModel, turns: Iterator[T]) -> Iterator[T]:
+    """The same, with what is computed between two of them in the arithmetic of the model, and nothing else."""
+    while True:
+        with lazy.computing():
+            turn = next(turns, None)
+        if turn is None:
+            return
+        yield turn
 
 
 def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
@@ -110,13 +126,13 @@ def _groups(matrices: Sequence[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
 
 
 def _moments(
-    group: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
+    lazy: LazyModel, group: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
 ) -> Iterator[tuple[StoredMatrix, Tensor | None]]:
     """Of each matrix of a group, while a block runs on all samples; None where no token came."""
     layers = {key: layer for matrix in group for key, layer in matrix.modules.items()}
     experts = {key: expert for matrix in group for key, expert in matrix.experts.items()}
     stop = EarlyStop([*layers, *experts])  # which is not told of the calls of experts: with them, it never ends a run
-    with moments_of(layers, stop.seen) as moments, expert_moments(experts) as of_experts:
+    with lazy.computing(), moments_of(layers, stop.seen) as moments, expert_moments(experts) as of_experts:
         for _ in run():
             stop.finished()
     moments |= of_experts
@@ -145,8 +161,14 @@ def digest_of(data: TextData) -> str:
     return f"{data.samples} x {data.seq_length} tokens of {data.digest()}"
 
 
-def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tuple[LazyModel, list[list[int]]]:
+def model_and_text(
+    source: Path, index: CheckpointIndex, data: TextData, device: str = "cpu", *, exact: bool = False
+) -> tuple[LazyModel, list[list[int]]]:
     """The model to calibrate, and token sequences to calibrate it on.
+
+    Args:
+        device: where it will run.
+        exact: compute in float32 also where products of bfloat16 are faster.
 
     Raises:
         ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
@@ -155,7 +177,11 @@ def model_and_text(source: Path, index: CheckpointIndex, data: TextData) -> tupl
         raise ConfigError(
             "calibrate: expected an encoder or a decoder, got a model of both, which its text alone does not run."
         )
-    lazy = load_lazily(source, index, "AutoModel", trust_remote_code=data.trust_remote_code)
+    bf16 = not exact and fast_bfloat16(torch.device(device).type)
+    trust = data.trust_remote_code
+    lazy = load_lazily(source, index, "AutoModel", trust_remote_code=trust, device=device, bf16=bf16)
+    if any(expert_matrices(part) for part in lazy.model.modules()):
+        lazy = replace(lazy, bf16=False)  # many experts multiply activations by their matrices without a cast
     data, causal = data.with_usual(SAMPLES, SEQ_LENGTH), is_causal(index.config)
     length = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length)
     texts = documents(data.file, causal=causal)

@@ -61,13 +61,16 @@ _SHOWN = 12  # tensors listed in text; --json lists all
     *(DistillSettings, "steps", "minutes"),
     help={"steps": "Optimizer steps of --heal.", "minutes": "Time budget for --heal, instead of --steps."},
 )
+@click.option("--device", default="cpu", show_default=True, help="Of --calibrate and --heal: cpu or cuda.")
 @options_of(Run, "workers")
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
-def command(source: str, out: Path, base: str | None, workers: int, shard: str | None, dry_run: bool) -> None:
+def command(
+    source: str, out: Path, base: str | None, device: str, workers: int, shard: str | None, dry_run: bool
+) -> None:
     """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
 
     Exactly one of --sparsity, --bits and --max-error says how small or how exact. OUT appears at the end, whole; a run
@@ -95,9 +98,10 @@ def command(source: str, out: Path, base: str | None, workers: int, shard: str |
     calibrate, heal = _texts(part)
     threads = shared.threads_or_all(workers=workers)
     with output.progress(" weights") as progress:
-        run = from_options(Run, {"workers": processes, "threads": threads, "origin": origin, "progress": progress})
+        more = {"workers": processes, "threads": threads, "origin": origin, "progress": progress, "note": output.note}
+        run = from_options(Run, more)
         if part[1] == 1:
-            report = compress(path, out, options, calibrate=calibrate, heal=heal, base=before, run=run)
+            report = compress(path, out, options, calibrate=calibrate, heal=heal, base=before, device=device, run=run)
         elif (finished := compress_shard(path, out, options, part, base=before, run=run)) is not None:
             report = finished
         else:

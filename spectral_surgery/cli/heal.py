@@ -64,7 +64,7 @@ def command(compressed: str, teacher: str, out: Path, blocks: bool, device: str,
     path, _ = access.resolve(compressed)
     original, origin = access.others().resolve(teacher)
     with output.progress(" steps", quiet=quiet or not first) as progress:
-        more = {"threads": shared.threads_or_all(), "origin": origin, "progress": progress}
+        more = {"threads": shared.threads_or_all(), "origin": origin, "progress": progress, "note": output.note}
         report = workflow.heal(
             path, original, out, data, settings, blocks=blocks, device=device, run=from_options(Run, more)
         )

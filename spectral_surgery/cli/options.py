@@ -26,6 +26,7 @@ import click
 F = TypeVar("F", bound=Callable[..., object])
 T = TypeVar("T")
 
+_OPEN_FLAG = bool | None  # what happens without the option, code decides
 _NAME = re.compile(r"[\w.\-]+")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -55,15 +56,17 @@ class SettingOption(click.Option):
         more, hint = field.metadata, get_type_hints(self.settings)[field.name]
         default = field.default if isinstance(settings, type) else getattr(settings, field.name)
         several, unset = bool(more.get("repeatable")), more.get("unset") if default == field.default else None
-        has_default = default not in (MISSING, ()) and unset is None
+        has_default, flag = default not in (MISSING, ()) and unset is None, hint in (bool, _OPEN_FLAG)
         value: dict[str, Any] = {"default": default} if has_default else {}  # None would be a default for click too
+        if hint == _OPEN_FLAG:
+            value = {"default": None}  # click would take False
         text = help or more.get("help", "")
         super().__init__(
             param_decls,
             type=str if several else type_of(hint, more),
             required=required and default is MISSING,
             multiple=several,
-            is_flag=hint is bool,
+            is_flag=flag,
             help=f"{text}  [default: {unset}]" if unset else text,
             metavar=more.get("metavar"),
             show_default=has_default and default is not None and default is not False,
@@ -88,10 +91,12 @@ def options_of(
         required: whether fields without a default have to be given; see `optional_settings`.
     """
     known = {field.name: field for field in fields(settings)}
+    known_by = settings if isinstance(settings, type) else type(settings)
 
     def decorate(function: F) -> F:
         for name in reversed(only or tuple(known)):
-            usual = f"--{name}/--no-{name}" if known[name].default is True else f"--{name}"
+            two_sided = known[name].default is True or get_type_hints(known_by)[name] == _OPEN_FLAG
+            usual = f"--{name}/--no-{name}" if two_sided else f"--{name}"
             names = (flags or {}).get(name, usual.replace("_", "-")).split()
             more = {"settings": settings, "field": known[name], "required": required, "help": (help or {}).get(name)}
             function = click.option(*names, *known[name].metadata.get("flags", ()), cls=SettingOption, **more)(function)

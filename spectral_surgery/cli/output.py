@@ -112,6 +112,12 @@ def notes(sentences: Iterable[str]) -> Iterator[str]:
     return (f"note: {sentence}" for sentence in sentences)
 
 
+def note(sentence: str) -> None:
+    """A line on stderr while the work goes on, unless --quiet; warnings always."""
+    if sentence.startswith("warning") or not click.get_current_context().params["quiet"]:
+        click.echo(sentence, err=True)
+
+
 def by_reason(what: str, reasons: Mapping[str, str]) -> Iterator[str]:
     """A line for each reason, with the first of the names that share it."""
     names: dict[str, list[str]] = {}

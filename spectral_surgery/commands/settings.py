@@ -19,9 +19,9 @@ class Healing:
     keep: Keep | None = field(
         default=None,
         metadata={
-            "help": "With --sparsity and --heal, without --calibrate: keep the coefficients that count most on the"
-            " text, or the largest.",
-            "unset": "largest of language models, else important",
+            "help": "With --sparsity and --heal, without --calibrate: keep what calibration on the text of --heal"
+            " chooses, the coefficients that count most on it, or the largest.",
+            "unset": "calibrated of language models, else important",
         },
     )
 

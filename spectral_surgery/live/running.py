@@ -7,12 +7,19 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectral_surgery.errors import SpectralSurgeryError, TargetError
+from spectral_surgery.matmul.dispatch import processor
 
 _RAISED = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 _LONGEST = 240  # characters of a cause
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on a type of device."""
+    return processor().bfloat16 if device == "cpu" else torch.cuda.is_bf16_supported()
 
 
 @contextmanager

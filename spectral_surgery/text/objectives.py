@@ -33,8 +33,8 @@ class Objective:
         loss: (outputs of the student, of the teacher, batch) to a scalar.
         project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the
             curvature of the loss where the student is the teacher, up to a factor.
-        keep: which coefficients healing starts with, the ``important`` or the ``largest``: what was better on the
-            models at hand.
+        keep: which coefficients healing starts with, the best on the models at hand: those that calibration chooses,
+            the ``important`` or the ``largest``.
         batch_size: usual sequences of a step.
         seq_length: usual tokens of a sequence at most.
     """
@@ -172,7 +172,7 @@ OBJECTIVES: Table[Objective] = Table(
             _plain,
             _tokens,
             _project_tokens,
-            "largest",
+            "calibrated",
             4,
             256,
         ),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from spectral_surgery.errors import ConfigError
 
-Keep = Literal["important", "largest"]
+Keep = Literal["calibrated", "important", "largest"]
 TaskName = Literal["causal-lm", "classification", "regression", "similarity"]
 TRUST = {"help": "Run the code that a model brings along (auto_map in config.json); read it first."}
 

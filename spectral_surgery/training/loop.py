@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spectral_surgery.distributed import average, rank, world
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.writer import tensor_entry, write_file
-from spectral_surgery.live.running import differentiating, not_differentiable
+from spectral_surgery.live.running import differentiating, fast_bfloat16, not_differentiable
 from spectral_surgery.progress import Progress
 from spectral_surgery.training.settings import DistillSettings
 
@@ -61,6 +61,25 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What is known of a training after its first steps.
+
+    Attributes:
+        steps: that are planned, or fit into the minutes.
+        seconds: of a step, with its share of the evaluations.
+        before: held-out loss before training; not finite without held-out batches.
+    """
+
+    steps: int
+    seconds: float
+    before: float
+
+
+def _unheard(pace: Pace) -> None:
+    pass
+
+
+@dataclass(frozen=True)
 class Training:
     """What is trained.
 
@@ -73,6 +92,7 @@ class Training:
         key: what decides the result: work of another key is not taken up.
         refresh: sets what is derived from the parameters, before they are judged and when they are final.
         needed: parameters of which one at least must get a gradient.
+        told: called once, after the first steps, with what they took.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -83,6 +103,7 @@ class Training:
     key: str = ""
     refresh: Callable[[], None] = lambda: None
     needed: Sequence[Tensor] = ()
+    told: Callable[[Pace], None] = _unheard
 
 
 def distillation(
@@ -127,6 +148,7 @@ class _Run:
         self.earlier, self.began = 0.0, clock()  # seconds of the runs before; when this one began
         self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds of steps
         self.judging = 0.0  # seconds of the last evaluation
+        self.told = False
 
     def all(self) -> LossCurve:
         if not self._resumed():
@@ -140,6 +162,7 @@ class _Run:
             self.curve.step += 1
             self.recent.append(self._passed())
             self._plan()
+            self._tell()
             self.progress(self.curve.step, self.curve.steps, f"loss {losses[-1]:.4f}")
             if self.curve.step % self.settings.eval_every == 0 or self.curve.step == self.curve.steps:
                 self._evaluate(losses)
@@ -162,10 +185,20 @@ class _Run:
 
     def _plan(self) -> None:
         """With minutes, as many steps as fit into what is left of them, with the evaluation at their end."""
-        each = sum(self.recent) / len(self.recent) + self.judging / self.settings.eval_every
+        each = self._each()
         if not self.settings.steps and each > 0:
             left = 60 * self.settings.minutes - self.curve.seconds - self.judging
             self.curve.steps = self.curve.step + max(0, round(left / each))
+
+    def _each(self) -> float:
+        """Seconds of a step, with its share of the evaluations."""
+        return sum(self.recent) / len(self.recent) + self.judging / self.settings.eval_every
+
+    def _tell(self) -> None:
+        if not self.told and (len(self.recent) == _RECENT or self.curve.step >= self.curve.steps):
+            self.told = True
+            before = self.curve.held_out[0][1] if self.curve.held_out else math.nan
+            self.work.told(Pace(self.curve.steps, self._each(), before))
 
     def _step(self) -> float:
         for group in self.optimizer.param_groups:
@@ -197,7 +230,9 @@ class _Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         device = next(iter(self.parameters.values())).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bf16):
+        asked = self.settings.bf16
+        enabled = fast_bfloat16(device.type) if asked is None else asked
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return self.work.loss({name: tensor.to(device) for name, tensor in batch.items()})
 
     def _held_out(self) -> float:

@@ -32,7 +32,9 @@ class DistillSettings:
         default=4, metadata={"help": "Evaluations without improvement before stopping; 0 for never.", "least": 0}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16.", "unset": "where products of it are fast"}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the batches."})
 
     def __post_init__(self) -> None:

@@ -80,15 +80,18 @@ def test_the_command_keeps_by_importance_and_says_so(tmp_path: Path, bert: Path,
     assert all(own in card for own in ("--keep important", "--allocation even"))
 
 
-def test_language_models_keep_the_largest(tmp_path: Path, text: Path) -> None:
+def test_language_models_keep_what_calibration_chooses(tmp_path: Path, text: Path) -> None:
     source, data = save_model("llama", tmp_path / "model"), TextData(text, 0, 16, 16)
     plain = replace(SPARSE, allocation="even")
     report = compress(source, tmp_path / "out", plain, heal=Healing(data, FEW))
     assert report.manifest.options["importance"] is None
+    assert str(report.manifest.options["calibration"]).startswith("128 x 16 tokens")
+    report = compress(source, tmp_path / "largest", plain, heal=Healing(data, FEW, "largest"))
+    assert report.manifest.options["calibration"] is None
     report = compress(source, tmp_path / "asked", plain, heal=Healing(data, FEW, "important"))
     assert report.manifest.options["importance"]
     with pytest.raises(ConfigError, match="allocation: expected even without text, got slope"):
-        compress(source, tmp_path / "slope", SPARSE, heal=Healing(data, FEW))
+        compress(source, tmp_path / "slope", SPARSE, heal=Healing(data, FEW, "largest"))
 
 
 def test_what_is_kept_can_only_be_asked_for_where_something_is_dropped(tmp_path: Path, bert: Path, text: Path) -> None:

@@ -31,8 +31,10 @@ from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.settings import Keep, TextData
+from spectral_surgery.training.loop import Clock
 
 _UNHEALED = "unhealed"  # folder of what is compressed and not yet healed
+_KEPT_SAMPLES = 128  # sequences that choose what is kept: what more of them bring, healing does in the same time
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,24 @@ def compress(
     calibrate: TextData | None = None,
     heal: Healing | None = None,
     base: Path | None = None,
+    device: str = "cpu",
     run: Run = Run(),  # noqa: B008 - frozen
+    clock: Clock = time.perf_counter,
 ) -> CompressReport:
     """Compress a checkpoint into a new folder, which appears at the end, whole.
 
-    The bytes do not depend on workers, threads or interruptions.
+    The bytes do not depend on workers, threads or interruptions; with text they depend on the device a little.
+
+    Args:
+        source: checkpoint.
+        out: folder to create.
+        options: how small or how exact.
+        calibrate: text to choose codes by.
+        heal: how to train what is kept.
+        base: checkpoint that the difference to is compressed.
+        device: the model runs on it where there is text.
+        run: how the work is carried out.
+        clock: tells the time that healing may take.
 
     Raises:
         CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
@@ -143,7 +158,10 @@ def compress(
         raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
     if calibrate and heal and heal.keep is not None:
         raise ConfigError(f"--keep {heal.keep}: expected without --calibrate, which chooses itself, got both.")
-    important = calibrate is None and heal is not None and keeps_important(source, options, heal.keep)
+    keep = kept_by(source, options, heal.keep) if heal and calibrate is None else None
+    if heal and keep == "calibrated":
+        calibrate = replace(heal.data, samples=heal.data.samples or _KEPT_SAMPLES)
+    important = keep == "important"
     options = _with_choices(options, calibrate, heal.data if heal and important else None)
     check_apart(source, out)
     check_apart(base or source, out)
@@ -152,14 +170,14 @@ def compress(
         job, unhealed, reached = begun, begun.folder / _UNHEALED, None
         if not (heal and _is_there(unhealed, plan)):
             if calibrate:
-                job, reached = calibrated(job, calibrate)
+                job, reached = calibrated(job, calibrate, device)
             elif heal and important:
                 keep_important(job, heal.data)
             job.encode()
         if heal is None:
             report = _finish(job, out, started)
         else:
-            report = _healed(job, unhealed, out, heal, started)
+            report = _healed(job, unhealed, out, heal, started, device=device, clock=clock)
     return replace(report, calibration=reached)
 
 
@@ -195,8 +213,8 @@ def compress_shard(
         return _finish(job, out, started)
 
 
-def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -> bool:
-    """Whether healing keeps the coefficients that count most, and not the largest.
+def kept_by(source: Path, options: CompressOptions, keep: Keep | None) -> Keep | None:
+    """How the coefficients that are healed are chosen; None where all are.
 
     Raises:
         ConfigError: when keep is given and no density is asked for.
@@ -204,8 +222,8 @@ def keeps_important(source: Path, options: CompressOptions, keep: Keep | None) -
     if options.target.kind != "density":
         if keep is not None:
             raise ConfigError(f"--keep {keep}: goes with --sparsity; with --bits and --max-error nothing is dropped.")
-        return False
-    return (keep or objective_of(read_index(source).config).keep) == "important"
+        return None
+    return keep or objective_of(read_index(source).config).keep
 
 
 def _with_choices(options: CompressOptions, calibrate: TextData | None, important: TextData | None) -> CompressOptions:
@@ -234,7 +252,9 @@ def _finish(job: Job, out: Path, started: float) -> CompressReport:
     return _report(job, manifest, copied, size, started)
 
 
-def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float) -> CompressReport:
+def _healed(
+    job: Job, unhealed: Path, out: Path, heal: Healing, started: float, *, device: str, clock: Clock
+) -> CompressReport:
     if not unhealed.exists():
         with publishing(unhealed, overwrite=True) as folder:
             job.write(folder)
@@ -242,7 +262,15 @@ def _healed(job: Job, unhealed: Path, out: Path, heal: Healing, started: float) 
     checkpoint = open_compressed(unhealed)
     state = job.folder / STATE
     entries, healed = heal_checkpoint(
-        checkpoint, job.index, job.source, data=heal.data, settings=heal.settings, state=state, run=job.run
+        checkpoint,
+        job.index,
+        job.source,
+        data=heal.data,
+        settings=heal.settings,
+        state=state,
+        run=job.run,
+        device=device,
+        clock=clock,
     )
     with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
         clear_folder(folder, keep=(_UNHEALED, STATE))

@@ -1,8 +1,8 @@
 """compress --calibrate: codes chosen so that the outputs of a model stay right, judged on some text.
 
 The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
-already compressed; then every weight is quantised with error feedback at the asked rate, and left as a finished unit
-of the compression, which then encodes the rest as without text.
+already compressed; then every weight is quantised with error feedback at the asked bits, or gets the best kept set of
+the asked density, and is left as a finished unit of the compression, which then encodes the rest as without text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from spectral_surgery.calibration.kept_set import in_domain, kept_codes
 from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_text
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
@@ -25,8 +26,12 @@ from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.settings import TextData
 
 
-def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
+def calibrated(job: Job, data: TextData, device: str = "cpu") -> tuple[Job, Coverage]:
     """Choose codes with text to judge by, and leave them as finished units.
+
+    Args:
+        data: text.
+        device: blocks run on it; codes are chosen on the CPU.
 
     Returns:
         The job, with a rate for each tensor when rates are spread; and what was reached.
@@ -39,20 +44,20 @@ def calibrated(job: Job, data: TextData) -> tuple[Job, Coverage]:
             "--calibrate: expected --bits or --sparsity with it, got --max-error, which it minimises itself."
         )
     if job.plan.options.allocation == "slope":
-        targets = spread_targets(job.source, job.index, job.plan, data, job.store)
+        targets = spread_targets(job.source, job.index, job.plan, data, job.store, device=device)
         job = replace(job, plan=job.plan.with_targets(targets))
-    return job, _Calibration(job).run(data)
+    return job, _Calibration(job).run(data, device)
 
 
 @dataclass(frozen=True)
 class _Calibration:
     job: Job
 
-    def run(self, data: TextData) -> Coverage:
+    def run(self, data: TextData, device: str) -> Coverage:
         """Calibrate block after block."""
         job, plan = self.job, self.job.plan
         planned = {tensor.info.name: tensor for tensor in plan.tensors}
-        lazy, sequences = model_and_text(job.source, job.index, data)
+        lazy, sequences = model_and_text(job.source, job.index, data, device)
         reasons = reasons_of(lazy.model, lazy.names, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
         turns = layer_moments(lazy, sequences, wanted, folder=job.store.folder, progress=job.run.progress)
@@ -70,7 +75,7 @@ class _Calibration:
         release_freed_memory()
         job, options = self.job, self.job.plan.options
         basis = Basis(options.transform, options.tile, tensor.axes)
-        weight = turn.matrix.weight.float()
+        weight = turn.matrix.weight.float().cpu()
         codes = finished_codes(job.store, job.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
@@ -81,22 +86,25 @@ class _Calibration:
         return done
 
     def _chosen(self, turn: LayerMoment, tensor: PlannedTensor, weight: Tensor, basis: Basis) -> Codes:
-        """Codes with error feedback, which are left in the store too."""
+        """Codes with error feedback, or of the best kept set, which are left in the store too."""
         coefficients = basis.forward(weight)
         job, turned = self.job, coefficients.T.contiguous() if turn.transposed else coefficients
         target = tensor.target or job.plan.options.target
-        factor = feedback_factor(turn.moment, basis)
-        release_freed_memory()
-        quantizer = job.plan.options.quantizer
-        codes = codes_at(
-            turned,
-            factor,
-            target,
-            basis,
-            quantizer=quantizer,
-            column_steps=not turn.transposed,
-            threads=job.run.threads,
-        )
+        if target.kind == "density":
+            codes = kept_codes(turned, in_domain(turn.moment, basis), target.value)
+        else:
+            factor = feedback_factor(turn.moment, basis)
+            release_freed_memory()
+            quantizer = job.plan.options.quantizer
+            codes = codes_at(
+                turned,
+                factor,
+                target,
+                basis,
+                quantizer=quantizer,
+                column_steps=not turn.transposed,
+                threads=job.run.threads,
+            )
         codes = codes.T if turn.transposed else codes
         leave_codes(job.store, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

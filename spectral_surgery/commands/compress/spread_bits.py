@@ -51,13 +51,13 @@ _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the blo
 
 
 def spread_targets(
-    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, store: UnitStore
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, store: UnitStore, *, device: str = "cpu"
 ) -> dict[str, Target]:
     """Targets of single tensors that together give what was asked of all; where a cost is unknown, none."""
     file, kind = store.folder / _RATES, plan.options.target.kind
     body = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if body.get("key") != store.key:
-        shares = measure_shares(source, index, plan, data, folder=store.folder)
+        shares = measure_shares(source, index, plan, data, device=device, folder=store.folder)
         spread = spread_density if kind == "density" else spread_bits
         body = {"key": store.key, "rates": spread(shares, plan.options.target.value, REACH)}
         replace_file(file, json.dumps(body).encode())
@@ -65,7 +65,7 @@ def spread_targets(
 
 
 def measure_shares(
-    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, *, folder: Path | None = None
+    source: Path, index: CheckpointIndex, plan: Plan, data: TextData, *, device: str = "cpu", folder: Path | None = None
 ) -> dict[str, TensorCost]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
@@ -73,11 +73,11 @@ def measure_shares(
         By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
         model without a list of blocks, or that changes hidden states between them.
     """
-    lazy, sequences = model_and_text(source, index, data)
+    lazy, sequences = model_and_text(source, index, data, device)
     if not has_blocks(lazy.model):
         return {}
     causal = is_causal(index.config)
-    batches = equal_lengths(_part(sequences), BATCH_TOKENS)
+    batches = [lazy.placed(batch) for batch in equal_lengths(_part(sequences), BATCH_TOKENS)]
     with closing(ActivationStore(IN_MEMORY, folder)) as store, suppress(UnchainedError):
         return _Measurement(index, plan, lazy, store).run(batches, causal=causal)
     return {}
@@ -138,19 +138,19 @@ class _Measurement:
         embeddings that are compressed.
         """
         prefix, modules = find_blocks(self.lazy.model)
-        with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."):
+        with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."), self.lazy.computing():
             samples = [[captured_inputs(self.lazy.model, modules, batch, self.store.put) for batch in batches]]
             planned = {tensor.info.name for tensor in self.plan.tensors}
             power = {name: _power(table.weight) for name, table in self._tables() if name in planned}
         errors: dict[str, float] = {}
         for name, block, matrices in blocks:
             with self.lazy.holding(name, ""):
-                with moments_of(_layers(matrices)) as moments:
+                with self.lazy.computing(), moments_of(_layers(matrices)) as moments:
                     samples.append(next_inputs(block, samples[-1], self.store.put))
                 for matrix in matrices:
                     seen = [moments[key] for key in matrix.layers if key in moments]
                     if seen:
-                        noise = feedback_noise(seen[0], self._basis(matrix.tensor))
+                        noise = feedback_noise(seen[0].cpu(), self._basis(matrix.tensor))
                         errors[matrix.tensor] = _power(matrix.weight) * noise
                         del seen
                         release_freed_memory()
@@ -167,7 +167,8 @@ class _Measurement:
         gradients = [self.store.put(probe(sample.hidden(), generator)) for sample in samples[-1]]
         means: dict[str, float] = {}
         for (name, block, matrices), inputs in zip(reversed(blocks), reversed(samples[:-1]), strict=True):
-            with self.lazy.holding(name, ""), gradient_squares(_layers(matrices)) as squares:
+            watched = gradient_squares(_layers(matrices))
+            with self.lazy.holding(name, ""), self.lazy.computing(), watched as squares:
                 release_freed_memory()
                 pulled = (pull_back(block, sample, after()) for sample, after in zip(inputs, gradients, strict=True))
                 gradients = [self.store.put(gradient) for gradient in pulled]

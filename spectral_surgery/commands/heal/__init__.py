@@ -18,6 +18,7 @@ from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import healed_command
 from spectral_surgery.commands.heal.blocks import heal_blocks
+from spectral_surgery.commands.heal.forecast import Forecast
 from spectral_surgery.commands.heal.recode import recoded
 from spectral_surgery.commands.heal.whole_model import Healed, HealSession, heal_whole
 from spectral_surgery.distributed import rank, wait_for_all, world
@@ -34,7 +35,7 @@ from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.settings import TextData
-from spectral_surgery.training.loop import Clock, LossCurve
+from spectral_surgery.training.loop import Clock, LossCurve, Pace
 from spectral_surgery.training.plot import plot_training
 from spectral_surgery.training.settings import DistillSettings
 
@@ -57,6 +58,7 @@ class HealReport:
         seconds: wall time.
         peak_rss_bytes: largest resident memory of this process so far.
         blocks: of block-wise healing, the held-out relative error of every block before and after.
+        forecast: what was expected after the first steps; None when none were left to do.
     """
 
     manifest: Manifest
@@ -67,6 +69,7 @@ class HealReport:
     seconds: float
     peak_rss_bytes: int
     blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    forecast: Forecast | None = None
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json`` and the file of metrics."""
@@ -77,6 +80,7 @@ class HealReport:
             "held_out_after": self.curve.best,
             "best_step": self.curve.best_step,
             "curve": asdict(self.curve),
+            "forecast": self.forecast.to_json() if self.forecast else None,
             "blocks": self.blocks,
             "trained_weights": self.trained[0],
             "trained_coefficients": self.trained[1],
@@ -168,10 +172,19 @@ def heal_checkpoint(
     started = time.perf_counter()
     objective = objective_of(index.config)
     state.mkdir(parents=True, exist_ok=True)
-    key = _key(checkpoint, data, settings, blocks=blocks)
-    session = HealSession(checkpoint, index, teacher, data, device, state, key, run.threads, clock)
+    key, forecasts = _key(checkpoint, data, settings, blocks=blocks), list[Forecast]()
+
+    def told(pace: Pace, count: int) -> None:
+        forecasts.append(Forecast(pace, session.rounded, objective.name == "tokens", count))
+        for sentence in forecasts[0].sentences() if rank() == 0 else ():
+            run.note(sentence)
+
+    session = HealSession(checkpoint, index, teacher, data, device, state, key, run.threads, clock, told)
     healed = (heal_blocks if blocks else heal_whole)(session, objective, settings, run.progress)
-    return _result(session, healed, objective.name, time.perf_counter() - started)
+    if not blocks and healed.curve.best_step == 0:
+        run.note("warning: no step was better than none on held-out text; what was there before is kept")
+    entries, report = _result(session, healed, objective.name, time.perf_counter() - started)
+    return entries, replace(report, forecast=forecasts[0] if forecasts else None)
 
 
 def write_healed(

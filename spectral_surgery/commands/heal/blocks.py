@@ -65,7 +65,7 @@ def heal_blocks(session: HealSession, objective: Objective, settings: DistillSet
             with lazy.holding(f"{name}."):
                 wanted = next_inputs(block, wanted, store.put)
                 of_stage = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names)
+                turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names, len(blocks))
                 _heal_block(session, turn, left.share(len(blocks) - number, healed), of_stage, healed)
                 inputs = next_inputs(turn.block, inputs, store.put)
                 del turn  # and the trained block with it, before the next one is read
@@ -102,7 +102,7 @@ def _put_parts(session: HealSession, names: TensorNames, block: nn.Module, prefi
 
 @dataclass
 class _Turn:
-    """A block, what it is given, and what it should give; the first samples are to train on."""
+    """A block of several, what it is given, and what it should give; the first samples are to train on."""
 
     name: str
     block: nn.Module
@@ -110,6 +110,7 @@ class _Turn:
     targets: Sequence[Held]
     train: int
     names: TensorNames
+    blocks: int
 
 
 def _heal_block(
@@ -150,6 +151,7 @@ def _heal_block(
         session.folder / f"{name}.safetensors",
         f"{session.key} {name}",
         session.hold_rate(student),
+        told=(lambda _: None) if healed.blocks else (lambda pace: session.told(pace, turn.blocks)),
     )
     curve = train(work, settings, progress, session.clock)
     for path, parts in each_kept_spectrum(student):

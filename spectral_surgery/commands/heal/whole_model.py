@@ -31,7 +31,7 @@ from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.sequences import padded
 from spectral_surgery.text.settings import TextData
-from spectral_surgery.training.loop import Batch, Clock, LossCurve, Training, distillation, train, trained
+from spectral_surgery.training.loop import Batch, Clock, LossCurve, Pace, Training, distillation, train, trained
 from spectral_surgery.training.settings import DistillSettings
 
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
@@ -51,6 +51,7 @@ class HealSession:
         key: of this very work.
         threads: frames encoded at once.
         clock: tells the time.
+        told: called with the pace of the first steps, and the number of blocks that are trained one by one.
     """
 
     checkpoint: CompressedCheckpoint
@@ -62,6 +63,7 @@ class HealSession:
     key: str
     threads: int
     clock: Clock
+    told: Callable[[Pace, int], None]
 
     @property
     def rounded(self) -> bool:
@@ -182,6 +184,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         session.key,
         session.hold_rate(student),
         _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
+        lambda pace: session.told(pace, 1),
     )
     healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
     for name, parts in each_kept_spectrum(student):

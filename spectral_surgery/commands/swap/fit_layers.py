@@ -103,7 +103,7 @@ def distill(
 
         if steps:
             warm_up = max(1, round(_WARM_UP * steps))
-            how = DistillSettings(steps, 0.0, rate, warm_up, eval_every=steps, seed=seed)
+            how = DistillSettings(steps, 0.0, rate, warm_up, eval_every=steps, bf16=False, seed=seed)
             work = Training(parameters, loss, batch)
             train(work, how, lambda done, _, what: progress(before + done, both, what))
 
