@@ -17,6 +17,7 @@ from benchmarks.cases import (
     rate,
     smollm2,
     spectral_matmul,
+    speech,
     speed,
     text,
 )
@@ -79,6 +80,13 @@ CASES = Table(
             encoder.run,
             takes=encoder.TAKES,
             notes=encoder.NOTES,
+        ),
+        BenchCase(
+            "speech",
+            "Whisper base compressed: size, error and loss on sentences that espeak-ng speaks",
+            speech.run,
+            takes=speech.TAKES,
+            notes=speech.NOTES,
         ),
     ),
 )
