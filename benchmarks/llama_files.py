@@ -19,6 +19,7 @@ PACKAGE = "llama_cpp"
 TYPES = ("Q8_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K")
 _PLAIN = "F16"  # near enough to the dense model to show that both read the same tokens in the same way
 _SAME = 1e-3  # nats per token
+_quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)  # must outlive its use
 
 
 def installed() -> bool:
@@ -93,6 +94,7 @@ def quantised(file: Path, out: Path, name: str) -> Path:
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{name}")
     settings.allow_requantize = True
     settings.nthread = torch.get_num_threads()
+    library.llama_log_set(_quiet, None)
     failed = library.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(settings))
     require(not failed and out.is_file(), f"llama.cpp: {name} was not written, code {failed}")
     return out

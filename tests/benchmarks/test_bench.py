@@ -46,6 +46,14 @@ def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPat
         runner.run_cases(["good", "odd"])
 
 
+def test_the_stamp_says_what_the_processor_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"flags": ["fpu avx2 avx512f avx512_vnni"] * 2, "model name": ["A processor"] * 2}
+    monkeypatch.setattr(runner, "_cpuinfo", fields.__getitem__)
+    assert runner.stamp() | {"device": "A processor", "arithmetic": "AVX2 and AVX-512 and int8"} == runner.stamp()
+    monkeypatch.setattr(runner, "_cpuinfo", lambda _: [])
+    assert runner.stamp()["arithmetic"] == "unknown"
+
+
 def test_names_are_those_of_the_commands() -> None:
     assert list(bench.CASES) == [
         "coding",
