@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -36,34 +37,43 @@ class Setting:
         name: how users choose it.
         target: what is asked for.
         calibrated: whether codes are chosen with text.
+        quantizer: that is asked for; None for the usual one.
     """
 
     name: str
     target: Target
     calibrated: bool = False
+    quantizer: Literal["lattice", "scalar"] | None = None
 
     @property
     def method(self) -> str:
         """What it belongs to, in a plot."""
-        return "spectral, calibrated" if self.calibrated else "spectral"
+        return ", ".join(filter(None, ("spectral", "calibrated" if self.calibrated else "", self.quantizer or "")))
 
     @property
     def label(self) -> str:
-        """The option that asks for it."""
+        """The options that ask for it."""
         option = "--bits" if self.target.kind == "bits" else "--sparsity"
-        return f"{option} {self.target.value:g}"
+        return f"{option} {self.target.value:g}" + (f" --quantizer {self.quantizer}" if self.quantizer else "")
+
+    @property
+    def options(self) -> CompressOptions:
+        """What `compress` is given."""
+        return CompressOptions(self.target, quantizer=self.quantizer)
 
 
-def settings(bits: tuple[float, ...], *, calibrated: bool) -> list[Setting]:
+def settings(
+    bits: tuple[float, ...], *, calibrated: bool, quantizer: Literal["lattice", "scalar"] | None = None
+) -> list[Setting]:
     """Settings at several rates, in bits per weight."""
-    before = "calibrated-" if calibrated else ""
-    return [Setting(f"{before}{value:g}", Target("bits", value), calibrated) for value in bits]
+    before, after = "calibrated-" if calibrated else "", f"-{quantizer}" if quantizer else ""
+    return [Setting(f"{before}{value:g}{after}", Target("bits", value), calibrated, quantizer) for value in bits]
 
 
 def verified(
     source: Path,
     out: Path,
-    target: Target,
+    options: CompressOptions,
     *,
     calibrate: TextData | None = None,
     heal: Healing | None = None,
@@ -74,7 +84,7 @@ def verified(
     Args:
         source: plain checkpoint.
         out: folder to be written; one that is there is replaced.
-        target: of every matrix, or of all of them where text decides what each gets.
+        options: the target is that of every matrix, or of all of them where text decides what each gets.
         calibrate: text to choose codes with.
         heal: how to train what is kept.
         clock: tells the time that healing may take.
@@ -83,12 +93,17 @@ def verified(
         CheckFailedError: when a tensor came back as something else.
     """
     run = Run(threads=torch.get_num_threads(), overwrite=True)
-    report = compress(source, out, CompressOptions(target), calibrate=calibrate, heal=heal, run=run, clock=clock)
+    report = compress(source, out, options, calibrate=calibrate, heal=heal, run=run, clock=clock)
     plain = out.with_name(f"{out.name}-plain")
     failures = decompress(out, plain, verify=True, overwrite=True, threads=run.threads).failures
     shutil.rmtree(plain, ignore_errors=True)
     require(not failures, f"{out.name}: {'; '.join(failures[:3])}")
     return report
+
+
+def cpu_time() -> float:
+    """Seconds that all cores of this process together had, over their number: other work on the machine counts not."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def require_same_errors(report: CompressReport, judged: EvalReport) -> None:

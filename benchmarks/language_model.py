@@ -12,6 +12,7 @@ import torch
 
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
 
+POSITIONS, EPSILON = 2048, 1e-6
 _HEAD = 64  # width of an attention head
 
 
@@ -24,24 +25,35 @@ class Size:
         inner: width inside the feed-forward layers.
         layers: number of them.
         words: of the vocabulary.
+        key_heads: heads of keys and values; None for as many as of queries.
+        tied: whether the output layer is the embedding.
     """
 
     hidden: int
     inner: int
     layers: int
     words: int
+    key_heads: int | None = None
+    tied: bool = True
+
+    @property
+    def heads(self) -> int:
+        """Of queries."""
+        return self.hidden // _HEAD
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by its name; the output layer is tied to the embedding."""
-        wide, inner = self.hidden, self.inner
+        """Shape of every tensor by its name."""
+        wide, inner, keys = self.hidden, self.inner, _HEAD * (self.key_heads or self.heads)
         found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.words, wide)}
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
-            found |= {f"{prefix}.self_attn.{name}_proj.weight": (wide, wide) for name in "qkvo"}
+            found |= {f"{prefix}.self_attn.{name}_proj.weight": (wide, wide) for name in "qo"}
+            found |= {f"{prefix}.self_attn.{name}_proj.weight": (keys, wide) for name in "kv"}
             found |= {f"{prefix}.mlp.{name}_proj.weight": (inner, wide) for name in ("gate", "up")}
             found[f"{prefix}.mlp.down_proj.weight"] = (wide, inner)
             found |= {f"{prefix}.{name}_layernorm.weight": (wide,) for name in ("input", "post_attention")}
-        return found | {"model.norm.weight": (wide,)}
+        found["model.norm.weight"] = (wide,)
+        return found if self.tied else found | {"lm_head.weight": (self.words, wide)}
 
 
 def write_model(folder: Path, size: Size) -> Path:
@@ -81,11 +93,12 @@ def _config(size: Size) -> dict[str, object]:
         "hidden_size": size.hidden,
         "intermediate_size": size.inner,
         "num_hidden_layers": size.layers,
-        "num_attention_heads": size.hidden // _HEAD,
-        "num_key_value_heads": size.hidden // _HEAD,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.key_heads or size.heads,
         "vocab_size": size.words,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": EPSILON,
+        "tie_word_embeddings": size.tied,
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,  # it never stops by itself

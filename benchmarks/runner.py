@@ -16,6 +16,14 @@ from benchmarks.cases import CASES
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.progress import Progress, silent
 
+# kinds of arithmetic, and the flags of Linux that say that a processor has instructions for them
+_ARITHMETIC = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "bfloat16": {"avx512_bf16", "amx_bf16"},
+    "int8": {"avx512_vnni", "avx_vnni", "amx_int8"},
+}
+
 
 def run_cases(
     names: Sequence[str], inputs: Inputs | None = None, *, progress: Progress = silent
@@ -65,6 +73,7 @@ def stamp() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": _processor(),
+        "arithmetic": _arithmetic(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(tz=UTC).date().isoformat(),
     }
@@ -82,7 +91,18 @@ def _commit() -> str:
 
 
 def _processor() -> str:
+    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
+
+
+def _arithmetic() -> str:
+    """What the processor computes with in vectors, beside float32."""
+    flags = set(" ".join(_cpuinfo("flags")[:1]).split())
+    kinds = [name for name, known in _ARITHMETIC.items() if flags & known]
+    return " and ".join(kinds) or "unknown"
+
+
+def _cpuinfo(field: str) -> list[str]:
+    """The values of a field, one of each core; none where the system has no such file."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]

@@ -9,12 +9,15 @@ from benchmarks.cases import (
     coding,
     encoder,
     engine,
+    feedback,
     generate,
+    generate_large,
     hub,
     mixers,
     rate,
     smollm2,
     spectral_matmul,
+    speech,
     speed,
     text,
 )
@@ -30,6 +33,9 @@ CASES = Table(
             "rate", "bits and error on the linear weights of all-MiniLM-L6-v2, beside baselines", by_size(rate.run)
         ),
         BenchCase("tiles", "why dct and tile 64 are the defaults: every transform at 3 bits", by_size(rate.run_tiles)),
+        BenchCase(
+            "feedback", "bits of calibrated codes above the bound, inputs with a 1/f spectrum", by_size(feedback.run)
+        ),
         BenchCase("speed", "encode and decode of a 4096 x 4096 matrix, beside naive pipelines", by_size(speed.run)),
         BenchCase(
             "spectral_matmul",
@@ -38,6 +44,12 @@ CASES = Table(
         ),
         BenchCase(
             "generate", "text from a compressed model: tokens/s and memory beside dense bfloat16", by_size(generate.run)
+        ),
+        BenchCase(
+            "generate_large",
+            "tokens/s of a random Llama of 1.1 G parameters, beside dense bfloat16 and llama.cpp",
+            generate_large.run,
+            takes=("scratch",),
         ),
         BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", by_size(adapters.run)),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", by_size(mixers.run), mixers.plot),
@@ -68,6 +80,13 @@ CASES = Table(
             encoder.run,
             takes=encoder.TAKES,
             notes=encoder.NOTES,
+        ),
+        BenchCase(
+            "speech",
+            "Whisper base compressed: size, error and loss on sentences that espeak-ng speaks",
+            speech.run,
+            takes=speech.TAKES,
+            notes=speech.NOTES,
         ),
     ),
 )

@@ -48,7 +48,7 @@ class _Bench:
         """A compression at a setting."""
         folder = self.scratch / f"{self.model}-{setting.name}"
         calibrate = self.train if setting.calibrated else None
-        report = verified(self.source, folder, setting.target, calibrate=calibrate)
+        report = verified(self.source, folder, setting.options, calibrate=calibrate)
         judged = evaluate(self.source, folder, self.text)
         require_same_errors(report, judged)
         return self._row(

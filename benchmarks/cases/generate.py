@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import continue_text, load_model, load_tokenizer
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.hf.settings import Sampling
+from spectral_surgery.run import Run
 
 FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
 BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4
@@ -39,7 +40,7 @@ LIMIT = 0.7  # of the dense bytes, asked for with --max-memory
 LEAST = 50_000_000  # dense bytes: blocks of rows being decoded take 16 MB whatever the model
 LOADING = 2.0  # times the dense model
 EXACT, ROUNDED = 1e-4, 5e-2  # of logits: rounding of a layer goes through all the others
-_CLASS, _PEAK = "AutoModelForCausalLM", "peak_rss_bytes"
+CLASS, _PEAK = "AutoModelForCausalLM", "peak_rss_bytes"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Way:
     def load(self, dtype: torch.dtype) -> Any:
         """The model in memory."""
         if self.resident is None:
-            return load_model(self.folder, _CLASS, dtype=dtype)[0]
-        return load_compressed(self.folder, self.resident, auto_class=_CLASS, dtype=dtype, max_memory=self.max_memory)
+            return load_model(self.folder, CLASS, dtype=dtype)[0]
+        return load_compressed(self.folder, self.resident, auto_class=CLASS, dtype=dtype, max_memory=self.max_memory)
 
 
 def run(quick: bool) -> list[Row]:
@@ -73,9 +74,11 @@ def run(quick: bool) -> list[Row]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             ways = prepare(Path(scratch), size)
+            ways |= limited(ways)
             models = check(ways, size)
             tokenizer = load_tokenizer(ways[DENSE].folder)
-            rows = speeds(models, tokenizer, size)
+            held = {name: held_bytes(model) for name, model in models.items()}
+            rows = speeds(writers_of(models, tokenizer, size), held)
             del models
             memory(ways, tokenizer, size, rows)
             if not quick:
@@ -85,70 +88,99 @@ def run(quick: bool) -> list[Row]:
         torch.set_num_threads(before)
 
 
-def prepare(scratch: Path, size: Size) -> dict[str, Way]:
-    """Compressed models, and a dense one of the same weights."""
-    source = write_model(scratch / "source", size)
+def prepare(scratch: Path, size: Size, bits: float = BITS) -> dict[str, Way]:
+    """Compressed models at a rate and at NARROW, and a dense one of the former; what is in the folder stays."""
+    source, dense = scratch / "source", scratch / "dense"
     folders = {}
-    for bits in (BITS, NARROW):
-        ours, exact = scratch / f"{bits:g} bits", scratch / f"{bits:g} bits, exact"
-        compress(source, ours, CompressOptions(Target("bits", bits)))
-        decompress(ours, exact, dtype="float32")
-        folders[bits] = (ours, exact)
-    decompress(folders[BITS][0], scratch / "dense")
-    nbytes = read_index(scratch / "dense").nbytes
-    ways = {
-        DENSE: Way(scratch / "dense", folders[BITS][1]),
-        "int8": Way(*folders[BITS], "int8"),
+    for rate in (bits, NARROW):
+        ours, exact = scratch / f"{rate:g} bits", scratch / f"{rate:g} bits, exact"
+        if not ours.exists():
+            given = source if source.exists() else write_model(source, size)
+            compress(given, ours, CompressOptions(Target("bits", rate)), run=Run(threads=THREADS))
+        if not exact.exists():
+            decompress(ours, exact, dtype="float32", threads=THREADS)
+        folders[rate] = (ours, exact)
+    if not dense.exists():
+        decompress(folders[bits][0], dense, threads=THREADS)
+    return {
+        DENSE: Way(dense, folders[bits][1]),
+        "int8": Way(*folders[bits], "int8"),
         "int4, 2 bits stored": Way(*folders[NARROW], "int4"),
-        "coded": Way(*folders[BITS], "coded"),
+        "coded": Way(*folders[bits], "coded"),
     }
-    if nbytes > LEAST:
-        limit = int(LIMIT * nbytes)
-        ways[f"auto, --max-memory {limit / 1e6:.0f}MB"] = Way(*folders[BITS], "auto", limit)
-    return ways
+
+
+def limited(ways: Mapping[str, Way]) -> dict[str, Way]:
+    """A way with a limit on memory, where the model is large enough for one."""
+    nbytes, coded = read_index(ways[DENSE].folder).nbytes, ways["coded"]
+    limit = int(LIMIT * nbytes)
+    if nbytes <= LEAST:
+        return {}
+    return {f"auto, --max-memory {limit / 1e6:.0f}MB": Way(coded.folder, coded.exact, "auto", limit)}
 
 
 def check(ways: Mapping[str, Way], size: Size) -> dict[str, Any]:
     """The models in bfloat16, once all logits agree with those of the decompressed models in float32."""
-    ids = torch.arange(1, 25).reshape(2, 12) % size.words
+    ids = few_tokens(size)
     models = {}
     with torch.inference_mode():
         exact = {way.exact for way in ways.values()}
-        expected = {own: load_model(own, _CLASS, dtype=torch.float32)[0](ids).logits for own in exact}
+        expected = {own: load_model(own, CLASS, dtype=torch.float32)[0](ids).logits for own in exact}
         for name, way in ways.items():
             if way.resident is not None:
-                _require_close(name, way.load(torch.float32)(ids).logits, expected[way.exact], EXACT)
+                require_close(name, way.load(torch.float32)(ids).logits, expected[way.exact], EXACT)
             models[name] = way.load(torch.bfloat16)
-            _require_close(f"{name} in bfloat16", models[name](ids).logits, expected[way.exact], ROUNDED)
+            require_close(f"{name} in bfloat16", models[name](ids).logits, expected[way.exact], ROUNDED)
     return models
 
 
-def _require_close(name: str, logits: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+def few_tokens(size: Size) -> torch.Tensor:
+    """To check models on: [2, 12]."""
+    return torch.arange(1, 25).reshape(2, 12) % size.words
+
+
+def require_close(name: str, logits: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    """Refuse logits whose relative error exceeds a limit."""
     error = float((logits.float() - expected).norm() / expected.norm())
     require(error <= limit, f"{name}: relative error {error:.2g} of the logits")
 
 
-def _write(model: Any, tokenizer: Any, size: Size, count: int) -> None:
+def write_tokens(model: Any, tokenizer: Any, size: Size, count: int) -> None:
+    """Let a model continue the prompt by some tokens.
+
+    Raises:
+        CheckFailedError: when fewer come.
+    """
     _, tokens = continue_text(model, tokenizer, prompt(PROMPT, size.words), Sampling(count), lambda _: None)
     require(tokens == count, f"{tokens} tokens came instead of {count}")
 
 
-def speeds(models: Mapping[str, Any], tokenizer: Any, size: Size) -> list[Row]:
-    """Tokens per second, and bytes."""
-    timings = interleaved({name: partial(_write, own, tokenizer, size, NEW) for name, own in models.items()}, ROUNDS)
+def speeds(writers: Mapping[str, Callable[[], None]], nbytes: Mapping[str, int]) -> list[Row]:
+    """Tokens per second, and bytes.
+
+    Args:
+        writers: each writes NEW tokens; one of them is DENSE.
+        nbytes: of the weights of each.
+    """
+    timings = interleaved(writers, ROUNDS)
     base = timings[DENSE].median
     return [
         {
             "model": name,
             "tokens/s": NEW / timing.median,
             "speed / dense": base / timing.median,
-            "weights, MB": _held(models[name]) / 1e6,
+            "weights, MB": nbytes[name] / 1e6,
         }
         for name, timing in timings.items()
     ]
 
 
-def _held(model: Any) -> int:
+def writers_of(models: Mapping[str, Any], tokenizer: Any, size: Size) -> dict[str, Callable[[], None]]:
+    """What writes NEW tokens with each model."""
+    return {name: partial(write_tokens, model, tokenizer, size, NEW) for name, model in models.items()}
+
+
+def held_bytes(model: Any) -> int:
     """Bytes of everything that a model holds."""
     return sum({own.data_ptr(): own.nbytes for own in (*model.parameters(), *model.buffers())}.values())
 
@@ -160,7 +192,7 @@ def memory(ways: Mapping[str, Way], tokenizer: Any, size: Size, rows: list[Row])
     """
 
     def first(way: Way, count: int) -> None:
-        _write(way.load(torch.bfloat16), tokenizer, size, count)
+        write_tokens(way.load(torch.bfloat16), tokenizer, size, count)
 
     loading = interleaved({name: partial(way.load, torch.bfloat16) for name, way in ways.items()}, ROUNDS)
     ready = interleaved({name: partial(first, way, 1) for name, way in ways.items()}, ROUNDS)

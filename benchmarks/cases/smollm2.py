@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,29 +11,21 @@ from typing import get_args
 
 import torch
 
-from benchmarks.case import Inputs, Row, chosen, require
-from benchmarks.judged import Setting, require_same_errors, scratch_folder, settings, verified
+from benchmarks.case import Inputs, Row, chosen
+from benchmarks.judged import Setting, cpu_time, require_same_errors, scratch_folder, settings, verified
 from benchmarks.llama_files import llama_rows
 from benchmarks.packaged import smollm2_file, smollm2_folder
 from benchmarks.plot import plot_rates
 from benchmarks.reference_text import write_split
-from spectral_surgery import (
-    DistillSettings,
-    EvalData,
-    EvalReport,
-    Healing,
-    Reference,
-    Target,
-    TextData,
-    evaluate,
-    read_index,
-)
+from benchmarks.token_judge import CLASS, Judged, TokenJudge, causal_logits, judged_columns
+from spectral_surgery import DistillSettings, EvalData, Healing, Target, TextData, evaluate, read_index
 from spectral_surgery.baselines import baseline
+from spectral_surgery.commands.eval.baselines import calibrated_weights, matrices_of, write_baseline
+from spectral_surgery.hf.models import load_model
 from spectral_surgery.registry import Table
-from spectral_surgery.text.examples import read_examples
 from spectral_surgery.text.settings import Keep
 
-SEQUENCES, LENGTH = 24, 256  # of the text to judge on
+SEQUENCES, LENGTH = 48, 256  # of the text to judge on, at most
 SAMPLES = 128  # sequences of that length to calibrate on
 SETTINGS = Table(
     "row",
@@ -41,24 +33,20 @@ SETTINGS = Table(
         *settings((5.4, 4.0, 3.0, 2.5, 2.0), calibrated=False),
         Setting("sparsity-0.2", Target("density", 0.2)),
         *settings((4.0, 3.0, 2.5), calibrated=True),
+        *settings((4.0, 3.0, 2.5), calibrated=True, quantizer="scalar"),
     ],
 )
 OTHERS = ("nf4", "int4", "int3", "gptq4", "gptq3", "hqq4", "hqq3")
 LLAMA = "llama.cpp"
 _DENSE = "dense"
 ROADS: dict[str, Keep] = {f"heal-{keep}": keep for keep in get_args(Keep)}
-NAMES = (
-    _DENSE,
-    *SETTINGS,
-    *ROADS,
-    *OTHERS,
-    LLAMA,
-)  # the dense model is always measured: the others are compared with it
+NAMES = (_DENSE, *SETTINGS, *ROADS, *OTHERS, LLAMA)  # the dense model is always measured: others are compared with it
 QUICK = ("4", "3")
-HEALED, FIFTH = Target("bits", 2.0), Target("density", 0.2)
+HEALED, FIFTH = Setting("healed", Target("bits", 2.0), calibrated=True), Target("density", 0.2)
 TAKES = ("only", "text", "train_text", "heal_minutes", "scratch")
 NOTES = (
     "bits per weight: every byte over every weight; of nf4, int, GPTQ and HQQ the bytes that a file would have.",
+    "+-: standard errors over sequences; that of a perplexity is of its distance to the dense model's.",
     "The weights come from a Q4_1 file: matrices lie on a grid of 16 levels in blocks of 32 weights, so 4-bit formats"
     " with such blocks are flattered at 4 bits; the embeddings lie on one of 8 bits.",
     "Minutes of rows that are healed: time of the processor's cores over their number, verification included.",
@@ -71,99 +59,68 @@ class _Bench:
 
     dense: Path
     scratch: Path
-    text: EvalData
+    judge: TokenJudge
     train: TextData
-    weights: int
-    perplexity: float  # of the dense model
 
-    def ours(self, setting: Setting) -> Row:
-        """A compression at a setting."""
-        calibrate = self.train if setting.calibrated else None
-        return self._compressed(setting.name, setting.method, setting.label, setting.target, calibrate=calibrate)
+    def ours(self, setting: Setting, heal: Healing | None = None) -> Row:
+        """A compression at a setting, calibrated if it says so, and healed on a clock of processor time."""
+        folder, calibrate = self.scratch / setting.name, self.train if setting.calibrated else None
+        clock, began = cpu_time if heal else time.perf_counter, cpu_time()
+        report = verified(self.dense, folder, setting.options, calibrate=calibrate, heal=heal, clock=clock)
+        seconds = cpu_time() - began if heal else report.seconds
+        require_same_errors(report, evaluate(self.dense, folder, EvalData()))
+        method, label = setting.method, setting.label
+        if heal is not None:
+            keep = "" if setting.calibrated else f" --keep {heal.keep}"
+            method, label = f"{method} and healed", f"{label} --heal{keep} --minutes {heal.settings.minutes or 0:g}"
+        return self._row(method, label, report.output_bytes, self._judged(folder), seconds)
 
     def healed(self, minutes: float) -> Row:
         """A calibrated compression, healed for some minutes."""
-        healing = Healing(TextData(self.train.file), DistillSettings(minutes=minutes))
-        label = f"--bits {HEALED.value:g} --heal --minutes {minutes:g}"
-        return self._compressed(
-            "healed", "spectral, calibrated and healed", label, HEALED, calibrate=self.train, heal=healing
-        )
+        return self.ours(HEALED, Healing(TextData(self.train.file), DistillSettings(minutes=minutes)))
 
     def road(self, keep: Keep, minutes: float) -> Row:
-        """A fifth of the coefficients, chosen in one of the ways, and healed."""
+        """A fifth of the coefficients, chosen in one of the ways, and healed; without minutes, for one step."""
         settings = DistillSettings(minutes=minutes) if minutes else DistillSettings(steps=1)
-        healing = Healing(TextData(self.train.file), settings, keep)
-        label = f"--sparsity 0.2 --heal --keep {keep} --minutes {minutes:g}"
-        return self._compressed(f"heal-{keep}", "spectral, healed", label, FIFTH, calibrate=None, heal=healing)
-
-    def _compressed(
-        self,
-        name: str,
-        method: str,
-        label: str,
-        target: Target,
-        *,
-        calibrate: TextData | None,
-        heal: Healing | None = None,
-    ) -> Row:
-        folder = self.scratch / name
-        began = cpu_time()
-        report = verified(self.dense, folder, target, calibrate=calibrate, heal=heal, clock=cpu_time)
-        seconds = cpu_time() - began if heal else report.seconds
-        judged = evaluate(self.dense, folder, self.text)
-        require_same_errors(report, judged)
-        self._require_same_text(judged)
-        measures = judged.measures
-        return self.row(
-            method,
-            label,
-            report.output_bytes,
-            perplexity=measures["perplexity_b"],
-            kl=measures["kl"],
-            seconds=seconds,
-        )
+        return self.ours(Setting(f"heal-{keep}", FIFTH), Healing(TextData(self.train.file), settings, keep))
 
     def other(self, name: str) -> Row:
         """What a baseline leaves."""
-        judged = evaluate(self.dense, None, self.text, reference=Reference(baselines=(name,), calibration=self.train))
-        self._require_same_text(judged)
-        found, method = judged.models[1], baseline(name)
-        return self.row(
-            _FAMILIES.get(method.family, method.family),
-            method.label,
-            found.cost.nbytes,
-            perplexity=found.measures["perplexity"],
-            kl=found.measures["kl"],
-            seconds=found.seconds or 0.0,
-        )
+        method, index = baseline(name), read_index(self.dense)
+        matrices, folder, started = matrices_of(index, None), self.scratch / name, time.perf_counter()
+        quantised, rest = {}, method
+        if method.calibrated:  # the linear layers; of embeddings there are no inputs
+            quantised = calibrated_weights(self.dense, index, matrices.shapes, self.train, method)
+            rest = baseline(method.without_inputs)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        cost = write_baseline(index, matrices, rest, None, folder, quantised=quantised)
+        seconds = time.perf_counter() - started
+        family = _FAMILIES.get(method.family, method.family)
+        row = self._row(family, method.label, cost.nbytes, self._judged(folder), seconds)
+        shutil.rmtree(folder)
+        return row
 
-    def row(self, method: str, label: str, nbytes: int, *, perplexity: float, kl: float, seconds: float) -> Row:
-        """A row of the table."""
-        require(math.isfinite(perplexity) and kl >= -1e-6, f"{method} {label}: perplexity {perplexity}, KL {kl}")
+    def plain(self) -> Row:
+        """The dense model."""
+        row = self._row(_DENSE, "bfloat16", read_index(self.dense).nbytes, None, 0.0)
+        return row | {"perplexity": self.judge.perplexity}
+
+    def _judged(self, folder: Path) -> Judged:
+        return self.judge.judge(causal_logits(load_model(folder, CLASS, dtype=torch.float32)[0]))
+
+    def _row(self, method: str, label: str, nbytes: int, judged: Judged | None, seconds: float) -> Row:
         return {
             "method": method,
             "setting": label,
             "bytes": nbytes,
-            "bits per weight": 8 * nbytes / self.weights,
-            "perplexity": perplexity,
-            "kl": kl,
-            "minutes": seconds / 60,
+            "bits per weight": 8 * nbytes / self.judge.weights,
+            **judged_columns(judged),
+            "minutes": seconds / 60 if judged else "",
         }
-
-    def _require_same_text(self, judged: EvalReport) -> None:
-        found = judged.measures["perplexity_a"]
-        require(
-            math.isclose(found, self.perplexity, rel_tol=1e-4),
-            f"the dense model has a perplexity of {found:g}, and {self.perplexity:g} before",
-        )
 
 
 _FAMILIES = {"int": "round to nearest", "gptq": "GPTQ", "hqq": "HQQ"}
-
-
-def cpu_time() -> float:
-    """Seconds that all cores of this process together had, over their number: other work on the machine counts not."""
-    return time.process_time() / torch.get_num_threads()
 
 
 def run(inputs: Inputs) -> list[Row]:
@@ -175,18 +132,14 @@ def run(inputs: Inputs) -> list[Row]:
     names = chosen(inputs.only, NAMES, QUICK, inputs)
     with scratch_folder(inputs) as scratch:
         bench = _bench(smollm2_folder(scratch), scratch, inputs)
-        nbytes = read_index(bench.dense).nbytes
-        rows = [
-            bench.row(_DENSE, "bfloat16", nbytes, perplexity=bench.perplexity, kl=0.0, seconds=0.0) | {"minutes": ""}
-        ]
+        rows = [bench.plain()]
         rows += [bench.ours(SETTINGS[name]) for name in names if name in SETTINGS]
         rows += [bench.road(ROADS[name], inputs.heal_minutes or 0.0) for name in names if name in ROADS]
         if inputs.heal_minutes is not None and not ROADS.keys() & set(names):
             rows.append(bench.healed(inputs.heal_minutes))
         rows += [bench.other(name) for name in names if name in OTHERS]
-        if LLAMA in names and bench.text.text is not None:
-            text = " ".join(example.texts[0] for example in read_examples(bench.text.text))
-            rows += llama_rows(smollm2_file(), bench.dense, scratch, text, sequences=SEQUENCES, length=LENGTH)
+        if LLAMA in names:
+            rows += llama_rows(smollm2_file(), scratch, bench.judge)
     return rows
 
 
@@ -194,9 +147,7 @@ def _bench(dense: Path, scratch: Path, inputs: Inputs) -> _Bench:
     train, held_out = write_split(scratch)
     text = EvalData(inputs.text or held_out, samples=SEQUENCES, seq_length=LENGTH)
     data = TextData(inputs.train_text or train, samples=SAMPLES, seq_length=LENGTH)
-    perplexity = evaluate(dense, None, text).measures["perplexity_a"]
-    weights = sum(math.prod(info.shape) for info in read_index(dense).tensors.values())
-    return _Bench(dense, scratch, text, data, weights, perplexity)
+    return _Bench(dense, scratch, TokenJudge(dense, text, scratch), data)
 
 
 def plot(rows: list[Row], file: Path) -> None:

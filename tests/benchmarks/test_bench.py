@@ -11,11 +11,15 @@ import torch
 
 from benchmarks import case as case_module
 from benchmarks import cases as bench
-from benchmarks import language_model, runner, timing, weights
+from benchmarks import language_model, llama_files, runner, timing, weights
 from benchmarks.case import BenchCase, CheckFailedError, Inputs, chosen, require
-from benchmarks.cases import coding, engine, generate, rate, spectral_matmul, speed
+from benchmarks.cases import coding, engine, feedback, generate, generate_large, rate, spectral_matmul, speed
+from spectral_surgery.codec.feedback import feedback_factor, stored_codes
+from spectral_surgery.codec.feedback_rate import codes_at
+from spectral_surgery.codec.quantizers import QUANTIZERS
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.registry import Table
 
@@ -42,14 +46,24 @@ def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPat
         runner.run_cases(["good", "odd"])
 
 
+def test_the_stamp_says_what_the_processor_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"flags": ["fpu avx2 avx512f avx512_vnni"] * 2, "model name": ["A processor"] * 2}
+    monkeypatch.setattr(runner, "_cpuinfo", fields.__getitem__)
+    assert runner.stamp() | {"device": "A processor", "arithmetic": "AVX2 and AVX-512 and int8"} == runner.stamp()
+    monkeypatch.setattr(runner, "_cpuinfo", lambda _: [])
+    assert runner.stamp()["arithmetic"] == "unknown"
+
+
 def test_names_are_those_of_the_commands() -> None:
     assert list(bench.CASES) == [
         "coding",
         "rate",
         "tiles",
+        "feedback",
         "speed",
         "spectral_matmul",
         "generate",
+        "generate_large",
         "fourierft",
         "mixers",
         "memory",
@@ -59,6 +73,7 @@ def test_names_are_those_of_the_commands() -> None:
         "workers",
         "language_model",
         "encoder",
+        "speech",
     ]
 
 
@@ -98,6 +113,26 @@ def test_rows_on_a_small_matrix() -> None:
     assert rate.measure({"w": matrix()}, Target("bits", 3.0)).bits_per_weight == pytest.approx(3, rel=0.01)
     assert len(speed.naive_pipeline(matrix(128, 128))) > 1000
     assert speed.fft_top(matrix(10, 10), 0.2).numel() == 20
+
+
+def test_calibrated_codes_are_measured_against_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = matrix(512, 64), feedback.falling_moment(64)
+    assert float(moment.diagonal().mean()) == pytest.approx(1 + feedback.DAMPING)
+    factor = feedback_factor((moment - feedback.DAMPING * torch.eye(64)).float(), feedback._BASIS, feedback.DAMPING)
+    gaps = {}
+    for name in QUANTIZERS:
+        codes = codes_at(weight, factor, Target("bits", 3.0), feedback._BASIS, quantizer=name)
+        entropy, error, gaps[name] = feedback.gap(codes, weight, moment)
+        assert 2.5 < entropy < 3  # column steps and tables come on top
+        difference = weight - codes.coefficients()
+        lost = ((difference.double() @ moment) * difference).sum() / ((weight.double() @ moment) * weight).sum()
+        assert error == pytest.approx(float(lost) ** 0.5)
+    assert 0.05 < gaps["lattice"] < gaps["scalar"]
+    monkeypatch.setattr(
+        feedback, "stored_codes", lambda codes, basis: stored_codes(replace(codes, values=codes.values + 1), basis)
+    )
+    with pytest.raises(CheckFailedError, match="other codes came back than were stored"):
+        feedback.gap(codes, weight, moment)
 
 
 def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
@@ -147,13 +182,39 @@ def test_a_generating_model_that_differs_fails_the_check(tmp_path: Path) -> None
     models = generate.check(ways, size)
     assert list(models) == list(ways) == ["dense bfloat16", "int8", "int4, 2 bits stored", "coded"]
     tokenizer = load_tokenizer(ways["coded"].folder)
-    rows = generate.speeds(models, tokenizer, size)
+    held = {name: generate.held_bytes(model) for name, model in models.items()}
+    rows = generate.speeds(generate.writers_of(models, tokenizer, size), held)
     generate.memory(ways, tokenizer, size, rows)
     assert [row["model"] for row in rows] == list(ways)
     assert all(float(str(row[key])) > 0 for row in rows for key in ("tokens/s", "load, s", "to the first token, s"))
     other = language_model.write_model(tmp_path / "other", replace(size, layers=2))
     with pytest.raises(CheckFailedError, match=r"another in bfloat16: relative error .* of the logits"):
         generate.check({"another": generate.Way(other, ways["int8"].exact)}, size)
+
+
+@pytest.mark.slow
+def test_a_large_model_beside_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real llama.cpp where it is installed: it must read the same weights, heads of keys and all."""
+    pytest.importorskip("transformers")
+    size = language_model.Size(256, 256, 2, 512, key_heads=2, tied=False)
+    monkeypatch.setattr(generate_large, "QUICK", size)
+    for module, name, value in ((generate_large, "THREADS", 1), (generate, "ROUNDS", 2)):
+        monkeypatch.setattr(module, name, value)  # threads that wait for each other are slow where others work too
+    rows = generate_large.run(Inputs(quick=True, scratch=tmp_path))
+    beside = ["llama.cpp Q8_0", "llama.cpp Q4_0"] if generate_large.available() else []
+    names = [row["model"] for row in rows if "model" in row]
+    assert names == ["dense bfloat16", "int8", "int4, 2 bits stored", "coded", *beside]
+    assert [row["skipped"] for row in rows if "skipped" in row] == ([] if beside else ["llama.cpp"])
+    index = read_index(tmp_path / "dense")
+    assert {name: tuple(info.shape) for name, info in index.tensors.items()} == size.shapes()
+    if beside:
+        generate.decompress(tmp_path / "2 bits", tmp_path / "other")
+        (tmp_path / "plain.gguf").unlink()
+        expected = torch.zeros(12, size.words)
+        with pytest.raises(CheckFailedError, match=r"llama.cpp: relative error .* of the logits"):
+            generate_large.llama_files(tmp_path / "other", tmp_path, size, expected + 1)
+    monkeypatch.setattr(generate_large, "available", lambda: False)
+    assert generate_large.run(Inputs(quick=True, scratch=tmp_path))[-1] == llama_files.skipped()
 
 
 def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

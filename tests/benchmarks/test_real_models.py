@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import io
+import math
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,8 @@ from benchmarks import judged, llama_files, packaged
 from benchmarks.case import CheckFailedError, Inputs, Row
 from benchmarks.cases import encoder, smollm2
 from benchmarks.reference_text import write_split
-from spectral_surgery import CompressOptions, EvalReport, Target, compress, evaluate, read_index
+from benchmarks.token_judge import TokenJudge, causal_logits
+from spectral_surgery import CompressOptions, Target, compress, evaluate, read_index
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.manifest import FILE_NAME
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
@@ -50,7 +51,7 @@ def small(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_rows_of_a_language_model(small: Path, tmp_path: Path) -> None:
     text, scratch = small / "notes.txt", tmp_path / "scratch"
-    only = ("llama.cpp", "int4", "gptq3", "calibrated-3", "sparsity-0.2", "4")
+    only = ("llama.cpp", "int4", "gptq3", "calibrated-3-scalar", "sparsity-0.2", "4")
     inputs = Inputs(only=only, text=text, train_text=text, scratch=scratch, heal_minutes=0.02)
     *rows, skipped = smollm2.run(inputs)
     assert skipped == {"skipped": "llama.cpp", "reason": "not run: llama-cpp-python is not installed"}
@@ -58,7 +59,7 @@ def test_rows_of_a_language_model(small: Path, tmp_path: Path) -> None:
         ("dense", "bfloat16"),
         ("spectral", "--bits 4"),
         ("spectral", "--sparsity 0.2"),
-        ("spectral, calibrated", "--bits 3"),
+        ("spectral, calibrated, scalar", "--bits 3 --quantizer scalar"),
         ("spectral, calibrated and healed", "--bits 2 --heal --minutes 0.02"),
         ("round to nearest", "int4 g128"),
         ("GPTQ", "GPTQ int3 g128"),
@@ -70,8 +71,11 @@ def test_rows_of_a_language_model(small: Path, tmp_path: Path) -> None:
     files = ("model.safetensors", FILE_NAME)
     assert rows[1]["bytes"] == sum((scratch / "4" / name).stat().st_size for name in files)
     asked = evaluate(small / "MODEL", scratch / "4", smollm2.EvalData(text, samples=2, seq_length=32)).measures
-    assert (rows[0]["perplexity"], rows[1]["perplexity"]) == (asked["perplexity_a"], asked["perplexity_b"])
-    assert rows[1]["kl"] == asked["kl"]
+    assert rows[0]["perplexity"] == pytest.approx(asked["perplexity_a"], rel=1e-5)
+    assert rows[1]["perplexity"] == pytest.approx(asked["perplexity_b"], rel=1e-5)
+    assert rows[1]["kl"] == pytest.approx(asked["kl"], rel=1e-4)
+    assert (rows[0]["kl +-"], rows[0]["minutes"]) == ("", "")
+    assert all(number(row, name) > 0 for row in rows[1:] for name in ("perplexity +-", "kl +-"))
     assert 0 < number(rows[1], "kl") < number(rows[2], "kl")
     assert all(number(row, "minutes") > 0 for row in rows[1:])
     plot(rows, tmp_path / "plot.png")
@@ -87,17 +91,24 @@ def number(row: Row, name: str) -> float:
     return float(str(row[name]))
 
 
-def test_a_changed_dense_model_shows_no_figures(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = smollm2._bench(small / "MODEL", small, Inputs(text=small / "notes.txt"))
-    real = smollm2.evaluate
-
-    def other(a: Path, b: Path | None, data: Any) -> EvalReport:
-        report = real(a, b, data)
-        return replace(report, measures=report.measures | {"perplexity_a": 1.01 * report.measures["perplexity_a"]})
-
-    monkeypatch.setattr(smollm2, "evaluate", other)
-    with pytest.raises(CheckFailedError, match="the dense model has a perplexity of"):
-        bench.ours(smollm2.SETTINGS["4"])
+def test_models_are_judged_on_the_same_tokens(models: Path, tmp_path: Path) -> None:
+    dense = models / "MODEL"
+    judge = TokenJudge(dense, smollm2.EvalData(models / "notes.txt", samples=3, seq_length=16), tmp_path)
+    model, tokenizer = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)
+    same = judge.judge(causal_logits(model))
+    assert same.perplexity == pytest.approx(judge.perplexity)
+    assert (same.perplexity_error, same.kl, same.kl_error) == pytest.approx((0, 0, 0), abs=1e-5)
+    flat = judge.judge(lambda ids: torch.zeros(*ids.shape, model.config.vocab_size))
+    assert flat.perplexity == pytest.approx(model.config.vocab_size)
+    text = (models / "notes.txt").read_text(encoding="utf-8")
+    alone = [compare_logits([model], tokenizer, tokenizer.decode(row), 16)["perplexity_a"] for row in judge.ids]
+    apart = math.log(model.config.vocab_size) - torch.tensor(alone).log()
+    assert flat.perplexity_error == pytest.approx(flat.perplexity * float(apart.std()) / 3**0.5, rel=1e-3)
+    assert compare_logits([model], tokenizer, text, 16, 3)["perplexity_a"] == pytest.approx(judge.perplexity)
+    with pytest.raises(CheckFailedError, match="losses"):
+        judge.judge(lambda ids: torch.full((*ids.shape, model.config.vocab_size), float("nan")))
+    with pytest.raises(ConfigError, match="expected two or more sequences of 5000 tokens"):
+        TokenJudge(dense, smollm2.EvalData(models / "notes.txt", samples=3, seq_length=5000), tmp_path)
 
 
 @pytest.mark.slow
@@ -152,8 +163,8 @@ ENCODER_INPUTS = {
 
 
 def test_what_is_not_verified_shows_no_figures(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = models / "MODEL", Target("bits", 4.0)
-    report = judged.verified(source, tmp_path / "out", target)
+    source, options = models / "MODEL", CompressOptions(Target("bits", 4.0))
+    report = judged.verified(source, tmp_path / "out", options)
     assert not (tmp_path / "out-plain").exists()
     judged.require_same_errors(report, evaluate(source, tmp_path / "out", encoder.EvalData()))
     compress(source, tmp_path / "worse", CompressOptions(Target("bits", 3.0)))
@@ -162,14 +173,14 @@ def test_what_is_not_verified_shows_no_figures(models: Path, tmp_path: Path, mon
     wrong = SimpleNamespace(failures=("w: squared norm 1 where 2 was encoded",))
     monkeypatch.setattr(judged, "decompress", lambda *_, **__: wrong)
     with pytest.raises(CheckFailedError, match="out: w: squared norm 1"):
-        judged.verified(source, tmp_path / "out", target)
+        judged.verified(source, tmp_path / "out", options)
 
 
 def test_reference_text_is_split(tmp_path: Path) -> None:
     train, held_out = (file.read_text(encoding="utf-8").splitlines() for file in write_split(tmp_path))
     assert len(train) + len(held_out) == len({*train, *held_out})
     assert len(held_out) == pytest.approx((len(train) + len(held_out)) / 5, abs=1)
-    assert len(" ".join(held_out)) > 4 * smollm2.SEQUENCES * smollm2.LENGTH  # four characters are a token or more
+    assert len(" ".join(held_out)) > 4 * 24 * smollm2.LENGTH  # four characters are a token or more; sequences
 
 
 def parts_of(archive: bytes, folder: Path) -> dict[str, list[Any]]:
@@ -215,6 +226,7 @@ class Llama:
 
     LLAMA_FTYPE_MOSTLY_F16, LLAMA_FTYPE_MOSTLY_Q8_0, LLAMA_FTYPE_MOSTLY_Q4_K_M = 1, 7, 15
     LLAMA_FTYPE_MOSTLY_Q3_K_M, LLAMA_FTYPE_MOSTLY_Q4_0, LLAMA_FTYPE_MOSTLY_Q2_K = 12, 2, 10
+    LLAMA_FTYPE_MOSTLY_Q4_1 = 3
 
     def __init__(self, model: Any, plain: float) -> None:
         self.model, self.plain, self.settings = model, plain, SimpleNamespace(ftype=0)
@@ -225,6 +237,9 @@ class Llama:
 
         self.settings = Params()
         return self.settings
+
+    def llama_log_set(self, quiet: Any, _: object) -> None:
+        quiet(2, b"warning: 180 lines of them", None)
 
     def llama_model_quantize(self, source: bytes, out: bytes, _: object) -> int:
         assert Path(source.decode()).name == "no.gguf"
@@ -251,12 +266,14 @@ def test_rows_of_llama_cpp(models: Path, tmp_path: Path, monkeypatch: pytest.Mon
     model = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)[0]
     monkeypatch.setattr(llama_files, "find_spec", lambda _: True)
     monkeypatch.setattr(llama_files, "import_module", lambda _: Llama(model, 1.0))
-    rows = llama_files.llama_rows(tmp_path / "no.gguf", dense, tmp_path, text, sequences=2, length=32)
+    judge = TokenJudge(dense, smollm2.EvalData(models / "notes.txt", samples=2, seq_length=32), tmp_path)
+    rows = llama_files.llama_rows(tmp_path / "no.gguf", tmp_path, judge)
     assert [(row["setting"], row["bytes"]) for row in rows] == [
         ("Q8_0", 700),
         ("Q4_K_M", 1500),
-        ("Q3_K_M", 1200),
+        ("Q4_1", 300),
         ("Q4_0", 200),
+        ("Q3_K_M", 1200),
         ("Q2_K", 1000),
     ]
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -269,7 +286,7 @@ def test_rows_of_llama_cpp(models: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert rows[0]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
     monkeypatch.setattr(llama_files, "import_module", lambda _: Llama(model, 0.5))
     with pytest.raises(CheckFailedError, match=r"llama.cpp: KL .* of the plain weights"):
-        llama_files.llama_rows(tmp_path / "no.gguf", dense, tmp_path, text, sequences=2, length=32)
+        llama_files.llama_rows(tmp_path / "no.gguf", tmp_path, judge)
 
 
 class Gguf:
