@@ -52,7 +52,7 @@ HEAVY = {
 COMPILED = "kernels/"  # compiled when they are imported, so by nobody at the top
 BASES = {
     *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
-    *("Structure", "Listener"),
+    *("Structure", "Listener", "Form"),
     *("Group", "Command", "ParamType", "Option", "ValueError", "TypeError"),
 }
 # classes and hooks of other libraries, which call them with whatever they have

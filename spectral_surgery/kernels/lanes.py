@@ -3,11 +3,12 @@
 What takes time is not arithmetic but waiting: a lane's next symbol needs its state, a table, a product and perhaps a
 word. So all lanes take one symbol, then all take the next one, with the eight states in registers; and everything that
 they look up lies in one piece of memory, which one register addresses. A slot has one byte in it, its code ``2 m + c``
-(or m), and the frequency and the start of a symbol are found by that byte, so that the tables stay in the first cache:
-one table of 32 bits a slot was no faster there, and gathers of AVX-512 half as fast for a single frame.
+(or m), and the frequency and the start of a symbol are found by that byte, so that the tables stay in the first cache,
+which two threads of a core share. One table of 32 bits a slot took as long, and gathers of AVX-512 nearly twice as long
+for one frame; see docs/negative-results.md.
 
 Codes go through 64 columns at hand, so that lines of the cache are written as a whole: rows of a matrix of 4096 columns
-would all fall on the same eight lines.
+would all fall on the same eight lines of it.
 """
 
 from __future__ import annotations
