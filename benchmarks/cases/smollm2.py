@@ -134,8 +134,9 @@ def run(inputs: Inputs) -> list[Row]:
         bench = _bench(smollm2_folder(scratch), scratch, inputs)
         rows = [bench.plain()]
         rows += [bench.ours(SETTINGS[name]) for name in names if name in SETTINGS]
-        rows += [bench.road(ROADS[name], inputs.heal_minutes or 0.0) for name in names if name in ROADS]
-        if inputs.heal_minutes is not None and not ROADS.keys() & set(names):
+        roads = [name for name in names if name in ROADS and name in inputs.only]  # they take long
+        rows += [bench.road(ROADS[name], inputs.heal_minutes or 0.0) for name in roads]
+        if inputs.heal_minutes is not None and not roads:
             rows.append(bench.healed(inputs.heal_minutes))
         rows += [bench.other(name) for name in names if name in OTHERS]
         if LLAMA in names:

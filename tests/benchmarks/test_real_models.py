@@ -49,6 +49,17 @@ def small(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
+def test_roads_to_a_healed_fifth(small: Path, tmp_path: Path) -> None:
+    text, only = small / "notes.txt", ("heal-calibrated", "heal-largest")
+    inputs = Inputs(only=only, text=text, train_text=text, scratch=tmp_path / "scratch", heal_minutes=0.02)
+    _, *rows = smollm2.run(inputs)
+    assert [row["setting"] for row in rows] == [
+        f"--sparsity 0.2 --heal --keep {keep} --minutes 0.02" for keep in ("calibrated", "largest")
+    ]
+    assert all(number(row, "perplexity") > 0 and number(row, "minutes") > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_rows_of_a_language_model(small: Path, tmp_path: Path) -> None:
     text, scratch = small / "notes.txt", tmp_path / "scratch"
     only = ("llama.cpp", "int4", "gptq3", "calibrated-3-scalar", "sparsity-0.2", "4")
