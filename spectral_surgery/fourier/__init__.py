@@ -75,14 +75,12 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         scaling: as in `fourier_delta`.
     """
     shape = (weight.shape[0], weight.shape[1])
-    if x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64 and not torch.is_grad_enabled():
-        y = (
-            None
-            if torch.compiler.is_compiling()
-            else _one_row(x, weight, bias, Delta(coefficients, places, shape, scaling))
-        )
-        if y is not None:
-            return y
+    one_row = x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64
+    if one_row and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = torch.nn.functional.linear(x, weight, bias)
+        wide = y if y.dtype == torch.float32 else y.float()
+        if add_row(wide, x, coefficients, places, scaling / (shape[0] * shape[1])):
+            return wide if wide is y else wide.to(x.dtype)
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
         beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
@@ -93,9 +91,3 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         return inside
     dense: Tensor = torch.nn.functional.linear(x, delta_weight(coefficients, places, shape, scaling, weight), bias)
     return dense
-
-
-def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta) -> Tensor | None:
-    y = torch.nn.functional.linear(x, weight, bias)
-    wide = y.float()  # itself, if it is of this type
-    return wide.to(x.dtype) if add_row(wide, x, delta.coefficients, delta.places, delta.scale) else None

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_surgery.codec.quantized import (
+    INT8_MAX,
+    INT12_MAX,
     Moments,
     QuantizedSpectrum,
     dequantize,
@@ -103,7 +105,7 @@ def test_reconstruction_is_nearly_as_good_as_centroids(dead_zone: float, step: f
 
 
 @given(st.integers(1, 200), st.floats(-0.6, 3.0), st.floats(1e-3, 1e3))
-def test_offsets_are_on_an_int8_grid(largest: int, offset: float, step: float) -> None:
+def test_offsets_are_on_a_grid_of_8_or_12_bits(largest: int, offset: float, step: float) -> None:
     levels = torch.arange(1, largest + 1, dtype=torch.float64)
     points = (levels + offset) * step
     moments = Moments(
@@ -114,14 +116,13 @@ def test_offsets_are_on_an_int8_grid(largest: int, offset: float, step: float) -
         float(points.sum()),
     )
     _, got = ANY.reconstruction(moments, largest)
-    fine = grid(largest, got)
-    assert (fine > 0) == (largest <= 127)
-    if fine:
-        on_grid = (levels + float(torch.tensor(got))) * fine  # stored as float32
-        torch.testing.assert_close(on_grid, on_grid.round(), rtol=0, atol=1e-3)
-        assert float(on_grid.max()) <= 127 + 1e-3
-    else:
-        assert got == pytest.approx(max(offset, -0.5), abs=1e-6)
+    most = INT8_MAX if largest <= INT8_MAX else INT12_MAX
+    fine = grid(largest, got, most)
+    on_grid = (levels + float(torch.tensor(got))) * fine  # stored as float32
+    torch.testing.assert_close(on_grid, on_grid.round(), rtol=0, atol=1e-3)
+    assert float(on_grid.max()) <= most + 1e-3
+    if most == INT12_MAX:
+        assert got == pytest.approx(max(offset, -0.5), abs=0.5 / fine + 1e-6)
 
 
 def test_reconstruction_without_anything_to_fit() -> None:
