@@ -33,7 +33,7 @@ from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.run import Run
 
 FULL, QUICK, TINY = Size(1024, 2816, 4, 8192), Size(1024, 2816, 2, 1024), Size(64, 64, 1, 1024)
-BITS, NARROW = 4.0, 2.0  # codes of the latter fit int4
+BITS, NARROW, FIVE = 4.0, 2.0, 3.25  # codes of files of NARROW fit int4, and of up to FIVE int5
 NEW, FEW, PROMPT, ROUNDS = 16, 4, 8, 3
 DENSE = "dense bfloat16"
 LIMIT = 0.7  # of the dense bytes, asked for with --max-memory
@@ -102,9 +102,11 @@ def prepare(scratch: Path, size: Size, bits: float = BITS) -> dict[str, Way]:
         folders[rate] = (ours, exact)
     if not dense.exists():
         decompress(folders[bits][0], dense, threads=THREADS)
+    five = {"int5": Way(*folders[bits], "int5")} if bits <= FIVE else {}
     return {
         DENSE: Way(dense, folders[bits][1]),
         "int8": Way(*folders[bits], "int8"),
+        **five,
         "int4, 2 bits stored": Way(*folders[NARROW], "int4"),
         "coded": Way(*folders[bits], "coded"),
     }

@@ -20,8 +20,11 @@ from spectral_surgery.layers import SpectralLinear
 TOKENS = {1: 40, 8: 30, 64: 10, 512: 5}  # rounds for each
 THREADS = 2
 EXACT, ROUNDED = 1e-5, 1e-2
-LIMITS = {("int8", 1): 0.8, ("int8", 8): 1.0, ("int8", 64): 1.6, ("int8", 512): 1.3, ("coded", 512): 1.6}
-_FORMS = (("int8", 4.0), ("int4", 2.0), ("coded", 4.0), ("coded", 3.0), ("coded", 2.0))
+LIMITS = {  # by form, bits and tokens
+    **{("int8", 4.0, 1): 0.4, ("int8", 4.0, 8): 0.7, ("int8", 4.0, 64): 1.15, ("int8", 4.0, 512): 1.1},
+    **{("int4", 2.0, 1): 0.25, ("int4", 2.0, 8): 0.7, ("coded", 4.0, 1): 4.0, ("coded", 2.0, 1): 2.5},
+}
+_FORMS = (("int8", 4.0), ("int5", 3.0), ("int4", 2.0), ("coded", 4.0), ("coded", 3.0), ("coded", 2.0))
 
 _REPEATS = 20
 STREAMED = 3.0  # times the speed of copying the bfloat16 weight
@@ -93,7 +96,7 @@ def bitsandbytes_layers(size: int) -> tuple[dict[str, Layer], list[Row]]:
 def _measure(size: int, others: Mapping[str, Layer]) -> list[Row]:
     weight = _weight(size)
     spectra = {bits: encode(weight, Target("bits", bits), threads=THREADS)[0] for bits in (2.0, 3.0, 4.0)}
-    ours = {f"{resident}, {bits:g} bits stored": check(spectra[bits], resident) for resident, bits in _FORMS}
+    ours = {_named(resident, bits): check(spectra[bits], resident) for resident, bits in _FORMS}
     nbytes = {name: layer.spectrum.nbytes for name, layer in ours.items()}
     dense = nn.Linear(size, size, bias=False).requires_grad_(False)
     dense.weight.copy_(spectra[4.0].to_dense())
@@ -110,13 +113,14 @@ def _measure(size: int, others: Mapping[str, Layer]) -> list[Row]:
     }
     nbytes |= {"dense bfloat16": 2 * size**2, "dense float32": 4 * size**2, "torch int8 kernel alone": size**2}
     nbytes |= {f"{_PACKAGE} int8": size**2 + 4 * size, f"{_PACKAGE} nf4": size**2 // 2 + 4 * size**2 // 64}
+    limits = {(_named(form, bits), tokens): limit for (form, bits, tokens), limit in LIMITS.items()}
     rows = []
     for tokens, rounds in TOKENS.items():
         x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         timings = interleaved({name: partial(layer, x) for name, layer in layers.items()}, rounds)
         base = timings["dense bfloat16"].median
         for name, timing in timings.items():
-            limit = LIMITS.get((name.split(",", maxsplit=1)[0], tokens))
+            limit = limits.get((name, tokens))
             ratio = timing.median / base
             rows.append(
                 {
@@ -132,6 +136,10 @@ def _measure(size: int, others: Mapping[str, Layer]) -> list[Row]:
                 }
             )
     return rows
+
+
+def _named(resident: str, bits: float) -> str:
+    return f"{resident}, {bits:g} bits stored"
 
 
 def check(spectrum: EncodedSpectrum, resident: str, device: torch.device = _CPU) -> SpectralLinear:
