@@ -44,7 +44,12 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or _wants_gradient(bias)):
         return None
     codes, kernels = form.codes, _kernels()
-    if len(codes) < kernels.least_rows or codes.shape[1] < kernels.least_bytes or not codes.is_contiguous():
+    if (
+        (isinstance(form, Int5Form) and form.kind is None)
+        or len(codes) < kernels.least_rows
+        or codes.shape[1] < kernels.least_bytes
+        or not codes.is_contiguous()
+    ):
         return None
     if isinstance(form, Int12Form):
         return _two_planes(x, form, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Levels(Form, Protocol):
         codes: [O, I] or [O, ceil(I / 2)] int8.
         places: of outliers, [n].
         beyond: what their levels go beyond others by, [n] int8 or float32.
-        kind: of its levels.
+        kind: of its levels; None for those that kernels cannot read.
     """
 
     @property
@@ -58,7 +58,7 @@ class Levels(Form, Protocol):
         ...
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Kind | None:
         """See Levels."""
         ...
 
@@ -113,7 +113,7 @@ def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
         back=back.whole,
         rest_back=back.rest,
     )
-    kind, job.parts, job.shift = form.kind
+    kind, job.parts, job.shift = cast(Kind, form.kind)
     job.kind = getattr(vectors, kind)
     lowest = getattr(form, "lowest", None)
     if lowest is not None:
@@ -145,7 +145,8 @@ def readable(form: Levels) -> bool:
     """Whether kernels can read rows of levels: on a CPU, of 32 bytes or more, and no half of a byte left over."""
     codes = form.codes
     even = codes.shape[1] == form.shape[1] or not form.shape[1] % 2
-    return codes.is_cpu and even and codes.shape[1] >= 32 and codes.is_contiguous() and not unreadable(codes)
+    wide = codes.shape[1] >= 32 and codes.is_contiguous()
+    return codes.is_cpu and even and wide and form.kind is not None and not unreadable(codes)
 
 
 @lru_cache(maxsize=1024)

@@ -166,8 +166,8 @@ def test_bad_input() -> None:
             ConfigError, match=rf"from_dense: expected one of sparsity, bits and max_error, got {count}"
         ):
             SpectralLinear.from_dense(linear, **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="resident form 'int5': unknown"):
-        SpectralLinear.from_dense(linear, bits=4, resident="int5")
+    with pytest.raises(ConfigError, match="resident form 'int3': unknown"):
+        SpectralLinear.from_dense(linear, bits=4, resident="int3")
     with pytest.raises(
         ConfigError,
         match=r"resident 'int4': codes reach .*; expected -8 to 7 at this offset, but for one code in 64",

@@ -39,14 +39,17 @@ def test_kernels_read_the_levels_of_every_form() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    cases = (
-        (random_codes(64, 40, 15, torch.int8), "40 columns; expected a multiple of 16"),
-        (random_codes(64, 64, 15, torch.int8, offset=0.25), "and no offset"),
-        (random_codes(64, 64, 60, torch.int8), "codes reach -60 to 60; expected -16 to 15"),
-    )
-    for spectrum, message in cases:
-        with pytest.raises(ConfigError, match=message):
-            op.resident_form(spectrum, "int5")
+    with pytest.raises(ConfigError, match="codes reach -60 to 60; expected -16 to 15"):
+        op.resident_form(random_codes(64, 64, 60, torch.int8), "int5")
+
+
+def test_widths_and_offsets_that_kernels_do_not_read() -> None:
+    for columns, offset in ((40, 0.0), (64, 0.25), (1, 0.0), (17, 0.5)):
+        spectrum = random_codes(70, columns, 15, torch.int8, offset=offset)
+        form, x = op.resident_form(spectrum, "int5"), noise(3, columns)
+        assert form.kind is None  # type: ignore[attr-defined]
+        expected = x.double() @ spectrum.to_dense(torch.float64).T
+        assert by_token(op.form_matmul(x, [form]), expected) < TOLERANCE[torch.float32]
 
 
 def test_takes_five_bits() -> None:

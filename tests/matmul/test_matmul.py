@@ -192,7 +192,7 @@ def test_odd_inputs(resident: str) -> None:
 def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "FRAME_SIZE", 1)
     monkeypatch.setattr(coded, "_BLOCK", 1 << 15)
-    monkeypatch.setattr(int4, "_BLOCK", 50 * 333)  # no whole tiles, and an odd number of columns
+    monkeypatch.setattr(int4, "BLOCK", 50 * 333)  # no whole tiles, and an odd number of columns
     spectrum, _ = encode(noise(460, 333), Target("bits", 2.0), Basis(axes=axes))
     assert len(spectrum.frames) == 8
     form, dense = op.resident_form(spectrum, resident), spectrum.to_dense()
@@ -332,7 +332,9 @@ def test_bad_input() -> None:
             matmul(noise(2, 7), [form])
         with pytest.raises(ConfigError, match=r"x is torch.int64; expected a floating type. Convert x first."):
             matmul(torch.zeros(2, width, dtype=torch.long), [form])
-    with pytest.raises(ConfigError, match=r"resident form 'int3': unknown; known: int8, int12, int4, coded, streamed"):
+    with pytest.raises(
+        ConfigError, match=r"resident form 'int3': unknown; known: int8, int12, int4, int5, coded, streamed"
+    ):
         op.resident_form(made(), "int3")
     wide = random_codes(40, 32, 300, torch.int16)
     with pytest.raises(ConfigError, match=r"resident 'int8': codes reach -300 to 300; expected -127 to 127 at"):

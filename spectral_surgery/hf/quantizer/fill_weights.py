@@ -41,7 +41,7 @@ _TRIED = {
     NARROW: ("int4", "int5", "coded"),
     STREAMED: (STREAMED, "coded"),
 }  # in this order
-_HIGH_RATE = 6  # stored bits of a weight: with fewer, hardly any code is beyond int8
+_LOW_RATE, _HIGH_RATE = 2.25, 6  # stored bits of a weight: up to them hardly any code is beyond int4, and int8
 
 
 @dataclass
@@ -197,7 +197,7 @@ def resident_forms(checkpoint: CompressedCheckpoint, names: Names, resident: str
     Raises:
         ConfigError: when the codes do not fit the resident form.
     """
-    *tried, last = _TRIED.get(resident, (resident,))
+    *tried, last = _tried(checkpoint, names[0], resident)
     for wanted in tried:
         with suppress(ConfigError):
             return _held(checkpoint, names, wanted, cuts)
@@ -252,10 +252,16 @@ def _outline(part: EncodedSpectrum, rows: slice | None) -> Spectrum:
 def resident_bytes(checkpoint: CompressedCheckpoint, name: str, resident: str) -> int:
     """Bytes of a compressed tensor where it computes, in a resident form, or in the largest of those that are tried."""
     report = checkpoint.manifest.tensors[name].report
-    forms = {resident} if resident == STREAMED else {*_TRIED.get(resident, (resident,))}
+    forms = {STREAMED} if resident == STREAMED else {*_tried(checkpoint, name, resident)}
     if resident == AUTO and report.bits_per_weight < _HIGH_RATE:
         forms -= {"int12"}
     return max(RESIDENTS[form].most_bytes(report.weights, report.stored_bytes) for form in forms)
+
+
+def _tried(checkpoint: CompressedCheckpoint, name: str, resident: str) -> list[str]:
+    """Names in RESIDENTS; int5 only where codes of int4 are likely to be too narrow."""
+    low = checkpoint.manifest.tensors[name].report.bits_per_weight <= _LOW_RATE
+    return [form for form in _TRIED.get(resident, (resident,)) if not (resident == NARROW and low and form == "int5")]
 
 
 def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
