@@ -17,15 +17,14 @@ from spectral_surgery.matmul import (
     RESIDENTS,
     Form,
     Spectrum,
+    custom_op,
     dense_rows,
     form_matmul,
     form_matmul_transposed,
-    look_up,
     recorded,
     resident_forms,
+    rows_of,
 )
-from spectral_surgery.matmul.form import coefficients
-from spectral_surgery.transforms import TRANSFORMS, tiles
 
 Spectra = Spectrum | Sequence[Spectrum]
 
@@ -117,11 +116,11 @@ class SpectralWeight(nn.Module):
         as it does for nn.Embedding.
         """
         forms = self.forms
-        if recorded.recording(forms):
+        if recorded.whole_graph():
             return recorded.rows(ids, forms)
         if torch.compiler.is_compiling():
-            return recorded.left_to_python(_found_rows, ids, forms)
-        return _found_rows(ids, forms)
+            return custom_op.rows(ids, forms)
+        return rows_of(ids, forms)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W: [O, I], computed in float32 and cast once; None for `dtype`."""
@@ -164,42 +163,3 @@ def compressed(
     target = Target(kind, value)  # type: ignore[arg-type]  # the keys above
     encoded, _ = encode(weight.detach().cpu(), target, basis, threads=torch.get_num_threads())
     return SpectralWeight.from_spectra(encoded, resident, weight.dtype).to(weight.device)
-
-
-def _decoded(form: Form, start: int, stop: int) -> Tensor:
-    """Dense rows from whole tiles."""
-    return form.basis.inverse(coefficients(form, torch.arange(start, stop, device=form.scale.device)))
-
-
-def _found_rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
-    """Rows of W: [...] integers to [..., I] float32."""
-    rows, columns = sum(form.shape[0] for form in forms), forms[0].shape[1]
-    flat = ids.reshape(-1).long()
-    if flat.is_cpu and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
-        raise ShapeError(f"rows: {int(flat.min())} to {int(flat.max())} were asked for; expected 0 to {rows - 1}.")
-    if len(forms) == 1:
-        return _rows(forms[0], flat).reshape(*ids.shape, columns)
-    out = torch.empty(len(flat), columns, device=flat.device)
-    start = 0
-    for form in forms:
-        here = (flat >= start) & (flat < start + form.shape[0])
-        out[here] = _rows(form, flat[here] - start)
-        start += form.shape[0]
-    return out.reshape(*ids.shape, columns)
-
-
-def _rows(form: Form, rows: Tensor) -> Tensor:
-    quick = look_up(form, rows)
-    if quick is not None:
-        return quick
-    basis = form.basis
-    if 0 not in basis.axes:
-        return tiles.inverse(coefficients(form, rows), TRANSFORMS[basis.transform], basis.tile, basis.axes)
-    out = torch.empty(len(rows), form.shape[1], device=rows.device)
-    tile_of = rows // basis.tile
-    for tile in sorted(set(tile_of.tolist())):
-        start = tile * basis.tile
-        dense = _decoded(form, start, min(start + basis.tile, form.shape[0]))
-        here = tile_of == tile
-        out[here] = dense[rows[here] - start]
-    return out

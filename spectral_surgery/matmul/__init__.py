@@ -6,7 +6,7 @@ from spectral_surgery.matmul.code_blocks import Spectrum
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.int8 import Int8Form, transposed_form
-from spectral_surgery.matmul.look_up import look_up
+from spectral_surgery.matmul.look_up import look_up, rows_of
 from spectral_surgery.matmul.operator import dense_rows, form_matmul, form_matmul_transposed
 from spectral_surgery.matmul.reference import spectral_matmul
 from spectral_surgery.matmul.resident import RESIDENTS, resident_form, resident_forms
@@ -27,6 +27,7 @@ __all__ = [
     "look_up",
     "resident_form",
     "resident_forms",
+    "rows_of",
     "spectral_matmul",
     "transposed_form",
 ]

@@ -35,7 +35,7 @@ class CodedForm:
         offset: [1] float32, shift of the reconstruction points, in steps.
         basis: transform, tile and axes.
         starts: [frames + 1] int64, first rows of the frames, which are whole tiles.
-        columns: I.
+        size: (O, I).
     """
 
     data: Tensor
@@ -45,12 +45,12 @@ class CodedForm:
     offset: Tensor
     starts: Tensor
     basis: Basis
-    columns: int
+    size: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        return (int(self.starts[-1]), self.columns)
+        return self.size
 
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
@@ -73,14 +73,14 @@ class CodedForm:
             return integer.adjoint(operand.terms(start, stop), levels).div_(parts)
 
         wide = torch.promote_types(operand.dtype, torch.float32)
-        out = g.new_zeros((len(g), self.columns), dtype=wide)
+        out = g.new_zeros((len(g), self.size[1]), dtype=wide)
         for part in map_ordered(rows, self._spans()):
             out += part
         return out
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] float32; each frame that holds one of them is decoded once."""
-        out = torch.empty((len(rows), self.columns), device=rows.device)
+        out = torch.empty((len(rows), self.size[1]), device=rows.device)
         frames = torch.searchsorted(self.starts, rows, right=True) - 1
         for frame in sorted(set(frames.tolist())):
             levels, parts = self._block((frame, frame + 1), rows.device)
@@ -110,7 +110,7 @@ class CodedForm:
         first, last = self.ends[frame : frame + 2].tolist()
         rows = int(self.starts[frame + 1] - self.starts[frame])
         data = self.data[first:last].cpu().numpy().data
-        return torch.from_numpy(decode_frame(data, (rows, self.columns)))
+        return torch.from_numpy(decode_frame(data, (rows, self.size[1])))
 
 
 def coded_form(ranges: RowRanges) -> CodedForm:
@@ -127,7 +127,7 @@ def coded_form(ranges: RowRanges) -> CodedForm:
         torch.tensor([encoded[0].offset], dtype=torch.float32),
         torch.tensor([0, *heights]).cumsum(0),
         ranges.basis,
-        ranges.shape[1],
+        ranges.shape,
     )
 
 

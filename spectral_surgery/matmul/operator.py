@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.errors import ConfigError, ShapeError
-from spectral_surgery.matmul import recorded
+from spectral_surgery.matmul import custom_op, recorded
 from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
@@ -64,11 +64,11 @@ def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) ->
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
-    if recorded.recording(forms):
+    if recorded.whole_graph():
         with unrounded(x.device.type):
             return _with_bias(recorded.product(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
-        return recorded.left_to_python(form_matmul, x, forms, bias)
+        return custom_op.product(x, forms, bias, transposed=False)
     if len(forms) == 1 and (quick := few_tokens(x, forms[0], bias)) is not None:
         return quick
     flat = _checked(x, forms[0].shape[1])
@@ -100,11 +100,11 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form], bias: Tensor | None
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
-    if recorded.recording(forms):
+    if recorded.whole_graph():
         with unrounded(x.device.type):
             return _with_bias(recorded.product_transposed(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
-        return recorded.left_to_python(form_matmul_transposed, x, forms, bias)
+        return custom_op.product(x, forms, bias, transposed=True)
     flat = _checked(x, sum(form.shape[0] for form in forms))
     with unrounded(x.device.type):
         dense = not _finite(flat)

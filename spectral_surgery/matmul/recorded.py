@@ -1,4 +1,4 @@
-"""Products for those who record operations before they run them: torch.export, torch.jit.trace and torch.compile.
+"""Products for those who record operations and run them elsewhere: torch.export and torch.jit.trace.
 
 Nothing here looks at a number, or at how many tokens there are, and nothing is called but what torch has: a graph that
 was recorded on one machine gives the same on another, without this package. The price is that the levels of a matrix
@@ -18,16 +18,8 @@ from torch.autograd import Function
 from spectral_surgery.after_import import when_imported
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
-from spectral_surgery.matmul.coded import CodedForm
 from spectral_surgery.matmul.form import Form, times_rows
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
-
-
-def recording(forms: Sequence[Form]) -> bool:
-    """Whether operations are recorded; torch.compile leaves the frames of coded forms to Python, as they cannot be."""
-    if whole_graph():
-        return True
-    return torch.compiler.is_compiling() and not any(isinstance(form, CodedForm) for form in forms)
 
 
 def whole_graph() -> bool:
