@@ -78,8 +78,8 @@ class Running:
     resident: Literal["auto", "int8", "int12", "int4", "int5", "coded", "streamed"] | None = field(
         default=None,
         metadata={
-            "help": "How compressed weights are held: one byte, one and a half, half a byte, as stored, or in host"
-            " memory and streamed to a GPU.",
+            "help": "How compressed weights are held: one byte, one and a half, half a byte, five bits, as stored, or"
+            " in host memory and streamed to a GPU.",
             "unset": "int8 where codes fit, else int12",
         },
     )
