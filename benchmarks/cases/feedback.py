@@ -18,7 +18,6 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error, stored_codes
 from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.codec.quantizers import QUANTIZERS
-from spectral_surgery.codec.rate import Target
 
 GAPS = {3.8: 0.14, 2.8: 0.14, 2.0: 0.16, 1.4: 0.19}  # of the lattice, in bits, at most
 DAMPING = 0.01  # of the mean of the diagonal of H, in the codes and in the bound
@@ -59,7 +58,7 @@ def gap(codes: Codes, weight: Tensor, moment: Tensor) -> tuple[float, float, flo
 
 def _row(name: str, bits: float, weight: Tensor, moment: Tensor) -> Row:
     factor = feedback_factor((moment - DAMPING * torch.eye(len(moment))).float(), _BASIS, DAMPING)
-    entropy, error, above = gap(codes_at(weight, factor, Target("bits", bits), _BASIS, quantizer=name), weight, moment)
+    entropy, error, above = gap(codes_at(weight, factor, bits, _BASIS, quantizer=name), weight, moment)
     aimed = name == "lattice"
     return {
         "quantiser": name,

@@ -1,4 +1,4 @@
-"""Codes with error feedback at a rate: the step (or the threshold) is searched with the feedback in the loop."""
+"""Codes with error feedback at a rate: the step is searched with the feedback in the loop."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from spectral_surgery.codec.encoded import COLUMN_STEP_BITS, Basis
 from spectral_surgery.codec.feedback import Codes, feedback_codes, step_shape, stored_codes
 from spectral_surgery.codec.quantizers import DEFAULT, QUANTIZERS, Rounding
 from spectral_surgery.codec.quantizers.scalar import DeadZone
-from spectral_surgery.codec.rate import Target
 from spectral_surgery.codec.sample import Sample
 
-_ATTEMPTS, _HALVINGS = 8, 24
+_ATTEMPTS = 8
 _STEEPEST, _FLATTEST = 2.0, 0.05  # bits by log2 step
 _LEAP = 2.0  # of log2 step, at most
 _TOLERANCE = 0.004  # of the asked rate
-_DENSITY_TOLERANCE = 0.0025  # of the asked density
-_FINE = 0.5  # step over dead zone
 _POWER = 0.6  # of the steps of columns: between what is best at 1.2 bits and at 4, measured on two models
 _SAVED = 0.6  # of the bits that theory promises, one coder for all columns saves
 _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost more than they gain
@@ -29,42 +26,39 @@ _ROUND_UP = 0.45  # of a step is added before rounding down: larger codes cost m
 def codes_at(
     coefficients: Tensor,
     factor: Tensor,
-    target: Target,
+    bits: float,
     basis: Basis,
     *,
     quantizer: str | None = None,
     column_steps: bool = True,
     threads: int = 1,
 ) -> Codes:
-    """Codes at the asked bits or density. Returns the codes; all zero for a zero matrix.
+    """Codes at the asked bits a weight. Returns the codes; all zero for a zero matrix.
 
     Args:
         coefficients: C, [O, I] float32.
         factor: from `feedback_factor`.
-        target: bits or density.
-        quantizer: name in QUANTIZERS for bits; a density is kept by `scalar`.
+        bits: stored bits a weight.
+        quantizer: name in QUANTIZERS; None for the usual one.
         column_steps: allow a step for every column, where that is worth its bytes.
         threads: groups of rows worked on at once; the result does not depend on it.
     """
     if not torch.count_nonzero(coefficients):
         return Codes(torch.zeros(coefficients.shape, dtype=torch.int32), 1.0)
     columns = worthwhile_steps(factor, len(coefficients)) if column_steps else None
-    if target.kind == "density":
-        return _at_density(coefficients, factor, target.value, columns, threads)
-
     sample = Sample([coefficients])
-    if (quantizer or DEFAULT[target.kind]) == "scalar":
-        step = QUANTIZERS["scalar"].for_bits(sample, target.value).step
+    if (quantizer or DEFAULT["bits"]) == "scalar":
+        step = QUANTIZERS["scalar"].for_bits(sample, bits).step
         rounding: Rounding = DeadZone((1 - _ROUND_UP) * step, step)
     else:
-        rounding = QUANTIZERS[quantizer or DEFAULT[target.kind]].for_bits(sample, target.value)
+        rounding = QUANTIZERS[quantizer or DEFAULT["bits"]].for_bits(sample, bits)
 
     def trial(ratio: float, before: Codes | None) -> tuple[Codes, float]:
         learned = rounding if before is None else rounding.learned(before.values)
         codes = feedback_codes(coefficients, factor, learned.finer(ratio), 0.0, columns, threads=threads)
         return codes, 8 * stored_codes(codes, basis, threads=threads, verify=False).stored_bytes / codes.values.numel()
 
-    return _at_bits(trial, target.value)
+    return _at_bits(trial, bits)
 
 
 def _at_bits(trial: Callable[[float, Codes | None], tuple[Codes, float]], bits: float) -> Codes:
@@ -102,22 +96,3 @@ def worthwhile_steps(factor: Tensor, rows: int) -> Tensor | None:
     noise = factor.diagonal().double().pow(-2)
     saved = 0.5 * math.log2(float(noise.mean() / (noise * columns.double().square()).mean()))
     return columns if _SAVED * saved > COLUMN_STEP_BITS / rows else None
-
-
-def _at_density(coefficients: Tensor, factor: Tensor, density: float, columns: Tensor | None, threads: int) -> Codes:
-    low = high = 0.0
-    threshold, nearest = float(coefficients.abs().mean()), math.inf
-    for _ in range(_HALVINGS):
-        # steps of half a threshold: the error of what is kept is fed forward too, and coarse steps let it grow
-        quantizer = DeadZone(threshold, _FINE * threshold)
-        codes = feedback_codes(
-            coefficients, factor, quantizer, 1 / _FINE - 0.5, columns, threads=threads
-        )  # the middle of intervals
-        kept = torch.count_nonzero(codes.values).item() / codes.values.numel()
-        if abs(kept - density) < nearest:
-            best, nearest = codes, abs(kept - density)
-        if nearest <= _DENSITY_TOLERANCE * density:
-            break
-        low, high = (threshold, high) if kept > density else (low, threshold)
-        threshold = (low + high) / 2 if high else 1.5 * low
-    return best

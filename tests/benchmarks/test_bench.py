@@ -121,7 +121,7 @@ def test_calibrated_codes_are_measured_against_the_bound(monkeypatch: pytest.Mon
     factor = feedback_factor((moment - feedback.DAMPING * torch.eye(64)).float(), feedback._BASIS, feedback.DAMPING)
     gaps = {}
     for name in QUANTIZERS:
-        codes = codes_at(weight, factor, Target("bits", 3.0), feedback._BASIS, quantizer=name)
+        codes = codes_at(weight, factor, 3.0, feedback._BASIS, quantizer=name)
         entropy, error, gaps[name] = feedback.gap(codes, weight, moment)
         assert 2.5 < entropy < 3  # column steps and tables come on top
         difference = weight - codes.coefficients()

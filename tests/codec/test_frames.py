@@ -126,14 +126,14 @@ def test_what_is_only_measured_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     weight, moment = torch.randn(128, 512, generator=generator), torch.eye(512)
     factor = feedback_factor(moment, BASIS)
-    wanted = codes_at(weight, factor, Target("bits", 2.0), BASIS)
+    wanted = codes_at(weight, factor, 2.0, BASIS)
     assert stored_codes(wanted, BASIS, verify=False).frames == stored_codes(wanted, BASIS).frames
 
     def refuse(*_: object) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr(frames, "decode_frame", refuse)
-    assert torch.equal(codes_at(weight, factor, Target("bits", 2.0), BASIS).values, wanted.values)
+    assert torch.equal(codes_at(weight, factor, 2.0, BASIS).values, wanted.values)
     with pytest.raises(AssertionError, match="decoded"):
         stored_codes(wanted, BASIS)
 

@@ -99,7 +99,7 @@ class _Calibration:
             codes = codes_at(
                 turned,
                 factor,
-                target,
+                target.value,
                 basis,
                 quantizer=quantizer,
                 column_steps=not turn.transposed,
