@@ -220,6 +220,8 @@ def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
         row, column = place // columns, place % columns
         if row >= last:
             return
+        if row < first:  # of a damaged state: not in order
+            continue
         for token in range(tokens):
             inside = floats(spectrum + 4 * (token * columns + column), 1)[0]
             values[token, row - first] += outlier_value(job, number) * inside / units[token]

@@ -47,8 +47,6 @@ FIELDS = (
     "rest_back",
 )
 
-LEAST_BYTES, LEAST_ROWS = 32, 4  # of a matrix of levels: what loops of vectors take at once
-
 Array = npt.NDArray[Any]
 
 

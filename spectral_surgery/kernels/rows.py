@@ -53,6 +53,8 @@ def _add_outliers(job: Any, row: int, levels: Array) -> None:
         column = outlier_place(job, number) - row * job.columns
         if column >= job.columns:
             return
+        if column < 0:  # of a damaged state: not in order
+            continue
         levels[column] += outlier_value(job, number)
 
 

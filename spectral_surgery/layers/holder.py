@@ -56,6 +56,7 @@ class FormHolder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
+        self._kept, self._of = None, None  # or the old buffers would stay in memory
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.dtype != before[name].dtype:  # codes and scales are exact: only the device may change
@@ -72,6 +73,7 @@ class FormHolder(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         missing, errors = rest[2], rest[4]
+        self._kept, self._of = None, None
         for name, value in self._hosted.items():
             given = state_dict.pop(prefix + name, None)
             if given is None:

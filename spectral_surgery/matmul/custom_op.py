@@ -136,7 +136,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     of_x = torch.ops.spectral_surgery.product(grad, None, tensors, ctx.words, ctx.numbers, not ctx.transposed)
-    of_bias = None if ctx.bias is None else grad.flatten(0, -2).sum(0).to(ctx.bias)
+    of_bias = None if ctx.bias is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias)
     return of_x, of_bias, [None] * len(tensors), None, None, None
 
 

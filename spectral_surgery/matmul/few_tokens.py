@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.int4 import Int4Form
@@ -24,6 +25,7 @@ from spectral_surgery.matmul.unreadable import unreadable
 if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
 
+_LEAST_ROWS = 4  # what a kernel takes at once
 MOST = 16  # tokens: with more, products of floating-point blocks are as fast
 
 
@@ -41,15 +43,9 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     """
     if not isinstance(form, Int4Form | Int5Form | Int8Form | Int12Form) or not _is_plain(x, form.shape[1]):
         return None
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or _wants_gradient(bias)):
+    if bias is not None and not _is_plain_bias(bias, x.dtype, form.shape[0]):
         return None
-    codes, kernels = form.codes, _kernels()
-    if (
-        (isinstance(form, Int5Form) and form.kind is None)
-        or len(codes) < kernels.least_rows
-        or codes.shape[1] < kernels.least_bytes
-        or not codes.is_contiguous()
-    ):
+    if form.shape[0] < _LEAST_ROWS:
         return None
     if isinstance(form, Int12Form):
         return _two_planes(x, form, bias)
@@ -58,7 +54,7 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
         return None if y is None else y.half()
     flat = x.reshape(-1, x.shape[-1])
     y = _product(flat if flat.is_contiguous() else flat.contiguous(), form, bias)
-    return None if y is None else y.view(*x.shape[:-1], len(codes))
+    return None if y is None else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _two_planes(x: Tensor, form: Int12Form, bias: Tensor | None) -> Tensor | None:
@@ -76,7 +72,15 @@ def _is_plain(x: Tensor, columns: int) -> bool:
         return False
     if x.shape[-1] != columns or not 0 < x.numel() <= MOST * columns or _wants_gradient(x):
         return False
-    return not torch.is_autocast_enabled("cpu") and not x.is_neg()
+    if x.is_neg() or x._is_zerotensor() or torch.is_autocast_enabled("cpu"):
+        return False
+    return forward_ad._current_level < 0
+
+
+def _is_plain_bias(bias: Tensor, dtype: torch.dtype, rows: int) -> bool:
+    if bias.dtype != dtype or bias.shape != (rows,) or not bias.is_cpu or _wants_gradient(bias) or unreadable(bias):
+        return False
+    return bias.is_contiguous() and not bias.is_neg() and not bias._is_zerotensor()
 
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +93,9 @@ def _wants_gradient(x: Tensor) -> bool:
 def _product(x: Tensor, form: Levels, bias: Tensor | None) -> Tensor | None:
     kernels, (tokens, columns), half = _kernels(), x.shape, x.dtype == torch.bfloat16
     job, rows = product_job(form), len(form.codes)
-    work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8)
+    if job is None:
+        return None
+    work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8, device="cpu")
     y = x.new_empty((tokens, rows))
     job.tokens, job.bfloat16, job.planes, job.finite = tokens, half, 1 if half else 2, 1
     job.x, job.y, job.work = x.data_ptr(), y.data_ptr(), work.data_ptr()
@@ -114,14 +120,11 @@ class _Kernels(NamedTuple):
     multiply: int
     run: Callable[[int, Job, int], None]
     work_bytes: Callable[[int, int], int]
-    least_rows: int
-    least_bytes: int
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> _Kernels:
     from spectral_surgery.kernels.few_tokens import multiply, prepare, work_bytes
-    from spectral_surgery.kernels.matrix import LEAST_BYTES, LEAST_ROWS
     from spectral_surgery.kernels.threads import run
 
-    return _Kernels(prepare, multiply, run, work_bytes, LEAST_ROWS, LEAST_BYTES)
+    return _Kernels(prepare, multiply, run, work_bytes)

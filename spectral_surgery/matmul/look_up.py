@@ -12,7 +12,7 @@ from spectral_surgery.matmul.form import Form, coefficients
 from spectral_surgery.matmul.int4 import Int4Form
 from spectral_surgery.matmul.int5 import Int5Form
 from spectral_surgery.matmul.int8 import Int8Form
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job, readable
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job, readable, whole_bytes
 from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
@@ -25,7 +25,7 @@ def look_up(form: Form, numbers: Tensor) -> Tensor | None:
     Args:
         numbers: [n] int64, of rows.
     """
-    if not isinstance(form, Int4Form | Int5Form | Int8Form) or not readable(form):
+    if not isinstance(form, Int4Form | Int5Form | Int8Form) or not whole_bytes(form) or not readable(form):
         return None
     if not numbers.is_cpu or unreadable(numbers):
         return None
@@ -34,7 +34,7 @@ def look_up(form: Form, numbers: Tensor) -> Tensor | None:
 
     columns = form.shape[1]
     numbers = numbers.contiguous()
-    out = torch.empty((len(numbers), columns))
+    out = torch.empty((len(numbers), columns), dtype=torch.float32, device="cpu")
     job = matrix_job(form, look_up=True)
     job.tokens, job.x, job.y = len(numbers), numbers.data_ptr(), out.data_ptr()
     run(kernel, job, torch.get_num_threads() if out.numel() * job.row_tile >= ONE_THREAD else 1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
 _KEPT = "_product_job"
+LEAST_BYTES = 32  # of a row, as in `kernels.matrix`
 _NO_TRANSFORM = 64  # rows of a task
 _CPU = torch.device("cpu")
 
@@ -79,13 +80,41 @@ class _Tiles(NamedTuple):
     matrices: tuple[Tensor | None, ...]
 
 
-def product_job(form: Levels) -> Job:
-    """A new `matrix_job` for a product; what it is a copy of is kept with the form, since to fill one takes 5 us."""
-    kept: Job | None = vars(form).get(_KEPT)
-    if kept is None or kept.levels != form.codes.data_ptr():  # a copy of a form has other tensors
-        kept = matrix_job(form)
+class _Kept:
+    """A job for products with a form, which takes 5 us to fill; copies and pickles of the form go without it.
+
+    Attributes:
+        key: addresses and numbers that it was filled with.
+        job: None where kernels cannot read the form.
+        tiles: the matrices whose addresses it has.
+    """
+
+    def __init__(self, key: tuple[int, ...], job: Job | None, tiles: object) -> None:
+        self.key, self.job, self.tiles = key, job, tiles
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def product_job(form: Levels) -> Job | None:
+    """A new `matrix_job` for a product; None where kernels cannot read the form."""
+    tensors = _tensors(form)
+    grid = getattr(form, "grid", None)
+    key = (*[tensor.data_ptr() for tensor in tensors], *(grid.tolist() if grid is not None and grid.is_cpu else ()))
+    kept: _Kept | None = vars(form).get(_KEPT)
+    if kept is None or kept.key != key:
+        job = matrix_job(form) if readable(form) else None
+        tiles = [_tiles(form.basis, length, axis, axis == 0) for axis, length in enumerate(form.shape)]
+        kept = _Kept(key, job, tiles)
         object.__setattr__(form, _KEPT, kept)
-    return type(kept).from_buffer_copy(kept)
+    return None if kept.job is None else type(kept.job).from_buffer_copy(kept.job)
+
+
+def _tensors(form: Levels) -> list[Tensor]:
+    """Those whose addresses a job has."""
+    lowest = getattr(form, "lowest", None)
+    others = [] if lowest is None else [lowest]
+    return [form.codes, form.scale, form.row_scale, form.places, form.beyond, *others]
 
 
 def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
@@ -129,24 +158,35 @@ def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
 
 def read_levels(form: Levels, start: int, stop: int) -> Tensor | None:
     """Levels of consecutive rows without outliers, [stop - start, I] int8; None where kernels cannot read them."""
-    if not readable(form):
+    job = product_job(form)
+    if job is None or not whole_bytes(form):
         return None
     from spectral_surgery.kernels.rows import read_levels as kernel
     from spectral_surgery.kernels.threads import run
 
-    out, numbers = torch.empty((stop - start, form.shape[1]), dtype=torch.int8), torch.arange(start, stop)
-    job = product_job(form)
+    out = torch.empty((stop - start, form.shape[1]), dtype=torch.int8, device=_CPU)
+    numbers = torch.arange(start, stop, dtype=torch.int64, device=_CPU)
     job.tokens, job.x, job.y = len(out), numbers.data_ptr(), out.data_ptr()
     run(kernel, job, torch.get_num_threads())
     return out
 
 
 def readable(form: Levels) -> bool:
-    """Whether kernels can read rows of levels: on a CPU, of 32 bytes or more, and no half of a byte left over."""
-    codes = form.codes
-    even = codes.shape[1] == form.shape[1] or not form.shape[1] % 2
-    wide = codes.shape[1] >= 32 and codes.is_contiguous()
-    return codes.is_cpu and even and wide and form.kind is not None and not unreadable(codes)
+    """Whether kernels can read the tensors of a form: on a CPU, of the types that a job stands for, 32 bytes a row."""
+    (rows, columns), codes, places = form.shape, form.codes, form.places
+    fits = form.scale.numel() in (1, columns) and form.row_scale.numel() in (0, rows)
+    types = form.scale.dtype == form.row_scale.dtype == torch.float32 and codes.dtype == torch.int8
+    sparse = len(places) == len(form.beyond) and places.dtype in (torch.int32, torch.int64)
+    sparse = sparse and form.beyond.dtype in (torch.int8, torch.float32)
+    if form.kind is None or not (fits and types and sparse) or codes.shape[1] < LEAST_BYTES:
+        return False
+    tensors = _tensors(form)
+    return all(one.is_cpu and one.is_contiguous() and not unreadable(one) and not one.is_neg() for one in tensors)
+
+
+def whole_bytes(form: Levels) -> bool:
+    """Whether no half of a byte of a row is left over."""
+    return form.codes.shape[1] == form.shape[1] or not form.shape[1] % 2
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.errors import ConfigError, ShapeError
@@ -64,7 +64,7 @@ def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) ->
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
-    if recorded.whole_graph():
+    if recorded.whole_graph() or forward_ad._current_level >= 0:  # tangents go through torch's operations alone
         with unrounded(x.device.type):
             return _with_bias(recorded.product(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
@@ -100,7 +100,7 @@ def form_matmul_transposed(x: Tensor, forms: Sequence[Form], bias: Tensor | None
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
-    if recorded.whole_graph():
+    if recorded.whole_graph() or forward_ad._current_level >= 0:
         with unrounded(x.device.type):
             return _with_bias(recorded.product_transposed(x, forms), bias, x.dtype)
     if torch.compiler.is_compiling():
