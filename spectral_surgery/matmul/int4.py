@@ -58,7 +58,7 @@ class Int4Form:
         if operand.how == "triton" and (len(x) <= FEW or not len(self.places)):
             y = triton.packed_product(operand.x, self.codes, self.grid)
             return add_product(y, x, self.places, self.beyond, self.columns)
-        return integer.product_of_blocks(x, accuracy, self.blocks())
+        return integer.product_of_blocks(operand, self.blocks())
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""

@@ -63,7 +63,7 @@ class Int5Form:
 
     def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, I] to [T, O]."""
-        return integer.product_of_blocks(x, accuracy, self.blocks())
+        return integer.product_of_blocks(integer.prepare(x, accuracy), self.blocks())
 
     def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
         """[T, O] to [T, I]."""

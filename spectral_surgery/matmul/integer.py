@@ -84,9 +84,8 @@ def adjoint(operand: Operand, matrix: Tensor, change: Change | None = None) -> T
     return out
 
 
-def product_of_blocks(x: Tensor, accuracy: torch.dtype, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """[T, I] to [T, O], with the rows of M as blocks of int8."""
-    operand = prepare(x, accuracy)
+def product_of_blocks(operand: Operand, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """X Mᵀ: [T, I] to [T, O], with the rows of M as blocks of int8."""
     parts = [product(operand, levels) for _, levels in blocks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

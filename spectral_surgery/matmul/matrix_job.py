@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
 _KEPT = "_product_job"
-LEAST_BYTES = 32  # of a row, as in `kernels.matrix`
+_LEAST_BYTES = 32  # of a row: the widest chunk that `kernels.vectors` reads
 _NO_TRANSFORM = 64  # rows of a task
 _CPU = torch.device("cpu")
 
@@ -178,7 +178,7 @@ def readable(form: Levels) -> bool:
     types = form.scale.dtype == form.row_scale.dtype == torch.float32 and codes.dtype == torch.int8
     sparse = len(places) == len(form.beyond) and places.dtype in (torch.int32, torch.int64)
     sparse = sparse and form.beyond.dtype in (torch.int8, torch.float32)
-    if form.kind is None or not (fits and types and sparse) or codes.shape[1] < LEAST_BYTES:
+    if form.kind is None or not (fits and types and sparse) or codes.shape[1] < _LEAST_BYTES:
         return False
     tensors = _tensors(form)
     return all(one.is_cpu and one.is_contiguous() and not unreadable(one) and not one.is_neg() for one in tensors)
