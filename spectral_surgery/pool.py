@@ -90,14 +90,7 @@ class Team:
 
 @contextmanager
 def team(size: int, *, loads: str = "spectral_surgery.files.compressed.units") -> Iterator[Team]:
-    """Start processes; they end with the block.
-
-    Args:
-        loads: a module that the others import at once.
-
-    Yields:
-        The team.
-    """
+    """Start processes; they end with the block. ``loads``: a module that the others import at once."""
     with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as folder:
         taken = Path(folder) / "taken"
         taken.write_bytes(bytes(8))

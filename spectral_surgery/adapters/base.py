@@ -62,14 +62,12 @@ class AdapterMethod(Generic[ConfigT]):
     """A row of METHODS.
 
     Attributes:
-        name: how users choose it.
         config: frozen dataclass of its settings, named as PEFT names them.
         build: (settings of the layer, out_features, in_features) -> a fresh adapter, which changes nothing by default.
         peft_type: its name in adapter_config.json.
         file_names: state-dict key of the adapter -> end of the tensor's name in adapter files; a key that is not
             listed is called ``<name>_adapter.<key>``.
         resolve: (settings, shapes [O, I] of the target layers) -> settings with nothing left to be decided ("auto").
-        source: paper or definition.
         learning_rate: that AdamW usually needs; a fifth of it is too low.
     """
 
@@ -83,11 +81,7 @@ class AdapterMethod(Generic[ConfigT]):
     learning_rate: float = 1e-3
 
     def file_name(self, key: str) -> str:
-        """End of a tensor's name in adapter files.
-
-        Args:
-            key: key in the state dict of an adapter: ``spectrum``, ``A``.
-        """
+        """End of a tensor's name in adapter files."""
         return self.file_names.get(key, f"{self.name}_adapter.{key}")
 
 
@@ -96,11 +90,7 @@ class AdapterSpec:
     """Everything that says what an adapter is, except its numbers.
 
     Attributes:
-        method: row of METHODS.
-        config: its settings.
-        targets: which modules carry it.
         base_model: path or name of the model it belongs to.
-        revision: of the base model.
         task_type: PEFT's task, such as CAUSAL_LM; None when it does not matter.
     """
 
@@ -121,7 +111,6 @@ class AdapterState:
     """An adapter with its numbers, as it is stored.
 
     Attributes:
-        spec: what it is.
         layers: state dict of the adapter by dotted module name.
         extra: other trained tensors by name in the model: biases, modules_to_save.
         embeddings: layers that are embeddings, which PEFT stores otherwise.

@@ -101,20 +101,12 @@ class Foura(nn.Module):
         return nn.functional.linear(low, self.basis.fold_up(b, self.shape[0])).to(x.dtype)
 
     def delta_weight(self) -> Tensor:
-        """[O, I] float32.
-
-        Raises:
-            NotMergeableError: while the gate is dynamic.
-        """
+        """[O, I] float32. Raises NotMergeableError while the gate is dynamic."""
         down, up = self.lora_factors()
         return up @ down
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of delta_weight: [..., I] float32.
-
-        Raises:
-            NotMergeableError: while the gate is dynamic.
-        """
+        """Rows of delta_weight: [..., I] float32. Raises NotMergeableError while the gate is dynamic."""
         down, up = self.lora_factors()
         return nn.functional.embedding(ids, up) @ down
 

@@ -85,7 +85,6 @@ def residual(kind: Kind, base: nn.Module, adapter: nn.Module, x: Tensor) -> Tens
     """What an adapter adds to the output of a module. Returns like the output of base; float32 for embeddings.
 
     Args:
-        adapter: an `Adapter` of its shape.
         x: its input: [..., I], [B, C, H, W], or ids.
 
     Raises:
@@ -111,7 +110,6 @@ def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
     Returns [..., O], or None to take the sum of both outputs.
 
     Args:
-        adapter: an `Adapter` of its shape.
         x: [..., I].
     """
     fused = getattr(adapter, "fused_linear", None)
@@ -130,7 +128,6 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         base_layer: the module as it was; never changed here.
-        adapters: by name.
         active: weight by name of the adapters in use; order is kept.
         enabled: False to be the base alone.
         merged: what undoes the merge while the active adapters are inside the weight of the base.
@@ -200,14 +197,7 @@ class AdaptedLayer(nn.Module):
         self.active.pop(name, None)
 
     def set_active(self, weights: Mapping[str, float]) -> None:
-        """Choose the adapters in use.
-
-        Args:
-            weights: factor by name.
-
-        Raises:
-            ConfigError: for a name that is not here, or while merged.
-        """
+        """Choose the adapters in use. Raises ConfigError for a name that is not here, or while merged."""
         self._check_not_merged()
         for name in weights:
             if name not in self.adapters:

@@ -21,7 +21,6 @@ class LowRankBasis:
     """How factors A and B in a transform domain act on tokens.
 
     Attributes:
-        name: of the transform.
         parts: real numbers in a component: 1, or 2 where factors are complex.
         bins: length n -> coefficients of the transform.
         down: (x [..., I], A) -> components [..., R], R = parts * r: A T x.

@@ -28,7 +28,6 @@ class RankGate(nn.Module):
         rate: [R] share of recent tokens that opened each component; observed in training mode.
         seen: [] int64, tokens observed.
         frozen_mask: [R] int8, -1 while the gate is dynamic, else the one mask of all tokens.
-        is_frozen: whether it is.
     """
 
     def __init__(self, rank: int, threshold: float, sharpness: float) -> None:

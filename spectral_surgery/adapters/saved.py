@@ -14,13 +14,7 @@ BIAS_RECORD = "trained_bias"
 
 
 class SavedModule(nn.Module):
-    """A module with trained copies, of which one may be in use.
-
-    Attributes:
-        base_layer: the module as it was.
-        copies: by adapter name.
-        enabled: False to be the base alone.
-    """
+    """A module with trained copies, of which one may be in use. ``copies``: by adapter name."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -77,7 +71,6 @@ class TrainedBias(nn.Module):
     """Trained copies of the bias of a module; it hangs on that module, whose ``bias`` is the one in use.
 
     Attributes:
-        original: the bias as it was.
         copies: by adapter name.
     """
 

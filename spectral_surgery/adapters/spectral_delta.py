@@ -122,7 +122,6 @@ class SpectralDelta(nn.Module):
         Args:
             delta: [O, I] real, finite.
             n_frequency: coefficients to keep; equal magnitudes in order of their places.
-            transform: basis of both axes.
             scaling: factor of ΔW, by which the coefficients are divided.
 
         Raises:

@@ -32,11 +32,8 @@ class Baseline:
     """One row of BASELINES.
 
     Attributes:
-        name: How users choose it.
-        label: How tables show it.
         family: What it shares with the same method at other rates; plots join them.
         method: ([O, I] float32[, H][, bits per weight]) to the result; see `apply`.
-        help: What it stores, in one line.
         budgeted: Whether it needs a rate, which it never exceeds; others have a fixed one.
         above: Bits per weight that a rate must exceed, such as those of a bitmap.
         without_inputs: Of a calibrated one, the name of the baseline that stands in for it where no inputs are known,

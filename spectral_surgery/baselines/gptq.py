@@ -27,12 +27,8 @@ def gptq(
             groups), which need nothing stored; else columns in their order, and groups found when they have their turn.
         search: whether the range of a group may be narrower than its extremes, where that rounds it better.
 
-    Returns:
-        The weight as decoded, and its bytes.
-
     Raises:
         ConfigError: when H is zero or not finite.
-
     Source:
         Frantar et al., arXiv 2210.17323, algorithm 1, with 1 % damping; act-order, static groups and the search are
         options of the authors' implementation (github.com/IST-DASLab/gptq).

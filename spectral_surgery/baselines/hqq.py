@@ -18,7 +18,6 @@ def hqq(weight: Tensor, *, bits: int, group: int = 64) -> BaselineResult:
         weight: [O, I] float32.
         bits: Of a code.
         group: Weights that share a float16 scale and a float16 zero point; the last group of a row may be shorter.
-
     Source:
         Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, mobiusml.github.io/hqq_blog,
         with the settings of the library (github.com/mobiusml/hqq): p = 0.7, beta = 10 growing by 1.01, 20 iterations.

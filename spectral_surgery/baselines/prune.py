@@ -34,7 +34,6 @@ def kept_at(name: str, weight: Tensor, bits: float) -> int:
     """How many weights fit into a budget beside the bitmap. Returns 1 to O * I.
 
     Args:
-        weight: [O, I].
         bits: Budget in bits per weight.
 
     Raises:

@@ -58,7 +58,6 @@ def nf4(weight: Tensor) -> BaselineResult:
 
     Args:
         weight: [O, I] float32.
-
     Source:
         arXiv 2305.14314; the layout is that of bitsandbytes, with double quantisation.
     """

@@ -26,7 +26,6 @@ def sparsegpt(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
 
     Raises:
         ConfigError: If the budget leaves no room for a weight beside the bitmap, or H is zero or not finite.
-
     Source:
         Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1, with 1 % damping and blocks of 128 columns, of
         each of which the same share is kept.

@@ -19,7 +19,6 @@ def wanda(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
 
     Raises:
         ConfigError: If the budget leaves no room for a weight beside the bitmap.
-
     Source:
         Sun et al., A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695, equation 1.
     """
@@ -35,7 +34,6 @@ def wanda_mask(weight: Tensor, moment: Tensor, kept: int) -> Tensor:
     Args:
         weight: [O, I].
         moment: H, [I, I].
-        kept: How many in all.
     """
     rows = len(weight)
     scores = weight.abs() * moment.diagonal().clamp_min(0).sqrt()

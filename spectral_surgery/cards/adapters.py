@@ -44,11 +44,7 @@ class MeasuredLayer(Protocol):
 
 
 def adapter_card(config: Mapping[str, object], index: CheckpointIndex, metrics: Mapping[str, Any]) -> CardContent:
-    """The card of an adapter in PEFT's format.
-
-    Returns:
-        With metrics, the command and a table of what was measured; else a table of its tensors.
-    """
+    """The card of an adapter in PEFT's format."""
     method = str(config.get("peft_type"))
     base = as_repository(config.get("base_model_name_or_path"))
     tensors = [
@@ -76,11 +72,6 @@ def converted_card(
     """The card of an adapter that was computed and not trained, measured when it was written.
 
     Args:
-        spec: of the adapter.
-        index: headers of its tensors.
-        layers: what was measured.
-        unit: what a component is.
-        command: that made it.
         source: what it was made from, as the object of "made from".
     """
     config = {"peft_type": spec.method.peft_type, "task_type": spec.task_type}
@@ -95,11 +86,8 @@ def delta_card(
     """The card of the weight differences of an adapter.
 
     Args:
-        spec: of the adapter.
-        index: headers of the differences.
         layers: what was measured: the error of the stored numbers, beside float32.
         origin: repository of the base model, if known.
-        command: that made them.
     """
     method = spec.method.name
     values = {"method": method, "relative_error": error_of(layers), **sizes(index)}

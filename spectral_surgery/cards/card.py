@@ -39,7 +39,6 @@ def write_derived(folder: Path, content: CardContent) -> None:
 
     Args:
         folder: of the new model; a card there is that of the model it was made from.
-        content: about the new one.
     """
     path = folder / FILE_NAME
     source = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
@@ -52,7 +51,6 @@ def derived(source: str | None, content: CardContent) -> str:
     Args:
         source: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
             follows ours. Metadata that cannot be read are left where they are.
-        content: about the new one.
     """
     text = _unix(source or "").removeprefix("\ufeff")
     try:
@@ -151,11 +149,7 @@ def is_edited(text: str) -> bool:
 
 
 def metadata(text: str) -> dict[str, Any]:
-    """Metadata of a card.
-
-    Raises:
-        ConfigError: when they are not a YAML mapping.
-    """
+    """Metadata of a card. Raises ConfigError when they are not a YAML mapping."""
     import yaml  # type: ignore[import-untyped]
 
     front = _METADATA.match(_unix(text))
@@ -182,11 +176,7 @@ def _card_data(fields: Mapping[str, Any]) -> Any:
 
 
 def read_card(folder: Path) -> str | None:
-    """The card of a folder, None without one.
-
-    Raises:
-        ConfigError: when it is not UTF-8 text.
-    """
+    """The card of a folder, None without one. Raises ConfigError when it is not UTF-8 text."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None

@@ -34,9 +34,6 @@ class Checked:
     """A folder that can be published.
 
     Attributes:
-        kind: compressed checkpoint, adapter, or any other checkpoint.
-        index: its headers.
-        content: what its card should say.
         complete: whether that is all that is known; else the command that made the folder may have said more.
     """
 

@@ -21,12 +21,7 @@ _AUTO = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "SE
 
 
 def compressed_card(checkpoint: CompressedCheckpoint, origin: str | None) -> CardContent:
-    """The card of a compressed checkpoint.
-
-    Args:
-        checkpoint: which one.
-        origin: repository it was made from; None asks its configuration.
-    """
+    """The card of a compressed checkpoint. ``origin``: repository it was made from; None asks its configuration."""
     manifest, index = checkpoint.manifest, checkpoint.index
     origin = origin or as_repository(index.config.get("_name_or_path"))
     stored = {f"{name}.{suffix}" for name in manifest.tensors for suffix in SUFFIXES}
@@ -73,8 +68,6 @@ def merged_card(record: MergeRecord, index: CheckpointIndex, origin: str | None 
     """The card of a checkpoint with adapters merged into it.
 
     Args:
-        record: of the merge.
-        index: headers of the result.
         origin: repository of the base; None asks the configuration.
     """
     base = origin or as_repository(index.config.get("_name_or_path"))

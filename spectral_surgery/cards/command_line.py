@@ -26,8 +26,6 @@ def command_line(command: str, places: Sequence[str], options: Mapping[str, obje
     """A command as text for a shell.
 
     Args:
-        command: of spectral-surgery.
-        places: its arguments.
         options: by name. True is a flag, a list repeats the option, a tuple is one value with commas; what is None,
             False or empty is left out.
     """
@@ -47,9 +45,7 @@ def stored_command(text: object, place: str, repository: str | None) -> str:
     """A command read from a file, with the name of a repository in it; empty for anything that is not one line.
 
     Args:
-        text: what the file has, which anybody may have written.
         place: SOURCE or BASE.
-        repository: what stands in that place.
     """
     if not isinstance(text, str) or not text.startswith(f"{_PROGRAM} ") or not text.isprintable() or "```" in text:
         return ""
@@ -80,14 +76,7 @@ def healed_command(command: str) -> str:
 
 
 def train_command(spec: AdapterSpec, task: str, settings: TrainSettings, data: Mapping[str, Any]) -> str:
-    """The command that trains the same adapter.
-
-    Args:
-        spec: of the adapter, every choice made.
-        task: row of TASKS.
-        settings: of the training.
-        data: `TrainData.to_json`.
-    """
+    """The command that trains the same adapter. ``data``: `TrainData.to_json`."""
     asked = {name: value for name, value in changed(settings).items() if name not in _NOT_OPTIONS}
     read = {"columns": tuple(data["columns"]), **{name: data.get(name) for name in ("seq_length", "eval_fraction")}}
     options = {

@@ -24,15 +24,10 @@ class CardContent:
 
     Attributes:
         template: the kind of folder, a name in templates.
-        values: that its template needs.
         command: that makes these bytes again; empty when it is not known.
         rows: a table of what was measured; the first 40 are shown.
-        base_model: repository of the model it was made from, if known.
         relation: how, in the Hub's words: quantized, adapter, merge or finetune.
-        library_name: what loads it.
-        tags: besides ours.
         libraries: packages whose version is named.
-        here: where it is.
     """
 
     template: str

@@ -12,11 +12,9 @@ def causal_conv(x: Tensor, kernel: Tensor, chunk: int | None = None) -> Tensor:
     Args:
         x: [..., N, T], N signals that share their kernels.
         kernel: [..., L], or [..., J, L] with a chunk: kernel j makes the outputs of chunk j.
-        chunk: tokens of a chunk; None for one kernel.
 
     Returns:
         [..., N, T].
-
     Source: causal convolution as in Hyena, arXiv 2302.10866, section 3, with a kernel that may change over time.
     """
     length = x.shape[-1]

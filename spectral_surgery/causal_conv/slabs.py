@@ -21,7 +21,6 @@ class _Plan:
     """How a convolution is cut.
 
     Attributes:
-        length: tokens.
         size: tokens of a block, the chunk where there is one.
         past: tokens before a block that reach it.
         own_kernels: whether every block has a kernel of its own.
@@ -90,7 +89,6 @@ def convolve(x: Tensor, kernel: Tensor, chunk: int | None) -> Tensor:
     Args:
         x: [G, N, T] float32 or float64.
         kernel: [G, J, L] with a chunk, else [G, 1, L]; of the dtype of x, L <= T.
-        chunk: tokens of a chunk, or None.
     """
     length, lags = x.shape[-1], kernel.shape[-1]
     products = lags <= PRODUCT_LAGS

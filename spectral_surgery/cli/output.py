@@ -22,7 +22,6 @@ def progress(unit: str = "", *, quiet: bool | None = None) -> Iterator[Progress]
     """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; on stderr, with the time left.
 
     Args:
-        unit: what is counted.
         quiet: report nothing; None asks --quiet.
     """
     from tqdm import tqdm
@@ -91,7 +90,6 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> 
     """Rows as aligned text with a header, numbers to the right; empty without rows.
 
     Args:
-        rows: values by column.
         columns: which columns, in order; all of the first row by default.
     """
     if not rows:

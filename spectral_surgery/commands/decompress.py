@@ -37,12 +37,8 @@ class DecompressReport:
     """What a decompression did.
 
     Attributes:
-        tensors: tensors written.
         weights: weights decoded from spectra.
         output_bytes: bytes of all tensors written.
-        seconds: wall time.
-        peak_rss_bytes: largest resident size of this process.
-        verified: whether the result was read back and checked.
         failures: what did not check out; nothing is published then.
     """
 
@@ -83,19 +79,10 @@ def decompress(
     names back. Checksums are always verified before decoding.
 
     Args:
-        source: a folder written by compress.
-        out: folder to create.
         dtype: store all floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``) instead of their own.
         verify: read the result back: copied tensors must be bit-equal, and decoded ones must have the norm that was
             measured when they were encoded.
-        threads: frames decoded at once.
-        overwrite: replace an existing folder.
         base: the checkpoint that differences are to; None for a compressed model.
-        origin: the Hub repository that source is a copy of, for the model card.
-        progress: called after each tensor.
-
-    Returns:
-        The report.
 
     Raises:
         ConfigError: when dtype is unknown.

@@ -30,13 +30,11 @@ class GenerateReport:
 
     Attributes:
         text: without the prompt.
-        prompt_tokens: tokens of the prompt.
         tokens: new tokens.
         load_seconds: until the model was there.
         seconds: from the prompt to the end.
         first_seconds: from the prompt to the first new text.
         weight_bytes: of everything that the model holds in memory.
-        peak_rss_bytes: largest resident size of this process.
     """
 
     text: str

@@ -34,7 +34,6 @@ class InjectPlan:
     """A fresh adapter, decided.
 
     Attributes:
-        index: the base.
         spec: every choice made.
         layers: (O, I) by module that gets one.
         parameters: trained numbers by module.
@@ -119,14 +118,7 @@ def inject(
 
     Args:
         source: a checkpoint, of which only headers and what is trained whole are read.
-        out: folder to create.
         spec: as asked: targets and settings may be left open.
-        seed: of the random starts.
-        overwrite: replace an existing folder.
-        progress: called after each layer.
-
-    Returns:
-        What was written.
 
     Raises:
         CheckpointError: as `plan_injection`, and when out is taken.

@@ -22,11 +22,8 @@ class PullReport:
     """What a pull did, or would do.
 
     Attributes:
-        repository: where from.
-        commit: hash.
         files: bytes by path.
         kind: compressed, adapter or dense; ``files`` when only some were asked for.
-        seconds: wall time.
     """
 
     repository: str
@@ -63,16 +60,8 @@ def pull(
 
     Args:
         source: ``org/name``, ``org/name@revision`` or ``hf://org/name``.
-        out: folder to create.
         include: globs of the only files to fetch, of any kind.
         revision: branch, tag or commit; overrides the one in source.
-        token: instead of the one that is logged in.
-        overwrite: replace an existing folder.
-        dry_run: only say what would be fetched.
-        progress: called while checksums are verified.
-
-    Returns:
-        What was done.
 
     Raises:
         CheckpointError: when the repository holds no usable checkpoint, or out is taken.

@@ -29,14 +29,11 @@ class PushReport:
     """What a push did, or would do.
 
     Attributes:
-        repository: where to.
-        kind: compressed, adapter or dense.
         files: bytes by path.
         deleted: files of the checkpoint that was there before and is replaced.
         commit: hash; empty in a dry run.
         url: of the commit or pull request; empty in a dry run.
         changed: whether there was anything to commit.
-        seconds: wall time.
     """
 
     repository: str
@@ -81,14 +78,7 @@ def push(
         repository: ``org/name``; created when it is missing.
         private: visibility of a new one.
         revision: branch, created when it is missing.
-        create_pr: open a pull request instead of committing.
-        message: first line of the commit.
-        token: instead of the one that is logged in.
         dry_run: only check the folder and say what would be uploaded; nothing is asked of the Hub.
-        progress: called while checksums are verified.
-
-    Returns:
-        What was done.
 
     Raises:
         CheckpointError: when the folder is incomplete or damaged.

@@ -73,10 +73,6 @@ def replace_file(path: Path, data: bytes) -> None:
 def partial_folder(out: Path, *, overwrite: bool) -> Path:
     """Where unfinished output of ``out`` is kept; nothing is created.
 
-    Args:
-        out: the folder to publish in the end.
-        overwrite: whether a folder with content may be replaced.
-
     Returns:
         ``<out>.partial``; of a link, beside the folder it leads to.
 
@@ -143,7 +139,6 @@ def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
 
     Args:
         partial: from `partial_folder`.
-        overwrite: whether that is allowed.
 
     Raises:
         CheckpointError: when it is not.

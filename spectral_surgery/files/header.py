@@ -57,12 +57,8 @@ class TensorInfo:
     """One stored tensor.
 
     Attributes:
-        name: its key in the checkpoint.
         dtype: safetensors code, a key of DTYPE_BITS.
-        shape: sizes, in elements.
-        file: the file that holds it.
         start: offset of its first byte from the beginning of the file.
-        nbytes: its size in bytes.
     """
 
     name: str

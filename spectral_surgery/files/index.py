@@ -52,8 +52,6 @@ class CheckpointIndex:
 
     Attributes:
         root: the folder; of a lone file, the folder it is in.
-        tensors: by name, sorted.
-        files: the files that hold them, sorted.
         other_files: relative to root, to be copied as bytes: configuration, tokenizer, modules.
         skipped_files: relative to root: weights in other formats, or no part of this model.
         config: content of config.json, empty without one.
@@ -87,11 +85,7 @@ class CheckpointIndex:
         return f"expected a plain checkpoint, got one quantised already ({method}). {remedy}"
 
     def require_plain(self) -> None:
-        """Refuse what is quantised, compressed or swapped.
-
-        Raises:
-            CheckpointError: when it is.
-        """
+        """Refuse what is quantised, compressed or swapped. Raises CheckpointError when it is."""
         if self.why_not_plain:
             raise CheckpointError(f"{self.root}: {self.why_not_plain}")
 
@@ -233,11 +227,7 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse the folder of an adapter where a model is needed.
-
-    Raises:
-        CheckpointError: when it is one.
-    """
+    """Refuse the folder of an adapter where a model is needed. Raises CheckpointError when it is one."""
     if not is_adapter(folder):
         return
     config = read_json(folder / _ADAPTER_CONFIG)

@@ -38,8 +38,6 @@ class Source:
     Rows are those of the matrix [numel / columns, columns], where columns are the last dimension, or 1 of a vector.
 
     Attributes:
-        number: of the adapter.
-        layer: its name in the adapter.
         shape: of the parameter that it changes; () where that is the stored tensor.
         spans: which rows of the parameter are which of the stored tensor; () for all.
         transposed: whether the parameter is [I, O], or [E, I, O] for stacked experts.
@@ -85,7 +83,6 @@ class MergedTensor:
     """One tensor that the merge changed.
 
     Attributes:
-        sources: every update in it.
         coding: what the bytes are: ``update``, what `live.undo` makes, with factors of DoRA before it; ``whole``,
             the base compressed; ``xor``, the differing bits compressed.
         step: of the grid the update was rounded to.
@@ -116,7 +113,6 @@ class MergeRecord:
 
     Attributes:
         weights: factor of each adapter.
-        tensors: what was changed, by name.
         aliases: second name -> first name of tensors that were equal, and were changed together.
     """
 
@@ -194,7 +190,6 @@ def compressed(base: Tensor, merged: Tensor | None = None) -> bytes:
     """A tensor, compressed.
 
     Args:
-        base: the tensor.
         merged: of the same shape and dtype, to code only the bits that differ; None for all.
     """
     raw = _bytes_of(base) if merged is None else _bytes_of(base) ^ _bytes_of(merged)

@@ -33,8 +33,6 @@ def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, o
     A configuration that only this package understands gets the shim, see `shim`; any other loses it.
 
     Args:
-        index: the checkpoint they come from.
-        folder: where to.
         config: new content of config.json, written when the checkpoint has one and it differs.
         without: a file to leave out.
     """

@@ -14,13 +14,7 @@ SWAP_VERSION = 1
 
 @dataclass(frozen=True)
 class SwapRecord:
-    """How a model was swapped.
-
-    Attributes:
-        mixer: name in MIXERS.
-        layers: numbers of the layers.
-        settings: of the mixer, all of them.
-    """
+    """How a model was swapped. ``settings``: of the mixer, all of them."""
 
     mixer: str
     layers: tuple[int, ...]

@@ -17,7 +17,6 @@ def delta_weight(coefficients: Tensor, positions: Tensor, shape: tuple[int, int]
 
     Returns:
         [O, I] in the dtype of the coefficients.
-
     Source: arXiv 2405.03003, Algorithm 1.
     """
     spectrum = coefficients.new_zeros(shape[0] * shape[1]).index_put((positions,), coefficients)

@@ -27,7 +27,6 @@ class BaseModel:
     """A checkpoint, and the modules that transformers would make of it.
 
     Attributes:
-        index: the checkpoint.
         model: without weights; None where transformers is absent or does not know it.
         names: where parameters are stored.
         ties: root by name of a parameter that is the same as another one, whether it is stored or not.

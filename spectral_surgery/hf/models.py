@@ -28,7 +28,6 @@ class SentenceEncoder:
 
     Attributes:
         model: a transformers encoder in eval mode.
-        tokenizer: its tokenizer.
     """
 
     model: Any
@@ -128,9 +127,6 @@ def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = Fal
 
     Returns (model in eval mode, tokenizer with a padding token).
 
-    Args:
-        auto_class: class of transformers that knows the architecture; see `class_for`.
-
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
@@ -169,9 +165,6 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_c
 
 def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
-
-    Args:
-        folder: a Hugging Face folder; only its configuration is read.
 
     Raises:
         BackendError: when transformers is not installed.
@@ -240,9 +233,6 @@ def continue_text(
     """Let a language model continue a text.
 
     Returns (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
-
-    Args:
-        emit: called with each piece of new text.
 
     Raises:
         ConfigError: when the model cannot generate, or the prompt has no tokens, or as many as the model can read.

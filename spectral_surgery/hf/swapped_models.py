@@ -34,11 +34,7 @@ def __getattr__(name: str) -> object:
 
 
 class Settings:
-    """How a model was swapped.
-
-    Attributes:
-        record: layers, mixer and settings.
-    """
+    """How a model was swapped."""
 
     record: SwapRecord
 

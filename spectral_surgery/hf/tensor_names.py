@@ -33,7 +33,6 @@ class Piece:
     Rows are those of the matrix [numel / columns, columns], where columns are the last dimension, or 1 of a vector.
 
     Attributes:
-        info: the stored tensor.
         spans: runs of rows.
         transposed: whether the rows are those of the stored tensor with its last two dimensions exchanged.
     """
@@ -45,13 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A parameter, and where it is stored.
-
-    Attributes:
-        name: in the model.
-        shape: in the model.
-        pieces: cover all its rows.
-    """
+    """A parameter, and where it is stored. ``pieces``: cover all its rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -113,7 +106,6 @@ class TensorNames:
     """The parameters of a model, found in a checkpoint.
 
     Attributes:
-        index: the checkpoint.
         parameters: by name in the model; without a model, none.
         unclear: stored names by parameter, where a conversion does more than move rows.
     """

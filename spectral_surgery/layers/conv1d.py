@@ -22,7 +22,6 @@ class SpectralConv1D(nn.Module):
         nf: O, also ``out_features``.
         spectrum: of V as checkpoints store it; or of Vᵀ, where codes could be laid out so.
         transposed: whether the spectrum is that of Vᵀ.
-        bias: [O] parameter, or None.
     """
 
     def __init__(self, spectrum: SpectralWeight, bias: Tensor | None = None, *, transposed: bool = False) -> None:
@@ -70,7 +69,6 @@ class SpectralConv1D(nn.Module):
 
         Args:
             bias: [O].
-            resident: name in RESIDENTS.
             dtype: floating type that the weight counts as.
 
         Raises:
@@ -84,7 +82,6 @@ class SpectralConv1D(nn.Module):
         """Make a layer of V [I, O] as checkpoints hold it; its codes are laid out as Vᵀ where they can be.
 
         Args:
-            weight: of V; not changed.
             bias: [O].
 
         Raises:

@@ -65,7 +65,6 @@ class SpectralEmbedding(nn.Module):
         """Make an embedding of a spectrum, or of spectra of consecutive row ranges: codes, or stored frames.
 
         Args:
-            resident: name in RESIDENTS.
             dtype: floating type of the output.
 
         Raises:

@@ -19,7 +19,6 @@ class SpectralExperts(nn.Module):
 
     Attributes:
         transposed: whether an expert multiplies by its matrix and not by the transposed one.
-        experts: the matrices, as modules.
     """
 
     def __init__(self, weights: Iterable[SpectralWeight], *, transposed: bool = False) -> None:

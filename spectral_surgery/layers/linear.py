@@ -16,8 +16,6 @@ class SpectralLinear(nn.Module):
     """Drop-in for nn.Linear: y = x Wᵀ + b, with W a `SpectralWeight`.
 
     Attributes:
-        in_features: I.
-        out_features: O.
         spectrum: W.
         bias: [O] parameter, or None.
     """
@@ -51,7 +49,6 @@ class SpectralLinear(nn.Module):
             bits: stored bits per weight.
             max_error: relative Frobenius error of the weight.
             transform: name in TRANSFORMS.
-            resident: name in RESIDENTS.
 
         Raises:
             ConfigError: when none or several targets are given, or the codes do not fit the resident form.
@@ -68,7 +65,6 @@ class SpectralLinear(nn.Module):
 
         Args:
             bias: [O].
-            resident: name in RESIDENTS.
             dtype: floating type that the weight counts as.
 
         Raises:

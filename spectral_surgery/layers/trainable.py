@@ -19,7 +19,6 @@ class TrainableWeight(nn.Module):
     """Takes the place of a `SpectralWeight`, with its kept coefficients as a parameter; the matrix is dense in use.
 
     Attributes:
-        kept: positions and steps.
         values: [K] float32 parameter.
     """
 

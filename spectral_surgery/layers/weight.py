@@ -34,10 +34,6 @@ class SpectralWeight(nn.Module):
 
     Its one parameter is empty, and in no state: models are asked for the dtype and device of their first parameter,
     and some have nothing but matrices.
-
-    Attributes:
-        resident: name in RESIDENTS.
-        parts: the forms, as modules.
     """
 
     def __init__(self, forms: Sequence[Form], resident: str, dtype: torch.dtype = torch.float32) -> None:
@@ -64,7 +60,6 @@ class SpectralWeight(nn.Module):
 
         Args:
             spectra: codes or stored frames, of W or of consecutive row ranges of it.
-            resident: name in RESIDENTS.
             dtype: floating type that W counts as.
 
         Raises:

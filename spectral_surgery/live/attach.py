@@ -28,7 +28,6 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = DEFAULT) -> AdapterS
 
     Args:
         model: changed in place: each target is wrapped, its parameters stay where they are.
-        spec: method, settings and targets.
         name: of the adapter; several may be on a model.
 
     Returns:
@@ -56,7 +55,6 @@ def set_active(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Choose the adapters in use, train those alone, and switch adapters on.
 
     Args:
-        model: a model with adapters.
         weights: factor by name; empty for the base alone.
 
     Raises:
@@ -98,7 +96,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """Take adapters off; a layer without any is the module that was there before.
 
     Args:
-        model: a model with adapters.
         name: which; None for all.
 
     Raises:
@@ -117,11 +114,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def state_of(
     model: nn.Module, spec: AdapterSpec, name: str = DEFAULT, *, full: Callable[[Tensor], Tensor] = lambda t: t
 ) -> AdapterState:
-    """Copy the numbers of an adapter out of a model.
-
-    Raises:
-        ConfigError: when the name is on no layer.
-    """
+    """Copy the numbers of an adapter out of a model. Raises ConfigError when the name is on no layer."""
     carriers = {target: layer for target, layer in adapted_layers(model).items() if name in layer.adapters}
     layers = {
         target: {key: _copied(value, full) for key, value in layer.adapters[name].state_dict().items()}
@@ -158,8 +151,6 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
 
     Args:
         model: the base model, changed in place.
-        state: the adapter.
-        name: to give it.
 
     Raises:
         CheckpointError: when it does not fit the model; all mismatches are listed and nothing is changed.

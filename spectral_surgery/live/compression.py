@@ -24,7 +24,6 @@ class LiveReport:
     """What compressing a model in memory did.
 
     Attributes:
-        replaced: names of the modules that are compressed now.
         dense_bytes: of their weights before, tied ones once.
         resident_bytes: of their spectra.
     """
@@ -56,9 +55,7 @@ def compress_model(
         sparsity: fraction of coefficients KEPT; exactly one of this, bits and max_error is given.
         bits: stored bits per weight.
         max_error: relative Frobenius error of every weight.
-        transform: name in TRANSFORMS.
         tile: side of the transform tiles.
-        resident: name in RESIDENTS.
         targets: which modules; all-linear means every one, embeddings too.
         min_weights: smaller layers stay as they are.
 

@@ -23,7 +23,6 @@ def merge(model: nn.Module, weights: Mapping[str, float] | None = None) -> None:
     Tied weights stay tied. All layers are merged, or none.
 
     Args:
-        model: with adapters on it.
         weights: factor by name of the adapters to merge; None for the active ones.
 
     Raises:

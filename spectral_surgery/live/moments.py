@@ -18,12 +18,7 @@ class SecondMoment:
     """H = Xᵀ X of rows that come in batches; of a symmetric matrix little more than a half is computed."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        """Start at zero.
-
-        Args:
-            width: I, of a row.
-            device: where the rows are.
-        """
+        """Start at zero. ``width``: I, of a row."""
         self._sum = torch.zeros(width, width, device=device)
         self._strip = _STRIPS[width > _NARROW]
 

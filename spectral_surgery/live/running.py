@@ -24,11 +24,7 @@ def fast_bfloat16(device: str) -> bool:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Turn what a model raises meanwhile into a deliberate error.
-
-    Raises:
-        TargetError: with the cause.
-    """
+    """Turn what a model raises meanwhile into a deliberate error. Raises TargetError with the cause."""
     try:
         yield
     except SpectralSurgeryError:

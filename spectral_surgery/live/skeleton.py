@@ -35,7 +35,6 @@ def skeleton(shapes: Mapping[str, tuple[int, ...]], model_type: str | None = Non
     """A tree of modules for the tensors of a checkpoint.
 
     Args:
-        shapes: by name of the tensor.
         model_type: of config.json; tells models whose linear layers store [I, O].
 
     Returns:

@@ -53,8 +53,6 @@ def swap_attention(
     Args:
         model: of transformers, of a family in FAMILIES.
         mixer: name in MIXERS; a causal one where the model is causal.
-        layers: numbers from 0.
-        settings: of the mixer, by name.
 
     Raises:
         ConfigError: when the family, the mixer, a setting or a layer is not accepted.

@@ -55,7 +55,6 @@ def merge_weight(base: Tensor, delta: Tensor, where: str, scale: Tensor | None =
     Args:
         base: W, of any shape, float32, bfloat16 or float16; not changed.
         delta: Δ of the same shape, float64.
-        where: name of the weight, for errors.
         scale: s, float64, of a shape that broadcasts to that of base; None for 1.
 
     Raises:
@@ -86,10 +85,7 @@ def unmerge_weight(merged: Tensor, delta: Tensor, undo: Undo, where: str, scale:
     """The weight before `merge_weight`, bit for bit.
 
     Args:
-        merged: the merged weight.
         delta: Δ as it was given to `merge_weight`, up to rounding of its computation.
-        undo: the record.
-        where: name of the weight, for errors.
         scale: the factors that merge_weight was given, to the last bit.
 
     Raises:

@@ -19,7 +19,6 @@ class Mixer(Protocol):
 
     Attributes:
         is_causal: whether an output depends on no later token, bit for bit.
-        width: D.
     """
 
     is_causal: bool
@@ -55,12 +54,10 @@ class MixerMethod(Generic[ConfigT]):
     """A row of MIXERS.
 
     Attributes:
-        name: how users choose it.
         config: frozen dataclass of its settings; the help text of a field is its metadata["help"].
         build: (settings, D) -> a fresh mixer.
         is_causal: whether it may stand in a model that generates from left to right.
         counterpart: name of the row that does the same in the other direction of `is_causal`.
-        source: paper or definition.
     """
 
     name: str
@@ -72,9 +69,6 @@ class MixerMethod(Generic[ConfigT]):
 
     def fresh(self, width: int, settings: dict[str, Any] | None = None) -> nn.Module:
         """A mixer with the default settings, or some of them changed.
-
-        Args:
-            settings: values by field name of the config.
 
         Raises:
             ConfigError: for a setting that is unknown or out of range.

@@ -30,11 +30,7 @@ def channel_slabs(x: Tensor, group: int = 1, *, split: bool = True) -> list[slic
 
 
 def token_slabs(x: Tensor, count: int, multiple: int = 1) -> list[slice]:
-    """Cut some tokens of x [B, T, D] into runs.
-
-    Args:
-        multiple: of which runs start at a multiple.
-    """
+    """Cut some tokens of x [B, T, D] into runs. ``multiple``: of which runs start at a multiple."""
     share = max(1, SLAB * x.shape[1] // x.numel())
     return _runs(count, max(share // multiple, 1) * multiple)
 

@@ -24,14 +24,7 @@ VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds; see SparseSpectralTensor for the meaning.
-
-    Attributes:
-        values: [K] coefficients.
-        positions: [K] int32 or int64.
-        domain: Shape and transform.
-        dtype: Of the spatial tensor.
-    """
+    """What a file holds; see SparseSpectralTensor for the meaning."""
 
     values: Tensor
     positions: Tensor

@@ -298,7 +298,6 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
     Args:
         scores: [n], no NaN.
-        count: How many, 1 to n.
     """
     threshold = scores.kthvalue(len(scores) - count + 1).values
     keep = scores > threshold

@@ -26,9 +26,6 @@ class Objective:
     """A row of OBJECTIVES.
 
     Attributes:
-        name: of the row.
-        summary: one line for a table.
-        auto_class: class of transformers that loads such models.
         run: (model, batch) to its outputs.
         loss: (outputs of the student, of the teacher, batch) to a scalar.
         project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the

@@ -78,9 +78,6 @@ def compare_logits(
 
     Args:
         models: one or two, on one device.
-        tokenizer: of both.
-        text: any.
-        seq_length: tokens of a sequence.
         samples: sequences at most; 0 for all.
 
     Returns:

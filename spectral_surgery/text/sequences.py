@@ -29,9 +29,6 @@ def cut_stream(
     """All texts as one stream of token ids, cut into sequences of equal length; of a short text, what there is.
 
     Args:
-        tokenizer: of transformers.
-        texts: in order.
-        length: tokens of a sequence.
         ended: put the token that ends a text after each, if there are several.
         samples: sequences at most; texts after those that they need are not read. 0 for all.
     """

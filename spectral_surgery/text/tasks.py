@@ -28,16 +28,11 @@ class Task:
     """A row of TASKS.
 
     Attributes:
-        name: how users choose it.
-        auto_class: class of transformers that loads the model.
-        task_type: PEFT's name of it.
         encode: (tokenizer, texts, tokens of an example) -> features of each example, without labels.
         collate: (tokenizer, features with "labels" where there are any) -> a batch.
         loss: (model, batch) -> (loss, predictions); None for the loss of the model itself.
         measures: (predictions, labels) -> measures of the held-out examples, beside the loss.
         best: the measure that decides which model is kept.
-        larger_is_better: of that measure.
-        labelled: whether examples have labels.
     """
 
     name: str

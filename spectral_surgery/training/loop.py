@@ -40,7 +40,6 @@ class LossCurve:
 
     Attributes:
         steps: planned; with minutes, as many as are expected to fit.
-        step: done.
         train: (step, mean loss since the last evaluation).
         held_out: (step, loss); step 0 is before training.
         best_step: the step whose parameters were kept.

@@ -24,7 +24,6 @@ class Start:
     """A row of STARTS: what a training can start from.
 
     Attributes:
-        name: how users choose it.
         build: (sizes, settings of the vocabulary) -> a fresh model of transformers.
     """
 

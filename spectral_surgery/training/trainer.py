@@ -31,7 +31,6 @@ class History:
         train: (step, loss) of the training batches.
         held_out: (step, measures) of the held-out examples, the first before training.
         best_step: whose adapter was kept.
-        steps: done in all.
         seconds: of training.
         is_main: whether this process is the one that writes and reports.
     """
@@ -125,11 +124,7 @@ def _last_checkpoint(folder: Path, file: str) -> Path | None:
 
 
 def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
-    """A Trainer that is ready to start.
-
-    Raises:
-        BackendError: when transformers or accelerate is missing.
-    """
+    """A Trainer that is ready to start. Raises BackendError when transformers or accelerate is missing."""
     try:
         import accelerate  # noqa: F401 - the Trainer needs it, and says so less clearly
         from transformers import EarlyStoppingCallback

@@ -27,10 +27,8 @@ class Transform:
     """An orthonormal real transform of the last dimension; data, not a hierarchy.
 
     Attributes:
-        name: How users choose it.
         matrix: Length n -> [n, n] float64 on the CPU, orthonormal; row k is basis function k.
         accepts: Whether a length is supported.
-        source: Where the definition is.
         lengths: The supported lengths in words, completing "48 is not ...".
     """
 

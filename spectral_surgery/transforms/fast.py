@@ -23,7 +23,6 @@ class FastTransform:
     """An orthonormal real transform of the last dimension, of any length.
 
     Attributes:
-        name: as in `TRANSFORMS`.
         forward: [..., n] -> [..., n]; float64 stays float64, any other real dtype gives float32.
         inverse: undoes it, and is its transpose.
         entries: (k, j, n) -> value at point j of basis function k, of k and j as they broadcast; float64.

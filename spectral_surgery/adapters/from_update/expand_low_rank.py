@@ -31,12 +31,6 @@ def expand(delta: Tensor, most: int, enough: float | None, config: Any) -> Expan
 
     Returns Components with parts ``down`` [K, I] and ``up`` [K, O] whose outer products are the components, balanced:
     both have the norm √s.
-
-    Args:
-        delta: [O, I] float32.
-        most: components at most.
-        enough: energy with which to stop; None for ``most``.
-        config: not used.
     """
     del config
     u, s, vh = _decompose(delta, most, enough)

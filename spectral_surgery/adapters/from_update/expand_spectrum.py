@@ -22,11 +22,6 @@ def expand_delta(delta: Tensor, most: int, enough: float | None, config: Any) ->
     """The largest coefficients of an orthonormal transform of both axes.
 
     Returns Components with parts ``values`` and ``positions``; nothing is out of reach.
-
-    Args:
-        delta: [O, I] float32.
-        most: components at most.
-        enough: energy with which to stop; None for ``most``.
     """
     coefficients = FAST[config.transform].forward2(delta).reshape(-1)
     gains = coefficients.double().square()
@@ -41,11 +36,6 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
 
     They span the matrices with ΔW[p, q] = ΔW[-p, -q]: half of the space, and half of the energy of a generic update.
     Returns Components with parts ``values`` and ``positions``.
-
-    Args:
-        delta: [O, I] float32.
-        most: components at most.
-        enough: energy with which to stop; None for ``most``.
     """
     values, gains = _cosines(delta)
     rows, columns = delta.shape
@@ -64,11 +54,6 @@ def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -
     """FourierFT's coefficients at the places that PEFT draws, in the order in which it draws them.
 
     Returns Components with parts ``values`` and ``functions``, which tells places with the same basis function.
-
-    Args:
-        delta: [O, I] float32.
-        most: components at most.
-        enough: energy with which to stop; None for ``most``.
     """
     rows, columns = delta.shape
     values, gains = _cosines(delta)

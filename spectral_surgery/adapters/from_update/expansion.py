@@ -27,7 +27,6 @@ class Size:
     Attributes:
         kind: ``bytes`` of the file in all, ``max_error``, the relative error of every layer, or ``count``, components
             of every layer: a rank or a number of coefficients.
-        value: the number asked for.
 
     Raises:
         ConfigError: when it is out of range.
@@ -77,7 +76,6 @@ class Extractor:
     """How weight updates become adapters of one method.
 
     Attributes:
-        method: row of METHODS.
         unit: what a component is called: rank or n_frequency.
         most: (O, I) -> components there are.
         numbers: (O, I) -> stored floats of a component.

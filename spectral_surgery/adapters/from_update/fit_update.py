@@ -26,7 +26,6 @@ class Update:
     """The weight update of one layer.
 
     Attributes:
-        layer: name of the module.
         shape: (O, I).
         delta: reads or computes ΔW, [O, I] float32; it may be called twice.
     """
@@ -73,7 +72,6 @@ def fit(
         size: bytes of all adapters together, relative error of each, or components of each.
         dtype: of the stored floats.
         max_count: no layer has more components, whatever the size.
-        report: called with the name of each layer that is done.
 
     Raises:
         ConfigError: when the settings cannot be kept, ΔW is not finite, nothing differs, the error is out of the

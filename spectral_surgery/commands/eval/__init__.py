@@ -23,12 +23,9 @@ class EvalReport:
 
     Attributes:
         tensors: those that differ, the worst first.
-        equal: number of tensors with equal bits or values.
         relative_error: of all tensors that differ, together.
-        only_in_one: names of tensors that one side lacks.
         measures: of A, B or both, by name: perplexity, kl, cosine, spearman.
         models: A, B and what is beside them, if anything is.
-        seconds: wall time.
     """
 
     tensors: tuple[TensorError, ...]
@@ -65,13 +62,8 @@ def evaluate(
     """Compare two checkpoints, or a model without and with an adapter; with one model alone, judge it.
 
     Args:
-        a: a checkpoint, plain or compressed.
         b: another one with the same tensors; None for A with the adapter, or for A alone.
-        data: text to judge on.
-        reference: more checkpoints, and baselines, for a table of all of them.
         adapter: folder with an adapter that B has on it.
-        device: models run on it.
-        progress: called after each tensor that is compared, or each model of the table.
 
     Raises:
         ConfigError: when there is nothing to do, or a baseline cannot be made.

@@ -30,11 +30,8 @@ class ModelRow:
     """A row of the table of models.
 
     Attributes:
-        model: name of the folder, or the baseline.
-        cost: what it takes and what it lost.
         measures: on the text: perplexity, kl, same_top; cosine; spearman. The first model is compared with none.
         family: what it shares with the same method at other rates; empty for a plain checkpoint.
-        short: name of the folder, or short name of the baseline.
         seconds: that it took to make, where it was made for this table.
         peak_bytes: resident memory that it took to make at the peak, beyond what was there; where it was measured.
     """

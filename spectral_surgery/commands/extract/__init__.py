@@ -40,14 +40,12 @@ class ExtractOptions:
 
     Attributes:
         method: row of EXTRACTORS.
-        size: bytes of the whole file, relative error of every layer, or components of every layer.
         config: settings of the method; None for its defaults.
         targets: which modules get an adapter; target_modules None for all that differ and can.
         dtype: of the stored floats: F32, BF16 or F16.
         max_count: no layer has more components; saves time where a few are enough.
         save_rest: store whole what differs and carries no adapter.
         base_model: how the adapter names its base; None for the path.
-        revision: of base_model.
     """
 
     method: str
@@ -96,15 +94,12 @@ class ExtractReport:
     """What was extracted.
 
     Attributes:
-        method: its name.
         unit: what a component is: rank or n_frequency.
         layers: every matrix that differs.
         rest: what becomes of other tensors that differ, by name: ``saved whole``, or the reason it is not covered.
         tied: name -> name of parameters that are one, and of which the adapter changes the second: merging changes
             both, in a live model of PEFT the first stays as it is.
         stored_bytes: of the file with the tensors.
-        seconds: wall time.
-        peak_rss_bytes: largest resident size of this process.
     """
 
     method: str
@@ -137,17 +132,6 @@ def extract(
     progress: Progress = silent,
 ) -> ExtractReport:
     """Write an adapter that turns one checkpoint into another; no model is built.
-
-    Args:
-        base: a plain checkpoint.
-        tuned: the same model after fine-tuning.
-        out: folder to create, in PEFT's format.
-        options: what is asked.
-        overwrite: replace an existing folder.
-        progress: called after each layer, twice: compared, measured.
-
-    Returns:
-        The report, its errors measured on what was written.
 
     Raises:
         CheckpointError: when a checkpoint is damaged or quantised, or out is taken.

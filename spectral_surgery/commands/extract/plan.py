@@ -31,14 +31,7 @@ _ABSENT = "not in BASE"
 
 @dataclass(frozen=True)
 class Pair:
-    """A matrix in both checkpoints.
-
-    Attributes:
-        layer: name of its module in the tuned one.
-        base: its weight before.
-        tuned: its weight after.
-        module: on the meta device.
-    """
+    """A matrix in both checkpoints. ``module``: on the meta device."""
 
     layer: str
     base: StoredParameter
@@ -71,12 +64,9 @@ class ExtractPlan:
     """Two checkpoints, compared as far as headers and small tensors tell.
 
     Attributes:
-        base: the one before.
-        tuned: the one after.
         pairs: matrices that may get an adapter; whether they differ is found when they are read.
         rest: reason by name of tensors that differ and get none.
         transposed: whether most matrices are stored as [I, O]; PEFT looks at each itself.
-        embeddings: layers that are embeddings.
         kernels: sides of the kernel by convolution.
     """
 
@@ -97,7 +87,6 @@ def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets
     """Match the tensors of two checkpoints by name.
 
     Args:
-        base: the model before.
         tuned: the same model after fine-tuning; it may have a head more.
         method: name of the row of METHODS; PEFT's FourierFT cannot keep embeddings in its files.
         targets: which modules get an adapter; target_modules None for all that can.

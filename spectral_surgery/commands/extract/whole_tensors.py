@@ -34,11 +34,7 @@ def save_rest(
     A module that is tied to another one is stored for both: PEFT makes two of them, and leaves the other as it was.
 
     Args:
-        model: of the checkpoint they are in.
         rest: reason by name of what differs; one with another shape than the base cannot replace it.
-        layers: modules with an adapter.
-        targets: of the adapter.
-        method: its name.
     """
     tuned = model.stored
     missing = {name: reason for name, reason in rest.items() if ", in BASE" in reason}

@@ -37,8 +37,6 @@ class Spectrum:
     """What the spectrum of one tensor promises, estimated on at most 2^20 of its weights.
 
     Attributes:
-        name: tensor name.
-        weights: weights looked at.
         energy_kept: fraction of the energy in the largest coefficients, at DENSITIES.
         energy_kept_weights: the same for the weights themselves.
         errors: relative error of a quantised spectrum, at RATES bits of entropy.
@@ -67,10 +65,8 @@ class Inspection:
         kind: ``dense``, ``quantised`` elsewhere, ``compressed``, or ``adapter``.
         tensors: name, shape, dtype, bytes and fate of each, where fate is what compress would do.
         tied: second name -> first name.
-        nbytes: bytes of all tensors.
         skipped_files: weights in other formats beside them.
         summary: of a compressed folder, what its manifest says; of an adapter, what its configuration says.
-        spectra: of a dense one, when asked for.
         notes: what is odd about it, and why compress refuses it, in sentences.
     """
 
@@ -101,12 +97,7 @@ def inspect(
     Args:
         source: a folder, dense, quantised, compressed or of an adapter, or a .safetensors file.
         spectrum: also read samples of the tensors and estimate what their spectra promise.
-        include: globs of tensors to look at; empty means all.
         compare: read tensors that may be tied; without, as for an outline of a remote checkpoint, none is taken to be.
-        progress: called after each spectrum.
-
-    Returns:
-        What was found.
 
     Raises:
         CheckpointError: when the source is not a usable checkpoint.
@@ -145,14 +136,7 @@ def inspect(
 
 
 def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
-    """Estimate what the spectrum of a tensor promises.
-
-    Returns:
-        Energy and error estimates, on rows of tiles spread over the tensor.
-
-    Raises:
-        ConfigError: when the sample is not finite.
-    """
+    """Estimate what the spectrum of a tensor promises. Raises ConfigError when the sample is not finite."""
     basis = basis or Basis(axes=tensor.axes)
     step = min(basis.tile, tensor.rows)
     starts = range(0, tensor.rows, step)

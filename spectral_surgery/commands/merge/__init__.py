@@ -53,14 +53,11 @@ class MergeReport:
 
     Attributes:
         layers: by tensor name, the size of the update relative to the weight: ‖ΔW‖ / ‖W‖.
-        replaced: tensors replaced whole.
         tied: name -> name of parameters that are one and changed together, such as an output layer and an embedding.
         untied: parameters that were one and are different tensors now; the configuration says so.
         resized: rows before and after, by parameter; the configuration says so.
         merged_bytes: of the weights that got an update.
         undo_bytes: what it costs to be able to take it back.
-        seconds: wall time.
-        peak_rss_bytes: largest resident size of this process.
     """
 
     layers: dict[str, float]
@@ -94,16 +91,7 @@ def merge(
     Updates are added in float32 and cast once; everything else keeps its bits. Tied weights stay tied.
 
     Args:
-        base: a plain checkpoint folder.
-        adapters: folders with adapters.
-        out: folder to create.
         weights: factor of each adapter; None for 1.
-        overwrite: replace an existing folder.
-        origin: the Hub repository that base is a copy of, for the model card.
-        progress: called after each tensor.
-
-    Returns:
-        The report.
 
     Raises:
         ConfigError: when the numbers of adapters and weights differ.

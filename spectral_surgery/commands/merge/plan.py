@@ -59,8 +59,6 @@ class MergePlan:
     """A merge, decided.
 
     Attributes:
-        index: the base.
-        states: the adapters.
         weights: factor of each.
         targets: tensors that change, or come in, by name.
         aliases: second name -> first name of tensors that are stored twice, and stay equal.
@@ -104,8 +102,6 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
     """Read headers and adapters, and find the tensors they belong to.
 
     Args:
-        base: a plain checkpoint.
-        adapters: folders with adapters.
         weights: factor of each; None for 1.
 
     Raises:

@@ -26,11 +26,7 @@ _VOCABULARY = re.compile(r"(embed|wte|shared|lm_head|decoder|output|head)", re.I
 
 
 class Finder:
-    """Finds what a merge changes.
-
-    Attributes:
-        wrong: what does not fit, in words.
-    """
+    """Finds what a merge changes. ``wrong``: what does not fit, in words."""
 
     def __init__(self, index: CheckpointIndex, states: tuple[AdapterState, ...], weights: tuple[float, ...]) -> None:
         """Name the layers of adapters as the parameters they change."""

@@ -48,7 +48,6 @@ class UnmergeReport:
     Attributes:
         restored: tensors whose bits were restored and checked.
         dropped: tensors that the base does not have.
-        seconds: wall time.
     """
 
     restored: tuple[str, ...]
@@ -62,15 +61,6 @@ class UnmergeReport:
 
 def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progress = silent) -> UnmergeReport:
     """Write the checkpoint that `merge` started from; every restored tensor has the checksum it had then.
-
-    Args:
-        merged: a folder that merge wrote.
-        out: folder to create.
-        overwrite: replace an existing folder.
-        progress: called after each tensor.
-
-    Returns:
-        The report.
 
     Raises:
         UnmergeError: when nothing was merged, or a tensor or the record was changed since; nothing is written then.

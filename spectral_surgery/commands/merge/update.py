@@ -48,10 +48,6 @@ def change_of(
     """The sum of the updates of a stored tensor, adapter after adapter as PEFT merges them.
 
     Args:
-        sources: whose updates.
-        states: adapters by number.
-        weights: factor of each.
-        shape: of the stored tensor.
         base: the tensor before; only DoRA needs it, once.
         factors: those of `Change`, instead of base.
 
@@ -95,10 +91,8 @@ def update_rows(state: AdapterState, source: Source, start: int, count: int) -> 
     """Rows of the update of a parameter, laid out as the parameter is.
 
     Args:
-        state: the adapter.
         source: its layer, and the shape of the parameter.
         start: the first row of the matrix [numel / columns, columns], where columns are the last dimension.
-        count: of rows.
 
     Returns:
         [count, columns] float64.

@@ -26,13 +26,7 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class PageReport:
-    """Where the page is, and what is in it.
-
-    Attributes:
-        path: of the file.
-        page: its content.
-        nbytes: of the file.
-    """
+    """Where the page is, and what is in it."""
 
     path: Path
     page: Page
@@ -67,7 +61,6 @@ def report(folder: Path, out: Path, *, title: str | None = None, overwrite: bool
             ``eval --json`` was printed to.
         out: the file to write; missing parents are created.
         title: heading; None for the name of the folder.
-        overwrite: replace a file that is there.
 
     Raises:
         ConfigError: when the folder is none of these.

@@ -20,12 +20,7 @@ _NAMED = ("peft_type", "base_model_name_or_path", "task_type", "peft_version")
 
 
 def adapter_page(folder: Path, title: str) -> Page:
-    """The page of an adapter.
-
-    Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        title: what to call it.
-    """
+    """The page of an adapter."""
     config, index = read_json(folder / CONFIG_FILE), read_index(folder, adapters=True)
     metrics = json_of(folder, METRICS)
     command, versions = card_says(folder)

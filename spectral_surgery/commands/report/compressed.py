@@ -22,12 +22,7 @@ HEALING = "heal.json"
 
 
 def compressed_page(folder: Path, title: str) -> Page:
-    """The page of a compressed folder: weights, or differences to a base.
-
-    Args:
-        folder: which one.
-        title: what to call it.
-    """
+    """The page of a compressed folder: weights, or differences to a base."""
     checkpoint = open_compressed(folder, differences=True)
     manifest = checkpoint.manifest
     total = manifest.report

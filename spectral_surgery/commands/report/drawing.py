@@ -22,8 +22,6 @@ class Shape:
 
     Attributes:
         tag: rect, circle, path or text.
-        attributes: of the element.
-        text: that it holds.
         tip: what pointing at it says.
     """
 
@@ -89,8 +87,6 @@ def axis(
         values: to be shown, at least one; positive on a logarithmic axis.
         start: pixel of the least one.
         stop: pixel of the largest one.
-        log: whether it is logarithmic.
-        zero: whether it begins at 0.
         span: it covers at least, of a logarithmic axis as a ratio, so that noise does not look like a difference.
     """
     low, high = min(values), max(values)
@@ -165,7 +161,6 @@ def chart(
         series: with at least one point in all.
         names: of the axes, with units.
         curve: drawn over all of x.
-        log: whether y is logarithmic.
         spans: that the axes cover at least; see `axis`.
         mark: an x to be marked by a vertical line, and its name.
         level: a y to be marked by a horizontal line, and its name.

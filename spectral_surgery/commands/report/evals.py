@@ -20,12 +20,7 @@ def is_eval(body: Mapping[str, Any]) -> bool:
 
 
 def eval_page(body: Mapping[str, Any], title: str) -> Page:
-    """The page of a comparison.
-
-    Args:
-        body: what ``eval --json`` printed.
-        title: what to call it.
-    """
+    """The page of a comparison."""
     models = [mapping(row) for row in listed(body["models"])]
     rows: list[dict[str, Cell]] = [
         {"model": words(row.get("model")), **{name.replace("_", " "): value for name, value in numbers(row).items()}}

@@ -24,12 +24,7 @@ from spectral_surgery.files.swap_record import read_record as read_swap
 
 
 def merged_page(folder: Path, title: str) -> Page:
-    """The page of a folder that merge wrote.
-
-    Args:
-        folder: with the record.
-        title: what to call it.
-    """
+    """The page of a folder that merge wrote."""
     index, record = read_index(folder), read_merge(folder)
     command, versions = card_says(folder)
     undo = sum(tensor.nbytes for tensor in record.tensors.values())
@@ -109,12 +104,7 @@ def _changed(index: CheckpointIndex, record: MergeRecord) -> tuple[Any, ...]:
 
 
 def swapped_page(folder: Path, title: str) -> Page:
-    """The page of a folder that swap wrote.
-
-    Args:
-        folder: its config.json says which layers were swapped.
-        title: what to call it.
-    """
+    """The page of a folder that swap wrote."""
     index = read_index(folder)
     record, metrics = read_swap(mapping(index.config.get("quantization_config"))), json_of(folder, SWAP_METRICS)
     command, versions = card_says(folder)
@@ -176,12 +166,7 @@ def _judged(measures: Mapping[str, float]) -> tuple[Section, ...]:
 
 
 def trained_page(folder: Path, title: str) -> Page:
-    """The page of a model that train made from nothing.
-
-    Args:
-        folder: its metrics.json has a course for each model.
-        title: what to call it.
-    """
+    """The page of a model that train made from nothing."""
     index, metrics = read_index(folder), json_of(folder, METRICS)
     _, versions = card_says(folder)
     models = [mapping(model) for model in listed(metrics.get("models"))]

@@ -26,11 +26,8 @@ class Figure:
     """A chart.
 
     Attributes:
-        title: heading.
         label: what it shows, for those who do not see it.
         drawings: for each of WIDTHS.
-        caption: how to read it.
-        legend: what its colours mean.
     """
 
     title: str
@@ -42,13 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: numbers stay numbers, so that it sorts by them.
-
-    Attributes:
-        title: heading.
-        columns: names.
-        rows: cells; None for what is not known.
-    """
+    """A table: numbers stay numbers, so that it sorts by them. ``rows``: cells; None for what is not known."""
 
     title: str
     columns: tuple[str, ...]
@@ -78,9 +69,7 @@ class Page:
 
     Attributes:
         kind: what was read, in words.
-        title: name of it.
         figures: the most important numbers, by name.
-        sections: in order.
     """
 
     kind: str

@@ -29,11 +29,7 @@ def card_says(folder: Path) -> tuple[str, str]:
 
 
 def json_of(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a folder; empty where there is no such file.
-
-    Raises:
-        CheckpointError: when it is damaged.
-    """
+    """A JSON object of a folder; empty where there is no such file. Raises CheckpointError when it is damaged."""
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 

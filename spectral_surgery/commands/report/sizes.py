@@ -23,8 +23,6 @@ class Stored:
     """A tensor, or a layer of an adapter, as it is stored.
 
     Attributes:
-        name: of it.
-        nbytes: that it takes.
         kind: class of the style sheet.
         said: about it, after its name and bytes.
     """

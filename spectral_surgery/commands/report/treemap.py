@@ -28,11 +28,7 @@ class Tile:
 
 
 def treemap(groups: Mapping[str, Sequence[Tile]]) -> tuple[Drawing, ...]:
-    """Tiles in groups, the largest first; those without bytes are left out.
-
-    Args:
-        groups: tiles by the name of their group.
-    """
+    """Tiles in groups, the largest first; those without bytes are left out."""
     sizes = {name: float(sum(tile.nbytes for tile in tiles)) for name, tiles in groups.items()}
     names = sorted((name for name in groups if sizes[name]), key=lambda name: _rank(sizes[name]))
 
@@ -78,12 +74,7 @@ def _label(name: str, letters: int, last: Mapping[str, int]) -> str:
 
 
 def squarified(sizes: Sequence[float], place: Box) -> list[Box]:
-    """Rectangles that fill a place, with areas in proportion to the sizes.
-
-    Args:
-        sizes: positive, about falling.
-        place: to fill.
-    """
+    """Rectangles that fill a place, with areas in proportion to the sizes. ``sizes``: positive, about falling."""
     total = sum(sizes)
     areas = [size * place[2] * place[3] / total for size in sizes]
     places: list[Box] = []

@@ -64,11 +64,9 @@ class SwapReport:
     """What a swap did.
 
     Attributes:
-        plan: what was asked.
         fits: how well each new layer gives the outputs of the attention it replaces; empty without distillation.
         training: settings of the distillation; None without.
         measures: of the original (``_a``) and of the result (``_b``), by name; empty without text to judge on.
-        seconds: wall time.
     """
 
     plan: SwapPlan
@@ -123,16 +121,11 @@ def swap(
     After `import spectral_surgery`, ``from_pretrained`` rebuilds it; all other weights keep their bits.
 
     Args:
-        source: a plain checkpoint folder.
-        out: folder to create.
-        spec: which layers, and what for.
         data: text to train the mixers on; None leaves them as they start.
         training: how; None for the defaults.
         judged_on: text to judge original and result on.
         seed: of what mixers start from at random.
         trust_remote_code: run the code that a model brings along; or say so in data.
-        overwrite: replace an existing folder.
-        progress: called after each step of training.
 
     Raises:
         TargetError: when attention is not dense.

@@ -40,12 +40,6 @@ class TrainReport:
     """What a training did.
 
     Attributes:
-        task: row of TASKS.
-        best: measure that decided.
-        history: losses and measures by step.
-        trainable_parameters: numbers trained.
-        all_parameters: of the model with them.
-        adapter_bytes: of the saved tensors.
         examples: trained on, held out.
         new_weights: names of weights that the model did not have, or for other labels, and that began at random.
     """

@@ -69,7 +69,6 @@ class ScratchReport:
     Attributes:
         models: the one asked for and, with a control, that.
         unigram: measures on the test part of the mere frequencies of tokens.
-        vocabulary: tokens that there are.
         examples: trained on, validated on, tested on.
     """
 

@@ -32,8 +32,6 @@ class CompressedCheckpoint:
     """Headers and manifest of a compressed folder; spectra are read when asked for.
 
     Attributes:
-        index: headers of all files.
-        manifest: what is compressed, and how.
         tables: frame offsets and steps that are read already, by tensor; see `with_tables`.
     """
 

@@ -31,9 +31,7 @@ class PartRecord:
     Attributes:
         rows: first row and end of the range.
         rows_per_frame: rows of each of its frames.
-        transform: name in TRANSFORMS.
         crc32: of its frames.
-        report: measured when it was encoded.
     """
 
     rows: tuple[int, int]
@@ -54,11 +52,8 @@ class TensorRecord:
 
     Attributes:
         dtype: safetensors code of the original.
-        shape: shape of the original.
         matrix: (rows, columns) it was seen as.
-        tile: side of the transform tiles.
         axes: transformed axes of the matrix.
-        parts: row ranges, in order.
     """
 
     dtype: str

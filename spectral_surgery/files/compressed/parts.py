@@ -32,10 +32,8 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
     """Leave a part in a file, whole or not at all.
 
     Args:
-        path: of the file.
         key: of everything that decided its bytes.
         encoded: the part; None where it is to be copied.
-        record: what the manifest will say of it.
     """
     tensors = {}
     if encoded is not None:
@@ -54,8 +52,6 @@ def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, T
     """Where the tensors of a part are, and its record; None for a file that is missing, damaged or of another key.
 
     Args:
-        path: of the file.
-        key: that it must have.
         verify: read the codes and compare their checksum.
     """
     if not path.exists():

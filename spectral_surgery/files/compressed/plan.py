@@ -41,9 +41,7 @@ class PlannedTensor:
     """One tensor to compress, seen as a matrix.
 
     Attributes:
-        info: where it is stored.
         rows: rows of the matrix (experts are stacked).
-        columns: columns of the matrix.
         axes: transformed axes; an embedding only along its features, so that a row decodes from one frame.
         parts: row ranges that are compressed one by one, cut at the matrices of a stack (experts) and at PART_WEIGHTS.
         base: the tensor whose difference is compressed instead, if any.
@@ -79,8 +77,6 @@ class Plan:
     """What compressing will do.
 
     Attributes:
-        options: see CompressOptions.
-        tensors: what is compressed, by name.
         copied: reason by name of every tensor stored bit for bit.
         aliases: second name of a tied tensor -> the name it is stored under.
     """
@@ -165,8 +161,6 @@ def make_plan(
     """Decide what happens to every tensor.
 
     Args:
-        index: headers of the checkpoint.
-        options: what was asked.
         compare: find tied tensors, for which some are read; otherwise none is taken to be tied.
         base: compress differences to the tensors of this checkpoint, where it has the same.
 

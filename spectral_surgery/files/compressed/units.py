@@ -124,13 +124,8 @@ def leave_codes(
     """Leave the unit files of a tensor, or of rows of it that are whole parts, whose codes were chosen elsewhere.
 
     Args:
-        store: where to.
-        plan: the plan it belongs to.
-        tensor: which.
         coefficients: [O, I] float32, what the codes stand for.
-        codes: of them.
         first: row of the tensor that they begin at.
-        threads: frames encoded at once.
     """
     basis = Basis(plan.options.transform, plan.options.tile, tensor.axes)
     for unit in _units_of(plan, tensor, (first, first + len(coefficients))):
@@ -148,17 +143,7 @@ def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[
 def finished_codes(
     store: UnitStore, plan: Plan, tensor: PlannedTensor, rows: tuple[int, int] | None = None
 ) -> Codes | None:
-    """What `leave_codes` was given, if all its unit files are there.
-
-    Args:
-        store: where they are.
-        plan: the plan they belong to.
-        tensor: which.
-        rows: of it, from and to; None for all.
-
-    Returns:
-        The codes, or None.
-    """
+    """What `leave_codes` was given, if all its unit files are there. ``rows``: of it, from and to; None for all."""
     parts, step = [], torch.ones(2)
     for unit in _units_of(plan, tensor, rows or (0, tensor.rows)):
         done = read_part(store.path(unit), store.key)

@@ -27,8 +27,6 @@ class Plain:
 
     Attributes:
         layers: tensors by layer and key: A [R, I], B [O, R], bias [O], magnitude [O], or [I] of an embedding.
-        embeddings: which are embeddings.
-        kernels: sides of the kernel by convolution.
     """
 
     layers: Layers

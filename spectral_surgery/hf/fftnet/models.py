@@ -70,9 +70,7 @@ def _config() -> Any:
         """Sizes and settings of an FFTNet.
 
         Attributes:
-            vocab_size: tokens that there are.
             d_model: width D.
-            num_layers: blocks.
             num_heads: groups of channels that share a filter.
             mlp_hidden_dim: width of the MLP that adapts the filters to the text.
             ff_hidden_dim: width of the MLP of a block; None for 4 D.

@@ -56,7 +56,6 @@ class FFTNetCache:
     """What the layers remember while text is generated.
 
     Attributes:
-        layers: cache of each mixer.
         columns: tokens seen of every sequence, padding included.
     """
 

@@ -23,7 +23,6 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
 
     Args:
         model: a PeftModel, or a model with FourierFT adapters loaded by transformers; changed in place.
-        enabled: False to undo it.
 
     Raises:
         BackendError: when PEFT is not installed.

@@ -118,11 +118,7 @@ def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:
 
 
 def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
-    """Give a layer a dense weight again, and its own class.
-
-    Args:
-        module: a stand-in; changed in place.
-    """
+    """Give a layer a dense weight again, and its own class. ``module``: a stand-in; changed in place."""
     module.__class__ = cast(Any, module).stands_for
     del module._modules["spectrum"]
     for name in ("in_features", "out_features", "transposed") if is_conv1d(module) else ():

@@ -49,9 +49,7 @@ class Loading:
     """One load: the folder, the plan, and what is left to do.
 
     Attributes:
-        checkpoint: the folder.
         residents: resident form by stored name; ``auto`` for others.
-        plan: made when transformers has settled its conversions.
         ties: those that transformers had, before `untie`: of the whole model, and of its models by name, where one
             has its own.
         conversions: of transformers alone, that were used; what save_pretrained reverts.
@@ -189,7 +187,6 @@ def resident_forms(checkpoint: CompressedCheckpoint, names: Names, resident: str
     Returns forms, one for each matrix where that is possible (see `matmul.resident_forms`), and the name in RESIDENTS.
 
     Args:
-        names: stored names.
         resident: name in RESIDENTS, or ``auto``: int8 where codes fit, else int12, else coded; ``narrow`` is int4,
             int5 or coded. Where they do not fit what is streamed, they are coded too.
         cuts: first rows of matrices.

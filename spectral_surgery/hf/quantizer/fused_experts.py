@@ -207,7 +207,6 @@ def stored_matrices(
     Returns the stored names, in order of rows; None where it has to be decoded.
 
     Args:
-        parameter: its name in the model.
         by: stored names that make it, by pattern of the converter; the pattern is empty for a mere renaming.
     """
     owner, _, leaf = parameter.rpartition(".")
@@ -265,7 +264,6 @@ def install_matrices(model: nn.Module, parameter: str, stored: Sequence[tuple[li
     """Put spectra in the place of a parameter.
 
     Args:
-        model: changed in place.
         stored: forms of row ranges, one below the other, and the resident form.
         like: a tensor on the device and of the dtype that the parameter should have.
     """

@@ -30,9 +30,6 @@ class Rows:
     """A range of rows of a spectrum's matrix: [n, I]; or [I, n], turned.
 
     Attributes:
-        weight: the spectrum.
-        start: first row.
-        stop: one after the last.
         dtype: floating type that it counts as.
         turned: whether it is transposed.
     """
@@ -98,11 +95,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, one above the other: [E, O, I].
-
-    Attributes:
-        matrices: one or more.
-    """
+    """Matrices of one shape, one above the other: [E, O, I]."""
 
     matrices: tuple[Rows, ...]
 

@@ -248,22 +248,13 @@ def stripping(names: Sequence[str], others: Sequence[str], patterns: Sequence[st
 
 
 def held_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Parameters that files hold compressed and memory does not, with the class of their module.
-
-    Args:
-        plan: where everything went.
-    """
+    """Parameters that files hold compressed and memory does not, with the class of their module."""
     names = (name for made in plan.dense.values() for name in made)
     return {name: type(_owner(model, name)).__name__ for name in names}
 
 
 def said_of_dense(checkpoint: CompressedCheckpoint, plan: Plan, held: Mapping[str, str]) -> str:
-    """One line about `held_dense`.
-
-    Args:
-        plan: where everything went.
-        held: what it gave; not empty.
-    """
+    """One line about `held_dense`. ``held``: what it gave; not empty."""
     tensors = checkpoint.manifest.tensors
     names = [name for target in plan.dense for name in plan.stored(target) if name in tensors]
     share = sum(tensors[name].report.weights for name in names) / checkpoint.manifest.report.weights

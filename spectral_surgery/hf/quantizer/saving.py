@@ -44,7 +44,6 @@ def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, T
 
     Args:
         model: loaded by `load`.
-        plan: where they went.
 
     Raises:
         CheckpointError: when the folder is gone or incomplete.
