@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeGuard
 
 from spectral_surgery.errors import CheckpointError, LimitError
+from spectral_surgery.files.storage import File, read_into, reading, size_of
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference reader
 MAX_RANK = 64
+_FIRST = 1 << 15  # bytes read at once; most headers end within
 METADATA_KEY = "__metadata__"
 
 # Bits of one element. The reference writer stores the last rows of this table first.
@@ -64,7 +64,7 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
+    file: File
     start: int
     nbytes: int
 
@@ -87,27 +87,34 @@ class Header:
     metadata: dict[str, str]
 
 
-def read_header(file: Path) -> Header:
-    """Read and check the header of one safetensors file; its data is not touched.
+def read_header(file: File) -> Header:
+    """Read and check the header of one safetensors file; its data is not looked at.
 
     Raises:
         CheckpointError: when the header is damaged or disagrees with the size of the file.
         LimitError: when it is longer than HEADER_LIMIT.
     """
-    with reading(file), file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        length = _header_length(file, stream.read(8), size)
-        raw = stream.read(length)
+    with reading(file):
+        size = size_of(file)
+        first = _beginning(file, min(size, _FIRST))
+        data = 8 + _header_length(file, first[:8], size)
+        raw = (first if data <= len(first) else _beginning(file, data))[8:data]
     if not raw.startswith(b"{"):
         raise CheckpointError(
             f"{file}: not a safetensors file: its header begins with {raw[:8]!r}; expected a JSON object. {_AGAIN}"
         )
     header = _parse_object(raw, f"{file}: the header")
     metadata = _metadata(file, header.pop(METADATA_KEY, None))
-    data = 8 + length
     tensors = {name: _tensor_info(file, name, entry, data, size) for name, entry in header.items()}
     _check_layout(file, tensors.values(), data, size)
     return Header(tensors, metadata)
+
+
+def _beginning(file: File, size: int) -> bytes:
+    """The first bytes; all from the first one on, which a server that knows no ranges can give, too."""
+    buffer = bytearray(size)
+    read_into(file, memoryview(buffer), 0)
+    return bytes(buffer)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -117,24 +124,12 @@ def read_json(path: Path) -> dict[str, object]:
         CheckpointError: when it cannot be read or is not a JSON object.
         LimitError: when it is larger than HEADER_LIMIT.
     """
-    with reading(path), path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with reading(path):
+        size = size_of(path)
         if size > HEADER_LIMIT:
             raise LimitError(f"{path}: {size} bytes; expected at most {HEADER_LIMIT} of JSON. {_AGAIN}")
-        raw = stream.read(size)
+        raw = path.read_bytes()
     return _parse_object(raw, f"{path}: the file")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError while reading ``path`` into a CheckpointError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); expected readable files."
-            " Check the path and its permissions."
-        ) from error
 
 
 def named(values: Iterable[object], limit: int = 5) -> str:
@@ -168,7 +163,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _header_length(file: Path, prefix: bytes, size: int) -> int:
+def _header_length(file: File, prefix: bytes, size: int) -> int:
     for magic, what in _LOOKALIKES.items():
         if prefix.startswith(magic):
             raise CheckpointError(f"{file}: {what}")
@@ -188,7 +183,7 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
     return length
 
 
-def _metadata(file: Path, metadata: object) -> dict[str, str]:
+def _metadata(file: File, metadata: object) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -196,7 +191,7 @@ def _metadata(file: Path, metadata: object) -> dict[str, str]:
     return metadata
 
 
-def _tensor_info(file: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:
+def _tensor_info(file: File, name: str, entry: object, data: int, size: int) -> TensorInfo:
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(f"{file}: tensor {named([name])} {what}. {_AGAIN}")
 
@@ -224,7 +219,7 @@ def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _check_layout(file: Path, tensors: Iterable[TensorInfo], data: int, size: int) -> None:
+def _check_layout(file: File, tensors: Iterable[TensorInfo], data: int, size: int) -> None:
     end = data
     for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
         if info.start != end:

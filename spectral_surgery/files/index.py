@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NoReturn
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json, reading
+from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json
 from spectral_surgery.files.reader import same_bytes
+from spectral_surgery.files.storage import Checkpoint, File, RemoteCheckpoint, RemoteFile, path_of, reading, weights_of
 
 __all__ = [
     "INDEX_FILE",
@@ -43,6 +45,7 @@ _FOREIGN = frozenset(
     }
 )
 _EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
+_CONNECTIONS = 8  # headers read at once from elsewhere
 _MODULE = re.compile(r"\d+_\w+")  # "2_Dense": a sentence-transformers module is part of the model
 
 
@@ -61,7 +64,7 @@ class CheckpointIndex:
 
     root: Path
     tensors: dict[str, TensorInfo]
-    files: tuple[Path, ...]
+    files: tuple[File, ...]
     other_files: tuple[Path, ...]
     skipped_files: tuple[Path, ...]
     config: dict[str, object]
@@ -90,14 +93,15 @@ class CheckpointIndex:
             raise CheckpointError(f"{self.root}: {self.why_not_plain}")
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter(source: Checkpoint) -> bool:
     """Whether a folder holds an adapter in PEFT's format, and no model beside it."""
+    folder = path_of(source)
     if not (folder / _ADAPTER_CONFIG).is_file() or (folder / INDEX_FILE).is_file():
         return False
-    return all(path.name in _ADAPTER_FILES for path in folder.glob("*.safetensors"))
+    return all(path.name in _ADAPTER_FILES for path in (*folder.glob("*.safetensors"), *weights_of(source)))
 
 
-def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
+def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex:
     """Read the headers of a checkpoint.
 
     Where an index and the files disagree, the checkpoint is what transformers loads: names that no file has do not
@@ -105,7 +109,7 @@ def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
 
     Args:
         source: a folder with an indexed, a single or several ``.safetensors`` files, or one
-            safetensors file of any name. Weights at the top level of a folder are the model.
+            safetensors file of any name; here or elsewhere. Weights at the top level of a folder are the model.
             Links to files are followed, links to folders are not.
         adapters: whether the folder of an adapter, which is not a model, will do.
 
@@ -117,31 +121,48 @@ def read_index(source: Path, *, adapters: bool = False) -> CheckpointIndex:
             ambiguous or damaged.
         LimitError: when a header or JSON file is longer than any real one.
     """
-    with reading(source):
-        if source.is_file():
-            return _lone_file(source)
-        if not source.is_dir():
+    root, remote = path_of(source), weights_of(source)
+    with reading(root):
+        if root.is_file() or root in remote:
+            return _lone_file(root, remote.get(root, root))
+        if not root.is_dir():
             raise CheckpointError(
-                f"{source}: no such file or folder; expected a .safetensors file or a folder with some. Check the path."
+                f"{root}: no such file or folder; expected a .safetensors file or a folder with some. Check the path."
             )
         if not adapters:
             refuse_adapter(source)
-        top = {path for path in source.iterdir() if path.is_file()}
-        weight_map = _read_weight_map(source, top)
-        files = _shards(source, weight_map) if weight_map else _unindexed(source, top)
-        headers = {file: read_header(file) for file in files}
-        notes = _disagreements(source, weight_map, headers) if weight_map else ()
+        every = _files_in(source)
+        top = {path for path in every if path.parent == root}
+        weight_map = _read_weight_map(root, top)
+        paths = _shards(root, weight_map, remote) if weight_map else _unindexed(root, every)
+        files = {path: remote.get(path, path) for path in paths}
+        headers = _read_headers(files)
+        notes = _disagreements(root, weight_map, headers) if weight_map else ()
         header = _merged(headers, twice=bool(weight_map))
-        others, skipped = _other_files(source, files)
-        config = read_json(source / "config.json") if source / "config.json" in top else {}
-        return CheckpointIndex(source, header.tensors, tuple(files), others, skipped, config, header.metadata, notes)
+        others, skipped = _other_files(root, every.difference(paths))
+        config = read_json(root / "config.json") if root / "config.json" in top else {}
+    return CheckpointIndex(root, header.tensors, tuple(files.values()), others, skipped, config, header.metadata, notes)
 
 
-def _lone_file(file: Path) -> CheckpointIndex:
-    if file.suffix.lower() in _PICKLES:
-        _refuse_pickle(file.parent, [file.name])
-    header = _merged({file: read_header(file)}, twice=False)
-    return CheckpointIndex(file.parent, header.tensors, (file,), (), (), {}, header.metadata)
+def _files_in(source: Checkpoint) -> set[Path]:
+    """Every file of a folder, here or elsewhere."""
+    if isinstance(source, RemoteCheckpoint):
+        return {*source.weights, *(source.path / name for name in source.names)}
+    return {path for path in source.rglob("*") if path.is_file()}
+
+
+def _read_headers(files: Mapping[Path, File]) -> dict[Path, Header]:
+    if all(isinstance(file, Path) for file in files.values()):
+        return {path: read_header(file) for path, file in files.items()}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return dict(zip(files, pool.map(read_header, files.values()), strict=True))
+
+
+def _lone_file(path: Path, file: File) -> CheckpointIndex:
+    if path.suffix.lower() in _PICKLES:
+        _refuse_pickle(path.parent, [path.name])
+    header = _merged({path: read_header(file)}, twice=False)
+    return CheckpointIndex(path.parent, header.tensors, (file,), (), (), {}, header.metadata)
 
 
 def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
@@ -172,9 +193,9 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
     return weight_map
 
 
-def _shards(root: Path, weight_map: Mapping[str, str]) -> list[Path]:
+def _shards(root: Path, weight_map: Mapping[str, str], remote: Mapping[Path, RemoteFile]) -> list[Path]:
     shards = sorted({root / shard for shard in weight_map.values()})
-    missing = [str(shard.relative_to(root)) for shard in shards if not shard.is_file()]
+    missing = [str(shard.relative_to(root)) for shard in shards if not (shard.is_file() or shard in remote)]
     if missing:
         raise CheckpointError(
             f"{root}: {len(missing)} of {len(shards)} weight files are missing: {named(missing)}; "
@@ -183,7 +204,8 @@ def _shards(root: Path, weight_map: Mapping[str, str]) -> list[Path]:
     return shards
 
 
-def _unindexed(root: Path, top: set[Path]) -> list[Path]:
+def _unindexed(root: Path, every: set[Path]) -> list[Path]:
+    top = {path for path in every if path.parent == root}
     if root / SINGLE_FILE in top:
         return [root / SINGLE_FILE]
     found = sorted(path for path in top if path.suffix == ".safetensors")
@@ -193,7 +215,7 @@ def _unindexed(root: Path, top: set[Path]) -> list[Path]:
     if pickles:
         _refuse_pickle(root, pickles)
     foreign = sorted(path.name for path in top if _holds_weights(path))
-    deeper = sorted({path.parent.name for path in root.glob("*/*.safetensors")})
+    deeper = sorted({path.parent.name for path in every if path.match("*.safetensors") and path.parent.parent == root})
     hint = "Check the path."
     if foreign:
         hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
@@ -226,10 +248,11 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
     )
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(source: Checkpoint) -> None:
     """Refuse the folder of an adapter where a model is needed. Raises CheckpointError when it is one."""
-    if not is_adapter(folder):
+    if not is_adapter(source):
         return
+    folder = path_of(source)
     config = read_json(folder / _ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
     known = named([base]) if isinstance(base, str) and base else "a base model"
@@ -257,14 +280,14 @@ def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
 
 def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> tuple[str, ...]:
     """Where an index does not say what its files hold, in sentences; refused where that leaves a doubt."""
-    holders: dict[str, list[TensorInfo]] = {}
-    for header in headers.values():
+    holders: dict[str, dict[Path, TensorInfo]] = {}
+    for path, header in headers.items():
         for name, info in header.tensors.items():
-            holders.setdefault(name, []).append(info)
+            holders.setdefault(name, {})[path] = info
     strangers = [
-        file
-        for file, header in headers.items()
-        if not any(root / weight_map.get(n, "") == file for n in header.tensors)
+        path
+        for path, header in headers.items()
+        if not any(root / weight_map.get(n, "") == path for n in header.tensors)
     ]
     if strangers:
         raise CheckpointError(
@@ -273,14 +296,15 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
         )
     several = {name: infos for name, infos in holders.items() if len(infos) > 1}
     for name, infos in several.items():
-        meant = next((info for info in infos if info.file == root / weight_map.get(name, "")), infos[-1])
-        if meant.file != infos[-1].file and not same_bytes(meant, infos[-1]):
+        last = list(infos)[-1]
+        meant = root / weight_map.get(name, "")
+        if infos.keys() - {last} >= {meant} and not same_bytes(infos[meant], infos[last]):
             raise CheckpointError(
-                f"{root}: {named([name])} is in {meant.file.name}, which {INDEX_FILE} names, with other values than in"
-                f" {infos[-1].file.name}, which transformers loads; expected one of them. Remove the other."
+                f"{root}: {named([name])} is in {meant.name}, which {INDEX_FILE} names, with other values than in"
+                f" {last.name}, which transformers loads; expected one of them. Remove the other."
             )
     absent = sorted(weight_map.keys() - holders.keys())
-    elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and not _among(root / weight_map[n], infos))
+    elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and root / weight_map[n] not in infos)
     return tuple(
         f"{INDEX_FILE}: {len(names)} of its names {what}: {named(names)}."
         for names, what in (
@@ -292,15 +316,11 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
     )
 
 
-def _among(file: Path, infos: Iterable[TensorInfo]) -> bool:
-    return any(info.file == file for info in infos)
-
-
-def _other_files(root: Path, files: list[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def _other_files(root: Path, beside: Iterable[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     others, skipped = [], []
-    for path in sorted(set(root.rglob("*")).difference(files)):
+    for path in sorted(beside):
         relative = path.relative_to(root)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in relative.parts):
             continue
         folder = relative.parts[0] if len(relative.parts) > 1 else ""
         if folder in _EXPORTS or (_holds_weights(path) and not _MODULE.fullmatch(folder)):

@@ -1,7 +1,4 @@
-"""Bytes and tensors of a checkpoint, any range of them.
-
-Files are read and never mapped: mapped pages would count as resident memory.
-"""
+"""Bytes and tensors of a checkpoint, any range of them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ from torch import Tensor
 
 from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.header import TensorInfo, named, reading
+from spectral_surgery.files.header import TensorInfo, named
+from spectral_surgery.files.storage import File, pieces_of, read_into
 
 # Codes whose elements torch can address; F4 and F6 pack several into a byte and are only copied.
 _TORCH_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2"}
@@ -28,7 +26,6 @@ _TORCH_NAMES |= {"C64": "complex64", "F64": "float64", "I64": "int64", "U64": "u
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 )
-PIECE = 1 << 20  # bytes read at a time: what the cache holds
 CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
@@ -44,7 +41,7 @@ def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
     """
     _check_range(info, start, stop)
     buffer = bytearray(stop - start)
-    _fill(memoryview(buffer), info, start)
+    read_into(info.file, memoryview(buffer), info.start + start)
     return buffer
 
 
@@ -56,27 +53,13 @@ def _check_range(info: TensorInfo, start: int, stop: int) -> None:
         )
 
 
-def _fill(view: memoryview, info: TensorInfo, start: int) -> None:
-    done = 0
-    with reading(info.file), info.file.open("rb", buffering=0) as stream:
-        stream.seek(info.start + start)
-        while done < view.nbytes:
-            count = stream.readinto(view[done:])  # one call reads at most 2 GiB
-            if not count:
-                raise CheckpointError(
-                    f"{info.file}: ends inside {named([info.name])}, {view.nbytes - done} bytes"
-                    " short; expected a file that does not change. Download it again."
-                )
-            done += count
-
-
-def release(path: Path) -> None:
-    """Give the memory back that Linux keeps a file in, once nobody reads it again.
+def release(file: File) -> None:
+    """Give the memory back that Linux keeps a local file in, once nobody reads it again.
 
     What is written next takes that memory: to get other memory from the system takes longer than to fill it.
     """
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as stream:
+    if isinstance(file, Path) and hasattr(os, "posix_fadvise"):
+        with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -90,28 +73,32 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
         CheckpointError: when the range is not inside the tensor, the file is too short, or torch
             has no such dtype.
     """
+    dtype = _dtype(info)
+    _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
+    made = empty((stop - start,), dtype)
+    read_into(info.file, made.view(torch.uint8).numpy().data, info.start + start * dtype.itemsize)
+    return made
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
     dtype = DTYPES.get(info.dtype)
     if dtype is None:
         raise CheckpointError(
             f"{info.file}: {named([info.name])} is {info.dtype}, several elements to a byte;"
             f" expected {', '.join(DTYPES)}. Exclude it, so that it is copied."
         )
-    _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
-    made = empty((stop - start,), dtype)
-    _fill(made.view(torch.uint8).numpy().data, info, start * dtype.itemsize)
-    return made
+    return dtype
 
 
-def byte_pieces(info: TensorInfo) -> Iterator[bytearray]:
-    """The stored bytes of a tensor, PIECE at a time."""
-    for start in range(0, info.nbytes, PIECE):
-        yield read_bytes(info, start, min(start + PIECE, info.nbytes))
+def byte_pieces(info: TensorInfo) -> Iterator[memoryview]:
+    """The stored bytes of a tensor, `storage.PIECE` at a time."""
+    return pieces_of(info.file, info.start, info.start + info.nbytes)
 
 
 def flat_pieces(info: TensorInfo) -> Iterator[Tensor]:
-    """The elements of a tensor in storage order, PIECE of them at a time."""
-    for start in range(0, info.numel, PIECE):
-        yield read_flat(info, start, min(start + PIECE, info.numel))
+    """The elements of a tensor in storage order, `storage.PIECE` bytes of them at a time."""
+    dtype = _dtype(info)
+    return (torch.frombuffer(piece, dtype=dtype) for piece in byte_pieces(info))
 
 
 def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:

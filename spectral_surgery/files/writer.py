@@ -193,7 +193,7 @@ def weights_name(index: CheckpointIndex) -> str:
         ``model`` for a model of transformers, and where files have several names; else as it is, such as
         ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
     """
-    names = {_NUMBER.sub("", file.stem) for file in index.files}
+    names = {_NUMBER.sub("", file.name.removesuffix(".safetensors")) for file in index.files}
     name = index.metadata.get(_NAME_KEY, names.pop() if len(names) == 1 else _MODEL)
     return name if "model_type" not in index.config and _PLAIN_NAME.fullmatch(name) else _MODEL
 

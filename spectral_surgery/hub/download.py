@@ -128,7 +128,7 @@ def needed(listing: Listing, token: str | None = None) -> list[str]:
             index = read_index(folder, adapters=True)
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(folder), str(repository))) from None
-        names = {path.relative_to(folder).as_posix() for path in index.files}
+        names = {file.relative_to(folder).as_posix() for file in index.files if isinstance(file, Path)}
     names |= {path.as_posix() for path in index.other_files}
     names |= {name for name in listing.files if name == INDEX_FILE or name.startswith(f"{MERGE_FOLDER}/")}
     return sorted(names)

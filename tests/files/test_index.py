@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.header import DTYPE_BITS, named, read_header, read_json, reading
+from spectral_surgery.files.header import DTYPE_BITS, named, read_header, read_json
 from spectral_surgery.files.index import INDEX_FILE, read_index
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.files.storage import reading
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

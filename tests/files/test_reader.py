@@ -82,7 +82,7 @@ def test_a_file_that_shrank_is_refused(info: TensorInfo) -> None:
     content = info.file.read_bytes()
     info.file.write_bytes(content[:-5])
     assert read_flat(info, 0, 2).tolist() == [0, 1]
-    with pytest.raises(CheckpointError, match="ends inside 'x', 5 bytes short; expected a file that does"):
+    with pytest.raises(CheckpointError, match="ends 5 bytes before what is wanted of it; expected a file that does"):
         read_tensor(info)
 
 

@@ -17,6 +17,7 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, o
 from spectral_surgery.files.compressed.difference import base_name
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, SUFFIXES, TensorRecord
 from spectral_surgery.files.header import DTYPE_BITS, TensorInfo
+from spectral_surgery.files.storage import size_of
 
 HEALING = "heal.json"
 
@@ -63,7 +64,7 @@ def _sizes(checkpoint: CompressedCheckpoint) -> tuple[int, int]:
     before = sum(sizes.values()) + sum(sizes.get(name, 0) for name in manifest.aliases.values())
     manifest_file = index.root / FILE_NAME
     files = [*index.files, *([manifest_file] if manifest_file.exists() else [])]
-    return before, sum(path.stat().st_size for path in files)
+    return before, sum(map(size_of, files))
 
 
 def _dense_bytes(record: TensorRecord) -> int:

@@ -86,7 +86,7 @@ def joined(
     places = torch.cat(offsets)
     steps = _stored_steps([read_tensor(file["step"]) for file in files])
 
-    def chunks() -> Iterator[bytearray]:
+    def chunks() -> Iterator[memoryview]:
         for file in files:
             yield from byte_pieces(file["codes"])
             release(file["codes"].file)

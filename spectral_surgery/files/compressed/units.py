@@ -29,6 +29,7 @@ from spectral_surgery.files.compressed.plan import Plan, PlannedTensor, Unit
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
+from spectral_surgery.files.storage import version_of
 from spectral_surgery.files.writer import Entry, copy_entry
 
 UNITS = "units"  # folder of unfinished work
@@ -47,8 +48,8 @@ class UnitStore:
 
 
 def work_key(index: CheckpointIndex, options: CompressOptions) -> str:
-    """Digest of what decides the result: options, format, and names, shapes, sizes and times of the files."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in index.files]
+    """Digest of what decides the result: options, format, tensors, and names, sizes and versions of the files."""
+    files = [version_of(file) for file in index.files]
     body = json.dumps([FORMAT_VERSION, options.to_json(), files, source_digest(index)], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()
 

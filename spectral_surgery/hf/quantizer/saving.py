@@ -8,6 +8,7 @@ in the headers of the weight files.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -115,7 +116,7 @@ def _unchanged(model: Any, load: Loading, plan: Plan, target: str) -> bool:
 
 def _copied(load: Loading, name: str) -> Tensor:
     info = load.checkpoint.index.tensors.get(name)
-    if info is None or not info.file.exists():
+    if info is None or (isinstance(info.file, Path) and not info.file.exists()):
         raise CheckpointError(
             f"{name}: is no longer in {load.checkpoint.index.root}, where the model was loaded from; compressed tensors"
             " are copied from there. Put the folder back, or call model.dequantize() first."

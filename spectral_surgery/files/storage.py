@@ -1,0 +1,160 @@
+"""Where the bytes of a checkpoint are: on this machine, or elsewhere. Nothing above this module asks which.
+
+Files are read and never mapped: mapped pages would count as resident memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from spectral_surgery.errors import CheckpointError
+
+PIECE = 1 << 20  # bytes given at a time: what the cache holds
+_LARGEST = 16 << 20  # bytes asked of a remote file at a time
+_NONE: Mapping[Path, RemoteFile] = MappingProxyType({})
+
+
+class RemoteFile(Protocol):
+    """A file elsewhere, of which any range can be read. Such an object can be pickled, for other processes."""
+
+    @property
+    def name(self) -> str:
+        """Without the folders it is in."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def version(self) -> str:
+        """A text that changes when the content does."""
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill a view with the bytes from ``start`` on.
+
+        Raises:
+            SpectralSurgeryError: when that cannot be done, after some attempts; or when it is another file by now.
+        """
+
+
+File = Path | RemoteFile
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint:
+    """A checkpoint whose weights are elsewhere.
+
+    Attributes:
+        path: the folder or weight file it would be, were it here. What else is read of it lies there already.
+        weights: the weight files, by the path each would have.
+        names: everything else that it holds, relative to the folder, whether it lies there or not.
+        source: where from, in words, with the version, such as ``org/name at commit 12ab``.
+    """
+
+    path: Path
+    weights: Mapping[Path, RemoteFile]
+    names: tuple[Path, ...]
+    source: str
+
+
+Checkpoint = Path | RemoteCheckpoint
+
+
+def path_of(source: Checkpoint) -> Path:
+    """The folder or file that a checkpoint is, or would be."""
+    return source if isinstance(source, Path) else source.path
+
+
+def weights_of(source: Checkpoint) -> Mapping[Path, RemoteFile]:
+    """The weight files that are elsewhere, by the path each would have."""
+    return _NONE if isinstance(source, Path) else source.weights
+
+
+def size_of(file: File) -> int:
+    """Bytes of a file."""
+    return file.stat().st_size if isinstance(file, Path) else file.size
+
+
+def version_of(file: File) -> tuple[str | int, ...]:
+    """What changes when a file does: name and size, and the time of a local file or the version of a remote one."""
+    if isinstance(file, Path):
+        status = file.stat()
+        return file.name, status.st_size, status.st_mtime_ns
+    return file.name, file.size, file.version
+
+
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Turn an OSError while reading into a CheckpointError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{where}: cannot be read ({error.strerror or error}); expected readable files."
+            " Check the path and its permissions."
+        ) from error
+
+
+def read_into(file: File, view: memoryview, start: int) -> None:
+    """Fill a view with the bytes of a file from ``start`` on.
+
+    Raises:
+        CheckpointError: when a local file cannot be read, or ends before that.
+        SpectralSurgeryError: when a remote one cannot be read.
+    """
+    if not isinstance(file, Path):
+        file.read_into(view, start)
+        return
+    done = 0
+    with reading(file), file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while done < view.nbytes:
+            count = stream.readinto(view[done:])  # one call reads at most 2 GiB
+            if not count:
+                raise CheckpointError(
+                    f"{file}: ends {view.nbytes - done} bytes before what is wanted of it; expected a file that does"
+                    " not change. Download it again."
+                )
+            done += count
+
+
+def pieces_of(file: File, start: int, stop: int) -> Iterator[memoryview]:
+    """A range of the bytes of a file, PIECE at a time.
+
+    A remote file is asked for more and more at a time, and for the next part while the one before is used; whoever
+    stops early has moved little for nothing.
+
+    Raises:
+        SpectralSurgeryError: as `read_into`.
+    """
+    if isinstance(file, Path):
+        for begin in range(start, stop, PIECE):
+            yield _range_of(file, begin, min(begin + PIECE, stop))
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        coming = None
+        for wanted in (*_growing(start, stop), None):
+            after = ahead.submit(_range_of, file, *wanted) if wanted else None
+            data = coming.result() if coming else memoryview(b"")
+            for begin in range(0, data.nbytes, PIECE):
+                yield data[begin : begin + PIECE]
+            coming = after
+
+
+def _growing(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    size = PIECE
+    while start < stop:
+        yield start, min(start + size, stop)
+        start, size = start + size, min(2 * size, _LARGEST)
+
+
+def _range_of(file: File, start: int, stop: int) -> memoryview:
+    view = memoryview(bytearray(stop - start))
+    read_into(file, view, start)
+    return view
