@@ -7,10 +7,9 @@ from torch import Tensor
 
 from spectral_surgery.fourier.dense import delta_rows as pick
 from spectral_surgery.fourier.dispatch import Way, choose
-from spectral_surgery.fourier.linear import fourier_linear
 from spectral_surgery.fourier.one_row import add_row
+from spectral_surgery.fourier.operators import fourier_linear, fourier_weight
 from spectral_surgery.fourier.rfft_positions import Delta, Places, fold
-from spectral_surgery.fourier.weight import fourier_weight
 
 __all__ = ["Places", "adapted_linear", "delta_rows", "delta_weight", "fold", "fourier_delta"]
 
@@ -27,8 +26,7 @@ def fourier_delta(
         scaling: factor on top of torch's 1 / (O I).
     """
     places = positions if isinstance(positions, Places) else fold(positions, out_features, x.shape[-1])
-    y: Tensor = fourier_linear(x, None, None, False, coefficients, *places, out_features, x.shape[-1], scaling)
-    return y
+    return fourier_linear(x, None, None, False, coefficients, *places, out_features, x.shape[-1], scaling)
 
 
 def delta_weight(
@@ -43,8 +41,7 @@ def delta_weight(
         base: [O, I] to add it to, in its dtype; left as it is.
     """
     places = positions if isinstance(positions, Places) else fold(positions, *shape)
-    weight: Tensor = fourier_weight(base, coefficients, *places, *shape, scaling)
-    return weight
+    return fourier_weight(base, coefficients, *places, *shape, scaling)
 
 
 def delta_rows(ids: Tensor, coefficients: Tensor, places: Places, shape: tuple[int, int], scaling: float) -> Tensor:
@@ -83,11 +80,9 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
             return wide if wide is y else wide.to(x.dtype)
     way = choose(x, weight, coefficients)
     if way is Way.BESIDE:
-        beside: Tensor = fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
-        return beside
+        return fourier_linear(x, weight, bias, False, coefficients, *places, *shape, scaling)
     if way is Way.INSIDE:
         held = delta_weight(coefficients.detach(), places, shape, scaling, weight)
-        inside: Tensor = fourier_linear(x, held, bias, True, coefficients, *places, *shape, scaling)
-        return inside
+        return fourier_linear(x, held, bias, True, coefficients, *places, *shape, scaling)
     dense: Tensor = torch.nn.functional.linear(x, delta_weight(coefficients, places, shape, scaling, weight), bias)
     return dense

@@ -12,9 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# the arguments of an operator of torch that make a Delta
-SCHEMA = "Tensor coefficients, Tensor indices, Tensor factors, int out_features, int in_features, float scaling"
-
 
 class Places(NamedTuple):
     """Folded places of K coefficients.

@@ -29,9 +29,8 @@ from spectral_surgery.fourier import (
 )
 from spectral_surgery.fourier import dispatch as choice
 from spectral_surgery.fourier.dispatch import Way
-from spectral_surgery.fourier.linear import linear_backward_op, linear_op
+from spectral_surgery.fourier.operators import linear_backward_op, linear_op, weight_backward_op, weight_op
 from spectral_surgery.fourier.rfft_positions import Delta
-from spectral_surgery.fourier.weight import weight_backward_op, weight_op
 
 SHAPES = [(12, 20), (21, 7), (9, 9), (64, 48), (16, 15), (17, 16), (1, 5), (7, 1), (1, 1)]
 LEADING = [(), (1,), (3,), (2, 3), (40,), (3, 0)]
