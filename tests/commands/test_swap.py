@@ -188,12 +188,11 @@ def test_records_of_other_versions_and_damaged_ones() -> None:
 
 
 def test_a_dense_model_is_not_swapped_on_the_fly() -> None:
-    from spectral_surgery.hf.swapped_models import config_class, quantizer_class
+    from spectral_surgery.hf.swapped_models import SpectralSwapConfig, SpectralSwapQuantizer
 
-    quantizer = quantizer_class()(config_class()(**SwapRecord("fnet", (0,), {}).to_json()), pre_quantized=False)
-    with pytest.raises(
-        ConfigError, match="spectral_surgery_swap for a folder that is not swapped; expected a swapped one"
-    ):
+    settings = SpectralSwapConfig(**SwapRecord("fnet", (0,), {}).to_json())
+    quantizer = SpectralSwapQuantizer(settings, pre_quantized=False)
+    with pytest.raises(ConfigError, match="expected a folder that `spectral-surgery swap` wrote, got a plain one"):
         quantizer.validate_environment()
     assert quantizer.is_trainable
     assert quantizer.is_qat_trainable

@@ -20,7 +20,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.hf import swapped_models as swap_plugin
+from spectral_surgery.hf import swapped_models
 from spectral_surgery.hf.quantizer.fill_weights import Loading, retie, untie
 from spectral_surgery.hf.quantizer.loading_plan import Plan
 from spectral_surgery.hf.quantizer.saving import spectral_layers
@@ -120,12 +120,10 @@ def test_classes_are_found_by_name() -> None:
     from spectral_surgery.hf.quantizer import class_swap as stand_ins
     from spectral_surgery.hf.quantizer import plugin as transformers_plugin
 
-    for make in (
-        *(transformers_plugin.config_class, transformers_plugin.quantizer_class),
-        *(swap_plugin.config_class, swap_plugin.quantizer_class),
-    ):
-        assert pickle.loads(pickle.dumps(make())) is make()
-    for module in (transformers_plugin, swap_plugin, stand_ins):
+    for module in (transformers_plugin, swapped_models):
+        for made in module.METHOD.classes.values():
+            assert pickle.loads(pickle.dumps(made)) is made
+    for module in (transformers_plugin, swapped_models, stand_ins):
         with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
             module.Nothing  # noqa: B018 - the access is the test
 

@@ -272,7 +272,7 @@ def test_bad_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FormatVersionError, match="format version 99"):
         transformers.LlamaForCausalLM.from_pretrained(folders["llama"], config=config)
     own = type(load("llama", folders["llama"]).hf_quantizer.quantization_config)
-    with pytest.raises(ConfigError, match="for a folder that is not compressed"):
+    with pytest.raises(ConfigError, match="expected a folder that `spectral-surgery compress` wrote"):
         load("llama", folders["llama"].parent / "source", quantization_config=own())
 
 

@@ -1,8 +1,8 @@
 """Compressed folders in transformers: after `import spectral_surgery`, every from_pretrained loads them as they are.
 
-No dense copy of a compressed layer ever exists. `register` runs when transformers imports its list of quantisers; the
-classes that it wants are made here, and say what they do in `spectral_loading` and `spectral_saving`.
-Source: transformers 5.23, `quantizers/base.py`.
+No dense copy of a compressed layer ever exists. `register` runs when transformers imports its list of quantisers; how
+weights come in is in `fill_weights`, and how they get out in `saving`.
+Source: transformers 5.24, `quantizers/base.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, check_version
 from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.remote_code import forget_shim
-from spectral_surgery.hf import swapped_models as swap_plugin
+from spectral_surgery.hf import swapped_models
+from spectral_surgery.hf.quant_method import LoadsFolders, QuantMethod
 from spectral_surgery.hf.quantizer import fill_weights as loading
 from spectral_surgery.hf.quantizer import loading_plan as planning
 from spectral_surgery.hf.quantizer import saving
@@ -32,19 +32,8 @@ from spectral_surgery.hf.quantizer.whole_model import bind_methods, cast, unbind
 
 def register() -> None:
     """Make transformers know compressed and swapped folders; once more changes nothing."""
-    from transformers.quantizers import auto
-
-    swap_plugin.register()
-    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(QUANT_METHOD)(config_class())
-        auto.register_quantizer(QUANT_METHOD)(quantizer_class())
-
-
-def __getattr__(name: str) -> object:
-    made = {"SpectralSurgeryConfig": config_class, "SpectralSurgeryQuantizer": quantizer_class}
-    if name in made:  # pickles find classes by their names
-        return made[name]()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for method in (METHOD, swapped_models.METHOD):
+        method.register()
 
 
 class Settings:
@@ -63,18 +52,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """What config.json should say."""
         return {name: value for name, value in vars(self).items() if name != "resident"}
-
-
-@cache
-def config_class() -> type:
-    """The class of ``quantization_config`` in config.json."""
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    return type(
-        "SpectralSurgeryConfig",
-        (Settings, QuantizationConfigMixin),
-        {"__doc__": Settings.__doc__, "__module__": __name__},
-    )
 
 
 class Operation:
@@ -121,21 +98,13 @@ def operation_class() -> type:
     return type("SpectralLoad", (Operation, ConversionOps), {})
 
 
-class Quantizer:
+class Quantizer(LoadsFolders):
     """What transformers asks while it loads and saves compressed models; see its HfQuantizer."""
 
+    made_by = "compress"
     load: Loading | None = None
     held_dense: Mapping[str, str] = MappingProxyType({})  # parameter -> class of its module
-    pre_quantized: bool
     quantization_config: Settings
-
-    def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Refuse to compress on the fly."""
-        if not self.pre_quantized:
-            raise ConfigError(
-                f"quantization_config: {QUANT_METHOD} for a folder that is not compressed; expected a compressed one."
-                " Run `spectral-surgery compress` first."
-            )
 
     def _process_model_before_weight_loading(self, model: Any, **context: Any) -> Any:
         checkpoint = _open(Path(context["checkpoint_files"][0]).parent, model.config)
@@ -169,20 +138,6 @@ class Quantizer:
             bind_methods(model)
         return model
 
-    def is_serializable(self) -> bool:
-        """Whether save_pretrained keeps the compression."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters can be trained on it."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether Trainer takes it without an adapter of PEFT: ours, norms and biases train as they are."""
-        return True
-
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What save_pretrained writes."""
         if self.load is None or self.load.plan is None:
@@ -199,14 +154,8 @@ class Quantizer:
         return model
 
 
-@cache
-def quantizer_class() -> type:
-    """`Quantizer` as transformers wants it."""
-    from transformers.quantizers.base import HfQuantizer
-
-    return type(
-        "SpectralSurgeryQuantizer", (Quantizer, HfQuantizer), {"__doc__": Quantizer.__doc__, "__module__": __name__}
-    )
+METHOD = QuantMethod(QUANT_METHOD, "SpectralSurgery", Settings, Quantizer)
+__getattr__ = METHOD.attribute
 
 
 def _open(folder: Path, config: Any) -> CompressedCheckpoint:
