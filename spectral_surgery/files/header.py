@@ -19,10 +19,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.files.storage import File, read_into, reading, size_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER_LIMIT = 100_000_000  # bytes, as in the reference reader
 MAX_RANK = 64
@@ -52,6 +55,17 @@ _LOOKALIKES: Mapping[bytes, str] = MappingProxyType(
 )
 
 
+class Decoder(Protocol):
+    """How a tensor is made of what is stored in its place. Such an object can be pickled, for other processes."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are stored in its place."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the matrix [numel / I, I], I the last dimension, in the dtype that the tensor is said to have."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One stored tensor.
@@ -59,6 +73,8 @@ class TensorInfo:
     Attributes:
         dtype: safetensors code, a key of DTYPE_BITS.
         start: offset of its first byte from the beginning of the file.
+        decoder: makes it of what is stored in its place; None for a tensor that is stored as it is. The other
+            attributes are those of what is made, and `file` has most of what it is made of.
     """
 
     name: str
@@ -67,11 +83,17 @@ class TensorInfo:
     file: File
     start: int
     nbytes: int
+    decoder: Decoder | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in files."""
+        return self.nbytes if self.decoder is None else self.decoder.stored_bytes
 
 
 @dataclass(frozen=True)

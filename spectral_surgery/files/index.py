@@ -12,6 +12,7 @@ from typing import NoReturn
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json
 from spectral_surgery.files.reader import same_bytes
+from spectral_surgery.files.sources import SOURCES, quantisation_of, read_as_plain
 from spectral_surgery.files.storage import Checkpoint, File, RemoteCheckpoint, RemoteFile, path_of, reading, weights_of
 
 __all__ = [
@@ -55,9 +56,10 @@ class CheckpointIndex:
 
     Attributes:
         root: the folder; of a lone file, the folder it is in.
+        tensors: by name, sorted; those that another tool has quantised as what they stand for, see `SOURCES`.
         other_files: relative to root, to be copied as bytes: configuration, tokenizer, modules.
         skipped_files: relative to root: weights in other formats, or no part of this model.
-        config: content of config.json, empty without one.
+        config: content of config.json, empty without one; it names no quantisation that is read as what it stands for.
         metadata: free text in the headers of the files, by key; the last file with a key has it.
         notes: what is odd about it and was read all the same, in sentences for the user.
     """
@@ -73,18 +75,19 @@ class CheckpointIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes that all tensors take in files."""
+        return sum(info.stored_bytes for info in self.tensors.values())
 
     @property
     def why_not_plain(self) -> str | None:
         """What config.json calls it, if it is quantised, compressed or swapped, and what to do; None when plain."""
-        config = self.config.get("quantization_config")
-        if config is None:
+        settings = quantisation_of(self.config)
+        if settings is None:
             return None
-        method = config.get("quant_method") if isinstance(config, dict) else config
+        method = str(settings.get("quant_method"))
         remedies = {"spectral_surgery": "Decompress it first.", "spectral_surgery_swap": "Start from the original."}
-        remedy = remedies.get(str(method), "Start from the unquantised checkpoint.")
+        kind = SOURCES.get(method)
+        remedy = kind.remedy if kind else remedies.get(method, "Start from the unquantised checkpoint.")
         return f"expected a plain checkpoint, got one quantised already ({method}). {remedy}"
 
     def require_plain(self) -> None:
@@ -140,8 +143,10 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
         notes = _disagreements(root, weight_map, headers) if weight_map else ()
         header = _merged(headers, twice=bool(weight_map))
         others, skipped = _other_files(root, every.difference(paths))
-        config = read_json(root / "config.json") if root / "config.json" in top else {}
-    return CheckpointIndex(root, header.tensors, tuple(files.values()), others, skipped, config, header.metadata, notes)
+        stored = read_json(root / "config.json") if root / "config.json" in top else {}
+        tensors, config, made = read_as_plain(header.tensors, stored)
+        notes = (*notes, *made)
+    return CheckpointIndex(root, tensors, tuple(files.values()), others, skipped, config, header.metadata, notes)
 
 
 def _files_in(source: Checkpoint) -> set[Path]:
@@ -162,7 +167,8 @@ def _lone_file(path: Path, file: File) -> CheckpointIndex:
     if path.suffix.lower() in _PICKLES:
         _refuse_pickle(path.parent, [path.name])
     header = _merged({path: read_header(file)}, twice=False)
-    return CheckpointIndex(path.parent, header.tensors, (file,), (), (), {}, header.metadata)
+    tensors, config, notes = read_as_plain(header.tensors, {})
+    return CheckpointIndex(path.parent, tensors, (file,), (), (), config, header.metadata, notes)
 
 
 def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.header import TensorInfo, named
-from spectral_surgery.files.storage import File, pieces_of, read_into
+from spectral_surgery.files.header import Decoder, TensorInfo, named
+from spectral_surgery.files.storage import PIECE, File, pieces_of, read_into
 
 # Codes whose elements torch can address; F4 and F6 pack several into a byte and are only copied.
 _TORCH_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2"}
@@ -26,6 +26,7 @@ _TORCH_NAMES |= {"C64": "complex64", "F64": "float64", "I64": "int64", "U64": "u
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 )
+_AT_ONCE = 1 << 22  # elements that are made at a time of what is stored in their place
 CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
@@ -40,6 +41,8 @@ def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
             was indexed.
     """
     _check_range(info, start, stop)
+    if info.decoder is not None:
+        return _made_bytes(info, start, stop)
     buffer = bytearray(stop - start)
     read_into(info.file, memoryview(buffer), info.start + start)
     return buffer
@@ -75,6 +78,8 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
     """
     dtype = _dtype(info)
     _check_range(info, start * dtype.itemsize, stop * dtype.itemsize)
+    if info.decoder is not None:
+        return _made(info, info.decoder, start, stop)
     made = empty((stop - start,), dtype)
     read_into(info.file, made.view(torch.uint8).numpy().data, info.start + start * dtype.itemsize)
     return made
@@ -90,9 +95,32 @@ def _dtype(info: TensorInfo) -> torch.dtype:
     return dtype
 
 
+def _made(info: TensorInfo, decoder: Decoder, start: int, stop: int) -> Tensor:
+    """A range of the elements of a tensor that is made of something else, a few rows at a time."""
+    made = empty((stop - start,), DTYPES[info.dtype])
+    columns = max(info.shape[-1] if info.shape else 1, 1)
+    height = max(1, _AT_ONCE // columns)
+    for first in range(start // columns, -(-stop // columns), height):
+        last = min(first + height, -(-stop // columns))
+        begin, end = max(start, first * columns), min(stop, last * columns)
+        rows = decoder.rows(first, last).reshape(-1)
+        made[begin - start : end - start] = rows[begin - first * columns : end - first * columns]
+    return made
+
+
+def _made_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
+    size = DTYPES[info.dtype].itemsize
+    first = start // size
+    made = read_flat(info, first, -(-stop // size)).view(torch.uint8)
+    return bytearray(made[start - first * size : stop - first * size].numpy().data)
+
+
 def byte_pieces(info: TensorInfo) -> Iterator[memoryview]:
     """The stored bytes of a tensor, `storage.PIECE` at a time."""
-    return pieces_of(info.file, info.start, info.start + info.nbytes)
+    if info.decoder is None:
+        return pieces_of(info.file, info.start, info.start + info.nbytes)
+    starts = range(0, info.nbytes, PIECE)
+    return (memoryview(read_bytes(info, start, min(start + PIECE, info.nbytes))) for start in starts)
 
 
 def flat_pieces(info: TensorInfo) -> Iterator[Tensor]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.load_errors import check_utf8, loading, own_code, required
+from spectral_surgery.hf.plain_weights import from_pretrained, plain_config, without_weights
 from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.blocks import text_config
 from spectral_surgery.live.running import called, running
@@ -74,9 +74,8 @@ def load_model(
     transformers = _transformers()
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with loading(folder, f"cannot be loaded by {auto_class}"):
-        model = _class(transformers, folder, auto_class).from_pretrained(
-            folder, local_files_only=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        cls = _class(transformers, folder, auto_class)
+        model = from_pretrained(cls, folder, {"dtype": dtype or "auto"}, trust_remote_code=trust_remote_code)
     return _padding(model, tokenizer).eval(), tokenizer
 
 
@@ -96,15 +95,14 @@ def load_classifier(
         CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
     """
     transformers, auto_class = _transformers(), "AutoModelForSequenceClassification"
-    settings: dict[str, Any] = {"num_labels": labels}
+    of_config: dict[str, Any] = {"num_labels": labels}
     if not isinstance(labels, int):
-        settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    settings |= {"local_files_only": True, "trust_remote_code": trust_remote_code, "dtype": dtype or "auto"}
+        of_config = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings = {"dtype": dtype or "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with loading(folder, f"cannot be loaded by {auto_class}"):
-        model, told = getattr(transformers, auto_class).from_pretrained(
-            folder, ignore_mismatched_sizes=True, output_loading_info=True, **settings
-        )
+        cls = getattr(transformers, auto_class)
+        model, told = from_pretrained(cls, folder, settings, of_config=of_config, trust_remote_code=trust_remote_code)
     misfits = sorted({str(name) for name, *_ in told["mismatched_keys"]})
     inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
     if inside:
@@ -135,9 +133,9 @@ def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = Fal
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     trust = {"trust_remote_code": trust_remote_code}
     with loading(folder, f"cannot be loaded by {auto_class}"):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        config = plain_config(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust))
         cls = _class(transformers, folder, auto_class)
-        with _without_weights():
+        with without_weights():
             if hasattr(cls, "from_config"):
                 model = cls.from_config(config, dtype=torch.float32, **trust)
             else:
@@ -160,7 +158,8 @@ def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_c
     with loading(folder, "cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         cls = _class_of(transformers, config, folder)
-        return cls.from_pretrained(folder, dtype=dtype or "auto", **local).eval()
+        settings = {"dtype": dtype or "auto"}
+        return from_pretrained(cls, folder, settings, trust_remote_code=trust_remote_code).eval()
 
 
 def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -177,8 +176,8 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        cls = _class_of(transformers, config, folder)
-        with _without_weights(), no_init_weights():
+        cls = _class_of(transformers, plain_config(config), folder)
+        with without_weights(), no_init_weights():
             if hasattr(cls, "from_config"):
                 model = cls.from_config(config, trust_remote_code=trust_remote_code)
             else:
@@ -194,12 +193,6 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
         model: of transformers; cast in place.
     """
     model.to(dtype).save_pretrained(folder)
-
-
-def _without_weights() -> AbstractContextManager[object]:
-    """Build modules without memory for their parameters; buffers, which no file has, get their values."""
-    accelerate = required("accelerate", "build models without weights")
-    return cast("AbstractContextManager[object]", accelerate.init_empty_weights(include_buffers=False))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -179,7 +179,7 @@ def _rows(index: CheckpointIndex, fates: dict[str, str] | None = None) -> tuple[
         return {"compress would": f"copy it: {fates[name]}" if name in fates else "compress it"}
 
     return tuple(
-        {"name": name, "shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes, **fate(name)}
+        {"name": name, "shape": list(info.shape), "dtype": info.dtype, "bytes": info.stored_bytes, **fate(name)}
         for name, info in index.tensors.items()
     )
 
