@@ -19,8 +19,8 @@ DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "spectral_surgery"
 GROUPS = {
     "Compress": ("inspect", "compress", "decompress", "heal", "eval", "report"),
-    "Run": ("generate",),
-    "Adapters": ("train", "inject", "merge", "unmerge", "extract", "export"),
+    "Run": ("generate", "export"),
+    "Adapters": ("train", "inject", "merge", "unmerge", "extract"),
     "Token mixers": ("swap",),
     "The Hub": ("push", "pull"),
 }

@@ -23,8 +23,11 @@ from spectral_surgery.commands.decompress import DecompressReport as DecompressR
 from spectral_surgery.commands.decompress import decompress as decompress
 from spectral_surgery.commands.eval import EvalReport as EvalReport
 from spectral_surgery.commands.eval import evaluate as evaluate
+from spectral_surgery.commands.export import TARGETS as TARGETS
 from spectral_surgery.commands.export import ExportReport as ExportReport
+from spectral_surgery.commands.export import ModelExport as ModelExport
 from spectral_surgery.commands.export import export as export
+from spectral_surgery.commands.export import export_model as export_model
 from spectral_surgery.commands.extract import ExtractOptions as ExtractOptions
 from spectral_surgery.commands.extract import ExtractReport as ExtractReport
 from spectral_surgery.commands.extract import extract as extract

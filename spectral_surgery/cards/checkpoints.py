@@ -99,6 +99,30 @@ def swapped_card(index: CheckpointIndex, report: Mapping[str, Any]) -> CardConte
     return CardContent("swapped", values, command, rows, base, "finetune", library, ("swapped",), ("torch",))
 
 
+def exported_card(index: CheckpointIndex, report: Mapping[str, Any], command: str, origin: str | None) -> CardContent:
+    """The card of a model in the format of another program.
+
+    Args:
+        index: headers of what was exported.
+        report: of the export, as ``--json`` has it.
+        command: that made it.
+        origin: repository it was made from; None asks its configuration.
+    """
+    base = origin or as_repository(index.config.get("_name_or_path"))
+    rows = [
+        {
+            "tensor": f"`{tensor['name']}`",
+            "shape": " x ".join(map(str, tensor["shape"])),
+            "stored as": tensor["stored_as"],
+            "relative error of the export": tensor["export_error"],
+        }
+        for tensor in report["tensors"]
+    ]
+    rows.sort(key=lambda row: str(row["tensor"]))
+    tags = ("gguf",) if report["target"] == "gguf" else ("compressed-tensors",)
+    return CardContent("exported", report, command, rows, base, "quantized", _library(index), tags, _LIBRARIES)
+
+
 def plain_card(index: CheckpointIndex) -> CardContent:
     """The card of any other checkpoint."""
     base = as_repository(index.config.get("_name_or_path"))

@@ -17,9 +17,9 @@ from spectral_surgery.errors import ConfigError
 @click.argument("name", required=False)
 @shared.json_option
 def command(name: str | None) -> None:
-    """List what can be chosen: adapters, transforms, mixers and baselines, and where they come from.
+    """List what can be chosen: adapters, transforms, mixers, baselines and targets of export, and where they come from.
 
-    With the name of an adapter method or mixer, its settings for -o NAME=VALUE.
+    With the name of an adapter method, mixer or target, its settings for -o NAME=VALUE.
 
     \b
     Example:
@@ -27,11 +27,13 @@ def command(name: str | None) -> None:
       spectral-surgery methods fourierft
     """
     from spectral_surgery.adapters import METHODS
+    from spectral_surgery.commands.export import TARGETS, ModelTarget
     from spectral_surgery.mixers import MIXERS
 
     rows = _rows()
     configs: dict[str, type[Any]] = {name: row.config for name, row in METHODS.items()}
     configs |= {name: row.config for name, row in MIXERS.items()}
+    configs |= {name: row.config for name, row in TARGETS.items() if isinstance(row, ModelTarget)}
     if name is not None and name in configs and fields(configs[name]):
         rows = _settings(configs[name])
     elif name is not None:
@@ -53,6 +55,7 @@ def _settings(config: type[Any]) -> list[Mapping[str, object]]:
 def _rows() -> list[Mapping[str, object]]:
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.baselines import BASELINES
+    from spectral_surgery.commands.export import TARGETS, ModelTarget
     from spectral_surgery.mixers import MIXERS
     from spectral_surgery.transforms import TRANSFORMS
 
@@ -61,5 +64,6 @@ def _rows() -> list[Mapping[str, object]]:
         "transform": [(t.name, f"lengths: {t.lengths}. {t.source}") for t in TRANSFORMS.values()],
         "mixer": [(m.name, f"causal: {m.is_causal}. {m.source}") for m in MIXERS.values()],
         "baseline": [(b.name, b.help) for b in BASELINES.values()],
+        "target": [(t.name, t.help) for t in TARGETS.values() if isinstance(t, ModelTarget)],
     }
     return [{"kind": kind, "name": name, "what": what} for kind, rows in kinds.items() for name, what in rows]

@@ -13,6 +13,7 @@ from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import decompressed_card
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
+from spectral_surgery.files.compressed.dense import cast
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
 from spectral_surgery.files.compressed.manifest import FILE_NAME, SUFFIXES, TensorRecord
 from spectral_surgery.files.header import FLOATS, FLOATS8
@@ -147,7 +148,7 @@ class _Entries:
 
         def chunks() -> Iterator[memoryview]:
             for weight, _ in self.weights(name, record):
-                yield tensor_bytes(_cast(weight, DTYPES[code]))
+                yield tensor_bytes(cast(weight, DTYPES[code]))
 
         return Entry(as_name, code, record.shape, chunks)
 
@@ -167,13 +168,6 @@ class _Entries:
             return copy_entry(info, as_name)
         dtype = DTYPES[code]
         return Entry(as_name, code, info.shape, lambda: (tensor_bytes(piece.to(dtype)) for piece in flat_pieces(info)))
-
-
-def _cast(dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype.itemsize == 1:  # float8 has no infinity to round to: large values would become NaN
-        limit = torch.finfo(dtype).max
-        dense = dense.clamp(-limit, limit)
-    return dense.to(dtype)
 
 
 def _plain_config(checkpoint: CompressedCheckpoint, dtype: str | None) -> dict[str, object]:
@@ -213,7 +207,7 @@ def _verify_sum(work: _Entries, name: str, written: TensorInfo, dtype: torch.dty
     record, energy, start = work.checkpoint.manifest.tensors[name], 0.0, 0
     for weight, part_energy in work.weights(name, record):
         energy += part_energy
-        expected = _cast(weight, dtype).reshape(-1)
+        expected = cast(weight, dtype).reshape(-1)
         if not _same_bits(read_flat(written, start, start + len(expected)), expected):
             return [f"{name}: is not the sum of the base and the difference"]
         start += len(expected)

@@ -131,7 +131,7 @@ def test_weight_differences_say_how_to_use_them(base: Path, tmp_path: Path) -> N
     report = export(lora(base, tmp_path / "a"), out, "delta", base=base, dtype="BF16", origin=str(base))
     card = card_of(out, "me/delta")
     params = typed(card, export_cli.command)
-    assert (params["form"], params["base"], params["dtype"]) == ("delta", "org/base", "bfloat16")
+    assert (params["to"], params["base"], params["dtype"]) == ("delta", "org/base", "bfloat16")
     assert "base_model: org/base\n" in card
     assert "base_model_relation: adapter\n" in card
     assert f"| `{Q}` | 130 x 96 | {130 * 96 * 2} | {report.relative_error:.4g} |\n" in card

@@ -232,7 +232,7 @@ def test_command(tmp_path: Path, base: Path) -> None:
     done = invoke(fourier, out, "--base", base, "--rank", 2, "--overwrite", "--json", "-q")
     body = json.loads(done.stdout)
     assert (body["method"], body["format"], body["exact"]) == ("fourierft", "lora", False)
-    dense = invoke(fourier, out, "--base", base, "--format", "delta", "--overwrite", "-q")
+    dense = invoke(fourier, out, "--base", base, "--to", "delta", "--overwrite", "-q")
     assert "a.bias: trained whole, and not a difference of weights; left out" in dense.stdout
     assert "names and shapes" not in dense.stdout
     two = invoke(foura, out, "--rank", 2, "--bytes", 5)

@@ -52,7 +52,7 @@ def base(tmp_path: Path) -> Path:
         ("eval", "ADAPTER", "BASE"),
         ("eval", "BASE", "ADAPTER"),
         ("swap", "ADAPTER", "OUT", "--mixer", "fnet", "--layers", "0"),
-        ("export", "ADAPTER", "OUT", "--format", "delta", "--base", "ADAPTER"),
+        ("export", "ADAPTER", "OUT", "--to", "delta", "--base", "ADAPTER"),
         ("train", "ADAPTER", "OUT", "--data", "ADAPTER", "--method", "lora"),
     ],
     ids=" ".join,

@@ -96,7 +96,7 @@ def test_adapters_that_are_made_and_not_trained(hub: LoopbackHub, client: Client
     commands = {
         "inject": ("org/base", tmp_path / "inject", *settings),
         "extract": ("org/base", "org/tuned", tmp_path / "extract", *settings, "--rank", "4"),
-        "export": ("me/extract", tmp_path / "export", "--format", "foura"),
+        "export": ("me/extract", tmp_path / "export", "--to", "foura"),
     }
     for command, arguments in commands.items():
         assert client.result(command, *arguments, "--push", f"me/{command}")["pushed"]["kind"] == "adapter"
@@ -104,11 +104,11 @@ def test_adapters_that_are_made_and_not_trained(hub: LoopbackHub, client: Client
         assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
         assert front["library_name"] == "peft"
         assert f'"me/{command}")' in text
-    delta = ("--format", "delta", "--base", "org/base", "--push", "me/delta")
+    delta = ("--to", "delta", "--base", "org/base", "--push", "me/delta")
     assert client.result("export", "me/extract", tmp_path / "delta", *delta)["pushed"]["kind"] == "dense"
     front, text = card_of(hub, "me/delta")
     assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
-    assert "spectral-surgery export ADAPTER OUT --format delta --base org/base\n" in text
+    assert "spectral-surgery export ADAPTER OUT --to delta --base org/base\n" in text
     assert 'resolve("me/delta")' in text
     done = client("inject", "org/base", tmp_path / "x", *settings, "--private")
     assert done.code == 2
@@ -127,7 +127,7 @@ def test_token_and_revision_reach_every_source(hub: LoopbackHub, client: Client,
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "dev")
     lora = hub.seed("org/lora", tmp_path / "a", private=True)
     lora.refs["dev"] = lora.refs["main"]
-    made = client.result("export", "org/lora", tmp_path / "d", "--format", "delta", *given, HF_TOKEN=None)
+    made = client.result("export", "org/lora", tmp_path / "d", "--to", "delta", *given, HF_TOKEN=None)
     assert made["relative_error"] < 1e-6
     body = client.result("eval", "org/base", "org/tuned", *given, HF_TOKEN=None)
     assert body["relative_error"] > 0.1

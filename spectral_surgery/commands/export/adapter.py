@@ -1,4 +1,4 @@
-"""export: an adapter in another form: as a LoRA that every other tool reads, as another method, or as plain tensors."""
+"""An adapter in another form: as a LoRA that every other tool reads, as another method, or as plain tensors."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ from spectral_surgery.targets import ModuleTargets
 
 _LOW_RANK = ("lora", "foura")
 DELTA = "delta"
+
+
+@dataclass(frozen=True)
+class AdapterTarget:
+    """One row of TARGETS: a form of adapters, and what that is."""
+
+    name: str
+    help: str
+
+
+ADAPTER_TARGETS = (
+    *(AdapterTarget(name, f"an adapter of the method {name}") for name in EXTRACTORS),
+    AdapterTarget(DELTA, "a checkpoint with ΔW under the name of each weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ def _command(form: str, dtype: str, base: str | None, size: Size | None = None, 
     """The command that makes the same again, without paths of anybody's machine."""
     unit = "" if form == DELTA else EXTRACTORS[form].unit
     settings = [] if config is None else setting_options(config)
-    options = {"format": form, "base": base, **size_options(size, unit, dtype), "o": settings}
+    options = {"to": form, "base": base, **size_options(size, unit, dtype), "o": settings}
     return command_line("export", ("ADAPTER", "OUT"), options)
 
 
