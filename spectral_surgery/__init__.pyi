@@ -75,6 +75,7 @@ from spectral_surgery.hf.fftnet.models import FFTNetModel as FFTNetModel
 from spectral_surgery.hf.peft.accelerate import accelerate_peft as accelerate_peft
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed as load_compressed
 from spectral_surgery.hf.settings import Sampling as Sampling
+from spectral_surgery.hub import locate as locate
 from spectral_surgery.hub import resolve as resolve
 from spectral_surgery.layers import SpectralConv1D as SpectralConv1D
 from spectral_surgery.layers import SpectralEmbedding as SpectralEmbedding

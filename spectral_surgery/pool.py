@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,20 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
+from spectral_surgery.ahead import ahead
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.memory import keep_freed_memory
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _ALL = (1 << 62).to_bytes(8, "little")  # items taken, when nobody is to take another one
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,22 @@ class Team:
     pool: ProcessPoolExecutor | None
     taken: Path
 
-    def share(self, work: Callable[[T], object], items: Sequence[T], *, last: bool = False) -> Iterator[int]:
+    def share(
+        self,
+        work: Callable[[R], object],
+        items: Sequence[T],
+        *,
+        prepare: Callable[[T], R] = _as_it_is,
+        depth: int = 0,
+        last: bool = False,
+    ) -> Iterator[int]:
         """Do work on every item, in all processes; the caller does its part while it asks for more.
 
         Args:
-            work: what to do, able to be pickled, such as a `functools.partial`.
+            work: what to do with what ``prepare`` gives, able to be pickled, such as a `functools.partial`.
             items: of which every process takes the next one, from the first to the last.
+            prepare: done before with an item, such as reading what is large; able to be pickled, too.
+            depth: how many items each process prepares ahead of the one it works on.
             last: the others end when nothing is left to take: ending takes half a second, while the caller can go on.
 
         Yields:
@@ -58,12 +75,12 @@ class Team:
             CheckpointError: when one of the processes was killed.
         """
         self.taken.write_bytes(bytes(8))
+        job = _Job(self.taken, prepare, work, items, depth)
         try:
-            others = self._ask(work, items)
+            others = [self.pool.submit(job.all) for _ in range(self.size - 1)] if self.pool else []
             if last and self.pool is not None:
                 self.pool.shutdown(wait=False)
-            for number in _remaining(self.taken, len(items)):
-                work(items[number])
+            for number in job.each():
                 yield number
                 for future in others:
                     if future.done():
@@ -75,11 +92,6 @@ class Team:
                 "compress: a worker was killed, most likely for memory; finished parts are kept. "
                 "Run again with --resume and fewer --workers; a script of your own needs `if __name__ == '__main__':`."
             ) from None
-
-    def _ask(self, work: Callable[[T], object], items: Sequence[T]) -> list[Future[None]]:
-        if self.pool is None:
-            return []
-        return [self.pool.submit(_take_part, self.taken, work, items) for _ in range(self.size - 1)]
 
     def stop(self) -> None:
         """Let everybody finish what they are at, and take nothing more."""
@@ -130,14 +142,31 @@ def _nothing() -> None:
     pass
 
 
-def _take_part(taken: Path, work: Callable[[T], object], items: Sequence[T]) -> None:
-    for number in _remaining(taken, len(items)):
-        work(items[number])
+@dataclass(frozen=True)
+class _Job(Generic[T, R]):
+    """What one process does of a shared work."""
 
+    taken: Path
+    prepare: Callable[[T], R]
+    work: Callable[[R], object]
+    items: Sequence[T]
+    depth: int
 
-def _remaining(taken: Path, count: int) -> Iterator[int]:
-    while (number := _take(taken)) < count:
-        yield number
+    def each(self) -> Iterator[int]:
+        """Do the items that nobody else takes; their numbers."""
+        for number, prepared in ahead(self._prepared, self._remaining(), self.depth):
+            self.work(prepared)
+            yield number
+
+    def all(self) -> None:
+        deque(self.each(), maxlen=0)
+
+    def _prepared(self, number: int) -> R:
+        return self.prepare(self.items[number])
+
+    def _remaining(self) -> Iterator[int]:
+        while (number := _take(self.taken)) < len(self.items):
+            yield number
 
 
 def _take(taken: Path) -> int:

@@ -14,6 +14,7 @@ PACKAGE = Path(spectral_surgery.__file__).parent
 LAYERS = (
     {
         "after_import",
+        "ahead",
         "errors",
         "registry",
         "options",

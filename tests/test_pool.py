@@ -53,3 +53,19 @@ def test_a_stopped_team_takes_nothing_more() -> None:
             if number == 4:
                 own.stop()
     assert done == [0, 1, 2, 3, 4]
+
+
+def tenfold(item: int) -> str:
+    return str(10 * item)
+
+
+def note_text(folder: Path, text: str) -> None:
+    (folder / text).touch()
+
+
+@pytest.mark.parametrize(("size", "depth"), [(1, 2), (2, 3)])
+def test_items_are_prepared_ahead(tmp_path: Path, size: int, depth: int) -> None:
+    with team(size, loads="json") as own:
+        mine = list(own.share(partial(note_text, tmp_path), range(50), prepare=tenfold, depth=depth))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [10 * item for item in range(50)]
+    assert mine == sorted(mine)

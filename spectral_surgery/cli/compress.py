@@ -66,6 +66,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
+@shared.keep_source_option
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
 def command(
@@ -87,22 +88,23 @@ def command(
     from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
 
     access = shared.hub_access()
-    before, name = access.others().resolve(base) if base else (None, None)
+    before, name = access.others().locate(base) if base else (None, None)
     options = from_options(CompressOptions, {"target": target, "base": name})
     if dry_run:
-        with access.outline(source) as outline:
-            index, plan = plan_compression(outline.path, options, compare=outline.whole, base=before)
+        found = access.locate(source, headers=True)[0]
+        index, plan = plan_compression(found, options, compare=isinstance(found, Path), base=before)
         output.show({"dry_run": True, **plan.to_json(index)}, _plan_lines(index, plan))
         return
-    path, origin = access.prepare().resolve(source)
     calibrate, heal = _texts(part)
+    access.prepare()
+    found, origin = access.resolve(source) if calibrate or heal else access.locate(source)
     threads = shared.threads_or_all(workers=workers)
     with output.progress(" weights") as progress:
         more = {"workers": processes, "threads": threads, "origin": origin, "progress": progress, "note": output.note}
         run = from_options(Run, more)
         if part[1] == 1:
-            report = compress(path, out, options, calibrate=calibrate, heal=heal, base=before, device=device, run=run)
-        elif (finished := compress_shard(path, out, options, part, base=before, run=run)) is not None:
+            report = compress(found, out, options, calibrate=calibrate, heal=heal, base=before, device=device, run=run)
+        elif (finished := compress_shard(found, out, options, part, base=before, run=run)) is not None:
             report = finished
         else:
             _show_shard(part, out)

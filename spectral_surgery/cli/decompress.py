@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from spectral_surgery.cli import output, shared
 from spectral_surgery.cli.options import Command
 from spectral_surgery.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from spectral_surgery.files.storage import Checkpoint
 
 
 @click.command("decompress", cls=Command)
@@ -20,6 +24,7 @@ from spectral_surgery.memory import keep_freed_memory
     "--verify", is_flag=True, help="Read the result back and check it; exit with 3 and publish nothing if wrong."
 )
 @shared.threads_option
+@shared.keep_source_option
 @shared.writing_options
 def command(
     source: str, out: Path, dtype: str | None, base: str | None, verify: bool, dry_run: bool, overwrite: bool
@@ -38,10 +43,9 @@ def command(
     keep_freed_memory()
     access = shared.hub_access()
     if dry_run:
-        with access.outline(source) as outline:
-            _show_plan(outline.path)
+        _show_plan(access.locate(source, headers=True)[0])
         return
-    path, origin = access.prepare().resolve(source)
+    path, origin = access.prepare().locate(source)
     with output.progress(" tensors") as progress:
         report = workflow.decompress(
             path,
@@ -50,7 +54,7 @@ def command(
             verify=verify,
             threads=shared.threads_or_all(),
             overwrite=overwrite,
-            base=access.others().resolve(base)[0] if base else None,
+            base=access.others().locate(base)[0] if base else None,
             origin=origin,
             progress=progress,
         )
@@ -64,7 +68,7 @@ def command(
         click.get_current_context().exit(shared.CHECK_FAILED)
 
 
-def _show_plan(path: Path) -> None:
+def _show_plan(path: Checkpoint) -> None:
     from spectral_surgery.files.compressed.checkpoint import open_compressed
 
     manifest = open_compressed(path, differences=True).manifest

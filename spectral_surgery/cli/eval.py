@@ -43,6 +43,7 @@ _SHOWN = 10  # tensors
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
 @options_of(EvalData, "trust_remote_code")
+@shared.keep_source_option
 @shared.hub_options
 @shared.output_options
 def command(
@@ -67,14 +68,16 @@ def command(
     data = from_options(EvalData)
     calibration = optional_settings(TextData, {"trust_remote_code": data.trust_remote_code})
     access = shared.hub_access()
-    others = [access.others().resolve(source)[0] for source in b]
-    reference = from_options(Reference, {"others": tuple(others[1:]), "calibration": calibration})
+    more = tuple(access.others().resolve(source)[0] for source in b[1:])
+    reference = from_options(Reference, {"others": more, "calibration": calibration})
+    run = data.has_text or reference.has_models  # whole models; else tensors, of which ranges are read
+    first, second = ((of.resolve if run else of.locate) for of in (access, access.others()))
     if plot is not None:
         _check_plot(plot, table=reference.has_models)
     with output.progress() as progress:
         report = evaluate(
-            access.resolve(a)[0],
-            others[0] if others else None,
+            first(a)[0],
+            second(b[0])[0] if b else None,
             data,
             reference=reference,
             adapter=access.others().resolve(adapter)[0] if adapter else None,

@@ -40,6 +40,7 @@ _SHOWN = 12  # tensors in the table; --json has all
 @adapter_options.size_options
 @adapter_options.setting_option
 @shared.threads_option
+@shared.keep_source_option
 @shared.writing_options
 def command(source: str, out: Path, to: str, base: str | None, dry_run: bool, overwrite: bool) -> None:
     """Write a model in the format of another program, or an adapter in another form.
@@ -81,17 +82,16 @@ def _export_model(source: str, out: Path, to: str, base: str | None, dry_run: bo
     keep_freed_memory()
     access = shared.hub_access()
     if dry_run:
-        with access.outline(source) as outline:
-            _show_model_plan(workflow.plan_model(outline.path, to, settings), to)
+        _show_model_plan(workflow.plan_model(access.locate(source, headers=True)[0], to, settings), to)
         return
-    path, origin = access.prepare().resolve(source)
+    found, origin = access.prepare().locate(source)
     with output.progress(" tensors") as progress:
         report = workflow.export_model(
-            path,
+            found,
             out,
             to,
             settings,
-            original=access.others().resolve(base)[0] if base else None,
+            original=access.others().locate(base)[0] if base else None,
             threads=shared.threads_or_all(),
             overwrite=overwrite,
             origin=origin,
@@ -147,7 +147,7 @@ def _export_adapter(adapter: str, out: Path, form: str, base: str | None, dry_ru
     state = read_adapter(folder)
     base = base or (state.spec.base_model if workflow.needs_base(state, form) else None)
     with ExitStack() as stack:
-        model = stack.enter_context(access.others().outline(base)).path if base else None
+        model = access.others().locate(base, headers=True)[0] if base else None
         if dry_run:
             _show_plan(workflow.plan_export(folder, form, base=model, size=size), form)
             return

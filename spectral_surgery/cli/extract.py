@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     "--save-rest", is_flag=True, help="Store whole what differs and carries no adapter: norms, biases, heads."
 )
 @adapter_options.target_options
+@shared.keep_source_option
 @shared.writing_options
 def command(
     base: str, tuned: str, out: Path, method: str, max_rank: int | None, save_rest: bool, dry_run: bool, overwrite: bool
@@ -63,7 +64,7 @@ def command(
         name,
         access.revision or revision,
     )
-    before, after = access.resolve(base)[0], access.others().resolve(tuned)[0]
+    before, after = access.locate(base)[0], access.others().locate(tuned)[0]
     if dry_run:
         _show_plan(plan_extraction(before, after, method, options.targets))
         return

@@ -41,8 +41,7 @@ def command(source: str, out: Path, bias: str, seed: int, dry_run: bool, overwri
     access = shared.hub_access()
     spec = adapter_options.spec_of(source, access.revision, bias)
     if dry_run:
-        with access.outline(source) as outline:
-            plan = workflow.plan_injection(outline.path, spec)
+        plan = workflow.plan_injection(access.locate(source, headers=True)[0], spec)
         output.show(plan.to_json() | {"dry_run": True}, _lines(plan))
         output.nothing_written()
         return

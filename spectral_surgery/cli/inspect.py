@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ _SHOWN = 6  # names of a list
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Save the curves; implies --spectrum."
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Look only at tensors that match; repeatable.")
+@shared.keep_source_option
 @shared.hub_options
 @shared.output_options
 def command(source: str, spectrum: bool, plot: Path | None, include: tuple[str, ...]) -> None:
@@ -43,18 +43,14 @@ def command(source: str, spectrum: bool, plot: Path | None, include: tuple[str, 
 
     spectrum = spectrum or plot is not None
     access = shared.hub_access()
-    with ExitStack() as stack:
-        progress = stack.enter_context(output.progress(" tensors"))
-        if spectrum:
-            path, whole = access.resolve(source)[0], True
-        else:
-            outline = stack.enter_context(access.outline(source))
-            path, whole = outline.path, outline.whole
-        inspection = workflow.inspect(path, spectrum=spectrum, include=include, compare=whole, progress=progress)
+    with output.progress(" tensors") as progress:
+        found = access.locate(source, headers=not spectrum)[0]
+        compare = spectrum or isinstance(found, Path)
+        inspection = workflow.inspect(found, spectrum=spectrum, include=include, compare=compare, progress=progress)
     if plot is not None:
         from spectral_surgery.commands.inspect.plot import plot_spectra
 
-        plot_spectra(inspection.spectra, plot, path.name)
+        plot_spectra(inspection.spectra, plot, found.name)
     output.show(inspection.to_json(), _lines(inspection, plot))
 
 

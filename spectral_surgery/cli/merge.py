@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @shared.out_argument
 @click.option("--weights", type=factors, help="Factor of each adapter, separated by commas  [default: 1 for each]")
+@shared.keep_source_option
 @shared.writing_options
 def command(
     base: str, adapters: tuple[str, ...], out: Path, weights: list[float] | None, dry_run: bool, overwrite: bool
@@ -44,7 +45,7 @@ def command(
     if not dry_run:
         access.prepare()
     others = access.others()
-    (root, origin), folders = access.resolve(base), [others.resolve(adapter)[0] for adapter in adapters]
+    (root, origin), folders = access.locate(base, headers=dry_run), [others.resolve(adapter)[0] for adapter in adapters]
     if dry_run:
         plan = plan_merge(root, folders, weights)
         output.show({"dry_run": True, **plan.to_json()}, _plan_lines(plan))

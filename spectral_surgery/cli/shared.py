@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from spectral_surgery.cli.options import F, from_options, options_of
 from spectral_surgery.run import Run
 
 if TYPE_CHECKING:
-    from spectral_surgery.hub import Found
+    from spectral_surgery.files.storage import Checkpoint
 
 CHECK_FAILED = 3
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
@@ -40,6 +39,10 @@ class HubAccess:
     private: bool = field(
         default=False, metadata={"help": "With --push: make the repository private, should it be new."}
     )
+    keep_source: bool = field(
+        default=False,
+        metadata={"help": "Download what is on the Hub into the cache, instead of reading the weights from there."},
+    )
 
     def resolve(self, source: str) -> tuple[Path, str | None]:
         """Fetch a source where need be: its path, and the repository it comes from."""
@@ -53,11 +56,15 @@ class HubAccess:
         """Access to the sources of a command that --revision does not mean."""
         return replace(self, revision=None)
 
-    def outline(self, source: str) -> AbstractContextManager[Found]:
-        """A source to read headers of."""
+    def locate(self, source: str, *, headers: bool = False) -> tuple[Checkpoint, str | None]:
+        """Find a source, of which headers alone may be wanted, and the repository it is in; weights stay there."""
         from spectral_surgery import hub
 
-        return hub.outline(source, revision=self.revision, token=self.token)
+        if self.keep_source and not headers:
+            return self.resolve(source)
+        repository = hub.remote(source)
+        found = hub.locate(source, revision=self.revision, token=self.token, companions=not headers)
+        return found, repository.name if repository else None
 
     def prepare(self) -> HubAccess:
         """Find out before the work whether its result can be pushed; creates the repository. Gives itself back."""
@@ -92,6 +99,7 @@ def hub_access() -> HubAccess:
 source_argument = click.argument("source", metavar="SOURCE")
 out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 hub_options = options_of(HubAccess, "revision", "token")
+keep_source_option = options_of(HubAccess, "keep_source")
 push_options = options_of(HubAccess, "push", "private")
 overwrite_option = options_of(Run, "overwrite")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

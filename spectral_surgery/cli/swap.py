@@ -61,8 +61,8 @@ def command(source: str, out: Path, mixer: str, layers: tuple[int, ...], dry_run
     spec = SwapSpec(mixer, layers, adapter_options.typed_settings(MIXERS[mixer].config))
     access, training, judged_on = shared.hub_access(), from_options(FitSettings), from_options(EvalData)
     if dry_run:
-        with access.outline(source) as outline:
-            plan = workflow.plan_swap(outline.path, spec, trust_remote_code=judged_on.trust_remote_code)
+        outline = access.locate(source, headers=True)[0]
+        plan = workflow.plan_swap(outline, spec, trust_remote_code=judged_on.trust_remote_code)
         output.show(plan.to_json() | {"dry_run": True}, _plan_lines(plan))
         output.nothing_written()
         return

@@ -20,6 +20,7 @@ from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, flat_pieces, read_flat, same_bytes
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.writer import (
     Entry,
     copy_entry,
@@ -63,14 +64,14 @@ class _NotVerifiedError(Exception):
 
 
 def decompress(
-    source: Path,
+    source: Checkpoint,
     out: Path,
     *,
     dtype: str | None = None,
     verify: bool = False,
     threads: int = 1,
     overwrite: bool = False,
-    base: Path | None = None,
+    base: Checkpoint | None = None,
     origin: str | None = None,
     progress: Progress = silent,
 ) -> DecompressReport:

@@ -19,6 +19,7 @@ from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.peft.task import callable_task, task_of
 from spectral_surgery.files.sidecar_files import check_apart
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.hf.models import outline_model
 from spectral_surgery.hf.peft.target_rules import misread_by_peft
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, names_in
@@ -77,7 +78,7 @@ class InjectPlan:
         }
 
 
-def plan_injection(source: Path, spec: AdapterSpec) -> InjectPlan:
+def plan_injection(source: Checkpoint, spec: AdapterSpec) -> InjectPlan:
     """Choose the layers and settle the settings; only headers and the configuration are read.
 
     Returns:

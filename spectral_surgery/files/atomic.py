@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.lock import LOCK_FILE
+from spectral_surgery.files.lock import NO_WORK
 
 _PIECE = 1 << 17  # bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -143,7 +143,7 @@ def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
     Raises:
         CheckpointError: when it is not.
     """
-    if not any(path.is_file() and path.name != LOCK_FILE for path in partial.rglob("*")):
+    if not any(path.is_file() and path.name not in NO_WORK for path in partial.rglob("*")):
         return
     if not overwrite:
         raise CheckpointError(
@@ -155,7 +155,7 @@ def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
 def clear_folder(folder: Path, *, keep: Collection[str]) -> None:
     """Remove what an attempt that was killed while writing has left; the lock stays."""
     for path in folder.iterdir():
-        if path.name not in (*keep, LOCK_FILE):
+        if path.name not in (*keep, *NO_WORK):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

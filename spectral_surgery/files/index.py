@@ -13,7 +13,16 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json
 from spectral_surgery.files.reader import same_bytes
 from spectral_surgery.files.sources import SOURCES, quantisation_of, read_as_plain
-from spectral_surgery.files.storage import Checkpoint, File, RemoteCheckpoint, RemoteFile, path_of, reading, weights_of
+from spectral_surgery.files.storage import (
+    Checkpoint,
+    File,
+    RemoteCheckpoint,
+    RemoteFile,
+    calling,
+    path_of,
+    reading,
+    weights_of,
+)
 
 __all__ = [
     "INDEX_FILE",
@@ -125,10 +134,10 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
         LimitError: when a header or JSON file is longer than any real one.
     """
     root, remote = path_of(source), weights_of(source)
-    with reading(root):
+    with reading(root), calling(source):
         if root.is_file() or root in remote:
             return _lone_file(root, remote.get(root, root))
-        if not root.is_dir():
+        if isinstance(source, Path) and not root.is_dir():
             raise CheckpointError(
                 f"{root}: no such file or folder; expected a .safetensors file or a folder with some. Check the path."
             )
@@ -142,7 +151,7 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
         headers = _read_headers(files)
         notes = _disagreements(root, weight_map, headers) if weight_map else ()
         header = _merged(headers, twice=bool(weight_map))
-        others, skipped = _other_files(root, every.difference(paths))
+        others, skipped = other_files(root, every.difference(paths))
         stored = read_json(root / "config.json") if root / "config.json" in top else {}
         tensors, config, made = read_as_plain(header.tensors, stored)
         notes = (*notes, *made)
@@ -322,7 +331,8 @@ def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[P
     )
 
 
-def _other_files(root: Path, beside: Iterable[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+def other_files(root: Path, beside: Iterable[Path]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Of the files beside the weights of a model, those that belong to it and those left out, relative to the root."""
     others, skipped = [], []
     for path in sorted(beside):
         relative = path.relative_to(root)

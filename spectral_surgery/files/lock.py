@@ -10,6 +10,8 @@ from pathlib import Path
 from spectral_surgery.errors import CheckpointError
 
 LOCK_FILE = "lock"
+VERSION_FILE = "source.version"  # of a source that is elsewhere
+NO_WORK = (LOCK_FILE, VERSION_FILE)  # files in a folder of unfinished work that are none
 
 
 @contextmanager

@@ -11,18 +11,19 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.manifest import QUANT_METHOD
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.remote_code import SHIM_FILE, is_shim, shim_text, with_shim, without_shim
+from spectral_surgery.files.storage import Checkpoint, path_of
 from spectral_surgery.files.swap_record import SWAP_METHOD
 
 CONFIG_FILE = "config.json"
 
 
-def check_apart(source: Path, out: Path) -> None:
+def check_apart(source: Checkpoint, out: Path) -> None:
     """Refuse to write a checkpoint over or into the one it is made from.
 
     Raises:
         CheckpointError: when out is the source, inside it or around it.
     """
-    a, b = source.resolve(), out.resolve()
+    a, b = path_of(source).resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise CheckpointError(f"{out}: overlaps the source {source}; expected a folder apart from it.")
 

@@ -6,14 +6,14 @@ Files are read and never mapped: mapped pages would count as resident memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Protocol
 
-from spectral_surgery.errors import CheckpointError
+from spectral_surgery.ahead import ahead
+from spectral_surgery.errors import CheckpointError, ConfigError
 
 PIECE = 1 << 20  # bytes given at a time: what the cache holds
 _LARGEST = 16 << 20  # bytes asked of a remote file at a time
@@ -44,6 +44,7 @@ class RemoteFile(Protocol):
 
 
 File = Path | RemoteFile
+AHEAD = 2  # parts of a remote file that are read ahead of the one that is worked on
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,23 @@ class RemoteCheckpoint:
         path: the folder or weight file it would be, were it here. What else is read of it lies there already.
         weights: the weight files, by the path each would have.
         names: everything else that it holds, relative to the folder, whether it lies there or not.
-        source: where from, in words, with the version, such as ``org/name at commit 12ab``.
+        label: what the user calls it.
+        version: of all of it, a text that changes with any of its files.
     """
 
     path: Path
     weights: Mapping[Path, RemoteFile]
     names: tuple[Path, ...]
-    source: str
+    label: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The last part of what the user calls it."""
+        return PurePosixPath(self.label).name
+
+    def __str__(self) -> str:
+        return self.label
 
 
 Checkpoint = Path | RemoteCheckpoint
@@ -69,6 +80,13 @@ Checkpoint = Path | RemoteCheckpoint
 def path_of(source: Checkpoint) -> Path:
     """The folder or file that a checkpoint is, or would be."""
     return source if isinstance(source, Path) else source.path
+
+
+def here(source: Checkpoint) -> Path:
+    """The path of a checkpoint that has to be on this machine as a whole. Raises ConfigError when it is elsewhere."""
+    if isinstance(source, Path):
+        return source
+    raise ConfigError(f"{source}: expected on this disk, since a model is run, got it elsewhere. Download it first.")
 
 
 def weights_of(source: Checkpoint) -> Mapping[Path, RemoteFile]:
@@ -87,6 +105,18 @@ def version_of(file: File) -> tuple[str | int, ...]:
         status = file.stat()
         return file.name, status.st_size, status.st_mtime_ns
     return file.name, file.size, file.version
+
+
+@contextmanager
+def calling(source: Checkpoint) -> Iterator[None]:
+    """Let errors about a checkpoint elsewhere name it as the user does, and not by a path of ours."""
+    if isinstance(source, Path):
+        yield
+        return
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(str(error).replace(str(source.path), source.label)) from None
 
 
 @contextmanager
@@ -137,14 +167,9 @@ def pieces_of(file: File, start: int, stop: int) -> Iterator[memoryview]:
         for begin in range(start, stop, PIECE):
             yield _range_of(file, begin, min(begin + PIECE, stop))
         return
-    with ThreadPoolExecutor(1) as ahead:
-        coming = None
-        for wanted in (*_growing(start, stop), None):
-            after = ahead.submit(_range_of, file, *wanted) if wanted else None
-            data = coming.result() if coming else memoryview(b"")
-            for begin in range(0, data.nbytes, PIECE):
-                yield data[begin : begin + PIECE]
-            coming = after
+    for _, data in ahead(lambda part: _range_of(file, *part), _growing(start, stop), 1):
+        for begin in range(0, data.nbytes, PIECE):
+            yield data[begin : begin + PIECE]
 
 
 def _growing(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -4,21 +4,20 @@ The only importer of huggingface_hub besides the model cards; it is imported ins
 second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are its own.
 """
 
-from spectral_surgery.hub.download import Found, fetch, needed, outline, resolve
+from spectral_surgery.hub.download import fetch, locate, needed, resolve
 from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
 from spectral_surgery.hub.repository import Repository, remote, to_push
 from spectral_surgery.hub.upload import Uploaded, prepare, read_text, refuse_tokens, upload
 
 __all__ = [
-    "Found",
     "Listing",
     "RemoteFile",
     "Repository",
     "Uploaded",
     "fetch",
     "list_files",
+    "locate",
     "needed",
-    "outline",
     "prepare",
     "read_text",
     "refuse_tokens",

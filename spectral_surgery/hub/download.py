@@ -1,74 +1,99 @@
-"""Headers first, then only the files that are needed."""
+"""Headers first, then only the files that are needed, or only ranges of them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from spectral_surgery.errors import CheckpointError, HubError
+from spectral_surgery.errors import HubError
 from spectral_surgery.files.compressed.manifest import FILE_NAME
-from spectral_surgery.files.header import HEADER_LIMIT, read_json
-from spectral_surgery.files.index import INDEX_FILE, SINGLE_FILE, read_index
+from spectral_surgery.files.header import read_json
+from spectral_surgery.files.index import INDEX_FILE, SINGLE_FILE, other_files, read_index
 from spectral_surgery.files.merge_record import FOLDER as MERGE_FOLDER
+from spectral_surgery.files.storage import Checkpoint, RemoteCheckpoint, calling
 from spectral_surgery.hub.failures import UnansweredError, reaching, retrying
-from spectral_surgery.hub.listing import Listing, RemoteFile, first_bytes, list_files
+from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
+from spectral_surgery.hub.ranges import file_of
 from spectral_surgery.hub.repository import Repository, remote
 
 _READ_WHOLE = ("config.json", "adapter_config.json", INDEX_FILE, FILE_NAME)
-_FIRST = 1 << 15  # bytes of a weight file fetched at once; most headers end within
-_CONNECTIONS = 8
 _PIECE = 1 << 20
 _OWN_CACHE = ".cache"  # where huggingface_hub remembers unfinished files of a folder
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint on disk.
+def locate(
+    source: str, *, revision: str | None = None, token: str | None = None, companions: bool = True
+) -> Checkpoint:
+    """Find a checkpoint without downloading its weights; any range of them can be read afterwards.
 
-    Attributes:
-        path: folder or file.
-        whole: whether the weights are there; otherwise files have their length, their header, and holes.
-    """
+    Files without weights are fetched into the cache. What is in the cache whole is read from there.
 
-    path: Path
-    whole: bool
+    Args:
+        source: as for `resolve`.
+        revision: branch, tag or commit; overrides the one in source.
+        token: instead of the one that is logged in.
+        companions: also fetch what is copied beside weights, such as the tokenizer; without, only what headers are
+            read with.
 
-
-@contextmanager
-def outline(source: str, *, revision: str | None = None, token: str | None = None) -> Iterator[Found]:
-    """A checkpoint to read headers of; of a repository, without downloading weights.
-
-    The outline of a repository is a temporary folder whose weight files have their true length and header, fetched
-    by range requests, and holes where the data would be. So headers are checked as those of local files are.
-
-    Yields:
-        Where it is. A path is given as it is; a repository that cannot be reached, as it is in the cache.
+    Returns:
+        A local path, or a checkpoint elsewhere, pinned to one commit.
 
     Raises:
-        HubError: when the repository cannot be read.
+        CheckpointError: when the repository has no weights in safetensors.
+        HubError: when it cannot be read.
     """
     repository = remote(source, revision)
     if repository is None:
-        yield Found(Path(source).expanduser(), whole=True)
-        return
+        return Path(source).expanduser()
     listing = _listed_or_cached(repository, token)
     if isinstance(listing, Path):
-        yield Found(listing, whole=True)
-        return
-    with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as scratch:
-        folder = Path(scratch) / repository.name.rpartition("/")[2]
-        _draw(listing, folder, token)
-        try:
-            yield Found(_at(folder, listing), whole=False)
-        except CheckpointError as error:  # about the repository, not about our scratch
-            raise type(error)(str(error).replace(str(folder), str(repository))) from None
+        return listing
+    found = _elsewhere(listing, token)
+    if companions:
+        others, _ = other_files(found.path, (found.path / name for name in found.names))
+        merges = [name for name in found.names if name.parts[0] == MERGE_FOLDER]
+        _fetched(listing, [name.as_posix() for name in (*others, *merges)], token)
+    whole = all(path.is_file() and path.stat().st_size == file.size for path, file in found.weights.items())
+    return found.path if whole else found
+
+
+def _elsewhere(listing: Listing, token: str | None) -> RemoteCheckpoint:
+    """A checkpoint of which nothing is fetched but what headers are read with."""
+    repository = listing.repository
+    root = _fetched(listing, [name for name in _READ_WHOLE if name in listing.files], token)
+    lone = repository.path.endswith(".safetensors")
+    path = root / repository.path.rpartition("/")[2] if lone else root
+    found = RemoteCheckpoint(path, {}, tuple(map(Path, sorted(listing.files))), str(repository), listing.commit)
+    with calling(found):
+        weights = _weight_files(listing, root)
+    if not weights:
+        read_index(found, adapters=True)  # which says what is there instead
+    names = tuple(name for name in found.names if name.as_posix() not in weights)
+    return replace(found, names=names, weights={root / name: file_of(listing, name, token) for name in weights})
+
+
+def _fetched(listing: Listing, names: Sequence[str], token: str | None) -> Path:
+    """Fetch files into the cache; where the folder of the listing is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = listing.repository
+    inside = [listing.inside(name) for name in names]
+    if inside:
+        with reaching(repository):
+            patterns = [glob.escape(name) for name in inside]
+            retrying(
+                lambda: snapshot_download(
+                    repository.name, revision=listing.commit, allow_patterns=patterns, token=token
+                )
+            )
+    here = repo_folder_name(repo_id=repository.name, repo_type="model")
+    return Path(HF_HUB_CACHE, here, "snapshots", listing.commit, listing.folder)
 
 
 def resolve(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -121,14 +146,9 @@ def needed(listing: Listing, token: str | None = None) -> list[str]:
     repository = listing.repository
     if repository.path.endswith(".safetensors"):
         return list(listing.files)
-    with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as scratch:
-        folder = Path(scratch) / "outline"
-        _draw(listing, folder, token)
-        try:
-            index = read_index(folder, adapters=True)
-        except CheckpointError as error:
-            raise type(error)(str(error).replace(str(folder), str(repository))) from None
-        names = {file.relative_to(folder).as_posix() for file in index.files if isinstance(file, Path)}
+    found = _elsewhere(listing, token)
+    index = read_index(found, adapters=True)
+    names = {path.relative_to(found.path).as_posix() for path, file in found.weights.items() if file in index.files}
     names |= {path.as_posix() for path in index.other_files}
     names |= {name for name in listing.files if name == INDEX_FILE or name.startswith(f"{MERGE_FOLDER}/")}
     return sorted(names)
@@ -201,29 +221,10 @@ def _listed_or_cached(repository: Repository, token: str | None) -> Listing | Pa
         if HF_HUB_OFFLINE:
             raise HubError(
                 f"{repository}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; expected what was"
-                " fetched before. Unset HF_HUB_OFFLINE once."
+                " downloaded before, as by --keep-source. Unset HF_HUB_OFFLINE once."
             )
         raise unanswered
     return Path(folder, repository.path)
-
-
-def _at(folder: Path, listing: Listing) -> Path:
-    path = listing.repository.path
-    return folder / path.rpartition("/")[2] if path.endswith(".safetensors") else folder
-
-
-def _draw(listing: Listing, folder: Path, token: str | None) -> None:
-    """Write the outline of a repository."""
-    for name in listing.files:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    for name in _READ_WHOLE:
-        if name in listing.files:
-            size = min(listing.files[name].size, HEADER_LIMIT)
-            (folder / name).write_bytes(first_bytes(listing, name, 0, size, token))
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(lambda name: _draw_header(listing, name, folder / name, token), _weight_files(listing, folder)))
 
 
 def _weight_files(listing: Listing, folder: Path) -> list[str]:
@@ -234,17 +235,6 @@ def _weight_files(listing: Listing, folder: Path) -> list[str]:
         shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         return sorted((shards | {SINGLE_FILE}) & listing.files.keys())
     return [SINGLE_FILE] if SINGLE_FILE in top and not listing.repository.path.endswith(".safetensors") else sorted(top)
-
-
-def _draw_header(listing: Listing, name: str, path: Path, token: str | None) -> None:
-    size = listing.files[name].size
-    data = first_bytes(listing, name, 0, min(size, _FIRST), token)
-    end = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < end <= min(size, HEADER_LIMIT):
-        data += first_bytes(listing, name, len(data), end, token)
-    with path.open("wb") as stream:
-        stream.write(data[:end] if end <= len(data) else data)
-        stream.truncate(size)
 
 
 def _has_hash(path: Path, listed: RemoteFile) -> bool:

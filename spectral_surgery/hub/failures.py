@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 TRIES = 4
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 300.0  # seconds
+_LIMIT = re.compile(r"\br=0\b.*?\bt=(\d+)")  # nothing remains for so many seconds; draft-ietf-httpapi-ratelimit-headers
 _TOKEN = re.compile(r"\bhf_\w+")
 _QUERY = re.compile(r"\?\S+")  # the signature of a presigned address
 _CREDENTIALS = "Give --token, set HF_TOKEN, or run `hf auth login`."
@@ -35,9 +36,9 @@ class UnansweredError(HubError):
 @contextmanager
 def reaching(where: object) -> Iterator[None]:
     """Turn what huggingface_hub raises into a HubError about ``where``."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    transport = HfHubHTTPError.__mro__[1]  # the HTTPError of whichever HTTP library it uses
+    transport = transport_error()
     try:
         yield
     except SpectralSurgeryError:
@@ -45,6 +46,38 @@ def reaching(where: object) -> Iterator[None]:
     except (transport, OSError, EntryNotFoundError, HFValidationError, ValueError, RuntimeError) as error:
         unanswered = isinstance(error, (transport, OSError)) and _response(error) is None
         raise (UnansweredError if unanswered else HubError)(f"{where}: {explain(error)}") from None
+
+
+def transport_error() -> type[Exception]:
+    """What huggingface_hub raises when a request fails on its way: the error of whichever HTTP library it uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kind: type[Exception] = HfHubHTTPError.__mro__[1]
+    return kind
+
+
+def pause(error: Exception, attempt: int, tries: int) -> None:
+    """Wait before another attempt, as long as the Hub asks for; raise the error where another one would not help.
+
+    Args:
+        error: what went wrong; without an answer of the Hub it may pass.
+        attempt: how many there were.
+        tries: how many there may be.
+    """
+    response = _response(error)
+    if attempt >= tries or (response is not None and getattr(response, "status_code", None) not in _PASSING):
+        raise error
+    asked = _asked_for(getattr(response, "headers", {}))
+    time.sleep(min(2.0**attempt if asked is None else asked, _LONGEST_WAIT))
+
+
+def _asked_for(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the Hub asks to wait for."""
+    text = str(headers.get("Retry-After", ""))
+    if text.isdigit():
+        return float(text)
+    limit = _LIMIT.search(str(headers.get("RateLimit", "")))
+    return float(limit.group(1)) if limit else None
 
 
 def retrying(call: Callable[[], T], tries: int = TRIES) -> T:
@@ -57,11 +90,9 @@ def retrying(call: Callable[[], T], tries: int = TRIES) -> T:
         try:
             return call()
         except (HfHubHTTPError, EntryNotFoundError, RuntimeError) as error:
-            response = _response(error)
-            if attempt == tries or getattr(response, "status_code", None) not in _PASSING:
+            if _response(error) is None:
                 raise
-            asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
-            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, _LONGEST_WAIT))
+            pause(error, attempt, tries)
 
 
 def explain(error: BaseException) -> str:

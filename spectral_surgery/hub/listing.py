@@ -1,4 +1,4 @@
-"""What a repository holds, and the beginning of its files, without downloading them."""
+"""What a repository holds, without downloading it."""
 
 from __future__ import annotations
 
@@ -84,41 +84,3 @@ def _remote_file(entry: object) -> RemoteFile:
     return RemoteFile(
         int(getattr(entry, "size", 0) or 0), lfs.sha256 if lfs else None, str(getattr(entry, "blob_id", "") or "")
     )
-
-
-def first_bytes(listing: Listing, name: str, start: int, stop: int, token: str | None) -> bytes:
-    """Read a range near the beginning of a remote file.
-
-    Args:
-        listing: from which commit.
-        name: one of its files.
-        start: first byte.
-        stop: end of the range; not beyond the file.
-        token: instead of the one that is logged in.
-
-    Returns:
-        ``stop - start`` bytes. A server without ranges is read from the start, and no further than stop.
-
-    Raises:
-        HubError: when the file cannot be read that far.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-    if stop <= start:
-        return b""
-    url = hf_hub_url(listing.repository.name, listing.inside(name), revision=listing.commit)
-    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with reaching(listing.repository), http_stream_backoff("GET", url, headers=headers, timeout=30.0) as response:
-        if response.status_code >= 400:
-            response.read()
-        hf_raise_for_status(response)
-        skip = 0 if response.status_code == 206 else start
-        data = bytearray()
-        for piece in response.iter_bytes(1 << 16):
-            data += piece
-            if len(data) >= skip + stop - start:
-                break
-    if len(data) < skip + stop - start:
-        raise HubError(f"{listing.repository}: {name} ended after {len(data)} bytes; expected whole files. Retry.")
-    return bytes(data[skip : skip + stop - start])

@@ -19,7 +19,7 @@ from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.parts import read_part
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import leave_codes, run_unit
+from spectral_surgery.files.compressed.units import leave_codes, read_unit, run_unit
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_bytes, read_tensor
 from spectral_surgery.run import Run
@@ -44,7 +44,7 @@ def test_experts_with_one_step_and_with_a_step_for_each_column(tmp_path: Path, c
             codes = Codes((coefficients / (0.4 * steps)).round().to(torch.int32), 0.4, 0.0, steps)
             leave_codes(store, plan, tensor, coefficients, codes, first=expert * HEIGHT)
         for unit in plan.units:
-            run_unit(store, unit, OPTIONS, 1)
+            run_unit(store, read_unit(store, unit), OPTIONS, 1)
         alone = [_alone(store.path(unit), store.key) for unit in plan.units]
         out.mkdir()
         job.write(out)

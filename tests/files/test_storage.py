@@ -53,7 +53,7 @@ def remote_twin(folder: Path, empty: Path) -> RemoteCheckpoint:
             names.append(relative)
             (empty / relative).parent.mkdir(parents=True, exist_ok=True)
             (empty / relative).write_bytes(path.read_bytes())
-    return RemoteCheckpoint(empty, weights, tuple(names), "org/name at commit 12ab")
+    return RemoteCheckpoint(empty, weights, tuple(names), "org/name", "12ab")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -82,7 +82,7 @@ def test_a_lone_file_and_a_missing_shard(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "here", llama_like(), shards=2)
     twin = remote_twin(folder, tmp_path / "there")
     path, file = next(iter(twin.weights.items()))
-    lone = read_index(RemoteCheckpoint(path, {path: file}, (), "x"))
+    lone = read_index(RemoteCheckpoint(path, {path: file}, (), "x", "1"))
     assert lone.config == {}
     assert lone.tensors == {name: info for name, info in read_index(twin).tensors.items() if info.file == file}
     with pytest.raises(CheckpointError, match=r"1 of 2 weight files are missing: .model-00002-of-00002\.safetensors."):

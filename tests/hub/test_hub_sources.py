@@ -122,7 +122,7 @@ def test_a_compressed_repository_is_inspected_from_its_manifest(
 
 def test_compress_fetches_only_what_it_needs(hub: LoopbackHub, client: Client, folder: Path, tmp_path: Path) -> None:
     hub.seed("org/lean", folder)
-    client.result("compress", "org/lean", tmp_path / "a", "--bits", "4")
+    client.result("compress", "org/lean", tmp_path / "a", "--bits", "4", "--keep-source")
     client.result("compress", folder, tmp_path / "b", "--bits", "4")
     fetched = {r.line.rpartition("/")[2] for r in hub.log if r.line.startswith("GET") and r.status == 200}
     assert {"config.json", "tokenizer.json", "model-00001-of-00002.safetensors"} <= fetched
@@ -204,7 +204,7 @@ def test_the_cache_serves_when_offline_or_unreachable(
 ) -> None:
     hub.seed("org/cached", folder)
     hub.seed("org/other", folder)
-    expected = client.result("inspect", "org/cached", "--spectrum")  # fetches the weights
+    expected = client.result("inspect", "org/cached", "--spectrum", "--keep-source")
     hub.reset()
     with running(tmp_path, hub.endpoint, HF_HOME=str(client.home), HF_HUB_OFFLINE="1") as offline:
         assert offline.result("inspect", "org/cached", "--spectrum") == expected

@@ -28,7 +28,7 @@ _ROUTES: tuple[tuple[str, Callable[..., Response]], ...] = (
     (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs.batch),
     (r"PUT /lfs/(\w+)", lfs.put),
     (r"POST /lfs-verify/(\w+)", lfs.verify),
-    (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", files.resolve),
+    (r"(?:GET|HEAD) (?:/store)?/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", files.resolve),
 )
 
 

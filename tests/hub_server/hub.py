@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.hub_server.exchange import Record
 from tests.hub_server.faults import Fault
+from tests.hub_server.speed import Speed
 from tests.hub_server.storage import Commit, Repo, blob_of, commit_hash, keep
 
 TOKEN = "hf_loopbackSECRETtoken0123456789abcd"
@@ -25,6 +26,9 @@ class LoopbackHub:
         log: every request since the last `reset`.
         stored: hash of every large file that was uploaded and kept, once for each time.
         ranges: whether requests for a part of a file are understood.
+        longest: bytes of a part that are given at most, as a server may; 0 is any number.
+        redirects: whether large files are given from another address, as the Hub does.
+        speed: how fast files are given, all together.
         lock: held by what reads and then writes.
     """
 
@@ -38,6 +42,9 @@ class LoopbackHub:
         self.log: list[Record] = []
         self.stored: list[str] = []
         self.ranges = True
+        self.longest = 0
+        self.redirects = False
+        self.speed = Speed()
         self.lock = threading.RLock()
 
     @property
@@ -74,7 +81,8 @@ class LoopbackHub:
         return fault
 
     def reset(self) -> None:
-        """Forget faults and log; repositories stay."""
+        """Forget faults and log, and be as fast and as able as ever; repositories stay."""
+        self.ranges, self.longest, self.redirects, self.speed = True, 0, False, Speed()
         self.faults.clear()
         self.log.clear()
         self.stored.clear()
@@ -100,6 +108,10 @@ class LoopbackHub:
         """Change a small file as somebody on the web site would; the hash of the commit."""
         repo = self.repos[name]
         return repo.append("main", repo.refs["main"][-1].files | {path: keep(self.objects, content)})
+
+    def replace(self, name: str, path: str, file: Path) -> None:
+        """Put another file in the place of one, at the very same commit, as a mirror might."""
+        self.repos[name].refs["main"][-1].files[path] = blob_of(file)
 
     def contents(self, name: str, ref: str = "main") -> dict[str, bytes]:
         """What a branch holds, by path, without the file that the Hub makes."""

@@ -20,9 +20,9 @@ from wsgiref.handlers import SimpleHandler
 
 from tests.hub_server.application import application
 from tests.hub_server.exchange import Record
+from tests.hub_server.files import HOST
 from tests.hub_server.hub import LoopbackHub
 
-HOST = "127.0.0.1"
 _WAITING = 64  # connections that may wait to be accepted
 _POLL = 0.05  # seconds between looks at whether to stop
 _LONGEST_LINE = 1 << 16

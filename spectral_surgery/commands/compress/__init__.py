@@ -24,9 +24,10 @@ from spectral_surgery.files.compressed.plan import Plan, make_plan
 from spectral_surgery.files.compressed.settings import AUTO, DEFAULT_TRANSFORM, CompressOptions
 from spectral_surgery.files.compressed.units import UNITS
 from spectral_surgery.files.index import CheckpointIndex, read_index
-from spectral_surgery.files.lock import LOCK_FILE, hold
+from spectral_surgery.files.lock import NO_WORK, hold
 from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.files.sidecar_files import check_apart
+from spectral_surgery.files.storage import Checkpoint, here, path_of
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.objectives import objective_of
@@ -103,7 +104,7 @@ class CompressReport:
 
 
 def plan_compression(
-    source: Path, options: CompressOptions, *, compare: bool = True, base: Path | None = None
+    source: Checkpoint, options: CompressOptions, *, compare: bool = True, base: Checkpoint | None = None
 ) -> tuple[CheckpointIndex, Plan]:
     """Read the headers of a checkpoint and decide what compressing it does; nothing is written."""
     index = _dense(source)
@@ -111,24 +112,24 @@ def plan_compression(
         return index, make_plan(index, replace(options, base=None), compare=compare)
     before = _dense(base)
     if compare:
-        options = replace(options, base=describe(before, options.base or base.resolve().name))
+        options = replace(options, base=describe(before, options.base or path_of(base).resolve().name))
     return index, make_plan(index, options, compare=compare, base=before)
 
 
-def _dense(source: Path) -> CheckpointIndex:
+def _dense(source: Checkpoint) -> CheckpointIndex:
     index = read_index(source)
     index.require_plain()
     return index
 
 
 def compress(
-    source: Path,
+    source: Checkpoint,
     out: Path,
     options: CompressOptions,
     *,
     calibrate: TextData | None = None,
     heal: Healing | None = None,
-    base: Path | None = None,
+    base: Checkpoint | None = None,
     device: str = "cpu",
     run: Run = Run(),  # noqa: B008 - frozen
     clock: Clock = time.perf_counter,
@@ -156,6 +157,8 @@ def compress(
     started = time.perf_counter()
     if base is not None and (calibrate or heal):
         raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+    if calibrate or heal:
+        here(source)
     if calibrate and heal and heal.keep is not None:
         raise ConfigError(f"--keep {heal.keep}: expected without --calibrate, which chooses itself, got both.")
     keep = kept_by(source, options, heal.keep) if heal and calibrate is None else None
@@ -182,12 +185,12 @@ def compress(
 
 
 def compress_shard(
-    source: Path,
+    source: Checkpoint,
     out: Path,
     options: CompressOptions,
     shard: tuple[int, int],
     *,
-    base: Path | None = None,
+    base: Checkpoint | None = None,
     run: Run = Run(),  # noqa: B008 - frozen
 ) -> CompressReport | None:
     """Do one share of a compression without text, together with other processes or machines that share a file system.
@@ -213,7 +216,7 @@ def compress_shard(
         return _finish(job, out, started)
 
 
-def kept_by(source: Path, options: CompressOptions, keep: Keep | None) -> Keep | None:
+def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> Keep | None:
     """How the coefficients that are healed are chosen; None where all are.
 
     Raises:
@@ -247,7 +250,8 @@ def _finish(job: Job, out: Path, started: float) -> CompressReport:
     with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
         clear_folder(folder, keep=(UNITS,))
         manifest, copied, size = job.write(folder)
-        (folder / LOCK_FILE).unlink(missing_ok=True)
+        for name in NO_WORK:
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(job.store.folder)
     return _report(job, manifest, copied, size, started)
 
@@ -264,7 +268,7 @@ def _healed(
     entries, healed = heal_checkpoint(
         checkpoint,
         job.index,
-        job.source,
+        here(job.source),
         data=heal.data,
         settings=heal.settings,
         state=state,

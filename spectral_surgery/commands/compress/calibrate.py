@@ -22,6 +22,7 @@ from spectral_surgery.commands.compress.spread_bits import spread_targets
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
+from spectral_surgery.files.storage import here
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.settings import TextData
 
@@ -44,7 +45,7 @@ def calibrated(job: Job, data: TextData, device: str = "cpu") -> tuple[Job, Cove
             "--calibrate: expected --bits or --sparsity with it, got --max-error, which it minimises itself."
         )
     if job.plan.options.allocation == "slope":
-        targets = spread_targets(job.source, job.index, job.plan, data, job.store, device=device)
+        targets = spread_targets(here(job.source), job.index, job.plan, data, job.store, device=device)
         job = replace(job, plan=job.plan.with_targets(targets))
     return job, _Calibration(job).run(data, device)
 
@@ -57,7 +58,7 @@ class _Calibration:
         """Calibrate block after block."""
         job, plan = self.job, self.job.plan
         planned = {tensor.info.name: tensor for tensor in plan.tensors}
-        lazy, sequences = model_and_text(job.source, job.index, data, device)
+        lazy, sequences = model_and_text(here(job.source), job.index, data, device)
         reasons = reasons_of(lazy.model, lazy.names, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
         turns = layer_moments(lazy, sequences, wanted, folder=job.store.folder, progress=job.run.progress)

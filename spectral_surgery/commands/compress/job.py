@@ -12,15 +12,17 @@ from pathlib import Path
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import compress_command
-from spectral_surgery.files.atomic import discard_unfinished, partial_folder, writing_to
+from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.atomic import discard_unfinished, partial_folder, replace_file, writing_to
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import UNITS, UnitStore, is_done, join, run_unit, work_key
+from spectral_surgery.files.compressed.units import UNITS, UnitStore, is_done, join, read_unit, run_unit, work_key
 from spectral_surgery.files.index import CheckpointIndex
-from spectral_surgery.files.lock import hold
+from spectral_surgery.files.lock import VERSION_FILE, hold
 from spectral_surgery.files.sidecar_files import copy_companions
+from spectral_surgery.files.storage import AHEAD, Checkpoint, RemoteCheckpoint
 from spectral_surgery.files.writer import weights_metadata, write_checkpoint
 from spectral_surgery.pool import Team, team
 from spectral_surgery.run import Run
@@ -38,7 +40,7 @@ class Job:
         run: how the work is carried out.
     """
 
-    source: Path
+    source: Checkpoint
     index: CheckpointIndex
     plan: Plan
     store: UnitStore
@@ -54,13 +56,18 @@ class Job:
         units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
         weights = list(accumulate(unit.weights for unit in units))  # largest first
         work = partial(run_unit, self.store, options=options, threads=self.run.threads)
-        last = -1
+        read, last = partial(read_unit, self.store), -1
         with _team(self.run.workers) as workers:
-            for last in workers.share(work, units, last=True):
+            for last in workers.share(work, units, prepare=read, depth=self._depth(), last=True):
                 progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
         if last + 1 < len(units):
             progress(weights[-1], weights[-1], units[-1].tensor.info.name)
         return shard[1] == 1 or all(is_done(self.store, unit) for unit in self.plan.units)
+
+    def _depth(self) -> int:
+        """How many parts are read ahead: none of files here, which the system reads ahead."""
+        infos = (info for tensor in self.plan.tensors for info in (tensor.info, tensor.base) if info)
+        return 0 if all(isinstance(info.file, Path) for info in infos) else AHEAD
 
     def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
         """Join the units to a compressed checkpoint, and remove them.
@@ -80,7 +87,7 @@ class Job:
 
 @contextmanager
 def opened(
-    source: Path, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, alone: bool = True
+    source: Checkpoint, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, alone: bool = True
 ) -> Iterator[Job]:
     """Begin a compression, or go on with one."""
     aside = partial_folder(out, overwrite=run.overwrite)
@@ -90,7 +97,20 @@ def opened(
     with writing_to(out):
         job.store.folder.mkdir(parents=True, exist_ok=True)
     with hold(aside, exclusive=alone, wait=not alone):
+        if isinstance(source, RemoteCheckpoint):
+            _keep_to_version(source, aside / VERSION_FILE, anew=alone and not run.resume)
         yield job
+
+
+def _keep_to_version(source: RemoteCheckpoint, record: Path, *, anew: bool) -> None:
+    """Remember the version of a source elsewhere, or refuse to go on with another one than before."""
+    before = source.version if anew or not record.exists() else record.read_text(encoding="utf-8")
+    if before != source.version:
+        raise CheckpointError(
+            f"{source}: has moved on since this work began, from {before[:12]} to {source.version[:12]}; expected the"
+            f" same. Go on with --revision {before}, or discard the work with --overwrite."
+        )
+    replace_file(record, source.version.encode())
 
 
 def _team(workers: int | Team) -> AbstractContextManager[Team]:

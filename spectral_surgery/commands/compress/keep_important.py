@@ -24,6 +24,7 @@ from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import UnitStore, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.files.storage import here
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.hf.tensor_names import names_in
 from spectral_surgery.progress import Progress, silent
@@ -46,7 +47,7 @@ def keep_important(job: Job, data: TextData) -> None:
     planned = {tensor.info.name: tensor for tensor in plan.tensors}
     importances = _remembered(store)
     if importances is None:
-        importances = measure_importance(job.source, plan, data, progress)
+        importances = measure_importance(here(job.source), plan, data, progress)
         _remember(store, importances)
     cuts = _cuts(planned, importances, plan.options)
     for done, (name, importance) in enumerate(importances.items()):

@@ -10,6 +10,7 @@ from spectral_surgery.commands.eval.table import Measures, ModelRow, model_table
 from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
 from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.storage import Checkpoint, here
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.text.scores import TextScores
 from spectral_surgery.text.settings import EvalData
@@ -50,8 +51,8 @@ class EvalReport:
 
 
 def evaluate(
-    a: Path,
-    b: Path | None,
+    a: Checkpoint,
+    b: Checkpoint | None,
     data: EvalData,
     *,
     reference: Reference | None = None,
@@ -76,12 +77,12 @@ def evaluate(
     if reference.has_models:
         if adapter is not None:
             raise ConfigError("eval --adapter: expected at most one B and no baselines with it, got more.")
-        others = [path for path in (b, *reference.others) if path is not None]
-        models, apart, measures = model_table(a, others, data, reference, device=device, progress=progress)
+        others = [here(source) for source in (b, *reference.others) if source is not None]
+        models, apart, measures = model_table(here(a), others, data, reference, device=device, progress=progress)
         return EvalReport(**vars(apart), measures=measures, models=models, seconds=time.perf_counter() - started)
     apart = distance(a, b, progress) if b is not None else Distance()
     measures = {}
     if data.has_text:
         other = b if b is not None else (a if adapter is not None else None)
-        measures = TextScores(a, data, device).measures(other, adapter)
+        measures = TextScores(here(a), data, device).measures(here(other) if other else None, adapter)
     return EvalReport(**vars(apart), measures=measures, seconds=time.perf_counter() - started)

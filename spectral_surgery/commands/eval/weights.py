@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
+from spectral_surgery.files.compressed.checkpoint import is_compressed, open_compressed
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.reader import DTYPES, read_flat
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.progress import Progress
 
 _PIECE = 1 << 22  # elements compared at a time
@@ -38,7 +38,7 @@ class Distance:
     only_in_one: tuple[str, ...] = ()
 
 
-def distance(a: Path, b: Path, progress: Progress) -> Distance:
+def distance(a: Checkpoint, b: Checkpoint, progress: Progress) -> Distance:
     """Compare the tensors of two checkpoints.
 
     Raises:
@@ -52,8 +52,8 @@ def distance(a: Path, b: Path, progress: Progress) -> Distance:
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{name}: expected equal shapes, got {list(left.shapes[name])} in {a} and {list(right.shapes[name])} in"
-            f" {b}."
+            f"{name}: expected equal shapes, got {list(left.shapes[name])} in {a} and"
+            f" {list(right.shapes[name])} in {b}."
         )
     errors, error, energy = [], 0.0, 0.0
     for place, name in enumerate(common, 1):
@@ -75,9 +75,8 @@ def distance(a: Path, b: Path, progress: Progress) -> Distance:
 class _Dense:
     """A checkpoint, plain or compressed, read in pieces of equal size on both sides."""
 
-    def __init__(self, source: Path) -> None:
-        compressed = source.is_dir() and is_compressed(source)
-        self._compressed: CompressedCheckpoint | None = open_compressed(source) if compressed else None
+    def __init__(self, source: Checkpoint) -> None:
+        self._compressed = open_compressed(source) if is_compressed(source) else None
         self._index: CheckpointIndex = self._compressed.index if self._compressed else read_index(source)
         self.shapes = {name: info.shape for name, info in self._index.tensors.items() if info.dtype in DTYPES}
         if self._compressed:

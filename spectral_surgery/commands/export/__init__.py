@@ -27,6 +27,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.compressed.dense import open_dense
 from spectral_surgery.files.sidecar_files import check_apart
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.registry import Table
 
@@ -65,7 +66,7 @@ def model_target(to: str) -> ModelTarget:
     return row
 
 
-def plan_model(source: Path, to: str, settings: Any = None, *, threads: int = 1) -> ModelPlan:
+def plan_model(source: Checkpoint, to: str, settings: Any = None, *, threads: int = 1) -> ModelPlan:
     """Read the headers of a model, and see whether a format can hold it; nothing is written.
 
     Args:
@@ -84,12 +85,12 @@ def plan_model(source: Path, to: str, settings: Any = None, *, threads: int = 1)
 
 
 def export_model(
-    source: Path,
+    source: Checkpoint,
     out: Path,
     to: str,
     settings: Any = None,
     *,
-    original: Path | None = None,
+    original: Checkpoint | None = None,
     threads: int = 1,
     overwrite: bool = False,
     origin: str | None = None,

@@ -28,6 +28,7 @@ from spectral_surgery.files.merge_record import Source
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, read_adapter, write_adapter
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
 from spectral_surgery.hf.base_model import BaseModel, base_model
 from spectral_surgery.live.merging import total_delta
@@ -100,7 +101,7 @@ def export(
     out: Path,
     form: str,
     *,
-    base: Path | None = None,
+    base: Checkpoint | None = None,
     size: Size | None = None,
     config: Any = None,
     dtype: str = "F32",
@@ -186,7 +187,7 @@ class ExportPlan:
         return {"exact": self.exact, "layers": {update.layer: list(update.shape) for update in self.updates}}
 
 
-def plan_export(adapter: Path, form: str, *, base: Path | None = None, size: Size | None = None) -> ExportPlan:
+def plan_export(adapter: Path, form: str, *, base: Checkpoint | None = None, size: Size | None = None) -> ExportPlan:
     """Read an adapter and the headers of its base, and see whether it can be written in another form.
 
     Raises:

@@ -26,6 +26,7 @@ from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, write_adapter
 from spectral_surgery.files.peft.task import task_of
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.targets import ModuleTargets
@@ -123,8 +124,8 @@ class ExtractReport:
 
 
 def extract(
-    base: Path,
-    tuned: Path,
+    base: Checkpoint,
+    tuned: Checkpoint,
     out: Path,
     options: ExtractOptions,
     *,

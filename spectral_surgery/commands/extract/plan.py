@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,6 +17,7 @@ from spectral_surgery.files.header import FLOATS
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.peft.adapter_config import DIALECTS
 from spectral_surgery.files.reader import same_bytes
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.hf.base_model import BaseModel, base_model
 from spectral_surgery.hf.tensor_names import StoredParameter
 from spectral_surgery.live.resolve import candidates
@@ -83,7 +83,7 @@ class ExtractPlan:
         return {"layers": {pair.layer: list(pair.shape) for pair in self.pairs}, "rest": self.rest}
 
 
-def plan_extraction(base: Path, tuned: Path, method: str, targets: ModuleTargets) -> ExtractPlan:
+def plan_extraction(base: Checkpoint, tuned: Checkpoint, method: str, targets: ModuleTargets) -> ExtractPlan:
     """Match the tensors of two checkpoints by name.
 
     Args:

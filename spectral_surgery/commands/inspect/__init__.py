@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.index import CheckpointIndex, is_adapter, read_index
 from spectral_surgery.files.reader import read_flat
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.progress import Progress, silent
 
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -85,7 +85,7 @@ class Inspection:
 
 
 def inspect(
-    source: Path,
+    source: Checkpoint,
     *,
     spectrum: bool = False,
     include: tuple[str, ...] = (),
@@ -103,12 +103,12 @@ def inspect(
         CheckpointError: when the source is not a usable checkpoint.
         ConfigError: when spectra of anything else than a dense one are asked for.
     """
-    if source.is_dir() and is_compressed(source):
+    if is_compressed(source):
         if spectrum:
             raise ConfigError(f"{source.name}: is compressed; --spectrum needs a dense one. Decompress it first.")
         return _compressed(source)
     index = read_index(source, adapters=True)
-    adapter = source.is_dir() and is_adapter(source)
+    adapter = is_adapter(source)
     refused = index.why_not_plain
     if spectrum and (adapter or refused):
         what = "is an adapter; --spectrum needs a model." if adapter else f"{refused}"
@@ -191,7 +191,7 @@ def _adapter(index: CheckpointIndex) -> Inspection:
     return Inspection("adapter", _rows(index), {}, index.nbytes, (), summary, notes=notes)
 
 
-def _compressed(source: Path) -> Inspection:
+def _compressed(source: Checkpoint) -> Inspection:
     checkpoint = open_compressed(source, differences=True)
     manifest = checkpoint.manifest
     rows: list[dict[str, object]] = [

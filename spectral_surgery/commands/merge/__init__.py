@@ -32,6 +32,7 @@ from spectral_surgery.files.merge_record import (
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.reader import CODES, read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.writer import (
     Entry,
     copy_entry,
@@ -77,7 +78,7 @@ class MergeReport:
 
 
 def merge(
-    base: Path,
+    base: Checkpoint,
     adapters: Sequence[Path],
     out: Path,
     *,

@@ -13,6 +13,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.merge_record import Source, Span, is_merged
 from spectral_surgery.files.peft.adapter_files import read_adapter
+from spectral_surgery.files.storage import Checkpoint, path_of
 from spectral_surgery.targets import ModuleTargets
 
 
@@ -98,7 +99,7 @@ class MergePlan:
         }
 
 
-def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
+def plan_merge(base: Checkpoint, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
     """Read headers and adapters, and find the tensors they belong to.
 
     Args:
@@ -115,7 +116,7 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
     factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
     if not adapters or len(factors) != len(adapters):
         raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; expected one for each.")
-    if is_merged(base):
+    if is_merged(path_of(base)):
         raise CheckpointError(
             f"{base}: has adapters merged in; expected a checkpoint without. Unmerge it first, and merge all "
             "adapters"

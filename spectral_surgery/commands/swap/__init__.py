@@ -22,6 +22,7 @@ from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.swap_record import SwapRecord
 from spectral_surgery.hf.models import load_tokenizer, load_whole, outline_model, save_weights
 from spectral_surgery.live.families import FAMILIES
@@ -86,7 +87,7 @@ class SwapReport:
         }
 
 
-def plan_swap(source: Path, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
+def plan_swap(source: Checkpoint, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
     """Check a swap and settle its settings; only headers and the configuration are read.
 
     Raises:

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,7 @@ from spectral_surgery.files.header import read_json
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.reader import read_flat, read_tensor
 from spectral_surgery.files.sidecar_files import CONFIG_FILE
+from spectral_surgery.files.storage import Checkpoint, path_of
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class CompressedCheckpoint:
         return offsets, steps
 
 
-def is_compressed(folder: Path) -> bool:
+def is_compressed(source: Checkpoint) -> bool:
     """Whether a folder claims to be a compressed checkpoint; nothing is checked."""
+    folder = path_of(source)
     if (folder / FILE_NAME).exists():
         return True
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -102,22 +103,23 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD
 
 
-def open_compressed(folder: Path, *, differences: bool = False) -> CompressedCheckpoint:
+def open_compressed(source: Checkpoint, *, differences: bool = False) -> CompressedCheckpoint:
     """Open a compressed folder; reads headers and the manifest, and checks that they agree.
 
     Args:
-        folder: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
+        source: written by compress, or by save_pretrained of a compressed model, which puts the manifest in headers.
         differences: whether spectra may stand for differences to another checkpoint, which are not weights.
 
     Raises:
         CheckpointError: when a spectrum named by the manifest is missing or has another size than the manifest says,
             or when it holds differences and those are not expected.
     """
+    folder = path_of(source)
     if not (folder / FILE_NAME).exists() and (folder / CONFIG_FILE).exists():
-        index = read_index(folder)
+        index = read_index(source)
         manifest = manifest_of(index.metadata) or read_manifest(folder)
     else:
-        manifest, index = read_manifest(folder), read_index(folder)
+        manifest, index = read_manifest(folder), read_index(source)
     base = base_name(manifest.options)
     if base is not None and not differences:
         raise CheckpointError(

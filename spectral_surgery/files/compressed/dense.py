@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, i
 from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, read_flat
+from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.writer import Entry, copy_entry, tensor_bytes
 
 ROWS_BYTES = 1 << 22  # of stored rows that are read at a time
@@ -117,15 +117,15 @@ def cast(dense: Tensor, dtype: torch.dtype) -> Tensor:
     return dense.to(dtype)
 
 
-def open_dense(folder: Path, *, threads: int = 1) -> DenseCheckpoint:
+def open_dense(source: Checkpoint, *, threads: int = 1) -> DenseCheckpoint:
     """Open a checkpoint, plain or compressed; reads headers.
 
     Raises:
         CheckpointError: when it is damaged, holds differences, or is quantised in another way.
     """
-    if is_compressed(folder):
-        checkpoint = open_compressed(folder)
+    if is_compressed(source):
+        checkpoint = open_compressed(source)
         return DenseCheckpoint(checkpoint.index, checkpoint, threads)
-    index = read_index(folder)
+    index = read_index(source)
     index.require_plain()
     return DenseCheckpoint(index, None, threads)

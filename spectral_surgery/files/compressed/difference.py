@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import byte_pieces, read_flat
+from spectral_surgery.files.storage import Checkpoint
 
 _MARK = " sha256:"
 
@@ -37,7 +37,7 @@ def base_name(options: Mapping[str, object]) -> str | None:
     return str(text).rpartition(_MARK)[0] if text else None
 
 
-def check_base(options: Mapping[str, object], base: Path | None, where: str) -> CheckpointIndex | None:
+def check_base(options: Mapping[str, object], base: Checkpoint | None, where: str) -> CheckpointIndex | None:
     """Read the headers of the right base; all of its tensors are read to see that it is.
 
     Returns:

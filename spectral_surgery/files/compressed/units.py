@@ -65,7 +65,20 @@ def is_done(store: UnitStore, unit: Unit) -> bool:
     return read_part(store.path(unit), store.key) is not None
 
 
-def run_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+@dataclass(frozen=True)
+class ReadUnit:
+    """A part and its weights, [r, I]; None of one whose file is there and intact."""
+
+    unit: Unit
+    weight: Tensor | None
+
+
+def read_unit(store: UnitStore, unit: Unit) -> ReadUnit:
+    """Read what `run_unit` encodes, unless that is done."""
+    return ReadUnit(unit, None if is_done(store, unit) else _weight(unit.tensor, unit.tensor.parts[unit.part]))
+
+
+def run_unit(store: UnitStore, read: ReadUnit, options: CompressOptions, threads: int) -> EncodingReport | None:
     """Encode one part and leave its file.
 
     Returns:
@@ -74,17 +87,18 @@ def run_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: in
     Raises:
         ConfigError: when the weights are not finite (and may not be copied) or cannot be encoded; the tensor is named.
     """
-    done = read_part(store.path(unit), store.key)
-    if done is not None:
-        return done[1].report if done[1] else None
+    if read.weight is None:
+        done = read_part(store.path(read.unit), store.key, verify=False)
+        return done[1].report if done and done[1] else None
     with one_torch_thread():
-        return _encode_unit(store, unit, options, threads)
+        return _encode_unit(store, read.unit, read.weight, options, threads)
 
 
-def _encode_unit(store: UnitStore, unit: Unit, options: CompressOptions, threads: int) -> EncodingReport | None:
+def _encode_unit(
+    store: UnitStore, unit: Unit, weight: Tensor, options: CompressOptions, threads: int
+) -> EncodingReport | None:
     tensor, rows = unit.tensor, unit.tensor.parts[unit.part]
     target, candidates = tensor.target or options.target, options.candidates(tensor.axes)
-    weight = _weight(tensor, rows)
     try:
         basis = candidates[0]
         if len(candidates) > 1:  # by the first part: one transform for all, so that one form can hold them
