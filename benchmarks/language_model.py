@@ -106,12 +106,28 @@ def _config(size: Size) -> dict[str, object]:
 
 
 def _tokenizer(words: int) -> dict[str, dict[str, object]]:
-    """One token a word."""
+    """One token a word, as a SentencePiece of llama.cpp can hold them too."""
+    unknown, space = (
+        "\u2581w0",
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    )
     inner: dict[str, object] = {
         "version": "1.0",
         "added_tokens": [],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(words)}, "unk_token": "w0"},
+        "pre_tokenizer": space,
+        "decoder": space,
+        "model": {
+            "type": "BPE",
+            "vocab": {f"\u2581w{n}": n for n in range(words)},
+            "merges": [],
+            "unk_token": unknown,
+            "byte_fallback": True,
+            "ignore_merges": True,
+        },
     }
-    outer: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "w0", "unk_token": "w0"}
+    outer: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": unknown,
+        "unk_token": unknown,
+    }
     return {"tokenizer.json": inner, "tokenizer_config.json": outer}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Row, require
-from benchmarks.token_judge import Judged, TokenJudge, judged_columns
+from benchmarks.token_judge import Judged, Logits, TokenJudge, judged_columns
+from spectral_surgery.commands.export.gguf import quantize_file
 
 PACKAGE = "llama_cpp"
 TYPES = ("Q8_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K")
 _PLAIN = "F16"  # near enough to the dense model to show that both read the same tokens in the same way
 _SAME = 1e-3  # nats per token
-_quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)  # must outlive its use
 
 
 def installed() -> bool:
@@ -41,7 +40,8 @@ def llama_rows(file: Path, scratch: Path, judge: TokenJudge) -> list[Row]:
         judge: of the dense model.
 
     Raises:
-        CheckFailedError: when a file cannot be written, or llama.cpp disagrees with transformers on the plain weights.
+        BackendError: when a file cannot be written.
+        CheckFailedError: when llama.cpp disagrees with transformers on the plain weights.
     """
     if not installed():
         return [skipped()]
@@ -68,12 +68,8 @@ def _measured(file: Path, scratch: Path, name: str, judge: TokenJudge) -> tuple[
     started = time.perf_counter()
     out = quantised(file, scratch / f"{name}.gguf", name)
     seconds = time.perf_counter() - started
-    runner, nbytes = llama_runner(out, judge.ids.shape[1], logits_all=True), out.stat().st_size
-
-    def logits(ids: Tensor) -> Tensor:
-        return torch.stack([_logits(runner, row) for row in ids.tolist()])
-
-    found = judge.judge(logits)
+    nbytes = out.stat().st_size
+    found = judge.judge(llama_logits(out, judge.ids.shape[1]))
     out.unlink()
     return found, nbytes, seconds
 
@@ -87,16 +83,9 @@ def quantised(file: Path, out: Path, name: str) -> Path:
         name: of the type, as llama.cpp has it: ``Q4_K_M``.
 
     Raises:
-        CheckFailedError: when llama.cpp refuses.
+        BackendError: when llama.cpp refuses.
     """
-    library: Any = import_module(PACKAGE)
-    settings = library.llama_model_quantize_default_params()
-    settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{name}")
-    settings.allow_requantize = True
-    settings.nthread = torch.get_num_threads()
-    library.llama_log_set(_quiet, None)
-    failed = library.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(settings))
-    require(not failed and out.is_file(), f"llama.cpp: {name} was not written, code {failed}")
+    quantize_file(file, out, name)
     return out
 
 
@@ -111,6 +100,12 @@ def llama_runner(file: Path, length: int, *, logits_all: bool) -> Any:
     threads = torch.get_num_threads()
     settings = {"n_ctx": length, "n_batch": length, "n_threads": threads, "n_threads_batch": threads}
     return import_module(PACKAGE).Llama(str(file), logits_all=logits_all, verbose=False, **settings)
+
+
+def llama_logits(file: Path, length: int) -> Logits:
+    """Logits of a GGUF file by llama.cpp, for sequences of that length."""
+    runner = llama_runner(file, length, logits_all=True)
+    return lambda ids: torch.stack([_logits(runner, row) for row in ids.tolist()])
 
 
 def _logits(runner: Any, ids: list[int]) -> Tensor:

@@ -9,6 +9,7 @@ from benchmarks.cases import (
     coding,
     encoder,
     engine,
+    export,
     feedback,
     generate,
     generate_large,
@@ -73,6 +74,13 @@ CASES = Table(
             smollm2.plot,
             smollm2.TAKES,
             smollm2.NOTES,
+        ),
+        BenchCase(
+            "export",
+            "SmolLM2-135M-Instruct of 4 bits as compressed-tensors and GGUF: errors and perplexity",
+            export.run,
+            takes=export.TAKES,
+            notes=export.NOTES,
         ),
         BenchCase(
             "encoder",

@@ -18,10 +18,11 @@ from benchmarks.case import Inputs, Row, require
 from benchmarks.cases import generate
 from benchmarks.cases.generate import DENSE, NEW, PROMPT, ROUNDED
 from benchmarks.cases.spectral_matmul import THREADS
-from benchmarks.gguf_file import write_gguf
 from benchmarks.judged import scratch_folder
 from benchmarks.language_model import Size, prompt
 from benchmarks.llama_files import installed, llama_runner, quantised, skipped
+from spectral_surgery import export_model
+from spectral_surgery.commands.export.gguf import GgufSettings
 from spectral_surgery.hf.models import load_tokenizer
 
 FULL = Size(2048, 5632, 22, 32_000, key_heads=4, tied=False)
@@ -74,9 +75,9 @@ def llama_files(dense: Path, scratch: Path, size: Size, expected: torch.Tensor) 
     Raises:
         CheckFailedError: when logits differ.
     """
-    plain = scratch / "plain.gguf"
+    plain = scratch / "plain" / "model-BF16.gguf"
     if not plain.exists():
-        write_gguf(dense, size, plain)
+        export_model(dense, plain.parent, "gguf", GgufSettings("BF16"))
     runner = llama_runner(plain, _CONTEXT, logits_all=True)
     ids = generate.few_tokens(size)[0].tolist()
     runner.eval(ids)

@@ -28,7 +28,7 @@ _SHOWN = 12  # tensors in the table; --json has all
     default="lora",
     show_default=True,
     metavar="TARGET",
-    help="Of an adapter: lora, foura, spectral_delta, ..., or delta. Of a model: compressed-tensors, ..."
+    help="Of an adapter: lora, foura, spectral_delta, ..., or delta. Of a model: compressed-tensors, gguf, ..."
     " `spectral-surgery methods` lists all.",
 )
 @click.option(
@@ -45,8 +45,8 @@ _SHOWN = 12  # tensors in the table; --json has all
 def command(source: str, out: Path, to: str, base: str | None, dry_run: bool, overwrite: bool) -> None:
     """Write a model in the format of another program, or an adapter in another form.
 
-    A model, compressed or plain, becomes a folder for vLLM and transformers (compressed-tensors): weights are decoded,
-    and rounded once more with the scales that lose least. Errors are measured.
+    A model, compressed or plain, becomes a folder for vLLM and transformers (compressed-tensors), or a file for
+    llama.cpp (gguf): weights are decoded, and rounded once more. Errors are measured.
 
     An adapter becomes a LoRA that every other tool reads, or plain weight differences (delta). FouRA becomes a LoRA
     exactly, unless its gate depends on the input: freeze it first. Of fourierft and spectral_delta a LoRA is the best
@@ -58,6 +58,7 @@ def command(source: str, out: Path, to: str, base: str | None, dry_run: bool, ov
     \b
     Example:
       spectral-surgery export ./model-4bit ./served --to compressed-tensors
+      spectral-surgery export ./model-4bit ./for-llama --to gguf -o type=Q4_0
       spectral-surgery export ./foura ./lora
       spectral-surgery export ./fourierft ./lora --rank 16 --base ./model
       spectral-surgery export ./adapter ./differences --to delta

@@ -19,6 +19,7 @@ from benchmarks.cases import encoder, smollm2
 from benchmarks.reference_text import write_split
 from benchmarks.token_judge import TokenJudge, causal_logits
 from spectral_surgery import CompressOptions, Target, compress, evaluate, read_index
+from spectral_surgery.commands.export import gguf as gguf_export
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.manifest import FILE_NAME
 from spectral_surgery.files.writer import Entry, tensor_bytes, write_checkpoint
@@ -277,6 +278,7 @@ def test_rows_of_llama_cpp(models: Path, tmp_path: Path, monkeypatch: pytest.Mon
     model = load_model(dense, "AutoModelForCausalLM", dtype=torch.float32)[0]
     monkeypatch.setattr(llama_files, "find_spec", lambda _: True)
     monkeypatch.setattr(llama_files, "import_module", lambda _: Llama(model, 1.0))
+    monkeypatch.setattr(gguf_export, "required", lambda *_: Llama(model, 1.0))
     judge = TokenJudge(dense, smollm2.EvalData(models / "notes.txt", samples=2, seq_length=32), tmp_path)
     rows = llama_files.llama_rows(tmp_path / "no.gguf", tmp_path, judge)
     assert [(row["setting"], row["bytes"]) for row in rows] == [

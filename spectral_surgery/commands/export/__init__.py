@@ -22,6 +22,7 @@ from spectral_surgery.commands.export.adapter import (
 )
 from spectral_surgery.commands.export.compressed_tensors import COMPRESSED_TENSORS
 from spectral_surgery.commands.export.exact_levels import COMPRESSED_TENSORS_EXACT
+from spectral_surgery.commands.export.gguf import GGUF
 from spectral_surgery.commands.export.model import Measure, ModelExport, ModelPlan, ModelTarget
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.atomic import publishing
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 TARGETS: Table[AdapterTarget | ModelTarget] = Table(
-    "export target", (*ADAPTER_TARGETS, COMPRESSED_TENSORS, COMPRESSED_TENSORS_EXACT)
+    "export target", (*ADAPTER_TARGETS, COMPRESSED_TENSORS, COMPRESSED_TENSORS_EXACT, GGUF)
 )
 
 
