@@ -30,6 +30,7 @@ from spectral_surgery.commands.export.gguf import GgufSettings
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.run import Run
 
 SEQUENCES, LENGTH = 48, 256  # of the text to judge on
 BITS = 4.0
@@ -116,7 +117,7 @@ def run(inputs: Inputs) -> list[Row]:
         original = smollm2_folder(scratch)
         compressed, decoded = scratch / "export-4bit", scratch / "export-decoded"
         if not compressed.exists():
-            compress(original, compressed, CompressOptions(Target("bits", BITS)))
+            compress(original, compressed, CompressOptions(Target("bits", BITS)), run=Run(overwrite=True))
         if not decoded.exists():
             decompress(compressed, decoded)
         text = EvalData(inputs.text or write_split(scratch)[1], samples=SEQUENCES, seq_length=LENGTH)
