@@ -29,8 +29,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--scratch",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the models of language_model, encoder, export, speech and generate_large, which stay.  [default: one"
-    " that is removed]",
+    help="Folder for the models of language_model, encoder, export, speech and generate_large, which stay."
+    "  [default: one that is removed]",
 )
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
 @click.option(
