@@ -180,7 +180,7 @@ def _lone_file(path: Path, file: File) -> CheckpointIndex:
     return CheckpointIndex(path.parent, tensors, (file,), (), (), config, header.metadata, notes)
 
 
-def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
+def _read_weight_map(root: Path, top: set[Path]) -> dict[str, Path]:
     """Tensor name -> file; empty without an index, or with a single file that it does not name."""
     path = root / INDEX_FILE
     if path not in top:
@@ -191,25 +191,28 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, str]:
             f"{path}: weight_map is {named([weight_map])}; expected the file of every tensor by name. Download it"
             " again."
         )
-    if root / SINGLE_FILE in top and SINGLE_FILE not in weight_map.values():
-        return {}  # as transformers loads it
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: tensor {named([name])} is in {named([shard])}; expected a .safetensors file. Download it"
                 " again."
             )
+    shards = dict.fromkeys(weight_map.values())
+    if root / SINGLE_FILE in top and SINGLE_FILE not in shards:
+        return {}  # as transformers loads it
+    for shard in shards:
         parts = PureWindowsPath(shard)  # knows both separators, and drives
         if parts.anchor or ".." in parts.parts:
             raise CheckpointError(
                 f"{path}: {named([shard])} leads out of the folder; expected paths below it."
                 " Do not trust this checkpoint."
             )
-    return weight_map
+    files = {shard: root / shard for shard in shards}
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
-def _shards(root: Path, weight_map: Mapping[str, str], remote: Mapping[Path, RemoteFile]) -> list[Path]:
-    shards = sorted({root / shard for shard in weight_map.values()})
+def _shards(root: Path, weight_map: Mapping[str, Path], remote: Mapping[Path, RemoteFile]) -> list[Path]:
+    shards = sorted(set(weight_map.values()))
     missing = [str(shard.relative_to(root)) for shard in shards if not (shard.is_file() or shard in remote)]
     if missing:
         raise CheckpointError(
@@ -293,39 +296,34 @@ def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
     return Header(dict(sorted(tensors.items())), metadata)
 
 
-def _disagreements(root: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> tuple[str, ...]:
+def _disagreements(root: Path, weight_map: Mapping[str, Path], headers: Mapping[Path, Header]) -> tuple[str, ...]:
     """Where an index does not say what its files hold, in sentences; refused where that leaves a doubt."""
-    holders: dict[str, dict[Path, TensorInfo]] = {}
-    for path, header in headers.items():
-        for name, info in header.tensors.items():
-            holders.setdefault(name, {})[path] = info
     strangers = [
-        path
-        for path, header in headers.items()
-        if not any(root / weight_map.get(n, "") == path for n in header.tensors)
+        path for path, header in headers.items() if not any(weight_map.get(name) == path for name in header.tensors)
     ]
     if strangers:
         raise CheckpointError(
             f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; expected a complete"
             " checkpoint. Download it again."
         )
-    several = {name: infos for name, infos in holders.items() if len(infos) > 1}
-    for name, infos in several.items():
-        last = list(infos)[-1]
-        meant = root / weight_map.get(name, "")
-        if infos.keys() - {last} >= {meant} and not same_bytes(infos[meant], infos[last]):
+    last = {name: path for path, header in headers.items() for name in header.tensors}
+    several = sorted({n for path, header in headers.items() for n in header.tensors if last[n] is not path})
+    for name in several:
+        counts, meant = last[name], weight_map.get(name, last[name])
+        infos = [headers[path].tensors.get(name) for path in (meant, counts)]
+        if infos[0] and infos[1] and meant != counts and not same_bytes(infos[0], infos[1]):
             raise CheckpointError(
                 f"{root}: {named([name])} is in {meant.name}, which {INDEX_FILE} names, with other values than in"
-                f" {last.name}, which transformers loads; expected one of them. Remove the other."
+                f" {counts.name}, which transformers loads; expected one of them. Remove the other."
             )
-    absent = sorted(weight_map.keys() - holders.keys())
-    elsewhere = sorted(n for n, infos in holders.items() if n in weight_map and root / weight_map[n] not in infos)
+    absent = sorted(weight_map.keys() - last.keys())
+    elsewhere = sorted(n for n, path in weight_map.items() if n in last and n not in headers[path].tensors)
     return tuple(
         f"{INDEX_FILE}: {len(names)} of its names {what}: {named(names)}."
         for names, what in (
             (absent, "are in no file, and are left out"),
             (elsewhere, "are in another file than it says, and were taken from there"),
-            (sorted(several), "are in several files, of which the last counts, as for transformers"),
+            (several, "are in several files, of which the last counts, as for transformers"),
         )
         if names
     )

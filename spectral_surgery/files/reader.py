@@ -132,7 +132,8 @@ def flat_pieces(info: TensorInfo) -> Iterator[Tensor]:
 def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
     """Whether two stored tensors have the same dtype, shape and bits."""
     alike = (a.dtype, a.shape) == (b.dtype, b.shape)
-    return alike and all(one == other for one, other in zip(byte_pieces(a), byte_pieces(b), strict=True))
+    pieces = (map(bytes, byte_pieces(info)) for info in (a, b))  # Python compares views element by element
+    return alike and all(one == other for one, other in zip(*pieces, strict=True))
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
