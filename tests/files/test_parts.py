@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spectral_surgery.codec import encoded as codec
+from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.feedback import Codes
 from spectral_surgery.codec.rate import Target
@@ -17,7 +18,7 @@ from spectral_surgery.commands.compress.job import opened
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.files.compressed import plan as plan_module
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.parts import read_part
+from spectral_surgery.files.compressed.parts import part_record, read_part, write_part
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import leave_codes, read_unit, run_unit
 from spectral_surgery.files.index import read_index
@@ -88,3 +89,18 @@ def test_one_transform_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         parts = report.manifest.tensors["w"].parts
         assert len(parts) == 2
         assert {part.transform for part in parts} == {wanted[number]}
+
+
+def test_a_part_with_a_hole_is_done_again(tmp_path: Path) -> None:
+    """Parts are not waited for, so that a power failure may leave any page of one empty."""
+    weight = gaussian(64, 96)
+    encoded, report = encode(weight, Target("bits", 3.0))
+    write_part(tmp_path / "part", "key", encoded, part_record((0, 64), encoded, report))
+    whole = (tmp_path / "part").read_bytes()
+    assert read_part(tmp_path / "part", "key") is not None
+    for name, info in read_index(tmp_path / "part").tensors.items():
+        at = info.start + next(i for i in range(info.nbytes) if whole[info.start + i])
+        (tmp_path / "part").write_bytes(whole[:at] + b"\0" + whole[at + 1 :])
+        assert read_part(tmp_path / "part", "key") is None, name
+    (tmp_path / "part").write_bytes(b"")
+    assert read_part(tmp_path / "part", "key") is None

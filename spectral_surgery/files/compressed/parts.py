@@ -44,15 +44,16 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
             "frames": torch.cumsum(lengths, 0),
             "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
         }
-    metadata = {"key": key, "record": json.dumps(asdict(record) if record else None)}
-    replace_file(path, save(tensors, metadata))
+    tables = zlib.crc32(tensors["step"].numpy(), zlib.crc32(tensors["frames"].numpy())) if tensors else 0
+    metadata = {"key": key, "record": json.dumps(asdict(record) if record else None), "tables": str(tables)}
+    replace_file(path, save(tensors, metadata), durable=False)  # there may be very many, and `read_part` checks them
 
 
 def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
     """Where the tensors of a part are, and its record; None for a file that is missing, damaged or of another key.
 
     Args:
-        verify: read the codes and compare their checksum.
+        verify: read all of it and compare checksums.
     """
     if not path.exists():
         return None
@@ -64,10 +65,20 @@ def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, T
         return None
     body = json.loads(index.metadata["record"])
     record = parse_part(body) if body else None
-    codes = index.tensors.get("codes")
-    if record and (codes is None or (verify and zlib.crc32(read_bytes(codes, 0, codes.nbytes)) != record.crc32)):
+    if record and not index.tensors.keys() >= {"codes", "frames", "step"}:
         return None
+    if record and verify:
+        codes, *tables = (index.tensors[name] for name in ("codes", "frames", "step"))
+        if _crc(codes) != record.crc32 or str(_crc(*tables)) != index.metadata.get("tables"):
+            return None
     return index.tensors, record
+
+
+def _crc(*infos: TensorInfo) -> int:
+    crc = 0
+    for info in infos:
+        crc = zlib.crc32(read_bytes(info, 0, info.nbytes), crc)
+    return crc
 
 
 def joined(
