@@ -44,7 +44,7 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
             "frames": torch.cumsum(lengths, 0),
             "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
         }
-    tables = zlib.crc32(tensors["step"].numpy(), zlib.crc32(tensors["frames"].numpy())) if tensors else 0
+    tables = zlib.crc32(tensors["step"].numpy().data, zlib.crc32(tensors["frames"].numpy().data)) if tensors else 0
     metadata = {"key": key, "record": json.dumps(asdict(record) if record else None), "tables": str(tables)}
     replace_file(path, save(tensors, metadata), durable=False)  # there may be very many, and `read_part` checks them
 
