@@ -66,7 +66,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @shared.threads_option
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
-@shared.keep_source_option
+@shared.reading_options
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
 def command(

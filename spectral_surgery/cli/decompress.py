@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--verify", is_flag=True, help="Read the result back and check it; exit with 3 and publish nothing if wrong."
 )
 @shared.threads_option
-@shared.keep_source_option
+@shared.reading_options
 @shared.writing_options
 def command(
     source: str, out: Path, dtype: str | None, base: str | None, verify: bool, dry_run: bool, overwrite: bool

@@ -43,7 +43,7 @@ _SHOWN = 10  # tensors
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
 @options_of(EvalData, "trust_remote_code")
-@shared.keep_source_option
+@shared.reading_options
 @shared.hub_options
 @shared.output_options
 def command(

@@ -40,7 +40,7 @@ _SHOWN = 12  # tensors in the table; --json has all
 @adapter_options.size_options
 @adapter_options.setting_option
 @shared.threads_option
-@shared.keep_source_option
+@shared.reading_options
 @shared.writing_options
 def command(source: str, out: Path, to: str, base: str | None, dry_run: bool, overwrite: bool) -> None:
     """Write a model in the format of another program, or an adapter in another form.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--save-rest", is_flag=True, help="Store whole what differs and carries no adapter: norms, biases, heads."
 )
 @adapter_options.target_options
-@shared.keep_source_option
+@shared.reading_options
 @shared.writing_options
 def command(
     base: str, tuned: str, out: Path, method: str, max_rank: int | None, save_rest: bool, dry_run: bool, overwrite: bool

@@ -24,7 +24,7 @@ _SHOWN = 6  # names of a list
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Save the curves; implies --spectrum."
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Look only at tensors that match; repeatable.")
-@shared.keep_source_option
+@shared.reading_options
 @shared.hub_options
 @shared.output_options
 def command(source: str, spectrum: bool, plot: Path | None, include: tuple[str, ...]) -> None:

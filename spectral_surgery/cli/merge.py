@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @shared.out_argument
 @click.option("--weights", type=factors, help="Factor of each adapter, separated by commas  [default: 1 for each]")
-@shared.keep_source_option
+@shared.reading_options
 @shared.writing_options
 def command(
     base: str, adapters: tuple[str, ...], out: Path, weights: list[float] | None, dry_run: bool, overwrite: bool

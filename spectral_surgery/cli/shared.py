@@ -43,6 +43,13 @@ class HubAccess:
         default=False,
         metadata={"help": "Download what is on the Hub into the cache, instead of reading the weights from there."},
     )
+    allow_bin: bool = field(
+        default=False,
+        metadata={
+            "help": "Read PyTorch's .bin files where there are no safetensors: tensors and nothing else are taken from"
+            " them."
+        },
+    )
 
     def resolve(self, source: str) -> tuple[Path, str | None]:
         """Fetch a source where need be: its path, and the repository it comes from."""
@@ -61,10 +68,18 @@ class HubAccess:
         from spectral_surgery import hub
 
         if self.keep_source and not headers:
-            return self.resolve(source)
+            path, origin = self.resolve(source)
+            return self._opened(path), origin
         repository = hub.remote(source)
         found = hub.locate(source, revision=self.revision, token=self.token, companions=not headers)
-        return found, repository.name if repository else None
+        opened = self._opened(found) if isinstance(found, Path) else found
+        return opened, repository.name if repository else None
+
+    def _opened(self, path: Path) -> Checkpoint:
+        """A local checkpoint, in whatever kind of files it is."""
+        from spectral_surgery.files.pickled import find_pickled, holds_pickled
+
+        return find_pickled(path) if self.allow_bin and holds_pickled(path) else path
 
     def prepare(self) -> HubAccess:
         """Find out before the work whether its result can be pushed; creates the repository. Gives itself back."""
@@ -99,7 +114,7 @@ def hub_access() -> HubAccess:
 source_argument = click.argument("source", metavar="SOURCE")
 out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 hub_options = options_of(HubAccess, "revision", "token")
-keep_source_option = options_of(HubAccess, "keep_source")
+reading_options = options_of(HubAccess, "keep_source", "allow_bin")
 push_options = options_of(HubAccess, "push", "private")
 overwrite_option = options_of(Run, "overwrite")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

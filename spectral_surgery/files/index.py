@@ -16,6 +16,7 @@ from spectral_surgery.files.sources import SOURCES, quantisation_of, read_as_pla
 from spectral_surgery.files.storage import (
     Checkpoint,
     File,
+    FoundCheckpoint,
     RemoteCheckpoint,
     RemoteFile,
     calling,
@@ -121,7 +122,8 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
 
     Args:
         source: a folder with an indexed, a single or several ``.safetensors`` files, or one
-            safetensors file of any name; here or elsewhere. Weights at the top level of a folder are the model.
+            safetensors file of any name; here or elsewhere; or a checkpoint in other files, see
+            `files.pickled.find_pickled`. Weights at the top level of a folder are the model.
             Links to files are followed, links to folders are not.
         adapters: whether the folder of an adapter, which is not a model, will do.
 
@@ -133,6 +135,8 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
             ambiguous or damaged.
         LimitError: when a header or JSON file is longer than any real one.
     """
+    if isinstance(source, FoundCheckpoint):
+        return _found(source)
     root, remote = path_of(source), weights_of(source)
     with reading(root), calling(source):
         if root.is_file() or root in remote:
@@ -158,7 +162,15 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
     return CheckpointIndex(root, tensors, tuple(files.values()), others, skipped, config, header.metadata, notes)
 
 
-def _files_in(source: Checkpoint) -> set[Path]:
+def _found(source: FoundCheckpoint) -> CheckpointIndex:
+    with reading(source):
+        others, skipped = other_files(source.path, _files_in(source.path).difference(source.files))
+        stored = read_json(source.path / "config.json") if (source.path / "config.json").is_file() else {}
+        tensors, config, notes = read_as_plain(dict(source.tensors), stored)
+    return CheckpointIndex(source.path, tensors, source.files, others, skipped, config, {}, notes)
+
+
+def _files_in(source: Path | RemoteCheckpoint) -> set[Path]:
     """Every file of a folder, here or elsewhere."""
     if isinstance(source, RemoteCheckpoint):
         return {*source.weights, *(source.path / name for name in source.names)}
@@ -261,8 +273,8 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
         )
     raise CheckpointError(
         f"{root}: the weights are pickled ({named(names)}); expected safetensors, since to"
-        " load a pickle can run code. If you trust who made it, convert it once with"
-        f" these lines of Python:\n{convert}"
+        " load a pickle can run code. If you trust who made it, use --allow-bin where a command has it, or convert it"
+        f" once with these lines of Python:\n{convert}"
     )
 
 

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from spectral_surgery.ahead import ahead
 from spectral_surgery.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from spectral_surgery.files.header import TensorInfo
 
 PIECE = 1 << 20  # bytes given at a time: what the cache holds
 _LARGEST = 16 << 20  # bytes asked of a remote file at a time
@@ -74,7 +77,32 @@ class RemoteCheckpoint:
         return self.label
 
 
-Checkpoint = Path | RemoteCheckpoint
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint in files of another kind than safetensors, whose tensors somebody has found.
+
+    Attributes:
+        path: the folder with its configuration and all else that is copied.
+        tensors: by name, sorted.
+        files: that hold them.
+        label: what the user calls it.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    label: str
+
+    @property
+    def name(self) -> str:
+        """The last part of what the user calls it."""
+        return Path(self.label).name
+
+    def __str__(self) -> str:
+        return self.label
+
+
+Checkpoint = Path | RemoteCheckpoint | FoundCheckpoint
 
 
 def path_of(source: Checkpoint) -> Path:
@@ -86,12 +114,17 @@ def here(source: Checkpoint) -> Path:
     """The path of a checkpoint that has to be on this machine as a whole. Raises ConfigError when it is elsewhere."""
     if isinstance(source, Path):
         return source
+    if isinstance(source, FoundCheckpoint):
+        raise ConfigError(
+            f"{source}: expected safetensors, since a model is run, got another kind of file. Compress it first, or"
+            " decompress that, and give the result."
+        )
     raise ConfigError(f"{source}: expected on this disk, since a model is run, got it elsewhere. Download it first.")
 
 
 def weights_of(source: Checkpoint) -> Mapping[Path, RemoteFile]:
     """The weight files that are elsewhere, by the path each would have."""
-    return _NONE if isinstance(source, Path) else source.weights
+    return source.weights if isinstance(source, RemoteCheckpoint) else _NONE
 
 
 def size_of(file: File) -> int:

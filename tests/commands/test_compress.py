@@ -277,11 +277,11 @@ def test_a_full_disk_publishes_nothing_and_resumes(
     real = publish.replace_file
     calls = iter(range(100))
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, durable: bool = True) -> None:
         if next(calls) == 1:
             with publish.writing_to(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
+        real(path, data, durable=durable)
 
     monkeypatch.setattr(part_files, "replace_file", full)
     with pytest.raises(CheckpointError, match="no space left"):

@@ -260,7 +260,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
         read_index(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: the weights are pickled ('pytorch_model.bin'); expected safetensors, since to load"
-        " a pickle can run code. If you trust who made it, convert it once"
+        " a pickle can run code. If you trust who made it, use --allow-bin where a command has it, or convert it once"
         " with these lines of Python:\n"
         "    from transformers import BertForMaskedLM\n"
         f"    BertForMaskedLM.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')"
