@@ -46,9 +46,10 @@ from spectral_surgery.kernels.vectors import (
 
 def work_bytes(tokens: int, columns: int) -> int:
     """Bytes of memory that a product works in; integers fill the last chunks, of 64 terms at most, and groups."""
-    return 4 * tokens * (columns + 1) + 2 * 2 * (tokens + TOKENS) * (columns + 2 * 64)
+    return 4 * tokens * (columns + 1) + 2 * 2 * (tokens + TOKENS) * (columns + 2 * 64) + _LINE
 
 
+_LINE = 64  # bytes of the cache; integers begin with one
 _ROWS = 4  # at most that `dots` takes at once
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
@@ -61,7 +62,7 @@ _group_bytes, _group_nibbles, _group_points, _group_five = (
 def _parts(job: Any) -> tuple[int, int, int]:
     """Addresses of the parts of the memory to work in: c, units and integers."""
     units = job.work + 4 * job.tokens * job.columns
-    return job.work, units, units + 4 * job.tokens
+    return job.work, units, (units + 4 * job.tokens + _LINE - 1) // _LINE * _LINE
 
 
 @kernel

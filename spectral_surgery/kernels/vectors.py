@@ -12,6 +12,7 @@ row ends; terms that the chunk before has too are zero in it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -27,6 +28,7 @@ SPAN = 64  # float32 that `add_row_times` adds up at once: as many registers as 
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _WIDE, _NARROW = 32, 16  # int16 in a register
+_STEPS = 4  # chunks of a row that are added up at a time for one token
 _HIGH, _LOW = 4, 2  # rows at once, as many as leave registers for four tokens
 
 
@@ -142,46 +144,74 @@ class _Vectors:
 
     def write_sums(self, levels: Any, lowest: Any, size: Any, x: Any, sums: Any, parts: Any, shift: Any) -> None:
         """See `dots`."""
-        build, zero = self.builder, ir.Constant(self.sum_type, None)
-        entry, loop, end = build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("sums")
+        build, at = self.builder, _number(0)
         grid = [self._splat(build.trunc(number, _I16)) for number in (parts, shift)]
-        last = build.sub(size, _number(self.width))
-        build.branch(loop)
+        count = self.rows * self.tokens * (_STEPS * self.halves if self.tokens == 1 else 1)
+        totals, row = [ir.Constant(self.sum_type, None)] * count, (levels, lowest, size, *grid)
+        if self.tokens == 1:  # one addition would wait for the other, and steps of a loop take time as well
+            whole = build.mul(build.sdiv(size, _number(self.width * _STEPS)), _number(self.width * _STEPS))
+            at, x, totals = self._add_chunks(row, _STEPS, (at, x, totals), whole)
+        _, _, totals = self._add_chunks(row, 1, (at, x, totals), size)
+        for number in range(self.rows * self.tokens):
+            to = build.inttoptr(build.add(sums, _number(4 * number)), _F32.as_pointer())
+            build.store(self._total(reduce(build.add, totals[number :: self.rows * self.tokens])), to)
+
+    def _add_chunks(self, row: Any, steps: int, state: Any, end: Any) -> Any:
+        """A loop over chunks up to ``end``, several at a time; one at a time, the last one ends with the row.
+
+        Args:
+            row: levels, lowest, size, parts and shift.
+            steps: chunks at a time.
+            state: where to begin in the row, and in x, and the sums so far; what is returned is these afterwards.
+        """
+        build, (levels, lowest, size, *grid) = self.builder, row
+        before, loop, done = (build.basic_block, build.append_basic_block("chunks"), build.append_basic_block("sums"))
+        build.cbranch(build.icmp_signed("<", state[0], end), loop, done)
         build.position_at_end(loop)
-        at, place = build.phi(_I64), build.phi(_I64)
-        chains = self.halves if self.tokens == 1 else 1  # one addition would wait for the other
-        totals = [[build.phi(self.sum_type) for _ in range(self.tokens * chains)] for _ in range(self.rows)]
-        first = build.select(build.icmp_signed("<", at, last), at, last)  # the last chunk ends with the row
-        added = [list(row) for row in totals]
-        numbers = [
-            [self._load(build.add(place, _number(2 * self.width * (half * self.tokens + token))), _I16, 2)
-             for token in range(self.tokens)]
+        at, place, *totals = phis = [build.phi(value.type) for value in (*state[:2], *state[2])]
+        totals, last = list(totals), build.sub(size, _number(self.width))
+        for step in range(steps):
+            first = build.add(at, _number(step * self.width))
+            if steps == 1:
+                first = build.select(build.icmp_signed("<", first, last), first, last)
+            numbers = self._numbers(build.add(place, _number(2 * step * self.width * self.tokens * self.halves)))
+            for number in range(self.rows):
+                for half, factors in enumerate(self._levels_of(number, first, levels, lowest, size, grid)):
+                    for token in range(self.tokens):
+                        chain = step * self.halves + half if self.tokens == 1 else number * self.tokens + token
+                        totals[chain] = build.add(totals[chain], self._pairs(factors, numbers[half][token]))
+        after = [
+            build.add(at, _number(self.width * steps)),
+            build.add(place, _number(2 * self.width * self.tokens * self.halves * steps)),
+            *totals,
+        ]
+        build.cbranch(build.icmp_signed("<", after[0], end), loop, done)
+        build.position_at_end(done)
+        results = [build.phi(phi.type) for phi in phis]
+        for phi, result, initial, following in zip(phis, results, (*state[:2], *state[2]), after, strict=True):
+            for one, block in ((phi, before), (result, before)):
+                one.add_incoming(initial, block)
+            for one, block in ((phi, loop), (result, loop)):
+                one.add_incoming(following, block)
+        return results[0], results[1], results[2:]
+
+    def _numbers(self, place: Any) -> list[list[Any]]:
+        """Numbers x of a chunk, by half and token."""
+        return [
+            [
+                self._load(self.builder.add(place, _number(2 * self.width * (half * self.tokens + token))), _I16, 2)
+                for token in range(self.tokens)
+            ]
             for half in range(self.halves)
-        ]  # fmt: skip
+        ]
+
+    def _levels_of(self, row: int, first: Any, levels: Any, lowest: Any, size: Any, grid: list[Any]) -> list[Any]:
+        """Levels of a chunk of one of the rows, from its first term on."""
+        build = self.builder
         eight = build.lshr(size, _number(3))  # bytes of the lowest bits of half a row
-        for row in range(self.rows):
-            start = build.add(build.add(levels, build.mul(size, _number(row))), first)
-            bits = build.add(build.add(lowest, build.mul(eight, _number(2 * row))), build.lshr(first, _number(3)))
-            for half, factors in enumerate(self._levels(start, [bits, build.add(bits, eight)], *grid)):
-                for token in range(self.tokens):
-                    chain = half if chains > 1 else token
-                    added[row][chain] = build.add(added[row][chain], self._pairs(factors, numbers[half][token]))
-        after = build.add(at, _number(self.width))
-        following = build.add(place, _number(2 * self.width * self.tokens * self.halves))
-        for phi, start, value in ((at, _number(0), after), (place, x, following)):
-            phi.add_incoming(start, entry)
-            phi.add_incoming(value, loop)
-        for row in range(self.rows):
-            for total, sum_after in zip(totals[row], added[row], strict=True):
-                total.add_incoming(zero, entry)
-                total.add_incoming(sum_after, loop)
-        build.cbranch(build.icmp_signed("<", after, size), loop, end)
-        build.position_at_end(end)
-        for row in range(self.rows):
-            for token in range(self.tokens):
-                to = build.inttoptr(build.add(sums, _number(4 * (row * self.tokens + token))), _F32.as_pointer())
-                whole = build.add(*added[row]) if chains > 1 else added[row][token]
-                build.store(self._total(whole), to)
+        start = build.add(build.add(levels, build.mul(size, _number(row))), first)
+        bits = build.add(build.add(lowest, build.mul(eight, _number(2 * row))), build.lshr(first, _number(3)))
+        return self._levels(start, [bits, build.add(bits, eight)], *grid)
 
     def _levels(self, address: Any, bits: list[Any], parts: Any, shift: Any) -> list[Any]:
         """Levels of a chunk of a row, int16: one vector, or those of the low and of the high nibbles."""
