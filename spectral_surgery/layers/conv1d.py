@@ -11,7 +11,7 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.layers.linear import autocast_input, bias_parameter, dense_linear
 from spectral_surgery.layers.weight import Spectra, SpectralWeight, compressed
-from spectral_surgery.matmul import Int8Form, transposed_form
+from spectral_surgery.matmul import LevelForm, transposed_form
 
 
 class SpectralConv1D(nn.Module):
@@ -88,7 +88,7 @@ class SpectralConv1D(nn.Module):
             ShapeError: when the bias is not [O].
         """
         form, *others = weight.forms
-        turned = transposed_form(form) if isinstance(form, Int8Form) and not others else None
+        turned = transposed_form(form) if isinstance(form, LevelForm) and not others else None
         if turned is None:
             return cls(weight, bias)
         return cls(SpectralWeight([turned], weight.resident, weight.dtype), bias, transposed=True)

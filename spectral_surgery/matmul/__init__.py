@@ -5,7 +5,7 @@ from __future__ import annotations
 from spectral_surgery.matmul.code_blocks import Spectrum
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import HostMatrix
-from spectral_surgery.matmul.int8 import Int8Form, transposed_form
+from spectral_surgery.matmul.level_form import LevelForm, transposed_form
 from spectral_surgery.matmul.look_up import look_up, rows_of
 from spectral_surgery.matmul.operator import dense_rows, form_matmul, form_matmul_transposed
 from spectral_surgery.matmul.reference import spectral_matmul
@@ -18,7 +18,7 @@ __all__ = [
     "STREAM_BYTES",
     "Form",
     "HostMatrix",
-    "Int8Form",
+    "LevelForm",
     "Spectrum",
     "block_streaming_matmul",
     "dense_rows",

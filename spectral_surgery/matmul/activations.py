@@ -19,30 +19,20 @@ from spectral_surgery.transforms.base import constants
 _ONE_THREAD = 1 << 23  # multiplications; waking a second thread for fewer costs more than it does
 
 
-def to_spectrum(x: Tensor, basis: Basis) -> Tensor:
-    """T_in x: [T, I] to [T, I], in the dtype of x (16-bit products accumulate in float32)."""
-    return _along(x, basis, inverse=False) if 1 in basis.axes else x
+def to_spectrum(x: Tensor, basis: Basis, axis: int = 1) -> Tensor:
+    """T x, in the dtype of x (16-bit products accumulate in float32), along the tokens' [T, O] (axis 0) or [T, I]."""
+    return _along(x, basis, axis, inverse=False)
 
 
-def to_space(y: Tensor, basis: Basis) -> Tensor:
-    """T_outᵀ y: [T, O] to [T, O], in the dtype of y."""
-    return _along(y, basis, inverse=True) if 0 in basis.axes else y
+def to_space(y: Tensor, basis: Basis, axis: int = 0) -> Tensor:
+    """Tᵀ y, the inverse."""
+    return _along(y, basis, axis, inverse=True)
 
 
-def rows_to_spectrum(x: Tensor, basis: Basis) -> Tensor:
-    """T_out x, to multiply by the spectrum from its other side: [T, O] to [T, O]."""
-    return _along(x, basis, inverse=False) if 0 in basis.axes else x
-
-
-def columns_to_space(y: Tensor, basis: Basis) -> Tensor:
-    """T_inᵀ y: [T, I] to [T, I]."""
-    return _along(y, basis, inverse=True) if 1 in basis.axes else y
-
-
-def _along(x: Tensor, basis: Basis, *, inverse: bool) -> Tensor:
+def _along(x: Tensor, basis: Basis, axis: int, *, inverse: bool) -> Tensor:
     length = x.shape[1]
     rest = length % basis.tile
-    if basis.transform == IDENTITY.name:
+    if axis not in basis.axes or basis.transform == IDENTITY.name:
         return x
     if not rest:
         return _tiles(x, basis.transform, basis.tile, inverse)

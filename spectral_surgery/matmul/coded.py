@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +36,7 @@ class CodedForm:
         offset: [1] float32, shift of the reconstruction points, in steps.
         basis: transform, tile and axes.
         starts: [frames + 1] int64, first rows of the frames, which are whole tiles.
-        size: (O, I).
+        shape: (O, I).
     """
 
     data: Tensor
@@ -45,42 +46,25 @@ class CodedForm:
     offset: Tensor
     starts: Tensor
     basis: Basis
-    size: tuple[int, int]
+    shape: tuple[int, int]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        return self.size
-
-    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
-        """[T, I] to [T, O]."""
+    def product(self, x: Tensor, accuracy: torch.dtype, *, transposed: bool = False) -> Tensor:
+        """[T, I] to [T, O]; transposed: [T, O] to [T, I]."""
         operand = integer.prepare(x, accuracy)
 
-        def rows(span: Span) -> Tensor:
+        def of_span(span: Span) -> Tensor:
             levels, parts = self._block(span, x.device)
-            y = integer.product(operand, levels)
+            start, stop = (int(self.starts[frame]) for frame in span)
+            some = operand.terms(start, stop) if transposed else operand
+            y = integer.product(some, levels, transposed=transposed)
             return y if parts == 1 else y.div_(parts)
 
-        return torch.cat(list(map_ordered(rows, self._spans())), 1)
-
-    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
-        """[T, O] to [T, I]."""
-        operand = integer.prepare(g, accuracy)
-
-        def rows(span: Span) -> Tensor:
-            levels, parts = self._block(span, g.device)
-            start, stop = (int(self.starts[frame]) for frame in span)
-            return integer.adjoint(operand.terms(start, stop), levels).div_(parts)
-
-        wide = torch.promote_types(operand.dtype, torch.float32)
-        out = g.new_zeros((len(g), self.size[1]), dtype=wide)
-        for part in map_ordered(rows, self._spans()):
-            out += part
-        return out
+        parts = map_ordered(of_span, self._spans())
+        return reduce(Tensor.add_, parts) if transposed else torch.cat(list(parts), 1)
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] float32; each frame that holds one of them is decoded once."""
-        out = torch.empty((len(rows), self.size[1]), device=rows.device)
+        out = torch.empty((len(rows), self.shape[1]), device=rows.device)
         frames = torch.searchsorted(self.starts, rows, right=True) - 1
         for frame in sorted(set(frames.tolist())):
             levels, parts = self._block((frame, frame + 1), rows.device)
@@ -110,7 +94,7 @@ class CodedForm:
         first, last = self.ends[frame : frame + 2].tolist()
         rows = int(self.starts[frame + 1] - self.starts[frame])
         data = self.data[first:last].cpu().numpy().data
-        return torch.from_numpy(decode_frame(data, (rows, self.size[1])))
+        return torch.from_numpy(decode_frame(data, (rows, self.shape[1])))
 
 
 def coded_form(ranges: RowRanges) -> CodedForm:

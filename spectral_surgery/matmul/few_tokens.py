@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from spectral_surgery.matmul.form import Form
-from spectral_surgery.matmul.int4 import Int4Form
-from spectral_surgery.matmul.int5 import Int5Form
-from spectral_surgery.matmul.int8 import Int8Form
-from spectral_surgery.matmul.int12 import UNIT, Int12Form
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, Levels, product_job
+from spectral_surgery.matmul.level_form import LevelForm
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, product_job
+from spectral_surgery.matmul.planes import LAYOUTS, NIBBLES
 from spectral_surgery.matmul.unreadable import unreadable
 
 if TYPE_CHECKING:
@@ -41,13 +39,13 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
         form: of W, [O, I].
         bias: [O] or None.
     """
-    if not isinstance(form, Int4Form | Int5Form | Int8Form | Int12Form) or not _is_plain(x, form.shape[1]):
+    if not isinstance(form, LevelForm) or not _is_plain(x, form.shape[1]):
         return None
     if bias is not None and not _is_plain_bias(bias, x.dtype, form.shape[0]):
         return None
     if form.shape[0] < _LEAST_ROWS:
         return None
-    if isinstance(form, Int12Form):
+    if LAYOUTS[form.layout].wide:
         return _two_planes(x, form, bias)
     if x.dtype == torch.float16:
         y = few_tokens(x.float(), form, None if bias is None else bias.float())
@@ -57,12 +55,12 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     return None if y is None else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _two_planes(x: Tensor, form: Int12Form, bias: Tensor | None) -> Tensor | None:
+def _two_planes(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
     """Twelve bits as eight and four, added up in float32."""
-    parts = [few_tokens(x.float(), plane, None) for plane in form.planes()]
+    parts = [few_tokens(x.float(), plane, None) for plane in form.digits()]
     if parts[0] is None or parts[1] is None or len(form.places):
         return None
-    y = torch.add(parts[1], parts[0], alpha=UNIT)
+    y = torch.add(parts[1], parts[0], alpha=1 << NIBBLES.bits)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -90,7 +88,7 @@ def _wants_gradient(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _product(x: Tensor, form: Levels, bias: Tensor | None) -> Tensor | None:
+def _product(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
     kernels, (tokens, columns), half = _kernels(), x.shape, x.dtype == torch.bfloat16
     job, rows = product_job(form), len(form.codes)
     if job is None:

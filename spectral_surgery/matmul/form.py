@@ -42,12 +42,8 @@ class Form(Protocol):
         """Transform, tile and axes."""
         ...
 
-    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
-        """Multiply scaled activations by the levels: [T, I] to [T, O]."""
-        ...
-
-    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
-        """Multiply by the transposed levels: [T, O] to [T, I]."""
+    def product(self, x: Tensor, accuracy: torch.dtype, *, transposed: bool = False) -> Tensor:
+        """Multiply scaled activations by the levels: [T, I] to [T, O]; by their transpose: [T, O] to [T, I]."""
         ...
 
     def levels(self, rows: Tensor) -> Tensor:
@@ -62,9 +58,11 @@ class Form(Protocol):
         ...
 
 
-def times_rows(y: Tensor, form: Form) -> Tensor:
-    """What rows of a matrix gave, or are given, [..., O], times the scales of the rows."""
-    return y * form.row_scale.to(y.dtype) if form.row_scale.nbytes else y  # a trace warns of other sizes
+def scaled(values: Tensor, form: Form, axis: int) -> Tensor:
+    """What rows (axis 0) or columns (1) of a matrix gave, or are given, [..., O] or [..., I], times their scales."""
+    if axis:
+        return values * form.scale.to(values.dtype)
+    return values * form.row_scale.to(values.dtype) if form.row_scale.nbytes else values  # a trace warns of other sizes
 
 
 def coefficients(form: Form, rows: Tensor) -> Tensor:

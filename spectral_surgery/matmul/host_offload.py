@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.matmul.int4 import Int4Form, int4_form, outlier_bytes
-from spectral_surgery.matmul.int8 import Int8Form, int8_bytes, int8_form
-from spectral_surgery.matmul.outliers import add_adjoint, add_levels, add_product
+from spectral_surgery.matmul.level_form import LevelForm, level_form
+from spectral_surgery.matmul.outliers import add_levels, add_product
+from spectral_surgery.matmul.planes import LAYOUTS
 from spectral_surgery.matmul.row_ranges import RowRanges
 from spectral_surgery.matmul.transfers import BUFFER_BYTES, bus
 
-_MOST_BEYOND = 1 << 12  # at most one code in 4096 may be an outlier of half a byte: these stay on the device
+# at most one code in 4096 may be an outlier of half a byte: these stay on the device
+_STREAMED = replace(LAYOUTS["int4"], most_beyond=1 << 12), LAYOUTS["int8"]
 
 
 @dataclass(frozen=True)
@@ -48,79 +48,57 @@ class HostMatrix:
 
 
 @dataclass(frozen=True)
-class StreamedForm:
-    """Codes in host memory; see `Form`.
+class StreamedForm(LevelForm):
+    """Levels whose first plane is in host memory, and all other tensors on the device of the layer; see `LevelForm`.
 
     Attributes:
-        host: of an `Int4Form` or an `Int8Form`.
-        scale: [1] or [I] float32; the device of the layer.
-        row_scale: [0] or [O] float32, there too.
-        grid: [2] int8 of an `Int4Form`, on that device; [0] of an `Int8Form`.
-        places: of the outliers, as in these forms, on that device.
-        beyond: of the outliers, the same.
-        basis: transform, tile and axes.
-        columns: I.
+        codes: [0, 0].
+        host: the first plane.
     """
 
     host: HostMatrix
-    scale: Tensor
-    row_scale: Tensor
-    grid: Tensor
-    places: Tensor
-    beyond: Tensor
-    basis: Basis
-    columns: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        return (len(self.host.codes), self.columns)
+    def kind(self) -> None:
+        """None: kernels cannot read them."""
 
-    def product(self, x: Tensor, accuracy: torch.dtype) -> Tensor:
-        """[T, I] to [T, O]."""
-        with self._blocks(x.device) as blocks:
-            y = torch.cat([self._form(block).product(x, accuracy) for _, block in blocks], 1)
-        return add_product(y, x, self.places, self.beyond, self.columns)
-
-    def adjoint(self, g: Tensor, accuracy: torch.dtype) -> Tensor:
-        """[T, O] to [T, I]."""
-        out: Tensor | None = None
-        with self._blocks(g.device) as blocks:
+    def product(self, x: Tensor, accuracy: torch.dtype, *, transposed: bool = False) -> Tensor:
+        """[T, I] to [T, O]; transposed: [T, O] to [T, I]."""
+        parts: list[Tensor] = []
+        with self._on(x.device) as blocks:
             for start, block in blocks:
-                part = self._form(block).adjoint(g[:, start : start + len(block)], accuracy)
-                out = part if out is None else out.add_(part)
-        if out is None:
-            return g.new_zeros((len(g), self.columns))
-        return add_adjoint(out, g, self.places, self.beyond, self.columns)
+                some = x[:, start : start + len(block)] if transposed else x
+                part = self._of(block).product(some, accuracy, transposed=transposed)
+                parts = [parts[0].add_(part)] if transposed and parts else [*parts, part]
+        return add_product(torch.cat(parts, 1), x, self.places, self.beyond, self.shape[1], transposed=transposed)
 
     def levels(self, rows: Tensor) -> Tensor:
-        """[n] int64 to [n, I] int8 on the device of the rows; only these cross the bus."""
-        form = self._form(self.host.codes[rows.cpu()].to(rows.device))
+        """[n] int64 to [n, I] int8 or float32 on the device of the rows; only these cross the bus."""
+        form = self._of(self.host.codes[rows.cpu()].to(rows.device))
         levels = form.levels(torch.arange(len(rows), device=rows.device))
         if not len(self.places):
             return levels
-        return add_levels(levels.to(self.beyond.dtype), rows, self.places, self.beyond, self.columns)
+        return add_levels(levels.to(self.beyond.dtype), rows, self.places, self.beyond, self.shape[1])
 
     def recorded_levels(self) -> Tensor:
-        """[O, I] int8 on the device of the layer, where all of them arrive at once."""
-        form = self._form(self.host.codes.to(self.scale.device))
+        """[O, I] int8 or float32 on the device of the layer, where all of them arrive at once."""
+        form = self._of(self.host.codes.to(self.scale.device))
         return replace(form, places=self.places, beyond=self.beyond).recorded_levels()
 
-    def _blocks(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
+    def _on(self, device: torch.device) -> closing[Generator[tuple[int, Tensor]]]:
         codes = self.host.codes
         return closing(bus(device).blocks(codes, BUFFER_BYTES // codes.shape[1]))
 
-    def _form(self, codes: Tensor) -> Int4Form | Int8Form:
-        scales = self.scale, self.row_scale
-        nothing = self.places[:0], self.beyond[:0]  # of this block alone: those of the whole are added at the end
-        if self.grid.numel():
-            return Int4Form(codes, *scales, self.grid, *nothing, self.basis, self.columns)
-        return Int8Form(codes, *scales, *nothing, self.basis)
+    def _of(self, codes: Tensor) -> LevelForm:
+        """Of a block alone, without outliers: those of the whole are added at the end."""
+        values = {field.name: getattr(self, field.name) for field in fields(LevelForm)}
+        values |= {"codes": codes, "places": self.places[:0], "beyond": self.beyond[:0]}
+        return LevelForm(**values | {"shape": (len(codes), self.shape[1])})
 
 
 def streamed_bytes(weights: int, stored: int) -> int:
     """Bytes on the device, at most; the codes are in host memory."""
-    return max(outlier_bytes(weights, _MOST_BEYOND), int8_bytes(weights, stored) - weights)
+    return max(layout.most_bytes(weights, stored) - layout.planes[0].width(weights) for layout in _STREAMED)
 
 
 def streamed_form(ranges: RowRanges) -> StreamedForm:
@@ -128,16 +106,13 @@ def streamed_form(ranges: RowRanges) -> StreamedForm:
 
     Raises ConfigError when they do not fit 8 bits, or a row is larger than a buffer.
     """
-    form: Int4Form | Int8Form
+    narrow, wide = _STREAMED
     try:
-        form = int4_form(ranges, _MOST_BEYOND)
+        form = level_form(ranges, narrow)
     except ConfigError:
-        form = int8_form(ranges)
-    codes = form.codes
-    if codes.shape[1] > BUFFER_BYTES:
-        raise ConfigError(
-            f"resident 'streamed': a row of {codes.shape[1]} bytes; expected up to {BUFFER_BYTES}. Use int8."
-        )
-    grid = form.grid if isinstance(form, Int4Form) else codes.new_empty(0)
-    host, scales, outliers = HostMatrix.of(codes), (form.scale, form.row_scale), (form.places, form.beyond)
-    return StreamedForm(host, *scales, grid, *outliers, form.basis, form.shape[1])
+        form = level_form(ranges, wide)
+    width = form.codes.shape[1]
+    if width > BUFFER_BYTES:
+        raise ConfigError(f"resident 'streamed': a row of {width} bytes; expected up to {BUFFER_BYTES}. Use int8.")
+    values = {field.name: getattr(form, field.name) for field in fields(form)}
+    return StreamedForm(**values | {"codes": form.codes.new_empty((0, 0))}, host=HostMatrix.of(form.codes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,46 +58,58 @@ def prepare(x: Tensor, accuracy: torch.dtype, *, blocks: bool = False) -> Operan
     return Operand(x.to(dtype), how, dtype, _NOTHING, _NOTHING)
 
 
-def product(operand: Operand, matrix: Tensor, change: Change | None = None) -> Tensor:
-    """X Mᵀ: [T, I] and M [r, I], int8 or float32, to [T, r] of a floating type; ``change`` is one of M, by blocks."""
+def product(operand: Operand, matrix: Tensor, change: Change | None = None, *, transposed: bool = False) -> Tensor:
+    """X Mᵀ, [T, I] to [T, r], of a floating type; transposed: X M, [T, r] to [T, I], of float32 or float64.
+
+    Args:
+        operand: X.
+        matrix: [r, I] int8 or float32.
+        change: what becomes of M, block by block.
+    """
     if matrix.dtype == torch.int8 and operand.how == "planes":
-        return _planes(operand, matrix.T)
+        return _planes(operand, matrix if transposed else matrix.T)
     if matrix.dtype == torch.int8 and operand.how == "triton":
-        return triton.product(operand.x, matrix, operand.dtype)
+        return triton.product(operand.x, matrix.T if transposed else matrix, _sum_dtype(operand, transposed))
     x = operand.x.to(operand.dtype)
-    out = x.new_empty((len(x), len(matrix)))
+    out = x.new_zeros((len(x), matrix.shape[int(transposed)]), dtype=_sum_dtype(operand, transposed))
     for start, stop, block in _blocks(matrix, x.dtype, change):
-        out[:, start:stop] = x @ block.T
+        if transposed:
+            out += x[:, start:stop] @ block
+        else:
+            out[:, start:stop] = x @ block.T
     return out
 
 
-def adjoint(operand: Operand, matrix: Tensor, change: Change | None = None) -> Tensor:
-    """G M: [T, r] and M [r, I], int8 or float32, to [T, I] float32 or float64; ``change`` as in `product`."""
-    if matrix.dtype == torch.int8 and operand.how == "planes":
-        return _planes(operand, matrix)
-    if matrix.dtype == torch.int8 and operand.how == "triton":
-        return triton.product(operand.x, matrix.T, torch.float32)
-    g = operand.x.to(operand.dtype)
-    wide = torch.promote_types(g.dtype, torch.float32)  # sums over blocks keep their bits
-    out = g.new_zeros((len(g), matrix.shape[1]), dtype=wide)
-    for start, stop, block in _blocks(matrix, g.dtype, change):
-        out += g[:, start:stop] @ block
-    return out
-
-
-def product_of_blocks(operand: Operand, blocks: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """X Mᵀ: [T, I] to [T, O], with the rows of M as blocks of int8."""
-    parts = [product(operand, levels) for _, levels in blocks]
+def product_of_blocks(
+    operand: Operand,
+    blocks: Iterable[tuple[int, Tensor]],
+    change: Change | None = None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """The same with M as blocks of rows after their first ones; ``change`` has its places in M."""
+    out: Tensor | None = None
+    parts = []
+    for start, levels in blocks:
+        here = None if change is None else partial(_moved, change, start)
+        some = operand.terms(start, start + len(levels)) if transposed else operand
+        part = product(some, levels, here, transposed=transposed)
+        if transposed:
+            out = part if out is None else out.add_(part)
+        else:
+            parts.append(part)
+    if out is not None:
+        return out
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def adjoint_of_blocks(g: Tensor, accuracy: torch.dtype, blocks: Iterable[tuple[int, Tensor]], columns: int) -> Tensor:
-    """[T, O] to [T, I], with first rows and rows of M as blocks of int8."""
-    operand = prepare(g, accuracy)
-    out = g.new_zeros((len(g), columns), dtype=torch.promote_types(operand.dtype, torch.float32))
-    for start, levels in blocks:
-        out += adjoint(operand.terms(start, start + len(levels)), levels)
-    return out
+def _moved(change: Change, first: int, start: int, block: Tensor) -> Tensor:
+    return change(first + start, block)
+
+
+def _sum_dtype(operand: Operand, transposed: bool) -> torch.dtype:
+    """Of sums over blocks, which keep their bits."""
+    return torch.promote_types(operand.dtype, torch.float32) if transposed else operand.dtype
 
 
 def _blocks(matrix: Tensor, dtype: torch.dtype, change: Change | None) -> Iterator[tuple[int, int, Tensor]]:

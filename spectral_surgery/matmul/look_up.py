@@ -9,9 +9,7 @@ from torch import Tensor
 
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.matmul.form import Form, coefficients
-from spectral_surgery.matmul.int4 import Int4Form
-from spectral_surgery.matmul.int5 import Int5Form
-from spectral_surgery.matmul.int8 import Int8Form
+from spectral_surgery.matmul.level_form import LevelForm
 from spectral_surgery.matmul.matrix_job import ONE_THREAD, matrix_job, readable, whole_bytes
 from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import TRANSFORMS, tiles
@@ -25,7 +23,7 @@ def look_up(form: Form, numbers: Tensor) -> Tensor | None:
     Args:
         numbers: [n] int64, of rows.
     """
-    if not isinstance(form, Int4Form | Int5Form | Int8Form) or not whole_bytes(form) or not readable(form):
+    if not isinstance(form, LevelForm) or not whole_bytes(form) or not readable(form):
         return None
     if not numbers.is_cpu or unreadable(numbers):
         return None

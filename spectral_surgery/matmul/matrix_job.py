@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
-from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
 from spectral_surgery.transforms.base import constants
 
 if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
+    from spectral_surgery.matmul.level_form import LevelForm
 
 ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
 _KEPT = "_product_job"
@@ -31,37 +31,6 @@ class Kind(NamedTuple):
     name: str
     parts: int
     shift: int
-
-
-class Levels(Form, Protocol):
-    """A form whose levels kernels can read.
-
-    Attributes:
-        codes: [O, I] or [O, ceil(I / 2)] int8.
-        places: of outliers, [n].
-        beyond: what their levels go beyond others by, [n] int8 or float32.
-        kind: of its levels; None for those that kernels cannot read.
-    """
-
-    @property
-    def codes(self) -> Tensor:
-        """See Levels."""
-        ...
-
-    @property
-    def places(self) -> Tensor:
-        """See Levels."""
-        ...
-
-    @property
-    def beyond(self) -> Tensor:
-        """See Levels."""
-        ...
-
-    @property
-    def kind(self) -> Kind | None:
-        """See Levels."""
-        ...
 
 
 class _Tiles(NamedTuple):
@@ -96,11 +65,10 @@ class _Kept:
         return type(None), ()
 
 
-def product_job(form: Levels) -> Job | None:
+def product_job(form: LevelForm) -> Job | None:
     """A new `matrix_job` for a product; None where kernels cannot read the form."""
     tensors = _tensors(form)
-    grid = getattr(form, "grid", None)
-    key = (*[tensor.data_ptr() for tensor in tensors], *(grid.tolist() if grid is not None and grid.is_cpu else ()))
+    key = (*[tensor.data_ptr() for tensor in tensors], *(form.grid.tolist() if form.grid.is_cpu else ()))
     kept: _Kept | None = vars(form).get(_KEPT)
     if kept is None or kept.key != key:
         job = matrix_job(form) if readable(form) else None
@@ -110,14 +78,12 @@ def product_job(form: Levels) -> Job | None:
     return None if kept.job is None else type(kept.job).from_buffer_copy(kept.job)
 
 
-def _tensors(form: Levels) -> list[Tensor]:
+def _tensors(form: LevelForm) -> list[Tensor]:
     """Those whose addresses a job has."""
-    lowest = getattr(form, "lowest", None)
-    others = [] if lowest is None else [lowest]
-    return [form.codes, form.scale, form.row_scale, form.places, form.beyond, *others]
+    return [form.codes, form.lowest, form.scale, form.row_scale, form.places, form.beyond]
 
 
-def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
+def matrix_job(form: LevelForm, *, look_up: bool = False) -> Job:
     """A job with the fields of the matrix.
 
     Args:
@@ -133,6 +99,7 @@ def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
         rows=rows,
         columns=columns,
         levels=form.codes.data_ptr(),
+        lowest=form.lowest.data_ptr(),
         scale=form.scale.data_ptr(),
         scales=form.scale.numel(),
         tile=into.size,
@@ -144,9 +111,6 @@ def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
     )
     kind, job.parts, job.shift = cast(Kind, form.kind)
     job.kind = getattr(vectors, kind)
-    lowest = getattr(form, "lowest", None)
-    if lowest is not None:
-        job.lowest = lowest.data_ptr()
     if len(form.row_scale):
         job.row_scale = form.row_scale.data_ptr()
     if len(form.places):
@@ -156,7 +120,7 @@ def matrix_job(form: Levels, *, look_up: bool = False) -> Job:
     return job
 
 
-def read_levels(form: Levels, start: int, stop: int) -> Tensor | None:
+def read_levels(form: LevelForm, start: int, stop: int) -> Tensor | None:
     """Levels of consecutive rows without outliers, [stop - start, I] int8; None where kernels cannot read them."""
     job = product_job(form)
     if job is None or not whole_bytes(form):
@@ -171,20 +135,22 @@ def read_levels(form: Levels, start: int, stop: int) -> Tensor | None:
     return out
 
 
-def readable(form: Levels) -> bool:
+def readable(form: LevelForm) -> bool:
     """Whether kernels can read the tensors of a form: on a CPU, of the types that a job stands for, 32 bytes a row."""
+    if form.kind is None:
+        return False
     (rows, columns), codes, places = form.shape, form.codes, form.places
     fits = form.scale.numel() in (1, columns) and form.row_scale.numel() in (0, rows)
     types = form.scale.dtype == form.row_scale.dtype == torch.float32 and codes.dtype == torch.int8
     sparse = len(places) == len(form.beyond) and places.dtype in (torch.int32, torch.int64)
     sparse = sparse and form.beyond.dtype in (torch.int8, torch.float32)
-    if form.kind is None or not (fits and types and sparse) or codes.shape[1] < _LEAST_BYTES:
+    if not (fits and types and sparse) or codes.shape[1] < _LEAST_BYTES:
         return False
     tensors = _tensors(form)
     return all(one.is_cpu and one.is_contiguous() and not unreadable(one) and not one.is_neg() for one in tensors)
 
 
-def whole_bytes(form: Levels) -> bool:
+def whole_bytes(form: LevelForm) -> bool:
     """Whether no half of a byte of a row is left over."""
     return form.codes.shape[1] == form.shape[1] or not form.shape[1] % 2
 

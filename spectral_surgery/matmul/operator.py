@@ -14,40 +14,29 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.errors import ConfigError, ShapeError
 from spectral_surgery.matmul import custom_op, recorded
-from spectral_surgery.matmul.activations import columns_to_space, rows_to_spectrum, to_space, to_spectrum
+from spectral_surgery.matmul.activations import to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
-from spectral_surgery.matmul.form import Form, coefficients, times_rows
+from spectral_surgery.matmul.form import Form, coefficients, scaled
 from spectral_surgery.matmul.unreadable import unreadable
 
 
 class _Product(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
-        ctx.form, ctx.accuracy, ctx.dtype = form, accuracy, x.dtype
-        return form.product(x, accuracy).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, form: Form, accuracy: torch.dtype, transposed: bool) -> Tensor:
+        ctx.given = form, accuracy, transposed
+        return form.product(x, accuracy, transposed=transposed).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        form, accuracy, transposed = ctx.given
         with unrounded(grads[0].device.type):
-            return _Adjoint.apply(grads[0], ctx.form, ctx.accuracy), None, None
-
-
-class _Adjoint(Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
-        ctx.form, ctx.accuracy = form, accuracy
-        return form.adjoint(g, accuracy).to(g.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        with unrounded(grads[0].device.type):
-            return _Product.apply(grads[0], ctx.form, ctx.accuracy), None, None
+            return _Product.apply(grads[0], form, accuracy, not transposed), None, None, None
 
 
 def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) -> Tensor:
@@ -64,63 +53,59 @@ def form_matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) ->
         ShapeError: when the width of x is not I.
         ConfigError: when x is not floating.
     """
-    if recorded.whole_graph() or forward_ad._current_level >= 0:  # tangents go through torch's operations alone
-        with unrounded(x.device.type):
-            return _with_bias(recorded.product(x, forms), bias, x.dtype)
-    if torch.compiler.is_compiling():
-        return custom_op.product(x, forms, bias, transposed=False)
-    if len(forms) == 1 and (quick := few_tokens(x, forms[0], bias)) is not None:
-        return quick
-    flat = _checked(x, forms[0].shape[1])
-    with unrounded(x.device.type):
-        parts = []
-        if not _finite(flat):
-            parts = [flat @ rows.to(flat.dtype).T for form in forms for rows in dense_rows(form)]
-        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
-        for number, form in enumerate(forms if not parts else ()):
-            if not number or form.basis != forms[number - 1].basis:
-                inside = to_spectrum(wide, form.basis)
-            y = _product(inside * form.scale.to(wide.dtype), form, x.dtype)
-            parts.append(to_space(times_rows(y.to(wide.dtype), form), form.basis))
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return _with_bias(whole.reshape(*x.shape[:-1], whole.shape[1]), bias, x.dtype)
+    return _matmul(x, forms, bias, transposed=False)
 
 
 def form_matmul_transposed(x: Tensor, forms: Sequence[Form], bias: Tensor | None = None) -> Tensor:
     """Y = x V + b, with the rows of V, [I, O], in one or more forms: for weights that are stored transposed.
 
-    Returns [..., O], as `form_matmul`.
-
-    Args:
-        x: [..., I] floating.
-        forms: their rows follow each other.
-        bias: [O] or None.
-
-    Raises:
-        ShapeError: when the width of x is not I.
-        ConfigError: when x is not floating.
+    The rest is as for `form_matmul`.
     """
-    if recorded.whole_graph() or forward_ad._current_level >= 0:
+    return _matmul(x, forms, bias, transposed=True)
+
+
+def _matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None, *, transposed: bool) -> Tensor:
+    if recorded.only_torch():
         with unrounded(x.device.type):
-            return _with_bias(recorded.product_transposed(x, forms), bias, x.dtype)
+            return _with_bias(recorded.product(x, forms, transposed=transposed), bias, x.dtype)
     if torch.compiler.is_compiling():
-        return custom_op.product(x, forms, bias, transposed=True)
-    flat = _checked(x, sum(form.shape[0] for form in forms))
+        return custom_op.product(x, forms, bias, transposed=transposed)
+    if len(forms) == 1 and not transposed and (quick := few_tokens(x, forms[0], bias)) is not None:
+        return quick
+    flat = _checked(x, sum(form.shape[0] for form in forms) if transposed else forms[0].shape[1])
     with unrounded(x.device.type):
-        dense = not _finite(flat)
-        wide = flat.to(transform_dtype(flat.device.type, len(flat), x.dtype))
-        parts, start = [], 0
-        for form in forms:
-            stop = start + form.shape[0]
-            if dense:
-                parts.append(flat[:, start:stop] @ torch.cat(list(dense_rows(form))).to(flat.dtype))
-            else:
-                inside = rows_to_spectrum(wide[:, start:stop], form.basis)
-                y = _adjoint(times_rows(inside, form), form, x.dtype)
-                parts.append(columns_to_space(y.to(wide.dtype) * form.scale.to(wide.dtype), form.basis))
-            start = stop
-        whole = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return _with_bias(whole.reshape(*x.shape[:-1], whole.shape[1]), bias, x.dtype)
+        inputs = flat.split([form.shape[0] for form in forms], 1) if transposed else [flat] * len(forms)
+        if _finite(flat):
+            parts = _in_spectrum(inputs, forms, x.dtype, transposed=transposed)
+        else:
+            parts = [_dense(part, form, transposed=transposed) for part, form in zip(inputs, forms, strict=True)]
+        if len(parts) > 1:
+            parts = [torch.stack(parts).sum(0) if transposed else torch.cat(parts, 1)]
+        return _with_bias(parts[0].reshape(*x.shape[:-1], parts[0].shape[1]), bias, x.dtype)
+
+
+def _in_spectrum(
+    inputs: Sequence[Tensor], forms: Sequence[Form], accuracy: torch.dtype, *, transposed: bool
+) -> list[Tensor]:
+    """What each form gives, in the dtype of the transforms."""
+    into, back = (0, 1) if transposed else (1, 0)  # axes of the matrix
+    dtype, parts = transform_dtype(inputs[0].device.type, len(inputs[0]), accuracy), []
+    for number, (x, form) in enumerate(zip(inputs, forms, strict=True)):
+        if not number or transposed or form.basis != forms[number - 1].basis:
+            inside = to_spectrum(x.to(dtype), form.basis, into)
+        given = scaled(inside, form, into)
+        if torch.is_grad_enabled() and given.requires_grad:
+            y = cast(Tensor, _Product.apply(given, form, accuracy, transposed))
+        else:
+            y = form.product(given, accuracy, transposed=transposed)
+        parts.append(to_space(scaled(y.to(dtype), form, back), form.basis, back))
+    return parts
+
+
+def _dense(x: Tensor, form: Form, *, transposed: bool) -> Tensor:
+    if transposed:
+        return x @ torch.cat([rows.to(x.dtype) for rows in dense_rows(form)])
+    return torch.cat([x @ rows.to(x.dtype).T for rows in dense_rows(form)], 1)
 
 
 def dense_rows(form: Form) -> Iterator[Tensor]:
@@ -149,18 +134,6 @@ def _checked(x: Tensor, columns: int) -> Tensor:
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ShapeError(f"spectral matmul: x is {tuple(x.shape)}; expected [..., {columns}].")
     return x.reshape(-1, columns)
-
-
-def _product(x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _Product.apply(x, form, accuracy))
-    return form.product(x, accuracy)
-
-
-def _adjoint(x: Tensor, form: Form, accuracy: torch.dtype) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return cast(Tensor, _Adjoint.apply(x, form, accuracy))
-    return form.adjoint(x, accuracy)
 
 
 def unrounded(device: str) -> AbstractContextManager[Any]:

@@ -6,8 +6,6 @@ takes ``places``, [n] int32 or int64, row * I + column in ascending order, ``bey
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -46,25 +44,27 @@ class Outliers:
         return places, beyond
 
 
-def add_product(y: Tensor, x: Tensor, places: Tensor, beyond: Tensor, columns: int) -> Tensor:
-    """Y + X Sᵀ: [T, O] and [T, I] to [T, O], float32 or wider where S is not empty."""
+def add_product(
+    y: Tensor, x: Tensor, places: Tensor, beyond: Tensor, columns: int, *, transposed: bool = False
+) -> Tensor:
+    """Y + X Sᵀ, or Y + X S where it is ``transposed``: [T, O] and [T, I], or the other way round.
+
+    Returns float32 or wider where S is not empty.
+    """
     if not len(places):
         return y
     out = y.to(torch.promote_types(y.dtype, torch.float32), copy=True)
-    if out.is_cpu and out.dtype == x.dtype == torch.float32 and len(x) <= FEW:
+    if out.is_cpu and out.dtype == x.dtype == torch.float32 and len(x) <= FEW and not transposed:
         from spectral_surgery.kernels import outliers
 
         outliers.add_product(*(part.numpy() for part in (out, x.T.contiguous(), places, beyond)))
         return out
-    for some in _parts(len(places), len(x)):
-        _add(out, places[some] // columns, x, places[some] % columns, beyond[some])
-    return out
-
-
-def add_adjoint(out: Tensor, g: Tensor, places: Tensor, beyond: Tensor, columns: int) -> Tensor:
-    """Add G S to ``out``, float32 or wider, in place: [T, O] to [T, I]."""
-    for some in _parts(len(places), len(g)):
-        _add(out, places[some] % columns, g, places[some] // columns, beyond[some])
+    step = max(1, _AT_ONCE // max(len(x), 1))
+    for start in range(0, len(places), step):
+        here = places[start : start + step].long()
+        to, of = (here % columns, here // columns) if transposed else (here // columns, here % columns)
+        values = torch.gather(x, 1, of.expand(len(x), -1)).to(out.dtype).mul_(beyond[start : start + step])
+        out.scatter_add_(1, to.expand(len(x), -1), values)
     return out
 
 
@@ -88,14 +88,3 @@ def add_block(levels: Tensor, start: int, places: Tensor, beyond: Tensor) -> Ten
         here = places[first:last].long() - start * levels.shape[1]
         levels.view(-1).index_add_(0, here, beyond[first:last].to(levels.dtype))
     return levels
-
-
-def _add(out: Tensor, to: Tensor, x: Tensor, of: Tensor, factor: Tensor) -> None:
-    every = (len(x), -1)
-    values = torch.gather(x, 1, of.long().expand(every)).to(out.dtype).mul_(factor)
-    out.scatter_add_(1, to.long().expand(every), values)
-
-
-def _parts(count: int, tokens: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // max(tokens, 1))
-    return (slice(start, start + step) for start in range(0, count, step))

@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from spectral_surgery.after_import import when_imported
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
-from spectral_surgery.matmul.form import Form, times_rows
+from spectral_surgery.matmul.form import Form, scaled
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
+
+
+def only_torch() -> bool:
+    """Whether products have to be made of torch's operations: who records, or transforms functions, sees no others."""
+    return whole_graph() or forward_ad._current_level >= 0 or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, as vmap or grad, is at work; while a graph is made there is an operator for that."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def whole_graph() -> bool:
@@ -32,30 +43,21 @@ def left_to_python(function: Callable[..., Tensor], x: Tensor, *others: Any) -> 
     return function(x, *others)
 
 
-def product(x: Tensor, forms: Sequence[Form]) -> Tensor:
-    """X Wᵀ, with the rows of W in one or more forms: [..., I] to [..., O], in float32 or wider."""
-    wide, parts = x.to(_wide(x)), []
+def product(x: Tensor, forms: Sequence[Form], *, transposed: bool = False) -> Tensor:
+    """X Wᵀ, with the rows of W in one or more forms, or X W: [..., I] to [..., O], in float32 or wider."""
+    into, back = (0, 1) if transposed else (1, 0)  # axes of the matrix
+    wide, start, parts = x.to(torch.promote_types(x.dtype, torch.float32)), 0, []
     for form in forms:
         levels, basis = form.recorded_levels(), form.basis
-        rows, columns = constant_shape(levels)
-        inside = _along(wide, columns, basis, 1, inverse=False) * form.scale.to(wide.dtype)
-        y = times_rows(_times(inside, levels, x.dtype, turned=True), form)
-        parts.append(_along(y, rows, basis, 0, inverse=True))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def product_transposed(x: Tensor, forms: Sequence[Form]) -> Tensor:
-    """X V, with the rows of V, [I, O], in one or more forms: [..., I] to [..., O], in float32 or wider."""
-    wide, start = x.to(_wide(x)), 0
-    total: Tensor | None = None
-    for form in forms:
-        levels, basis = form.recorded_levels(), form.basis
-        rows, columns = constant_shape(levels)
-        inside = times_rows(_along(wide.narrow(-1, start, rows), rows, basis, 0, inverse=False), form)
-        y = _times(inside, levels, x.dtype, turned=False) * form.scale.to(wide.dtype)
-        y = _along(y, columns, basis, 1, inverse=True)
-        total, start = y if total is None else total + y, start + rows
-    return cast(Tensor, total)
+        lengths = constant_shape(levels)
+        given = wide.narrow(-1, start, lengths[0]) if transposed else wide
+        inside = scaled(_along(given, lengths[into], basis, into, inverse=False), form, into)
+        y = scaled(_times(inside, levels, x.dtype, turned=not transposed), form, back)
+        parts.append(_along(y, lengths[back], basis, back, inverse=True))
+        start += lengths[0]
+    if len(parts) == 1:
+        return parts[0]
+    return reduce(torch.add, parts) if transposed else torch.cat(parts, -1)
 
 
 def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
@@ -99,13 +101,9 @@ class _Product(Function):
 def _times(x: Tensor, levels: Tensor, accuracy: torch.dtype, *, turned: bool) -> Tensor:
     matrix = levels.mT if turned else levels
     narrow = x if x.is_cpu or accuracy == torch.float64 else x.to(accuracy)  # 16 bits hold levels, and CPUs are slow
-    if whole_graph() or not (torch.is_grad_enabled() and x.requires_grad):
+    if whole_graph() or _is_transformed() or not (torch.is_grad_enabled() and x.requires_grad):
         return (narrow @ matrix.to(narrow.dtype)).to(x.dtype)
     return cast(Tensor, _Product.apply(narrow, matrix)).to(x.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _along(x: Tensor, length: int, basis: Basis, axis: int, *, inverse: bool) -> Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from spectral_surgery.matmul.code_blocks import Spectrum, check
 from spectral_surgery.matmul.coded import coded_form
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import streamed_bytes, streamed_form
-from spectral_surgery.matmul.int4 import int4_form, outlier_bytes
-from spectral_surgery.matmul.int5 import int5_bytes, int5_form
-from spectral_surgery.matmul.int8 import int8_bytes, int8_form
-from spectral_surgery.matmul.int12 import int12_bytes, int12_form
+from spectral_surgery.matmul.level_form import level_form
+from spectral_surgery.matmul.planes import LAYOUTS
 from spectral_surgery.matmul.row_ranges import Read, RowRanges, row_ranges
 from spectral_surgery.registry import Table
 
@@ -39,17 +38,10 @@ class Resident:
 RESIDENTS = Table(
     "resident form",
     (
-        Resident("int8", int8_form, int8_bytes, "one byte a weight; the fastest", one_offset=False),
-        Resident(
-            "int12", int12_form, int12_bytes, "a byte and a half a weight, for codes up to 2039", one_offset=False
+        *(
+            Resident(row.name, partial(level_form, layout=row), row.most_bytes, row.help, one_offset=row.points)
+            for row in LAYOUTS.values()
         ),
-        Resident(
-            "int4",
-            int4_form,
-            lambda weights, _: (weights + 1) // 2 + outlier_bytes(weights),
-            "half a byte a weight, where codes but a few are -8 to 7",
-        ),
-        Resident("int5", int5_form, int5_bytes, "five bits a weight, where codes but a few are -16 to 15"),
         Resident("coded", coded_form, lambda _, stored: stored, "the stored bytes, for all codes; decoded on the fly"),
         Resident(
             "streamed", streamed_form, streamed_bytes, "as int4 or int8 in host memory; a GPU gets them block by block"

@@ -16,7 +16,7 @@ from spectral_surgery.errors import NotMergeableError
 from spectral_surgery.hf.quantizer.class_swap import stand_in, stand_out
 from spectral_surgery.hf.quantizer.lazy_weight import LazyWeight
 from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralLinear, SpectralWeight
-from spectral_surgery.matmul import Int8Form
+from spectral_surgery.matmul import LevelForm
 
 
 def linear() -> tuple[nn.Linear, SpectralLinear]:
@@ -32,7 +32,7 @@ def test_a_weight_is_decoded_by_who_does_more_than_multiply(monkeypatch: pytest.
     layer, ours = linear()
     dense = ours.spectrum.to_dense()
     decoded = []
-    monkeypatch.setattr(Int8Form, "levels", lambda form, rows: decoded.append(1) or form.codes[rows])
+    monkeypatch.setattr(LevelForm, "levels", lambda form, rows: decoded.append(1) or form.codes[rows])
     weight = layer.weight
     assert isinstance(weight, LazyWeight)
     assert (weight.shape, weight.dtype, weight.device) == (dense.shape, dense.dtype, dense.device)

@@ -7,7 +7,7 @@ import torch
 
 from spectral_surgery import matmul as op
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.matmul import int5, matrix_job
+from spectral_surgery.matmul import level_form, matrix_job
 from tests.support.spectra import TOLERANCE, by_token, noise, random_codes, relative
 
 
@@ -16,9 +16,9 @@ from tests.support.spectra import TOLERANCE, by_token, noise, random_codes, rela
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products(kernels: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch unpacks, block by block, and with outliers."""
-    monkeypatch.setattr(int5, "BLOCK", 50 * 112)
+    monkeypatch.setattr(level_form, "BLOCK", 50 * 112)
     if not kernels:
-        monkeypatch.setattr(int5, "read_levels", lambda *_: None)
+        monkeypatch.setattr(level_form, "read_levels", lambda *_: None)
     spectrum = random_codes(70, 112, 15, torch.int8)
     spectrum.codes[torch.arange(0, 70, 2), 5] = 40
     form, weight = op.resident_form(spectrum, "int5"), spectrum.to_dense(torch.float64)

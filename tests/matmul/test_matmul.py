@@ -21,7 +21,7 @@ from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, DomainError, ShapeError
-from spectral_surgery.matmul import coded, dispatch, int4, integer, levels
+from spectral_surgery.matmul import coded, dispatch, integer, level_form, levels
 from spectral_surgery.matmul.dispatch import Processor
 from spectral_surgery.sparse.tensor import sst
 from spectral_surgery.transforms import TRANSFORMS
@@ -192,7 +192,7 @@ def test_odd_inputs(resident: str) -> None:
 def test_many_frames_and_blocks(resident: str, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "FRAME_SIZE", 1)
     monkeypatch.setattr(coded, "_BLOCK", 1 << 15)
-    monkeypatch.setattr(int4, "BLOCK", 50 * 333)  # no whole tiles, and an odd number of columns
+    monkeypatch.setattr(level_form, "BLOCK", 50 * 333)  # no whole tiles, and an odd number of columns
     spectrum, _ = encode(noise(460, 333), Target("bits", 2.0), Basis(axes=axes))
     assert len(spectrum.frames) == 8
     form, dense = op.resident_form(spectrum, resident), spectrum.to_dense()

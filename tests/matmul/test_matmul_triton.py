@@ -22,7 +22,7 @@ _INTERPRETED = """
 import torch
 from spectral_surgery import matmul as op
 from spectral_surgery.matmul import integer, triton
-from spectral_surgery.matmul.int4 import Int4Form
+from spectral_surgery.matmul.level_form import LevelForm
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.rate import Target
@@ -46,7 +46,7 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 2e-3)):  # the inter
         for grid in ((1, 0), (10, -1)):
             none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int8)
             scales = torch.ones(1), torch.empty(0), torch.tensor(grid, dtype=torch.int8)
-            form = Int4Form(packed, *scales, *none, Basis(), terms)
+            form = LevelForm(packed, none[1], *scales, *none, Basis(), (rows, terms), "int4")
             wanted = x.double() @ form.levels(torch.arange(rows)).double().T
             close(triton.packed_product(x, packed, form.grid), wanted, limit)
 

@@ -54,7 +54,7 @@ def test_is_the_matrix(
     for dtype, tolerance in TOLERANCE.items():
         x, g = noise(2, 3, columns).to(dtype), noise(2, 3, sum(rows)).to(dtype)
         assert relative(recorded.product(x, forms), x.double() @ weight.T) < tolerance
-        assert relative(recorded.product_transposed(g, forms), g.double() @ weight) < tolerance
+        assert relative(recorded.product(g, forms, transposed=True), g.double() @ weight) < tolerance
     ids = torch.arange(sum(rows)).flip(0).reshape(1, -1)
     assert relative(recorded.rows(ids, forms), weight[ids]) < 1e-5
 

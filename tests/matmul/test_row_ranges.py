@@ -48,7 +48,7 @@ def test_steps_differ(resident: str, offset: float) -> None:
             assert by_token(op.form_matmul_transposed(g, [form]), g.double() @ dense) < most
             if resident != "coded":
                 assert relative(recorded.product(x, [form]), x.double() @ dense.T) < most
-                assert relative(recorded.product_transposed(g, [form]), g.double() @ dense) < most
+                assert relative(recorded.product(g, [form], transposed=True), g.double() @ dense) < most
     ids = torch.tensor([177, 0, 63, 64, 130])
     weight = SpectralWeight([form], resident)
     assert relative(weight.rows(ids), dense[ids]) < 1e-6

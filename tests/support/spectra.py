@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.quantized import QuantizedSpectrum
-from spectral_surgery.matmul import Int8Form
+from spectral_surgery.matmul import LevelForm
 
 # relative, of products of random activations: what `spectral_matmul` promises on every processor
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
@@ -36,7 +36,16 @@ def random_codes(rows: int, columns: int, high: int, dtype: torch.dtype, **setti
     return replace(plain, **settings)
 
 
-def form_of(levels: Tensor) -> Int8Form:
+def form_of(levels: Tensor) -> LevelForm:
     """Int8 levels [O, I] that are the weight itself."""
     nothing = torch.empty(0)
-    return Int8Form(levels, torch.ones(1), nothing, nothing.int(), nothing, Basis("identity", 64, ()))
+    others = {"scale": torch.ones(1), "row_scale": nothing, "places": nothing.int(), "beyond": nothing}
+    return LevelForm(
+        codes=levels,
+        lowest=nothing.to(torch.int8),
+        grid=nothing.to(torch.int8),
+        **others,
+        basis=Basis("identity", 64, ()),
+        shape=(len(levels), levels.shape[1]),
+        layout="int8",
+    )
