@@ -15,12 +15,12 @@ from torch import Tensor
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.coded import CodedForm
 from spectral_surgery.matmul.form import Form
-from spectral_surgery.matmul.host_offload import HostMatrix, StreamedForm
+from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.level_form import LevelForm
 
 Flat = tuple[list[Tensor], list[str]]
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CodedForm, LevelForm, StreamedForm)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (CodedForm, LevelForm)}
 _TENSORS = {name: [field.name for field in fields(kind) if field.type == "Tensor"] for name, kind in _KINDS.items()}
 
 _LIBRARY = torch.library.Library("spectral_surgery", "DEF")
@@ -44,13 +44,13 @@ def _flat(forms: Sequence[Form]) -> Flat:
     tensors: list[Tensor] = []
     others: list[str] = []
     for form in forms:
-        kind, basis, layout = type(form).__name__, form.basis, getattr(form, "layout", "")
-        tensors += [getattr(form, name) for name in _TENSORS[kind]]
-        if isinstance(form, StreamedForm):
-            tensors.append(form.host.codes)
-        rows, columns = form.shape
+        kind, basis, layout, host = type(form).__name__, form.basis, "", None
+        if isinstance(form, LevelForm):
+            layout, host = form.layout, form.host
+        tensors += [getattr(form, name) for name in _TENSORS[kind]] + ([] if host is None else [host.codes])
         axes = 2 * (0 in basis.axes) + (1 in basis.axes)
-        others.append(f"{kind} {basis.transform} {basis.tile} {axes} {rows} {columns} {layout}")
+        rows, columns = form.shape
+        others.append(f"{kind} {basis.transform} {basis.tile} {axes} {rows} {columns} {layout} {int(host is not None)}")
     return tensors, others
 
 
@@ -58,12 +58,10 @@ def _forms(tensors: Sequence[Tensor], others: Sequence[str]) -> list[Form]:
     """The inverse of `_flat`."""
     forms, given = [], iter(tensors)
     for words in others:
-        kind, transform, tile, axes, rows, columns, layout = words.split(" ")
+        kind, transform, tile, axes, rows, columns, layout, hosted = words.split(" ")
         values: dict[str, Any] = {name: next(given) for name in _TENSORS[kind]}
-        if kind == "StreamedForm":
-            values["host"] = HostMatrix(next(given))
         if layout:
-            values["layout"] = layout
+            values |= {"layout": layout, "host": HostMatrix(next(given)) if int(hosted) else None}
         transformed = tuple(axis for axis in (0, 1) if int(axes) & (2 - axis))
         basis = Basis(transform, int(tile), transformed)
         forms.append(_KINDS[kind](**values, basis=basis, shape=(int(rows), int(columns))))

@@ -12,6 +12,7 @@ from spectral_surgery.codec.encoded import Basis, frame_spans
 from spectral_surgery.codec.hugepages import empty
 from spectral_surgery.matmul import integer, triton
 from spectral_surgery.matmul.code_blocks import Spectrum, reach, refusal
+from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.levels import Grid, grid_of
 from spectral_surgery.matmul.matrix_job import Kind, read_levels
 from spectral_surgery.matmul.outliers import FEW, Outliers, add_block, add_levels, add_product
@@ -39,6 +40,7 @@ class LevelForm:
         basis: transform, tile and axes.
         shape: (O, I).
         layout: name in LAYOUTS.
+        host: the first plane in host memory, where ``codes`` is [0, 0]; all others are on the device of the layer.
     """
 
     codes: Tensor
@@ -51,11 +53,14 @@ class LevelForm:
     basis: Basis
     shape: tuple[int, int]
     layout: str
+    host: HostMatrix | None = None
 
     @property
     def kind(self) -> Kind | None:
         """What kernels call such levels; None for those that they cannot read at once."""
         grid = self._grid
+        if self.host is not None:
+            return None
         if self.layout == "int5":
             return None if self.shape[1] % _SPAN or grid != _UNSHIFTED else Kind("FIVE", 1, 0)
         if self.layout == "int4":
@@ -64,6 +69,8 @@ class LevelForm:
 
     def product(self, x: Tensor, accuracy: torch.dtype, *, transposed: bool = False) -> Tensor:
         """[T, I] to [T, O]; transposed: [T, O] to [T, I]."""
+        if self.host is not None:
+            return self._streamed(self.host, x, accuracy, transposed=transposed)
         few, sparse = len(x) <= FEW and x.dtype != torch.float64, (self.places, self.beyond, self.shape[1])
         if LAYOUTS[self.layout].wide:
             high, low = self.digits()
@@ -79,14 +86,14 @@ class LevelForm:
         return add_product(y, x, *sparse, transposed=transposed) if apart and not inside else y
 
     def levels(self, rows: Tensor) -> Tensor:
-        """[n] int64 to [n, I] int8, or float32 where some are beyond it."""
+        """[n] int64 to [n, I] int8, or float32 where some are beyond it; of host memory only these cross the bus."""
         levels = self._grid.levels_(self._numbers(rows))
         if len(self.places) or LAYOUTS[self.layout].wide:
             levels = levels.to(self.beyond.dtype)
         return add_levels(levels, rows, self.places, self.beyond, self.shape[1])
 
     def recorded_levels(self) -> Tensor:
-        """[O, I] int8, or float32 where some are beyond it; without a look at the grid."""
+        """[O, I] int8, or float32 where some are beyond it; without a look at the grid, and all at once."""
         levels = self._numbers(slice(None))
         if self.grid.nbytes:
             levels = levels * self.grid[0] + levels.sign() * self.grid[1]
@@ -113,8 +120,26 @@ class LevelForm:
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         layout = LAYOUTS[self.layout]
-        packed = [plane[rows] for plane in (self.codes, self.lowest)[: len(layout.planes)]]
+        if self.host is None:
+            packed = [self.codes[rows]]
+        elif isinstance(rows, Tensor):
+            packed = [self.host.codes[rows.cpu()].to(rows.device)]
+        else:
+            packed = [self.host.codes[rows].to(self.scale.device)]
+        packed += [self.lowest[rows]] * (len(layout.planes) - 1)
         return layout.join(packed, self.shape[1])
+
+    def _streamed(self, host: HostMatrix, x: Tensor, accuracy: torch.dtype, *, transposed: bool) -> Tensor:
+        """`product`, block by block; outliers are added at the end."""
+        parts: list[Tensor] = []
+        plain = replace(self, host=None, places=self.places[:0], beyond=self.beyond[:0])
+        with host.blocks(x.device) as blocks:
+            for start, codes in blocks:
+                rows = slice(start, start + len(codes))
+                form = replace(plain, codes=codes, lowest=self.lowest[rows], shape=(len(codes), self.shape[1]))
+                part = form.product(x[:, rows] if transposed else x, accuracy, transposed=transposed)
+                parts = [parts[0].add_(part)] if transposed and parts else [*parts, part]
+        return add_product(torch.cat(parts, 1), x, self.places, self.beyond, self.shape[1], transposed=transposed)
 
     def _added(self, start: int, levels: Tensor) -> Tensor:
         return add_block(levels, start, self.places, self.beyond)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.matmul.code_blocks import Spectrum, check
 from spectral_surgery.matmul.coded import coded_form
 from spectral_surgery.matmul.form import Form
-from spectral_surgery.matmul.host_offload import streamed_bytes, streamed_form
+from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.level_form import level_form
 from spectral_surgery.matmul.planes import LAYOUTS
 from spectral_surgery.matmul.row_ranges import Read, RowRanges, row_ranges
@@ -33,6 +34,28 @@ class Resident:
     most_bytes: Callable[[int, int], int]
     help: str
     one_offset: bool = True
+
+
+# at most one code in 4096 may be an outlier of half a byte: these stay on the device
+_STREAMED = replace(LAYOUTS["int4"], most_beyond=1 << 12), LAYOUTS["int8"]
+
+
+def streamed_bytes(weights: int, stored: int) -> int:
+    """Bytes on the device, at most; the codes are in host memory."""
+    return max(layout.most_bytes(weights, stored) - layout.planes[0].width(weights) for layout in _STREAMED)
+
+
+def streamed_form(ranges: RowRanges) -> Form:
+    """Levels of a matrix in host memory: 4 bits each where they fit, else 8.
+
+    Raises ConfigError when they do not fit 8 bits, or a row is larger than a buffer.
+    """
+    narrow, wide = _STREAMED
+    try:
+        form = level_form(ranges, narrow)
+    except ConfigError:
+        form = level_form(ranges, wide)
+    return replace(form, codes=form.codes.new_empty((0, 0)), host=HostMatrix.of(form.codes))
 
 
 RESIDENTS = Table(
