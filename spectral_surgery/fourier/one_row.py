@@ -77,21 +77,24 @@ def _make_route(places: Places, columns: int, rows: int) -> Route:
     """Made at the first call and kept as long as the places, which are on a CPU."""
     from spectral_surgery.kernels.fourier import add_row as kernel
 
-    roots = []
-    for length, sign in ((columns, -1), (rows, 1)):
-        angles = np.arange(length) * (2 * np.pi / length)
-        roots += [np.cos(angles), sign * np.sin(angles)]
-    into, out = _radices(columns), _radices(rows)
+    roots = [part for length, sign in ((columns, -1), (rows, 1)) for part in roots_of(length, sign)]
+    into, out = radices_of(columns), radices_of(rows)
     radices = None if into is None or out is None else np.array([len(into), *into, *out], np.int64)
     indices, factors = places.indices[:3].numpy(), places.factors[0].numpy()
-    route = Route(indices, factors, np.concatenate(roots).astype(np.float32), radices, kernel)
+    route = Route(indices, factors, np.concatenate(roots), radices, kernel)
     key = id(places.indices)
     _ROUTES[key] = route
     weakref.finalize(places.indices, _ROUTES.pop, key)
     return route
 
 
-def _radices(length: int) -> list[int] | None:
+def roots_of(length: int, sign: int) -> tuple[Floats, Floats]:
+    """Powers of the root of unity of this order: cosines, and sines times the sign of the transform."""
+    angles = np.arange(length) * (2 * np.pi / length)
+    return np.cos(angles).astype(np.float32), (sign * np.sin(angles)).astype(np.float32)
+
+
+def radices_of(length: int) -> list[int] | None:
     """Of a length, or of half of an even one; None where one would be too large."""
     radices, rest = [], length if length % 2 else length // 2
     for radix in (4, 2, *range(3, _LARGEST + 1, 2)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spectral_surgery.kernels.compile import kernel
+from spectral_surgery.kernels.compile import inlined, kernel
 
 Array = npt.NDArray[Any]
 
@@ -38,21 +38,39 @@ def add_row(
     cosines, sines = roots[:columns], roots[columns:middle]
     re, im = _spectrum(x, cosines, sines, radices[1 : 1 + radices[0]])
     to_re, to_im = np.zeros(rows // 2 + 1, np.float32), np.zeros(rows // 2 + 1, np.float32)
-    half = columns // 2
     for number in range(indices.shape[1]):
         source, target = indices[1, number], indices[2, number]
         value = np.float32(coefficients[indices[0, number]]) * np.float32(scale)
-        if columns % 2:
-            a, b = re[source], im[source]
-        else:  # from the spectrum of numbers at even places + i times those at odd ones
-            one, other = source % half, (half - source) % half
-            c, s = cosines[source], sines[source]
-            odd_re, odd_im = im[one] + im[other], re[other] - re[one]
-            a = (re[one] + re[other] + odd_re * c - odd_im * s) * np.float32(0.5)
-            b = (im[one] - im[other] + odd_re * s + odd_im * c) * np.float32(0.5)
+        a, b = _bin(re, im, cosines, sines, source)
         to_re[target] += a * factors[number, 0] * value
         to_im[target] += b * factors[number, 1] * value
-    _from_spectrum(to_re, to_im, roots[middle : middle + rows], roots[middle + rows :], radices[1 + radices[0] :], y)
+    from_half(to_re, to_im, roots[middle : middle + rows], roots[middle + rows :], radices[1 + radices[0] :], y)
+
+
+@inlined
+def _bin(re: Array, im: Array, cosines: Array, sines: Array, number: int) -> tuple[np.float32, np.float32]:
+    """A bin of x from what `_spectrum` gave: for an even length, of numbers at even places + i times those at odd ones.
+
+    Its roots are of the length of x.
+    """
+    if cosines.size % 2:
+        return re[number], im[number]
+    one, other = number % re.size, (re.size - number) % re.size
+    c, s = cosines[number], sines[number]
+    odd_re, odd_im = im[one] + im[other], re[other] - re[one]
+    a = (re[one] + re[other] + odd_re * c - odd_im * s) * np.float32(0.5)
+    b = (im[one] - im[other] + odd_re * s + odd_im * c) * np.float32(0.5)
+    return a, b
+
+
+@kernel
+def half_of(x: Array, cosines: Array, sines: Array, radices: Array) -> tuple[Array, Array]:
+    """Half of the spectrum of real x [n]: [n // 2 + 1] real and imaginary parts; arguments as of `add_row`."""
+    re, im = _spectrum(x, cosines, sines, radices)
+    to_re, to_im = np.empty(x.size // 2 + 1, np.float32), np.empty(x.size // 2 + 1, np.float32)
+    for number in range(to_re.size):
+        to_re[number], to_im[number] = _bin(re, im, cosines, sines, number)
+    return to_re, to_im
 
 
 @kernel
@@ -69,7 +87,7 @@ def _spectrum(x: Array, cosines: Array, sines: Array, radices: Array) -> tuple[A
 
 
 @kernel
-def _from_spectrum(re: Array, im: Array, cosines: Array, sines: Array, radices: Array, y: Array) -> None:
+def from_half(re: Array, im: Array, cosines: Array, sines: Array, radices: Array, y: Array) -> None:
     """Add real numbers of which this is half of the spectrum, [O // 2 + 1], to y; sums, with no factor."""
     rows, half = len(y), len(y) // 2
     im[0] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.adapters import METHODS
+from spectral_surgery.adapters import METHODS, foura, one_token
 from spectral_surgery.adapters.base import AdapterSpec, AdapterState
 from spectral_surgery.adapters.foura import Foura, FouraConfig
 from spectral_surgery.adapters.lora import Lora, LoraConfig
@@ -17,6 +18,7 @@ from spectral_surgery.adapters.rank_gate import RankGate
 from spectral_surgery.errors import ConfigError, NotMergeableError
 from spectral_surgery.transforms import TRANSFORMS
 from tests.support.largest import largest_tensor
+from tests.support.spectra import TOLERANCE, relative
 
 GATED = FouraConfig(r=4, use_gate=True)
 
@@ -65,6 +67,51 @@ def test_a_lora_with_the_same_function(config: FouraConfig) -> None:
     x = signal(2, 30, 20)
     torch.testing.assert_close(lora(x), adapter.eval()(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lora.delta_weight(), adapter.delta_weight(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (21, 7), (9, 9), (2, 47), (64, 45), (53, 12), (12, 118)])
+@pytest.mark.parametrize("name", ["dct", "hartley", "dft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_is_one_call_without_gradients(name: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    adapter = trained(FouraConfig(r=1 if 2 in shape else 3, transform=name), *shape)
+    x = signal(1, 1, shape[1]).to(dtype)
+    expected = (x.double() @ adapter.delta_weight().double().T).detach()
+    calls = Counter[bool]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foura, "update", lambda *given, **more: counted(calls, one_token.update(*given, **more)))
+        with torch.no_grad():
+            y = adapter(x)
+        assert dict(calls) == {max(shape) != 118 and 53 not in shape: 1}  # 59 and 53 are large primes
+        assert adapter(x).requires_grad
+    assert (y.shape, y.dtype) == ((1, 1, shape[0]), dtype)
+    assert relative(y, expected) < TOLERANCE[dtype]
+    given = x.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(adapter(given).sum(), given)
+    assert relative(gradient, adapter.delta_weight().detach().sum(0).expand_as(gradient)) < 1e-5
+
+
+def counted(calls: Counter[bool], y: Tensor | None) -> Tensor | None:
+    calls[y is not None] += 1
+    return y
+
+
+@pytest.mark.parametrize("name", ["dct", "dft"])
+def test_one_token_through_gates_and_transformed_functions(name: Any) -> None:
+    adapter = trained(replace(GATED, transform=name), 12, 20)
+    x = signal(60, 20)
+    with torch.no_grad():
+        for module in (adapter, frozen(adapter, x)):
+            many = module.eval()(x)
+            one = torch.stack([module(token) for token in x])
+            torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.vmap(module)(x), many, rtol=1e-5, atol=1e-5)
+        assert not frozen(adapter, x).gate.frozen_mask.all()
+
+
+def frozen(adapter: Foura, x: Tensor) -> Foura:
+    adapter.train()(x)
+    adapter.freeze_gate()
+    return adapter
 
 
 def test_a_fresh_gate_is_open() -> None:
