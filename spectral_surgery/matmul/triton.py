@@ -74,7 +74,7 @@ def product(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def packed_product(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
     """X Mᵀ with float32 sums, M as nibbles: [T, r] in the dtype of x.
 
-    ``x`` is [T, K] float32, bfloat16 or float16; ``packed`` is [r, ceil(K / 2)] int8, as in a `LevelForm`; ``grid`` is [2]
+    ``x`` is [T, K] float32, bfloat16 or float16; ``packed`` is [r, ceil(K / 2)] int8, see `LevelForm`; ``grid`` is [2]
     int8, parts and shift of the levels.
     """
     tokens, terms = x.shape
