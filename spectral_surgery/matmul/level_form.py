@@ -31,7 +31,7 @@ class LevelForm:
 
     Attributes:
         codes: [O, bytes of a row] int8, the first plane.
-        lowest: [O, bytes of a row] int8 or uint8, the second plane; [0, 0] where there is none.
+        lowest: [O, bytes of a row] int8 or uint8, the second plane; [O, 0] where there is none.
         scale: [1] or [I] float32.
         row_scale: [0] or [O] float32.
         grid: [2] int8, `Grid` of the reconstruction points: parts and shift; [0] where numbers are levels.
@@ -103,7 +103,7 @@ class LevelForm:
 
     def digits(self) -> list[LevelForm]:
         """A form of each plane of two, without outliers: the first counts 16 times."""
-        plain = replace(self, lowest=self.lowest[:0], places=self.places[:0], beyond=self.beyond[:0])
+        plain = replace(self, lowest=self.lowest[:, :0], places=self.places[:0], beyond=self.beyond[:0])
         planes = zip(LAYOUTS[self.layout].planes, (self.codes, self.lowest), strict=True)
         return [replace(plain, codes=codes, layout=_ALONE[plane]) for plane, codes in planes]
 
@@ -121,13 +121,12 @@ class LevelForm:
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         layout = LAYOUTS[self.layout]
         if self.host is None:
-            packed = [self.codes[rows]]
+            first = self.codes[rows]
         elif isinstance(rows, Tensor):
-            packed = [self.host.codes[rows.cpu()].to(rows.device)]
+            first = self.host.codes[rows.cpu()].to(rows.device)
         else:
-            packed = [self.host.codes[rows].to(self.scale.device)]
-        packed += [self.lowest[rows]] * (len(layout.planes) - 1)
-        return layout.join(packed, self.shape[1])
+            first = self.host.codes[rows].to(self.scale.device)
+        return layout.join([first, self.lowest[rows]][: len(layout.planes)], self.shape[1])
 
     def _streamed(self, host: HostMatrix, x: Tensor, accuracy: torch.dtype, *, transposed: bool) -> Tensor:
         """`product`, block by block; outliers are added at the end."""
@@ -191,7 +190,7 @@ def _form(ranges: RowRanges, layout: Layout, planes: list[Tensor], outliers: Out
     places, rest = outliers.tensors(device)
     scale, row_scale = ranges.scales([grid.parts for grid in grids])
     points = [grids[0].parts, grids[0].shift] if layout.points else []
-    lowest = planes[1] if len(planes) > 1 else torch.empty((0, 0), dtype=torch.int8, device=device)
+    lowest = planes[1] if len(planes) > 1 else torch.empty((ranges.shape[0], 0), dtype=torch.int8, device=device)
     return LevelForm(
         codes=planes[0],
         lowest=lowest,
@@ -227,6 +226,7 @@ def transposed_form(form: LevelForm) -> LevelForm | None:
     return replace(
         form,
         codes=form.codes.T.contiguous(),
+        lowest=form.lowest.new_empty((columns, 0)),
         scale=form.scale * form.row_scale if len(form.row_scale) else form.scale,
         row_scale=form.row_scale[:0],
         places=places[order].to(form.places.dtype),

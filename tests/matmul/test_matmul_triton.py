@@ -46,7 +46,7 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 2e-3)):  # the inter
         for grid in ((1, 0), (10, -1)):
             none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int8)
             scales = torch.ones(1), torch.empty(0), torch.tensor(grid, dtype=torch.int8)
-            form = LevelForm(packed, none[1], *scales, *none, Basis(), (rows, terms), "int4")
+            form = LevelForm(packed, packed[:, :0], *scales, *none, Basis(), (rows, terms), "int4")
             wanted = x.double() @ form.levels(torch.arange(rows)).double().T
             close(triton.packed_product(x, packed, form.grid), wanted, limit)
 

@@ -42,7 +42,7 @@ def form_of(levels: Tensor) -> LevelForm:
     others = {"scale": torch.ones(1), "row_scale": nothing, "places": nothing.int(), "beyond": nothing}
     return LevelForm(
         codes=levels,
-        lowest=nothing.to(torch.int8),
+        lowest=levels[:, :0],
         grid=nothing.to(torch.int8),
         **others,
         basis=Basis("identity", 64, ()),
