@@ -20,6 +20,7 @@ from benchmarks.cases import (
     spectral_matmul,
     speech,
     speed,
+    startup,
     text,
 )
 from spectral_surgery.registry import Table
@@ -52,7 +53,14 @@ CASES = Table(
             generate_large.run,
             takes=("scratch",),
         ),
-        BenchCase("fourierft", "FourierFT beside the bare layer, PEFT's FourierFT and LoRA", by_size(adapters.run)),
+        BenchCase(
+            "startup",
+            "a fresh process until its kernels are ready: compiled once, later from disk",
+            by_size(startup.run),
+        ),
+        BenchCase(
+            "fourierft", "FourierFT and FouRA beside the bare layer, PEFT's FourierFT and LoRA", by_size(adapters.run)
+        ),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", by_size(mixers.run), mixers.plot),
         BenchCase(
             "memory", "peak memory of compress on large sharded bfloat16 checkpoints", by_size(engine.run_memory)

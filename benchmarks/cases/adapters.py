@@ -1,4 +1,4 @@
-"""FourierFT beside the bare layer, PEFT's FourierFT and PEFT's LoRA: time, memory, and the injection of many layers."""
+"""FourierFT, and FouRA at one token, beside the bare layer, PEFT's FourierFT and LoRA: time, memory, many layers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benchmarks.case import Row, require
 from benchmarks.peft_control import peft_layer
 from benchmarks.timing import interleaved
 from spectral_surgery.adapters.base import AdapterSpec
+from spectral_surgery.adapters.foura import Foura, FouraConfig
 from spectral_surgery.adapters.fourierft import FOURIERFT, FourierFT, FourierFTConfig
 from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.fourier import reference
@@ -28,7 +29,7 @@ THREADS = 2
 MEMORY, INJECTION = 16e6, 5.0  # bytes; seconds
 EXACT = 1e-5
 LAYERS = 224
-_OURS, _BASE, _LORA, _PEFT = "ours", "base", "PEFT LoRA r=8", "PEFT FourierFT"
+_OURS, _FOURA, _BASE, _LORA, _PEFT = "ours", "ours, FouRA r=8", "base", "PEFT LoRA r=8", "PEFT FourierFT"
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -79,6 +80,8 @@ def measure(load: Load) -> list[Row]:
     x, dy = signal(load.tokens, load.side, 1), signal(load.tokens, load.side, 2)
     check(ours, x, dy)
     providers: dict[str, nn.Module] = {_BASE: base, _OURS: ours}
+    if load.tokens == 1 and not load.trains:
+        providers[_FOURA] = foura_layer(base, x)
     if find_spec("peft") is not None:
         providers |= {_LORA: peft_layer(_linear(base), "lora"), _PEFT: peft_layer(_linear(base), "fourierft")}
     step = partial(_train, x=x.requires_grad_(), dy=dy) if load.trains else partial(_infer, x=x)
@@ -87,7 +90,7 @@ def measure(load: Load) -> list[Row]:
     rows: list[Row] = []
     for name, timing in timings.items():
         ratio = timing.median / timings[_BASE].median
-        judged = name == _OURS and limit is not None
+        judged = name in (_OURS, _FOURA) and limit is not None
         rows.append(
             {
                 "case": f"{'train step' if load.trains else 'inference'}, d={load.side}, T={load.tokens}",
@@ -111,6 +114,23 @@ def layers(side: int) -> tuple[nn.Linear, AdaptedLayer]:
     ours.add("default", FourierFT(FourierFTConfig(n_frequency=1000, init_weights=False), side, side))
     ours.set_active({"default": 1.0})
     return base, ours
+
+
+def foura_layer(base: nn.Linear, x: Tensor) -> AdaptedLayer:
+    """A layer that shares the weight and carries a FouRA adapter that acts, once it is right on x [T, I].
+
+    Raises:
+        CheckFailedError: when it is off by more than EXACT, relative to its norm.
+    """
+    adapter = Foura(FouraConfig(r=8, init_weights=False), base.out_features, base.in_features)
+    layer = AdaptedLayer(_linear(base))
+    layer.add("default", adapter)
+    layer.set_active({"default": 1.0})
+    with torch.inference_mode():
+        expected = nn.functional.linear(x, base.weight + adapter.delta_weight())
+        error = float((layer(x) - expected).norm() / expected.norm())
+    require(error < EXACT, f"FouRA: y differs from the definition by {error:.1e}")
+    return layer
 
 
 def check(layer: AdaptedLayer, x: Tensor, dy: Tensor) -> None:

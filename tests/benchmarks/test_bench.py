@@ -65,6 +65,7 @@ def test_names_are_those_of_the_commands() -> None:
         "spectral_matmul",
         "generate",
         "generate_large",
+        "startup",
         "fourierft",
         "mixers",
         "memory",
