@@ -9,13 +9,16 @@ from collections.abc import Mapping
 
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.sources.base import Settings, SourceKind
+from spectral_surgery.files.sources.bitsandbytes import BITSANDBYTES
+from spectral_surgery.files.sources.compressed_tensors import COMPRESSED_TENSORS
 from spectral_surgery.files.sources.fp8 import FBGEMM_FP8, FP8, looks_fp8
 from spectral_surgery.files.sources.mxfp4 import MXFP4
+from spectral_surgery.files.sources.not_read import NOT_READ
 from spectral_surgery.registry import Table
 
 __all__ = ["SOURCES", "SourceKind", "is_read_as_plain", "quantisation_of", "read_as_plain"]
 
-SOURCES: Table[SourceKind] = Table("source", (FP8, FBGEMM_FP8, MXFP4))
+SOURCES: Table[SourceKind] = Table("source", (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, BITSANDBYTES, *NOT_READ))
 
 _KEY = "quantization_config"
 _PLACES = ((), ("text_config",), ("language_config",))  # where a configuration may have its settings
