@@ -50,6 +50,7 @@ def work_bytes(tokens: int, columns: int) -> int:
 
 
 _LINE = 64  # bytes of the cache; integers begin with one
+_SMALL, _LIFT = np.float32(2.0**-60), np.float32(2.0**64)  # activations whose units are hardly normal, times this
 _ROWS = 4  # at most that `dots` takes at once
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
@@ -164,20 +165,23 @@ def prepare(pointer: Any) -> None:
             return
         inside = floats(spectrum + 4 * token * columns, columns)
         read_numbers(job.x + (2 if job.bfloat16 else 4) * token * columns, job.bfloat16, inside)
+        lifted = _peak(inside) < _SMALL
+        if lifted:
+            inside *= _LIFT
         turn_all(inside, job.tile, job.into, job.rest_into)
         if scale.size == 1:
             inside *= scale[0]
         else:
             inside *= scale
         peak = _peak(inside)
-        unit = max(peak / top, np.float32(1e-38))
-        inverse = np.float32(1) / unit
         if not peak < np.inf:
             job.finite = 0
             return
+        unit = max(peak / top, np.float32(1e-38))
+        inverse = np.float32(1) / unit
         if peak and columns * unit > np.float32(2.0**-8) * _total(inside):
             job.coarse = 1
-        units[token] = unit
+        units[token] = -unit if lifted else unit
         first, group = _group(token, job.tokens)
         for plane in range(job.planes):
             some = numbers[(plane * room + first) * each + (token - first) * span :]
@@ -225,23 +229,25 @@ def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
             continue
         for token in range(tokens):
             inside = floats(spectrum + 4 * (token * columns + column), 1)[0]
-            values[token, row - first] += outlier_value(job, number) * inside / units[token]
+            values[token, row - first] += outlier_value(job, number) * inside / abs(units[token])
 
 
 @kernel
 def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -> None:
-    """Sums of integers of rows of a tile to numbers in space, with the bias."""
+    """Sums of integers of rows of a tile to numbers in space, with the bias; a unit below 0 is of c times `_LIFT`."""
     if job.row_scale:
         row_scale = floats(job.row_scale + 4 * first, out.size)
         for place in range(out.size):
             out[place] *= row_scale[place]
     for place in range(out.size):
-        out[place] *= unit
+        out[place] *= abs(unit)
     if out.size == job.row_tile:
         if job.back:
             turn(out, job.back, job.row_tile, 0, out.size, points)
     elif job.rest_back:
         turn(out, job.rest_back, out.size, 0, out.size, points)
+    if unit < 0:
+        out *= np.float32(1 / _LIFT)
     if job.bias:
         read_numbers(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, points[: out.size])
         for place in range(out.size):

@@ -111,7 +111,7 @@ class SpectralWeight(nn.Module):
         as it does for nn.Embedding.
         """
         forms = self.forms
-        if recorded.whole_graph():
+        if recorded.only_torch():
             return recorded.rows(ids, forms)
         if torch.compiler.is_compiling():
             return custom_op.rows(ids, forms)

@@ -75,8 +75,8 @@ class CodedForm:
     def recorded_levels(self) -> Tensor:
         """Refused. Raises ConfigError always: frames are decoded by Python."""
         raise ConfigError(
-            "resident 'coded': is decoded by Python, which cannot be exported or traced; expected int8 and streamed."
-            " Load the model with one of them, or call model.dequantize() first."
+            "resident 'coded': is decoded by Python, which no export, trace or torch.func follows; expected int8 or"
+            " streamed. Load the model with one of them, or call model.dequantize() first."
         )
 
     def _spans(self) -> list[Span]:

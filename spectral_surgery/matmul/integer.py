@@ -15,6 +15,7 @@ from spectral_surgery.matmul.dispatch import Way, block_dtype, way
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
 _BLOCKS = 4  # at least: a small matrix is not converted at once either
 _DIGIT = 256
+_SMALL, _LIFT = 2.0**-60, 2.0**64
 _TOKENS = 32  # split into digits at a time: they stay in cache
 _NOTHING = torch.empty(0)
 
@@ -31,6 +32,7 @@ class Operand:
         dtype: floating type of products with blocks that are not int8.
         digits: [planes, T, K] int8, the lowest first; no plane unless the way is ``planes``.
         unit: [T, 1] float32: x is the number that the digits make up times this.
+        lift: [T, 1] float32, what digits of small numbers are of is x times this; [0] for ones.
     """
 
     x: Tensor
@@ -38,6 +40,7 @@ class Operand:
     dtype: torch.dtype
     digits: Tensor
     unit: Tensor
+    lift: Tensor
 
     def terms(self, start: int, stop: int) -> Operand:
         """The same for some of the K terms, as the adjoint of a block of rows needs them."""
@@ -54,8 +57,11 @@ def prepare(x: Tensor, accuracy: torch.dtype, *, blocks: bool = False) -> Operan
     how = "blocks" if blocks else way(x.device.type, x.shape[1], accuracy)
     dtype = block_dtype(x.device.type, accuracy)
     if how == "planes":
-        return Operand(x, how, dtype, *_digits(x, 3 if accuracy == torch.float32 else 2))
-    return Operand(x.to(dtype), how, dtype, _NOTHING, _NOTHING)
+        small = x.abs().amax(1, keepdim=True) < _SMALL  # their units would not be normal numbers
+        lift = torch.where(small, _LIFT, 1.0) if bool(small.any()) else _NOTHING
+        lifted = x * lift if lift.numel() else x
+        return Operand(x, how, dtype, *_digits(lifted, 3 if accuracy == torch.float32 else 2), lift)
+    return Operand(x.to(dtype), how, dtype, _NOTHING, _NOTHING, _NOTHING)
 
 
 def product(operand: Operand, matrix: Tensor, change: Change | None = None, *, transposed: bool = False) -> Tensor:
@@ -142,4 +148,5 @@ def _planes(operand: Operand, matrix: Tensor) -> Tensor:
     total = sums[-1].to(torch.float32)
     for digit in range(count - 2, -1, -1):
         total.mul_(_DIGIT).add_(sums[digit])
-    return total.mul_(operand.unit)
+    total.mul_(operand.unit)
+    return total.div_(operand.lift) if operand.lift.numel() else total

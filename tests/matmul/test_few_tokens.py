@@ -104,12 +104,20 @@ def test_terms_that_stand_out_are_as_exact_as_bfloat16() -> None:
     assert error(taken(x, form), exact(x, form)) < 2**-8
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-30, 1e-18, 1e30])
 def test_very_small_and_very_large_activations(scale: float) -> None:
     form = op.resident_form(random_codes(64, 128, 60, torch.int8), "int8")
     x = noise(2, 128) * scale
     y, reference = taken(x, form), exact(x, form)
-    assert (y.double() - reference).norm() <= 5e-7 * reference.norm() + 1e-38
+    assert (y.double() - reference).norm() <= 5e-7 * reference.norm() + 1e-43  # where numbers end
+    bias = scale * noise(64)
+    assert (taken(x, form, bias) - exact(x, form, bias)).norm() <= 5e-7 * reference.norm() + 1e-43
+    many = scale * noise(20, 128)
+    many[3] = noise(128)
+    assert error(op.form_matmul(many, [form])[3:4], exact(many, form)[3:4]) < 1e-6
+    many, wanted = (y[torch.arange(20) != 3] for y in (op.form_matmul(many, [form]), exact(many, form)))
+    assert (many - wanted).norm() <= 1e-6 * wanted.norm() + 1e-43
 
 
 @pytest.mark.parametrize("resident", ["int8", "int4", "coded"])

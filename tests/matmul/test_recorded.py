@@ -129,6 +129,33 @@ def test_coded_forms() -> None:
             record(layer, x)
 
 
+@pytest.mark.parametrize("resident", ["int8", "int12", "int4", "int5", "streamed"])
+def test_transforms_of_functions(resident: str) -> None:
+    """What torch.func makes of a layer that runs by itself: vmap, grad and tangents, for few and for many tokens."""
+    part = spectra(rows=(37,), columns=40)[0]
+    linear = SpectralLinear.from_quantized(part, noise(37), resident)
+    turned = SpectralConv1D.from_quantized(part, noise(40), resident)
+    weight = part.to_dense()
+    for layer, matrix in ((linear, weight), (turned, weight.T)):
+        layer.requires_grad_(False)
+        x = noise(3, matrix.shape[1])
+        one = torch.func.grad(lambda x, layer=layer: layer(x).square().sum())(x)
+        assert relative(one, 2 * layer(x) @ matrix) < 1e-5
+        each = torch.func.vmap(torch.func.grad(lambda x, layer=layer: layer(x).square().sum()))(x)
+        assert relative(each, one) < 1e-5
+        assert relative(torch.func.jacrev(layer)(x[0]), matrix) < 1e-5
+        _, tangent = torch.func.jvp(layer, (x,), (x,))
+        assert relative(tangent, x @ matrix.T) < 1e-5
+    ids = torch.tensor([[3, 0], [36, 5]])
+    assert relative(torch.func.vmap(SpectralEmbedding.from_quantized(part, resident))(ids), weight[ids]) < 1e-5
+
+
+def test_transforms_of_functions_of_coded_forms() -> None:
+    layer = SpectralLinear.from_quantized(spectra(rows=(24,), columns=32), resident="coded")
+    with pytest.raises(ConfigError, match=r"resident 'coded': is decoded by Python, .* model.dequantize\(\) first"):
+        torch.func.vmap(layer)(noise(2, 3, 32))
+
+
 def test_experts_are_left_to_python() -> None:
     torch._dynamo.reset()
     weights = [SpectralWeight.from_spectra(spectra(rows=(24,), columns=32)) for _ in range(3)]
