@@ -26,7 +26,7 @@ LAYERS = (
         "run",
         "distributed",
     },
-    {"transforms", "kernels"},
+    {"transforms", "kernels", "gpu"},
     {"codec"},
     {"sparse"},
     {"baselines", "matmul", "fourier", "causal_conv"},
@@ -46,11 +46,11 @@ HEAVY = {
     "transformers": ("hf/", "text/", "training/", "calibration/"),
     "peft": ("hf/", "training/"),
     "huggingface_hub": ("hub/", "cards/"),
-    "triton": ("matmul/", "fourier/"),
+    "triton": ("gpu/",),
     "numba": ("kernels/",),
     "matplotlib": ("plotting.py", "commands/eval/plot.py"),
 }
-COMPILED = "kernels/"  # compiled when they are imported, so by nobody at the top
+COMPILED = ("kernels/", "gpu/")  # compiled when they are imported, so by nobody at the top
 BASES = {
     *("Module", "Protocol", "Generic", "NamedTuple", "Enum", "StrEnum", "Mapping", "Exception", "Function"),
     *("Structure", "Listener", "Form"),

@@ -13,6 +13,7 @@ from benchmarks.cases import (
     feedback,
     generate,
     generate_large,
+    gpu_static,
     hub,
     mixers,
     rate,
@@ -60,6 +61,13 @@ CASES = Table(
         ),
         BenchCase(
             "fourierft", "FourierFT and FouRA beside the bare layer, PEFT's FourierFT and LoRA", by_size(adapters.run)
+        ),
+        BenchCase(
+            "gpu_static",
+            "registers, loads and arithmetic of the GPU kernels as compiled for six chips; nothing is run",
+            gpu_static.run,
+            takes=("only",),
+            notes=("Compiled and read, not run: ratios are what data sheets and instruction counts allow.",),
         ),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", by_size(mixers.run), mixers.plot),
         BenchCase(

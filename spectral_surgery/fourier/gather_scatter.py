@@ -5,10 +5,12 @@ On a GPU one Triton kernel does the three; everywhere else, and where Triton is 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
-from spectral_surgery.fourier import triton
+from spectral_surgery import gpu
 
 
 def take(spectrum: Tensor, source: Tensor) -> Tensor:
@@ -50,6 +52,20 @@ def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins:
         target: [K] int64, increasing, where to add them.
         weights: [K, 2] real.
     """
-    if spectrum.is_cuda and triton.available():
-        return triton.mix(spectrum, source, target, weights, bins)
+    if spectrum.is_cuda and gpu.available():
+        return mix_on_gpu(spectrum, source, target, weights, bins)
     return scatter(weighted(take(spectrum, source), weights), target, bins, spectrum)
+
+
+def mix_on_gpu(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
+    """The same as `mix` in one kernel; the spectrum stays as it is."""
+    from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
+
+    rows = len(spectrum)
+    out = torch.empty(rows, bins, dtype=spectrum.dtype, device=spectrum.device)
+    starts = torch.searchsorted(target, torch.arange(bins + 1, device=target.device))
+    arrays = (torch.view_as_real(spectrum.contiguous()), torch.view_as_real(out), source, starts, weights.contiguous())
+    if rows:
+        with torch.cuda.device(spectrum.device) if spectrum.is_cuda else nullcontext():
+            mix_bins[(-(-rows // ROWS), -(-bins // BINS))](*arrays, rows, spectrum.shape[1], bins, ROWS, BINS)
+    return out

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from spectral_surgery.matmul import triton
+from spectral_surgery import gpu
 
 Way = Literal["planes", "blocks", "triton"]
 
@@ -51,7 +51,7 @@ def way(device: str, terms: int, accuracy: torch.dtype) -> Way:
     Args:
         terms: summed per output.
     """
-    if device == "cuda" and accuracy != torch.float64 and triton.available():
+    if device == "cuda" and accuracy != torch.float64 and gpu.available():
         return "triton"
     if device != "cpu" or accuracy == torch.float64:
         return "blocks"

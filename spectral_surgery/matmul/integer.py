@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spectral_surgery.matmul import triton
+from spectral_surgery.matmul import on_gpu
 from spectral_surgery.matmul.dispatch import Way, block_dtype, way
 
 _BLOCK = 1 << 20  # weights converted at a time: they stay in cache
@@ -75,7 +75,8 @@ def product(operand: Operand, matrix: Tensor, change: Change | None = None, *, t
     if matrix.dtype == torch.int8 and operand.how == "planes":
         return _planes(operand, matrix if transposed else matrix.T)
     if matrix.dtype == torch.int8 and operand.how == "triton":
-        return triton.product(operand.x, matrix.T if transposed else matrix, _sum_dtype(operand, transposed))
+        y = on_gpu.level_product(operand.x, matrix.T if transposed else matrix)
+        return y.to(_sum_dtype(operand, transposed))
     x = operand.x.to(operand.dtype)
     out = x.new_zeros((len(x), matrix.shape[int(transposed)]), dtype=_sum_dtype(operand, transposed))
     for start, stop, block in _blocks(matrix, x.dtype, change):

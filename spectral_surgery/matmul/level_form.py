@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis, frame_spans
 from spectral_surgery.codec.hugepages import empty
-from spectral_surgery.matmul import integer, triton
+from spectral_surgery.matmul import integer
 from spectral_surgery.matmul.code_blocks import Spectrum, reach, refusal
 from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.levels import Grid, grid_of
@@ -80,8 +80,6 @@ class LevelForm:
         apart = self.beyond.is_floating_point()  # outliers, which no int8 holds
         inside = apart and len(self.places) > 0 and not few
         operand = integer.prepare(x, accuracy, blocks=inside)
-        if operand.how == "triton" and self.layout == "int4" and not transposed and (few or not len(self.places)):
-            return add_product(triton.packed_product(operand.x, self.codes, self.grid), x, *sparse)
         y = integer.product_of_blocks(operand, self._blocks(), self._added if inside else None, transposed=transposed)
         return add_product(y, x, *sparse, transposed=transposed) if apart and not inside else y
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from spectral_surgery.codec.encoded import rows_per_frame
 from spectral_surgery.errors import ConfigError, ShapeError
-from spectral_surgery.matmul import custom_op, recorded
+from spectral_surgery.matmul import custom_op, on_gpu, recorded
 from spectral_surgery.matmul.activations import to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype
 from spectral_surgery.matmul.few_tokens import few_tokens
@@ -74,6 +74,8 @@ def _matmul(x: Tensor, forms: Sequence[Form], bias: Tensor | None, *, transposed
         return quick
     flat = _checked(x, sum(form.shape[0] for form in forms) if transposed else forms[0].shape[1])
     with unrounded(x.device.type):
+        if not transposed and (whole := on_gpu.product(flat, forms, bias)) is not None:
+            return whole.reshape(*x.shape[:-1], whole.shape[1])
         inputs = flat.split([form.shape[0] for form in forms], 1) if transposed else [flat] * len(forms)
         if _finite(flat):
             parts = _in_spectrum(inputs, forms, x.dtype, transposed=transposed)

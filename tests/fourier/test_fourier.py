@@ -330,14 +330,14 @@ def test_the_choice_follows_the_counts() -> None:
 
 _INTERPRETED = """
 import torch
-from spectral_surgery.fourier import gather_scatter, triton
+from spectral_surgery.fourier import gather_scatter
 for real in (torch.float32, torch.float64):
     for rows, bins_in, bins, count in ((1, 5, 7, 3), (9, 65, 130, 200), (5, 64, 64, 1), (0, 3, 3, 2)):
         spectrum = torch.randn(rows, bins_in, 2, dtype=real)
         source, target = torch.randint(bins_in, (count,)), torch.randint(bins, (count,)).sort().values
         weights = torch.randn(count, 2, dtype=real)
         args = (torch.view_as_complex(spectrum), source, target, weights, bins)
-        torch.testing.assert_close(triton.mix(*args), gather_scatter.mix(*args))
+        torch.testing.assert_close(gather_scatter.mix_on_gpu(*args), gather_scatter.mix(*args))
 print("equal")
 """
 

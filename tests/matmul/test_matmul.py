@@ -287,7 +287,7 @@ def test_ways_and_types_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.way("cpu", 4096, accuracy) == expected
         assert dispatch.way("cpu", 200_000, torch.float32) == "blocks"  # int32 would overflow
         for installed in (True, False):
-            monkeypatch.setattr(dispatch.triton, "available", lambda installed=installed: installed)
+            monkeypatch.setattr(dispatch.gpu, "available", lambda installed=installed: installed)
             kernel = installed and accuracy != torch.float64
             assert dispatch.way("cuda", 4096, accuracy) == ("triton" if kernel else "blocks")
     assert dispatch.block_dtype("cpu", torch.bfloat16) == torch.bfloat16

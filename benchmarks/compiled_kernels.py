@@ -1,0 +1,249 @@
+"""GPU kernels compiled for chips that are not here, and what the compilers made of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product as pairs
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.matmul import on_gpu
+from spectral_surgery.matmul.matrix_job import Kind
+
+_POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Chip(NamedTuple):
+    """A GPU as its maker's data sheet has it.
+
+    Attributes:
+        name: of a product.
+        target: backend, architecture and threads of a warp, as Triton wants them.
+        bandwidth: of its memory, bytes a second.
+        processors: multiprocessors, or compute units.
+        clock: in Hz, boosted.
+        shared: bytes of shared memory of a multiprocessor.
+    """
+
+    name: str
+    target: tuple[str, int | str, int]
+    bandwidth: float
+    processors: int
+    clock: float
+    shared: int
+
+
+CHIPS = (
+    Chip("A100 80GB", ("cuda", 80, 32), 2.04e12, 108, 1.41e9, 164 << 10),
+    Chip("H200", ("cuda", 90, 32), 4.8e12, 132, 1.98e9, 228 << 10),
+    Chip("B200", ("cuda", 100, 32), 8.0e12, 148, 1.965e9, 228 << 10),
+    Chip("RTX 5090", ("cuda", 120, 32), 1.79e12, 170, 2.41e9, 100 << 10),
+    Chip("MI300X", ("hip", "gfx942", 64), 5.3e12, 304, 2.1e9, 64 << 10),
+    Chip("RX 7900 XTX", ("hip", "gfx1100", 32), 0.96e12, 96, 2.5e9, 64 << 10),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with what it is compiled for.
+
+    Attributes:
+        name: for tables.
+        kernel: of Triton.
+        types: of its arguments: pointers and integers.
+        constants: its arguments in capital letters.
+        warps: of a program.
+        loop_bytes: of codes that a turn of its inner loop reads; 0 where it is not bound by them.
+        usual: as most models have it.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    loop_bytes: int = 0
+    usual: bool = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a variant.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes, or registers on AMD, that go to memory for want of registers.
+        shared: bytes of shared memory of a program.
+        matrix: instructions of matrix units.
+        loads: widths of loads from global memory in bytes, and how many instructions have them.
+        loop: instructions of the loop that reads codes; 0 where it was not found.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix: int
+    loads: dict[int, int] = field(default_factory=dict)
+    loop: int = 0
+
+
+class _Form(NamedTuple):
+    """A form without numbers."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    row_scale: torch.Tensor
+    places: torch.Tensor
+    beyond: torch.Tensor
+    shape: tuple[int, int]
+    basis: Basis
+
+
+def variants(chip: Chip) -> list[Variant]:
+    """Kernels for every dtype, kind of levels and number of tokens; each further choice is met with most of these."""
+    from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
+
+    found = []
+    for number, (dtype, nibbles, tokens) in enumerate(pairs(on_gpu.DIGITS, (False, True), (1, 16, 64, 200))):
+        found.append(_variant(chip, dtype, nibbles, tokens))
+        found.append(_variant(chip, dtype, nibbles, tokens, unusual=number + 1))
+    for name, real in (("float32", "*fp32"), ("float64", "*fp64")):
+        pointers = {"spectrum": real, "out": real, "source": "*i64", "starts": "*i64", "weights": real}
+        types = {**pointers, "rows": "i32", "width": "i32", "bins": "i32"}
+        found.append(Variant(f"mix_bins {name}", mix_bins, types, {"ROWS": ROWS, "BINS": BINS}, 4))
+    return found
+
+
+def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual: int = 0) -> Variant:
+    """One of a 4096 x 4096 matrix, or of one where the bits of ``unusual`` say what is not as in most models."""
+    from spectral_surgery.gpu.few_tokens import few_tokens
+    from spectral_surgery.gpu.product import product
+
+    has = [bool(unusual >> bit & 1) for bit in range(5)]
+    columns = 4096 + (160 if has[0] else 0)  # a smaller tile at the end, and nibbles that begin within a tile
+    form = _form(4096, columns, nibbles, per_scale=has[1], outliers=has[2], turned=not has[3] or has[0])
+    kind = Kind("POINTS", 10, -1) if nibbles and has[4] else Kind("BYTES", 1, 0)
+    if tokens <= on_gpu.FEW:
+        cut = on_gpu.few_cut(form, tokens, dtype, wide=chip.target[0] == "hip" or chip.target[1] == 100)
+        constants = on_gpu.few_constants(form, kind, cut, dtype, not has[3]) | {"BACKEND": chip.target[0]}
+        kernel, read = few_tokens, cut.rows * cut.terms
+    else:
+        cut = on_gpu.many_cut(form, tokens, dtype)
+        constants = on_gpu.many_constants(form, kind, cut, dtype) | {"INTERPRETED": False}
+        kernel, read = product, 0
+    mixing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    pointers = {"x": dtype, "y": dtype, "bias": dtype, "forward": mixing, "inverse": mixing, "starts": torch.int64}
+    pointers |= {"counters": torch.int32, "partial": torch.float32}
+    pointers |= {name: getattr(form, name).dtype for name in ("codes", "scale", "row_scale", "places", "beyond")}
+    types = {name: _POINTER[pointers[name]] if name in pointers else "i32" for name in kernel.arg_names}
+    name = f"{kernel.__name__} {str(dtype)[6:]} {'int4' if nibbles else 'int8'} {cut.tokens} tokens"
+    named = ("ragged", "scales of rows and columns", "outliers", "no bias", "points")
+    words = [word for word, one in zip(named, has, strict=True) if one]
+    return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, read, not unusual)
+
+
+def _form(rows: int, columns: int, nibbles: bool, *, per_scale: bool, outliers: bool, turned: bool) -> _Form:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = empty(rows, columns // (2 if nibbles else 1), dtype=torch.int8)
+    scales = empty(columns if per_scale else 1), empty(rows if per_scale else 0)
+    beyond = empty(int(outliers), dtype=torch.int8 if nibbles else torch.float32)
+    places = empty(int(outliers), dtype=torch.int32)
+    return _Form(codes, *scales, places, beyond, (rows, columns), Basis("dct", 64, (0, 1) if turned else ()))
+
+
+def compiled(variant: Variant, chip: Chip) -> Compiled:
+    """Compile a variant for a chip; Triton keeps what it compiled before."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    constants = dict(variant.constants)
+    if "c1" in names:
+        constants["c1"] = 1
+    types = {name: "constexpr" if name in constants else variant.types[name] for name in names}
+    ragged = {"terms", "width", "x0", "c0"} if constants.get("RAGGED") else set()
+    whole = {name for name, kind in types.items() if kind[0] == "*" or (kind == "i32" and name not in ragged)}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in whole - {"tokens", "bins", "rows"}}
+    source = ASTSource(
+        variant.kernel, types, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults that change in a later version
+        built = triton.compile(source, target=GPUTarget(*chip.target), options={"num_warps": variant.warps})
+    if chip.target[0] == "hip":
+        return _of_amd(built)
+    return _of_nvidia(built, Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+
+
+def _of_nvidia(built: Any, tools: Path) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(built.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "-res-usage", file)
+        lines = [
+            (int(address, 16), re.sub(r"^@!?U?P\w+ ", "", text.strip()))
+            for address, text in re.findall(
+                r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", _output(tools / "cuobjdump", "-sass", file)
+            )
+        ]
+    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    words = Counter(text.split()[0] for _, text in lines)
+    matrix = sum(count for word, count in words.items() if "MMA" in word)
+    loads: Counter[int] = Counter()
+    for word, count in words.items():
+        if word.startswith(("LDGSTS", "LDG")):
+            width = next((int(part) for part in word.split(".") if part in ("128", "64")), 32)
+            loads[width // 8] += count
+    return Compiled(registers, stack + local, built.metadata.shared, matrix, dict(loads), _loop(lines))
+
+
+def _loop(lines: Sequence[tuple[int, str]]) -> int:
+    """Instructions of the shortest loop that loads from global memory and multiplies matrices, of integers if any."""
+    integers = any("IMMA" in text or "IGMMA" in text for _, text in lines)
+    unit = ("IMMA", "IGMMA") if integers else ("MMA",)
+    sizes = []
+    for address, text in lines:
+        to = re.search(r"^BRA.*?(0x[0-9a-f]+)", text)
+        if to and int(to[1], 16) < address:
+            body = [word for at, word in lines if int(to[1], 16) <= at <= address]
+            multiplies = any(name in word.split()[0] for word in body for name in unit)
+            if multiplies and any(word.startswith("LDG") for word in body):
+                sizes.append(len(body))
+    return min(sizes, default=0)
+
+
+def _of_amd(built: Any) -> Compiled:
+    text = built.asm["amdgcn"]
+    registers, *spills = (
+        int(re.findall(rf"\.{name}: *(\d+)", text)[-1])
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    )
+    matrix = len(re.findall(r"\bv_(?:mfma|wmma)_", text))
+    sizes = {"b128": 16, "dwordx4": 16, "b96": 12, "dwordx3": 12, "b64": 8, "dwordx2": 8, "b32": 4, "dword": 4}
+    loads: Counter[int] = Counter()
+    for kind in re.findall(r"\b(?:global|buffer)_load_(\w+)", text):
+        loads[sizes.get(kind, 2)] += 1
+    return Compiled(registers, sum(spills), built.metadata.shared, matrix, dict(loads))
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout  # noqa: S603, tools of Triton

@@ -1,0 +1,36 @@
+"""GPU kernels as compilers make them, for chips that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from benchmarks.cases.gpu_static import over_memory
+from benchmarks.compiled_kernels import CHIPS, Chip, compiled, variants
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.slow,
+]
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_no_kernel_spills_or_takes_more_than_a_chip_has(chip: Chip, part: int) -> None:
+    if part and chip.name not in ("H200", "MI300X"):
+        pytest.skip("a third of the kernels is compiled for this chip; `benchmarks gpu_static` compiles all")
+    for variant in variants(chip)[part::3]:
+        result = compiled(variant, chip)
+        assert not result.spilled, variant.name
+        assert result.shared <= chip.shared, variant.name
+        assert result.matrix or variant.name.startswith("mix_bins"), variant.name
+
+
+def test_codes_of_usual_matrices_are_read_sixteen_bytes_at_a_time() -> None:
+    chip = next(chip for chip in CHIPS if chip.name == "H200")
+    for variant in variants(chip):
+        if variant.usual and variant.name.startswith("few_tokens bfloat16"):
+            result = compiled(variant, chip)
+            assert result.loads.get(16, 0) >= 0.7 * sum(result.loads.values()), (variant.name, result.loads)
+            assert 0 < over_memory(chip, variant, result) < 2, variant.name

@@ -1,0 +1,165 @@
+"""Products on a GPU: the values of the kernel in Triton's interpreter, and the kernel itself where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spectral_surgery import matmul as op
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.layers import SpectralLinear
+from spectral_surgery.matmul import on_gpu
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+_INTERPRETED = """
+from dataclasses import replace
+
+import torch
+from spectral_surgery import matmul as op
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.matmul import integer, on_gpu
+from spectral_surgery.matmul.operator import dense_rows
+
+generator = torch.Generator().manual_seed(0)
+LIMITS = ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11))
+
+def randn(*shape):
+    return torch.randn(*shape, generator=generator)
+
+def close(got, wanted, limit, *what):
+    error = float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-9))
+    assert got.shape == wanted.shape and error < limit, (got.dtype, tuple(got.shape), error, *what)
+
+for rows, terms in ((1, 5), (70, 540)):
+    codes = torch.randint(-127, 128, (rows, terms), generator=generator).to(torch.int8)
+    for dtype, _ in LIMITS:
+        x, g = randn(3, terms).to(dtype), randn(19, rows).to(dtype)
+        close(on_gpu.level_product(x, codes), x.double() @ codes.double().T, 4e-3, "levels")
+        close(on_gpu.level_product(g, codes.T), g.double() @ codes.double(), 4e-3, "transposed")
+    assert on_gpu.level_product(x[:0], codes).shape == (0, rows)
+
+on_gpu.way = integer.way = lambda *_: "triton"
+cases = (
+    (130, 96, Basis("dct", 64, (0, 1))),
+    (5, 33, Basis("hartley", 32, (0, 1))),
+    (128, 256, Basis("hadamard", 128, (0, 1))),
+    (70, 200, Basis("dct", 64, (1,))),
+    (64, 560, Basis("dct", 16, (0,))),
+    (66, 70, Basis("identity", 64, ())),
+    (66, 100, Basis("dct", 48, (0, 1))),  # tiles that no block of rows is made of
+)
+for rows, terms, basis in cases:
+    weight = randn(rows, terms)
+    weight[3, 9], weight[rows - 1, terms - 1] = 30, -25  # no nibble holds their codes
+    encoded, _ = encode(weight, Target("bits", 2.5), basis)
+    dense, bias = encoded.to_dense().double(), randn(rows)
+    for resident in ("int8", "int4"):
+        form = op.resident_form(encoded, resident)
+        for dtype, limit in LIMITS:
+            for tokens in (3, 20):
+                x = randn(tokens, terms).to(dtype)
+                y = on_gpu.product(x, [form], bias)
+                assert (y is None) == (basis.tile == 48)
+                y = op.form_matmul(x, [form], bias.to(dtype))
+                assert y.dtype == dtype
+                close(y, x.double() @ dense.T + bias.to(dtype).double(), limit, rows, terms, resident, tokens)
+
+encoded, _ = encode(randn(130, 96), Target("bits", 2.5))
+for resident in ("int8", "int4"):
+    form = op.resident_form(encoded, resident)
+    form = replace(form, scale=randn(96).abs(), row_scale=randn(130).abs())
+    x, dense = randn(5, 96), torch.cat(list(dense_rows(form))).double()
+    close(op.form_matmul(x, [form]), x.double() @ dense.T, 2e-6, "scales")
+    close(op.form_matmul(x, [form, form]), x.double() @ torch.cat([dense, dense]).T, 2e-6, "two forms")
+
+x = randn(3, 96).requires_grad_()
+for resident in op.RESIDENTS:
+    y = op.form_matmul(x, [op.resident_form(encoded, resident)])
+    close(y, x.double() @ encoded.to_dense().double().T, 1e-5)
+    close(torch.autograd.grad(y.sum(), x)[0], encoded.to_dense().double().sum(0).expand(3, -1), 1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_values_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", _INTERPRETED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip().endswith("equal"), done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_terms_are_shared_only_where_rows_do_not_fill_a_chip(tokens: int) -> None:
+    def cut(rows: int, columns: int, tile: int = 64) -> on_gpu.Cut:
+        codes = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+        form = SimpleNamespace(codes=codes, shape=(rows, columns), basis=Basis("dct", tile, (0, 1)))
+        return on_gpu.few_cut(form, tokens, torch.bfloat16, wide=False)
+
+    assert cut(4096, 4096).splits > 1
+    assert 256 <= -(-4096 // cut(4096, 4096).rows) * cut(4096, 4096).splits <= 1024
+    assert cut(4096, 64).splits == cut(152_000, 4096).splits == 1
+    assert not cut(100, 100, 128).rows % 128
+    assert cut(4096, 4096).tokens == (8 if tokens <= 8 else 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 3, 16, 200])
+@pytest.mark.parametrize("resident", op.RESIDENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(resident: str, dtype: torch.dtype, tokens: int) -> None:
+    weight = torch.randn(700, 1000, generator=torch.Generator().manual_seed(0))
+    encoded, _ = encode(weight, Target("bits", 2.5), Basis())
+    layer = SpectralLinear.from_quantized(encoded, resident=resident).cuda()
+    x = torch.randn(tokens, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    given = x.cuda()
+    dense = encoded.to_dense().double()
+    limit = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
+    expected = x.double() @ dense.T
+    with torch.no_grad():
+        y = layer(given)
+        assert float((y.double().cpu() - expected).norm() / expected.norm()) < limit
+        assert torch.equal(y, layer(given))  # programs that share rows add up in one order
+    y = layer(given.requires_grad_())
+    assert float((y.detach().double().cpu() - expected).norm() / expected.norm()) < limit
+    (gradient,) = torch.autograd.grad(y.float().sum(), given)
+    wanted = dense.sum(0).expand(tokens, -1)
+    assert float((gradient.double().cpu() - wanted).norm() / wanted.norm()) < 5 * limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_two_streams_and_a_graph() -> None:
+    encoded, _ = encode(torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)), Target("bits", 2.5))
+    layer = SpectralLinear.from_quantized(encoded, resident="int8").cuda()
+    x = torch.randn(4, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(layer(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, expected) for result in results)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected)
