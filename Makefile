@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-fresh zoo lint format bench docs clean
+.PHONY: setup demo test test-slow test-fresh gpu zoo lint format bench docs clean
 
 setup: .venv/dev
 
@@ -32,6 +32,11 @@ test: .venv/dev
 # those that take six seconds or more each, most of them as they start processes that import torch
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+# on a machine with a GPU: its tests, then its benches, in one stamped file
+gpu: .venv/dev
+	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m benchmarks spectral_matmul --json > gpu.json
 
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo
