@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,14 @@ class HubAccess:
         """A local checkpoint, in whatever kind of files it is."""
         from spectral_surgery.files.pickled import find_pickled, holds_pickled
 
-        return find_pickled(path) if self.allow_bin and holds_pickled(path) else path
+        if self.allow_bin and holds_pickled(path):
+            return find_pickled(path)
+        if path.suffix.lower() != ".gguf" or not path.is_file():
+            return path
+        from spectral_surgery.hf.gguf_source import find_gguf
+
+        made = click.get_current_context().with_resource(tempfile.TemporaryDirectory(prefix="spectral-surgery-"))
+        return find_gguf(path, Path(made))
 
     def prepare(self) -> HubAccess:
         """Find out before the work whether its result can be pushed; creates the repository. Gives itself back."""

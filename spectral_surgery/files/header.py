@@ -50,7 +50,7 @@ _LOOKALIKES: Mapping[bytes, str] = MappingProxyType(
     {
         b"version ": "a Git LFS pointer; expected the weights themselves. Run `git lfs pull`.",
         b"PK\x03\x04": "a zip archive, as torch.save writes; expected safetensors. Convert it.",
-        b"GGUF": "a GGUF file; expected safetensors. Use the checkpoint it was made from.",
+        b"GGUF": "a GGUF file; expected safetensors. Where GGUF is read, give the file by itself, called .gguf.",
     }
 )
 

@@ -247,7 +247,10 @@ def _unindexed(root: Path, every: set[Path]) -> list[Path]:
     foreign = sorted(path.name for path in top if _holds_weights(path))
     deeper = sorted({path.parent.name for path in every if path.match("*.safetensors") and path.parent.parent == root})
     hint = "Check the path."
-    if foreign:
+    gguf = [name for name in foreign if name.lower().endswith(".gguf")]
+    if gguf:
+        hint = f"Give one of its GGUF files by itself: {named(gguf)}."
+    elif foreign:
         hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
     elif deeper:
         hint = f"Give one of its folders that have some: {named(deeper)}."

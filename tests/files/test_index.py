@@ -313,7 +313,7 @@ def test_the_quoted_lines_convert_a_pickled_model(tmp_path: Path) -> None:
     [
         ((), "Check the path."),
         (("config.json",), "Check the path."),
-        (("a.gguf", "b.h5"), "Instead of 'a.gguf', 'b.h5', give the checkpoint it was made from."),
+        (("a.gguf", "b.h5"), "Give one of its GGUF files by itself: 'a.gguf'."),
         (
             ("unet/a.safetensors", "vae/b.safetensors"),
             "Give one of its folders that have some: 'unet', 'vae'.",
