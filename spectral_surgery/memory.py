@@ -10,7 +10,7 @@ from typing import TypeVar
 
 R = TypeVar("R")
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 WORTH_KEEPING, LITTLE = 64 << 20, 8 << 20  # bytes of a piece; the second where memory is short
 _MOST = 32 << 20  # bytes of a piece, before glibc 2.35
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -21,7 +21,9 @@ def keep_freed_memory(piece: int = WORTH_KEEPING) -> None:
 
     Pages from the system cost more than the arithmetic on them, and threads wait for each other to get them: two
     threads transform matrices 1.8 times faster so. What is kept is in the way of pieces of other sizes, though: where
-    memory is short, only smaller ones should be. Other allocators than glibc's are left alone.
+    memory is short, only smaller ones should be. All threads take from one arena, since what is kept in one is not
+    there for the threads of another; large pieces are asked for so rarely that threads hardly wait for it. Other
+    allocators than glibc's are left alone.
 
     Args:
         piece: bytes; larger pieces go back to the system at once.
@@ -29,6 +31,7 @@ def keep_freed_memory(piece: int = WORTH_KEEPING) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
+    mallopt(_M_ARENA_MAX, 1)
     for size in (piece, min(piece, _MOST)):
         if mallopt(_M_MMAP_THRESHOLD, size):
             mallopt(_M_TRIM_THRESHOLD, 2 * size)

@@ -46,11 +46,13 @@ class LayerMoment:
         block: name of the block that multiplies by it; empty when the model has no list of blocks.
         matrix: the matrix, and the layers that have its rows.
         moment: H = Xᵀ X of what they are given, [I, I] float32.
+        target: the matrix whose outputs are wanted, as it is stored, float32; None where that is the matrix itself.
     """
 
     block: str
     matrix: StoredMatrix
     moment: Tensor
+    target: Tensor | None = None
 
     @property
     def tensor(self) -> str:
@@ -92,13 +94,26 @@ def layer_moments(
         turns = blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put)
         for block, module, run in _computed(lazy, turns):
             matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
-            for group in _groups(matrices):
-                for matrix, moment in _moments(lazy, group, run):
-                    if moment is not None:
-                        yield LayerMoment(block, matrix, moment.cpu())
-                    count += 1
-                    through = tokens * count / total / (time.perf_counter() - started)
-                    progress(count, total, f"{matrix.tensor}, {through:,.0f} tokens/s")
+            for turn in moments_in_turn(lazy, block, matrices, run):
+                yield turn
+                count += 1
+                through = tokens * count / total / (time.perf_counter() - started)
+                progress(count, total, f"{turn.tensor}, {through:,.0f} tokens/s")
+
+
+def moments_in_turn(
+    lazy: LazyModel, block: str, matrices: Sequence[StoredMatrix], run: Callable[[], Iterator[Tensor]]
+) -> Iterator[LayerMoment]:
+    """The matrices of a block that a token comes to, with their moments.
+
+    Args:
+        block: its name.
+        run: runs it on all samples.
+    """
+    for group in _groups(matrices):
+        for matrix, moment in _moments(lazy, group, run):
+            if moment is not None:
+                yield LayerMoment(block, matrix, moment.cpu())
 
 
 def _computed(lazy: LazyModel, turns: Iterator[T]) -> Iterator[T]:

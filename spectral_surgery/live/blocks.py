@@ -7,7 +7,7 @@ their inputs, and again, after these were changed, for what the next block will 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -212,6 +212,36 @@ def captured_inputs(
     hidden, (args, named) = seen[0]
     later = tuple(seen[number][1] if number in seen else None for number in range(1, len(blocks)))
     return Sample(keep(hidden), args, named, later)
+
+
+@contextmanager
+def returning(blocks: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
+    """Have all blocks return these hidden states while the context lasts; only the first one is run, to see how."""
+    returned: list[Any] = []
+
+    def instead(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if not returned:
+                returned.append(_with_hidden(forward(*args, **named), hidden))
+            return returned[0]
+
+        return lambda *args, **named: run(args, named)
+
+    try:
+        for block in blocks:
+            block.forward = instead(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block returned, with other hidden states in it."""
+    if isinstance(output, dict):
+        name = "hidden_states" if "hidden_states" in output else next(iter(output))
+        return {**output, name: hidden}
+    return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
 
 def _without_hidden(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Arguments]:

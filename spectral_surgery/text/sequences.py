@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def cut_stream(
     length = min(length, len(stream))
     starts = range(0, len(stream) - length + 1, length) if length else ()
     return [stream[start : start + length] for start in starts][: samples or None]
+
+
+def spaced(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """An evenly spaced sample of the sequences, within a limit of tokens."""
+    every = max(1, math.ceil(sum(map(len, sequences)) / tokens))
+    return list(sequences[::every])
 
 
 def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:

@@ -2,27 +2,34 @@
 
 The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
 already compressed; then every weight is quantised with error feedback at the asked bits, or gets the best kept set of
-the asked density, and is left as a finished unit of the compression, which then encodes the rest as without text.
+the asked density, and is left as a finished unit of the compression, which then encodes the rest as without text. With
+a density, a layer also makes up for what those before it lost, and the tables of words are chosen by the text too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from spectral_surgery.calibration.block_streaming import LazyModel
 from spectral_surgery.calibration.kept_set import in_domain, kept_codes
 from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_text
+from spectral_surgery.calibration.matched_layers import matched_layers
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
 from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.commands.compress.coverage import Calibrated, Coverage, coverage_of, reasons_of, seen_by_expert
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.commands.compress.spread_bits import spread_targets
+from spectral_surgery.commands.compress.tables import Tables, calibrated_tables
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.files.storage import here
+from spectral_surgery.live.blocks import UnchainedError, has_blocks
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.settings import TextData
 
@@ -61,9 +68,12 @@ class _Calibration:
         lazy, sequences = model_and_text(here(job.source), job.index, data, device)
         reasons = reasons_of(lazy.model, lazy.names, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
-        turns = layer_moments(lazy, sequences, wanted, folder=job.store.folder, progress=job.run.progress)
-        done = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
-        if not done:
+        kept = plan.options.target.kind == "density"
+        tables = calibrated_tables(job, lazy, sequences) if kept else None
+        turns = self._turns(lazy, sequences, wanted, tables)
+        layers = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
+        done = [*(tables.done if tables else ()), *layers]
+        if not layers:
             examples = {reason: name for name, reason in reasons.items()}
             causes = "; ".join(f"{reason} ({name})" for reason, name in examples.items())
             raise ConfigError(
@@ -72,11 +82,22 @@ class _Calibration:
             )
         return coverage_of(plan, done, reasons)
 
+    def _turns(
+        self, lazy: LazyModel, sequences: Sequence[Sequence[int]], wanted: Sequence[str], tables: Tables | None
+    ) -> Iterator[LayerMoment]:
+        """The layers in their order; with tables of which something was dropped, also with what to make up for."""
+        folder, progress = self.job.store.folder, self.job.run.progress
+        if tables is not None and has_blocks(lazy.model):
+            with suppress(UnchainedError):  # before the first layer
+                yield from matched_layers(lazy, sequences, wanted, outside=tables.put, folder=folder, progress=progress)
+                return
+        yield from layer_moments(lazy, sequences, wanted, folder=folder, progress=progress)
+
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()
         job, options = self.job, self.job.plan.options
         basis = Basis(options.transform, options.tile, tensor.axes)
-        weight = turn.matrix.weight.float().cpu()
+        weight = (turn.matrix.weight if turn.target is None else turn.target).float().cpu()
         codes = finished_codes(job.store, job.plan, tensor, turn.rows) or self._chosen(turn, tensor, weight, basis)
         restored = basis.inverse(codes.coefficients())
         del codes
@@ -107,5 +128,6 @@ class _Calibration:
                 threads=job.run.threads,
             )
         codes = codes.T if turn.transposed else codes
-        leave_codes(job.store, job.plan, tensor, coefficients, codes, first=turn.rows[0], threads=job.run.threads)
+        stored = coefficients if turn.target is None else basis.forward(turn.matrix.weight.float().cpu())
+        leave_codes(job.store, job.plan, tensor, stored, codes, first=turn.rows[0], threads=job.run.threads)
         return codes

@@ -39,13 +39,13 @@ from spectral_surgery.live.blocks import (
 )
 from spectral_surgery.live.moments import moments_of
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.text.sequences import equal_lengths
+from spectral_surgery.text.sequences import equal_lengths, spaced
 from spectral_surgery.text.settings import TextData
 
 _TOKENS = 1 << 13  # of text that costs are measured on
 REACH = 3.0  # bits that a tensor may be from the mean, and powers of two of its density
 _RATES = "rates.json"
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 _Block = tuple[str, nn.Module, list[StoredMatrix]]  # name with its dot, the block, what its layers multiply by
 
@@ -77,16 +77,10 @@ def measure_shares(
     if not has_blocks(lazy.model):
         return {}
     causal = is_causal(index.config)
-    batches = [lazy.placed(batch) for batch in equal_lengths(_part(sequences), BATCH_TOKENS)]
+    batches = [lazy.placed(batch) for batch in equal_lengths(spaced(sequences, _TOKENS), BATCH_TOKENS)]
     with closing(ActivationStore(IN_MEMORY, folder)) as store, suppress(UnchainedError):
         return _Measurement(index, plan, lazy, store).run(batches, causal=causal)
     return {}
-
-
-def _part(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """An evenly spaced sample of the sequences, within the limit of tokens."""
-    every = max(1, math.ceil(sum(map(len, sequences)) / _TOKENS))
-    return list(sequences[::every])
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class _Measurement:
         for name, part in tables.items():
             costs[name] = part * entered / sizes[name]
         if causal:  # an error of the output layer is as bad as one of the same part of what it is given
-            head = next((name for name in _HEADS if name in sizes), self._words())
+            head = next((name for name in HEADS if name in sizes), self._words())
             tokens = sum(batch["input_ids"].numel() for batch in batches)
             costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
         return {
