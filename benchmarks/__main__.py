@@ -32,6 +32,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Folder for the models of language_model, encoder, export, speech and generate_large, which stay."
     "  [default: one that is removed]",
 )
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a language model to be measured by language_model in place of SmolLM2.",
+)
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
 @click.option(
     "--plot",
@@ -49,6 +54,7 @@ def command(
     sts: Path | None,
     heal_minutes: float | None,
     scratch: Path | None,
+    model: Path | None,
     file: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -65,7 +71,7 @@ def command(
       python -m benchmarks language_model --only 4,nf4 --text held-out.txt
     """
     names = tuple(name.strip() for name in only.split(",") if name.strip())
-    inputs = Inputs(quick, names, text, train_text, sts, heal_minutes, scratch)
+    inputs = Inputs(quick, names, text, train_text, sts, heal_minutes, scratch, model)
     if plot:
         require_matplotlib()
     with output.progress(quiet=quiet, unit=" cases") as progress:

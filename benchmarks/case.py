@@ -27,6 +27,7 @@ class Inputs:
         sts: CSV of sentence pairs and scores.
         heal_minutes: time to heal for; None for no row that is healed.
         scratch: folder for models, which stay there; None for one that is removed at the end.
+        model: folder of a model to be measured; None for the one that the case knows.
     """
 
     quick: bool = False
@@ -36,6 +37,7 @@ class Inputs:
     sts: Path | None = None
     heal_minutes: float | None = None
     scratch: Path | None = None
+    model: Path | None = None
 
     def given(self) -> list[str]:
         """Names of the fields beside quick that are set."""

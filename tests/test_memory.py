@@ -57,3 +57,37 @@ def test_freed_memory_is_kept_where_asked(kept: bool) -> None:
     clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
     assert (int(done.stdout) < 1000) == kept  # of 10240 pages
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="another allocator than glibc's")
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_share_what_is_kept(shared: bool, tmp_path: Path) -> None:
+    code = f"""if True:
+        import ctypes
+        import sys
+        from threading import Barrier, Thread
+        from spectral_surgery.memory import keep_freed_memory
+
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+        if {shared}:
+            keep_freed_memory()
+        together = Barrier(4)
+
+        def take():
+            together.wait()
+            libc.malloc(ctypes.c_size_t(5000))
+
+        threads = [Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+        libc.malloc_info(0, file)
+        libc.fclose(file)
+    """
+    told = tmp_path / "arenas.xml"
+    clean = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    subprocess.run([sys.executable, "-c", code, str(told)], check=True, env=clean)
+    assert (told.read_text(encoding="ascii").count("<heap ") == 1) == shared

@@ -40,15 +40,15 @@ OTHERS = ("nf4", "int4", "int3", "gptq4", "gptq3", "hqq4", "hqq3")
 LLAMA = "llama.cpp"
 _DENSE = "dense"
 ROADS: dict[str, Keep] = {f"heal-{keep}": keep for keep in get_args(Keep)}
-NAMES = (_DENSE, *SETTINGS, *ROADS, *OTHERS, LLAMA)  # the dense model is always measured: others are compared with it
-QUICK = ("4", "3")
-HEALED, FIFTH = Setting("healed", Target("bits", 2.0), calibrated=True), Target("density", 0.2)
-TAKES = ("only", "text", "train_text", "heal_minutes", "scratch")
+HEALED = {f"healed-{bits:g}": Setting(f"healed-{bits:g}", Target("bits", bits), calibrated=True) for bits in (2.0, 1.0)}
+NAMES = (_DENSE, *SETTINGS, *HEALED, *ROADS, *OTHERS, LLAMA)  # dense is always measured: others are compared with it
+QUICK, FIFTH = ("4", "3"), Target("density", 0.2)
+TAKES = ("model", "only", "text", "train_text", "heal_minutes", "scratch")
 NOTES = (
     "bits per weight: every byte over every weight; of nf4, int, GPTQ and HQQ the bytes that a file would have.",
     "+-: standard errors over sequences; that of a perplexity is of its distance to the dense model's.",
     "The weights come from a Q4_1 file: matrices lie on a grid of 16 levels in blocks of 32 weights, so 4-bit formats"
-    " with such blocks are flattered at 4 bits; the embeddings lie on one of 8 bits.",
+    " with such blocks are flattered at 4 bits; the embeddings lie on one of 8 bits. (Not of another --model.)",
     "Minutes of rows that are healed: time of the processor's cores over their number, verification included.",
 )
 
@@ -75,14 +75,11 @@ class _Bench:
             method, label = f"{method} and healed", f"{label} --heal{keep} --minutes {heal.settings.minutes or 0:g}"
         return self._row(method, label, report.output_bytes, self._judged(folder), seconds)
 
-    def healed(self, minutes: float) -> Row:
-        """A calibrated compression, healed for some minutes."""
-        return self.ours(HEALED, Healing(TextData(self.train.file), DistillSettings(minutes=minutes)))
-
-    def road(self, keep: Keep, minutes: float) -> Row:
-        """A fifth of the coefficients, chosen in one of the ways, and healed; without minutes, for one step."""
+    def healed(self, name: str, minutes: float) -> Row:
+        """A compression that is healed for some minutes; without, for one step."""
         settings = DistillSettings(minutes=minutes) if minutes else DistillSettings(steps=1)
-        return self.ours(Setting(f"heal-{keep}", FIFTH), Healing(TextData(self.train.file), settings, keep))
+        keep, text = ROADS.get(name), TextData(self.train.file)
+        return self.ours(HEALED.get(name) or Setting(name, FIFTH), Healing(text, settings, keep))
 
     def other(self, name: str) -> Row:
         """What a baseline leaves."""
@@ -124,22 +121,22 @@ _FAMILIES = {"int": "round to nearest", "gptq": "GPTQ", "hqq": "HQQ"}
 
 
 def run(inputs: Inputs) -> list[Row]:
-    """The dense model and every row that is asked for.
+    """The dense model and every row that is asked for; llama.cpp's files are those of SmolLM2 alone.
 
     Raises:
         ConfigError: when a row is unknown, or the package that carries the weights is not installed.
     """
     names = chosen(inputs.only, NAMES, QUICK, inputs)
     with scratch_folder(inputs) as scratch:
-        bench = _bench(smollm2_folder(scratch), scratch, inputs)
+        bench = _bench(inputs.model or smollm2_folder(scratch), scratch, inputs)
         rows = [bench.plain()]
         rows += [bench.ours(SETTINGS[name]) for name in names if name in SETTINGS]
-        roads = [name for name in names if name in ROADS and name in inputs.only]  # they take long
-        rows += [bench.road(ROADS[name], inputs.heal_minutes or 0.0) for name in roads]
-        if inputs.heal_minutes is not None and not roads:
-            rows.append(bench.healed(inputs.heal_minutes))
+        healed = [name for name in names if name in (*HEALED, *ROADS) and name in inputs.only]  # they take long
+        if inputs.heal_minutes is not None and not healed:
+            healed = [next(iter(HEALED))]
+        rows += [bench.healed(name, inputs.heal_minutes or 0.0) for name in healed]
         rows += [bench.other(name) for name in names if name in OTHERS]
-        if LLAMA in names:
+        if LLAMA in names and inputs.model is None:
             rows += llama_rows(smollm2_file(), scratch, bench.judge)
     return rows
 
