@@ -32,6 +32,15 @@ def test_a_hopeless_budget_is_told_with_what_would_do() -> None:
     assert f"{needed} steps" in warning
 
 
+def test_nothing_is_promised_after_calibration() -> None:
+    forecast = Forecast(Pace(28, 55.0, 3.5), untouched=False, tokens=True)
+    assert forecast.expected is None
+    assert not forecast.hopeless
+    pace, now = forecast.sentences()
+    assert pace.startswith("28 steps of 55 s")
+    assert now.startswith("held-out loss 3.5 nats a token now; ")
+
+
 def test_other_losses_and_blocks_have_no_verdict() -> None:
     assert not Forecast(Pace(28, 1.0, 13.5), untouched=True, tokens=False).hopeless
     blocks = Forecast(Pace(3, 1.0, 0.5), untouched=True, tokens=True, blocks=30)

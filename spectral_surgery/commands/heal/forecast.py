@@ -8,18 +8,10 @@ from dataclasses import dataclass
 
 from spectral_surgery.training.loop import Pace
 
-
-@dataclass(frozen=True)
-class _Law:
-    """The held-out loss after n steps is about that before them, times (1 + n / scale) to the power of -decay."""
-
-    scale: float
-    decay: float
-
-
-# Measured. Untouched by text, --sparsity 0.2: a Llama of 5.9 M parameters, KL 1.91 to 0.56 in 20 steps and 0.29 in 60;
-# one of 135 M, 13.5 to 3.4 in 28. Calibrated before: the Llama of 5.9 M, 0.162 to 0.137 in 20 steps.
-_UNTOUCHED, _CALIBRATED = _Law(5.0, 0.76), _Law(27.0, 0.3)
+# Where no text has touched the coefficients, the held-out loss after n steps is about that before them, times
+# (1 + n / _SCALE) to the power of -_DECAY. Measured at --sparsity 0.2: a Llama of 5.9 M parameters, KL 1.91 to 0.56 in
+# 20 steps and 0.29 in 60; one of 135 M, 13.5 to 3.4 in 28. After calibration no such law was found.
+_SCALE, _DECAY = 5.0, 0.76
 USABLE = 1.0  # nats a token: the perplexity is about e times that of the original
 _LONGEST = 100_000  # steps; beyond, training longer is no advice
 
@@ -30,7 +22,7 @@ class Forecast:
 
     Attributes:
         pace: of the first steps.
-        untouched: whether no text has chosen or trained the coefficients before.
+        untouched: whether no text has chosen or trained the coefficients before; else nothing is expected.
         tokens: whether the loss is a KL of next tokens, in nats.
         blocks: that are trained for as many steps each; 1 when all are trained together.
     """
@@ -41,15 +33,11 @@ class Forecast:
     blocks: int = 1
 
     @property
-    def _law(self) -> _Law:
-        return _UNTOUCHED if self.untouched else _CALIBRATED
-
-    @property
     def expected(self) -> float | None:
-        """Held-out loss at the end; None where no curve was measured: of blocks, and without held-out text."""
-        if self.blocks > 1 or not math.isfinite(self.pace.before):
+        """Held-out loss at the end; None where it is not known: calibrated before, in blocks, without held-out text."""
+        if not self.untouched or self.blocks > 1 or not math.isfinite(self.pace.before):
             return None
-        left: float = (1 + self.pace.steps / self._law.scale) ** -self._law.decay
+        left: float = (1 + self.pace.steps / _SCALE) ** -_DECAY
         return self.pace.before * left
 
     @property
@@ -62,7 +50,7 @@ class Forecast:
         """Steps to usable text; None where that is unknown, or too many."""
         if not self.hopeless:
             return None
-        needed = self._law.scale * ((self.pace.before / USABLE) ** (1 / self._law.decay) - 1)
+        needed = _SCALE * ((self.pace.before / USABLE) ** (1 / _DECAY) - 1)
         return math.ceil(needed) if needed < _LONGEST else None
 
     def to_json(self) -> dict[str, object]:
@@ -84,15 +72,18 @@ class Forecast:
         each = f" of each of {self.blocks} blocks" if self.blocks > 1 else ""
         minutes = pace.steps * self.blocks * pace.seconds / 60
         yield f"{pace.steps} steps{each} of {pace.seconds:.2g} s, about {minutes:.2g} minutes"
-        if self.expected is None:
+        if self.blocks > 1 or not math.isfinite(pace.before):
             return
-        unit = " nats a token" if self.tokens else ""
-        yield f"held-out loss {pace.before:.3g}{unit} now; on other models such steps left about {self.expected:.2g}"
+        now = f"held-out loss {pace.before:.3g}{' nats a token' if self.tokens else ''} now"
+        if self.expected is None:
+            yield f"{now}; what steps bring after calibration differs from model to model"
+            return
+        yield f"{now}; on other models such steps left about {self.expected:.2g}"
         if self.hopeless:
             needed = self.steps_needed
             longer = f", or {needed} steps, {needed * pace.seconds / 60:.0f} minutes" if needed else ""
-            first = ", --calibrate before healing" if self.untouched else ""
             yield (
                 f"warning: above {USABLE:g} a language model hardly writes usable text, and this budget does not get"
-                f" there. Use --bits 3 --calibrate, which needs no healing, a higher --sparsity{first}{longer}"
+                f" there. Use --bits 3 --calibrate, which needs no healing, a higher --sparsity, --calibrate before"
+                f" healing{longer}"
             )
