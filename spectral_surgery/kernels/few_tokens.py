@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from spectral_surgery.kernels.compile import c_function, kernel
+from spectral_surgery.kernels.compile import c_function, inlined, kernel
 from spectral_surgery.kernels.matrix import (
     JOB,
     Array,
@@ -51,6 +51,7 @@ def work_bytes(tokens: int, columns: int) -> int:
 
 _LINE = 64  # bytes of the cache; integers begin with one
 _SMALL, _LIFT = np.float32(2.0**-60), np.float32(2.0**64)  # activations whose units are hardly normal, times this
+_WHOLE = np.float32(1.5 * 2**23)
 _ROWS = 4  # at most that `dots` takes at once
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
@@ -79,6 +80,17 @@ def largest(size: int, halves: int) -> int:
     return min(32767, most)
 
 
+@inlined
+def _round_some(values: Array, inverse: np.float32, low: np.float32, out: Array) -> None:
+    """Of consecutive terms: `_round`. Numbers below 2^22 lose their fraction where ``_WHOLE`` is added."""
+    for place in range(out.size):
+        value = values[place] * inverse
+        high = (value + _WHOLE) - _WHOLE
+        if low > 0:
+            high = ((value - high) * low + _WHOLE) - _WHOLE
+        out[place] = np.int16(high)
+
+
 @kernel
 def _round(
     inside: Array, inverse: np.float32, numbers: Array, step: Any, size: int, halves: int, low: np.float32
@@ -105,37 +117,33 @@ def _round(
             count = min(span, inside.size - from_)
             if skip or count < span:
                 numbers[to : to + span] = 0
-            for place in range(skip, count):
-                value = inside[from_ + place] * inverse
-                high = np.rint(value)
-                if low > 0:
-                    high = np.rint((value - high) * low)
-                numbers[to + place] = np.int16(high)
+            if skip < count:
+                _round_some(inside[from_ + skip : from_ + count], inverse, low, numbers[to + skip : to + count])
 
 
 @kernel
 def _peak(values: Array) -> np.float32:
     """The largest magnitude; what is not finite is larger than all others."""
-    most = np.int32(0)
-    for bits in values.view(np.int32):
-        most = max(most, bits & np.int32(0x7FFFFFFF))  # of positive numbers, in the order of their bits
+    most, bits = np.int32(0), values.view(np.int32)
+    for place in range(bits.size):
+        most = max(most, bits[place] & np.int32(0x7FFFFFFF))  # of positive numbers, in the order of their bits
     if most >= 0x7F800000:
         return np.float32(np.inf)
-    place = 0
-    while values.view(np.int32)[place] & np.int32(0x7FFFFFFF) != most:
-        place += 1
-    return abs(values[place])
+    return np.float32(np.array([most], np.int32).view(np.float32)[0])
 
 
 @kernel
 def _total(values: Array) -> np.float32:
-    """Sum of magnitudes, in sixteen sums, since one would wait for itself."""
-    sums = np.zeros(16, np.float32)
-    whole = values.size // 16 * 16
-    for first in range(0, whole, 16):
-        for place in range(16):
-            sums[place] += abs(values[first + place])
-    return np.float32(sums.sum() + np.abs(values[whole:]).sum())
+    """Sum of magnitudes, in eight sums, since one would wait for itself, and as a vector."""
+    a = b = c = d = e = f = g = h = np.float32(0)
+    whole = values.size // 8 * 8
+    for first in range(0, whole, 8):
+        some = values[first : first + 8]
+        a, b, c, d = a + abs(some[0]), b + abs(some[1]), c + abs(some[2]), d + abs(some[3])
+        e, f, g, h = e + abs(some[4]), f + abs(some[5]), g + abs(some[6]), h + abs(some[7])
+    for place in range(whole, values.size):
+        a += abs(values[place])
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @kernel

@@ -50,9 +50,7 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     if x.dtype == torch.float16:
         y = few_tokens(x.float(), form, None if bias is None else bias.float())
         return None if y is None else y.half()
-    flat = x.reshape(-1, x.shape[-1])
-    y = _product(flat if flat.is_contiguous() else flat.contiguous(), form, bias)
-    return None if y is None else y.view(*x.shape[:-1], y.shape[1])
+    return _product(x.contiguous(), form, bias)
 
 
 def _two_planes(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
@@ -89,12 +87,12 @@ def _wants_gradient(x: Tensor) -> bool:
 
 
 def _product(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
-    kernels, (tokens, columns), half = _kernels(), x.shape, x.dtype == torch.bfloat16
-    job, rows = product_job(form), len(form.codes)
+    kernels, (rows, columns), half = _kernels(), form.shape, x.dtype == torch.bfloat16
+    job, tokens = product_job(form), x.numel() // columns
     if job is None:
         return None
     work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8, device="cpu")
-    y = x.new_empty((tokens, rows))
+    y = x.new_empty((*x.shape[:-1], rows))
     job.tokens, job.bfloat16, job.planes, job.finite = tokens, half, 1 if half else 2, 1
     job.x, job.y, job.work = x.data_ptr(), y.data_ptr(), work.data_ptr()
     if bias is not None:
