@@ -1,6 +1,6 @@
 """Every deliberate error of the package, under one base.
 
-Text follows one pattern: `<where>: <what is wrong, with the value>; expected <what>. <what to do>`.
+Text follows one pattern, on one line: `<where>: expected <what>, got <what>. <what to do>`.
 """
 
 

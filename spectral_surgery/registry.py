@@ -38,7 +38,7 @@ class Table(Mapping[str, T]):
         self._rows: dict[str, T] = {}
         for row in rows:
             if row.name in self._rows:
-                raise ConfigError(f"{kind} {row.name!r}: listed twice; names are unique. Rename one of the rows.")
+                raise ConfigError(f"{kind}: expected different names, got {row.name!r} twice. Rename one of the rows.")
             self._rows[row.name] = row
 
     def __getitem__(self, name: str) -> T:
@@ -49,8 +49,8 @@ class Table(Mapping[str, T]):
         if name in self._rows:
             return self._rows[name]
         close = difflib.get_close_matches(name, self._rows, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{self.kind} {name!r}: unknown; known: {', '.join(self._rows)}{hint}")
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{self.kind}: expected one of {', '.join(self._rows)}, got {name!r}.{hint}")
 
     def __iter__(self) -> Iterator[str]:
         """Iterate the names in row order."""

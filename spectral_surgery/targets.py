@@ -31,7 +31,8 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, option: str) -> s
         if not hits:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TargetError(
-                f"{option} '{pattern}': matches none of {len(names)} tensors; expected globs over names such as {some}."
+                f"{option}: expected globs over names such as {some}, got '{pattern}', which matches none of"
+                f" {len(names)} tensors."
             )
         found.update(hits)
     return found
@@ -77,7 +78,7 @@ class ModuleTargets:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant. Raises ConfigError for an unknown bias, or a regular expression that is none."""
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise ConfigError(f"bias '{self.bias}': unknown; expected none, all and <method>_only.")
+            raise ConfigError(f"bias: expected none, all or <method>_only, got '{self.bias}'.")
         for pattern in (self.target_modules, self.exclude_modules):
             if isinstance(pattern, str):
                 _compiled(pattern)
@@ -117,8 +118,8 @@ class ModuleTargets:
         if not found:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TargetError(
-                f"target_modules {self.target_modules!r}: matches none of {len(names)} modules that can carry an"
-                f" adapter; expected ends of names such as {some}, a regular expression or all-linear."
+                f"target_modules: expected ends of names such as {some}, a regular expression or all-linear, got"
+                f" {self.target_modules!r}, which matches none of {len(names)} modules that can carry an adapter."
             )
         return found
 
@@ -156,6 +157,5 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"target_modules '{pattern}': is not a regular expression ({error}); expected one, a list of names or"
-            " all-linear."
+            f"target_modules: expected a regular expression, a list of names or all-linear, got '{pattern}' ({error})."
         ) from None

@@ -149,8 +149,8 @@ class AdapterState:
         given = {key: tuple(value.shape) for key, value in self.layers[name].items()}
         if expected != given:
             raise CheckpointError(
-                f"{name}: the adapter has {given}; expected {expected} for a layer of {out_features} x {in_features}."
-                " Use the base model it was made for."
+                f"{name}: expected {expected} for a layer of {out_features} x {in_features}, got {given} in the"
+                " adapter. Use the base model it was made for."
             )
         adapter.load_state_dict(self.layers[name])
         return adapter

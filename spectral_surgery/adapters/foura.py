@@ -123,8 +123,8 @@ class Foura(nn.Module):
         """
         if self.gate is not None and not self.gate.is_frozen:
             raise NotMergeableError(
-                "foura: the gate depends on the input, so no one weight update has its effect; expected a frozen gate"
-                " or none. Call freeze_gate() after training, or train with use_gate false."
+                "foura: expected a frozen gate or none, got one that depends on the input, so no one weight update"
+                " has its effect. Call freeze_gate() after training, or train with use_gate false."
             )
         down = self.basis.fold_down(as_real(self.A), self.shape[1])
         up = self.basis.fold_up(as_real(self.B), self.shape[0])

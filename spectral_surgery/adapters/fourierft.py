@@ -68,7 +68,7 @@ class FourierFT(nn.Module):
                 f" {in_features}. Change n_frequency, or n_frequency_pattern for some layers."
             )
         if config.scaling == "auto":
-            raise ConfigError("scaling 'auto': not resolved; expected a number here. Use the method's resolve.")
+            raise ConfigError("scaling: expected a number here, got 'auto'. Use the method's resolve.")
         self.shape = (out_features, in_features)
         self.scaling = float(config.scaling)
         start = torch.zeros if config.init_weights else torch.randn

@@ -80,9 +80,9 @@ class Band:
 
     def __post_init__(self) -> None:
         if self.center < 0:
-            raise ConfigError(f"center_frequency {self.center:g}: negative; expected 0 or more.")
+            raise ConfigError(f"center_frequency: expected 0 or more, got {self.center:g}.")
         if not self.width > 0:
-            raise ConfigError(f"bandwidth {self.width:g}: not positive; expected above 0. Use 0.26 as the paper.")
+            raise ConfigError(f"bandwidth: expected above 0, got {self.width:g}. Use 0.26 as the paper.")
 
     def log_weights(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """Log of the sampling weights exp(-((D² - fc²) / (D W))²) of some rows of a spectrum.

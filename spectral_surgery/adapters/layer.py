@@ -138,8 +138,8 @@ class AdaptedLayer(nn.Module):
         kind = kind_of(base_layer)
         if kind is None:
             raise ConfigError(
-                f"{type(base_layer).__name__}: cannot carry an adapter; expected Linear, Conv1D, Conv2d, Embedding and"
-                " modules that map in_features to out_features. Choose other target_modules."
+                "target_modules: expected Linear, Conv1D, Conv2d, Embedding and modules that map in_features to"
+                f" out_features, got {type(base_layer).__name__}, which cannot carry an adapter. Choose others."
             )
         self.kind: Kind = kind
         self.base_layer = base_layer
@@ -208,8 +208,8 @@ class AdaptedLayer(nn.Module):
     def _check_not_merged(self) -> None:
         if self.merged is not None:
             raise ConfigError(
-                f"adapters {', '.join(self.active)}: are merged into the weight; expected a model with adapters beside"
-                " it. Unmerge it first."
+                f"adapters {', '.join(self.active)}: expected a model with adapters beside its weights, got merged"
+                " ones. Unmerge it first."
             )
 
     def _fused(self, x: Tensor) -> Tensor | None:

@@ -45,6 +45,6 @@ def _check(module: nn.Module, _: Any = None, *, count: int) -> None:
     increasing = bool((positions[1:] > positions[:-1]).all())
     if not (increasing and int(positions[0]) >= 0 and int(positions[-1]) < count):
         raise CheckpointError(
-            f"positions: {positions[:4].tolist()}... are not increasing places of a spectrum; expected 0 to"
-            f" {count - 1}, each at most once and in order. Write the adapter again."
+            f"positions: expected increasing places of a spectrum from 0 to {count - 1}, each at most once, got"
+            f" {positions[:4].tolist()}.... Write the adapter again."
         )

@@ -37,13 +37,13 @@ class RankGate(nn.Module):
         """
         super().__init__()
         if rank < 2:
-            raise ConfigError(f"use_gate with r {rank}: nothing to choose between; expected r of 2 or more.")
+            raise ConfigError(f"use_gate: expected r of 2 or more, got {rank}: nothing to choose between.")
         if not 0 < threshold < 1:
             raise ConfigError(
-                f"gate_threshold {threshold:g}: out of range; expected above 0 and below 1, where a fresh gate is open."
+                f"gate_threshold: expected above 0 and below 1, where a fresh gate is open, got {threshold:g}."
             )
         if not sharpness > 0:
-            raise ConfigError(f"gate_sharpness {sharpness:g}: out of range; expected above 0.")
+            raise ConfigError(f"gate_sharpness: expected above 0, got {sharpness:g}.")
         self.threshold, self.sharpness = threshold, sharpness
         self.hidden = nn.Linear(rank, rank)
         self.logits = nn.Linear(rank, rank)

@@ -75,8 +75,8 @@ class SpectralDelta(nn.Module):
             positions = random_positions(count, config.n_frequency, config.random_loc_seed).sort().values
         if positions.shape != (config.n_frequency,):
             raise ConfigError(
-                f"positions: of shape {tuple(positions.shape)}; expected [{config.n_frequency}], one for each"
-                " coefficient. Set n_frequency to their number."
+                f"positions: expected [{config.n_frequency}], one for each coefficient, got shape"
+                f" {tuple(positions.shape)}. Set n_frequency to their number."
             )
         self.shape = (out_features, in_features)
         self.scaling = config.scaling
@@ -129,9 +129,9 @@ class SpectralDelta(nn.Module):
             ConfigError: when delta is not finite, or n_frequency or the transform do not fit.
         """
         if delta.ndim != 2:
-            raise ShapeError(f"from_delta: delta has shape {tuple(delta.shape)}; expected [O, I]. Reshape it.")
+            raise ShapeError(f"from_delta: expected a delta [O, I], got shape {tuple(delta.shape)}. Reshape it.")
         if not delta.isfinite().all():
-            raise ConfigError("from_delta: delta is not finite; expected finite weights. Check both models.")
+            raise ConfigError("from_delta: expected finite weights, got a delta that is not finite. Check both models.")
         rows, columns = delta.shape
         check_count(n_frequency, delta.numel(), (rows, columns))
         coefficients = FAST[transform].forward2(delta.detach().float()).reshape(-1)

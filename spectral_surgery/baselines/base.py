@@ -70,14 +70,14 @@ class Baseline:
         if self.calibrated:
             columns = weight.shape[1]
             if moment is None:
-                raise ConfigError(f"{self.name}: no inputs to go by; expected H = Xᵀ X, [{columns}, {columns}].")
+                raise ConfigError(f"{self.name}: expected H = Xᵀ X, [{columns}, {columns}], got no inputs to go by.")
             if tuple(moment.shape) != (columns, columns):
-                raise ShapeError(f"{self.name}: H is {tuple(moment.shape)}; expected ({columns}, {columns}).")
+                raise ShapeError(f"{self.name}: expected H of shape ({columns}, {columns}), got {tuple(moment.shape)}.")
             arguments.append(moment)
         if self.budgeted:
             if bits is None or not math.isfinite(bits):
                 raise ConfigError(
-                    f"{self.name}: no rate to meet ({bits}); expected finite bits per weight. Give those of the"
+                    f"{self.name}: expected finite bits per weight to meet, got {bits}. Give those of the"
                     " compression to compare with."
                 )
             arguments.append(bits)
@@ -97,9 +97,9 @@ def whole_bytes(bits: int) -> int:
 
 def _checked(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.numel():
-        raise ShapeError(f"baseline: the weight has shape {tuple(weight.shape)}; expected a non-empty matrix [O, I].")
+        raise ShapeError(f"baseline: expected a non-empty matrix [O, I], got a weight of shape {tuple(weight.shape)}.")
     if not weight.is_floating_point():
-        raise ConfigError(f"baseline: the weight is {weight.dtype}; expected floating ones.")
+        raise ConfigError(f"baseline: expected floating weights, got {weight.dtype}.")
     wide = weight.detach().float()
     if not wide.isfinite().all():
         raise ConfigError("baseline: the weight is not finite in float32; finite ones are.")

@@ -25,7 +25,8 @@ def svd(weight: Tensor, bits: float) -> BaselineResult:
     rank = min(math.floor(bits * weight.numel() / 8) // of_one, *weight.shape)
     if rank < 1:
         raise ConfigError(
-            f"svd: {bits:g} bits per weight cannot hold rank 1; expected at least {8 * of_one / weight.numel():.4g}."
+            f"svd: expected at least {8 * of_one / weight.numel():.4g} bits per weight, which hold rank 1, got"
+            f" {bits:g}."
         )
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     root = values[:rank].sqrt()

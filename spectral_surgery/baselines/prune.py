@@ -43,8 +43,8 @@ def kept_at(name: str, weight: Tensor, bits: float) -> int:
     kept = min((math.floor(bits * weight.numel() / 8) - bitmap) // 2, weight.numel())
     if kept < 1:
         raise ConfigError(
-            f"{name}: {bits:g} bits per weight cannot hold a bitmap and one value; expected more than"
-            f" {8 * (bitmap + 2) / weight.numel():.4g}."
+            f"{name}: expected more than {8 * (bitmap + 2) / weight.numel():.4g} bits per weight, which hold a"
+            f" bitmap and one value, got {bits:g}."
         )
     return kept
 

@@ -163,8 +163,8 @@ def metadata(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{FILE_NAME}: the metadata cannot be read ({reason}); expected YAML of keys and values between two lines"
-            " of ---. Correct or remove them."
+            f"{FILE_NAME}: expected metadata in YAML, keys and values between two lines of ---, got what cannot be"
+            f" read ({reason}). Correct or remove them."
         ) from None
     return found
 
@@ -183,7 +183,7 @@ def read_card(folder: Path) -> str | None:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{FILE_NAME}: is not UTF-8 text ({error.reason}); expected UTF-8. Convert it.") from None
+        raise ConfigError(f"{FILE_NAME}: expected UTF-8 text, got other bytes ({error.reason}). Convert it.") from None
 
 
 def is_untouched_template(text: str) -> bool:

@@ -53,7 +53,9 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
         CheckpointError: when it is incomplete or damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected a folder with a checkpoint or an adapter.")
+        raise CheckpointError(
+            f"{folder}: expected a folder with a checkpoint or an adapter, got no such folder. Check the path."
+        )
     if (folder / FILE_NAME).exists():
         return _compressed(folder, progress)
     if (folder / ADAPTER_CONFIG).exists():
@@ -61,8 +63,8 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
     index = read_index(folder)
     if is_compressed(folder):
         raise CheckpointError(
-            f"{folder.name}: config.json calls it compressed, but {FILE_NAME} is missing; expected a complete folder."
-            " Compress again, or fetch it again."
+            f"{folder.name}: expected a complete folder, got a compressed one (config.json says so) without"
+            f" {FILE_NAME}. Compress again, or fetch it again."
         )
     content = merged_card(read_record(folder), index) if is_merged(folder) else plain_card(index)
     return Checked("dense", index, content, complete=False)
@@ -83,19 +85,21 @@ def _adapter(folder: Path) -> Checked:
     config: Mapping[str, object] = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise CheckpointError(
-            f"{folder.name}/{ADAPTER_CONFIG}: peft_type is {named([config.get('peft_type')])}; expected the name of a"
-            " method. Save the adapter again."
+            f"{folder.name}/{ADAPTER_CONFIG}: expected the name of a method as peft_type, got"
+            f" {named([config.get('peft_type')])}. Save the adapter again."
         )
     if not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
-            f"{folder.name}: {ADAPTER_FILE} is missing; expected an adapter in the format of PEFT. Save it again."
+            f"{folder.name}: expected an adapter in the format of PEFT, got none: {ADAPTER_FILE} is missing. Save it"
+            " again."
         )
     index = read_index(folder, adapters=True)
     for name, info in index.tensors.items():
         floating = info.dtype in (*FLOATS, *FLOATS8)
         if floating and not all(bool(torch.isfinite(piece.float()).all()) for piece in flat_pieces(info)):
             raise CheckpointError(
-                f"{folder.name}: {name} has NaN or infinite values; expected finite ones. Train the adapter again."
+                f"{folder.name}: expected finite numbers, got NaN or infinite values in {name}. Train the adapter"
+                " again."
             )
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
     return Checked("adapter", index, adapter_card(config, index, metrics), complete=bool(metrics))

@@ -52,12 +52,12 @@ def causal_fft_conv_step(history: Tensor, kernel: Tensor) -> Tensor:
 def _check(x: Tensor, kernel: Tensor, chunk: int | None) -> None:
     if x.ndim < 2 or not x.numel() or not kernel.numel():
         raise ShapeError(
-            f"causal_fft_conv: x {tuple(x.shape)}, kernel {tuple(kernel.shape)}; expected [..., N, T] and [..., L] with"
-            " at least one token and one lag."
+            "causal_fft_conv: expected x [..., N, T] and a kernel [..., L] with at least one token and one lag, got"
+            f" {tuple(x.shape)} and {tuple(kernel.shape)}."
         )
     wanted = x.shape[:-2] if chunk is None else (*x.shape[:-2], -(-x.shape[-1] // chunk))
     if kernel.shape[:-1] != wanted:
         raise ShapeError(
-            f"causal_fft_conv: kernel {tuple(kernel.shape)} for x {tuple(x.shape)} in chunks of {chunk}; expected"
-            f" {[*wanted, 'L']}."
+            f"causal_fft_conv: expected a kernel of {[*wanted, 'L']} for x {tuple(x.shape)} in chunks of {chunk},"
+            f" got {tuple(kernel.shape)}."
         )

@@ -105,7 +105,7 @@ def size_of(method: str) -> Size | None:
     if name in ("nbytes", "max_error"):
         return Size("bytes" if name == "nbytes" else "max_error", value)
     if name != unit:
-        raise click.UsageError(f"--{name.replace('_', '-')}: {method} has none; use --{unit.replace('_', '-')}.")
+        raise click.UsageError(f"expected --{unit.replace('_', '-')} for {method}, got --{name.replace('_', '-')}.")
     return Size("count", value)
 
 

@@ -50,7 +50,7 @@ def command(
 
     size = adapter_options.size_of(method)
     if size is None:
-        raise click.UsageError("one of --bytes, --max-error, --rank and --n-frequency is needed.")
+        raise click.UsageError("expected one of --bytes, --max-error, --rank and --n-frequency, got none.")
     access = shared.hub_access()
     name, revision = adapter_options.base_name(base)
     options = workflow.ExtractOptions(

@@ -39,7 +39,9 @@ def command(name: str | None) -> None:
     elif name is not None:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
-            raise ConfigError(f"methods '{name}': unknown; `spectral-surgery methods` lists the known ones.")
+            raise ConfigError(
+                f"methods: expected the name of a method, got '{name}'. `spectral-surgery methods` lists them."
+            )
     output.show({"methods": rows}, [output.table(rows)])
 
 

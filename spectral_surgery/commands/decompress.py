@@ -121,7 +121,7 @@ def _dtype_code(dtype: str | None) -> str | None:
         return None
     names = {str(DTYPES[code]).removeprefix("torch."): code for code in (*FLOATS, *FLOATS8)}
     if dtype not in names:
-        raise ConfigError(f"--dtype {dtype}: unknown; expected {', '.join(names)}.")
+        raise ConfigError(f"--dtype: expected {', '.join(names)}, got {dtype}.")
     return names[dtype]
 
 

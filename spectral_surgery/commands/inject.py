@@ -209,8 +209,8 @@ def _refuse_misread(index: CheckpointIndex, spec: AdapterSpec, layers: Iterable[
     if misread:
         name, reason = next(iter(misread.items()))
         raise TargetError(
-            f"target_modules: {name} and {len(misread) - 1} more are among them, and {reason}; expected other layers"
-            " or methods. Use --exclude-modules, or --method."
+            f"target_modules: expected layers that PEFT adapts as they are named, got {name} and {len(misread) - 1}"
+            f" more, and {reason}. Use --exclude-modules, or --method."
         )
 
 
@@ -228,7 +228,7 @@ def _copied(
     for wanted_module in asked:
         if not any(replace(targets, modules_to_save=(wanted_module,)).saves(name) for name in wanted):
             raise TargetError(
-                f"modules_to_save {wanted_module}: not in {names.index.root}; expected names or ends of names."
+                f"modules_to_save: expected names, or ends of names, in {names.index.root}, got {wanted_module}."
             )
     for module, host in model.named_modules():
         chosen = module in layers if targets.bias.endswith("_only") else targets.bias == "all"
@@ -238,7 +238,7 @@ def _copied(
     absent = [name for name, found in stored.items() if found is None]
     if absent:
         raise CheckpointError(
-            f"{names.index.root}: {named(absent)} is to be trained whole and is not in the files; expected what they"
-            " have. Choose other modules_to_save, or another bias."
+            f"{names.index.root}: expected files with all that is to be trained whole, got none of {named(absent)}."
+            " Choose other modules_to_save, or another bias."
         )
     return {name: found for name, parameter in wanted.items() if (found := stored[parameter]) is not None}

@@ -71,7 +71,7 @@ def pull(
     started = time.perf_counter()
     repository = hub.remote(source, revision)
     if repository is None:
-        raise HubError(f"{source}: is a path; expected org/name or hf://org/name. Copy folders as they are.")
+        raise HubError(f"{source}: expected org/name or hf://org/name, got a path. Copy folders as they are.")
     partial = partial_folder(out, overwrite=overwrite)
     if partial.exists() and not (partial / _MARK).exists():
         raise CheckpointError(f"{partial.name}: holds unfinished work of another command. Finish or remove it first.")
@@ -91,8 +91,7 @@ def _matching(listing: hub.Listing, include: Sequence[str]) -> list[str]:
     for glob in include:
         if not any(fnmatchcase(name, glob) for name in listing.files):
             raise TargetError(
-                f"--include {glob!r}: matches none of {len(listing.files)} files of {listing.repository}; expected"
-                " globs of "
-                "file names. Look at the names on its page."
+                f"--include: expected globs of file names, got {glob!r}, which matches none of {len(listing.files)}"
+                f" files of {listing.repository}. Look at the names on its page."
             )
     return sorted(name for name in listing.files if any(fnmatchcase(name, glob) for glob in include))

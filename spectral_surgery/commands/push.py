@@ -88,7 +88,9 @@ def push(
     started = time.perf_counter()
     target = hub.to_push(repository, revision)
     if revision and create_pr:
-        raise ConfigError("--create-pr: opens a pull request to the default branch; expected no --revision with it.")
+        raise ConfigError(
+            "--create-pr: expected no --revision with it, got one: a pull request is to the default branch."
+        )
     checked = check_folder(folder, progress=progress)
     files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder)}
     here = card_text(folder, checked, target.name)
@@ -113,8 +115,8 @@ def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None
     kept = cards.reconciled(here, there)
     if kept is None:
         raise HubError(
-            f"{listing.repository}: {cards.FILE_NAME} was edited on the Hub and in {folder.name}; expected one edited"
-            " card. Merge both into the one on the Hub, and remove the one here."
+            f"{listing.repository}: expected one edited card, got edits of {cards.FILE_NAME} on the Hub and in"
+            f" {folder.name}. Merge both into the one on the Hub, and remove the one here."
         )
     return kept if kept == here else cards.transplanted(kept, here)
 

@@ -31,8 +31,7 @@ def writing_to(path: Path) -> Iterator[None]:
                 " Free some space or choose another output."
             ) from error
         raise CheckpointError(
-            f"{path}: cannot be written ({error}); expected a writable place."
-            " Check permissions or choose another output."
+            f"{path}: expected a writable place, got an error ({error}). Check permissions or choose another output."
         ) from error
 
 
@@ -92,20 +91,20 @@ def partial_folder(out: Path, *, overwrite: bool) -> Path:
         partial = final.with_name(f"{final.name}.partial")
         for folder in (final, partial):
             if folder.exists() and not folder.is_dir():
-                raise CheckpointError(f"{folder}: is a file; expected a folder. Choose another output.")
+                raise CheckpointError(f"{folder}: expected a folder, got a file. Choose another output.")
         if final.is_mount():
-            raise CheckpointError(f"{out}: is a mount point, which cannot be replaced; expected a folder below it.")
+            raise CheckpointError(f"{out}: expected a folder below it, got a mount point, which cannot be replaced.")
         if not final.is_dir() or not any(final.iterdir()):
             return partial
         if not overwrite:
             raise CheckpointError(
-                f"{out}: is not empty; expected a new or empty folder. Use --overwrite to replace it."
+                f"{out}: expected a new or empty folder, got one with content. Use --overwrite to replace it."
             )
         home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where there is none
         if any(kept.resolve().is_relative_to(final) for kept in (Path.cwd(), home)):
             raise CheckpointError(
-                f"{out}: holds the current or the home folder, which --overwrite does not replace;"
-                " expected any other folder."
+                f"{out}: expected any other folder, got one that holds the current or the home folder, which"
+                " --overwrite does not replace."
             )
     return partial
 
@@ -155,7 +154,8 @@ def discard_unfinished(partial: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{partial.name}: holds unfinished work; use --resume to go on with it, or --overwrite to discard it."
+            f"{partial.name}: expected an empty folder, got unfinished work. Use --resume to go on with it, or "
+            "--overwrite to discard it."
         )
     shutil.rmtree(partial)
 

@@ -48,9 +48,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _AGAIN = "Download or write it again."
 _LOOKALIKES: Mapping[bytes, str] = MappingProxyType(
     {
-        b"version ": "a Git LFS pointer; expected the weights themselves. Run `git lfs pull`.",
-        b"PK\x03\x04": "a zip archive, as torch.save writes; expected safetensors. Convert it.",
-        b"GGUF": "a GGUF file; expected safetensors. Where GGUF is read, give the file by itself, called .gguf.",
+        b"version ": "expected weights, got a Git LFS pointer. Run `git lfs pull`.",
+        b"PK\x03\x04": "expected safetensors, got a zip archive, as torch.save writes. Convert it.",
+        b"GGUF": "expected safetensors, got a GGUF file. Where GGUF is read, give the file by itself, called .gguf.",
     }
 )
 
@@ -123,7 +123,7 @@ def read_header(file: File) -> Header:
         raw = (first if data <= len(first) else _beginning(file, data))[8:data]
     if not raw.startswith(b"{"):
         raise CheckpointError(
-            f"{file}: not a safetensors file: its header begins with {raw[:8]!r}; expected a JSON object. {_AGAIN}"
+            f"{file}: expected a safetensors file, got a header that begins with {raw[:8]!r}. {_AGAIN}"
         )
     header = _parse_object(raw, f"{file}: the header")
     metadata = _metadata(file, header.pop(METADATA_KEY, None))
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, object]:
     with reading(path):
         size = size_of(path)
         if size > HEADER_LIMIT:
-            raise LimitError(f"{path}: {size} bytes; expected at most {HEADER_LIMIT} of JSON. {_AGAIN}")
+            raise LimitError(f"{path}: expected at most {HEADER_LIMIT} bytes of JSON, got {size}. {_AGAIN}")
         raw = path.read_bytes()
     return _parse_object(raw, f"{path}: the file")
 
@@ -194,13 +194,12 @@ def _header_length(file: File, prefix: bytes, size: int) -> int:
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT:
         raise LimitError(
-            f"{file}: damaged, or not a safetensors file: it claims a header of {length} bytes;"
-            f" expected at most {HEADER_LIMIT}. {_AGAIN}"
+            f"{file}: expected a safetensors file with a header of at most {HEADER_LIMIT} bytes, got one that claims"
+            f" {length}. {_AGAIN}"
         )
     if length > size - 8:
         raise CheckpointError(
-            f"{file}: truncated: it claims a header of {length} bytes and is {size} bytes in all;"
-            f" expected whole files. {_AGAIN}"
+            f"{file}: expected a whole file, got {size} bytes where the header alone has {length}. {_AGAIN}"
         )
     return length
 
@@ -209,31 +208,31 @@ def _metadata(file: File, metadata: object) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise CheckpointError(f"{file}: {METADATA_KEY} is {named([metadata])}; expected text by key. {_AGAIN}")
+        raise CheckpointError(f"{file}: expected text by key as {METADATA_KEY}, got {named([metadata])}. {_AGAIN}")
     return metadata
 
 
 def _tensor_info(file: File, name: str, entry: object, data: int, size: int) -> TensorInfo:
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {named([name])} {what}. {_AGAIN}")
+        return CheckpointError(f"{file}: tensor {named([name])}: {what}. {_AGAIN}")
 
     if _SURROGATE.search(name):
-        raise damaged("has a name with half a surrogate pair; expected valid Unicode")
+        raise damaged("expected valid Unicode, got a name with half a surrogate pair")
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-        raise damaged(f"is described by {named([entry])}; expected dtype, shape and data_offsets")
+        raise damaged(f"expected dtype, shape and data_offsets, got {named([entry])}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise damaged(f"has dtype {named([dtype])}; expected {', '.join(DTYPE_BITS)}")
+        raise damaged(f"expected dtype {', '.join(DTYPE_BITS)}, got {named([dtype])}")
     if not _are_sizes(shape) or len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) >= 2**63:
-        raise damaged(f"has shape {named([shape])}; expected up to {MAX_RANK} sizes with a product below 2**63")
+        raise damaged(f"expected a shape of up to {MAX_RANK} sizes with a product below 2**63, got {named([shape])}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(f"has data_offsets {named([offsets])}; expected a begin and an end not before it")
+        raise damaged(f"expected data_offsets with a begin and an end not before it, got {named([offsets])}")
     start, stop = data + offsets[0], data + offsets[1]
     if stop > size:
-        raise damaged(f"ends at byte {stop} of a file of {size} bytes, which seems truncated")
+        raise damaged(f"expected bytes within the {size} of the file, got an end at {stop}; it seems truncated")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (stop - start):
-        raise damaged(f"has {stop - start} bytes; {dtype} of shape {named([shape])} takes {bits / 8:.15g}")
+        raise damaged(f"expected {bits / 8:.15g} bytes for {dtype} of shape {named([shape])}, got {stop - start}")
     return TensorInfo(name, dtype, tuple(shape), file, start, stop - start)
 
 
@@ -248,8 +247,9 @@ def _check_layout(file: File, tensors: Iterable[TensorInfo], data: int, size: in
             gap = info.start - end
             what = f"leaves a hole of {gap} bytes after" if gap > 0 else f"overlaps {-gap} bytes of"
             raise CheckpointError(
-                f"{file}: tensor {named([info.name])} {what} the data before it; expected one after the other. {_AGAIN}"
+                f"{file}: expected one tensor after the other, got {named([info.name])}, which {what} the data"
+                f" before it. {_AGAIN}"
             )
         end += info.nbytes
     if end != size:
-        raise CheckpointError(f"{file}: {size - end} bytes follow the last tensor; expected none. {_AGAIN}")
+        raise CheckpointError(f"{file}: expected nothing after the last tensor, got {size - end} bytes. {_AGAIN}")

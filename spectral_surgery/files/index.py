@@ -143,7 +143,8 @@ def read_index(source: Checkpoint, *, adapters: bool = False) -> CheckpointIndex
             return _lone_file(root, remote.get(root, root))
         if isinstance(source, Path) and not root.is_dir():
             raise CheckpointError(
-                f"{root}: no such file or folder; expected a .safetensors file or a folder with some. Check the path."
+                f"{root}: expected a .safetensors file or a folder with some, got no such file or folder. Check the"
+                " path."
             )
         if not adapters:
             refuse_adapter(source)
@@ -200,13 +201,13 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, Path]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{path}: weight_map is {named([weight_map])}; expected the file of every tensor by name. Download it"
-            " again."
+            f"{path}: expected the file of every tensor by name as weight_map, got {named([weight_map])}. Download"
+            " it again."
         )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: tensor {named([name])} is in {named([shard])}; expected a .safetensors file. Download it"
+                f"{path}: expected a .safetensors file for tensor {named([name])}, got {named([shard])}. Download it"
                 " again."
             )
     shards = dict.fromkeys(weight_map.values())
@@ -216,8 +217,8 @@ def _read_weight_map(root: Path, top: set[Path]) -> dict[str, Path]:
         parts = PureWindowsPath(shard)  # knows both separators, and drives
         if parts.anchor or ".." in parts.parts:
             raise CheckpointError(
-                f"{path}: {named([shard])} leads out of the folder; expected paths below it."
-                " Do not trust this checkpoint."
+                f"{path}: expected paths below the folder, got {named([shard])}, which leads out of it. Do not trust"
+                " this checkpoint."
             )
     files = {shard: root / shard for shard in shards}
     return {name: files[shard] for name, shard in weight_map.items()}
@@ -228,8 +229,8 @@ def _shards(root: Path, weight_map: Mapping[str, Path], remote: Mapping[Path, Re
     missing = [str(shard.relative_to(root)) for shard in shards if not (shard.is_file() or shard in remote)]
     if missing:
         raise CheckpointError(
-            f"{root}: {len(missing)} of {len(shards)} weight files are missing: {named(missing)}; "
-            f"all that {INDEX_FILE} names are needed. Download them."
+            f"{root}: expected the {len(shards)} weight files that {INDEX_FILE} names, got {len(missing)} missing: "
+            f"{named(missing)}. Download them."
         )
     return shards
 
@@ -254,7 +255,7 @@ def _unindexed(root: Path, every: set[Path]) -> list[Path]:
         hint = f"Instead of {named(foreign)}, give the checkpoint it was made from."
     elif deeper:
         hint = f"Give one of its folders that have some: {named(deeper)}."
-    raise CheckpointError(f"{root}: no weights; expected a folder with .safetensors files. {hint}")
+    raise CheckpointError(f"{root}: expected a folder with .safetensors files, got no weights. {hint}")
 
 
 def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
@@ -275,9 +276,9 @@ def _refuse_pickle(root: Path, names: list[str]) -> NoReturn:
             f"    safetensors.torch.save_file(tensors, {target!r})"
         )
     raise CheckpointError(
-        f"{root}: the weights are pickled ({named(names)}); expected safetensors, since to"
-        " load a pickle can run code. If you trust who made it, use --allow-bin where a command has it, or convert it"
-        f" once with these lines of Python:\n{convert}"
+        f"{root}: expected safetensors, got pickled weights ({named(names)}), and to load a pickle can run code. If"
+        " you trust who made it, use --allow-bin where a command has it, or convert it once with these lines of"
+        f" Python:\n{convert}"
     )
 
 
@@ -290,7 +291,7 @@ def refuse_adapter(source: Checkpoint) -> None:
     base = config.get("base_model_name_or_path")
     known = named([base]) if isinstance(base, str) and base else "a base model"
     raise CheckpointError(
-        f"{folder}: is an adapter ({named([config.get('peft_type')])}) for {known}; expected a model. Give that"
+        f"{folder}: expected a model, got an adapter ({named([config.get('peft_type')])}) for {known}. Give that"
         " model, or merge the adapter into it first."
     )
 
@@ -303,8 +304,8 @@ def _merged(headers: Mapping[Path, Header], *, twice: bool) -> Header:
         again = sorted(header.tensors.keys() & tensors.keys())
         if again and not twice:
             raise CheckpointError(
-                f"{file}: {named(again)} also in {tensors[again[0]].file.name}; expected every tensor in one"
-                " file. Give one of the files instead of the folder."
+                f"{file}: expected every tensor in one file, got {named(again)} also in"
+                f" {tensors[again[0]].file.name}. Give one of the files instead of the folder."
             )
         tensors |= header.tensors
         metadata |= header.metadata
@@ -318,8 +319,8 @@ def _disagreements(root: Path, weight_map: Mapping[str, Path], headers: Mapping[
     ]
     if strangers:
         raise CheckpointError(
-            f"{strangers[0]}: holds none of the tensors that {INDEX_FILE} names for it; expected a complete"
-            " checkpoint. Download it again."
+            f"{strangers[0]}: expected a complete checkpoint, got a file with none of the tensors that {INDEX_FILE}"
+            " names for it. Download it again."
         )
     last = {name: path for path, header in headers.items() for name in header.tensors}
     several = sorted({n for path, header in headers.items() for n in header.tensors if last[n] is not path})
@@ -328,8 +329,8 @@ def _disagreements(root: Path, weight_map: Mapping[str, Path], headers: Mapping[
         infos = [headers[path].tensors.get(name) for path in (meant, counts)]
         if infos[0] and infos[1] and meant != counts and not same_bytes(infos[0], infos[1]):
             raise CheckpointError(
-                f"{root}: {named([name])} is in {meant.name}, which {INDEX_FILE} names, with other values than in"
-                f" {counts.name}, which transformers loads; expected one of them. Remove the other."
+                f"{root}: expected one {named([name])}, got that in {meant.name}, which {INDEX_FILE} names, and"
+                f" another with other values in {counts.name}, which transformers loads. Remove one of them."
             )
     absent = sorted(weight_map.keys() - last.keys())
     elsewhere = sorted(n for n, path in weight_map.items() if n in last and n not in headers[path].tensors)

@@ -37,7 +37,7 @@ def hold(folder: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
             fcntl.flock(lock, mode if wait else mode | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{folder.name}: another process is working in it; expected one at a time. "
-                "Wait for it, or choose another output folder."
+                f"{folder.name}: expected one process at a time, got another that is working in it. Wait for it, or"
+                " choose another output folder."
             ) from None
         yield

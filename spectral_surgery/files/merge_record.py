@@ -151,11 +151,11 @@ def read_record(root: Path) -> MergeRecord:
     """
     path = root / FOLDER / RECORD_FILE
     if not path.is_file():
-        raise UnmergeError(f"{root}: has no record of a merge; expected a folder that merge wrote.")
+        raise UnmergeError(f"{root}: expected a folder that merge wrote, got one without a record of a merge.")
     body = read_json(path)
     version = body.get("format_version")
     if version not in (_FIRST_VERSION, FORMAT_VERSION):
-        raise FormatVersionError(f"{path}: format_version {version!r}; expected up to {FORMAT_VERSION}. Upgrade.")
+        raise FormatVersionError(f"{path}: expected format_version up to {FORMAT_VERSION}, got {version!r}. Upgrade.")
     try:
         weights = tuple(float(weight) for weight in _as(list, body["weights"]))
         aliases = {_as(str, a): _as(str, b) for a, b in _as(dict, body["aliases"]).items()}
@@ -164,7 +164,7 @@ def read_record(root: Path) -> MergeRecord:
             for name, row in _as(dict, body["tensors"]).items()
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); expected the file that merge wrote.") from None
+        raise CheckpointError(f"{path}: expected the file that merge wrote, got a damaged one ({error}).") from None
     return MergeRecord(weights, tensors, aliases)
 
 
@@ -180,9 +180,11 @@ def read_data(root: Path, tensor: MergedTensor) -> bytes:
             stream.seek(tensor.offset)
             data = stream.read(min(tensor.nbytes, path.stat().st_size))
     except OSError as error:
-        raise UnmergeError(f"{path}: cannot be read ({error.strerror}); expected the file merge wrote.") from None
+        raise UnmergeError(
+            f"{path}: expected the file that merge wrote, got what cannot be read ({error.strerror})."
+        ) from None
     if len(data) != tensor.nbytes:
-        raise UnmergeError(f"{path}: is too short; expected the file that merge wrote. Fetch it again.")
+        raise UnmergeError(f"{path}: expected the file that merge wrote, got a shorter one. Fetch it again.")
     return data
 
 

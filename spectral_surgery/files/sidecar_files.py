@@ -25,7 +25,7 @@ def check_apart(source: Checkpoint, out: Path) -> None:
     """
     a, b = path_of(source).resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise CheckpointError(f"{out}: overlaps the source {source}; expected a folder apart from it.")
+        raise CheckpointError(f"{out}: expected a folder apart from the source, got one that overlaps {source}.")
 
 
 def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:

@@ -159,8 +159,8 @@ def reading(where: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{where}: cannot be read ({error.strerror or error}); expected readable files."
-            " Check the path and its permissions."
+            f"{where}: expected a readable file, got an error ({error.strerror or error}). Check the path and its"
+            " permissions."
         ) from error
 
 
@@ -181,8 +181,8 @@ def read_into(file: File, view: memoryview, start: int) -> None:
             count = stream.readinto(view[done:])  # one call reads at most 2 GiB
             if not count:
                 raise CheckpointError(
-                    f"{file}: ends {view.nbytes - done} bytes before what is wanted of it; expected a file that does"
-                    " not change. Download it again."
+                    f"{file}: expected a file that does not change, got one that ends {view.nbytes - done} bytes"
+                    " before what is wanted of it. Download it again."
                 )
             done += count
 

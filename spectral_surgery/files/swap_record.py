@@ -41,15 +41,14 @@ def read_record(body: Mapping[str, Any]) -> SwapRecord:
     version = body.get("format_version")
     if version != SWAP_VERSION:
         raise FormatVersionError(
-            f"config.json: swapped in format version {version!r}; expected {SWAP_VERSION}. Upgrade spectral-surgery"
-            " to read newer files."
+            f"config.json: expected a swap in format version {SWAP_VERSION}, got {version!r}. Upgrade"
+            " spectral-surgery to read newer files."
         )
     mixer, layers, settings = body.get("mixer"), body.get("layers"), body.get("settings")
     numbers = isinstance(layers, list) and all(type(number) is int for number in layers)
     if not isinstance(mixer, str) or not numbers or not isinstance(settings, Mapping):
         raise CheckpointError(
-            f"config.json: mixer {mixer!r}, layers {layers!r} and settings {settings!r}; expected a name, a list of"
-            " numbers and"
-            " an object. Swap again, or fetch it again."
+            f"config.json: expected a name, a list of numbers and an object, got mixer {mixer!r}, layers {layers!r}"
+            f" and settings {settings!r}. Swap again, or fetch it again."
         )
     return SwapRecord(mixer, tuple(layers or ()), settings)

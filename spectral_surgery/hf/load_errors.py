@@ -33,9 +33,9 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
             reason = "it has no class of this kind for the architecture in config.json"
         elif "trust_remote_code" in reason:
             raise CheckpointError(
-                f"{folder}: the model has code of its own, which config.json names (auto_map); expected models that"
-                " transformers knows without --trust-remote-code (in Python trust_remote_code=True). Read the code,"
-                " and run it with that."
+                f"{folder}: expected a model that transformers knows, got one with code of its own, which"
+                " config.json names (auto_map). Read that code, and run it with --trust-remote-code (in Python"
+                " trust_remote_code=True)."
             ) from error
         raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
 
@@ -64,7 +64,7 @@ def required(library: str, purpose: str) -> Any:
         return import_module(library)
     except ImportError:
         raise BackendError(
-            f"{library}: not installed; it is needed to {purpose}. pip install 'spectral-surgery[hf]'"
+            f"{library}: expected it to {purpose}, got none installed. pip install 'spectral-surgery[hf]'"
         ) from None
 
 

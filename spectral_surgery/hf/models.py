@@ -107,8 +107,8 @@ def load_classifier(
     inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise CheckpointError(
-            f"{folder}: {', '.join(inside[:3])} in the file have other shapes than config.json says; expected a head of"
-            " another size, no more."
+            f"{folder}: expected a head of another size at most, got other shapes than config.json says of"
+            f" {', '.join(inside[:3])}."
         )
     return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *told["missing_keys"]}))
 
@@ -232,16 +232,16 @@ def continue_text(
     """
     if not hasattr(model, "generate"):
         raise ConfigError(
-            f"generate: {type(model).__name__} has no method `generate`; expected a model that transformers lets"
-            " generate, a class with its GenerationMixin."
+            "generate: expected a model that transformers lets generate, a class with its GenerationMixin, got"
+            f" {type(model).__name__} without that method."
         )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
-        raise ConfigError("generate: the prompt has no tokens; expected some text.")
+        raise ConfigError("generate: expected a prompt with some text, got no tokens.")
     context = longest_sequence(model) or ids.shape[1] + sampling.max_tokens
     if ids.shape[1] >= context:
         raise ConfigError(
-            f"generate: the prompt has {ids.shape[1]} tokens; expected at most {context - 1} for this model. Cut it."
+            f"generate: expected at most {context - 1} tokens of a prompt for this model, got {ids.shape[1]}. Cut it."
         )
     streamer = _transformers().TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: emit(text)  # noqa: ARG005 - transformers names it
@@ -299,8 +299,7 @@ def _class_of(transformers: Any, config: Any, folder: Path) -> Any:
     cls = class_named(transformers, config, name)
     if cls is None:
         raise CheckpointError(
-            f"{folder}: config.json names the class {name}; expected one that transformers has. Name it in"
-            " architectures."
+            f"{folder}: expected a class that transformers has, got {name} in config.json. Name it in architectures."
         )
     return cls
 

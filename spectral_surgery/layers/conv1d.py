@@ -54,8 +54,8 @@ class SpectralConv1D(nn.Module):
         """
         if not hasattr(conv1d, "nf") or not isinstance(getattr(conv1d, "weight", None), Tensor):
             raise ConfigError(
-                f"SpectralConv1D: {type(conv1d).__name__} has no nf and weight; expected transformers' Conv1D. Use"
-                " SpectralLinear for nn.Linear."
+                f"SpectralConv1D: expected transformers' Conv1D, got {type(conv1d).__name__} without nf and weight."
+                " Use SpectralLinear for nn.Linear."
             )
         targets = {"density": sparsity, "bits": bits, "max_error": max_error}
         weight = compressed(cast(Tensor, conv1d.weight).T, targets, Basis(transform, tile), resident)

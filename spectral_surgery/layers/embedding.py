@@ -47,8 +47,8 @@ class SpectralEmbedding(nn.Module):
         """
         if embedding.max_norm is not None:
             raise ConfigError(
-                f"SpectralEmbedding: max_norm {embedding.max_norm:g} rescales the table while it is used; expected"
-                " None. Leave this embedding as it is."
+                f"SpectralEmbedding: expected max_norm None, got {embedding.max_norm:g}, which rescales the table"
+                " while it is used. Leave this embedding as it is."
             )
         targets = {"density": sparsity, "bits": bits, "max_error": max_error}
         weight = compressed(embedding.weight, targets, Basis(transform, tile, (1,)), resident)

@@ -35,7 +35,7 @@ class SpectralExperts(nn.Module):
         self.experts = nn.ModuleList(weights)
         shapes = sorted({weight.shape for weight in self.weights})
         if len(shapes) != 1:
-            raise ShapeError(f"experts: {len(self.experts)} of shapes {shapes}; expected one or more of one shape.")
+            raise ShapeError(f"experts: expected one or more of one shape, got {len(self.experts)} of shapes {shapes}.")
 
     @property
     def weights(self) -> list[SpectralWeight]:
@@ -74,8 +74,8 @@ class SpectralExperts(nn.Module):
     def _products(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(counts) != len(self.experts) or sum(counts) != len(x):
             raise ShapeError(
-                f"experts: {len(counts)} counts that add up to {sum(counts)}; expected {len(self.experts)} of {len(x)}"
-                " rows."
+                f"experts: expected {len(self.experts)} counts that add up to {len(x)} rows, got {len(counts)} that"
+                f" add up to {sum(counts)}."
             )
         x = autocast_input(x)
         parts = [

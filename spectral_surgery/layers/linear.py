@@ -104,7 +104,7 @@ def bias_parameter(bias: Tensor | None, out_features: int) -> nn.Parameter | Non
     if bias is None:
         return None
     if tuple(bias.shape) != (out_features,):
-        raise ShapeError(f"bias: is {tuple(bias.shape)}; expected ({out_features},).")
+        raise ShapeError(f"bias: expected ({out_features},), got {tuple(bias.shape)}.")
     return nn.Parameter(bias.detach().clone())
 
 

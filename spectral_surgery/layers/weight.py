@@ -50,7 +50,9 @@ class SpectralWeight(nn.Module):
         self.resident = resident
         widths = sorted({form.shape[1] for form in forms})
         if len(widths) != 1:
-            raise ShapeError(f"spectra: {len(forms)} with {widths} columns; expected one or more of the same width.")
+            raise ShapeError(
+                f"spectra: expected one or more of the same width, got {len(forms)} with {widths} columns."
+            )
         self.parts = nn.ModuleList(map(FormHolder, forms))
         self._like = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 

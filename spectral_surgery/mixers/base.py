@@ -77,7 +77,8 @@ class MixerMethod(Generic[ConfigT]):
         unknown = sorted(set(settings or {}) - known)
         if unknown:
             raise ConfigError(
-                f"{self.name}: setting {unknown[0]!r} is unknown; {', '.join(sorted(known)) or 'none'} accepted."
+                f"{self.name}: expected settings among {', '.join(sorted(known)) or 'none'}, got {unknown[0]!r}. "
+                "Leave it out."
             )
         return self.build(self.config(**(settings or {})), width)
 
@@ -85,25 +86,25 @@ class MixerMethod(Generic[ConfigT]):
 def require_range(where: str, value: float, low: float, high: float | None = None) -> None:
     """Accept a setting between two bounds. Raises ConfigError when it is outside."""
     if value < low or (high is not None and value > high):
-        accepted = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
-        raise ConfigError(f"{where} {value:g}: expected {accepted}.")
+        accepted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+        raise ConfigError(f"{where}: expected {accepted}, got {value:g}. Use a number between.")
 
 
 def require_heads(heads: int, width: int) -> None:
     """Accept a number of heads that divides the width. Raises ConfigError when it does not."""
     if heads < 1 or width % heads:
-        raise ConfigError(f"heads {heads}: expected a divisor of the width, {width}.")
+        raise ConfigError(f"heads: expected a divisor of the width, {width}, got {heads}. Use 1 or another divisor.")
 
 
 def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
     """Accept [B, T, D] and a mask that fits. Raises ShapeError when they do not."""
     if x.ndim != 3 or not x.numel() or x.shape[-1] != width or not x.is_floating_point():
         raise ShapeError(
-            f"mixer: x is {tuple(x.shape)} {x.dtype}; expected floating [B, T, {width}] with at least one sequence and"
-            " one token."
+            f"mixer: expected floating x [B, T, {width}] with at least one sequence and one token, got"
+            f" {tuple(x.shape)} {x.dtype}."
         )
     if mask is not None and mask.shape != x.shape[:2]:
-        raise ShapeError(f"mixer: mask is {tuple(mask.shape)}; expected {tuple(x.shape[:2])} for this x.")
+        raise ShapeError(f"mixer: expected a mask {tuple(x.shape[:2])} for this x, got {tuple(mask.shape)}.")
 
 
 def refuse_cache(mixer: str) -> NoReturn:

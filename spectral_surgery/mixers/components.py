@@ -146,7 +146,7 @@ def interpolate(values: Tensor, length: int, dim: int) -> Tensor:
     """
     bins = values.shape[dim]
     if bins < 2:
-        raise ShapeError(f"interpolate: {bins} bins; expected at least 2.")
+        raise ShapeError(f"interpolate: expected at least 2 bins, got {bins}.")
     each, uneven = divmod(length, 2 * (bins - 1))
     trailing = [1] * (values.ndim - 1 - dim % values.ndim)
     if not uneven:  # the same shares between any two bins: several times faster

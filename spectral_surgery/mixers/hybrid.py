@@ -57,8 +57,8 @@ class HybridSpectralAttention(nn.Module):
         super().__init__()
         if spectral.is_causal != attention.is_causal:
             raise CausalityError(
-                f"hybrid: spectral part causal: {spectral.is_causal}, attention causal: {attention.is_causal}; expected"
-                " both or neither."
+                f"hybrid: expected both parts causal or neither, got spectral part causal: {spectral.is_causal},"
+                f" attention causal: {attention.is_causal}."
             )
         self.width, self.is_causal = attention.width, attention.is_causal
         self.spectral, self.attention = spectral, attention

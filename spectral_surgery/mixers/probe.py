@@ -69,6 +69,6 @@ def require_causal(mixer: nn.Module, width: int, name: str) -> None:
     found = leak(mixer, width)
     if found.before != 0 or not found.after > 0:
         raise CausalityError(
-            f"{name}: replacing later tokens changes earlier outputs by {found.before:g} and later ones by"
-            f" {found.after:g}; expected 0 and more. Use a mixer marked causal."
+            f"{name}: expected that later tokens change no earlier output, got changes of {found.before:g} in"
+            f" earlier and of {found.after:g} in later ones. Use a mixer marked causal."
         )

@@ -17,8 +17,8 @@ class ProjectedMixer(nn.Module):
         super().__init__()
         if not value.out_features == mixer.width == output.in_features:
             raise ShapeError(
-                f"projected mixer: widths {value.out_features}, {mixer.width}, {output.in_features} of value, mixer and"
-                " output; expected one width."
+                f"projected mixer: expected one width of value, mixer and output, got {value.out_features},"
+                f" {mixer.width}, {output.in_features}."
             )
         self.value, self.mixer, self.output = value, mixer, output
         self.width, self.is_causal = value.in_features, mixer.is_causal

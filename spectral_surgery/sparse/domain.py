@@ -74,12 +74,10 @@ class Domain:
             LimitError: If the tensor or a whole-axis transform would be too large.
         """
         if not self.shape or min(self.shape) < 1:
-            raise ShapeError(
-                f"spectrum: shape {self.shape} holds no weights; expected at least one dimension, each of 1 or more."
-            )
+            raise ShapeError(f"spectrum: expected at least one dimension, each of 1 or more, got shape {self.shape}.")
         if self.numel > MAX_NUMEL:
             raise LimitError(
-                f"spectrum: shape {self.shape} has {self.numel} weights; expected at most {MAX_NUMEL}. Split the"
+                f"spectrum: expected at most {MAX_NUMEL} weights, got {self.numel} of shape {self.shape}. Split the"
                 " tensor."
             )
         self._check_axes()
@@ -152,20 +150,20 @@ class Domain:
         allowed = [(0, 1)] if self.half_plane else [(0,), (1,), (0, 1)]
         if self.axes not in allowed:
             raise ConfigError(
-                f"spectrum: axes {self.axes} are not accepted by {self.transform}; "
-                f"{' or '.join(map(str, allowed))} is. Use axes=(0, 1)."
+                f"spectrum: expected axes {' or '.join(map(str, allowed))} for {self.transform}, got {self.axes}. "
+                "Use axes=(0, 1)."
             )
 
     def _check_tile(self, transform: Transform) -> None:
         if self.tile is not None and self.tile < 1:
             raise ConfigError(
-                f"spectrum: tile {self.tile} is less than 1; expected 1 or more, or None for whole axes. Use tile=128."
+                f"spectrum: expected a tile of 1 or more, or None for whole axes, got {self.tile}. Use tile=128."
             )
         for axis in self.axes:
             length = self.matrix_shape[axis]
             if min(self.tile or length, length) > MAX_AXIS:
                 raise LimitError(
-                    f"spectrum: a tile of {self.tile or length} on an axis of {length} is too long; expected at most"
-                    f" {MAX_AXIS}. Use tile=128."
+                    f"spectrum: expected a tile of at most {MAX_AXIS}, got {self.tile or length} on an axis of"
+                    f" {length}. Use tile=128."
                 )
             transform.require(self.tile or length, "tile")

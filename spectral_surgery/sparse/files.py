@@ -62,10 +62,10 @@ def read(path: Path) -> Stored:
             names = sorted(file.keys())
             tensors = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file.") from error
+        raise CheckpointError(f"{path}: expected a safetensors file, got what cannot be read ({error}).") from error
     if text is None or names != ["positions", "values"]:
         raise CheckpointError(
-            f"{path}: holds {', '.join(names) or 'nothing'}; expected a file written by SparseSpectralTensor.save."
+            f"{path}: expected a file written by SparseSpectralTensor.save, got {', '.join(names) or 'nothing'}."
         )
     positions, values = tensors
     domain, dtype = _parse(path, text)
@@ -82,15 +82,15 @@ def _parse(path: Path, text: str) -> tuple[Domain, torch.dtype]:
     version = header.get("version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version is {version}; expected {FORMAT_VERSION}. Use the release that wrote it."
+            f"{path}: expected format version {FORMAT_VERSION}, got {version}. Use the release that wrote it."
         )
     shape, axes, tile = header.get("shape"), header.get("axes"), header.get("tile")
     transform, dtype = header.get("transform"), header.get("dtype")
     numbers = _integers(shape) and _integers(axes) and _integers([0 if tile is None else tile])
     if not (numbers and isinstance(transform, str) and dtype in list(DTYPES)):
         raise CheckpointError(
-            f"{path}: header {text[:200]} is malformed; expected integers for shape, axes and tile, and the names of a"
-            f" transform and of a dtype ({', '.join(DTYPES)})."
+            f"{path}: expected integers for shape, axes and tile, and the names of a transform and of a dtype"
+            f" ({', '.join(DTYPES)}) in the header, got {text[:200]}."
         )
     domain = Domain(tuple(shape), tile, transform, tuple(axes))
     try:
@@ -108,26 +108,26 @@ def _check_values(path: Path, values: Tensor, domain: Domain) -> None:
     accepted = (torch.complex64,) if domain.half_plane else VALUE_DTYPES
     if values.dtype not in accepted or values.ndim != 1 or not values.numel():
         raise CheckpointError(
-            f"{path}: values are {values.dtype} {tuple(values.shape)}; expected a non-empty vector of"
-            f" {' or '.join(map(str, accepted))} for {domain.transform}."
+            f"{path}: expected values as a non-empty vector of {' or '.join(map(str, accepted))} for"
+            f" {domain.transform}, got {values.dtype} {tuple(values.shape)}."
         )
     if not values.isfinite().all():
-        raise CheckpointError(f"{path}: values are not all finite; expected finite ones.")
+        raise CheckpointError(f"{path}: expected finite values, got others.")
 
 
 def _check_positions(path: Path, positions: Tensor, count: int, domain: Domain) -> None:
     if positions.dtype not in (torch.int32, torch.int64) or positions.shape != (count,):
         raise CheckpointError(
-            f"{path}: positions are {positions.dtype} {tuple(positions.shape)}; expected int32 or int64 of shape"
-            f" ({count},), one for each value."
+            f"{path}: expected positions of int32 or int64 of shape ({count},), one for each value, got"
+            f" {positions.dtype} {tuple(positions.shape)}."
         )
     if not (positions[1:] > positions[:-1]).all():
-        raise CheckpointError(f"{path}: positions are not strictly increasing; expected sorted, unique ones.")
+        raise CheckpointError(f"{path}: expected strictly increasing positions, got others.")
     rows, columns = domain.spectrum_shape
     if positions[0] < 0 or positions[-1] >= rows * columns:
         raise CheckpointError(
-            f"{path}: positions run from {int(positions[0])} to {int(positions[-1])}; expected 0 to"
-            f" {rows * columns - 1}."
+            f"{path}: expected positions from 0 to {rows * columns - 1}, got {int(positions[0])} to"
+            f" {int(positions[-1])}."
         )
     if not domain.freedom(positions).all():
-        raise CheckpointError(f"{path}: a position is the conjugate of another; expected one of each pair.")
+        raise CheckpointError(f"{path}: expected one of each pair of conjugate positions, got both.")

@@ -105,16 +105,16 @@ class SparseSpectralTensor:
         """
         if len(self.shape) != 2:
             raise ShapeError(
-                f"matmul: the spectrum is that of a tensor of shape {self.shape}; a matrix "
-                "[O, I] is needed. Reshape the tensor before sst()."
+                f"matmul: expected the spectrum of a matrix [O, I], got that of a tensor of shape {self.shape}. "
+                "Reshape the tensor before sst()."
             )
         _require_spatial("matmul", x)
         if not x.is_floating_point():
-            raise DomainError(f"matmul: x is {x.dtype}; expected real floating dtypes. Convert x first.")
+            raise DomainError(f"matmul: expected a real floating x, got {x.dtype}. Convert x first.")
         if x.ndim == 0 or x.shape[-1] != self.shape[1]:
             raise ShapeError(
-                f"matmul: x has shape {tuple(x.shape)}; expected [..., {self.shape[1]}] for a spectrum of shape"
-                f" {self.shape}."
+                f"matmul: expected x [..., {self.shape[1]}] for a spectrum of shape {self.shape}, got shape"
+                f" {tuple(x.shape)}."
             )
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         frequencies = self.domain.from_input(x.reshape(-1, self.shape[1]).to(exact))  # [N, I or F]
@@ -228,8 +228,8 @@ class SparseSpectralTensor:
             _refuse(operation, other)
         if self.domain != other.domain:
             raise DomainError(
-                f"{operation}: {self.domain} and {other.domain} differ; expected spectra of the same shape, tile,"
-                " transform and axes. Call to_spatial() on both first."
+                f"{operation}: expected spectra of the same shape, tile, transform and axes, got {self.domain} and"
+                f" {other.domain}. Call to_spatial() on both first."
             )
         return other
 
@@ -269,15 +269,15 @@ def sst(
     """
     _require_spatial("sst", tensor)
     if tensor.dtype not in sparse_io.DTYPES.values():
-        raise ConfigError(f"sst: the tensor is {tensor.dtype}; expected {', '.join(sparse_io.DTYPES)}.")
+        raise ConfigError(f"sst: expected a tensor of {', '.join(sparse_io.DTYPES)}, got {tensor.dtype}.")
     if not 0 < sparsity <= 1:
         raise ConfigError(
-            f"sst: sparsity {sparsity} is not a fraction to keep; expected above 0 and up to 1. Use 0.2 to keep 20 %."
+            f"sst: expected a sparsity above 0 and up to 1, the fraction to keep, got {sparsity}. Use 0.2 to keep 20 %."
         )
     if dtype not in sparse_io.VALUE_DTYPES or (transform == RFFT2 and dtype != torch.float32):
         raise ConfigError(
-            f"sst: values cannot be stored as {dtype} for {transform}; expected torch.float32, and for real transforms"
-            " torch.float16 and torch.bfloat16."
+            f"sst: expected torch.float32, and for real transforms torch.float16 and torch.bfloat16, got {dtype} for"
+            f" {transform}."
         )
     if axes is None:
         axes = (1,) if tensor.ndim == 1 and transform != RFFT2 else (0, 1)
@@ -285,7 +285,7 @@ def sst(
     domain = Domain(shape, None if transform == RFFT2 else tile, transform, tuple(axes))
     domain.check()
     if not tensor.isfinite().all():
-        raise ConfigError("sst: the tensor is not finite; expected finite values.")
+        raise ConfigError("sst: expected finite values, got a tensor that is not finite.")
     stored = torch.complex64 if transform == RFFT2 else dtype
     count = max(1, round(sparsity * tensor.numel()))
     return _keep(tensor.detach(), count, domain, stored, tensor.dtype)
@@ -316,7 +316,7 @@ def _keep(x: Tensor, count: int, domain: Domain, stored: torch.dtype, dtype: tor
     if not values.isfinite().all():
         peak = float(spectrum.abs().max())
         raise ConfigError(
-            f"sst: a coefficient of {peak:.3g} does not fit {stored}; expected smaller ones. Store torch.float32 or"
+            f"sst: expected coefficients that fit {stored}, got one of {peak:.3g}. Store torch.float32 or"
             " torch.bfloat16, or scale the tensor."
         )
     return _build(values, positions, domain, dtype)
@@ -347,7 +347,7 @@ def _build(values: Tensor, positions: Tensor, domain: Domain, dtype: torch.dtype
 def _require_spatial(where: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise DomainError(
-            f"{where}: got a {type(x).__name__}; expected a spatial tensor. Call to_spatial() on a spectrum first."
+            f"{where}: expected a spatial tensor, got a {type(x).__name__}. Call to_spatial() on a spectrum first."
         )
 
 

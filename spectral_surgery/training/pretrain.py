@@ -104,7 +104,7 @@ def require_transformers() -> None:
         from transformers.utils import logging
     except ImportError:
         raise BackendError(
-            "train: transformers is not installed; it is needed to build models. pip install 'spectral-surgery[hf]'"
+            "train: expected transformers to build models, got none installed. pip install 'spectral-surgery[hf]'"
         ) from None
     logging.disable_progress_bar()
 

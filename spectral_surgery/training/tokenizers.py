@@ -26,7 +26,7 @@ def learn_bpe(text: str, vocabulary: int) -> Any:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
         raise BackendError(
-            "--tokenizer: transformers is not installed; it is needed to learn one. pip install 'spectral-surgery[hf]'"
+            "--tokenizer: expected transformers to learn one, got none installed. pip install 'spectral-surgery[hf]'"
         ) from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

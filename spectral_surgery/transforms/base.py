@@ -92,7 +92,7 @@ def as_real(x: Tensor) -> Tensor:
     """
     if x.is_complex():
         raise DomainError(
-            f"transform: the input is {x.dtype}; expected real tensors. Transform the real and imaginary parts apart."
+            f"transform: expected real tensors, got {x.dtype}. Transform the real and imaginary parts apart."
         )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
@@ -110,8 +110,7 @@ def power_of_two(n: int) -> bool:
 def _operands(x: Tensor, transform: Transform, dim: Dim) -> tuple[Tensor, Tensor]:
     if x.ndim < -dim:
         raise ShapeError(
-            f"{transform.name}: the input has shape {tuple(x.shape)}; at least {-dim} dimensions "
-            "are needed. Reshape it."
+            f"{transform.name}: expected at least {-dim} dimensions, got shape {tuple(x.shape)}. Reshape it."
         )
     x = as_real(x)
     return x, transform.basis(x.shape[dim], dtype=x.dtype, device=x.device)

@@ -50,12 +50,11 @@ def _apply(x: Tensor, transform: Transform, along: Along, tile: int, axes: tuple
     transform.require(tile, "tile")
     if x.ndim < 2:
         raise ShapeError(
-            f"{transform.name}: the input has shape {tuple(x.shape)}; [..., O, I] is needed. "
-            "Reshape a vector to (1, n)."
+            f"{transform.name}: expected shape [..., O, I], got {tuple(x.shape)}. Reshape a vector to (1, n)."
         )
     if not set(axes) <= {0, 1}:
         raise ConfigError(
-            f"{transform.name}: axes {axes} are unknown; expected a subset of (0, 1). Use 0 for rows and 1 for columns."
+            f"{transform.name}: expected axes among (0, 1), got {axes}. Use 0 for rows and 1 for columns."
         )
     x = as_real(x)
     if 1 in axes:
@@ -82,4 +81,4 @@ def _one_axis(x: Tensor, transform: Transform, along: Along, tile: int, dim: Dim
 
 def _require_positive(tile: int) -> None:
     if tile < 1:
-        raise ConfigError(f"tiles: tile {tile} is less than 1; expected 1 or more. Use 64.")
+        raise ConfigError(f"tiles: expected a tile of 1 or more, got {tile}. Use 64.")

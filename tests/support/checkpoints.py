@@ -27,9 +27,16 @@ def llama_like(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     }
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], *, shards: int = 1, config: dict | None = None) -> Path:
+def write_folder(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    shards: int = 1,
+    config: dict | None = None,
+    order: list[str] | None = None,
+) -> Path:
     folder.mkdir(parents=True)
-    names = sorted(tensors)
+    names = order or sorted(tensors)
     if shards == 1:
         save_file({n: tensors[n].contiguous() for n in names}, folder / "model.safetensors", metadata={"format": "pt"})
     else:

@@ -100,11 +100,11 @@ def _foura_settings(config: Any, counts: dict[str, int]) -> Any:
 def _foura_check(config: Any) -> None:
     if config.transform not in FAST:
         raise ConfigError(
-            f"transform '{config.transform}': its factors do not reach every matrix of their rank, so nothing can be"
-            f" extracted to them; expected {', '.join(FAST)}."
+            f"transform: expected {', '.join(FAST)}, got '{config.transform}', whose factors do not reach every"
+            " matrix of their rank."
         )
     if config.use_gate:
-        raise ConfigError("use_gate true: a weight update is the same for every token; expected false.")
+        raise ConfigError("use_gate: expected false, got true: a weight update is the same for every token.")
 
 
 LOW_RANK = (

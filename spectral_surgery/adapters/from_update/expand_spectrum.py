@@ -137,7 +137,9 @@ def _settings(config: Any, counts: dict[str, int]) -> Any:
 
 def _check(config: Any) -> None:
     if config.scaling == "auto" or not config.scaling:
-        raise ConfigError(f"scaling {config.scaling}: coefficients are divided by it; expected a number other than 0.")
+        raise ConfigError(
+            f"scaling: expected a number other than 0, got {config.scaling}: coefficients are divided by it."
+        )
 
 
 def _place_bytes(shape: tuple[int, int]) -> int:

@@ -38,7 +38,7 @@ class Size:
     def __post_init__(self) -> None:
         low, high = _RANGES[self.kind]
         if not low <= self.value <= high:
-            raise ConfigError(f"{self.kind} {self.value:g}: out of range; expected {low:g} to {high:g}.")
+            raise ConfigError(f"{self.kind}: expected {low:g} to {high:g}, got {self.value:g}.")
 
 
 @dataclass(frozen=True)

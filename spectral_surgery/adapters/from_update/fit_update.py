@@ -84,7 +84,7 @@ def fit(
     for update in updates:
         delta = update.delta()
         if not bool(delta.isfinite().all()):
-            raise ConfigError(f"{update.layer}: the difference is not finite; expected finite weights.")
+            raise ConfigError(f"{update.layer}: expected finite weights, got a difference that is not finite.")
         if not bool(delta.any()):
             unchanged.append(update.layer)
         else:
@@ -113,11 +113,11 @@ def fit(
 def _check_something(counts: dict[str, int], size: Size, costs: dict[str, int]) -> None:
     if not counts:
         raise ConfigError(
-            "difference: zero in every layer; expected models that differ, or an adapter that was trained."
+            "difference: expected models that differ, or an adapter that was trained, got zero in every layer."
         )
     if not any(counts.values()):
         least = min(costs.values())
-        raise ConfigError(f"bytes {size.value:g}: too few for a single component; expected {least} or more.")
+        raise ConfigError(f"bytes: expected {least} or more, got {size.value:g}: too few for a single component.")
 
 
 def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -134,8 +134,8 @@ def _limit(size: Size, dtype: torch.dtype) -> float:
         return size.value
     if size.value <= rounding:
         raise ConfigError(
-            f"max_error {size.value:g}: numbers of {dtype} may lose {rounding:.2g} when they are rounded; expected"
-            " more, or another dtype."
+            f"max_error: expected more than {rounding:.2g}, which numbers of {dtype} may lose when they are rounded,"
+            f" got {size.value:g}. Use another dtype."
         )
     return math.sqrt(size.value**2 - rounding**2)
 

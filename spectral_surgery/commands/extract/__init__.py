@@ -258,8 +258,8 @@ def room(size: Size, names: Collection[str], whole: int) -> Size:
     left = int(size.value) - header - whole
     if left < 1:
         raise ConfigError(
-            f"bytes {size.value:g}: {header} go to names and shapes, {whole} to tensors saved whole; expected more than"
-            f" {header + whole}. Choose fewer layers or more bytes."
+            f"bytes: expected more than {header + whole}, of which {header} go to names and shapes and {whole} to"
+            f" tensors saved whole, got {size.value:g}. Choose fewer layers or more bytes."
         )
     return replace(size, value=left)
 

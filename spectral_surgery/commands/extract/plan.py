@@ -103,7 +103,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, method: str, targets: M
     chosen = work.choose(method, targets)
     rest = work.compare_others(chosen)
     if not chosen and len(rest) == len(work.tuned.stored):
-        raise CheckpointError(f"{tuned}: has no tensor in common with {base}; expected a model tuned from it.")
+        raise CheckpointError(f"{tuned}: expected a model tuned from {base}, got one without a tensor in common.")
     transposed = sum(pair.transposed for pair in chosen.values()) * 2 > len(chosen)
     forms = forms_of({pair.layer: pair.module for pair in chosen.values()})
     return ExtractPlan(*models, tuple(chosen.values()), rest, transposed, *forms)

@@ -203,7 +203,9 @@ def _patched(tensor: Tensor | None, patches: Sequence[Patch], name: str) -> Tens
     for patch in patches:
         values = patch.values.to(made.dtype)
         if not bool(torch.isfinite(values).all()):
-            raise NotMergeableError(f"{name}: is beyond the range of {CODES[made.dtype]}; expected finite numbers.")
+            raise NotMergeableError(
+                f"{name}: expected finite numbers, got one beyond the range of {CODES[made.dtype]}."
+            )
         if not patch.spans:
             made = values
             continue

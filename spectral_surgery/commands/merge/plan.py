@@ -115,12 +115,11 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Path], weights: Sequence[flo
 
     factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
     if not adapters or len(factors) != len(adapters):
-        raise ConfigError(f"--weights: {len(factors)} for {len(adapters)} adapters; expected one for each.")
+        raise ConfigError(f"--weights: expected one for each of {len(adapters)} adapters, got {len(factors)}.")
     if is_merged(path_of(base)):
         raise CheckpointError(
-            f"{base}: has adapters merged in; expected a checkpoint without. Unmerge it first, and merge all "
-            "adapters"
-            " in one command."
+            f"{base}: expected a checkpoint without adapters, got one with some merged in. Unmerge it first, and"
+            " merge all adapters in one command."
         )
     index = read_index(base)
     index.require_plain()

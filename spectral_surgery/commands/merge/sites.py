@@ -54,8 +54,8 @@ class Finder:
         for number, state in enumerate(self._states):
             if any("magnitude" in tensors for tensors in state.layers.values()) and self._weights[number] != 1:
                 raise ConfigError(
-                    f"--weights {self._weights[number]:g}: for an adapter with DoRA, whose magnitudes are those of"
-                    " the whole update; expected 1."
+                    "--weights: expected 1 for an adapter with DoRA, whose magnitudes are those of the whole update,"
+                    f" got {self._weights[number]:g}."
                 )
             for layer in state.layers:
                 self._update(number, state, layer)
@@ -188,9 +188,8 @@ class Finder:
         found = self._find(name)
         if found is None:
             raise NotMergeableError(
-                f"{source.layer}: the adapter has a bias (lora_bias), and the base has none to add it to; expected a"
-                " base with"
-                " biases. Keep the adapter beside the model."
+                f"{source.layer}: expected a base with biases for an adapter that has them (lora_bias), got one"
+                " without. Keep the adapter beside the model."
             )
         self._add(name, found, Source(source.number, source.layer, found.shape))
 
@@ -286,7 +285,7 @@ def _lora_misfit(state: AdapterState, source: Source) -> str:
     wanted = {key: expected[key] for key in given if key in expected}
     if given == wanted and {"A", "B"} <= given.keys():
         return ""
-    return f"{source.layer}: the adapter has {given}; expected {wanted} for a layer of {out} x {inside}"
+    return f"{source.layer}: expected {wanted} for a layer of {out} x {inside}, got {given} in the adapter"
 
 
 def _short(source: Source, shape: tuple[int, ...]) -> Source:

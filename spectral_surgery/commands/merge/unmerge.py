@@ -73,7 +73,8 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
     missing = [name for name in record.tensors if name not in index.tensors]
     if missing:
         raise UnmergeError(
-            f"{merged}: {', '.join(missing)} was merged into and is missing; expected the folder that merge wrote."
+            f"{merged}: expected the folder that merge wrote, got one without {', '.join(missing)}, which was merged"
+            " into."
         )
     used = sorted({source.number for tensor in record.tensors.values() for source in tensor.sources})
     work = _Work(record, index, {number: read_adapter(adapter_folder(merged, number)) for number in used}, progress)
@@ -153,4 +154,4 @@ def _stored(merged: Tensor, tensor: MergedTensor, data: bytes, name: str) -> Ten
 
 
 def _changed(name: str) -> UnmergeError:
-    return UnmergeError(f"{name}: was changed after the merge, or the record was; expected untouched ones.")
+    return UnmergeError(f"{name}: expected what the merge wrote, got a tensor, or a record, that was changed since.")

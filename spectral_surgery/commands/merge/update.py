@@ -67,7 +67,9 @@ def change_of(
             continue
         factor = next(known, None) if base is None else _factor(state, resolved, magnitude, base, delta)
         if factor is None:
-            raise NotMergeableError(f"{resolved.layer}: the record lacks a factor of DoRA; expected the file of merge.")
+            raise NotMergeableError(
+                f"{resolved.layer}: expected the file that merge wrote, got a record that lacks a factor of DoRA."
+            )
         used.append(factor)
         spread = _spread(state, resolved, factor, shape)
         scale = spread if scale is None else scale * spread
@@ -192,7 +194,6 @@ def _check_whole(state: AdapterState, source: Source, shape: Sequence[int]) -> N
     rowwise = len(source.shape) == 2 and source.layer not in state.embeddings and not source.transposed
     if source.turned or not (rowwise or _is_whole(source, shape)):
         raise NotMergeableError(
-            f"{source.layer}: has DoRA, and its weight is stored in parts that do not hold what a norm is taken over;"
-            " expected a"
-            " weight stored whole. Merge it with PEFT."
+            f"{source.layer}: expected a weight stored whole for an adapter with DoRA, got parts that do not hold"
+            " what a norm is taken over. Merge it with PEFT."
         )

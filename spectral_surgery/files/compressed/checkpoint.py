@@ -123,7 +123,7 @@ def open_compressed(source: Checkpoint, *, differences: bool = False) -> Compres
     base = base_name(manifest.options)
     if base is not None and not differences:
         raise CheckpointError(
-            f"{folder.name}: holds differences to {base}, and no weights; expected a compressed model. Decompress it"
+            f"{folder.name}: expected a compressed model, got differences to {base} without weights. Decompress it"
             " with --base first."
         )
     for name, record in manifest.tensors.items():
@@ -135,7 +135,7 @@ def open_compressed(source: Checkpoint, *, differences: bool = False) -> Compres
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors and name not in index.tensors:
             raise CheckpointError(
-                f"{alias}: tied to {name}, which is missing; expected a complete folder. Fetch it again."
+                f"{alias}: expected a complete folder, got one without {name}, to which it is tied. Fetch it again."
             )
     return CompressedCheckpoint(index, manifest)
 
@@ -145,7 +145,9 @@ def _check(
 ) -> None:
     info = index.tensors.get(name)
     if info is None:
-        raise CheckpointError(f"{name}: in the manifest but in no file; expected a complete folder. Fetch it again.")
+        raise CheckpointError(
+            f"{name}: expected a complete folder, got a tensor of the manifest that is in no file. Fetch it again."
+        )
     if info.dtype not in dtypes or (shapes is not None and info.shape not in shapes):
         raise CheckpointError(
             f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "

@@ -50,16 +50,15 @@ def check_base(options: Mapping[str, object], base: Checkpoint | None, where: st
     name = base_name(options)
     if name is None:
         if base is not None:
-            raise ConfigError(f"{where}: holds no differences; it is decompressed without --base.")
+            raise ConfigError(f"{where}: expected differences to go with a base, got whole weights. Leave out --base.")
         return None
     if base is None:
-        raise CheckpointError(f"{where}: holds differences to {name}; that checkpoint is needed too. Use --base.")
+        raise CheckpointError(f"{where}: expected {name} too, which it holds differences to, got no base. Use --base.")
     index = read_index(base)
     if describe(index, name) != options["base"]:
         raise CheckpointError(
-            f"{base}: is not the {name} that {where} holds differences to; expected the checkpoint with the same"
-            " tensors,"
-            " bit for bit,."
+            f"{base}: expected the {name} that {where} holds differences to, with the same tensors bit for bit, got"
+            " another checkpoint."
         )
     return index
 

@@ -116,15 +116,15 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise LimitError(f"{path.name}: {path.stat().st_size} bytes; expected at most {_MAX_BYTES}.")
+            raise LimitError(f"{path.name}: expected at most {_MAX_BYTES} bytes, got {path.stat().st_size}.")
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder.name}: no {FILE_NAME}; expected a folder written by compress. Is it compressed at all?"
+            f"{folder.name}: expected a folder that compress wrote, got no {FILE_NAME}. Is it compressed at all?"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name}: cannot be read ({error}); expected the JSON that compress wrote. Fetch it again."
+            f"{path.name}: expected the JSON that compress wrote, got what cannot be read ({error}). Fetch it again."
         ) from None
     return parse_manifest(body)
 
@@ -144,15 +144,15 @@ def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
-            f"{QUANT_METHOD} in the header: cannot be read ({error}); expected the JSON that save_pretrained wrote."
-            " Fetch the file again."
+            f"{QUANT_METHOD} in the header: expected the JSON that save_pretrained wrote, got what cannot be read"
+            f" ({error}). Fetch the file again."
         ) from None
 
 
 def parse_manifest(body: object) -> Manifest:
     """Check the parsed JSON of a manifest; see `read_manifest`."""
     if not isinstance(body, dict) or body.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{FILE_NAME}: not a manifest of this format; expected the file that compress wrote.")
+        raise CheckpointError(f"{FILE_NAME}: expected the file that compress wrote, got another one.")
     check_version(body.get("format_version"), FILE_NAME)
     try:
         tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
@@ -162,7 +162,7 @@ def parse_manifest(body: object) -> Manifest:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(
-            f"{FILE_NAME}: damaged ({error!r}); expected the file that compress wrote. Fetch it again."
+            f"{FILE_NAME}: expected the file that compress wrote, got a damaged one ({error!r}). Fetch it again."
         ) from None
     return Manifest(tensors, aliases, options, source, command)
 
@@ -172,7 +172,7 @@ def check_version(version: object, file: str) -> None:
     if version != FORMAT_VERSION:
         older = isinstance(version, int) and version < FORMAT_VERSION
         advice = "Compress the original again" if older else "Upgrade spectral-surgery to read newer files"
-        raise FormatVersionError(f"{file}: format version {version!r}; expected {FORMAT_VERSION}. {advice}.")
+        raise FormatVersionError(f"{file}: expected format version {FORMAT_VERSION}, got {version!r}. {advice}.")
 
 
 def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
@@ -191,17 +191,19 @@ def _tensor(name: str, body: dict[str, Any]) -> TensorRecord:
         weights *= size
     if weights > _MAX_WEIGHTS or not weights or weights != rows * columns:
         raise LimitError(
-            f"{name}: shape {shape} does not fit a matrix of {rows} x {columns}; expected the sizes compress wrote."
+            f"{name}: expected the sizes that compress wrote, got shape {shape} for a matrix of {rows} x {columns}."
         )
     ends = [0, *(part.rows[1] for part in record.parts)]
     if ends[-1] != rows or any(
         part.rows[0] != end or part.rows[1] <= end for part, end in zip(record.parts, ends, strict=False)
     ):
-        raise LimitError(f"{name}: parts do not cover {rows} rows in order; expected the parts compress wrote.")
+        raise LimitError(
+            f"{name}: expected parts that cover {rows} rows in order, got others. Fetch the manifest again."
+        )
     if record.dtype not in DTYPES or not 1 <= record.tile <= _MAX_TILE or record.axes not in ((0, 1), (1,), (0,), ()):
         raise CheckpointError(
-            f"{name}: dtype {record.dtype}, tile {record.tile} or axes {record.axes} is unknown. Fetch the manifest "
-            "again."
+            f"{name}: expected a known dtype, tile and axes, got {record.dtype}, {record.tile} and {record.axes}. "
+            "Fetch the manifest again."
         )
     return record
 

@@ -69,15 +69,16 @@ class CompressOptions:
 
         if self.quantizer == "lattice" and self.target.kind == "density":
             raise ConfigError(
-                "quantizer lattice: chooses its zeros itself; expected scalar with a density. Use --bits, or leave out"
-                " --quantizer."
+                "quantizer: expected scalar with a density, got lattice, which chooses its zeros itself. Use --bits,"
+                " or leave out --quantizer."
             )
         if not 1 <= self.tile <= MAX_TILE:
-            raise ConfigError(f"tile {self.tile}: out of range; expected 1 to {MAX_TILE}.")
+            raise ConfigError(f"tile: expected 1 to {MAX_TILE}, got {self.tile}.")
         if self.transform != AUTO and not TRANSFORMS[self.transform].accepts(self.tile):
             fitting = ", ".join(t.name for t in TRANSFORMS.values() if t.accepts(self.tile))
             raise ConfigError(
-                f"tile {self.tile}: refused by {self.transform}; {fitting} accept it. Change --tile or --transform."
+                f"tile: expected one that {self.transform} accepts, got {self.tile}, which {fitting} accept. "
+                "Change --tile or --transform."
             )
 
     def to_json(self) -> dict[str, object]:

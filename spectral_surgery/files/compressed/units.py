@@ -110,8 +110,8 @@ def _encode_unit(
             raise ConfigError(f"{tensor.info.name}: {error} Or copy it with --exclude.") from None
         if not options.copy_nonfinite:
             raise ConfigError(
-                f"{tensor.info.name}: has NaN or infinite values; expected finite weights. "
-                "Repair it, or use --copy-nonfinite to pass such tensors through."
+                f"{tensor.info.name}: expected finite weights, got NaN or infinite values. Repair it, or use"
+                " --copy-nonfinite to pass such tensors through."
             ) from None
         write_part(store.path(unit), store.key, None, None)
         return None
@@ -202,8 +202,8 @@ def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Ent
             done = read_part(store.path(unit), store.key, verify=False)
             if done is None:
                 raise CheckpointError(
-                    f"{store.path(unit).name}: this unit is not done; all of {len(plan.units)} are needed. Run "
-                    "again with --resume."
+                    f"{store.path(unit).name}: expected all {len(plan.units)} units done, got none here. "
+                    "Run again with --resume."
                 )
             parts.append(done)
         finite = [(file, record) for file, record in parts if record is not None]

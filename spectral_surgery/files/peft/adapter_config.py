@@ -117,8 +117,8 @@ def to_config(spec: AdapterSpec, layers: list[str], features: Mapping[str, objec
     settings = {name: _plain(value) for name, value in asdict(spec.config).items()}
     if "auto" in settings.values():
         raise CheckpointError(
-            f"{spec.method.name}: a setting is still 'auto'; expected numbers in files. Use the specification"
-            " that inject returns."
+            f"{spec.method.name}: expected numbers in files, got a setting that is still 'auto'. Use the"
+            " specification that inject returns."
         )
     about: dict[str, object] = {
         "auto_mapping": None,
@@ -146,7 +146,7 @@ def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
     method = by_type.get(str(config.get("peft_type")))
     if method is None:
         known = ", ".join(by_type)
-        raise CheckpointError(f"{where}: peft_type {named([config.get('peft_type')])} is unknown; expected {known}.")
+        raise CheckpointError(f"{where}: expected {known} as peft_type, got {named([config.get('peft_type')])}.")
     dialect = dialect_of(method)
     setting_names = {item.name for item in fields(method.config)}
     _refuse_changed_base(config, dialect, where)
@@ -207,8 +207,8 @@ def _targets_to_config(spec: AdapterSpec, layers: list[str]) -> dict[str, object
     strange = [name for name in layers if not targets.matches(name)]
     if strange:
         raise CheckpointError(
-            f"layers {named(strange)}: have an adapter and are not targets; expected layers that target_modules"
-            " matches. Correct the specification."
+            f"layers: expected ones that target_modules matches, got {named(strange)}, which have an adapter."
+            " Correct the specification."
         )
     numbered = targets.layers_to_transform is not None and not isinstance(targets.target_modules, str)
     dialect = dialect_of(spec.method)
@@ -233,7 +233,7 @@ def _targets_from_config(
         if value is None or value == []:
             return default
         if not _fits(hint, value):
-            raise CheckpointError(f"{where}: {name} is {named([value])}; expected {_said(hint)}.")
+            raise CheckpointError(f"{where}: expected {_said(hint)} as {name}, got {named([value])}.")
         return tuple(value) if isinstance(value, list) else value
 
     names, numbers = tuple[str, ...], tuple[int, ...]
@@ -244,9 +244,8 @@ def _targets_from_config(
     target = of("target_modules", str | names, () if parameters else None)
     if target is None:
         raise CheckpointError(
-            f"{where}: target_modules is {named([config.get('target_modules')])}; expected a regular expression or a"
-            " list of"
-            " names of modules."
+            f"{where}: expected a regular expression or a list of names of modules as target_modules, got"
+            f" {named([config.get('target_modules')])}."
         )
     try:
         return ModuleTargets(
@@ -269,7 +268,7 @@ def _refuse_changed_base(config: Mapping[str, object], dialect: Dialect, where: 
     for method, reason in dialect.changing.items():
         if start.startswith(method):
             raise CheckpointError(
-                f"{where}: init_lora_weights is {named([start])}, {reason} Expected an adapter of an unchanged base."
+                f"{where}: expected an adapter of an unchanged base, got init_lora_weights {named([start])}, {reason}"
             )
 
 
@@ -277,7 +276,7 @@ def _refuse_features(config: Mapping[str, object], dialect: Dialect, known: set[
     for name, values in dialect.choices.items():
         if name in config and config[name] not in values:
             listed = ", ".join(map(str, values))
-            raise CheckpointError(f"{where}: {name} is {named([config[name]])}; expected {listed}.")
+            raise CheckpointError(f"{where}: expected {listed} as {name}, got {named([config[name]])}.")
     wanted = {
         name: value
         for name, value in config.items()
@@ -286,8 +285,8 @@ def _refuse_features(config: Mapping[str, object], dialect: Dialect, known: set[
     if wanted:
         listed = ", ".join(f"{name} = {named([value])}" for name, value in sorted(wanted.items()))
         raise CheckpointError(
-            f"{where}: {listed}: not supported, and the adapter would be wrong without it; expected adapters that do"
-            " without. Merge it with PEFT, or train one without."
+            f"{where}: expected an adapter without {listed}, which is not supported; without it the adapter would be"
+            " wrong. Merge it with PEFT, or train one without."
         )
 
 
@@ -300,7 +299,9 @@ def _settings(row: type[Any], config: Mapping[str, object], where: str) -> dict[
             continue  # null is PEFT's other word for an empty pattern
         if not _fits(hints[item.name], value) or value == "auto":
             said = _said(hints[item.name])
-            raise CheckpointError(f"{where}: {item.name} is {named([value])}; expected {said}. {item.metadata['help']}")
+            raise CheckpointError(
+                f"{where}: expected {said} as {item.name}, got {named([value])}. {item.metadata['help']}"
+            )
         settings[item.name] = tuple(value) if isinstance(value, list) else value
     return settings
 
@@ -310,13 +311,13 @@ def _refuse_counts(settings: Mapping[str, Any], dialect: Dialect, where: str) ->
         value = settings.get(name, {})
         values = value.values() if isinstance(value, Mapping) else [value]
         if any(count <= 0 for count in values):
-            raise CheckpointError(f"{where}: {name} is {named([value])}; expected positive numbers.")
+            raise CheckpointError(f"{where}: expected positive numbers as {name}, got {named([value])}.")
 
 
 def _text(config: Mapping[str, object], name: str, where: str) -> str | None:
     value = config.get(name)
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{where}: {name} is {named([value])}; expected a text or null.")
+        raise CheckpointError(f"{where}: expected a text or null as {name}, got {named([value])}.")
     return value
 
 

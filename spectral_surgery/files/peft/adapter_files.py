@@ -53,7 +53,7 @@ def read_adapter(folder: Path) -> AdapterState:
     """
     config_file, file = folder / CONFIG_FILE, folder / TENSOR_FILE
     if not folder.is_dir() or not config_file.is_file():
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE} is there; expected a folder with an adapter.")
+        raise CheckpointError(f"{folder}: expected a folder with an adapter, got no {CONFIG_FILE}.")
     if not file.is_file():
         raise CheckpointError(f"{folder}: {_missing(folder)}")
     config = read_json(config_file)
@@ -99,7 +99,7 @@ def write_adapter(state: AdapterState, folder: Path) -> None:
     problems = _misfits(state.layers, state.spec) + _not_finite(tensors)
     if problems or not state.layers:
         what = "; ".join(problems) or "it has no layers"
-        raise CheckpointError(f"{folder}: the adapter cannot be written: {what}; expected finite, complete ones.")
+        raise CheckpointError(f"{folder}: expected a finite and complete adapter to write, got {what}.")
     entries = [tensor_entry(_PREFIX + name, tensor) for name, tensor in tensors.items()]
     text = json.dumps(config, indent=2, sort_keys=True)
     with _written(folder) as part:
@@ -141,10 +141,10 @@ def _written(folder: Path) -> Iterator[Callable[[str], Path]]:
 def _missing(folder: Path) -> str:
     if (folder / _PICKLE).exists():
         return (
-            f"{_PICKLE} is a pickle, which can run any code when opened; expected {TENSOR_FILE}. Load it with PEFT"
+            f"expected {TENSOR_FILE}, got {_PICKLE}, a pickle, which can run any code when opened. Load it with PEFT"
             " where you trust it, and save_pretrained it again."
         )
-    return f"no {TENSOR_FILE} is there; expected a folder with an adapter."
+    return f"expected a folder with an adapter, got no {TENSOR_FILE}."
 
 
 def _sorted_out(

@@ -110,9 +110,8 @@ def trained_rows(
         rows = tuple(n for n in numbers if type(n) is int and n >= 0) if isinstance(numbers, list) else ()
         if tensor.dim() != 2 or numbers != list(rows) or not len(rows) == len(tensor) == len({*rows}):
             raise CheckpointError(
-                f"{where}: trainable_token_indices is {named([said])}, and {name} has shape {list(tensor.shape)};"
-                " expected a row"
-                " for each number. Save the adapter again, or fetch it again."
+                f"{where}: expected a row for each of trainable_token_indices, got {named([said])}, and shape"
+                f" {list(tensor.shape)} of {name}. Save the adapter again, or fetch it again."
             )
         found[module] = (rows, tensor)
     return found

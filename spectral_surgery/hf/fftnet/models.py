@@ -149,8 +149,8 @@ def _base() -> Any:
             """
             if self.wants_causal is not None and config.is_causal not in (None, self.wants_causal):
                 raise ConfigError(
-                    f"{type(self).__name__}: is_causal {config.is_causal} in the configuration; expected"
-                    f" {self.wants_causal}. Use the class that the model was trained with."
+                    f"{type(self).__name__}: expected is_causal {self.wants_causal} in the configuration, got"
+                    f" {config.is_causal}. Use the class that the model was trained with."
                 )
             check_config(config)
             if self.wants_causal is not None:

@@ -114,9 +114,9 @@ def check_config(config: Any) -> None:
     """Accept the sizes of a model; mixers check theirs. Raises ConfigError when one is out of range."""
     for name in ("vocab_size", "d_model", "num_layers", "max_seq_length"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"FFTNetConfig: {name} {getattr(config, name)}; expected at least 1.")
+            raise ConfigError(f"FFTNetConfig: expected {name} of at least 1, got {getattr(config, name)}.")
     if not 0 <= config.dropout < 1:
-        raise ConfigError(f"FFTNetConfig: dropout {config.dropout}; expected at least 0 and less than 1.")
+        raise ConfigError(f"FFTNetConfig: expected dropout of at least 0 and less than 1, got {config.dropout}.")
 
 
 def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
@@ -128,15 +128,17 @@ def check_ids(ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
     """
     if ids.ndim != 2 or not ids.numel():
         raise ShapeError(
-            f"input_ids: shape {tuple(ids.shape)}; expected [B, T] with at least one sequence and one token."
+            f"input_ids: expected [B, T] with at least one sequence and one token, got shape {tuple(ids.shape)}."
         )
     if mask is not None and mask.shape != ids.shape:
-        raise ShapeError(f"attention_mask: shape {tuple(mask.shape)}; expected {tuple(ids.shape)}, that of input_ids.")
+        raise ShapeError(
+            f"attention_mask: expected {tuple(ids.shape)}, the shape of input_ids, got {tuple(mask.shape)}."
+        )
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise ConfigError(
-            f"input_ids: token {low if low < 0 else high}; expected 0 to {vocabulary - 1}. Use the tokenizer of the"
-            " model."
+            f"input_ids: expected 0 to {vocabulary - 1}, got token {low if low < 0 else high}. Use the tokenizer of"
+            " the model."
         )
 
 
@@ -159,7 +161,7 @@ def places(ids: Tensor, mask: Tensor | None, seen: Tensor | None, longest: int) 
     length = int(found.max()) + 1
     if length > longest:
         raise ShapeError(
-            f"input_ids: {length} tokens; expected at most {longest}, the model's max_seq_length. Cut the text."
+            f"input_ids: expected at most {longest} tokens, the model's max_seq_length, got {length}. Cut the text."
         )
     return found
 

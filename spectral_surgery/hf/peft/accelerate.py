@@ -32,13 +32,13 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
         from peft.tuners.fourierft import FourierFTLinear
     except ImportError:
         raise BackendError(
-            "peft: not installed; it is needed to accelerate its models. pip install 'spectral-surgery[hf]'"
+            "peft: expected it to accelerate its models, got none installed. pip install 'spectral-surgery[hf]'"
         ) from None
     layers = [module for module in model.modules() if isinstance(module, FourierFTLinear)]
     if not layers:
         raise TargetError(
-            f"{type(model).__name__}: has no FourierFT layers of PEFT; expected models from get_peft_model or PeftModel"
-            " with FourierFTConfig. Adapters put on by inject are fast already."
+            f"{type(model).__name__}: expected a model from get_peft_model or PeftModel with FourierFTConfig, got no"
+            " FourierFT layers of PEFT. Adapters put on by inject are fast already."
         )
     for layer in layers:
         layer.__class__ = fast_class() if enabled else FourierFTLinear

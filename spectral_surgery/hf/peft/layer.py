@@ -52,8 +52,9 @@ class MethodLayer(nn.Module):
         kind = kind_of(self.get_base_layer())
         if kind is None:
             raise ConfigError(
-                f"{type(base_layer).__name__}: cannot carry an adapter of {self.method.name}; expected Linear, Conv1D,"
-                " Conv2d, Embedding and modules that map in_features to out_features. Choose other target_modules."
+                "target_modules: expected Linear, Conv1D, Conv2d, Embedding and modules that map in_features to"
+                f" out_features, got {type(base_layer).__name__}, which cannot carry an adapter of"
+                f" {self.method.name}. Choose others."
             )
         self.kind: Kind = kind
         self.out_features, self.in_features = shape_of(self.get_base_layer())
@@ -122,8 +123,8 @@ class MethodLayer(nn.Module):
         weight = cast(nn.Parameter, self.get_base_layer().weight)
         if _dtype_of(self.get_base_layer()) is None:
             raise NotMergeableError(
-                f"{type(self.get_base_layer()).__name__}: its weight is {weight.dtype}; expected floating-point weights"
-                " of 16 bits and more for merging. Load the base without quantization."
+                f"{type(self.get_base_layer()).__name__}: expected floating-point weights of 16 bits and more for"
+                f" merging, got {weight.dtype}. Load the base without quantization."
             )
         record = self.merged_weight
         base = weight.data if record.base is None else record.base
@@ -132,8 +133,8 @@ class MethodLayer(nn.Module):
         if safe_merge and not bool(torch.isfinite(merged).all()):
             broken = next((name for name in names if not bool(torch.isfinite(self._delta(name)).all())), names[-1])
             raise NotMergeableError(
-                f"adapter {broken}: NaNs detected in the merged weights. The adapter {broken} seems to be broken;"
-                f" expected sums that are finite in {base.dtype}. Train it again, and check the base."
+                f"adapter {broken}: expected sums that are finite in {base.dtype}, got NaNs detected in the merged"
+                f" weights. The adapter {broken} seems to be broken. Train it again, and check the base."
             )
         record.base, record.parts = base, [*record.parts, *fresh]
         weight.data = merged

@@ -189,8 +189,8 @@ class LazyWeight(Tensor):
         """Refused."""
         del value
         raise NotMergeableError(
-            "weight: of a compressed layer, cannot be written; expected adapters beside it. Decompress the model"
-            " before you merge into it: model.dequantize(), or `spectral-surgery decompress`."
+            "weight: expected adapters beside a compressed layer, got a write into it. Decompress the model before"
+            " you merge into it: model.dequantize(), or `spectral-surgery decompress`."
         )
 
 

@@ -70,8 +70,7 @@ def load_compressed(
         cls = class_named(transformers, config, class_for(checkpoint.index.config, auto_class) if auto_class else named)
         if cls is None:
             raise CheckpointError(
-                f"{folder.name}: transformers has no {auto_class or named}; expected one of its classes. Name it with"
-                " auto_class."
+                f"{folder.name}: expected a class of transformers, got {auto_class or named}. Name one with auto_class."
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device
@@ -91,8 +90,8 @@ def _within(
     if needed > limit:
         remedy = f"Use resident {smallest}" if set(chosen.values()) != {smallest} else "Compress to fewer bits"
         raise LimitError(
-            f"max_memory: {limit} bytes; {needed} are needed for the weights and the blocks of rows under way, and"
-            f" accepted. {remedy}."
+            f"max_memory: expected {needed} bytes or more, for the weights and the blocks of rows under way, got {limit}."
+            f" {remedy}."
         )
     for form in (NARROW, AUTO) if resident == AUTO else ():
         for name, held in chosen.items():

@@ -227,8 +227,8 @@ def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
     if not plan.sources:
         some = ", ".join(list(checkpoint.manifest.tensors)[:3])
         raise CheckpointError(
-            f"{checkpoint.index.root.name}: none of its {len(checkpoint.manifest.tensors)} compressed tensors ({some})"
-            " is in the model; expected the class of the architecture in config.json. Load it with that class."
+            f"{checkpoint.index.root.name}: expected the class of the architecture in config.json, got a model with"
+            f" none of the {len(checkpoint.manifest.tensors)} compressed tensors ({some}). Load it with that class."
         )
 
 

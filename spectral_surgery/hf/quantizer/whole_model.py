@@ -101,7 +101,7 @@ def _make_dense(model: Any, load: Loading, spectra: set[int]) -> None:
     from transformers.utils import logging
 
     if load.plan is None:
-        raise CheckpointError("resize_token_embeddings: the model is not loaded yet; expected a loaded one.")
+        raise CheckpointError("resize_token_embeddings: expected a loaded model, got one that is not loaded yet.")
     decoded = decode_layers(model, spectra)
     logging.get_logger("transformers.spectral_surgery").warning(
         f"{', '.join(decoded)}: decoded to change the number of tokens, and dense from now on, also in what is saved."
