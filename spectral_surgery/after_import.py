@@ -31,8 +31,8 @@ class _Watch:
         if name != self.library:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         execute = getattr(spec.loader, "exec_module", None) if spec is not None else None
         if spec is None or execute is None:
             return spec
@@ -43,7 +43,7 @@ class _Watch:
                 sys.meta_path.remove(self)
                 self.action()
 
-        setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - the loader is this import's own
+        setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - the loader is of this import alone
         return spec
 
 
@@ -51,7 +51,7 @@ def when_imported(library: str, home: str, name: str) -> None:
     """Call a function of this package once a library is imported; at once if it is already.
 
     Args:
-        library: a module that executes code of its own; a part of a library where that is imported lazily.
+        library: a module that executes code; a part of a library where that is imported lazily.
         home: the module of the function, imported only then.
         name: of the function, which takes nothing. A `BackendError` becomes a warning, so that the library works.
     """

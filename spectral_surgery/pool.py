@@ -90,7 +90,7 @@ class Team:
         except BrokenProcessPool:
             raise CheckpointError(
                 "compress: a worker was killed, most likely for memory; finished parts are kept. "
-                "Run again with --resume and fewer --workers; a script of your own needs `if __name__ == '__main__':`."
+                "Run again with --resume and fewer --workers; a script needs `if __name__ == '__main__':`."
             ) from None
 
     def stop(self) -> None:

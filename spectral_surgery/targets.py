@@ -46,7 +46,7 @@ class ModuleTargets:
         layers_pattern: names of the lists the layer numbers count in: ``layers``, ``h``.
         bias: which biases are trained: none, all, or ``<method>_only`` for those of the modules with an adapter.
         fan_in_fan_out: whether the base stores weights as [I, O]; a note for PEFT, we look at the module itself.
-        target_parameters: names or ends of names of parameters with an update of their own, such as stacked experts.
+        target_parameters: names or ends of names of parameters that have updates themselves, as do stacked experts.
         ensure_weight_tying: whether tied embeddings and output layers have one update, not two.
     """
 

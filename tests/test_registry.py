@@ -26,13 +26,13 @@ def test_rows_by_name_in_order() -> None:
 
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"^shape 'cirlce': unknown; known: circle, square\. Did you mean 'circle'\?$"
+        ConfigError, match=r"^shape: expected one of circle, square, got 'cirlce'\. Did you mean 'circle'\?$"
     ):
         TABLE["cirlce"]
-    with pytest.raises(ConfigError, match=r"^shape 'zzz': unknown; known: circle, square$"):
+    with pytest.raises(ConfigError, match=r"^shape: expected one of circle, square, got 'zzz'\.$"):
         TABLE["zzz"]
 
 
 def test_names_differ() -> None:
-    with pytest.raises(ConfigError, match="shape 'a': listed twice"):
+    with pytest.raises(ConfigError, match="shape: expected different names, got 'a' twice"):
         Table("shape", [Row("a"), Row("a")])

@@ -133,9 +133,9 @@ class AdapterState:
         """What a live model here has no place for, in words; empty when there is nothing."""
         lora = self.spec.method.peft_type == "LORA"
         keys = {key for tensors in self.layers.values() for key in tensors} if lora else set()
-        found = {"DoRA": "magnitude" in keys, "lora_bias": "bias" in keys}
-        found |= {"target_parameters": bool(self.parameters), "trainable_token_indices": bool(self.rows)}
-        return ", ".join(name for name, there in found.items() if there)
+        reasons = {"DoRA": "magnitude" in keys, "lora_bias": "bias" in keys}
+        reasons |= {"target_parameters": bool(self.parameters), "trainable_token_indices": bool(self.rows)}
+        return ", ".join(name for name, there in reasons.items() if there)
 
     def build(self, name: str, out_features: int, in_features: int) -> nn.Module:
         """The adapter of one layer, with its numbers.
@@ -146,10 +146,10 @@ class AdapterState:
 
         adapter = self.spec.build(name, out_features, in_features)
         expected = {key: tuple(value.shape) for key, value in adapter.state_dict().items()}
-        given = {key: tuple(value.shape) for key, value in self.layers[name].items()}
-        if expected != given:
+        shapes = {key: tuple(value.shape) for key, value in self.layers[name].items()}
+        if expected != shapes:
             raise CheckpointError(
-                f"{name}: expected {expected} for a layer of {out_features} x {in_features}, got {given} in the"
+                f"{name}: expected {expected} for a layer of {out_features} x {in_features}, got {shapes} in the"
                 " adapter. Use the base model it was made for."
             )
         adapter.load_state_dict(self.layers[name])

@@ -1,6 +1,6 @@
 """FourierFT with places drawn near a chosen frequency: the frequency bias of its paper.
 
-A method of its own, since PEFT would draw other places for a FOURIERFT file; here they are stored with it.
+A separate method, since PEFT would draw other places for a FOURIERFT file; here they are stored with it.
 
 Source: arXiv 2405.03003, equation 5; corrected in that frequencies are fractions of the sampling rate (the paper's 200
 bins of 768 are 0.26), so that one setting fits all shapes, and that of two places with the same basis function, (j, k)

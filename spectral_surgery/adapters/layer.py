@@ -1,4 +1,4 @@
-"""A module that carries adapters: its own output plus that of every active adapter."""
+"""A module that carries adapters: the output of the base layer plus that of every active adapter."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _is_observed(base: nn.Module) -> bool:
-    # its hooks, or a forward put over its own (offloading, sharding, calibration), must see the call
+    # its hooks, or a forward put over it (offloading, sharding, calibration), must see the call
     return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks) or "forward" in base.__dict__
 
 

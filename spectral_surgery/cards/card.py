@@ -35,7 +35,7 @@ _BLANKS = 10
 
 
 def write_derived(folder: Path, content: CardContent) -> None:
-    """Turn the card that was copied into a new folder from its source into a card of its own; see `derived`.
+    """Turn the card that was copied into a new folder from its source into that of the folder; see `derived`.
 
     Args:
         folder: of the new model; a card there is that of the model it was made from.
@@ -57,7 +57,7 @@ def derived(source: str | None, content: CardContent) -> str:
         old, body = metadata(text), _METADATA.sub("", text, count=1)
     except ConfigError:  # hours of work must not fail on somebody else's card
         old, body = {}, text
-    kept = {key: old[key] for key in _INHERITED if old.get(key)}
+    inherited = {key: old[key] for key in _INHERITED if old.get(key)}
     new = content.metadata()
     if "base_model" not in new and _is_base(old.get("base_model")):
         new["base_model"] = old["base_model"]
@@ -67,7 +67,7 @@ def derived(source: str | None, content: CardContent) -> str:
     if has_section(text):
         tags = [tag for tag in tags if tag != COMPRESSED]  # said of that checkpoint by us
     tags += _listed(new["tags"])
-    data = _card_data({**new, **kept, "tags": list(dict.fromkeys(tags))})
+    data = _card_data({**new, **inherited, "tags": list(dict.fromkeys(tags))})
     front = f"---\n{data.to_yaml()}\n---\n\n"
     body = _SECTION.sub("", body).strip("\n")
     heading = "" if body.startswith(_HEADING) or not body else f"{_HEADING}\n\n"
@@ -97,7 +97,7 @@ def transplanted(text: str, donor: str) -> str:
 
 def with_section(text: str, change: Callable[[str], str]) -> str:
     """A card with our section changed, and every other byte as it was."""
-    return _SECTION.sub(lambda found: change(found.group(0)), text, count=1)
+    return _SECTION.sub(lambda match: change(match.group(0)), text, count=1)
 
 
 def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
@@ -115,10 +115,10 @@ def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
     if missing:
         lines = _card_data(missing).to_yaml()
         head = f"{head.rstrip().removesuffix('---')}{lines}\n---\n" if head else f"---\n{lines}\n---\n\n"
-    found = _SECTION.search(body)
-    before, after = (body[: found.start()], body[found.end() :]) if found else ("\n" if head else "", body)
+    match = _SECTION.search(body)
+    before, after = (body[: match.start()], body[match.end() :]) if match else ("\n" if head else "", body)
     if is_edited(unix):  # no hash fits then, neither the one that is there nor this word
-        signature = found.group(1) if found else "edited"
+        signature = match.group(1) if match else "edited"
     else:
         signature = _hash(_unsigned(head + before + after))
     signed = _SIGNED.sub(_BEGIN.format(signature), section, count=1)
@@ -159,14 +159,14 @@ def metadata(text: str) -> dict[str, Any]:
         written = yaml.safe_load(front.group(1)) or {}
         if not isinstance(written, dict):
             raise TypeError("it is not a mapping")
-        found: dict[str, Any] = _card_data(written | {"ignore_metadata_errors": True}).to_dict()
+        card: dict[str, Any] = _card_data(written | {"ignore_metadata_errors": True}).to_dict()
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{FILE_NAME}: expected metadata in YAML, keys and values between two lines of ---, got what cannot be"
             f" read ({reason}). Correct or remove them."
         ) from None
-    return found
+    return card
 
 
 def _card_data(fields: Mapping[str, Any]) -> Any:
@@ -193,8 +193,8 @@ def is_untouched_template(text: str) -> bool:
 
 def only_metadata(text: str) -> str:
     """A card without its text."""
-    found = _METADATA.match(_unix(text))
-    return found.group(0) if found else ""
+    match = _METADATA.match(_unix(text))
+    return match.group(0) if match else ""
 
 
 def as_repository(name: object) -> str | None:

@@ -23,7 +23,7 @@ class _Plan:
     Attributes:
         size: tokens of a block, the chunk where there is one.
         past: tokens before a block that reach it.
-        own_kernels: whether every block has a kernel of its own.
+        own_kernels: whether every block has another kernel.
         products: whether kernels are multiplied out.
     """
 

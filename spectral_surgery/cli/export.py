@@ -76,9 +76,9 @@ def _export_model(source: str, out: Path, to: str, base: str | None, dry_run: bo
     from spectral_surgery.options import parse_settings
 
     params = click.get_current_context().params
-    given = [name for name in _SIZES if params[name] is not None]
-    if given:
-        raise click.UsageError(f"--{given[0].replace('_', '-')}: is for adapters; {to} is set with -o.")
+    sizes = [name for name in _SIZES if params[name] is not None]
+    if sizes:
+        raise click.UsageError(f"--{sizes[0].replace('_', '-')}: is for adapters; {to} is set with -o.")
     settings = parse_settings(workflow.model_target(to).config, params["settings"])
     keep_freed_memory()
     access = shared.hub_access()

@@ -39,9 +39,7 @@ def command(name: str | None) -> None:
     elif name is not None:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
-            raise ConfigError(
-                f"methods: expected the name of a method, got '{name}'. `spectral-surgery methods` lists them."
-            )
+            raise ConfigError(f"methods: expected the name of a method, got '{name}'. See `spectral-surgery methods`.")
     output.show({"methods": rows}, [output.table(rows)])
 
 

@@ -106,7 +106,7 @@ def options_of(
 
 
 def from_options(settings: type[T], values: Mapping[str, object] | None = None) -> T:
-    """The settings that the running command was given. ``values``: of fields that have no option of their own."""
+    """The settings that the running command was given. ``values``: of fields that have no option."""
     return settings(**_typed(settings) | dict(values or {}))
 
 

@@ -81,7 +81,7 @@ def decompress(
     names back. Checksums are always verified before decoding.
 
     Args:
-        dtype: store all floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``) instead of their own.
+        dtype: store all floating tensors in this dtype (``float32``, ``bfloat16``, ``float16``) instead of that stored.
         verify: read the result back: copied tensors must be bit-equal, and decoded ones must have the norm that was
             measured when they were encoded.
         base: the checkpoint that differences are to; None for a compressed model.

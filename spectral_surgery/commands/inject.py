@@ -108,8 +108,8 @@ def plan_injection(source: Checkpoint, spec: AdapterSpec) -> InjectPlan:
         parameters[name] = sum(parameter.numel() for parameter in adapter.parameters())
         stored += sum(tensor.nbytes for tensor in adapter.state_dict().values())
     forms = forms_of({name: modules[name] for name in layers})
-    said = (*index.notes, *notes, *more, *_shared(names, layers))
-    return InjectPlan(index, spec, layers, parameters, stored, copied, left_out, said, forms)
+    remarks = (*index.notes, *notes, *more, *_shared(names, layers))
+    return InjectPlan(index, spec, layers, parameters, stored, copied, left_out, remarks, forms)
 
 
 def inject(
@@ -184,23 +184,23 @@ def _readable(index: CheckpointIndex, model: nn.Module, spec: AdapterSpec) -> tu
         return spec, {}
     names, left_out = all_linear(model, spec)
     misread = misread_by_peft(index.config.get("model_type"), spec.method.peft_type, names)
-    kept = tuple(name for name in names if name not in misread)
-    return replace(spec, targets=replace(spec.targets, target_modules=kept)), left_out | misread
+    readable = tuple(name for name in names if name not in misread)
+    return replace(spec, targets=replace(spec.targets, target_modules=readable)), left_out | misread
 
 
 def _shared(names: TensorNames, layers: Iterable[str]) -> tuple[str, ...]:
     """What to know where several of the layers have the same weight."""
     by_weight: dict[str, list[str]] = {}
     for layer in layers:
-        found = names.find(f"{layer}.weight")
-        if found is not None:
-            by_weight.setdefault(found.name, []).append(layer)
+        parameter = names.find(f"{layer}.weight")
+        if parameter is not None:
+            by_weight.setdefault(parameter.name, []).append(layer)
     together = [group for group in by_weight.values() if len(group) > 1]
     if not together:
         return ()
     return (
         f"{sum(map(len, together))} layers share their weights with others (such as {' and '.join(together[0])}): each"
-        " has an update of its own in a live model, and all have the sum of them once merged, as in PEFT",
+        " has an update in a live model, and all have the sum of them once merged, as in PEFT",
     )
 
 

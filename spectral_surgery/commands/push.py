@@ -112,32 +112,32 @@ def push(
 def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None) -> str:
     """The card to push: ours, or the one somebody edited on the Hub, with our section as it is now."""
     there = hub.read_text(listing, cards.FILE_NAME, token)
-    kept = cards.reconciled(here, there)
-    if kept is None:
+    card = cards.reconciled(here, there)
+    if card is None:
         raise HubError(
             f"{listing.repository}: expected one edited card, got edits of {cards.FILE_NAME} on the Hub and in"
             f" {folder.name}. Merge both into the one on the Hub, and remove the one here."
         )
-    return kept if kept == here else cards.transplanted(kept, here)
+    return card if card == here else cards.transplanted(card, here)
 
 
 def _published(folder: Path) -> list[Path]:
     """Files to publish: of a training, not the states of optimizers, nor the model it was compared with."""
-    found = visible_files(folder)
+    files = visible_files(folder)
     trained = (folder / METRICS_FILE).exists()
-    return [path for path in found if path.parts[0] not in (CHECKPOINTS, CONTROL)] if trained else found
+    return [path for path in files if path.parts[0] not in (CHECKPOINTS, CONTROL)] if trained else files
 
 
 def visible_files(folder: Path) -> list[Path]:
     """Files to publish, relative to the folder: all but hidden ones and what is in hidden folders."""
-    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [
-        path for path in found if path.name in _KEPT_DOTFILES or not any(part.startswith(".") for part in path.parts)
+        path for path in paths if path.name in _KEPT_DOTFILES or not any(part.startswith(".") for part in path.parts)
     ]
 
 
 def card_text(folder: Path, checked: Checked, repository: str) -> str:
-    """The card a folder should have: its own with our section in it, or a new one."""
+    """The card a folder should have: that in the folder with our section in it, or a new one."""
     content = replace(checked.content, here=repository)
     text = cards.read_card(folder)
     if text is None or cards.is_untouched_template(text):

@@ -178,11 +178,11 @@ def _parse_object(raw: bytes, where: str) -> dict[str, object]:
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {_short(key)} appears {count} times")
-    return found
+    return entries
 
 
 def _header_length(file: File, prefix: bytes, size: int) -> int:

@@ -239,9 +239,9 @@ def _unindexed(root: Path, every: set[Path]) -> list[Path]:
     top = {path for path in every if path.parent == root}
     if root / SINGLE_FILE in top:
         return [root / SINGLE_FILE]
-    found = sorted(path for path in top if path.suffix == ".safetensors")
-    if found:
-        return found
+    files = sorted(path for path in top if path.suffix == ".safetensors")
+    if files:
+        return files
     pickles = sorted(path.name for path in top if path.suffix.lower() in _PICKLES)
     if pickles:
         _refuse_pickle(root, pickles)

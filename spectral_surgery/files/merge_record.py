@@ -1,6 +1,6 @@
 """The record of a merge: which adapters went into a checkpoint, and what takes them out again.
 
-It lies beside the weights in a folder of its own: ``merge.json``, the coded differences one after the other, and the
+It lies beside the weights in a folder: ``merge.json``, the coded differences one after the other, and the
 adapters without what they replaced whole.
 """
 
@@ -220,8 +220,8 @@ def _upgraded(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the first version as one of this."""
     transposed = _as(bool, row["transposed"])
     sources = [[number, layer, [], [], transposed] for number, layer in _as(list, row["sources"])]
-    kept = {key: value for key, value in row.items() if key != "transposed"}
-    return kept | {"sources": sources, "coding": "update" if sources else "whole", "shape": None}
+    settings = {key: value for key, value in row.items() if key != "transposed"}
+    return settings | {"sources": sources, "coding": "update" if sources else "whole", "shape": None}
 
 
 def _tensor(row: dict[str, Any], adapters: int) -> MergedTensor:

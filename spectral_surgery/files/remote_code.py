@@ -2,7 +2,7 @@
 
 transformers meets an unknown ``quant_method`` with a warning and random weights. With ``trust_remote_code=True`` it
 runs the file that ``auto_map`` in config.json names, and that file imports this package; transformers says so where it
-is not installed. A model with code of its own has that code imported by the file, after this package. Without that
+is not installed. A model that brings code has it imported by the file, after this package. Without that
 option nothing can be done for them.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 SHIM_FILE = "shim_spectral_surgery.py"
 _MODULE = SHIM_FILE.removesuffix(".py")
-_OF = "__of__"  # between a class of the model's own code and its module
+_OF = "__of__"  # between a class of the model's code and its module
 _CLASSES = (
     *("", "ForCausalLM", "ForMaskedLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"),
     *("ForQuestionAnswering", "ForImageClassification", "ForImageTextToText", "ForSpeechSeq2Seq"),
@@ -49,7 +49,7 @@ def __getattr__(name):
 
 
 def with_shim(config: Mapping[str, object]) -> dict[str, object]:
-    """A configuration that names the file; classes of the model's own code are found through it.
+    """A configuration that names the file; classes of the model's code are found through it.
 
     Code of another repository (``org/name--module.Class``) is named as before: the file cannot import it.
     """
@@ -107,17 +107,17 @@ def own_auto_map(auto_map: object) -> dict[str, object]:
     """What an ``auto_map`` names besides the file, and through it."""
     entries: dict[str, object] = {}
     for key, value in _entries(auto_map).items():
-        found = _through(value)
-        if found is not None:
+        origin = _through(value)
+        if origin is not None:
             repository, mark, _ = str(value).rpartition("--")
-            entries[key] = f"{repository}{mark}{found[1]}.{found[0]}"
+            entries[key] = f"{repository}{mark}{origin[1]}.{origin[0]}"
         elif not is_shim({key: value}):
             entries[key] = value
     return entries
 
 
 def forget_shim(config: Any) -> None:
-    """Let a configuration of a loaded model name its own code alone: save_pretrained does not write the file."""
+    """Let a configuration of a loaded model name the model's code alone: save_pretrained does not write the file."""
     if is_shim(getattr(config, "auto_map", None)):
         entries = own_auto_map(config.auto_map)
         del config.auto_map

@@ -1,6 +1,6 @@
 """The residual of one row, for decoding token by token on a CPU.
 
-For one row the calls cost more than the arithmetic, and so does a dispatched operator of our own: a kernel does all of
+For one row the calls cost more than the arithmetic, and so does a dispatched operator: a kernel does all of
 it on the memory of the tensors.
 """
 
@@ -47,7 +47,7 @@ _ROUTES: dict[int, Route] = {}  # by the identity of the indices of places, whil
 def add_row(y: Tensor, x: Tensor, coefficients: Tensor, places: Places, scale: float) -> bool:
     """Add the residual x ΔWᵀ of one row, in place.
 
-    Returns whether it was added: not where a tensor has no memory of its own, as under torch.vmap.
+    Returns whether it was added: not where a tensor has no memory, as under torch.vmap.
 
     Args:
         y: [..., O] float32 of O elements, contiguous, on a CPU.

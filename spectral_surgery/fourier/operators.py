@@ -35,9 +35,11 @@ def _operator(name: str, takes: str, gives: str, fake: Callable[..., Any]) -> Ca
             return call
 
         schema = f"({takes}, {_DELTA}) -> {gives}"
-        made = torch.library.custom_op(f"spectral_surgery::{name}", on_delta(function), mutates_args=(), schema=schema)
-        made.register_fake(on_delta(fake))
-        return made
+        operator = torch.library.custom_op(
+            f"spectral_surgery::{name}", on_delta(function), mutates_args=(), schema=schema
+        )
+        operator.register_fake(on_delta(fake))
+        return operator
 
     return make
 

@@ -39,29 +39,29 @@ class BaseModel:
 
     @cached_property
     def stored(self) -> dict[str, StoredParameter]:
-        """Everything that is stored, once: parameters and buffers under their names in the model, others their own."""
-        known = {name: found for name, found in self.names.parameters.items() if found.name == name}
-        used = {piece.info.name for found in known.values() for piece in found.pieces}
+        """Everything that is stored, once: parameters and buffers under their names in the model, others as stored."""
+        known = {name: parameter for name, parameter in self.names.parameters.items() if parameter.name == name}
+        used = {piece.info.name for parameter in known.values() for piece in parameter.pieces}
         others = {name: as_stored(name, info) for name, info in self.index.tensors.items() if name not in used}
         return dict(sorted({**others, **known}.items()))
 
     @cached_property
     def equal(self) -> dict[str, str]:
         """Second name -> first name of what is stored twice, with equal bytes."""
-        names = {found.whole.name: name for name, found in self.stored.items() if found.whole is not None}
+        names = {parameter.whole.name: name for name, parameter in self.stored.items() if parameter.whole is not None}
         pairs = find_tied(self.index).items()
         return {names[alias]: names[name] for alias, name in pairs if alias in names and name in names}
 
     def find(self, name: str) -> StoredParameter | None:
         """Where a parameter is stored: tied ones where their root is."""
-        found = self.names.find(name)
-        root = self.ties.get(name) or (self.ties.get(found.name) if found else None)
-        return self.names.find(root) if root else found
+        parameter = self.names.find(name)
+        root = self.ties.get(name) or (self.ties.get(parameter.name) if parameter else None)
+        return self.names.find(root) if root else parameter
 
     def named(self, name: str) -> str:
         """A parameter as the model calls it, where an adapter knew the model with a head more or less."""
-        found = self.names.find(name)
-        return found.name if found and name not in (*self.ties, *self.ties.values()) else name
+        parameter = self.names.find(name)
+        return parameter.name if parameter and name not in (*self.ties, *self.ties.values()) else name
 
     def tied_with(self, name: str) -> tuple[str, ...]:
         """All names of a parameter that is tied, the root first; none when it is not."""
@@ -71,10 +71,12 @@ class BaseModel:
         return (root, *others) if others else ()
 
     def is_stored(self, name: str) -> bool:
-        """Whether a tied parameter has a tensor of its own."""
-        found, root = self.names.find(name), self.ties.get(name, name)
+        """Whether a tied parameter is stored as a tensor too."""
+        parameter, root = self.names.find(name), self.ties.get(name, name)
         other = self.names.find(root)
-        return found is not None and (name == root or other is None or found.pieces[0].info != other.pieces[0].info)
+        return parameter is not None and (
+            name == root or other is None or parameter.pieces[0].info != other.pieces[0].info
+        )
 
     @property
     def hides_ties(self) -> bool:
@@ -86,25 +88,25 @@ class BaseModel:
         """The module of an adapter's layer; None when it is not known."""
         for spelling in self._spellings(name) if self.model is not None else ():
             try:
-                found: nn.Module = self.model.get_submodule(spelling)
+                module: nn.Module = self.model.get_submodule(spelling)
             except AttributeError:
                 continue
-            return found
+            return module
         return None
 
     def is_transposed(self, state: AdapterState, layer: str, shape: Sequence[int]) -> bool:
-        """Whether a matrix is stored as [I, O]: the module tells, else factors, names or the adapter's own word."""
+        """Whether a matrix is stored as [I, O]: the module tells, else factors, names or the adapter's setting."""
         if len(shape) != 2 or layer in state.embeddings:
             return False
         module = self.module(layer)
         if module is not None:
             return is_conv1d(module)
-        own = state.layers[layer]
-        low_rank = "A" in own and "B" in own and own["A"].dim() == own["B"].dim() == 2
-        told = (own["B"].shape[0], own["A"].shape[1]) if low_rank else ()
-        if told and told[0] != told[1] and tuple(shape) in (told, told[::-1]):
-            return tuple(shape) != told
-        known = [own for own in state.layers if is_named_conv1d(own, self.index.config.get("model_type"))]
+        factors = state.layers[layer]
+        low_rank = "A" in factors and "B" in factors and factors["A"].dim() == factors["B"].dim() == 2
+        product = (factors["B"].shape[0], factors["A"].shape[1]) if low_rank else ()
+        if product and product[0] != product[1] and tuple(shape) in (product, product[::-1]):
+            return tuple(shape) != product
+        known = [name for name in state.layers if is_named_conv1d(name, self.index.config.get("model_type"))]
         return layer in known if known else state.spec.targets.fan_in_fan_out
 
     def _spellings(self, name: str) -> Iterator[str]:

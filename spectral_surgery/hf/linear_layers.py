@@ -22,7 +22,7 @@ class LinearLayer:
 
     Attributes:
         module: its name in the model.
-        weight: the stored name of its weight; None where that is not a tensor of its own: fused, or tied and not there.
+        weight: the stored name of its weight; None where that is not a tensor: fused, or tied and not there.
         bias: whether it has one.
         head: whether it gives the output of the model, or is tied to another parameter.
     """
@@ -53,8 +53,8 @@ def linear_layers(folder: Path, index: CheckpointIndex) -> list[LinearLayer]:
     layers = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            found = names.parameters.get(f"{name}.weight")
-            stored = found.whole.name if found is not None and found.whole is not None else None
+            parameter = names.parameters.get(f"{name}.weight")
+            stored = parameter.whole.name if parameter is not None and parameter.whole is not None else None
             is_head = module is head or f"{name}.weight" in tied
             layers.append(LinearLayer(name, stored, module.bias is not None, is_head))
     return layers + _experts(names)
@@ -62,6 +62,6 @@ def linear_layers(folder: Path, index: CheckpointIndex) -> list[LinearLayer]:
 
 def _experts(names: TensorNames) -> list[LinearLayer]:
     """Experts, which are layers in files, and parts of one parameter in the model."""
-    infos = {piece.info.name: piece.info for found in names.parameters.values() for piece in found.pieces}
+    infos = {piece.info.name: piece.info for parameter in names.parameters.values() for piece in parameter.pieces}
     stored = sorted(name for name, info in infos.items() if _EXPERT.search(name) and len(info.shape) == 2)
     return [LinearLayer(name.removesuffix(".weight"), name, bias=False, head=False) for name in stored]

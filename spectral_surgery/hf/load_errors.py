@@ -21,7 +21,7 @@ _LONGEST = 300  # characters of a reason
 def loading(folder: Path, problem: str) -> Iterator[None]:
     """Turn what is raised meanwhile into a CheckpointError.
 
-    Raises CheckpointError with the reason; for a model with code of its own, with the option that runs it.
+    Raises CheckpointError with the reason; for a model that brings code, with the option that runs it.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
             reason = "it has no class of this kind for the architecture in config.json"
         elif "trust_remote_code" in reason:
             raise CheckpointError(
-                f"{folder}: expected a model that transformers knows, got one with code of its own, which"
+                f"{folder}: expected a model that transformers knows, got one that brings code, which"
                 " config.json names (auto_map). Read that code, and run it with --trust-remote-code (in Python"
                 " trust_remote_code=True)."
             ) from error

@@ -44,9 +44,9 @@ class SentenceEncoder:
                 hidden = called(self.model, named=batch).last_hidden_state  # [B, T, D]
             mask = batch["attention_mask"].unsqueeze(-1)
             parts.append((hidden * mask).sum(1) / mask.sum(1))
-        found = torch.cat(parts)
-        found = torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
-        return torch.nn.functional.normalize(found, dim=-1)
+        vectors = torch.cat(parts)
+        vectors = torch.empty_like(vectors).index_copy_(0, torch.tensor(order), vectors)
+        return torch.nn.functional.normalize(vectors, dim=-1)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace parameters by name, in place."""
@@ -86,7 +86,7 @@ def load_classifier(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any, tuple[str, ...]]:
-    """Load a model with a head for some classes: its own where it has one of that size, else a new one.
+    """Load a model with a head for some classes: the stored one where it is of that size, else a new one.
 
     Returns (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
 
@@ -102,19 +102,19 @@ def load_classifier(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with loading(folder, f"cannot be loaded by {auto_class}"):
         cls = getattr(transformers, auto_class)
-        model, told = from_pretrained(cls, folder, settings, of_config=of_config, trust_remote_code=trust_remote_code)
-    misfits = sorted({str(name) for name, *_ in told["mismatched_keys"]})
+        model, report = from_pretrained(cls, folder, settings, of_config=of_config, trust_remote_code=trust_remote_code)
+    misfits = sorted({str(name) for name, *_ in report["mismatched_keys"]})
     inside = [name for name in misfits if name.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise CheckpointError(
             f"{folder}: expected a head of another size at most, got other shapes than config.json says of"
             f" {', '.join(inside[:3])}."
         )
-    return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *told["missing_keys"]}))
+    return _padding(model, tokenizer).eval(), tokenizer, tuple(sorted({*misfits, *report["missing_keys"]}))
 
 
 def _padding(model: Any, tokenizer: Any) -> Any:
-    """A model that knows the padding token; models of several parts have none of their own."""
+    """A model that knows the padding token; models of several parts have none."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -276,7 +276,7 @@ def load_encoder(folder: Path) -> SentenceEncoder:
 def _class(transformers: Any, folder: Path, auto_class: str) -> Any:
     """An Auto class, or the class that a folder names where that would choose another kind of model.
 
-    A model with code of its own may be found by other Auto classes only.
+    A model that brings code may be found by other Auto classes only.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

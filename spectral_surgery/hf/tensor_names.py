@@ -1,6 +1,6 @@
 """Which rows of which stored tensors the parameters of a model are.
 
-transformers renames tensors when it loads them, stacks experts, splits fused matrices and permutes rows. Its own tables
+transformers renames tensors when it loads them, stacks experts, splits fused matrices and permutes rows. Its tables
 say how; this is the one place that asks them. A conversion is understood by running it on labels of rows in the place
 of weights: what comes out says where each row of a parameter was stored. Where a conversion does more than move rows,
 the parameter has no pieces, and whoever asks has to say so.
@@ -139,8 +139,8 @@ class TensorNames:
 
     def tensor(self, name: str) -> TensorInfo | None:
         """The stored tensor that a parameter is as a whole; None when there is none."""
-        found = self.find(name)
-        return found.whole if found else None
+        parameter = self.find(name)
+        return parameter.whole if parameter else None
 
     def _spellings(self, name: str) -> Iterable[str]:
         yield name
@@ -177,9 +177,9 @@ def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     unclear: dict[str, tuple[str, ...]] = {}
     for first, stored in groups.items():
-        made = _converted(model, index, converters, first, stored)
-        whole |= made
-        if not made:
+        results = _converted(model, index, converters, first, stored)
+        whole |= results
+        if not results:
             unclear[first] = tuple(name for names in stored.values() for name in names)
     for alias, name in model.all_tied_weights_keys.items():
         one = whole.get(name) or whole.get(alias)
@@ -244,12 +244,12 @@ def _converted(
         for pattern, info, probe in zip(patterns, infos, probes.tensors(), strict=True):
             converter.add_tensor(first, info.name, pattern, probe)
         try:
-            made = converter.convert(first, model=model, config=model.config)
-            found = {name: probes.parameter(model, name, value) for name, value in made.items()}
+            results = converter.convert(first, model=model, config=model.config)
+            parameters = {name: probes.parameter(model, name, value) for name, value in results.items()}
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError):  # it is not made for such probes
             continue
-        if all(found.values()):
-            return cast("dict[str, StoredParameter]", found)
+        if all(parameters.values()):
+            return cast("dict[str, StoredParameter]", parameters)
     return {}
 
 
@@ -266,10 +266,10 @@ class _Probes:
     def tensors(self) -> list[Tensor]:
         parts = self._labels.split(self._counts)
         shapes = [self._turned(info.shape) for info in self._infos]
-        made = [
+        tensors = [
             part if len(shape) < 2 else part.reshape(*shape[:-1], 1) for part, shape in zip(parts, shapes, strict=True)
         ]
-        return [part.mT if self._transposed and part.ndim > 1 else part for part in made]
+        return [part.mT if self._transposed and part.ndim > 1 else part for part in tensors]
 
     def parameter(self, model: Any, name: str, made: Any) -> StoredParameter | None:
         """What came out, as rows of the stored tensors; None when it is anything else."""

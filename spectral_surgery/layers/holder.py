@@ -51,8 +51,8 @@ class FormHolder(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, and of what stays in host memory."""
-        held = [*self.buffers(), *self._rest.values()]
-        return sum(int(getattr(part, "nbytes", 0)) for part in held)
+        tensors = [*self.buffers(), *self._rest.values()]
+        return sum(int(getattr(part, "nbytes", 0)) for part in tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
@@ -75,15 +75,15 @@ class FormHolder(nn.Module):
         missing, errors = rest[2], rest[4]
         self._kept, self._of = None, None
         for name, value in self._hosted.items():
-            given = state_dict.pop(prefix + name, None)
-            if given is None:
+            stored = state_dict.pop(prefix + name, None)
+            if stored is None:
                 missing.append(prefix + name)
-            elif given.shape != value.codes.shape:
-                errors.append(f"{prefix}{name}: codes are {list(given.shape)} instead of {list(value.codes.shape)}.")
+            elif stored.shape != value.codes.shape:
+                errors.append(f"{prefix}{name}: codes are {list(stored.shape)} instead of {list(value.codes.shape)}.")
             else:
-                self._rest[name] = HostMatrix.of(given)
+                self._rest[name] = HostMatrix.of(stored)
         for name, buffer in self.named_buffers(recurse=False):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and name in _OF_ANY_LENGTH and given.shape != buffer.shape:
-                setattr(self, name, buffer.new_empty(given.shape))
+            stored = state_dict.get(prefix + name)
+            if isinstance(stored, Tensor) and name in _OF_ANY_LENGTH and stored.shape != buffer.shape:
+                setattr(self, name, buffer.new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -92,13 +92,13 @@ class KeptSpectrum(nn.Module):
 
     def spectra(self, values: Tensor) -> list[QuantizedSpectrum]:
         """The spectra that values [K] stand for, one for each row range."""
-        found = []
+        parts = []
         for part, numbers in enumerate(self._split(values.detach())):
             grid = self._grids[part]
             codes = torch.zeros(math.prod(grid.shape), dtype=torch.int32)
             codes[self._positions(part).cpu().long()] = self._codes(part, numbers, self.dead_zone).cpu().to(torch.int32)
-            found.append(replace(grid, codes=codes.reshape(grid.shape)))
-        return found
+            parts.append(replace(grid, codes=codes.reshape(grid.shape)))
+        return parts
 
     def bits(self, values: Tensor, dead_zone: float) -> float:
         """About what the codes of values [K] take, tables aside."""
@@ -160,12 +160,12 @@ class _Placed(torch.autograd.Function):
 
 
 def _entropy(weights: int, codes: Tensor) -> float:
-    """Bits of the codes of so many weights, of which all but these are zero."""
+    """Bits of the codes of some weights, of which all but these are zero."""
     counts = torch.bincount(codes.abs().to(torch.int64)).double()
-    kept = float(counts[1:].sum())
-    counts[0] = weights - kept
+    nonzero = float(counts[1:].sum())
+    counts[0] = weights - nonzero
     shares = counts[counts > 0] / weights
-    return weights * float(-(shares * shares.log2()).sum()) + kept  # and a sign
+    return weights * float(-(shares * shares.log2()).sum()) + nonzero  # and a sign
 
 
 def _index_dtype(size: int) -> torch.dtype:

@@ -56,8 +56,8 @@ class TrainableWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W: [...] integers to [..., I] float32."""
-        found: Tensor = functional.embedding(ids, self.kept(self.values))
-        return found
+        embedded: Tensor = functional.embedding(ids, self.kept(self.values))
+        return embedded
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W: [O, I], as it would be stored now."""

@@ -68,8 +68,8 @@ class SpectralWeight(nn.Module):
             ConfigError: when the codes do not fit the resident form.
             ShapeError: when row ranges differ in their number of columns, or there is none.
         """
-        given = spectra if isinstance(spectra, Sequence) else [spectra]
-        return cls(resident_forms(given, resident), resident, dtype)
+        parts = spectra if isinstance(spectra, Sequence) else [spectra]
+        return cls(resident_forms(parts, resident), resident, dtype)
 
     @property
     def forms(self) -> list[Form]:
@@ -124,10 +124,10 @@ class SpectralWeight(nn.Module):
         return torch.cat([block.to(dtype or self.dtype) for form in self.forms for block in dense_rows(form)])
 
     def _save_to_state_dict(self, *_: object) -> None:
-        """Nothing of its own: the parts have the spectrum."""
+        """Nothing: the parts have the spectrum."""
 
     def _load_from_state_dict(self, *_: object) -> None:
-        """Nothing of its own."""
+        """Nothing."""
 
     def extra_repr(self) -> str:
         """Resident form, transform and cost."""

@@ -1,6 +1,6 @@
 """Put adapters on the modules of a model, choose among them, and take them off again.
 
-The model's own parameters are never written: taking the adapters off gives back the same modules with the same bits.
+The parameters of the model are never written: taking the adapters off gives back the same modules with the same bits.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Reached(Exception):  # noqa: N818 - no error
 
 
 class UnchainedError(TargetError):
-    """A model does something of its own between two blocks."""
+    """A model computes something between two blocks."""
 
 
 def has_blocks(model: nn.Module) -> bool:
@@ -128,7 +128,7 @@ def blocks_in_turn(
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor]]]]:
     """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
 
-    A model without a list of blocks, or that does something of its own between them, is one block, with the empty
+    A model without a list of blocks, or that computes something between them, is one block, with the empty
     name, that is run from its beginning.
 
     Args:

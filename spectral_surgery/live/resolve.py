@@ -130,7 +130,7 @@ def _all_match(ends: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer multiplies by its weight as it is: others with a dense weight of their own change it."""
+    """Whether a linear layer multiplies by its weight as it is: others with a dense weight change it."""
     dense = isinstance(module._parameters.get("weight"), nn.Parameter)
     return not dense or isinstance(module, nn.Linear) or is_conv1d(module)
 

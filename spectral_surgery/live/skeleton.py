@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 # names of modules whose matrix is looked up, not multiplied
 _EMBEDDING = re.compile(r"(?!embed_out$)(\w*embeddings?|embed_\w+|\w*embed|wte|wpe|shared|relative_attention_bias)")
-_ROUTER = re.compile(
-    r"(^|\.)(gate|\w*router\w*)$"
-)  # mostly a parameter of the expert layer, no linear layer of its own
+_ROUTER = re.compile(r"(^|\.)(gate|\w*router\w*)$")  # mostly a parameter of the expert layer, not a linear layer
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # one matrix of many, which transformers puts into one tensor
 _TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _TRANSPOSED = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})

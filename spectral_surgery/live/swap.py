@@ -83,7 +83,7 @@ def resolved(model: nn.Module, spec: SwapSpec) -> SwapSpec:
 
 
 def shared_copy(model: ModelT) -> ModelT:
-    """A model of its own modules on the same parameters and buffers, to be swapped while the original still runs."""
+    """A model with new modules on the same parameters and buffers, to be swapped while the original still runs."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 

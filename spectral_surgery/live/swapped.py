@@ -109,7 +109,7 @@ def _from_host(
     args: tuple[Any, ...],
     named: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What every family passes in its own way, as `SwappedAttention.forward` takes it."""
+    """What families pass in different ways, as `SwappedAttention.forward` takes it."""
     x = args[0] if args else named["hidden_states"]
     cache = named.get("cache", named.get("past_key_values"))  # renamed in transformers 5.24
     return (x, named.get("attention_mask"), getattr(cache, "self_attention_cache", cache)), {}

@@ -22,7 +22,7 @@ def train_kept(
 ) -> list[nn.Parameter]:
     """Put trainable kept coefficients in the place of weights, and freeze everything else.
 
-    The weights become parametrized (torch.nn.utils.parametrize): a module computes its own from its values on every
+    The weights become parametrized (torch.nn.utils.parametrize): a module computes its weight from its values on every
     forward pass. Weights that modules share stay shared.
 
     Args:
@@ -51,12 +51,12 @@ def train_kept(
         for place in places[id(everywhere[name])]:
             path, _, leaf = place.rpartition(".")
             module = model.get_submodule(path)
-            kept = KeptSpectrum(parts, weight.shape, weight if rounded else None).to(weight.device)
-            parametrize.register_parametrization(module, leaf, kept, unsafe=True)
+            spectrum = KeptSpectrum(parts, weight.shape, weight if rounded else None).to(weight.device)
+            parametrize.register_parametrization(module, leaf, spectrum, unsafe=True)
             holder = cast(Any, module.parametrizations)[leaf]
             values = values if values is not None else holder.original.requires_grad_()
             holder.original = values
-            del kept.start
+            del spectrum.start
         parameters.append(cast(nn.Parameter, values))
     return parameters
 
@@ -94,7 +94,7 @@ def trained_vectors(model: nn.Module) -> dict[str, Tensor]:
 
 def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
     """The parametrizations of a model in training with the values of each, in every place that a weight has."""
-    return [(kept, values) for _, kept, values in _holders(model)]
+    return [(spectrum, values) for _, spectrum, values in _holders(model)]
 
 
 def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
@@ -109,10 +109,10 @@ def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
 def each_kept_spectrum(model: nn.Module) -> Iterator[tuple[str, list[QuantizedSpectrum]]]:
     """The items of `kept_spectra`, one in memory at a time."""
     seen = set()
-    for name, kept, values in _holders(model):
+    for name, spectrum, values in _holders(model):
         if id(values) not in seen:
             seen.add(id(values))
-            yield name, kept.spectra(values)
+            yield name, spectrum.spectra(values)
 
 
 def end_training(model: nn.Module) -> None:

@@ -87,7 +87,7 @@ def require_range(where: str, value: float, low: float, high: float | None = Non
     """Accept a setting between two bounds. Raises ConfigError when it is outside."""
     if value < low or (high is not None and value > high):
         accepted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
-        raise ConfigError(f"{where}: expected {accepted}, got {value:g}. Use a number between.")
+        raise ConfigError(f"{where}: expected {accepted}, got {value:g}.")
 
 
 def require_heads(heads: int, width: int) -> None:

@@ -68,8 +68,8 @@ def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     """
     batch, tokens = x.shape[:2]
     if lengths is None:
-        kept = x[:, -count:]
-        return torch.cat((x.new_zeros(batch, count - kept.shape[1], *x.shape[2:]), kept), 1)
+        newest = x[:, -count:]
+        return torch.cat((x.new_zeros(batch, count - newest.shape[1], *x.shape[2:]), newest), 1)
     places = lengths.to(x.device)[:, None] - count + torch.arange(count, device=x.device)  # [B, count]
     rows = torch.arange(batch, device=x.device)[:, None]
     found = x[rows, places.clamp(0, tokens - 1)]

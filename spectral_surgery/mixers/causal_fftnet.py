@@ -26,7 +26,7 @@ class CausalFFTNetMixerConfig:
     """Settings of the causal FFTNet; with init_std and modrelu_bias 0 it starts as the identity."""
 
     heads: int = field(default=4, metadata={"help": "Groups of channels that share their gains."})
-    kernel_length: int = field(default=256, metadata={"help": "Tokens an output sees, its own included."})
+    kernel_length: int = field(default=256, metadata={"help": "Tokens an output sees, itself included."})
     chunk: int = field(default=128, metadata={"help": "Tokens after which the gains adapt to what has been seen."})
     mlp_hidden_dim: int = field(default=64, metadata={"help": "Width of the MLP that makes gains of the mean token."})
     modrelu_bias: float = field(default=-0.1, metadata={"help": "Start of the modReLU bias; 0 changes nothing."})

@@ -61,12 +61,12 @@ class _Filtered(torch.autograd.Function):
                 z = ctx.function(inputs[0], slab, *inputs[1:])
             # a frequency within stands for its conjugate too, which counts on the way there and on the way back
             outer = _scale_inner(_spectrum(grad[..., slab]), x.shape[1], 2.0)
-            found = iter(torch.autograd.grad(z, [tensor for tensor in inputs if tensor.requires_grad], outer))
+            grads = iter(torch.autograd.grad(z, [tensor for tensor in inputs if tensor.requires_grad], outer))
             if x_grad is not None:
-                x_grad[..., slab] = _tokens(_scale_inner(next(found), x.shape[1], 0.5), x.shape[1])
+                x_grad[..., slab] = _tokens(_scale_inner(next(grads), x.shape[1], 0.5), x.shape[1])
             for total in rest:
                 if total is not None:
-                    total.add_(next(found))
+                    total.add_(next(grads))
         return None, None, x_grad, *rest
 
 

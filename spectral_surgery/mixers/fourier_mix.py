@@ -130,8 +130,8 @@ class _CausalFourierMix(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             matrices = _matrices(period, x)
             for run in token_slabs(x, x.shape[1], multiple=period):
-                given = x[:, max(run.start - period, 0) : run.stop]
-                y[:, run] = _mixed(given, matrices, run.stop - run.start)
+                context = x[:, max(run.start - period, 0) : run.stop]
+                y[:, run] = _mixed(context, matrices, run.stop - run.start)
         return y
 
     @staticmethod
@@ -143,16 +143,16 @@ class _CausalFourierMix(torch.autograd.Function):
 
 
 def _matrices(period: int, like: Tensor) -> Tensor:
-    """Cosines and sines [2, R, s, L + s]: from the L tokens before a block and its own s, for R blocks of a period."""
+    """Cosines and sines [2, R, s, L + s]: from the L tokens before a block and its s, for R blocks of a period."""
     size = next(size for size in range(min(_BLOCK, period), 0, -1) if period % size == 0)
     if size < min(_BLOCK, period) // 4:
         size = period
-    made = torch.arange(period, device=like.device).reshape(-1, size, 1)
-    seen = made[:, :1] - period + torch.arange(period + size, device=like.device)
+    places = torch.arange(period, device=like.device).reshape(-1, size, 1)
+    seen = places[:, :1] - period + torch.arange(period + size, device=like.device)
     angles = torch.arange(period, device=like.device, dtype=torch.float64) * (2 * math.pi / period)
     waves = torch.stack((angles.cos(), angles.sin())).to(like.dtype) / math.sqrt(period)
-    there = (seen <= made) & (seen > made - period)
-    return torch.where(there, waves[:, made * seen % period], 0)
+    there = (seen <= places) & (seen > places - period)
+    return torch.where(there, waves[:, places * seen % period], 0)
 
 
 def _mixed(x: Tensor, matrices: Tensor, count: int) -> Tensor:

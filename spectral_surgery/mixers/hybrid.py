@@ -38,7 +38,7 @@ class CausalHybridConfig:
     """Settings of the causal HybridSpectralAttention."""
 
     heads: int = field(default=4, metadata=_HEADS)
-    window: int = field(default=64, metadata={"help": "Newest tokens that attention sees, its own included."})
+    window: int = field(default=64, metadata={"help": "Newest tokens that attention sees, the last one included."})
     kernel_length: int = field(default=256, metadata={"help": "As of causal_spectral_mixing."})
 
 

@@ -66,9 +66,9 @@ def require_causal(mixer: nn.Module, width: int, name: str) -> None:
     Raises:
         CausalityError: when it does, or when the mixer does not react at all.
     """
-    found = leak(mixer, width)
-    if found.before != 0 or not found.after > 0:
+    leaks = leak(mixer, width)
+    if leaks.before != 0 or not leaks.after > 0:
         raise CausalityError(
-            f"{name}: expected that later tokens change no earlier output, got changes of {found.before:g} in"
-            f" earlier and of {found.after:g} in later ones. Use a mixer marked causal."
+            f"{name}: expected that later tokens change no earlier output, got changes of {leaks.before:g} in"
+            f" earlier and of {leaks.after:g} in later ones. Use a mixer marked causal."
         )

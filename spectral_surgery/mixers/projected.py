@@ -11,7 +11,7 @@ from spectral_surgery.mixers.cache import MixerCache
 
 
 class ProjectedMixer(nn.Module):
-    """output(mixer(value(x))): with a mixer that starts as the identity, attention that looks at its own token only."""
+    """output(mixer(value(x))): with a mixer that starts as the identity, attention of every token to itself only."""
 
     def __init__(self, value: nn.Linear, mixer: Mixer, output: nn.Linear) -> None:
         super().__init__()

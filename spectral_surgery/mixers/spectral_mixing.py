@@ -35,7 +35,7 @@ class SpectralMixingConfig:
 class CausalSpectralMixingConfig:
     """Settings of the causal SpectralMixing."""
 
-    kernel_length: int = field(default=256, metadata={"help": "Tokens an output sees, its own included."})
+    kernel_length: int = field(default=256, metadata={"help": "Tokens an output sees, itself included."})
 
 
 class SpectralMixing(nn.Module):

@@ -14,7 +14,7 @@ from spectral_surgery.mixers.slabs import in_slabs, token_slabs
 class WindowAttention(nn.Module):
     """Multi-head attention in which a token sees its neighbours.
 
-    Causal: the `window` newest tokens, its own included. Else: `window // 2` tokens on either side and its own.
+    Causal: the `window` newest tokens, itself included. Else: `window // 2` tokens on either side and itself.
     Queries go in blocks; the keys of a block are those of its neighbours, under a band mask.
     """
 
@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _band(self, tokens: int, size: int, device: torch.device) -> Tensor:
-        """[J, 1, S, keys] bool: in the window and in the sequence; or its own, so that no row is empty."""
+        """[J, 1, S, keys] bool: in the window and in the sequence; or the token itself, so that no row is empty."""
         blocks = -(-tokens // size)
         starts = torch.arange(blocks, device=device)[:, None, None, None] * size
         queries = starts + torch.arange(size, device=device)[:, None]

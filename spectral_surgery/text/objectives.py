@@ -53,7 +53,7 @@ class Objective:
 
 
 def objective_of(config: Mapping[str, object]) -> Objective:
-    """The row for a model; embeddings for what has no task of its own.
+    """The row for a model; embeddings for a model without a task.
 
     Raises:
         ConfigError: for encoder-decoder models that a text alone does not run.

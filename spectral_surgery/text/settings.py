@@ -30,7 +30,7 @@ class TextData:
         metadata={
             "help": "Tokens of a sequence at most.",
             "least": 2,
-            "unset": "256; 128 to heal what is no language model",
+            "unset": "256; 128 to heal a model other than a language model",
         },
     )
     batch_size: int = field(
@@ -98,8 +98,8 @@ class TrainData:
 
     def to_json(self) -> dict[str, object]:
         """Plain values for the file of metrics, which may be published: no paths of this machine."""
-        kept = {"columns": list(self.columns), "seq_length": self.seq_length}
-        return kept | ({"eval_data": True} if self.eval_file else {"eval_fraction": self.eval_fraction})
+        settings = {"columns": list(self.columns), "seq_length": self.seq_length}
+        return settings | ({"eval_data": True} if self.eval_file else {"eval_fraction": self.eval_fraction})
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ class _Run:
         try:
             with safe_open(file, "pt") as state:
                 metadata = state.metadata() or {}
-                tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118 - it is no dict
+                tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118 - a reader, not a dict
         except SafetensorError as error:
             raise CheckpointError(f"{file}: unfinished work cannot be read ({error}). Use --overwrite.") from None
         if metadata.get("key") != self.work.key:

@@ -89,7 +89,7 @@ def _plain_trainer(job: Job) -> Any:  # noqa: ARG001 - as the others
         """A Trainer that knows that tied weights are stored once."""
 
         def _issue_warnings_after_load(self, load_result: Any) -> None:
-            """Nothing: the checkpoint is the model's own."""
+            """Nothing: the checkpoint is one of the model."""
 
     return WholeTrainer
 

@@ -240,7 +240,7 @@ def _trainer_class(job: Job, spec: AdapterSpec) -> Any:
     from transformers import Trainer
 
     class AdapterTrainer(Trainer):  # type: ignore[misc]
-        """A Trainer that saves and loads adapters, trains heads at a rate of their own, and knows our losses."""
+        """A Trainer that saves and loads adapters, trains heads at another rate, and knows our losses."""
 
         optimizer: Any
 

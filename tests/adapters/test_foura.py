@@ -249,10 +249,10 @@ def test_no_dense_projection(config: FouraConfig, tokens: int) -> None:
         ({"r": 0}, "r 0: expected 1 to 12 for dct and a layer of 12 x 20"),
         ({"r": 13}, "r 13: expected 1 to 12 .* Change r, or rank_pattern"),
         ({"r": 7, "transform": "dft"}, "r 7: expected 1 to 6 for dft"),
-        ({"transform": "haar"}, "transform 'haar': unknown; known: dct, hartley, dft"),
-        ({"use_gate": True, "r": 1}, "use_gate with r 1: nothing to choose between"),
-        ({"use_gate": True, "gate_threshold": 1.0}, "gate_threshold 1: out of range; expected above 0 and below 1"),
-        ({"use_gate": True, "gate_sharpness": 0.0}, "gate_sharpness 0: out of range; expected above 0"),
+        ({"transform": "haar"}, "transform: expected one of dct, hartley, dft, got 'haar'"),
+        ({"use_gate": True, "r": 1}, "use_gate: expected r of 2 or more, got 1: nothing to choose between"),
+        ({"use_gate": True, "gate_threshold": 1.0}, "gate_threshold: expected above 0 and below 1, where.*got 1"),
+        ({"use_gate": True, "gate_sharpness": 0.0}, "gate_sharpness: expected above 0, got 0"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], text: str) -> None:

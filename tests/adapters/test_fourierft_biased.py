@@ -95,7 +95,7 @@ def test_places_are_stored() -> None:
     expected = torch.fft.ifft2(spectrum.reshape(12, 20)).real * 150
     torch.testing.assert_close(adapter.delta_weight(), expected)
     with pytest.raises(
-        CheckpointError, match=r"positions: .* are not increasing places of a spectrum; expected 0 to 239"
+        CheckpointError, match=r"positions: expected.*got \[235, 236, 237, 238\]\.\.\.\. Write the adapter"
     ):
         adapter.load_state_dict({"spectrum": torch.ones(9), "positions": other + 235})
 
@@ -161,9 +161,9 @@ def test_auto_scaling_is_that_of_fourierft() -> None:
         ({"n_frequency": 0}, "n_frequency 0: expected 1 to 122 for a layer of 12 x 20"),
         ({"n_frequency": -1}, "n_frequency -1: expected 1 to 122"),
         ({"n_frequency": 123}, "n_frequency 123: expected 1 to 122"),
-        ({"scaling": "auto"}, "scaling 'auto': not resolved; .* Use the method's resolve"),
-        ({"center_frequency": -0.1}, "center_frequency -0.1: negative; expected 0 or more"),
-        ({"bandwidth": 0.0}, "bandwidth 0: not positive; expected above 0. Use 0.26"),
+        ({"scaling": "auto"}, "scaling: expected a number here, got 'auto'.* Use the method's resolve"),
+        ({"center_frequency": -0.1}, r"center_frequency: expected 0 or more, got -0\.1"),
+        ({"bandwidth": 0.0}, r"bandwidth: expected above 0, got 0.*Use 0\.26"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], text: str) -> None:

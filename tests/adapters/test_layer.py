@@ -29,7 +29,7 @@ class Halved(nn.Linear):
 
 
 class Router(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x).topk(2)
 
 
@@ -67,7 +67,7 @@ def test_layers_with_other_outputs_take_no_adapter(layer: nn.Linear, device: str
     assert kind_of(layer) is None
     assert all(parameter is before[name] for name, parameter in layer.named_parameters())
     with pytest.raises(
-        ConfigError, match=f"{type(layer).__name__}: cannot carry an adapter; .*in_features to out_feat"
+        ConfigError, match=f"in_features to out_features, got {type(layer).__name__}, which cannot carry"
     ):
         AdaptedLayer(layer)
 

@@ -106,10 +106,10 @@ def test_gradcheck(name: Any) -> None:
 @pytest.mark.parametrize(
     ("positions", "text"),
     [
-        ([3, 3, 5], r"positions: \[3, 3, 5\]\.\.\. are not increasing places of a spectrum; expected 0 to 239"),
-        ([5, 3, 7], "not increasing"),
-        ([-1, 3, 7], "not increasing"),
-        ([1, 3, 240], "not increasing"),
+        ([3, 3, 5], r"positions: expected increasing places.*got \[3, 3, 5\]\.\.\.\. Write the adapter again"),
+        ([5, 3, 7], "positions: expected increasing places.*got .* 3, .* Write the adapter again"),
+        ([-1, 3, 7], "positions: expected increasing places.*got .* 3, .* Write the adapter again"),
+        ([1, 3, 240], "positions: expected increasing places.*got .* 3, .* Write the adapter again"),
     ],
 )
 def test_wrong_places(positions: list[int], text: str) -> None:
@@ -125,10 +125,10 @@ def test_wrong_settings() -> None:
     for n in (0, 241):
         with pytest.raises(ConfigError, match=f"n_frequency {n}: expected 1 to 240 for a layer of 12 x 20"):
             SpectralDelta(SpectralDeltaConfig(n_frequency=n), 12, 20)
-    with pytest.raises(ConfigError, match=r"positions: of shape \(2,\); expected \[3\], one for each"):
+    with pytest.raises(ConfigError, match=r"positions: expected \[3\], one for each coefficient, got shape \(2,\)"):
         SpectralDelta(SpectralDeltaConfig(n_frequency=3), 12, 20, torch.tensor([1, 2]))
     with pytest.raises(ConfigError, match="transform 'haar': unknown; known: dct, hartley"):
-        SpectralDelta(SpectralDeltaConfig(n_frequency=3, transform="haar"), 12, 20)  # type: ignore[arg-type]
+        SpectralDelta(SpectralDeltaConfig(n_frequency=3, transform="haar"), 12, 20)
     with pytest.raises(ShapeError, match=r"from_delta: delta has shape \(3,\); expected \[O, I\]"):
         SpectralDelta.from_delta(torch.zeros(3), 1)
     with pytest.raises(ConfigError, match="from_delta: delta is not finite"):

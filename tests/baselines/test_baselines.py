@@ -42,7 +42,7 @@ def test_budgets_are_never_exceeded(name: str, bits: float) -> None:
     weight = matrix()
     result = BASELINES[name].apply(weight, bits, torch.eye(1024))
     assert 0.95 * bits < 8 * result.stored_bytes / weight.numel() <= bits
-    with pytest.raises(ConfigError, match=rf"{name}: no rate to meet \(None\); expected finite bits per weight"):
+    with pytest.raises(ConfigError, match=f"{name}: expected finite bits per weight to meet, got None"):
         BASELINES[name].apply(weight, None, torch.eye(1024))
 
 
@@ -54,14 +54,15 @@ def test_pruning_counts_a_bitmap_and_two_bytes_for_each_weight_that_is_kept(name
     assert result.stored_bytes == 96 * 200 // 8 + 2 * kept == 3 * 96 * 200 // 8
     assert torch.equal(result.weight, result.weight.bfloat16().float())
     with pytest.raises(
-        ConfigError, match=f"{name}: 1 bits per weight cannot hold a bitmap and one value; expected more than"
+        ConfigError,
+        match=rf"{name}: expected more than 1\.\d+ bits per weight, which hold a bitmap and one value, got 1",
     ):
         BASELINES[name].apply(weight, 1.0, torch.eye(200))
 
 
 @pytest.mark.parametrize("name", [name for name, row in BASELINES.items() if row.calibrated])
 def test_inputs_of_calibrated_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}: no inputs to go by; expected H = Xᵀ X, \[4, 4\]"):
+    with pytest.raises(ConfigError, match=rf"{name}: expected H = Xᵀ X, \[4, 4\], got no inputs"):
         BASELINES[name].apply(torch.randn(2, 4), 9.0)
     with pytest.raises(ShapeError, match=rf"{name}: H is \(3, 3\); expected \(4, 4\)"):
         BASELINES[name].apply(torch.randn(2, 4), 9.0, torch.eye(3))

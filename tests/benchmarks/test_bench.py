@@ -43,7 +43,7 @@ def test_a_case_whose_check_fails_shows_no_figures(monkeypatch: pytest.MonkeyPat
     assert results[1]["rows"] == []
     assert "2 is not 3; the figures of this case are not shown" in str(results[1]["reason"])
     assert {"commit", "torch", "device", "threads", "date"} <= runner.stamp().keys()
-    with pytest.raises(ConfigError, match="bench case 'odd': unknown"):
+    with pytest.raises(ConfigError, match="bench case: expected one of good, bad, got 'odd'"):
         runner.run_cases(["good", "odd"])
 
 

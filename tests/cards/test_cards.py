@@ -160,7 +160,7 @@ def test_a_base_that_the_hub_refuses_is_corrected(base: str) -> None:
     for card in (cards.refreshed(text, FACTS), cards.derived(text, FACTS)):
         assert front(card)["base_model"] == "org/base"
         assert front(card)["license"] == "mit"
-        assert [tag for tag in front(card)["tags"] if tag != "mine"] in ([], ["spectral-surgery", "compressed"])  # type: ignore[attr-defined]
+        assert [tag for tag in front(card)["tags"] if tag != "mine"] in ([], ["spectral-surgery", "compressed"])
         assert card.endswith("\nMine\n")
     nobody = content("T")
     assert "base_model" not in front(cards.refreshed(text, nobody)).keys() | front(cards.derived(text, nobody)).keys()
@@ -177,7 +177,7 @@ def test_a_template_without_answers_is_nobodys_text() -> None:
 def test_metadata_that_cannot_be_read() -> None:
     for text in ("---\na: [\n---\n", "---\n- a\n---\n"):
         with pytest.raises(
-            ConfigError, match=r"README.md: the metadata cannot be read \(.*\); expected YAML of keys and values"
+            ConfigError, match=r"README\.md: expected metadata in YAML,.*got what cannot be read \(while parsing a flow"
         ):
             cards.refreshed(text, FACTS)
 

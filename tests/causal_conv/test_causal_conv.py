@@ -105,11 +105,11 @@ def test_a_step_gives_the_newest_output() -> None:
 @pytest.mark.parametrize(
     ("x", "kernel", "chunk", "text"),
     [
-        ((2, 3, 0), (2, 4), None, r"x \(2, 3, 0\), kernel \(2, 4\); .* at least one token"),
-        ((3,), (4,), None, r"x \(3,\)"),
-        ((2, 3, 9), (2, 0), None, r"kernel \(2, 0\)"),
-        ((2, 3, 9), (2, 2, 4), 4, r"kernel \(2, 2, 4\) for x \(2, 3, 9\) in chunks of 4; expected \[2, 3, 'L'\]"),
-        ((2, 3, 9), (3, 4), None, r"kernel \(3, 4\) .* expected \[2, 'L'\]"),
+        ((2, 3, 0), (2, 4), None, r"causal_fft_conv: expected x \[\.\.\., N,.*got \(2, 3, 0\) and \(2, 4\)"),
+        ((3,), (4,), None, r"causal_fft_conv: expected x \[\.\.\., N,.*got \(3,\) and \(4,\)"),
+        ((2, 3, 9), (2, 0), None, r"causal_fft_conv: expected x \[\.\.\., N,.*got \(2, 3, 9\) and \(2, 0\)"),
+        ((2, 3, 9), (2, 2, 4), 4, r"causal_fft_conv: expected a kernel of.*got \(2, 2, 4\)"),
+        ((2, 3, 9), (3, 4), None, r"causal_fft_conv: expected a kernel of.*got \(3, 4\)"),
     ],
 )
 def test_shapes_that_do_not_fit(x: tuple[int, ...], kernel: tuple[int, ...], chunk: int | None, text: str) -> None:

@@ -92,16 +92,16 @@ def test_usage_errors_exit_with_2(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("inspect", "./missing"), "missing: no such file or folder"),
+        (("inspect", "./missing"), "got no such file or folder"),
         (("compress", "SOURCE", "OUT", "--bits", "40"), "bits 40: out of range; expected [0.5, 8]"),
-        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "dcd"), "transform 'dcd': unknown; known: "),
-        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "hadamard", "--tile", "48"), "tile 48"),
+        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "dcd"), "got 'dcd'. Did you mean 'dct'?"),
+        (("compress", "SOURCE", "OUT", "--bits", "4", "--transform", "hadamard", "--tile", "48"), "got 48"),
         (
             ("compress", "SOURCE", "OUT", "--bits", "4", "--include", "no*"),
-            "--include 'no*': matches none of 6 tensors",
+            "got 'no*', which matches none of 6 tensors",
         ),
         (("decompress", "SOURCE", "OUT"), "no spectral_surgery.json"),
-        (("methods", "nonsense"), "methods 'nonsense': unknown"),
+        (("methods", "nonsense"), "got 'nonsense'"),
     ],
 )
 def test_failures_are_one_line_and_exit_with_1(

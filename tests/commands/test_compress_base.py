@@ -116,7 +116,7 @@ def test_nobody_takes_a_difference_for_a_model(tmp_path: Path, folders: tuple[Pa
     base, tuned = folders
     compress(tuned, tmp_path / "out", OPTIONS, base=base)
     with pytest.raises(
-        CheckpointError, match="out: holds differences to base, and no weights; expected a compressed model"
+        CheckpointError, match="out: expected a compressed model, got differences to base without weights"
     ):
         open_compressed(tmp_path / "out")
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_bad_bases(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     marked = write_folder(tmp_path / "marked", llama_like(), config={"quantization_config": {"quant_method": "x"}})
     with pytest.raises(CheckpointError, match="marked: expected a plain checkpoint, got one quantised already"):
         compress(tuned, tmp_path / "out", OPTIONS, base=marked)
-    with pytest.raises(CheckpointError, match="overlaps the source"):
+    with pytest.raises(CheckpointError, match="expected a folder apart from the source, got one that overlaps"):
         compress(tuned, base / "out", OPTIONS, base=base)
     broken = tensors_of(base)
     broken[Q][0, 0] = torch.inf

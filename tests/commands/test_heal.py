@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Pa
 
     with pytest.raises(KeyboardInterrupt):
         heal(sparse, bert, tmp_path / "parts", data, FEW, run=Run(progress=stop))
-    with pytest.raises(CheckpointError, match=r"parts\.partial: holds unfinished work; use --resume"):
+    with pytest.raises(CheckpointError, match=r"parts\.partial: expected an empty folder, got unfinished work"):
         heal(sparse, bert, tmp_path / "parts", data, FEW)
     other = DistillSettings(steps=13, eval_every=4)
     with pytest.raises(CheckpointError, match=r"is of other models, text or settings\. Use --overwrite"):

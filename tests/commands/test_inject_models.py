@@ -226,7 +226,7 @@ def test_a_lora_avoids_names_that_peft_takes_for_experts(tmp_path: Path) -> None
     assert {name.rpartition(".")[2] for name in plan.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert plan.left_out["model.layers.0.mlp.up_proj"] == "PEFT takes this name for experts"
     assert loaded_by_peft(tmp_path / "glm", tmp_path / "out")
-    with pytest.raises(TargetError, match=r"mlp.up_proj and 1 more are among them, and PEFT takes this name for ex"):
+    with pytest.raises(TargetError, match=r"target_modules:.*got model\.layers\.0\.mlp\.up_proj and 1 more, and"):
         plan_injection(tmp_path / "glm", spec_of("lora", ModuleTargets(("up_proj",)), r=1))
     assert len(plan_injection(tmp_path / "glm", spec_of("fourierft", n_frequency=9)).layers) == 14
 
@@ -237,7 +237,7 @@ def test_a_lora_avoids_what_fused_kernels_read_past(tmp_path: Path) -> None:
     plan = inject(tmp_path / "mamba", tmp_path / "out", spec_of("lora", r=1))
     assert "backbone.layers.0.mixer.out_proj" in plan.left_out
     assert loaded_by_peft(tmp_path / "mamba", tmp_path / "out")
-    with pytest.raises(TargetError, match="out_proj and 0 more are among them, and PEFT refuses LoRA on it"):
+    with pytest.raises(TargetError, match=r"target_modules:.*got backbone\.layers\.0\.mixer\.out_proj and 0 more"):
         plan_injection(tmp_path / "mamba", spec_of("lora", ModuleTargets(("out_proj",)), r=1))
 
 

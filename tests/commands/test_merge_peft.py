@@ -138,7 +138,7 @@ def test_square_matrices_of_conv1d_beside_linear_with_a_method_that_has_no_shape
     from transformers import GPT2LMHeadModel
 
     model = build(GPT2[0], **{**GPT2[1], "vocab_size": 32})
-    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "base")
     row = METHODS[method]
     settings = row.config(n_frequency=40, **({"scaling": 300.0} if method == "fourierft" else {}))
     spec = inject(model, AdapterSpec(row, settings, ModuleTargets(("attn.c_proj", "lm_head"))))
@@ -199,7 +199,7 @@ def test_an_adapter_of_the_model_without_its_head(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM, LlamaModel
 
     whole = build(TIED[0], **TIED[1])
-    whole.save_pretrained(tmp_path / "whole")  # type: ignore[operator]
+    whole.save_pretrained(tmp_path / "whole")
     inner = LlamaModel.from_pretrained(tmp_path / "whole")
     lora = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     theirs = adapted(tmp_path, inner, None, lora)
@@ -229,7 +229,7 @@ def test_all_ties_of_a_model_come_apart_together(tmp_path: Path) -> None:
 )
 def test_embeddings_that_were_resized(tmp_path: Path, lora: dict[str, Any], tied: bool) -> None:
     report, _ = merged_as_peft_does(tmp_path, TIED if tied else LLAMA, lora, grow=3)
-    assert report.to_json()["resized"]["model.embed_tokens.weight"] == [64, 67]  # type: ignore[index]
+    assert report.to_json()["resized"]["model.embed_tokens.weight"] == [64, 67]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 67
 
 
@@ -270,7 +270,7 @@ def test_dora_beside_another_adapter_is_scaled_in_order(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(tensors_of(tmp_path / "merged")[name], theirs[name], rtol=1e-5, atol=1e-6)
     assert_given_back(tmp_path, one.base)
-    with pytest.raises(ConfigError, match=r"--weights 0\.5: for an adapter with DoRA"):
+    with pytest.raises(ConfigError, match=r"--weights: expected 1 for an adapter.*got 0\.5"):
         merge(one.base, [one.adapter], tmp_path / "half", weights=[0.5])
 
 
@@ -282,14 +282,14 @@ def test_a_record_that_lost_factors_of_dora_is_refused(tmp_path: Path) -> None:
     for row in body["tensors"].values():
         row["nbytes"] = 9
     record.write_text(json.dumps(body))
-    with pytest.raises(UnmergeError, match=r"q_proj\.weight: was changed after the merge, or the record was"):
+    with pytest.raises(UnmergeError, match=r"model\.layers\.0\.self_at.*got a tensor, or a record, that was changed"):
         unmerge(tmp_path / "merged", tmp_path / "again")
 
 
 def test_a_bias_for_a_base_that_has_none(tmp_path: Path) -> None:
     theirs = peft(tmp_path, BIASED, {"target_modules": ["q_proj"], "lora_bias": True})
-    build(*LLAMA[:1], **LLAMA[1]).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
-    with pytest.raises(NotMergeableError, match=r"q_proj: the adapter has a bias \(lora_bias\), and the base has none"):
+    build(*LLAMA[:1], **LLAMA[1]).save_pretrained(tmp_path / "plain")
+    with pytest.raises(NotMergeableError, match=r"model\.layers\.0\.self_attn\.q_proj:.*got one without"):
         merge(tmp_path / "plain", [theirs.adapter], tmp_path / "merged")
 
 
@@ -303,15 +303,13 @@ def test_trained_tokens_that_do_not_fit(tmp_path: Path) -> None:
     ):
         merge(theirs.base, [theirs.adapter], tmp_path / "merged")
     file.write_text(json.dumps({**config, "trainable_token_indices": [5]}))
-    with pytest.raises(
-        CheckpointError, match=r"trainable_token_indices is .*shape \[2, 32\]; expected a row for each number"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected a row for each of.*got \[5\], and shape \[2, 32\] of"):
         read_adapter(theirs.adapter)
 
 
 def test_parameters_that_the_base_does_not_have(tmp_path: Path) -> None:
     theirs = peft(tmp_path, QWEN, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]})
-    build(*LLAMA[:1], **LLAMA[1]).save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    build(*LLAMA[:1], **LLAMA[1]).save_pretrained(tmp_path / "llama")
     with pytest.raises(
         CheckpointError, match=r"mlp\.experts\.down_proj: no such parameters of the base have the shapes"
     ):
@@ -334,7 +332,7 @@ def test_a_live_model_takes_lora_of_peft_on_embeddings_and_compares_the_stored_b
     torch.testing.assert_close(answer(model, {"input_ids": IDS}), theirs.live, rtol=1e-4, atol=1e-4)
     other = build(LLAMA[0], **LLAMA[1])
     with torch.no_grad():
-        other.lm_head.weight.add_(1)  # type: ignore[operator,union-attr]
+        other.lm_head.weight.add_(1)
     with pytest.raises(
         CheckpointError,
         match=r"got another: lm_head\.base_layer\.weight differs",

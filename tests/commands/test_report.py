@@ -127,7 +127,7 @@ def positions(svg: Node) -> tuple[dict[str, tuple[float, float]], list[tuple[flo
     ]
     labels = [own.text for own in svg.all("text", kind="tick") if own.attributes["text-anchor"] == "end"]
     ticks = [(float(label.replace(",", "")), y) for label, y in zip(labels, grid, strict=True)]
-    return points, along, ticks  # type: ignore[return-value]
+    return points, along, ticks
 
 
 def test_points_lie_where_their_values_are_and_the_bound_is_two_to_minus_the_rate(

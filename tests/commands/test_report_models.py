@@ -42,7 +42,7 @@ def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
 def test_a_healed_folder_has_its_course(tmp_path: Path, bert: Path, text: Path) -> None:
     from spectral_surgery.training.loop import DistillSettings
 
-    heal = Healing(TextData(text, seq_length=16, batch_size=16), DistillSettings(**HEALING))  # type: ignore[arg-type]
+    heal = Healing(TextData(text, seq_length=16, batch_size=16), DistillSettings(**HEALING))
     compress(bert, tmp_path / "healed", CompressOptions(Target("density", 0.2)), heal=heal)
     body = metrics_of(tmp_path / "healed", "heal.json")
     page = page_of(tmp_path / "healed", tmp_path / "page.html")

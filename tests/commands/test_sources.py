@@ -64,7 +64,7 @@ def test_an_adapter_is_refused_where_a_model_is_asked_for(
     error = invoke(*(paths.get(word, word) for word in arguments)).exception
     assert isinstance(error, SpectralSurgeryError)
     assert str(error) == (
-        f"{adapter}: is an adapter ('LORA') for 'org/base'; expected a model. Give that model, or merge the adapter"
+        f"{adapter}: expected a model, got an adapter ('LORA') for 'org/base'. Give that model, or merge the adapter"
         " into it first."
     )
     assert not (tmp_path / "out").exists()
@@ -163,5 +163,5 @@ def test_what_an_index_has_too_many_is_said(tmp_path: Path) -> None:
 def test_an_adapter_without_a_base_is_refused_too(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is an adapter \(None\) for a base model; expected a model"):
+    with pytest.raises(CheckpointError, match=r"expected a model, got an adapter \(None\) for a base model"):
         read_index(tmp_path)

@@ -172,7 +172,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delitem(sys.modules, name)  # it was found in another folder
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    import modeling_own_of_test as code  # type: ignore[import-not-found]  # it was written above
+    import modeling_own_of_test as code  # it was written above
 
     names = {"AutoConfig": "OwnConfig", "AutoModel": "OwnModel", "AutoModelForCausalLM": "OwnForCausalLM"}
     auto_map = {auto: f"modeling_own_of_test.{name}" for auto, name in names.items()}
@@ -198,7 +198,7 @@ def test_code_of_a_model_runs_when_it_is_trusted(tmp_path: Path, own_code: Path,
     for command in commands:
         refused = run(*command)
         assert refused.returncode == 1, command
-        assert "the model has code of its own" in refused.stderr
+        assert "expected a model that transformers knows, got one that brings code" in refused.stderr
         assert "--trust-remote-code" in refused.stderr
         assert refused.stderr.count("\n") == 1
         done = run(*command, "--trust-remote-code")

@@ -47,58 +47,58 @@ ONE = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 DEFECTS = {
     "empty file": (b"", "0 bytes; a safetensors file has 8 at least"),
     "short file": (b"\x01\x02\x03", "3 bytes; a safetensors file has 8 at least"),
-    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; .* `git lfs pull`"),
-    "torch.save": (b"PK\x03\x04" + bytes(60), "a zip archive, as torch.save writes; expected safetensors"),
-    "gguf": (b"GGUF" + bytes(60), "a GGUF file; expected safetensors"),
-    "text": (b"<!DOCTYPE html><html>", "not a safetensors file: it claims a header of 5789751444030890300"),
-    "header over the cap": (raw({}, length=HEADER_LIMIT + 1), "expected at most 100000000"),
-    "header of 10 GB": (raw({}, length=10**10), "header of 10000000000 bytes; expected at most 100000000"),
-    "header of 2**64": (raw({}, length=2**64 - 1), "header of 18446744073709551615 bytes"),
-    "header over the file": (raw({}, length=99), "truncated: it claims a header of 99 bytes and is 14"),
-    "no json object": (raw(b"[1, 2]  "), r"its header begins with b'\[1, 2\]  '; expected a JSON object"),
-    "leading space": (raw(b" {}", 0), "its header begins with b' {}'"),
-    "empty header": (raw(b""), "its header begins with b''"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "got a Git LFS pointer.* `git lfs pull`"),
+    "torch.save": (b"PK\x03\x04" + bytes(60), r"expected safetensors, got a zip archive, as torch\.save writes"),
+    "gguf": (b"GGUF" + bytes(60), "expected safetensors, got a GGUF file"),
+    "text": (b"<!DOCTYPE html><html>", "expected a safetensors file with a.*got one that claims 5789751444030890300"),
+    "header over the cap": (raw({}, length=HEADER_LIMIT + 1), "expected a.*got one that claims 100000001"),
+    "header of 10 GB": (raw({}, length=10**10), "expected a safetensors file with a.*got one that claims 10000000000"),
+    "header of 2**64": (raw({}, length=2**64 - 1), "expected a.*got one that claims 18446744073709551615"),
+    "header over the file": (raw({}, length=99), "expected a whole file, got 14 bytes where the header alone has 99"),
+    "no json object": (raw(b"[1, 2]  "), r"expected a safetensors file, got a header that begins with b'\[1, 2\]  '"),
+    "leading space": (raw(b" {}", 0), r"expected a safetensors file, got a header that begins with b' \{\}'"),
+    "empty header": (raw(b""), "expected a safetensors file, got a header that begins with b''"),
     "json cut short": (raw(b'{"a": '), "the header is not valid JSON"),
     "json with a tail": (raw(b'{"a": {}} {}'), "the header is not valid JSON .Extra data"),
     "bad utf-8": (raw(b'{"\xff": {}}'), "the header is not valid JSON .'utf-8' codec"),
-    "utf-16": (raw("{}".encode("utf-16")), "its header begins with"),
+    "utf-16": (raw("{}".encode("utf-16")), r"expected.*got a header that begins with b'\\xff\\xfe\{\\x00\}\\x00'"),
     "deep nesting": (raw(b'{"a":' + b"[" * 200_000), "not valid JSON .*recursion"),
     "long integer": (raw(b'{"a":' + b"9" * 5000 + b"}"), "not valid JSON .*digits"),
     "repeated tensor": (raw(f"{{{ONE},{ONE}}}".encode()), "key 'a' appears 2 times"),
     "repeated field": (raw(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "key 'dtype' appears 2 times"),
-    "metadata list": (raw({"__metadata__": [1]}), r"__metadata__ is \[1\]; expected text by key"),
-    "metadata number": (raw({"__metadata__": {"a": 1}}), "__metadata__ is {'a': 1}; expected text by key"),
-    "surrogate": (raw(rf'{{"\ud800":{ONE[4:]}}}'.encode()), r"'\\ud800' has a name with half a surr"),
-    "no entry": (raw({"a": 7}), "tensor 'a' is described by 7; expected dtype, shape and data_offsets"),
-    "missing field": (raw({"a": {"dtype": "F32", "shape": [1]}}), "tensor 'a' is described by {'dtype'"),
-    "extra field": (raw({"a": {**tensor(), "x": 1}}), "tensor 'a' is described by"),
-    "unknown dtype": (raw({"a": tensor("F33")}), "has dtype 'F33'; expected BOOL, F4, .*"),
-    "dtype list": (raw({"a": tensor(["F32"])}), r"has dtype \['F32'\]"),
-    "negative size": (raw({"a": tensor(shape=[-1])}), r"has shape \[-1\]; expected up to 64 sizes"),
-    "fractional size": (raw({"a": tensor(shape=[1.0])}), r"has shape \[1.0\]"),
-    "boolean size": (raw({"a": tensor(shape=[True])}), r"has shape \[True\]"),
-    "shape number": (raw({"a": tensor(shape=1)}), "has shape 1;"),
-    "shape of 65": (raw({"a": tensor(shape=[1] * 65)}), r"has shape \[1, 1, .*up to 64 sizes"),
-    "size of 2**63": (raw({"a": tensor(shape=[2**63])}), r"has shape \[9223372036854775808\]"),
+    "metadata list": (raw({"__metadata__": [1]}), r"expected text by key as __metadata__, got \[1\]"),
+    "metadata number": (raw({"__metadata__": {"a": 1}}), r"expected text by key as __metadata__, got \{'a': 1\}"),
+    "surrogate": (raw(rf'{{"\ud800":{ONE[4:]}}}'.encode()), r"tensor.*got a name with half a surrogate pair"),
+    "no entry": (raw({"a": 7}), "tensor 'a': expected dtype, shape and data_offsets, got 7"),
+    "missing field": (raw({"a": {"dtype": "F32", "shape": [1]}}), r"tensor.*got \{'dtype': 'F32', 'shape': \[1\]\}"),
+    "extra field": (raw({"a": {**tensor(), "x": 1}}), r"tensor.*got \{'data_offsets': \[0, 4\], 'dtype': 'F32'"),
+    "unknown dtype": (raw({"a": tensor("F33")}), "tensor 'a': expected dtype BOOL, F4,.*got 'F33'"),
+    "dtype list": (raw({"a": tensor(["F32"])}), r"tensor 'a': expected dtype BOOL, F4,.*got \['F32'\]"),
+    "negative size": (raw({"a": tensor(shape=[-1])}), r"tensor 'a': expected a shape of up to.*got \[-1\]"),
+    "fractional size": (raw({"a": tensor(shape=[1.0])}), r"tensor 'a': expected a shape of up to.*got \[1\.0\]"),
+    "boolean size": (raw({"a": tensor(shape=[True])}), r"tensor 'a': expected a shape of up to.*got \[True\]"),
+    "shape number": (raw({"a": tensor(shape=1)}), r"tensor 'a': expected a shape of up to 64 sizes with a.*got 1"),
+    "shape of 65": (raw({"a": tensor(shape=[1] * 65)}), r"tensor 'a': expected a.*got \[1, 1, 1, 1, 1, 1, \.\.\.\]"),
+    "size of 2**63": (raw({"a": tensor(shape=[2**63])}), r"tensor 'a': expected a.*got \[9223372036854775808\]"),
     "overflow": (raw({"a": tensor(shape=[2**40, 2**40])}), r"product below 2\*\*63"),
     "overflow of zero": (raw({"a": tensor(shape=[2**62, 2**62, 0])}, 0), r"product below 2\*\*63"),
-    "three offsets": (raw({"a": tensor(offsets=[0, 2, 4])}), r"has data_offsets \[0, 2, 4\]; expected a begin"),
-    "offsets backward": (raw({"a": tensor(offsets=[4, 0])}), r"has data_offsets \[4, 0\]; expected a begin"),
-    "negative offset": (raw({"a": tensor(offsets=[-4, 0])}), r"has data_offsets \[-4, 0\]; expected a begin"),
-    "terabytes": (raw({"a": tensor("U8", [10**13], [0, 10**13])}), r"ends at byte 100\d+ of a file"),
-    "data cut short": (raw({"a": tensor()}, data=3), "ends at byte .* which seems truncated"),
-    "size mismatch": (raw({"a": tensor(shape=[2])}), r"has 4 bytes; F32 of shape \[2\] takes 8"),
-    "half a byte": (raw({"a": tensor("F4", [7])}), r"has 4 bytes; F4 of shape \[7\] takes 3.5"),
-    "hole": (raw({"a": tensor(offsets=[2, 6])}, 6), "tensor 'a' leaves a hole of 2 bytes after"),
+    "three offsets": (raw({"a": tensor(offsets=[0, 2, 4])}), r"tensor 'a': expected data_offsets.*got \[0, 2, 4\]"),
+    "offsets backward": (raw({"a": tensor(offsets=[4, 0])}), r"tensor 'a': expected data_offsets.*got \[4, 0\]"),
+    "negative offset": (raw({"a": tensor(offsets=[-4, 0])}), r"tensor 'a': expected data_offsets.*got \[-4, 0\]"),
+    "terabytes": (raw({"a": tensor("U8", [10**13], [0, 10**13])}), "got an end at 10000000000094; it seems truncated"),
+    "data cut short": (raw({"a": tensor()}, data=3), "tensor 'a': expected.*got an end at 73; it seems truncated"),
+    "size mismatch": (raw({"a": tensor(shape=[2])}), r"tensor 'a': expected 8 bytes for F32 of shape \[2\], got 4"),
+    "half a byte": (raw({"a": tensor("F4", [7])}), r"tensor 'a': expected 3\.5 bytes for F4 of shape \[7\], got 4"),
+    "hole": (raw({"a": tensor(offsets=[2, 6])}, 6), "expected one.*got 'a', which leaves a hole of 2 bytes after"),
     "overlap": (
         raw({"a": tensor(), "b": tensor(offsets=[2, 6])}, 6),
-        "tensor 'b' overlaps 2 bytes of the data before it",
+        "expected one tensor after the other, got 'b', which overlaps 2 bytes of the data",
     ),
     "nothing inside": (
         raw({"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])}),
-        "tensor 'b' overlaps 2 bytes",
+        "expected one tensor after the other, got 'b', which overlaps 2 bytes of the data",
     ),
-    "trailing bytes": (raw({"a": tensor()}, data=9), "5 bytes follow the last tensor; expected none"),
+    "trailing bytes": (raw({"a": tensor()}, data=9), "expected nothing after the last tensor, got 5 bytes"),
 }
 
 
@@ -132,7 +132,7 @@ def test_a_long_header_is_refused_before_it_is_read(length: int, tmp_path: Path)
     with file.open("wb") as stream:
         stream.write(length.to_bytes(8, "little"))
         stream.truncate(length + 8)  # sparse: it really is that long
-    with little_memory(), pytest.raises(LimitError, match=f"claims a header of {length} bytes"):
+    with little_memory(), pytest.raises(LimitError, match=f"got one that claims {length}"):
         read_index(file)
 
 
@@ -148,7 +148,7 @@ def test_data_is_never_read(tmp_path: Path) -> None:
 def test_a_long_name_is_shortened_in_the_message(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(raw({"a" * 10**6: tensor("F33")}))
-    with pytest.raises(CheckpointError, match=r"tensor 'a+\.\.\.a+' has dtype") as caught:
+    with pytest.raises(CheckpointError, match=r"tensor 'a+\.\.\.a+': expected dtype") as caught:
         read_header(file)
     assert len(str(caught.value)) < 1000
 
@@ -170,7 +170,7 @@ def test_a_shard_outside_of_the_folder_is_refused(shard: str, tmp_path: Path) ->
     folder.mkdir()
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(CheckpointError, match="leads out of the folder; expected paths below it"):
+    with pytest.raises(CheckpointError, match="expected paths below"):
         read_index(folder)
 
 
@@ -179,15 +179,15 @@ def test_a_shard_outside_of_the_folder_is_refused(shard: str, tmp_path: Path) ->
     [
         ("{", "index.json: the file is not valid JSON"),
         ("[]", "index.json: the file is not JSON of one object"),
-        ("{}", "weight_map is None; expected the file of every tensor"),
-        ('{"weight_map": ["a"]}', r"weight_map is \['a'\]; expected the file of every tensor"),
-        ('{"weight_map": {}}', "weight_map is {}; expected the file of every tensor"),
-        ('{"weight_map": {"a": 7}}', "tensor 'a' is in 7; expected a .safetensors file"),
-        ('{"weight_map": {"a": ""}}', "tensor 'a' is in ''; expected a .safetensors file"),
-        ('{"weight_map": {"a": "x.bin"}}', "tensor 'a' is in 'x.bin'; expected a .safetensors file"),
-        ('{"weight_map": {"a": "x\\u0000.safetensors"}}', r"1 of 1 weight files are missing: 'x\\x00"),
+        ("{}", "expected the file of every tensor by name as weight_map, got None"),
+        ('{"weight_map": ["a"]}', r"expected the file of every tensor by name as weight_map, got \['a'\]"),
+        ('{"weight_map": {}}', r"expected the file of every tensor by name as weight_map, got \{\}"),
+        ('{"weight_map": {"a": 7}}', r"expected a \.safetensors file for tensor 'a', got 7"),
+        ('{"weight_map": {"a": ""}}', r"expected a \.safetensors file for tensor 'a', got ''"),
+        ('{"weight_map": {"a": "x.bin"}}', r"expected a \.safetensors file for tensor 'a', got 'x\.bin'"),
+        ('{"weight_map": {"a": "x\\u0000.safetensors"}}', r"expected the 1.*got 1 missing: 'x\\x00\.safetensors'"),
         ('{"weight_map": {"a": "1", "a": "2"}}', "key 'a' appears 2 times"),
-        (json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}), "cannot be read .*name too"),
+        (json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}), r"got an error \(File name too long\)"),
     ],
 )
 def test_every_defect_of_an_index_has_its_message(index: str, message: str, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_json_file_of_gigabytes_is_refused_unread(name: str, tmp_path: Path) -
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with (tmp_path / name).open("wb") as stream:
         stream.truncate(10**10)
-    with little_memory(), pytest.raises(LimitError, match="10000000000 bytes; expected at most 100000000"):
+    with little_memory(), pytest.raises(LimitError, match="expected at most 100000000 bytes of JSON, got 10000000000"):
         read_index(tmp_path)
 
 

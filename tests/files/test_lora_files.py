@@ -76,7 +76,7 @@ def test_our_lora_has_the_same_outputs_in_peft(
 @pytest.mark.parametrize(("model", "target"), [(LLAMA, "embed_tokens"), (VIT, "projection")])
 def test_an_adapter_from_headers_is_in_place_in_peft(tmp_path: Path, model: Model, target: str) -> None:
     base = build(model[0], **model[1])
-    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    base.save_pretrained(tmp_path / "base")
     inject_headers(tmp_path / "base", tmp_path / "a", lora(target))
     peft = in_peft(base, tmp_path / "a")
     stored = {

@@ -73,28 +73,28 @@ PART = (*TENSOR, "parts", 0)
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (set_at("format_version", value=3), FormatVersionError, "format version 3; expected 2. Upgrade"),
-        (set_at("format_version", value=1), FormatVersionError, "version 1; expected 2. Compress the original again"),
-        (set_at("format_version", value=None), FormatVersionError, "format version None"),
-        (set_at("quant_method", value="gptq"), CheckpointError, "not a manifest of this format"),
+        (set_at("format_version", value=3), FormatVersionError, r"spectral_surgery\.json:.*got 3.*Upgrade"),
+        (set_at("format_version", value=1), FormatVersionError, r"spectral_su.*got 1.*Compress the original again"),
+        (set_at("format_version", value=None), FormatVersionError, r"spectral_surgery\.json: expected.*got None"),
+        (set_at("quant_method", value="gptq"), CheckpointError, r"spectral_surgery\.json:.*got another one"),
         (set_at("tensors", value=[]), CheckpointError, "damaged"),
         (lambda body: body.pop("aliases"), CheckpointError, "damaged"),
-        (set_at(*TENSOR, "shape", value=[1 << 40, 1 << 40]), LimitError, "does not fit a matrix"),
+        (set_at(*TENSOR, "shape", value=[1 << 40, 1 << 40]), LimitError, r"model\.w: expected.*got shape .* for"),
         (set_at(*TENSOR, "shape", value=[-700, -500]), CheckpointError, "is not a size"),
-        (set_at(*TENSOR, "matrix", value=[700, 501]), LimitError, "does not fit a matrix"),
-        (set_at(*TENSOR, "dtype", value="F31"), CheckpointError, "dtype F31"),
-        (set_at(*TENSOR, "tile", value=0), CheckpointError, "tile 0"),
-        (set_at(*TENSOR, "tile", value=10**9), CheckpointError, "tile 1000000000"),
+        (set_at(*TENSOR, "matrix", value=[700, 501]), LimitError, r"model\.w: expected the sizes.*got shape .* for"),
+        (set_at(*TENSOR, "dtype", value="F31"), CheckpointError, r"model\.w: expected.*got F31, 64 and \(0, 1\)"),
+        (set_at(*TENSOR, "tile", value=0), CheckpointError, r"model\.w: expected a.*got F32, 0 and \(0, 1\)"),
+        (set_at(*TENSOR, "tile", value=10**9), CheckpointError, r"model\.w:.*got F32, 1000000000 and \(0, 1\)"),
         (set_at(*TENSOR, "axes", value=[0, 7]), CheckpointError, "axes"),
-        (set_at(*TENSOR, "parts", value=[]), LimitError, "parts do not cover"),
-        (set_at(*PART, "rows", value=[0, 699]), LimitError, "parts do not cover"),
-        (set_at(*PART, "rows", value=[1, 700]), LimitError, "parts do not cover"),
+        (set_at(*TENSOR, "parts", value=[]), LimitError, r"model\.w: expected parts that cover 700.*got others"),
+        (set_at(*PART, "rows", value=[0, 699]), LimitError, r"model\.w: expected parts that cover.*got others"),
+        (set_at(*PART, "rows", value=[1, 700]), LimitError, r"model\.w: expected parts that cover.*got others"),
         (set_at(*PART, "rows_per_frame", value=0), CheckpointError, "rows_per_frame is 0"),
         (set_at(*PART, "rows_per_frame", value=1), CheckpointError, "disagrees with the manifest"),
-        (set_at(*PART, "transform", value="fft9"), SpectralSurgeryError, "transform 'fft9': unknown"),
+        (set_at(*PART, "transform", value="fft9"), SpectralSurgeryError, "transform: expected one of.*got 'fft9'"),
         (set_at(*PART, "crc32", value=1), CheckpointError, "does not have its checksum"),
         (set_at(*PART, "report", value={}), CheckpointError, "damaged"),
-        (set_at("aliases", "head", value="nowhere"), CheckpointError, "tied to nowhere, which is missing"),
+        (set_at("aliases", "head", value="nowhere"), CheckpointError, "got one without nowhere, to which it is tied"),
         (set_at("tensors", "ghost", value=None), CheckpointError, "damaged"),
     ],
 )
@@ -118,13 +118,13 @@ def test_no_manifest_or_not_json(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be read|not a manifest"):
         open_compressed(folder)
     (folder / "spectral_surgery.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no spectral_surgery.json; .*Is it compressed at all"):
+    with pytest.raises(CheckpointError, match=r"out:.*got no spectral_surgery\.json.*Is it compressed at all"):
         open_compressed(folder)
 
 
 def test_a_missing_spectrum(folder: Path) -> None:
     restore(folder, lambda tensors: tensors.pop(f"{W}.spectral_step"))
-    with pytest.raises(CheckpointError, match=r"model\.w\.spectral_step: in the manifest but in no file"):
+    with pytest.raises(CheckpointError, match=r"model\.w\.spectral.*got a tensor of the manifest that is in no file"):
         open_compressed(folder)
 
 

@@ -20,12 +20,12 @@ from tests.support.checkpoints import llama_like, write_folder
 
 OPTIONS = CompressOptions(Target("bits", 3.0), min_weights=1)
 NAMES = ("embed_tokens.weight", "q_proj.weight", "conv.weight", "mlp.experts.up_proj", "norm.weight", "lm_head.weight")
-SIDE = st.one_of(st.integers(1, 70), st.sampled_from([512, 4096, 50_000]))
+SIDE = st.one_of(st.integers(1, 70), st.sampled_from([512, 5000]))
 SHAPES = st.one_of(
     st.tuples(SIDE),
     st.tuples(SIDE, SIDE),
     st.tuples(st.integers(1, 9), SIDE, SIDE),
-    st.tuples(SIDE, SIDE, *[st.just(3)] * 2),
+    st.tuples(*[st.integers(1, 30)] * 2, *[st.just(3)] * 2),
 )
 TENSORS = st.dictionaries(
     st.tuples(st.integers(0, 3), st.sampled_from(NAMES)).map(lambda pair: f"layers.{pair[0]}.{pair[1]}"),

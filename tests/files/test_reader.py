@@ -82,13 +82,13 @@ def test_a_file_that_shrank_is_refused(info: TensorInfo) -> None:
     content = info.file.read_bytes()
     info.file.write_bytes(content[:-5])
     assert read_flat(info, 0, 2).tolist() == [0, 1]
-    with pytest.raises(CheckpointError, match="ends 5 bytes before what is wanted of it; expected a file that does"):
+    with pytest.raises(CheckpointError, match=r"expected a file.*got one that ends 5 bytes before what is wanted"):
         read_tensor(info)
 
 
 def test_a_file_that_vanished_is_refused(info: TensorInfo) -> None:
     info.file.unlink()
-    with pytest.raises(CheckpointError, match=r"x.safetensors: cannot be read \(No such file"):
+    with pytest.raises(CheckpointError, match=r"expected a readable file, got an error \(No such file or directory\)"):
         read_tensor(info)
 
 

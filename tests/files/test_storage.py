@@ -85,7 +85,7 @@ def test_a_lone_file_and_a_missing_shard(tmp_path: Path) -> None:
     lone = read_index(RemoteCheckpoint(path, {path: file}, (), "x", "1"))
     assert lone.config == {}
     assert lone.tensors == {name: info for name, info in read_index(twin).tensors.items() if info.file == file}
-    with pytest.raises(CheckpointError, match=r"1 of 2 weight files are missing: .model-00002-of-00002\.safetensors."):
+    with pytest.raises(CheckpointError, match=r"expected the 2 weight files that.*got 1 missing:"):
         read_index(replace(twin, weights={path: file}))
     assert not is_adapter(twin)
 
@@ -97,7 +97,7 @@ def test_an_adapter_elsewhere_is_one(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, here / "adapter_model.safetensors")
     twin = remote_twin(here, tmp_path / "there")
     assert is_adapter(twin)
-    with pytest.raises(CheckpointError, match="is an adapter"):
+    with pytest.raises(CheckpointError, match=r"expected a model, got an adapter \('LORA'\) for a base model"):
         read_index(twin)
 
 
@@ -140,5 +140,5 @@ def test_versions_and_sizes(tmp_path: Path) -> None:
     assert version_of(file) == ("x", 3, "1")
     assert version_of(replace(file, version="2")) != version_of(file)
     assert version_of(tmp_path / "x")[:2] == ("x", 3)
-    with pytest.raises(CheckpointError, match="x: ends 2 bytes before what is wanted of it"):
+    with pytest.raises(CheckpointError, match=r"expected a file.*got one that ends 2 bytes before what is wanted"):
         read_into(tmp_path / "x", memoryview(bytearray(4)), 1)

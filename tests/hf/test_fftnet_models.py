@@ -252,21 +252,21 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("tokens", "mask", "error", "text"),
     [
-        (ids(1, 65), None, ShapeError, r"input_ids: 65 tokens; expected at most 64, the model's max_seq_length"),
+        (ids(1, 65), None, ShapeError, "input_ids: expected at most 64 tokens, the model's max_seq_length, got 65"),
         (
             torch.zeros(0, 5, dtype=torch.long),
             None,
             ShapeError,
-            r"input_ids: shape \(0, 5\); expected \[B, T\] with at least",
+            r"input_ids: expected \[B, T\] with at.*got shape \(0, 5\)",
         ),
-        (torch.zeros(2, 0, dtype=torch.long), None, ShapeError, r"input_ids: shape \(2, 0\)"),
-        (torch.tensor([[1, 40]]), None, ConfigError, "input_ids: token 40; expected 0 to 39. Use the tokenizer"),
-        (torch.tensor([[1, -1]]), None, ConfigError, "input_ids: token -1; expected 0 to 39"),
+        (torch.zeros(2, 0, dtype=torch.long), None, ShapeError, r"input_ids: expected \[B, T\].*got shape \(2, 0\)"),
+        (torch.tensor([[1, 40]]), None, ConfigError, "input_ids: expected 0 to 39, got token 40.*Use the tokenizer"),
+        (torch.tensor([[1, -1]]), None, ConfigError, "input_ids: expected 0 to 39, got token -1"),
         (
             ids(1, 5),
             torch.ones(1, 4),
             ShapeError,
-            r"attention_mask: shape \(1, 4\); expected \(1, 5\), that of input_ids",
+            r"attention_mask: expected \(1, 5\), the shape of input_ids, got \(1, 4\)",
         ),
     ],
 )
@@ -280,14 +280,14 @@ def test_bad_input(name: str, tokens: Tensor, mask: Tensor | None, error: type[E
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"d_model": 0}, "FFTNetConfig: d_model 0; expected at least 1"),
-        ({"vocab_size": 0}, "FFTNetConfig: vocab_size 0"),
-        ({"num_layers": 0}, "FFTNetConfig: num_layers 0"),
-        ({"max_seq_length": 0}, "FFTNetConfig: max_seq_length 0"),
-        ({"dropout": 1.0}, r"FFTNetConfig: dropout 1\.0; expected at least 0 and less than 1"),
-        ({"num_heads": 3}, "heads 3: expected a divisor of the width, 16"),
-        ({"kernel_length": 1}, "kernel_length 1: expected at least 2"),
-        ({"is_causal": False}, "FFTNetForCausalLM: is_causal False in the configuration; expected True"),
+        ({"d_model": 0}, "FFTNetConfig: expected d_model of at least 1, got 0"),
+        ({"vocab_size": 0}, "FFTNetConfig: expected vocab_size of at least 1, got 0"),
+        ({"num_layers": 0}, "FFTNetConfig: expected num_layers of at least 1, got 0"),
+        ({"max_seq_length": 0}, "FFTNetConfig: expected max_seq_length of at least 1, got 0"),
+        ({"dropout": 1.0}, r"FFTNetConfig: expected dropout of at least 0 and less than 1, got 1\.0"),
+        ({"num_heads": 3}, "heads: expected a divisor of the width, 16, got 3"),
+        ({"kernel_length": 1}, "kernel_length: expected 2 or more, got 1"),
+        ({"is_causal": False}, "FFTNetForCausalLM: expected is_causal True in the configuration, got False"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], text: str) -> None:
@@ -298,7 +298,7 @@ def test_bad_settings(changes: dict[str, Any], text: str) -> None:
 def test_an_encoder_cannot_generate_and_a_sequence_has_an_end() -> None:
     with pytest.raises(CausalityError, match="decoding with a cache needs a causal mixer"):
         model(MASKED).model(ids(1, 3), use_cache=True)
-    with pytest.raises(ShapeError, match="65 tokens; expected at most 64"):
+    with pytest.raises(ShapeError, match="input_ids: expected at most 64 tokens, the model's max_seq_length, got 65"):
         model().generate(ids(1, 60), max_new_tokens=6, do_sample=False)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         fftnet_models.nothing  # noqa: B018 - reading it is the test

@@ -260,7 +260,7 @@ def test_modules_stay_the_objects_that_they_are(tmp_path: Path) -> None:
     model = transformers.BertForMaskedLM(vision)
     made = save_both(model, MASKED, tmp_path)
 
-    class WithList(transformers.BertForMaskedLM):  # type: ignore[misc, name-defined]  # its base has no types
+    class WithList(transformers.BertForMaskedLM):  # its base has no types
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.layers = [self.bert.encoder.layer[0].intermediate.dense, self.bert.embeddings.word_embeddings]

@@ -321,7 +321,7 @@ def test_dequantize_leaves_parameters_of_a_type_of_their_own(folders: dict[str, 
 def test_ties_of_a_model_under_two_names() -> None:
     """What transformers has tied is tied again after a model inside was seen twice."""
 
-    class Twice(transformers.LlamaPreTrainedModel):  # type: ignore[misc, name-defined]
+    class Twice(transformers.LlamaPreTrainedModel):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             self.first = transformers.LlamaForCausalLM(config)

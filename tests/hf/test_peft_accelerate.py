@@ -184,13 +184,11 @@ def test_copies_and_pickles() -> None:
 
 
 def test_models_without_such_layers() -> None:
-    with pytest.raises(
-        TargetError, match="LlamaForCausalLM: has no FourierFT layers of PEFT; expected models from get_peft"
-    ):
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM: expected a model.*got no FourierFT layers of PEFT"):
         accelerate_peft(tiny("llama"))
 
 
 def test_peft_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft.tuners.fourierft", None)
-    with pytest.raises(BackendError, match=r"peft: not installed; .* pip install 'spectral-surgery\[hf\]'"):
+    with pytest.raises(BackendError, match=r"peft: expected it to accelerate its.*got none installed\. pip install"):
         accelerate_peft(nn.Linear(2, 2))

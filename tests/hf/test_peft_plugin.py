@@ -90,7 +90,7 @@ def test_get_peft_model_saves_what_we_read_and_loads_what_we_write(row: Any, tmp
 def test_peft_loads_what_we_inject(row: Any, kind: str, tmp_path: Path) -> None:
     model = tiny(kind)
     extras = {"modules_to_save": ("classifier",), "bias": "all"} if kind == "bert" else {}
-    targets = ModuleTargets(("query", "c_attn", "mlp.c_proj"), **extras)  # type: ignore[arg-type]
+    targets = ModuleTargets(("query", "c_attn", "mlp.c_proj"), **extras)
     spec = inject(model, AdapterSpec(row, row.config(**settings(row)), targets))
     stir(model)
     expected = outputs(kind, model.eval())
@@ -219,7 +219,7 @@ def test_lora_conversion_is_offered_for_linear_layers_alone(row: Any) -> None:
 
 @by_method
 def test_what_cannot_carry_an_adapter(row: Any) -> None:
-    with pytest.raises(ConfigError, match=f"LlamaRMSNorm: cannot carry an adapter of {row.name}; expected Linear"):
+    with pytest.raises(ConfigError, match=f"got LlamaRMSNorm, which cannot carry an adapter of {row.name}"):
         peft.get_peft_model(tiny("llama"), config(row, ("input_layernorm",)))
 
 
@@ -228,9 +228,7 @@ def test_what_cannot_be_merged(row: Any) -> None:
     model, _ = trained(row)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.base_layer.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(
-        NotMergeableError, match=r"Linear: its weight is torch.int8; expected floating-point weights of 16 bits"
-    ):
+    with pytest.raises(NotMergeableError, match=r"Linear: expected floating-point.*got torch\.int8"):
         layer.merge()
     layer.base_layer.weight = nn.Parameter(torch.full((32, 32), torch.inf), requires_grad=False)
     with pytest.raises(NotMergeableError, match="adapter default: NaNs detected in the merged weights"):
@@ -238,7 +236,6 @@ def test_what_cannot_be_merged(row: Any) -> None:
     assert not layer.merged
 
 
-@pytest.mark.skipif("foura" not in METHODS, reason="the method is not there")
 def test_a_dynamic_gate_trains_saves_and_refuses_to_merge(tmp_path: Path) -> None:
     model = peft.get_peft_model(tiny("llama"), config(METHODS["foura"], use_gate=True))
     stir(model)
@@ -248,7 +245,7 @@ def test_a_dynamic_gate_trains_saves_and_refuses_to_merge(tmp_path: Path) -> Non
     ours = tiny("llama")
     load(ours, read_adapter(tmp_path))
     assert close(outputs("llama", ours.eval()), expected)
-    with pytest.raises(NotMergeableError, match="the gate depends on the input"):
+    with pytest.raises(NotMergeableError, match=r"foura: expected a.*got one that depends on the input, so no one"):
         model.merge_adapter()
 
 

@@ -199,14 +199,14 @@ def test_load_compressed_at_the_highest_rate(tmp_path: Path) -> None:
         spectral_surgery.load_compressed(folder, "int8")
     streamed = spectral_surgery.load_compressed(folder, "streamed")
     assert {layer.spectrum.resident for _, layer in spectral_layers(streamed)} <= {"streamed", "coded"}
-    with pytest.raises(ConfigError, match="resident form 'int3'"):
+    with pytest.raises(ConfigError, match=r"resident form: expected one of int8,.*got 'int3'"):
         spectral_surgery.load_compressed(folder, "int3")
 
 
 def test_max_memory(folders: dict[str, Path]) -> None:
     weights = spectral_surgery.open_compressed(folders["llama"]).manifest.report
     rest = torch.get_num_threads() * (8 << 20) + 10_000
-    with pytest.raises(LimitError, match=r"max_memory: 1000 bytes; \d+ are needed .* Compress to fewer bits"):
+    with pytest.raises(LimitError, match=r"max_memory: expected 8422143 bytes or.*got 1000.* Compress to fewer bits"):
         spectral_surgery.load_compressed(folders["llama"], max_memory=1000)
     with pytest.raises(LimitError, match="Use resident coded"):
         spectral_surgery.load_compressed(folders["llama"], "int8", max_memory=rest + weights.stored_bytes)
@@ -263,7 +263,7 @@ def test_device_map(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_bad_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no spectral_surgery\.json"):
         spectral_surgery.load_compressed(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="transformers has no AutoModelForDreams"):
+    with pytest.raises(CheckpointError, match="compressed: expected a class of transformers, got AutoModelForDreams"):
         spectral_surgery.load_compressed(folders["llama"], auto_class="AutoModelForDreams")
     with pytest.raises(CheckpointError, match=r"none of its .* compressed tensors .* is in the model"):
         transformers.ViTModel.from_pretrained(folders["llama"], config=with_quantization("vit", folders["llama"]))

@@ -178,7 +178,7 @@ def test_quantised_bases_keep_float32_adapters_and_are_not_merged(tuner: Tuner) 
     base.head.weight = nn.Parameter(base.head.weight.to(torch.float8_e4m3fn), requires_grad=False)
     model = tuner.put(base, ("head",), autocast_adapter_dtype=False)
     assert {parameter.dtype for parameter in own(tuner, model)} == {torch.float32}
-    with pytest.raises(NotMergeableError, match=r"its weight is torch.float8_e4m3fn; expected floating-point"):
+    with pytest.raises(NotMergeableError, match=r"Linear: expected floating-point.*got torch\.float8_e4m3fn"):
         model.merge_adapter()
 
 
@@ -186,7 +186,7 @@ def test_quantised_bases_keep_float32_adapters_and_are_not_merged(tuner: Tuner) 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_tied_weights_come_back(tuner: Tuner, backwards: bool) -> None:
     base = tiny("llama").to(torch.bfloat16)
-    base.lm_head.weight = base.model.embed_tokens.weight  # type: ignore[assignment, union-attr]
+    base.lm_head.weight = base.model.embed_tokens.weight
     model = tuner.put(base, ("embed_tokens", "lm_head"))
     stir(model)
     layers = (model.base_model.model.model.embed_tokens, model.base_model.model.lm_head)

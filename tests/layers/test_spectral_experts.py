@@ -59,7 +59,7 @@ def test_types_and_bytes() -> None:
 
 def test_bad_input() -> None:
     own = experts()
-    with pytest.raises(ShapeError, match="2 counts that add up to 4; expected 3 of 4 rows"):
+    with pytest.raises(ShapeError, match="experts: expected 3 counts that add up to 4 rows, got 2 that add up to 4"):
         own(noise(4, 24), (2, 2))
     with pytest.raises(ShapeError, match="3 counts that add up to 5; expected 3 of 4 rows"):
         own(noise(4, 24), (2, 2, 1))

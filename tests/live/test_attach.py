@@ -54,7 +54,7 @@ IDS = torch.arange(5)[None]
 
 
 def lora(*targets: str, **fields: object) -> AdapterSpec:
-    return AdapterSpec(METHODS["lora"], LoraConfig(r=2), ModuleTargets(targets or None, **fields))  # type: ignore[arg-type]
+    return AdapterSpec(METHODS["lora"], LoraConfig(r=2), ModuleTargets(targets or None, **fields))
 
 
 def stir(model: nn.Module, seed: int = 1) -> None:
@@ -101,7 +101,7 @@ def test_no_usual_names_asks_for_targets() -> None:
 
 
 def test_nothing_matched_is_an_error_and_changes_nothing(model: Model) -> None:
-    with pytest.raises(TargetError, match=r"target_modules \('nope',\): matches none of 6 modules"):
+    with pytest.raises(TargetError, match=r"target_modules:.*got \('nope',\), which matches none of 6 modules"):
         attach.inject(model, lora("nope"))
     assert not attach.adapted_layers(model)
     assert all(p.requires_grad for p in model.parameters())
@@ -186,7 +186,7 @@ def test_an_adapter_of_another_model_lists_every_mismatch_and_changes_nothing(mo
     other = Model()
     other.score = nn.Linear(6, 3)
     other.layers = other.layers[:1]
-    with pytest.raises(CheckpointError, match=r"layers\.1\.q_proj is not in the model.*layers\.1\.v_proj.*score: the"):
+    with pytest.raises(CheckpointError, match=r"adapter.*got \{'A': \(2, 6\), 'B': \(2, 2\)\} in the adapter"):
         attach.load(other, state)
     assert not attach.adapted_layers(other)
 
@@ -244,7 +244,7 @@ def test_convolutions_and_embeddings(model: Model) -> None:
 
 
 def test_a_module_that_cannot_carry_an_adapter() -> None:
-    with pytest.raises(ConfigError, match="LayerNorm: cannot carry an adapter; expected Linear, Conv1D"):
+    with pytest.raises(ConfigError, match=r"target_modules: expected.*got LayerNorm, which cannot carry an adapter"):
         AdaptedLayer(nn.LayerNorm(3))
 
 

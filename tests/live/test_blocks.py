@@ -81,6 +81,6 @@ def test_models_without_blocks_or_text(model: Model) -> None:
     def embed_only(input_ids: torch.Tensor) -> torch.Tensor:
         return model.embed(input_ids)
 
-    model.forward = embed_only  # type: ignore[method-assign]
+    model.forward = embed_only
     with pytest.raises(TargetError, match="Model: expected a model that runs the first of its 12 blocks on text alone"):
         next(blocks_in_turn(model, BATCHES))

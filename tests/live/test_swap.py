@@ -169,7 +169,7 @@ def test_what_is_refused() -> None:
         swap_attention(model, "fnet", [1, 1])
     with pytest.raises(ConfigError, match=r"layers: expected one or more different numbers, got \[\]"):
         swap_attention(model, "fnet", [])
-    with pytest.raises(ConfigError, match=r"mixer 'fnt': unknown; known: .*fnet.*Did you mean 'fnet'"):
+    with pytest.raises(ConfigError, match=r"mixer: expected one of fnet,.*got 'fnt'.*Did you mean 'fnet'"):
         swap_attention(model, "fnt", [0])
     with pytest.raises(ConfigError, match=r"fftnet: setting 'head' is unknown; .*heads.* accepted"):
         swap_attention(model, "fftnet", [0], {"head": 2})

@@ -36,7 +36,7 @@ def test_modrelu() -> None:
     with torch.no_grad():
         activation.bias[1] = 3.0
     torch.testing.assert_close(activation(z, 16)[..., 2:], ((z.abs() + 3) * z / z.abs())[..., 2:])
-    with pytest.raises(ConfigError, match="heads 0: expected at least 1"):
+    with pytest.raises(ConfigError, match="heads: expected 1 or more, got 0"):
         ModReLU(0, 5)
     with pytest.raises(ConfigError, match="bins 1: expected at least 2"):
         ModReLU(1, 1)
@@ -74,5 +74,5 @@ def test_interpolation(length: int) -> None:
     assert torch.equal(interpolate(torch.ones(3, 9, 2), length, -2), torch.ones(3, length // 2 + 1, 2))
     values = tokens(9, 2)
     assert torch.equal(interpolate(values, 16, 0), values)
-    with pytest.raises(ShapeError, match="interpolate: 1 bins; expected at least 2"):
+    with pytest.raises(ShapeError, match="interpolate: expected at least 2 bins, got 1"):
         interpolate(torch.ones(1), length, 0)

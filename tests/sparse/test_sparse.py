@@ -157,7 +157,7 @@ def test_domains_do_not_mix() -> None:
     weight = gaussian(64, 64)
     spectrum = sst(weight, 0.2)
     for other in (sst(weight, 0.2, transform="haar"), sst(weight, 0.2, tile=32), sst(weight, 0.2, axes=(1,))):
-        with pytest.raises(DomainError, match="differ; expected spectra of the same shape, tile, transform and axes"):
+        with pytest.raises(DomainError, match=r"\+: expected spectra of.*got Domain\(shape=\(64, 64\), tile=128"):
             _ = spectrum + other
     for operation in (
         lambda: spectrum + weight,
@@ -175,11 +175,11 @@ def test_domains_do_not_mix() -> None:
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [
-        (lambda: sst(gaussian(4, 4), 0.0), ConfigError, "sparsity 0.0 is not a fraction to keep"),
-        (lambda: sst(gaussian(4, 4), 1.2), ConfigError, "sparsity 1.2"),
+        (lambda: sst(gaussian(4, 4), 0.0), ConfigError, r"sst: expected a sparsity above 0 and up to.*got 0\.0"),
+        (lambda: sst(gaussian(4, 4), 1.2), ConfigError, r"sst: expected a sparsity above 0 and up to.*got 1\.2"),
         (lambda: sst(torch.full((4, 4), math.nan)), ConfigError, "not finite"),
-        (lambda: sst(torch.zeros(4, 4, dtype=torch.int64)), ConfigError, "the tensor is torch.int64"),
-        (lambda: sst(gaussian(4, 4), transform="fft9"), ConfigError, "'fft9': unknown"),
+        (lambda: sst(torch.zeros(4, 4, dtype=torch.int64)), ConfigError, r"sst: expected a.*got torch\.int64"),
+        (lambda: sst(gaussian(4, 4), transform="fft9"), ConfigError, "transform: expected one of.*got 'fft9'"),
         (lambda: sst(torch.zeros(1, 9000), tile=None), LimitError, "8192"),
         (lambda: sst(gaussian(4, 4)).matmul(gaussian(2, 5)), ShapeError, "5"),
         (lambda: sst(gaussian(4)).matmul(gaussian(2, 4)), (ShapeError, DomainError), "."),

@@ -71,10 +71,10 @@ def adapted(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base, adapter = folder / "base", folder / "adapter"
-    model.save_pretrained(base)  # type: ignore[operator]
+    model.save_pretrained(base)
 
     def loaded() -> Any:
-        again = type(model).from_pretrained(base)  # type: ignore[attr-defined]
+        again = type(model).from_pretrained(base)
         if grow:
             torch.manual_seed(3)
             again.resize_token_embeddings(SIZES["vocab_size"] + grow)

@@ -39,7 +39,7 @@ def test_the_mean_square_of_gradients_is_the_curvature(name: str, classes: int, 
     def loss(x: Tensor) -> Tensor:
         return objective.loss(outputs(x, maps, base, classes=classes), teacher, batch)
 
-    wanted = torch.autograd.functional.hessian(loss, at).diagonal()  # type: ignore[no-untyped-call]
+    wanted = torch.autograd.functional.hessian(loss, at).diagonal()
     squares = torch.zeros(PARAMETERS)
     for _ in range(DRAWS):
         x = at.clone().requires_grad_()

@@ -126,8 +126,8 @@ class Allocation:
     def add(self, name: str, expansion: Expansion, cost: int) -> None:
         """Let the components of one more layer compete."""
         self.layers[name], self.costs[name] = expansion, cost
-        held = sum(self.costs[layer] * len(self.layers[layer].order) for layer in self.layers)
-        if self.budget is not None and held > 2 * self.budget:
+        nbytes = sum(self.costs[layer] * len(self.layers[layer].order) for layer in self.layers)
+        if self.budget is not None and nbytes > 2 * self.budget:
             self.settle()
 
     def settle(self) -> None:

@@ -82,7 +82,7 @@ class _Asked:
 def model_table(
     a: Path, others: list[Path], data: EvalData, reference: Reference, *, device: str, progress: Progress
 ) -> tuple[tuple[ModelRow, ...], Distance, Measures]:
-    """Judge A, others and baselines of A, each on its own beside A.
+    """Judge A, others and baselines of A, each alone beside A.
 
     Returns:
         The rows, and of A and B, if there is one: their distance and their measures.

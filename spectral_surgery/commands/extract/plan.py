@@ -141,7 +141,7 @@ class _Comparison:
         if self.tuned.model is not None:
             return cast(nn.Module, self.tuned.model)
         kind = self.tuned.index.config.get("model_type")
-        shapes = {name: found.shape for name, found in self.tuned.stored.items()}
+        shapes = {name: parameter.shape for name, parameter in self.tuned.stored.items()}
         return skeleton(shapes, kind if isinstance(kind, str) else None)
 
     def compare_others(self, chosen: Iterable[str]) -> dict[str, str]:
@@ -192,8 +192,8 @@ class _Comparison:
         return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _tied(self, name: str) -> bool:
-        said = self.tuned.index.config.get("tie_word_embeddings") is True  # and the output layer is not stored
-        return _is_tied(self.tuned.equal, name) or (said and name.split(".")[-2] in _INPUT_EMBEDDINGS)
+        declared = self.tuned.index.config.get("tie_word_embeddings") is True  # and the output layer is not stored
+        return _is_tied(self.tuned.equal, name) or (declared and name.split(".")[-2] in _INPUT_EMBEDDINGS)
 
     def _tied_in_base(self, alias: str, name: str) -> bool:
         first, second = self.base.names.find(alias), self.base.names.find(name)

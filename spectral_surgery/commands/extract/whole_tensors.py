@@ -58,10 +58,10 @@ def save_rest(
     modules += sorted({name.rpartition(".")[0] for name in tied} - {*modules})
     targets = replace(targets, modules_to_save=tuple(modules))
     for name in (*model.ties, *model.ties.values()):
-        found = model.names.find(name)
-        if targets.saves(name) and found is not None:
-            tensors[name] = found
-    tensors |= {name: found for name, found in tuned.items() if targets.saves(name)}
+        parameter = model.names.find(name)
+        if targets.saves(name) and parameter is not None:
+            tensors[name] = parameter
+    tensors |= {name: parameter for name, parameter in tuned.items() if targets.saves(name)}
     return Rest(targets, tensors, missing)
 
 

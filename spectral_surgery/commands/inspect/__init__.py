@@ -52,9 +52,9 @@ class Spectrum:
 
     def row(self) -> dict[str, object]:
         """Plain values for a table."""
-        kept = {f"energy in {d:.0%}": value for d, value in zip(DENSITIES, self.energy_kept, strict=True)}
+        shares = {f"energy in {d:.0%}": value for d, value in zip(DENSITIES, self.energy_kept, strict=True)}
         errors = {f"error at {rate:g} bits": value for rate, value in zip(RATES, self.errors, strict=True)}
-        return {"tensor": self.name, **kept, "same, weights 20%": self.energy_kept_weights[3], **errors}
+        return {"tensor": self.name, **shares, "same, weights 20%": self.energy_kept_weights[3], **errors}
 
 
 @dataclass(frozen=True)

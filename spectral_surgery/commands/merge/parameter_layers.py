@@ -56,27 +56,27 @@ def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState,
 
 def is_transposed(state: AdapterState, name: str, base: BaseModel) -> bool:
     """Whether stacked experts are [E, I, O]: the module says it, else the factors do."""
-    found = base.find(name)
+    parameter = base.find(name)
     module = base.module(name.rpartition(".")[0])
-    if found is None or len(found.shape) != 3:
+    if parameter is None or len(parameter.shape) != 3:
         return False
     factors = state.layers[name]
-    told = (factors["B"].shape[0], factors["A"].shape[1])
-    if told[0] != told[1]:
-        return tuple(found.shape[1:]) != told
+    product = (factors["B"].shape[0], factors["A"].shape[1])
+    if product[0] != product[1]:
+        return tuple(parameter.shape[1:]) != product
     return bool(getattr(module, "is_transposed", False))
 
 
 def _experts(base: BaseModel, name: str) -> int:
-    found = base.find(name)
-    return found.shape[0] if found and len(found.shape) == 3 else 1
+    parameter = base.find(name)
+    return parameter.shape[0] if parameter and len(parameter.shape) == 3 else 1
 
 
 def _assigned(state: AdapterState, base: BaseModel, module: str, nested: Sequence[str]) -> tuple[str, ...] | None:
     """A parameter for each layer; None where there is none that fits, or more than one way."""
     there = [name for name in state.parameters[nested[0]] if base.find(name) is not None]
-    found = base.module(module)
-    order = [f"{module}.{name}" for name in found._parameters] if found is not None else []
+    layer = base.module(module)
+    order = [f"{module}.{name}" for name in layer._parameters] if layer is not None else []
     if {*there} <= {*order}:
         there.sort(key=order.index)
         if len(there) == len(nested) and _fit(state, base, nested, there):
@@ -90,10 +90,10 @@ def _fit(state: AdapterState, base: BaseModel, layers: Sequence[str], names: Seq
 
 
 def _fits(state: AdapterState, base: BaseModel, layer: str, name: str) -> bool:
-    found, factors = base.find(name), state.layers[layer]
-    if found is None or not {"A", "B"} <= factors.keys() or len(found.shape) not in (2, 3):
+    parameter, factors = base.find(name), state.layers[layer]
+    if parameter is None or not {"A", "B"} <= factors.keys() or len(parameter.shape) not in (2, 3):
         return False
     (rank, inside), (outside, other) = factors["A"].shape, factors["B"].shape
-    sides = {(outside, inside)} if len(found.shape) == 2 else {(outside, inside), (inside, outside)}
+    sides = {(outside, inside)} if len(parameter.shape) == 2 else {(outside, inside), (inside, outside)}
     experts = _experts(base, name)
-    return rank == other == experts * state.spec.config.for_layer(name).r and found.shape[-2:] in sides
+    return rank == other == experts * state.spec.config.for_layer(name).r and parameter.shape[-2:] in sides

@@ -40,7 +40,7 @@ class Finder:
         self._states, self._weights = tuple(named), weights
         self._found: dict[str, Target] = {}
         self._whole: dict[str, Tensor] = {}  # parameters that are replaced
-        self._apart: set[str] = set()  # tied parameters that become tensors of their own
+        self._apart: set[str] = set()  # tied parameters that become separate tensors
         self._resized: dict[str, tuple[int, int]] = {}
 
     def plan(self) -> MergePlan:
@@ -85,9 +85,9 @@ class Finder:
         for full, tensor in state.extra.items():
             name = full.replace(".token_adapter", "").replace(".base_layer.", ".")
             parameter = self.base.named(name)
-            found = self.base.names.find(parameter)
+            stored = self.base.names.find(parameter)
             copy = full.endswith(".base_layer.weight")
-            if copy and _equal(found, tensor):
+            if copy and _equal(stored, tensor):
                 continue  # PEFT's copy of the base, beside an update
             if parameter in self._whole and not (copy and torch.equal(self._whole[parameter], tensor)):
                 self.wrong.append(f"{parameter} is replaced by two adapters, which must be merged one after the other")
@@ -130,28 +130,28 @@ class Finder:
         return pairs
 
     def _apart_stored(self) -> set[str]:
-        found = [self.base.names.find(name) for name in self._apart]
-        return {parameter.pieces[0].info.name for parameter in found if parameter}
+        separate = [self.base.names.find(name) for name in self._apart]
+        return {parameter.pieces[0].info.name for parameter in separate if parameter}
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        found = self._find(name)
-        if found is None:
+        stored = self._find(name)
+        if stored is None:
             self._found[name] = Target(None, replaced=(Patch(tensor),))
             return
-        if found.shape != tuple(tensor.shape) and not self._resize(name, found, tensor):
-            self.wrong.append(f"{name} is {list(found.shape)}, in the adapter {list(tensor.shape)}")
+        if stored.shape != tuple(tensor.shape) and not self._resize(name, stored, tensor):
+            self.wrong.append(f"{name} is {list(stored.shape)}, in the adapter {list(tensor.shape)}")
             return
-        for key, piece in self._targets(name, found):
-            patch = Patch(tensor) if found.whole is not None else Patch(tensor, piece.spans, piece.transposed)
+        for key, piece in self._targets(name, stored):
+            patch = Patch(tensor) if stored.whole is not None else Patch(tensor, piece.spans, piece.transposed)
             target = self._found.get(key, Target(piece.info))
             self._found[key] = replace(target, replaced=(*target.replaced, patch))
 
     def _keep_apart(self) -> None:
-        """Parameters that are stored under the name of another one, and come apart, get tensors of their own."""
+        """Parameters that are stored under the name of another one, and come apart, get separate tensors."""
         for name in self._apart:
-            found = self.base.names.find(name)
-            if found and not self.base.is_stored(name):
-                self._found.setdefault(name, Target(found.pieces[0].info))
+            stored = self.base.names.find(name)
+            if stored and not self.base.is_stored(name):
+                self._found.setdefault(name, Target(stored.pieces[0].info))
 
     def _resize(self, name: str, found: StoredParameter, tensor: Tensor) -> bool:
         """Whether an embedding, or an output layer, has another number of tokens in the adapter."""
@@ -167,31 +167,31 @@ class Finder:
         group = self.base.tied_with(name) if state.spec.targets.ensure_weight_tying else ()
         if group and name != group[0] and name not in self._apart and self._has(state, group[0]):
             return  # the same update as that of the embedding
-        found = self._find(name)
-        if found is None:
+        stored = self._find(name)
+        if stored is None:
             self.wrong.append(f"{name} is not in the base")
             return
         turned = is_transposed(state, layer, self.base) if layer in state.parameters else None
-        transposed = self.base.is_transposed(state, layer, found.shape) if turned is None else turned
-        shape = self._resized_shape(name, found)
+        transposed = self.base.is_transposed(state, layer, stored.shape) if turned is None else turned
+        shape = self._resized_shape(name, stored)
         source = Source(number, layer, shape, transposed=transposed).resolved(shape)
-        problem = self._misfit(found, state, source)
+        problem = self._misfit(stored, state, source)
         if problem:
             self.wrong.append(problem)
             return
-        self._add(name, found, source)
+        self._add(name, stored, source)
         if "bias" in state.layers[layer] and "A" in state.layers[layer] and state.spec.method.peft_type == "LORA":
             self._update_bias(source)
 
     def _update_bias(self, source: Source) -> None:
         name = f"{source.layer}.bias"
-        found = self._find(name)
-        if found is None:
+        stored = self._find(name)
+        if stored is None:
             raise NotMergeableError(
                 f"{source.layer}: expected a base with biases for an adapter that has them (lora_bias), got one"
                 " without. Keep the adapter beside the model."
             )
-        self._add(name, found, Source(source.number, source.layer, found.shape))
+        self._add(name, stored, Source(source.number, source.layer, stored.shape))
 
     def _add(self, name: str, found: StoredParameter, source: Source) -> None:
         for key, piece in self._targets(name, found):
@@ -202,16 +202,16 @@ class Finder:
             self._found[key] = replace(target, sources=(*target.sources, part))
 
     def _replace_rows(self, name: str, numbers: tuple[int, ...], values: Tensor) -> None:
-        found = self._find(name)
-        shape = self._resized_shape(name, found) if found else ()
-        if found is None or found.whole is None or len(shape) != 2:
+        stored = self._find(name)
+        shape = self._resized_shape(name, stored) if stored else ()
+        if stored is None or stored.whole is None or len(shape) != 2:
             self.wrong.append(f"{name} is not in the base as a matrix")
         elif max(numbers) >= shape[0] or values.shape[1] != shape[1]:
             rows = f"{len(numbers)} rows up to {max(numbers)} of {values.shape[1]}"
             self.wrong.append(f"{name} is {list(shape)}, in the adapter {rows}")
         else:
             patch = Patch(values, tuple((row, number, 1) for row, number in enumerate(numbers)))
-            for key, piece in self._targets(name, found):
+            for key, piece in self._targets(name, stored):
                 target = self._found.get(key, Target(piece.info))
                 self._found[key] = replace(target, rows=(*target.rows, patch))
 
@@ -262,8 +262,8 @@ class Finder:
                 if candidate is module and module is not None
             ]
             parameter = f"{names[0]}.weight" if names else ""
-            found = self.base.find(parameter) if names else None
-            if found and self._resized_shape(parameter, found) == found.shape:
+            stored = self.base.find(parameter) if names else None
+            if stored and self._resized_shape(parameter, stored) == stored.shape:
                 resized = ", ".join(self._resized)
                 self.wrong.append(f"{resized} has another number of rows, and {parameter} is not in the adapter")
 
@@ -281,11 +281,11 @@ def _lora_misfit(state: AdapterState, source: Source) -> str:
     tensors, rank = state.layers[source.layer], state.spec.config.for_layer(source.layer).r
     expected = {"A": (rank, inside), "B": (out, rank), "bias": (out,)}
     expected["magnitude"] = (inside if source.layer in state.embeddings else out,)
-    given = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    wanted = {key: expected[key] for key in given if key in expected}
-    if given == wanted and {"A", "B"} <= given.keys():
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wanted = {key: expected[key] for key in shapes if key in expected}
+    if shapes == wanted and {"A", "B"} <= shapes.keys():
         return ""
-    return f"{source.layer}: expected {wanted} for a layer of {out} x {inside}, got {given} in the adapter"
+    return f"{source.layer}: expected {wanted} for a layer of {out} x {inside}, got {shapes} in the adapter"
 
 
 def _short(source: Source, shape: tuple[int, ...]) -> Source:
@@ -303,9 +303,9 @@ def _equal(found: StoredParameter | None, tensor: Tensor) -> bool:
 
 def _sizes(config: Mapping[str, Any]) -> set[int]:
     """All vocabularies of a configuration."""
-    found = {value for key, value in config.items() if key == "vocab_size" and isinstance(value, int)}
+    sizes = {value for key, value in config.items() if key == "vocab_size" and isinstance(value, int)}
     inner = [_sizes(value) for value in config.values() if isinstance(value, dict)]
-    return found.union(*inner)
+    return sizes.union(*inner)
 
 
 def _with(config: Mapping[str, Any], key: str, old: object, new: object) -> dict[str, Any]:

@@ -91,9 +91,9 @@ def unmerge(merged: Path, out: Path, *, overwrite: bool = False, progress: Progr
 
 
 def _restore_card(merged: Path, folder: Path) -> None:
-    kept, card = merged / FOLDER / cards.FILE_NAME, folder / cards.FILE_NAME
-    if kept.is_file():
-        shutil.copyfile(kept, card)
+    saved, card = merged / FOLDER / cards.FILE_NAME, folder / cards.FILE_NAME
+    if saved.is_file():
+        shutil.copyfile(saved, card)
     elif cards.has_section(cards.read_card(folder) or ""):
         card.unlink()  # the base had none
 
@@ -107,8 +107,8 @@ class _Work:
 
     def entries(self) -> list[Entry]:
         """Of the base."""
-        kept = [name for name in self.index.tensors if not self._is_added(name)]
-        return reported([self._entry(name) for name in kept], self.progress)
+        names = [name for name in self.index.tensors if not self._is_added(name)]
+        return reported([self._entry(name) for name in names], self.progress)
 
     def _is_added(self, name: str) -> bool:
         return name in self.record.tensors and self.record.tensors[name].base is None

@@ -44,7 +44,7 @@ class PageReport:
                 {
                     "title": section.title,
                     "charts": [figure.title for figure in section.figures],
-                    "tables": [{"title": own.title, "rows": len(own.rows)} for own in section.tables],
+                    "tables": [{"title": table.title, "rows": len(table.rows)} for table in section.tables],
                 }
                 for section in self.page.sections
             ],

@@ -127,7 +127,7 @@ def _storage(checkpoint: CompressedCheckpoint) -> tuple[Section, ...]:
 def _quality(reports: Mapping[str, EncodingReport]) -> Section:
     if not reports:
         return Section("Bits and error", text="No tensor is compressed.")
-    points = [(name, own.bits_per_weight, own.relative_error) for name, own in reports.items()]
+    points = [(name, report.bits_per_weight, report.relative_error) for name, report in reports.items()]
     points.sort(key=lambda point: -reports[point[0]].weights)
     return Section(
         "Bits and error", figures=(*layer_figures(reports), *rate_figure(points, named=False, what="tensor"))

@@ -33,7 +33,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Shapes on a canvas of so many pixels."""
+    """Shapes on a canvas, in pixels."""
 
     width: int
     height: int
@@ -178,8 +178,8 @@ def chart(
         shapes = [*_grid(x, y, width, height, names), *_marks(x, y, mark, level)]
         if curve is not None:
             shapes.append(line([(x.at(value), y.at(curve(value))) for value in across], "curve"))
-        for own in series:
-            shapes += _drawn(own, x, y)
+        for drawn in series:
+            shapes += _drawn(drawn, x, y)
         return Drawing(width, height, (*shapes, *_labels(series, x, y)))
 
     return both(draw)
@@ -219,7 +219,7 @@ def _drawn(series: Series, x: Axis, y: Axis) -> list[Shape]:
 
 def _labels(series: Sequence[Series], x: Axis, y: Axis) -> list[Shape]:
     """Names beside their points, where they cover neither each other nor the points if there is such a place."""
-    points = [point for own in series for point in own.points if point.label]
+    points = [point for curve in series for point in curve.points if point.label]
     taken = [(x.at(p.x) - 5, y.at(p.y) - 5, x.at(p.x) + 5, y.at(p.y) + 5) for p in points]
     shapes = []
     for point in points:
@@ -285,5 +285,5 @@ def bars(groups: Sequence[Group], name: str) -> tuple[Drawing, ...]:
 
 
 def shortened(words: str, letters: int) -> str:
-    """Words, cut to so many letters."""
+    """Words, cut to a number of letters."""
     return words if len(words) <= letters else words[: max(letters - 1, 0)] + "…"

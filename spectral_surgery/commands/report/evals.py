@@ -51,8 +51,8 @@ def eval_page(body: Mapping[str, Any], title: str) -> Page:
         Section("Measures", tables=_measures(body)),
         Section("Tensors that differ", tables=table("Tensors", tensors)),
     ]
-    kept = tuple(section for section in sections if section and (section.figures or section.tables))
-    return Page("Comparison of models", title, figures, kept)
+    filled = tuple(section for section in sections if section and (section.figures or section.tables))
+    return Page("Comparison of models", title, figures, filled)
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any]:

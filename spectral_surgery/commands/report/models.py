@@ -133,7 +133,7 @@ def swapped_page(folder: Path, title: str) -> Page:
 
 def _fits(metrics: Mapping[str, Any]) -> tuple[Section, ...]:
     known = [numbers(row) for row in listed(metrics.get("layer_errors"))]
-    rows = [(int(own["layer"]), own["before"], own["after"]) for own in known if own.keys() >= _FIT]
+    rows = [(int(fit["layer"]), fit["before"], fit["after"]) for fit in known if fit.keys() >= _FIT]
     if not rows:
         return ()
     cells: list[dict[str, Cell]] = [

@@ -34,7 +34,7 @@ class Stored:
 
 
 def shade(bits: float) -> str:
-    """The class of a tensor of so many bits per weight, the same on every page."""
+    """The class of a tensor by its bits per weight, the same on every page."""
     return f"q{sum(bits >= edge for edge in _SHADES)}"
 
 

@@ -108,11 +108,11 @@ def curves(title: str, values: Mapping[str, Curve], best_step: object) -> tuple[
         )
         for name, points in known.items()
     ]
-    kept = numbers({"step": best_step}).get("step")
-    mark = (kept, f"kept: step {number(kept)}") if kept is not None else None
+    best = numbers({"step": best_step}).get("step")
+    mark = (best, f"kept: step {number(best)}") if best is not None else None
     drawings = chart(series, ("step", title.lower() + (", logarithmic" if log else "")), log=log, mark=mark)
     ends = "; ".join(f"{name} from {number(points[0][1])} to {number(points[-1][1])}" for name, points in known.items())
-    legend = tuple((own.kind, own.name) for own in series) if len(series) > 1 else ()
+    legend = tuple((curve.kind, curve.name) for curve in series) if len(series) > 1 else ()
     return (Figure(title, f"Line chart of {title.lower()} by step: {ends}", drawings, "", legend),)
 
 
@@ -131,4 +131,4 @@ def before_and_after(title: str, what: str, rows: Sequence[tuple[Any, float, flo
     ]
     label = f"Line chart of {title.lower()}, before and after, for {len(rows)} of them"
     drawings = chart(series, (what, "relative error"))
-    return (Figure(title, label, drawings, "", tuple((own.kind, own.name) for own in series)),)
+    return (Figure(title, label, drawings, "", tuple((curve.kind, curve.name) for curve in series)),)

@@ -61,8 +61,8 @@ class TrainReport:
     @property
     def after(self) -> dict[str, float]:
         """Measures of the adapter that was kept."""
-        kept = [dict(measures) for step, measures in self.history.held_out if step == self.history.best_step]
-        return kept[-1] if kept else {}
+        rows = [dict(measures) for step, measures in self.history.held_out if step == self.history.best_step]
+        return rows[-1] if rows else {}
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--json`` and the file of metrics."""

@@ -59,14 +59,14 @@ class DenseCheckpoint:
         records = self.checkpoint.manifest.tensors if self.checkpoint else {}
         aliases = self.checkpoint.manifest.aliases if self.checkpoint else {}
         parts = {f"{name}.{suffix}" for name in records for suffix in SUFFIXES}
-        found = {name: DenseTensor(name, one.dtype, one.shape, name, one) for name, one in records.items()}
-        found |= {
+        tensors = {name: DenseTensor(name, one.dtype, one.shape, name, one) for name, one in records.items()}
+        tensors |= {
             name: DenseTensor(name, info.dtype, info.shape, name)
             for name, info in self.index.tensors.items()
             if name not in parts
         }
-        found |= {alias: replace(found[name], name=alias) for alias, name in aliases.items()}
-        return dict(sorted(found.items()))
+        tensors |= {alias: replace(tensors[name], name=alias) for alias, name in aliases.items()}
+        return dict(sorted(tensors.items()))
 
     @cached_property
     def headers(self) -> CheckpointIndex:

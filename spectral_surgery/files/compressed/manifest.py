@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -26,7 +27,7 @@ _MAX_TILE = 4096
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A row range of a compressed tensor that was encoded on its own.
+    """A row range of a compressed tensor that was encoded alone.
 
     Attributes:
         rows: first row and end of the range.
@@ -212,14 +213,22 @@ def parse_part(body: dict[str, Any]) -> PartRecord:
     """Check the parsed JSON of one part."""
     start, stop = map(int, body["rows"])
     TRANSFORMS[body["transform"]]  # refuses unknown names
-    report = EncodingReport(**{key: body["report"][key] for key in EncodingReport.__dataclass_fields__})
+    report = body["report"]
+    counts = (_count(report[key]) for key in ("weights", "stored_bytes", "kept"))
+    energies = (_energy(report[key]) for key in ("energy", "error_energy", "stored_energy"))
     height = _count(body["rows_per_frame"])
     if not height:
         raise ValueError("rows_per_frame is 0")
-    return PartRecord((start, stop), height, body["transform"], int(body["crc32"]), report)
+    return PartRecord((start, stop), height, body["transform"], int(body["crc32"]), EncodingReport(*counts, *energies))
 
 
 def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _energy(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{value!r} is not a squared norm")
     return value

@@ -1,4 +1,4 @@
-"""Encoded parts of tensors as files of their own, and the entries of a checkpoint that are joined from them."""
+"""Encoded parts of tensors, a file each, and the entries of a checkpoint that are joined from them."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Plan:
         return sum(tensor.info.numel for tensor in self.tensors)
 
     def with_targets(self, targets: Mapping[str, Target]) -> Plan:
-        """The same plan, with targets of their own for some tensors."""
+        """The same plan, with other targets for some tensors."""
         return replace(
             self, tensors=tuple(replace(tensor, target=targets.get(tensor.info.name)) for tensor in self.tensors)
         )

@@ -1,4 +1,4 @@
-"""The work list of a compression: each part is encoded into a file of its own, and all of them are joined at the end.
+"""The work list of a compression: each part is encoded into one file, and all of them are joined at the end.
 
 A unit file is written under a temporary name and renamed, so what is there is complete; it carries a key of everything
 that

@@ -1,6 +1,6 @@
 """adapter_config.json: what PEFT says about an adapter, and what we say.
 
-Source: the fields that PEFT 0.21 writes for FOURIERFT and LORA; our own methods are written the same way.
+Source: the fields that PEFT 0.21 writes for FOURIERFT and LORA; ours are written the same way.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ DIALECTS: Mapping[str, Dialect] = {
 
 
 def dialect_of(method: AdapterMethod[Any]) -> Dialect:
-    """What its files say beyond our settings; nothing for our own methods."""
+    """What its files say beyond our settings; nothing for our methods."""
     return DIALECTS.get(method.peft_type, Dialect())
 
 
@@ -298,9 +298,9 @@ def _settings(row: type[Any], config: Mapping[str, object], where: str) -> dict[
         if item.name not in config or (value is None and get_origin(hints[item.name]) is not None):
             continue  # null is PEFT's other word for an empty pattern
         if not _fits(hints[item.name], value) or value == "auto":
-            said = _said(hints[item.name])
+            accepted = _said(hints[item.name])
             raise CheckpointError(
-                f"{where}: expected {said} as {item.name}, got {named([value])}. {item.metadata['help']}"
+                f"{where}: expected {accepted} as {item.name}, got {named([value])}. {item.metadata['help']}"
             )
         settings[item.name] = tuple(value) if isinstance(value, list) else value
     return settings

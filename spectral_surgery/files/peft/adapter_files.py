@@ -184,8 +184,8 @@ def _place(name: str, method: AdapterMethod[Any]) -> tuple[str, str] | None:
     for key, end in method.file_names.items():
         if name.endswith(f".{end}"):
             return name.removesuffix(f".{end}"), key
-    layer, found, key = name.rpartition(f".{method.file_name('')}")
-    return (layer, key) if found and key not in method.file_names else None
+    layer, separator, key = name.rpartition(f".{method.file_name('')}")
+    return (layer, key) if separator and key not in method.file_names else None
 
 
 def _is_extra(name: str, spec: AdapterSpec, layers: Mapping[str, object]) -> bool:
@@ -199,11 +199,11 @@ def _is_extra(name: str, spec: AdapterSpec, layers: Mapping[str, object]) -> boo
 def _saved_modules(spec: AdapterSpec, extra: Mapping[str, Tensor]) -> tuple[AdapterSpec, list[str]]:
     """The specification with the modules_to_save that are there: PEFT lists all usual names of classifiers."""
     asked = spec.targets.modules_to_save
-    found = tuple(
+    names = tuple(
         module for module in asked if any(replace(spec.targets, modules_to_save=(module,)).saves(n) for n in extra)
     )
-    absent = [f"nothing of modules_to_save {', '.join(asked)} is there"] if asked and not found else []
-    return replace(spec, targets=replace(spec.targets, modules_to_save=found)), absent
+    absent = [f"nothing of modules_to_save {', '.join(asked)} is there"] if asked and not names else []
+    return replace(spec, targets=replace(spec.targets, modules_to_save=names)), absent
 
 
 def _misfits(layers: Mapping[str, Mapping[str, Tensor]], spec: AdapterSpec) -> list[str]:

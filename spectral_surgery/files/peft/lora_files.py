@@ -98,19 +98,19 @@ def trained_rows(
     Raises:
         CheckpointError: when numbers and rows do not belong together.
     """
-    said = config.get("trainable_token_indices")
+    asked = config.get("trainable_token_indices")
     found: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     for name, tensor in tensors.items():
         if not name.endswith(_ROWS):
             continue
         module = name.removesuffix(_ROWS)
-        numbers = said
-        if isinstance(said, dict):
-            numbers = next((indices for end, indices in said.items() if f".{module}".endswith(f".{end}")), None)
+        numbers = asked
+        if isinstance(asked, dict):
+            numbers = next((indices for end, indices in asked.items() if f".{module}".endswith(f".{end}")), None)
         rows = tuple(n for n in numbers if type(n) is int and n >= 0) if isinstance(numbers, list) else ()
         if tensor.dim() != 2 or numbers != list(rows) or not len(rows) == len(tensor) == len({*rows}):
             raise CheckpointError(
-                f"{where}: expected a row for each of trainable_token_indices, got {named([said])}, and shape"
+                f"{where}: expected a row for each of trainable_token_indices, got {named([asked])}, and shape"
                 f" {list(tensor.shape)} of {name}. Save the adapter again, or fetch it again."
             )
         found[module] = (rows, tensor)

@@ -15,7 +15,7 @@ _ENDS = {
 }
 
 
-# what PEFT's model for a task passes to the base model by name, None or not; other tasks pass nothing of their own
+# what PEFT's model for a task passes to the base model by name, None or not; other tasks pass nothing more
 _TEXT = ("input_ids", "inputs_embeds")
 _PASSED = {
     "CAUSAL_LM": _TEXT,

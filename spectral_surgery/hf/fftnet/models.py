@@ -270,7 +270,7 @@ def _causal_lm() -> Any:
             """Logits [B, T, vocabulary] of the tokens, or of the last `logits_to_keep` where that is not 0.
 
             With labels [B, T], the tokens themselves and -100 where they do not count, also their loss, to which
-            transformers' own arguments go. For the other arguments see `FFTNetModel`.
+            the arguments of transformers go. For the other arguments see `FFTNetModel`.
             """
             states = self.model(
                 input_ids,

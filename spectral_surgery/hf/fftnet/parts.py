@@ -157,13 +157,13 @@ def places(ids: Tensor, mask: Tensor | None, seen: Tensor | None, longest: int) 
         steps = torch.arange(ids.shape[1], device=ids.device)[None]
     else:
         steps = (mask.long().cumsum(1) - 1).clamp_min(0)
-    found = steps if seen is None else steps + seen.to(ids.device)[:, None]
-    length = int(found.max()) + 1
+    positions = steps if seen is None else steps + seen.to(ids.device)[:, None]
+    length = int(positions.max()) + 1
     if length > longest:
         raise ShapeError(
             f"input_ids: expected at most {longest} tokens, the model's max_seq_length, got {length}. Cut the text."
         )
-    return found
+    return positions
 
 
 def sinusoids(at: Tensor, width: int) -> Tensor:

@@ -18,8 +18,8 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
     """Give the FourierFT layers of a PEFT model a forward that never forms ΔW, or give PEFT's back.
 
     Everything else stays PEFT's: several adapters, switching, disabling, merging, saving, dtypes and the names in state
-    dicts. The outputs and gradients are equal up to rounding. Layers that PEFT adds later keep its own forward until
-    this is called again. Returns how many layers have the fast forward now, or PEFT's own.
+    dicts. The outputs and gradients are equal up to rounding. Layers that PEFT adds later keep that of PEFT until
+    this is called again. Returns how many layers have the fast forward now, or that of PEFT.
 
     Args:
         model: a PeftModel, or a model with FourierFT adapters loaded by transformers; changed in place.

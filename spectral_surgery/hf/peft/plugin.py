@@ -41,7 +41,7 @@ def register() -> None:
         register_peft_method(
             name=method.peft_type.lower(), config_cls=config, model_cls=tuner, prefix=f"{method.name}_"
         )
-        globals().update({made.__name__: made for made in (config, layer, tuner)})  # where pickle looks for them
+        globals().update({cls.__name__: cls for cls in (config, layer, tuner)})  # where pickle looks for them
 
 
 def train_dense_copies() -> None:
@@ -111,7 +111,7 @@ class TargetSettings:
 
 @cache
 def config_class(name: str) -> type[Any]:
-    """The PEFT configuration of a method: PEFT's own fields, `TargetSettings`, and the settings of the method."""
+    """The PEFT configuration of a method: the fields of PEFT, `TargetSettings`, and the settings of the method."""
     from peft import PeftConfig, PeftType
 
     method = METHODS[name]
@@ -135,10 +135,10 @@ def config_class(name: str) -> type[Any]:
         )
         for item in fields(method.config)
     ]
-    made = dataclasses.make_dataclass(method.config.__name__, settings, bases=(Base,))
-    made.__doc__ = f"Settings of {name} for PEFT. {method.config.__doc__}"
-    made.__module__ = __name__
-    return made
+    cls = dataclasses.make_dataclass(method.config.__name__, settings, bases=(Base,))
+    cls.__doc__ = f"Settings of {name} for PEFT. {method.config.__doc__}"
+    cls.__module__ = __name__
+    return cls
 
 
 @cache
@@ -164,12 +164,12 @@ class MethodTuner:
         """Decide "auto" settings by the shapes of the targets."""
         carriers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
         if peft_config.target_modules == "all-linear":
-            found = [module for module in carriers.values() if kind_of(module) == "linear"]
+            linears = [module for module in carriers.values() if kind_of(module) == "linear"]
         else:
-            found = [m for name, m in carriers.items() if self._check_target_module_exists(peft_config, name)]
-        if not found:
+            linears = [m for name, m in carriers.items() if self._check_target_module_exists(peft_config, name)]
+        if not linears:
             return  # PEFT says so
-        config = self.method.resolve(_settings(self.method, peft_config), [shape_of(module) for module in found])
+        config = self.method.resolve(_settings(self.method, peft_config), [shape_of(module) for module in linears])
         for item in fields(config):
             setattr(peft_config, item.name, getattr(config, item.name))
 
@@ -224,8 +224,8 @@ class MethodTuner:
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # <layer>.<method>_adapter.<adapter>.<key> -> <layer>.<file name of key>; PEFT inverts it when it loads
-        layer, found, inner = key.rpartition(f".{cls.method.name}_adapter.{adapter_name}.")
-        return f"{layer}.{cls.method.file_name(inner)}" if found else key
+        layer, separator, inner = key.rpartition(f".{cls.method.name}_adapter.{adapter_name}.")
+        return f"{layer}.{cls.method.file_name(inner)}" if separator else key
 
 
 @cache

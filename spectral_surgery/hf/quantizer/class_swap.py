@@ -41,9 +41,9 @@ class _StandIn:
         stand_out(module, done[key])
 
     def _lazy(self, *, turned: bool = False) -> Tensor:
-        held: object = self.spectrum
-        if isinstance(held, SpectralWeight):
-            return LazyWeight.of(Rows.all(held, turned=turned))
+        spectrum: object = self.spectrum
+        if isinstance(spectrum, SpectralWeight):
+            return LazyWeight.of(Rows.all(spectrum, turned=turned))
         dense: Tensor = self.spectrum.to_dense()  # it is being trained
         return dense.T if turned else dense
 
@@ -84,7 +84,7 @@ def standing_for(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of layers that stand for those of a class.
 
     Args:
-        own: nn.Linear, nn.Embedding, Conv1D of transformers, or a subclass of the first two.
+        cls: nn.Linear, nn.Embedding, Conv1D of transformers, or a subclass of the first two.
 
     Raises:
         TypeError: when Python cannot put ours behind it.
@@ -109,16 +109,16 @@ def stand_in(module: nn.Module, spectrum: SpectralWeight) -> None:
     cls: Any = type(module)
     del module._parameters["weight"]
     if is_conv1d(module):
-        made = SpectralConv1D.from_weight(spectrum)
+        layer = SpectralConv1D.from_weight(spectrum)
         for name in ("in_features", "out_features", "transposed"):
-            setattr(module, name, getattr(made, name))
-        spectrum = made.spectrum
+            setattr(module, name, getattr(layer, name))
+        spectrum = layer.spectrum
     module.spectrum = spectrum
     module.__class__ = standing_for(cls)
 
 
 def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
-    """Give a layer a dense weight again, and its own class. ``module``: a stand-in; changed in place."""
+    """Give a layer a dense weight again, and its first class. ``module``: a stand-in; changed in place."""
     module.__class__ = cast(Any, module).stands_for
     del module._modules["spectrum"]
     for name in ("in_features", "out_features", "transposed") if is_conv1d(module) else ():
@@ -127,5 +127,5 @@ def stand_out(module: nn.Module, weight: nn.Parameter) -> None:
 
 
 def _empty(cls: Any) -> nn.Module:
-    made = standing_for(cls)
-    return made.__new__(made)
+    layer = standing_for(cls)
+    return layer.__new__(layer)

@@ -2,7 +2,7 @@
 
 transformers renames stored names, ties parameters and decides devices and dtypes; all of that is kept. Of the three
 tensors of a spectrum it reads the smallest, the step, as a messenger: when the step of a weight arrives, on the device
-and in the dtype that the weight should have, the weight is read from the files by our own reader, and put where
+and in the dtype that the weight should have, the weight is read from the files by our reader, and put where
 `spectral_plan` says. What is held dense is decoded one at a time.
 Source: transformers 5.24, `core_model_loading.py` and `modeling_utils.py`.
 """
@@ -154,8 +154,8 @@ def untie(model: Any, load: Loading, plan: Plan) -> None:
             load.ties[1][prefix] = vars(part).get("_tied_weights_keys")
             ties = part.get_expanded_tied_weights_keys(all_submodels=False)
             part._tied_weights_keys = {one: other for one, other in ties.items() if f"{dot}{one}" not in ours}
-    kept = {one: other for one, other in every.items() if one not in ours}
-    model.all_tied_weights_keys = {**plan.tied, **kept}
+    rest = {one: other for one, other in every.items() if one not in ours}
+    model.all_tied_weights_keys = {**plan.tied, **rest}
 
 
 def retie(model: Any, load: Loading) -> None:

@@ -1,7 +1,7 @@
 """Parameters of other modules than linear layers that stay spectra: above all the matrices of fused experts.
 
 Classes that are decorated with `use_experts_implementation` promise one forward in terms of their parameters and a few
-flags; transformers' own implementations (batched, grouped) rely on it, and so does this one. Other classes keep their
+flags; the implementations of transformers (batched, grouped) rely on it, and so does this one. Other classes keep their
 forward, and read a `LazyWeight`, where they do nothing but multiply by it. Checkpoints store such parameters fused, or
 a matrix for each expert that transformers stacks and concatenates: both keep their codes.
 Source: transformers 5.24, `integrations/moe.py`, `models/dbrx/modeling_dbrx.py`.
@@ -29,7 +29,7 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 _MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 _MULTIPLIED_OUTSIDE = {("DbrxExpertGLU", leaf) for leaf in ("w1", "v1", "w2")}  # by the module around them
 
-# of classes with a forward of their own: whether experts multiply by the matrix, and not by the transposed one
+# of classes with another forward: whether experts multiply by the matrix, and not by the transposed one
 _BY_CLASS: Mapping[str, Mapping[str, bool]] = {
     "DbrxExpertGLU": {"w1": False, "v1": False, "w2": True},
     "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
@@ -150,8 +150,8 @@ class _Holder:
         """See `surgery.trained_copy`; no two of these share a spectrum."""
         del done
         module = cast(nn.Module, self)
-        for leaf, (_, held) in held_parameters(module).items():
-            put_parameter(module, leaf, nn.Parameter(held.to_dense()))
+        for leaf, (_, part) in held_parameters(module).items():
+            put_parameter(module, leaf, nn.Parameter(part.to_dense()))
 
 
 @cache
@@ -175,10 +175,10 @@ def _place(cls: type[nn.Module], leaf: str) -> str:
 
 def _reader(place: str) -> Any:
     def read(module: nn.Module) -> Tensor:
-        held = module._modules[place]
-        if isinstance(held, SpectralExperts):
-            return LazyWeight.of(Stack.of(held.weights))
-        return LazyWeight.of(Rows.all(cast(SpectralWeight, held)))
+        part = module._modules[place]
+        if isinstance(part, SpectralExperts):
+            return LazyWeight.of(Stack.of(part.weights))
+        return LazyWeight.of(Rows.all(cast(SpectralWeight, part)))
 
     return read
 
@@ -222,13 +222,13 @@ def stored_matrices(
     patterns = _stacked_patterns(by, converters) if whole.ndim == 3 else None
     if patterns is None or getattr(module, "is_transposed", False):
         return None
-    found = tuple(tuple(by[pattern]) for pattern in patterns)
-    heights = [{tensors[name].shape for name in names} for names in found]
-    if any(len(names) != len(whole) for names in found) or any(len(shape) != 1 for shape in heights):
+    matrices = tuple(tuple(by[pattern]) for pattern in patterns)
+    heights = [{tensors[name].shape for name in names} for names in matrices]
+    if any(len(names) != len(whole) for names in matrices) or any(len(shape) != 1 for shape in heights):
         return None
     shapes = [next(iter(shape)) for shape in heights]
     fit = all(len(shape) == 2 and shape[1] == whole.shape[2] for shape in shapes)
-    return found if fit and sum(shape[0] for shape in shapes) == whole.shape[1] else None
+    return matrices if fit and sum(shape[0] for shape in shapes) == whole.shape[1] else None
 
 
 def _can_hold(module: nn.Module, leaf: str, whole: nn.Parameter) -> bool:
@@ -282,16 +282,16 @@ def install_matrices(model: nn.Module, parameter: str, stored: Sequence[tuple[li
 
 
 def put_parameter(module: nn.Module, leaf: str, value: Held | nn.Parameter) -> None:
-    """Replace one of the parameters of a module; it is of its own class again when none is a spectrum."""
+    """Replace one of the parameters of a module; it is of its first class again when none is a spectrum."""
     cls: Any = getattr(type(module), "stands_for", type(module))
-    held = {name: part for name, (_, part) in held_parameters(module).items()}
+    parts = {name: part for name, (_, part) in held_parameters(module).items()}
     module.__class__ = cls
-    delattr(module, _place(cls, leaf) if leaf in held else leaf)
+    delattr(module, _place(cls, leaf) if leaf in parts else leaf)
     if isinstance(value, nn.Parameter):
-        held.pop(leaf, None)
+        parts.pop(leaf, None)
         setattr(module, leaf, value)
     else:
-        held[leaf] = value
+        parts[leaf] = value
         setattr(module, _place(cls, leaf), value)
-    if held:
-        module.__class__ = _holding(cls, tuple(held))
+    if parts:
+        module.__class__ = _holding(cls, tuple(parts))

@@ -158,11 +158,11 @@ class LazyWeight(Tensor):
         *front, rows, columns = source.shape
         turned = (source.matrices[0] if isinstance(source, Stack) else source).turned
         strides = (*(rows * columns for _ in front), *((1, rows) if turned else (columns, 1)))
-        made = Tensor._make_wrapper_subclass(
+        weight = Tensor._make_wrapper_subclass(
             LazyWeight, source.shape, strides=strides, dtype=source.dtype, device=source.device
         )
-        made.source = source
-        return made
+        weight.source = source
+        return weight
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no class method
@@ -170,13 +170,13 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Stay a spectrum in views, products and look-ups; compute with the dense weight otherwise."""
         del types
-        given, named = tree_map_only(LazyWeight, lambda weight: weight.source, (args, dict(kwargs or {})))
+        operands, named = tree_map_only(LazyWeight, lambda weight: weight.source, (args, dict(kwargs or {})))
         with torch.no_grad():  # torch has recorded the call already
             known = _KNOWN.get(func)
-            result = known(*given, **named) if known is not None else None
+            result = known(*operands, **named) if known is not None else None
             if result is None:
-                given, named = tree_map_only((Rows, Stack), lambda source: source.dense(), (given, named))
-                return func(*given, **named)
+                operands, named = tree_map_only((Rows, Stack), lambda source: source.dense(), (operands, named))
+                return func(*operands, **named)
         return tree_map_only((Rows, Stack), LazyWeight.of, result)
 
     @property

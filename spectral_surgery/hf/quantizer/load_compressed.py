@@ -90,8 +90,8 @@ def _within(
     if needed > limit:
         remedy = f"Use resident {smallest}" if set(chosen.values()) != {smallest} else "Compress to fewer bits"
         raise LimitError(
-            f"max_memory: expected {needed} bytes or more, for the weights and the blocks of rows under way, got {limit}."
-            f" {remedy}."
+            f"max_memory: expected {needed} bytes or more for the weights and the blocks of rows under way, got"
+            f" {limit}. {remedy}."
         )
     for form in (NARROW, AUTO) if resident == AUTO else ():
         for name, held in chosen.items():

@@ -68,7 +68,7 @@ class Plan:
         return {target: self.made[target] for target in self.sources if target not in spectral}
 
     def matrices(self, target: str) -> list[tuple[str, ...]]:
-        """Stored names of a parameter that is no dense one: those of tensors whose rows are one matrix together."""
+        """Stored names of a parameter that is not dense: those of tensors whose rows are one matrix together."""
         return list(zip(*self.experts[target], strict=True)) if target in self.experts else [(self.stored(target)[0],)]
 
     def cuts(self, names: tuple[str, ...], record: TensorRecord) -> Sequence[int]:
@@ -133,10 +133,10 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
         elif ANY not in by and groups.keys().isdisjoint(made[target]):
             starts = _divided(model, made[target], by, tensors, owner[next(iter(by))])
             divided |= {target: starts} if starts else {}
-    found = {target: stored_matrices(model, target, by, tensors, converters) for target, by in inside.items()}
+    matrices = {target: stored_matrices(model, target, by, tensors, converters) for target, by in inside.items()}
     experts = {
         target: stored
-        for target, stored in found.items()
+        for target, stored in matrices.items()
         if stored and target not in groups and target not in slots and target not in divided
     }
     return Plan(sources, made, slots, divided, experts, again, apart)
@@ -156,8 +156,8 @@ def _made(target: str, converter: Any, expected: Iterable[str]) -> tuple[str, ..
     if converter is None or len(converter.target_patterns) == 1:
         return (target,)
     first, *others = converter.target_patterns
-    before, found, after = target.partition(first)
-    names = (f"{before}{pattern}{after}" for pattern in others) if found else ()
+    before, separator, after = target.partition(first)
+    names = (f"{before}{pattern}{after}" for pattern in others) if separator else ()
     return (target, *(name for name in names if name in expected))
 
 

@@ -215,9 +215,11 @@ def _settle(load: Loading, plan: planning.Plan, model: Any) -> dict[str, str]:
         if operations != [] and entry is not load.renaming:
             load.conversions.append(entry)
     model._weight_conversions = []
-    held = planning.held_dense(model, plan)
-    for name in held:
+    dense = planning.held_dense(model, plan)
+    for name in dense:
         model.get_parameter_or_buffer(name).requires_grad_(False)
-    if held:
-        logging.get_logger("transformers.spectral_surgery").warning(planning.said_of_dense(load.checkpoint, plan, held))
-    return held
+    if dense:
+        logging.get_logger("transformers.spectral_surgery").warning(
+            planning.said_of_dense(load.checkpoint, plan, dense)
+        )
+    return dense

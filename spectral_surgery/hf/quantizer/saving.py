@@ -34,9 +34,9 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
 def spectral_experts(model: nn.Module) -> dict[str, Held]:
     """Parameters of other modules that are spectra, as fused experts, by the name of the parameter."""
     return {
-        f"{name}.{leaf}" if name else leaf: held
+        f"{name}.{leaf}" if name else leaf: part
         for name, module in model.named_modules()
-        for leaf, (_, held) in held_parameters(module).items()
+        for leaf, (_, part) in held_parameters(module).items()
     }
 
 
@@ -87,15 +87,15 @@ def _still_compressed(
     """Stored name by parameter of our layers; stored names by parameter that is decoded, divided or of experts."""
     spectra: dict[str, str] = {}
     others: dict[str, list[str]] = {}
-    held = {*experts, *(f"{name}.weight" for name in layers)}
+    compressed = {*experts, *(f"{name}.weight" for name in layers)}
     for target in plan.sources:
-        group = [name for name in plan.slots.get(target, ()) if name in held]
+        group = [name for name in plan.slots.get(target, ()) if name in compressed]
         if group:
             spectra[group[0]] = plan.stored(target)[0]
         elif target in plan.dense:
             if _unchanged(model, load, plan, target):  # what is trained is written as it is
                 others[target] = plan.stored(target)
-        elif target not in plan.slots and held.issuperset(plan.made[target]):
+        elif target not in plan.slots and compressed.issuperset(plan.made[target]):
             others[target] = plan.stored(target)
     return spectra, others
 
@@ -118,8 +118,8 @@ def _copied(load: Loading, name: str) -> Tensor:
     info = load.checkpoint.index.tensors.get(name)
     if info is None or (isinstance(info.file, Path) and not info.file.exists()):
         raise CheckpointError(
-            f"{name}: is no longer in {load.checkpoint.index.root}, where the model was loaded from; compressed tensors"
-            " are copied from there. Put the folder back, or call model.dequantize() first."
+            f"{name}: expected in {load.checkpoint.index.root}, where the model was loaded from, to copy it, got no"
+            " such tensor. Put the folder back, or call model.dequantize() first."
         )
     return read_tensor(info)
 
@@ -135,11 +135,11 @@ def _reverted(model: Any, load: Loading, state: dict[str, Tensor]) -> dict[str, 
     """Tensors under the names, and in the shapes, of checkpoints of this architecture."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    kept, model._weight_conversions = model._weight_conversions, load.conversions
+    conversions, model._weight_conversions = model._weight_conversions, load.conversions
     try:
         reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
     finally:
-        model._weight_conversions = kept
+        model._weight_conversions = conversions
     return reverted
 
 

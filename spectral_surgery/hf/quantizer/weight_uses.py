@@ -22,7 +22,7 @@ _ASKED = {"dtype", "device", "shape", "ndim", "size", "dim", "requires_grad"}
 
 @cache
 def only_multiplies(cls: type[nn.Module], leaf: str) -> bool:
-    """Whether a weight is used by its own class, and for nothing but products, look-ups of rows and its shape."""
+    """Whether a weight is used by its class alone, and for nothing but products, look-ups of rows and its shape."""
     used, waiting, seen = False, [("forward", cls)], set()
     while waiting:
         name, start = waiting.pop()

@@ -36,7 +36,7 @@ class Bound:
         return self._function(self._model(), *args, **settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model has a method of its own."""
+        """A copy of the model has a copy of the method."""
         return Bound, (self._function, self._model())
 
 
@@ -121,7 +121,7 @@ def _make_dense(model: Any, load: Loading, spectra: set[int]) -> None:
 
 
 def _part_untied(model: Any, decoded: Iterable[str]) -> None:
-    """Give layers that shared a spectrum for no more than equal numbers a weight of their own."""
+    """Give layers that shared a spectrum for no more than equal numbers a weight each."""
     seen = set()
     for name in decoded:
         layer = model.get_submodule(name)
@@ -142,11 +142,9 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     plan, before = model._get_dtype_plan(dtype), model.dtype
     alternation, patterns, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
     for name, tensor in _loaded(model):
-        found = alternation.search(name) if alternation is not None else None
-        wanted = plan[patterns[found.lastgroup]] if found is not None else dtype
-        if tensor.is_floating_point() and (
-            found is not None or tensor.dtype == before
-        ):  # others have a type of their own
+        match = alternation.search(name) if alternation is not None else None
+        wanted = plan[patterns[match.lastgroup]] if match is not None else dtype
+        if tensor.is_floating_point() and (match is not None or tensor.dtype == before):  # others have another type
             tensor.data = tensor.data.to(wanted)
     model.config.dtype = dtype
 
