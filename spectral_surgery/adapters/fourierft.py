@@ -64,8 +64,8 @@ class FourierFT(nn.Module):
         count = out_features * in_features
         if not 0 < config.n_frequency <= count:
             raise ConfigError(
-                f"n_frequency {config.n_frequency}: expected 1 to {count} for a layer of {out_features} x"
-                f" {in_features}. Change n_frequency, or n_frequency_pattern for some layers."
+                f"n_frequency: expected 1 to {count} for a layer of {out_features} x {in_features}, got"
+                f" {config.n_frequency}. Change n_frequency, or n_frequency_pattern for some layers."
             )
         if config.scaling == "auto":
             raise ConfigError("scaling: expected a number here, got 'auto'. Use the method's resolve.")

@@ -15,7 +15,7 @@ def check_count(n_frequency: int, most: int, shape: tuple[int, int]) -> None:
     """Refuse a number of coefficients that a layer does not have. Raises ConfigError when it is not in 1 .. most."""
     if not 0 < n_frequency <= most:
         raise ConfigError(
-            f"n_frequency {n_frequency}: expected 1 to {most} for a layer of {shape[0]} x {shape[1]}. Change"
+            f"n_frequency: expected 1 to {most} for a layer of {shape[0]} x {shape[1]}, got {n_frequency}. Change"
             " n_frequency, or n_frequency_pattern for some layers."
         )
 

@@ -135,7 +135,7 @@ def test_rows_are_rows_of_the_update() -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 961])
 def test_counts_that_do_not_fit(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"n_frequency {count}: expected 1 to 960 for a layer of 40 x 24"):
+    with pytest.raises(ConfigError, match=f"n_frequency: expected 1 to 960 for a layer of 40 x 24, got {count}"):
         FourierFT(FourierFTConfig(n_frequency=count), 40, 24)
 
 

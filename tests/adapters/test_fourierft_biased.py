@@ -158,9 +158,9 @@ def test_auto_scaling_is_that_of_fourierft() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"n_frequency": 0}, "n_frequency 0: expected 1 to 122 for a layer of 12 x 20"),
-        ({"n_frequency": -1}, "n_frequency -1: expected 1 to 122"),
-        ({"n_frequency": 123}, "n_frequency 123: expected 1 to 122"),
+        ({"n_frequency": 0}, "n_frequency: expected 1 to 122 for a layer of 12 x 20, got 0"),
+        ({"n_frequency": -1}, "n_frequency: expected 1 to 122 .* got -1"),
+        ({"n_frequency": 123}, "n_frequency: expected 1 to 122 .* got 123"),
         ({"scaling": "auto"}, "scaling: expected a number here, got 'auto'.* Use the method's resolve"),
         ({"center_frequency": -0.1}, r"center_frequency: expected 0 or more, got -0\.1"),
         ({"bandwidth": 0.0}, r"bandwidth: expected above 0, got 0.*Use 0\.26"),

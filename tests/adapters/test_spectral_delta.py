@@ -123,15 +123,15 @@ def test_wrong_places(positions: list[int], text: str) -> None:
 
 def test_wrong_settings() -> None:
     for n in (0, 241):
-        with pytest.raises(ConfigError, match=f"n_frequency {n}: expected 1 to 240 for a layer of 12 x 20"):
+        with pytest.raises(ConfigError, match=f"n_frequency: expected 1 to 240 for a layer of 12 x 20, got {n}"):
             SpectralDelta(SpectralDeltaConfig(n_frequency=n), 12, 20)
     with pytest.raises(ConfigError, match=r"positions: expected \[3\], one for each coefficient, got shape \(2,\)"):
         SpectralDelta(SpectralDeltaConfig(n_frequency=3), 12, 20, torch.tensor([1, 2]))
-    with pytest.raises(ConfigError, match="transform 'haar': unknown; known: dct, hartley"):
+    with pytest.raises(ConfigError, match="transform: expected one of dct, hartley, got 'haar'"):
         SpectralDelta(SpectralDeltaConfig(n_frequency=3, transform="haar"), 12, 20)
-    with pytest.raises(ShapeError, match=r"from_delta: delta has shape \(3,\); expected \[O, I\]"):
+    with pytest.raises(ShapeError, match=r"from_delta: expected a delta \[O, I\], got shape \(3,\)"):
         SpectralDelta.from_delta(torch.zeros(3), 1)
-    with pytest.raises(ConfigError, match="from_delta: delta is not finite"):
+    with pytest.raises(ConfigError, match="from_delta: expected finite weights, got a delta that is not finite"):
         SpectralDelta.from_delta(torch.tensor([[float("nan")]]), 1)
-    with pytest.raises(ConfigError, match="n_frequency 7: expected 1 to 6"):
+    with pytest.raises(ConfigError, match=r"n_frequency: expected 1 to 6 .* got 7"):
         SpectralDelta.from_delta(torch.zeros(2, 3), 7)

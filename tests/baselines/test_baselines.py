@@ -64,7 +64,7 @@ def test_pruning_counts_a_bitmap_and_two_bytes_for_each_weight_that_is_kept(name
 def test_inputs_of_calibrated_ones(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: expected H = Xᵀ X, \[4, 4\], got no inputs"):
         BASELINES[name].apply(torch.randn(2, 4), 9.0)
-    with pytest.raises(ShapeError, match=rf"{name}: H is \(3, 3\); expected \(4, 4\)"):
+    with pytest.raises(ShapeError, match=rf"{name}: expected H of shape \(4, 4\), got \(3, 3\)"):
         BASELINES[name].apply(torch.randn(2, 4), 9.0, torch.eye(3))
     stand_in = BASELINES[BASELINES[name].without_inputs]
     assert not stand_in.calibrated

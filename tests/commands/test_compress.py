@@ -243,7 +243,7 @@ def test_output_in_the_way_and_unfinished_work(tmp_path: Path, source: Path) -> 
     assert compress(source, tmp_path / "out", FIFTH, run=Run(overwrite=True)) is not None
     assert not (tmp_path / "out" / "mine").exists()
     compress_shard(source, tmp_path / "half", FIFTH, (0, 2))
-    with pytest.raises(CheckpointError, match=r"half\.partial: holds unfinished work; use --resume"):
+    with pytest.raises(CheckpointError, match=r"half\.partial: expected an empty folder, got unfinished work"):
         compress(source, tmp_path / "half", FIFTH)
     assert compress(source, tmp_path / "half", FIFTH, run=Run(resume=True)) is not None
     assert contents(tmp_path / "half") == contents(tmp_path / "out")

@@ -206,9 +206,15 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path, base: Path) ->
             r"other: has no matrix model\.layers\.0\.mlp\.down_proj\.weight",
         ),
         (lora, "gguf", {}, ConfigError, "method to extract to: expected one of.*got 'gguf'"),
-        (tmp_path / "zero", "lora", {"base": base, "size": Size("count", 1)}, ConfigError, "difference: zero in every"),
-        (lora, "foura", {"config": METHODS["foura"].config(transform="dft")}, ConfigError, "transform 'dft'"),
-        (other, "lora", {}, CheckpointError, "other: no adapter_config.json is there"),
+        (tmp_path / "zero", "lora", {"base": base, "size": Size("count", 1)}, ConfigError, "got zero in every layer"),
+        (
+            lora,
+            "foura",
+            {"config": METHODS["foura"].config(transform="dft")},
+            ConfigError,
+            "got 'dft', whose factors do not",
+        ),
+        (other, "lora", {}, CheckpointError, "got no adapter_config.json"),
     ):
         with pytest.raises(kind, match=match):
             export(source, out, form, **options)  # type: ignore[arg-type]

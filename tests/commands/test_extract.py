@@ -245,25 +245,30 @@ def test_bad_input_is_refused_and_nothing_written(folders: tuple[Path, Path, Pat
         ((base, other), {}, CheckpointError, "expected a model tuned from"),
         ((base, base), {}, ConfigError, "difference: expected models that.*got zero in every layer"),
         ((base, marked), {}, CheckpointError, "marked: expected a plain checkpoint, got one quantised already"),
-        ((base, nan), {}, ConfigError, r"q_proj: the difference is not finite"),
-        ((base, tuned), {"kind": "bytes", "value": 100}, ConfigError, r"bytes 100: \d+ go to names and shapes"),
-        ((base, tuned), {"kind": "bytes", "value": 1000}, ConfigError, r"bytes \d+: too few for a single component"),
-        ((base, tuned), {"kind": "max_error", "value": 3}, ConfigError, "max_error 3: out of range"),
+        ((base, nan), {}, ConfigError, r"model\.layers\.0\.self_attn\.q_proj:.*got a difference that is not finite"),
+        (
+            (base, tuned),
+            {"kind": "bytes", "value": 100},
+            ConfigError,
+            r"of which \d+ go to names and shapes .* got 100",
+        ),
+        ((base, tuned), {"kind": "bytes", "value": 1000}, ConfigError, "too few for a single component"),
+        ((base, tuned), {"kind": "max_error", "value": 3}, ConfigError, "max_error: expected .*, got 3"),
         (
             (base, tuned),
             {"method": "fourierft", "kind": "max_error", "value": 0.5},
             ConfigError,
             r"0\.5: out of reach of fo",
         ),
-        ((base, tuned), {"method": "vera"}, ConfigError, "method to extract to 'vera': unknown"),
+        ((base, tuned), {"method": "vera"}, ConfigError, "method to extract to: expected one of .*, got 'vera'"),
     ):
         with pytest.raises(error, match=match):
             run((*sources, out), **options)
     for method, settings, match in (
-        ("foura", {"transform": "dft"}, "transform 'dft': its factors do not reach"),
-        ("foura", {"use_gate": True}, "use_gate true: a weight update is the same"),
-        ("fourierft", {"scaling": "auto"}, "scaling auto: coefficients are divided by it"),
-        ("spectral_delta", {"scaling": 0.0}, r"scaling 0\.0: coefficients are divided by it"),
+        ("foura", {"transform": "dft"}, "got 'dft', whose factors do not reach"),
+        ("foura", {"use_gate": True}, "use_gate: expected false, got true: a weight update is the same"),
+        ("fourierft", {"scaling": "auto"}, "scaling: .* got auto: coefficients are divided by it"),
+        ("spectral_delta", {"scaling": 0.0}, r"scaling: .* got 0\.0: coefficients are divided by it"),
     ):
         with pytest.raises(ConfigError, match=match):
             run(folders, method, config=EXTRACTORS[method].method.config(**settings))

@@ -267,9 +267,9 @@ def test_tiny_layers_are_left_out_of_all_linear(tmp_path: Path) -> None:
     plan = inject(tmp_path / "esm", tmp_path / "out", spec_of("fourierft", n_frequency=20))
     (tiny,) = (name for name, reason in plan.left_out.items() if reason.startswith("too small"))
     assert tiny == "esm.contact_head.regression"
-    assert "n_frequency 20: expected 1 to 8" in plan.left_out[tiny]
+    assert "n_frequency: expected 1 to 8" in plan.left_out[tiny]
     assert loaded_by_peft(tmp_path / "esm", tmp_path / "out")
-    with pytest.raises(ConfigError, match="n_frequency 1025: expected 1 to 1024 for a layer of 32 x 32"):
+    with pytest.raises(ConfigError, match="n_frequency: expected 1 to 1024 for a layer of 32 x 32, got 1025"):
         plan_injection(tmp_path / "esm", spec_of("fourierft", n_frequency=1025))
 
 

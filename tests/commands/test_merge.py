@@ -241,20 +241,20 @@ def test_a_changed_merge_is_refused_with_the_reason(tmp_path: Path, base: Path) 
         ('"coding": "update"', '"coding": "xor"'),
     ):
         record.write_text(text.replace(old, new))
-        refused(CheckpointError, r"merge\.json: is damaged")
+        refused(CheckpointError, r"expected the file that merge.*got a damaged one")
     record.write_text(text.replace(f'"{Q}.weight"', '"gone.weight"'))
-    refused(UnmergeError, r"gone\.weight was merged into and is missing")
+    refused(UnmergeError, r"got one without gone\.weight, which was merged into")
     data.write_bytes(raw[:-1])
-    refused(UnmergeError, "is too short")
+    refused(UnmergeError, "got a shorter one")
     data.unlink()
-    refused(UnmergeError, "cannot be read")
+    refused(UnmergeError, "got what cannot be read")
     data.write_bytes(bytes(len(raw)))
-    refused(UnmergeError, r"lm_head\.weight: was changed after the merge, or the record was")
+    refused(UnmergeError, r"lm_head\.weight: expected what the merge wrote, got a tensor, or a record, that")
     for part in (["gone"], [Q, [130, 7]], [Q, [130, 96], [[9, 0, 130]]]):
         rows = json.loads(text)
         rows["tensors"][f"{Q}.weight"]["sources"] = [[0, *part]]
         record.write_text(json.dumps(rows))
-        refused(UnmergeError, r"q_proj\.weight: was changed after the merge, or the record was")
+        refused(UnmergeError, r"q_proj\.weight: expected what the merge wrote, got a tensor, or a record, that")
     rows = json.loads(text)
     rows["weights"] = [2.0]
     record.write_text(json.dumps(rows))

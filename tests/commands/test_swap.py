@@ -150,10 +150,10 @@ def test_bad_input_writes_nothing(tmp_path: Path, text: Path) -> None:
         swap(llama, llama, good)
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"model_type": "opt"}))
-    with pytest.raises(ConfigError, match="model family 'opt': unknown; known: bert, roberta, vit, gpt2"):
+    with pytest.raises(ConfigError, match=r"model family: expected one of bert,.*got 'opt'"):
         swap(llama, out, good)
     (llama / "config.json").write_text(json.dumps(config | {"architectures": ["Own"]}))
-    with pytest.raises(CheckpointError, match=r"config.json names the class Own; expected one that transformers has"):
+    with pytest.raises(CheckpointError, match=r"expected a class that transformers has, got Own in config.json"):
         swap(llama, out, good)
     (llama / "config.json").write_text(json.dumps(config | {"hidden_act": "none"}))
     with pytest.raises(CheckpointError, match="has no configuration that transformers knows"):

@@ -354,7 +354,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         raise PermissionError(13, "Permission denied")
     for read in (read_header, read_json):
-        with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
+        with pytest.raises(CheckpointError, match=r"expected a readable file, got an error \(Is a directory\)"):
             read(tmp_path)
 
 

@@ -34,7 +34,7 @@ def validate_yaml(hub: LoopbackHub, request: Request) -> Response:  # noqa: ARG0
 
 def problems(card: str) -> Iterator[str]:
     """What the Hub would refuse in a card."""
-    from yaml import YAMLError, safe_load
+    from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
 
     front = _FRONT.match(card.replace("\r\n", "\n"))
     if front is None:

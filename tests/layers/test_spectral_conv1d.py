@@ -70,5 +70,5 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match=r"SpectralConv1D: expected.*got Linear without nf and weight"):
         SpectralConv1D.from_dense(nn.Linear(3, 4), bits=4)
     spectrum, _ = encode(noise(32, 64), Target("bits", 4.0))
-    with pytest.raises(ShapeError, match=r"bias: is \(32,\); expected \(64,\)"):
+    with pytest.raises(ShapeError, match=r"bias: expected \(64,\), got \(32,\)"):
         SpectralConv1D.from_quantized(spectrum, noise(32))

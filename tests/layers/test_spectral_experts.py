@@ -61,12 +61,12 @@ def test_bad_input() -> None:
     own = experts()
     with pytest.raises(ShapeError, match="experts: expected 3 counts that add up to 4 rows, got 2 that add up to 4"):
         own(noise(4, 24), (2, 2))
-    with pytest.raises(ShapeError, match="3 counts that add up to 5; expected 3 of 4 rows"):
+    with pytest.raises(ShapeError, match="experts: expected 3 counts that add up to 4 rows, got 3 that add up to 5"):
         own(noise(4, 24), (2, 2, 1))
     other = SpectralWeight.from_spectra(encoded(0, rows=8))
     with pytest.raises(
-        ShapeError, match=r"experts: 2 of shapes \[\(8, 24\), \(40, 24\)\]; expected one or more of one shape"
+        ShapeError, match=r"experts: expected one or more of one shape, got 2 of shapes \[\(8, 24\), \(40, 24\)\]"
     ):
         SpectralExperts([own.weights[0], other])
-    with pytest.raises(ShapeError, match="experts: 0 of shapes"):
+    with pytest.raises(ShapeError, match="experts: expected one or more of one shape, got 0"):
         SpectralExperts([])

@@ -174,9 +174,9 @@ def test_bad_input() -> None:
     ):
         SpectralLinear.from_dense(linear, bits=5, resident="int4")
     spectrum: Any = encode(linear.weight, Target("bits", 4.0))[0]
-    with pytest.raises(ShapeError, match=r"bias: is \(3,\); expected \(130,\)"):
+    with pytest.raises(ShapeError, match=r"bias: expected \(130,\), got \(3,\)"):
         SpectralLinear.from_quantized(spectrum, noise(3))
-    with pytest.raises(ShapeError, match=r"spectra: 0 with \[\] columns; expected one or more of the same width"):
+    with pytest.raises(ShapeError, match=r"spectra: expected one or more of the same width, got 0 with \[\] columns"):
         SpectralLinear.from_quantized([])
     layer = SpectralLinear.from_quantized(spectrum)
     with pytest.raises(ShapeError, match=r"x is \(3, 95\); expected \[\.\.\., 96\]"):

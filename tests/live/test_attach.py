@@ -109,7 +109,7 @@ def test_nothing_matched_is_an_error_and_changes_nothing(model: Model) -> None:
 
 def test_a_setting_that_fits_no_layer_puts_nothing_on(model: Model) -> None:
     spec = AdapterSpec(METHODS["fourierft"], FourierFTConfig(n_frequency=36), ModuleTargets(("q_proj", "score")))
-    with pytest.raises(ConfigError, match="n_frequency 36: expected 1 to 12"):
+    with pytest.raises(ConfigError, match=r"n_frequency: expected 1 to 12 .* got 36"):
         attach.inject(model, spec)
     assert not attach.adapted_layers(model)
 

@@ -38,7 +38,7 @@ def test_modrelu() -> None:
     torch.testing.assert_close(activation(z, 16)[..., 2:], ((z.abs() + 3) * z / z.abs())[..., 2:])
     with pytest.raises(ConfigError, match="heads: expected 1 or more, got 0"):
         ModReLU(0, 5)
-    with pytest.raises(ConfigError, match="bins 1: expected at least 2"):
+    with pytest.raises(ConfigError, match="bins: expected 2 or more, got 1"):
         ModReLU(1, 1)
 
 

@@ -139,11 +139,11 @@ def test_gradients(name: str) -> None:
 def test_inputs_that_do_not_fit(name: str) -> None:
     mixer = MIXERS[name].fresh(WIDTH)
     for shape in ((2, WIDTH), (0, 4, WIDTH), (2, 0, WIDTH), (2, 4, 8)):
-        with pytest.raises(ShapeError, match=r"mixer: expected floating x \[B, T, 16\].*got \(2, 16\) torch\.float32"):
+        with pytest.raises(ShapeError, match=r"mixer: expected floating x \[B, T, 16\]"):
             mixer(torch.zeros(shape))
-    with pytest.raises(ShapeError, match=r"int64; expected floating"):
+    with pytest.raises(ShapeError, match=r"expected floating .*int64"):
         mixer(torch.zeros(2, 4, WIDTH, dtype=torch.int64))
-    with pytest.raises(ShapeError, match=r"mask is \(2, 3\); expected \(2, 4\)"):
+    with pytest.raises(ShapeError, match=r"mixer: expected a mask \(2, 4\) for this x, got \(2, 3\)"):
         mixer(torch.zeros(2, 4, WIDTH), torch.ones(2, 3))
 
 
