@@ -124,7 +124,9 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, llama: Pa
     for layer, tensors in a.layers.items():
         torch.testing.assert_close(tensors["spectrum"], b.layers[layer]["spectrum"], rtol=1e-4, atol=1e-5)
     assert parts.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-4)
-    with pytest.raises(CheckpointError, match=r"whole: is not empty.*--resume to go on with it, or --overwrite"):
+    with pytest.raises(
+        CheckpointError, match=r"whole: expected a new or empty.*--resume to go on with it, or --overwrite"
+    ):
         train(llama, tmp_path / "whole", data, fourierft(), settings())
 
 

@@ -101,7 +101,7 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path: Path, text: Pat
     parts = run(text, tmp_path / "parts", resume=True)
     assert parts.models[0].history.steps == 8
     assert parts.models[0].test["loss"] == pytest.approx(whole.models[0].test["loss"], rel=1e-4)
-    with pytest.raises(CheckpointError, match="whole: is not empty"):
+    with pytest.raises(CheckpointError, match="whole: expected a new or empty folder"):
         run(text, tmp_path / "whole")
     again = run(text, tmp_path / "whole", overwrite=True)
     assert again.models[0].test == whole.models[0].test  # the seed decides everything

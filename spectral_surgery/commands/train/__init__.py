@@ -149,7 +149,10 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()) or resume:
         return
     if not overwrite:
-        raise CheckpointError(f"{out}: is not empty. Use --resume to go on with it, or --overwrite to discard it.")
+        raise CheckpointError(
+            f"{out}: expected a new or empty folder, got one with content. Use --resume to go on with it, or"
+            " --overwrite to discard it."
+        )
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
 
