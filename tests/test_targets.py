@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spectral_surgery.errors import TargetError
@@ -53,6 +53,8 @@ PIECES = st.sampled_from([r".*", r"\.", "proj", "(q_|)proj", "layers", "[0-9]+"]
 EXPRESSIONS = st.lists(PIECES, max_size=4).map("".join)
 
 
+@example("model.layers.1.layers.0.proj", ("proj",), None, (), (1,), ("layers",))
+@example("layers.1.experts.0.proj", ("proj",), None, (), (1,), ())
 @given(
     name=PATHS,
     targets=ENDS | EXPRESSIONS,
