@@ -210,7 +210,7 @@ def test_a_block_that_fails_is_found(models: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(AssertionError):
         ran(page, tmp_path, models)
     page.write_text("```bash\nspectral-surgery compress MODEL model-4bit --bits 4\n```\n")
-    with pytest.raises(AssertionError, match=r"page.md:1: .*\n.*is not empty"):
+    with pytest.raises(AssertionError, match=r"page.md:1: .*\n.*expected a new or empty folder"):
         ran(page, tmp_path, models)
     page.write_text("```python\n# not run: a reason\nassert False\n```\n")
     ran(page, tmp_path, models)

@@ -138,7 +138,9 @@ def test_branches_and_pull_requests(hub: LoopbackHub, client: Client, compressed
     assert "model.safetensors" in hub.contents("me/small", "refs/pr/1")
     done = client("push", compressed, "me/small", "--create-pr", "--revision", "dev")
     assert done.code == 1
-    assert "--create-pr: opens a pull request to the default branch; expected no --revision with it." in done.stderr
+    assert (
+        "--create-pr: expected no --revision with it, got one: a pull request is to the default branch." in done.stderr
+    )
 
 
 def test_files_of_the_checkpoint_before_are_replaced(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
@@ -189,15 +191,15 @@ def test_adapters(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     ("change", "text"),
     [
         ("flip", "does not have its checksum; the data is damaged"),
-        ("manifest", "config.json calls it compressed, but spectral_surgery.json is missing"),
-        ("weights", "no weights; expected a folder with .safetensors files"),
-        ("card", "README.md: the metadata cannot be read ("),
-        ("encoding", "README.md: is not UTF-8 text ("),
+        ("manifest", "got a compressed one (config.json says so) without spectral_surgery.json"),
+        ("weights", "expected a folder with .safetensors files, got no weights"),
+        ("card", "README.md: expected metadata in YAML"),
+        ("encoding", "README.md: expected UTF-8 text, got other bytes ("),
         ("token", "notes.txt: holds your access token; expected files without it. Remove it, and renew it."),
-        ("folder", "no such folder; expected a folder with a checkpoint or an adapter"),
-        ("adapter type", "adapter_config.json: peft_type is 3; expected the name of a method"),
-        ("adapter file", "adapter_model.safetensors is missing; expected an adapter in the format of PEFT"),
-        ("adapter nan", "base_model.model.q.lora_A.weight has NaN or infinite values; expected finite ones"),
+        ("folder", "expected a folder with a checkpoint or an adapter, got no such folder"),
+        ("adapter type", "adapter_config.json: expected the name of a method as peft_type, got 3"),
+        ("adapter file", "got none: adapter_model.safetensors is missing"),
+        ("adapter nan", "got NaN or infinite values in base_model.model.q.lora_A.weight"),
     ],
 )
 def test_a_damaged_folder_is_refused_before_the_hub_is_asked(
@@ -265,7 +267,7 @@ def test_a_card_edited_on_the_hub_is_kept(hub: LoopbackHub, client: Client, comp
     (folder / "README.md").write_text(card + "\n## Also mine\n")
     done = client("push", folder, "me/card")
     assert done.code == 1
-    assert "me/card: README.md was edited on the Hub and in folder; expected one edited card. Merge both" in done.stderr
+    assert "got edits of README.md on the Hub and in folder. Merge both" in done.stderr
     (folder / "README.md").unlink()  # as the message says
     client.result("push", folder, "me/card")
     assert hub.contents("me/card")["README.md"].decode() == edited

@@ -150,7 +150,7 @@ def test_revisions_folders_and_files(hub: LoopbackHub, client: Client, tmp_path:
     assert sorted(body["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "pulled" / "model.safetensors").exists()
     done = client("inspect", "org/nested", "--revision", "old")
-    assert "org/nested@old: no weights; expected a folder with .safetensors files" in done.stderr
+    assert "org/nested@old: expected a folder with .safetensors files, got no weights" in done.stderr
     done = client("inspect", "hf://org/nested/vae")
     assert "has no such file or folder; expected files it lists. Check the path." in done.stderr
 
@@ -162,7 +162,7 @@ def test_a_pickle_is_refused_before_anything_is_fetched(hub: LoopbackHub, client
     hub.seed("org/pickled", tmp_path / "p")
     done = client("compress", "org/pickled", tmp_path / "out", "--bits", "4")
     assert done.code == 1
-    assert "org/pickled: the weights are pickled ('pytorch_model.bin')" in done.stderr
+    assert "org/pickled: expected safetensors, got pickled weights ('pytorch_model.bin')" in done.stderr
     assert "/tmp" not in done.stderr
     assert hub.sent < 5000
 

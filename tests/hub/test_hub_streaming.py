@@ -157,7 +157,7 @@ def test_a_line_that_stays_dead_is_one_line_and_resume_goes_on(
     assert units
     hub.reset()
     done = client("compress", "org/far", tmp_path / "out", "--bits", "4")
-    assert "out.partial: holds unfinished work; use --resume" in done.stderr
+    assert "out.partial: expected an empty folder, got unfinished work. Use --resume" in done.stderr
     hub.log.clear()
     client.result("compress", "org/far", tmp_path / "out", "--bits", "4", "--resume")
     assert without_card(tmp_path / "out") == expected
