@@ -32,6 +32,7 @@ SETTINGS = Table(
     [
         *settings((5.4, 4.0, 3.0, 2.5, 2.0), calibrated=False),
         Setting("sparsity-0.2", Target("density", 0.2)),
+        Setting("calibrated-sparsity-0.2", Target("density", 0.2), calibrated=True),
         *settings((4.0, 3.0, 2.5), calibrated=True),
         *settings((4.0, 3.0, 2.5), calibrated=True, quantizer="scalar"),
     ],
