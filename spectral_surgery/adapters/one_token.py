@@ -19,8 +19,8 @@ def update(
 ) -> Tensor | None:
     """``scale * T_outᵀ B diag(mask) A T_in x`` of one token.
 
-    Returns [..., O] float32; None where gradients are wanted, tensors are no plain ones on a CPU, factors are not
-    float32, or a length has a large prime factor.
+    Returns [..., O] float32; None where gradients are wanted, tensors are no plain ones on a CPU, factors are complex
+    or not float32, or a length has a large prime factor.
 
     Args:
         x: [..., I] of I elements, any float dtype but float64.
@@ -31,13 +31,13 @@ def update(
     if not all(map(_has_numbers, (x, *factors))) or {x.dtype for x in factors} != {torch.float32}:
         return None
     into, back = _plan(x.shape[-1], -1), _plan(out_features, 1)
-    if x.dtype == torch.float64 or into is None or back is None:
+    if x.dtype == torch.float64 or into is None or back is None or name not in _NAMES:
         return None
     from spectral_surgery.kernels.low_rank import KINDS
     from spectral_surgery.kernels.low_rank import update as kernel
 
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
-    a, b = (factor.detach().flatten(1).numpy() for factor in factors)
+    a, b = (factor.detach().numpy() for factor in factors)
     row = x.detach().reshape(-1)
     numbers = (row if row.dtype == torch.float32 else row.float()).numpy()
     kernel(numbers, a, b, _ALL if mask is None else mask.numpy(), scale, KINDS[name], into, back, y.view(-1).numpy())
@@ -45,6 +45,7 @@ def update(
 
 
 _ALL = np.empty(0, np.int8)
+_NAMES = ("dct", "hartley")  # with complex factors, torch's operations take as long as one call
 
 
 def _has_numbers(x: Tensor) -> bool:

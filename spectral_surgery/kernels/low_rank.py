@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spectral_surgery.kernels.compile import kernel
+from spectral_surgery.kernels.compile import inlined, kernel
 from spectral_surgery.kernels.fourier import from_half, half_of
 
 Array = npt.NDArray[Any]
-DCT, HARTLEY, DFT = range(3)
-KINDS = {"dct": DCT, "hartley": HARTLEY, "dft": DFT}  # by name in `adapters.low_rank.BASES`
-_CHAINS = 8  # sums at once, since one would wait for itself
+DCT, HARTLEY = range(2)
+KINDS = {"dct": DCT, "hartley": HARTLEY}  # by name in `adapters.low_rank.BASES`
 
 
 @kernel
@@ -27,60 +26,42 @@ def update(x: Array, a: Array, b: Array, mask: Array, scale: float, kind: int, i
 
     Args:
         x: [I] float32.
-        a: [r, C] float32, C-contiguous; for DFT real and imaginary parts in turn, [r, 2 C].
-        b: [C', r] the same; for DFT [C', 2 r].
+        a: [r, I] float32, C-contiguous.
+        b: [O, r], the same.
         mask: [r] int8 of ones and zeros; [0] for ones.
-        kind: DCT, HARTLEY or DFT.
+        kind: DCT or HARTLEY.
         into: of I: cosines, sines, radices as in `fourier.add_row`, and turns [2, I // 2 + 1] float32, the cosines and
             sines of a quarter of an angle of the bin.
         back: of O, the same, with positive sines.
         y: [O] float32, written.
     """
-    numbers = _coefficients(x, kind, into)
-    low = np.empty((2, len(a)), np.float32)  # real and imaginary parts
+    numbers, low = _coefficients(x, kind, into), np.empty(len(a), np.float32)
     for component in range(len(a)):
         factor = np.float32(scale if mask.size == 0 or mask[component] > 0 else 0)
-        re, im = _product(a[component], numbers, kind == DFT)
-        low[0, component], low[1, component] = factor * re, factor * im
-    out = np.empty(len(b) * (2 if kind == DFT else 1), np.float32)
+        low[component] = factor * _sum_of_products(a[component], numbers)
+    out = np.empty(len(b), np.float32)
     for number in range(len(b)):
-        re, im = np.float32(0), np.float32(0)
-        for component in range(len(a)):
-            if kind == DFT:
-                b_re, b_im = b[number, 2 * component], b[number, 2 * component + 1]
-                re += b_re * low[0, component] - b_im * low[1, component]
-                im += b_re * low[1, component] + b_im * low[0, component]
-            else:
-                re += b[number, component] * low[0, component]
-        if kind == DFT:
-            out[2 * number], out[2 * number + 1] = re, im
-        else:
-            out[number] = re
+        out[number] = _sum_of_products(b[number], low)
     _points(out, kind, back, y)
 
 
-@kernel
-def _product(row: Array, numbers: Array, complex_: bool) -> tuple[np.float32, np.float32]:
-    """Sum of products, of complex numbers as pairs of real ones."""
-    sums = np.zeros((2, _CHAINS), np.float32)
-    whole = row.size // _CHAINS * _CHAINS
-    for first in range(0, whole, _CHAINS):
-        for place in range(_CHAINS):
-            sums[0, place] += row[first + place] * numbers[first + place]
-            if complex_:
-                sums[1, place] += row[first + place] * numbers[first + place ^ 1]
-    for place in range(whole, row.size):
-        sums[0, place - whole] += row[place] * numbers[place]
-        if complex_:
-            sums[1, place - whole] += row[place] * numbers[place ^ 1]
-    if not complex_:
-        return sums[0].sum(), np.float32(0)
-    return sums[0, ::2].sum() - sums[0, 1::2].sum(), sums[1].sum()
+@inlined
+def _sum_of_products(one: Array, other: Array) -> np.float32:
+    """In eight sums, since one would wait for itself."""
+    a = b = c = d = e = f = g = h = np.float32(0)
+    whole = one.size // 8 * 8
+    for first in range(0, whole, 8):
+        x, y = one[first : first + 8], other[first : first + 8]
+        a, b, c, d = a + x[0] * y[0], b + x[1] * y[1], c + x[2] * y[2], d + x[3] * y[3]
+        e, f, g, h = e + x[4] * y[4], f + x[5] * y[5], g + x[6] * y[6], h + x[7] * y[7]
+    for place in range(whole, one.size):
+        a += one[place] * other[place]
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @kernel
 def _coefficients(points: Array, kind: int, plan: Any) -> Array:
-    """T x of real points [n]: [n], or for DFT real and imaginary parts of its bins in turn."""
+    """T x of points [n]: [n]."""
     cosines, sines, radices, turns = plan
     n = points.size
     if kind == DCT:
@@ -91,12 +72,10 @@ def _coefficients(points: Array, kind: int, plan: Any) -> Array:
         points = turned
     re, im = half_of(points, cosines, sines, radices)
     factor = np.float32(1 / np.sqrt(n))
-    out = np.empty(2 * re.size if kind == DFT else n, np.float32)
+    out = np.empty(n, np.float32)
     for bin in range(re.size):
         a, b = re[bin] * factor, im[bin] * factor
-        if kind == DFT:
-            out[2 * bin], out[2 * bin + 1] = a, b
-        elif kind == HARTLEY:
+        if kind == HARTLEY:
             out[bin] = a - b
             if bin:
                 out[n - bin] = a + b
@@ -117,9 +96,7 @@ def _points(numbers: Array, kind: int, plan: Any, y: Array) -> None:
     factor = np.float32(1 / np.sqrt(n))
     for bin in range(re.size):
         one, other = numbers[bin], numbers[(n - bin) % n]
-        if kind == DFT:
-            re[bin], im[bin] = numbers[2 * bin], numbers[2 * bin + 1]
-        elif kind == HARTLEY:
+        if kind == HARTLEY:
             re[bin], im[bin] = (one + other) / 2, (other - one) / 2
         elif bin:
             c, s = turns[0, bin] / 2, turns[1, bin] / 2
