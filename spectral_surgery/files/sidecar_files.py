@@ -31,7 +31,7 @@ def check_apart(source: Checkpoint, out: Path) -> None:
 def copy_companions(index: CheckpointIndex, folder: Path, config: Mapping[str, object], *, without: str = "") -> None:
     """Copy every file that holds no weights, and write the configuration.
 
-    A configuration that only this package understands gets the shim, see `shim`; any other loses it.
+    A configuration that only this package understands gets the shim, see `remote_code.with_shim`; any other loses it.
 
     Args:
         config: new content of config.json, written when the checkpoint has one and it differs.

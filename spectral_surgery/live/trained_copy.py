@@ -13,7 +13,7 @@ from spectral_surgery.layers import SpectralConv1D, SpectralEmbedding, SpectralL
 
 
 class HoldsSpectra(Protocol):
-    """A module of a model of transformers of which weights are spectra; `integrations` has the classes."""
+    """A module of a model of transformers of which weights are spectra; `hf.quantizer` has the classes."""
 
     def become_dense(self, done: dict[int, nn.Parameter]) -> None:
         """Decode the spectra, in place."""

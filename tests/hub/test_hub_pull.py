@@ -45,7 +45,7 @@ def test_only_some_files(hub: LoopbackHub, client: Client, folder: Path, tmp_pat
         "--include: expected globs of file names, got 'no*', which matches none of 8 files of org/plain" in done.stderr
     )
     done = client("pull", "./org", tmp_path / "x")
-    assert "./org: is a path; expected org/name or hf://org/name." in done.stderr
+    assert "./org: expected org/name or hf://org/name, got a path." in done.stderr
     assert not (tmp_path / "x").exists()
 
 

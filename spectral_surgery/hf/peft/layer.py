@@ -28,7 +28,7 @@ class MergedWeight:
 
 
 class MethodLayer(nn.Module):
-    """base(x) plus the active adapters; combined with PEFT's BaseTunerLayer by `peft_plugin.layer_class`.
+    """base(x) plus the active adapters; combined with PEFT's BaseTunerLayer by `hf.peft.plugin`.
 
     The adapters are in a ModuleDict called ``<method>_adapter``, so that PEFT's names of tensors are those of our files
     once it has taken the name of the adapter out.

@@ -32,7 +32,7 @@ class _StandIn:
         return _empty, (self.stands_for,), cast(Any, self).__getstate__()
 
     def become_dense(self, done: dict[int, nn.Parameter]) -> None:
-        """See `surgery.trained_copy`."""
+        """See `live.trained_copy`."""
         key, module = id(self.spectrum), cast(nn.Module, self)
         if key not in done:
             weight = self.spectrum.to_dense()

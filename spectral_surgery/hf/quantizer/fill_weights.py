@@ -3,7 +3,7 @@
 transformers renames stored names, ties parameters and decides devices and dtypes; all of that is kept. Of the three
 tensors of a spectrum it reads the smallest, the step, as a messenger: when the step of a weight arrives, on the device
 and in the dtype that the weight should have, the weight is read from the files by our reader, and put where
-`spectral_plan` says. What is held dense is decoded one at a time.
+`loading_plan` says. What is held dense is decoded one at a time.
 Source: transformers 5.24, `core_model_loading.py` and `modeling_utils.py`.
 """
 

@@ -147,7 +147,7 @@ class _Holder:
         return _empty, (self.stands_for, self.leaves), cast(Any, self).__getstate__()
 
     def become_dense(self, done: dict[int, nn.Parameter]) -> None:
-        """See `surgery.trained_copy`; no two of these share a spectrum."""
+        """See `live.trained_copy`; no two of these share a spectrum."""
         del done
         module = cast(nn.Module, self)
         for leaf, (_, part) in held_parameters(module).items():
