@@ -49,8 +49,11 @@ class CompressedCheckpoint:
 
     def outline(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor without its frames: nothing but steps is read."""
+        return self._outline(name, part, (self.tables.get(name) or self._tables(name))[1])
+
+    def _outline(self, name: str, part: int, steps: torch.Tensor) -> EncodedSpectrum:
         record = self.manifest.tensors[name]
-        here, steps = record.parts[part], (self.tables.get(name) or self._tables(name))[1]
+        here = record.parts[part]
         return EncodedSpectrum(
             (),
             (here.rows[1] - here.rows[0], record.matrix[1]),
@@ -68,7 +71,7 @@ class CompressedCheckpoint:
         """
         record = self.manifest.tensors[name]
         codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]
-        offsets, _ = self.tables.get(name) or self._tables(name)
+        offsets, steps = self.tables.get(name) or self._tables(name)
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
@@ -78,7 +81,7 @@ class CompressedCheckpoint:
                 f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
             )
         frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
-        return replace(self.outline(name, part), frames=frames)
+        return replace(self._outline(name, part, steps), frames=frames)
 
     def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)

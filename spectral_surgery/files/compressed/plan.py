@@ -92,6 +92,14 @@ class Plan:
         pairs = [(tensor, part) for tensor in self.tensors for part in range(len(tensor.parts))]
         return tuple(Unit(tensor, part, ordinal) for ordinal, (tensor, part) in enumerate(pairs))
 
+    @cached_property
+    def units_of(self) -> dict[str, tuple[Unit, ...]]:
+        """Every part of each tensor, by its name."""
+        found: dict[str, list[Unit]] = {tensor.info.name: [] for tensor in self.tensors}
+        for unit in self.units:
+            found[unit.tensor.info.name].append(unit)
+        return {name: tuple(units) for name, units in found.items()}
+
     @property
     def weights(self) -> int:
         """Number of weights to compress."""

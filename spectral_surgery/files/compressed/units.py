@@ -151,7 +151,7 @@ def leave_codes(
 
 
 def _units_of(plan: Plan, tensor: PlannedTensor, rows: tuple[int, int]) -> list[Unit]:
-    units = (unit for unit in plan.units if unit.tensor is tensor)
+    units = plan.units_of[tensor.info.name]
     return [unit for unit in units if rows[0] <= tensor.parts[unit.part][0] < rows[1]]
 
 
@@ -190,15 +190,12 @@ def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Ent
     Raises:
         CheckpointError: when a unit is missing.
     """
-    units: dict[str, list[Unit]] = {}
-    for unit in plan.units:
-        units.setdefault(unit.tensor.info.name, []).append(unit)
     copied = dict(plan.copied)
     entries: list[Entry] = []
     records: dict[str, TensorRecord] = {}
     for tensor in plan.tensors:
         parts = []
-        for unit in units[tensor.info.name]:
+        for unit in plan.units_of[tensor.info.name]:
             done = read_part(store.path(unit), store.key, verify=False)
             if done is None:
                 raise CheckpointError(

@@ -190,7 +190,7 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
             entry.operations.append(operation(load, whole=False, last=True))
         ours.append(entry)
     if names:
-        others = [name for name in compressed if name not in set(names)]
+        others = sorted(compressed.keys() - set(names))
         load.renaming = WeightRenaming(planning.stripping(names, others, sorted(patterns)), r"\1")
         ours.insert(0, load.renaming)
     ours.append(WeightConverter(rf"\.{STEP}", "", [operation(load, whole=True)]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
+from tests.files.test_storage import Kept, remote_twin
 from tests.support.quantised import FP8_SETTINGS, fp8, plain, write
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -146,3 +147,18 @@ def test_scales_that_are_not_finite(bad: float, tmp_path: Path) -> None:
 def test_impossible_blocks(block: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="weight_block_size"):
         source(tmp_path, {NAME: torch.zeros(4, 4)}, weight_block_size=block)
+
+
+def test_blocks_that_are_elsewhere_are_read_by_ranges(tmp_path: Path) -> None:
+    """As on the Hub: of a range of rows, no more than those and their scales are moved."""
+    values, scales = fp8(torch.randn(1024, 256), (128, 128))
+    here = write(tmp_path / "here", {NAME: values, f"{NAME}_scale_inv": scales}, FP8_SETTINGS)
+    twin = read_index(remote_twin(here, tmp_path / "there"))
+    info = twin.tensors[NAME]
+    (file,) = twin.files
+    assert isinstance(file, Kept)
+    file.asked.clear()
+    expected = read_tensor(read_index(here).tensors[NAME])
+    assert torch.equal(read_flat(info, 300 * 256, 500 * 256), expected[300:500].reshape(-1))
+    moved = sum(stop - start for start, stop in file.asked)
+    assert moved == 200 * 256 + 2 * 2 * 4  # rows 300 to 499 lie in two rows of blocks
