@@ -18,6 +18,7 @@ from benchmarks.cases import (
     mixers,
     rate,
     smollm2,
+    sources,
     spectral_matmul,
     speech,
     speed,
@@ -38,6 +39,15 @@ CASES = Table(
         BenchCase("tiles", "why dct and tile 64 are the defaults: every transform at 3 bits", by_size(rate.run_tiles)),
         BenchCase(
             "feedback", "bits of calibrated codes above the bound, inputs with a 1/f spectrum", by_size(feedback.run)
+        ),
+        BenchCase(
+            "fp8", "error of compressing FP8 blocks, beside the bfloat16 they stand for", by_size(sources.run_fp8)
+        ),
+        BenchCase(
+            "many_tensors",
+            "headers of a DeepSeek-V3, and small tensors beside as many bytes in a hundredth of them",
+            sources.run_many,
+            takes=("scratch",),
         ),
         BenchCase("speed", "encode and decode of a 4096 x 4096 matrix, beside naive pipelines", by_size(speed.run)),
         BenchCase(
