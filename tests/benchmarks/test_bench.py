@@ -61,6 +61,8 @@ def test_names_are_those_of_the_commands() -> None:
         "rate",
         "tiles",
         "feedback",
+        "fp8",
+        "many_tensors",
         "speed",
         "spectral_matmul",
         "generate",
