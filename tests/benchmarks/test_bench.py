@@ -69,6 +69,7 @@ def test_names_are_those_of_the_commands() -> None:
         "generate_large",
         "startup",
         "fourierft",
+        "gpu_static",
         "mixers",
         "memory",
         "calibrate",
