@@ -144,7 +144,7 @@ def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual
         constants = on_gpu.few_constants(form, kind, cut, dtype, not has[3]) | {"BACKEND": chip.target[0]}
         kernel, read = few_tokens, cut.rows * cut.terms
     else:
-        cut = on_gpu.many_cut(form, tokens, dtype)
+        cut = on_gpu.many_cut(tokens, dtype)
         constants = on_gpu.many_constants(form, kind, cut, dtype) | {"INTERPRETED": False}
         kernel, read = product, 0
     mixing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

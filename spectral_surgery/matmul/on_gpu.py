@@ -151,7 +151,7 @@ def _levels_times(x: Tensor, form: Any, kept: _Kept, y: Tensor) -> Tensor:
     if not y.numel():
         return y
     x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(form, len(x), x.dtype)
+    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype)
     fixed = many_constants(form, kept.kind or _PLAIN, c, x.dtype)
     starts = _starts(form, kept, c.rows) if fixed["OUTLIERS"] else form.scale
     tensors = (x, form.codes, form.scale, form.row_scale, form.places, form.beyond, starts, y)
@@ -187,11 +187,11 @@ def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     return Cut(FEW if tokens > 8 or wide else 8, high, side, max(splits, 1), 4)
 
 
-def many_cut(form: Any, tokens: int, dtype: torch.dtype) -> Cut:
-    """How more tokens are."""
-    side = max(_SIDE, _tile(form.basis))
-    high = FEW if tokens <= FEW else 64 if tokens <= 64 or dtype != torch.bfloat16 else 128
-    return Cut(high, max(128, side), side, 1, 4 if high == FEW else 8)
+def many_cut(tokens: int, dtype: torch.dtype) -> Cut:
+    """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
+    one_digit = dtype == torch.bfloat16
+    high = FEW if tokens <= FEW else 128 if one_digit and tokens > 64 else 64
+    return Cut(high, 128, 64 if one_digit else 32, 1, 4 if high == FEW else 8)
 
 
 def few_constants(form: Any, kind: Kind, c: Cut, dtype: torch.dtype, bias: bool) -> dict[str, Any]:
