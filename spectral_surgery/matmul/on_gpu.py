@@ -181,10 +181,13 @@ def _rows_together(x: Tensor) -> Tensor:
 def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     """How up to 16 tokens are cut into programs; ``wide`` where matrix units take no fewer."""
     side, width = max(_SIDE, _tile(form.basis)), form.codes.shape[1]
-    ragged = form.shape[1] % side or width % side  # such programs, and those of more digits, want more registers
-    high = max(side, _FEW_ROWS if dtype == torch.bfloat16 and not ragged and form.shape[0] > _SIDE else _SIDE)
+    lanes = FEW if tokens > 8 or wide else 8
+    two_planes = width < form.shape[1]
+    # programs of ragged sizes, of more digits and of many lanes have no registers for twice as many rows
+    crowded = form.shape[1] % side or width % side or dtype != torch.bfloat16 or (two_planes and lanes == FEW)
+    high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
     splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    return Cut(FEW if tokens > 8 or wide else 8, high, side, max(splits, 1), 4)
+    return Cut(lanes, high, side, max(splits, 1), 4)
 
 
 def many_cut(tokens: int, dtype: torch.dtype) -> Cut:

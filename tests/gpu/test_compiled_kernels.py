@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_no_kernel_spills_or_takes_more_than_a_chip_has(chip: Chip, part: int) -> None:
-    if part and chip.name not in ("H200", "MI300X"):
+    if part and chip.name != "H200":
         pytest.skip("a third of the kernels is compiled for this chip; `benchmarks gpu_static` compiles all")
     for variant in variants(chip)[part::3]:
         result = compiled(variant, chip)
