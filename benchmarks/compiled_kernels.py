@@ -88,7 +88,7 @@ class Compiled:
 
     Attributes:
         registers: of a thread.
-        spilled: bytes, or registers on AMD, that go to memory for want of registers.
+        spilled: instructions that move what has no register, or such registers on AMD.
         shared: bytes of shared memory of a program.
         matrix: instructions of matrix units.
         loads: widths of loads from global memory in bytes, and how many instructions have them.
@@ -205,7 +205,7 @@ def _of_nvidia(built: Any, tools: Path) -> Compiled:
                 r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", _output(tools / "cuobjdump", "-sass", file)
             )
         ]
-    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     words = Counter(text.split()[0] for _, text in lines)
     matrix = sum(count for word, count in words.items() if "MMA" in word)
     loads: Counter[int] = Counter()
@@ -213,7 +213,8 @@ def _of_nvidia(built: Any, tools: Path) -> Compiled:
         if word.startswith(("LDGSTS", "LDG")):
             width = next((int(part) for part in word.split(".") if part in ("128", "64")), 32)
             loads[width // 8] += count
-    return Compiled(registers, stack + local, built.metadata.shared, matrix, dict(loads), _loop(lines))
+    spilled = sum(count for word, count in words.items() if word.startswith(("STL", "LDL")))
+    return Compiled(registers, spilled, built.metadata.shared, matrix, dict(loads), _loop(lines))
 
 
 def _loop(lines: Sequence[tuple[int, str]]) -> int:

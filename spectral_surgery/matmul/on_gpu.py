@@ -181,13 +181,13 @@ def _rows_together(x: Tensor) -> Tensor:
 def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     """How up to 16 tokens are cut into programs; ``wide`` where matrix units take no fewer."""
     side, width = max(_SIDE, _tile(form.basis)), form.codes.shape[1]
-    lanes = FEW if tokens > 8 or wide else 8
-    two_planes = width < form.shape[1]
+    two_planes = width < form.shape[1]  # which are lanes of one product
+    lanes = FEW if tokens > 8 or (wide and not two_planes) else 8
     # programs of ragged sizes, of more digits and of many lanes have no registers for twice as many rows
     crowded = form.shape[1] % side or width % side or dtype != torch.bfloat16 or (two_planes and lanes == FEW)
     high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
     splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    return Cut(lanes, high, side, max(splits, 1), 4)
+    return Cut(lanes, high, side, max(splits, 1), 8 if wide and crowded else 4)
 
 
 def many_cut(tokens: int, dtype: torch.dtype) -> Cut:
