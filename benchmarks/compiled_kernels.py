@@ -69,6 +69,7 @@ class Variant:
         types: of its arguments: pointers and integers.
         constants: its arguments in capital letters.
         warps: of a program.
+        stages: turns of a loop that are loaded ahead.
         loop_bytes: of codes that a turn of its inner loop reads; 0 where it is not bound by them.
         usual: as most models have it.
     """
@@ -78,6 +79,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    stages: int
     loop_bytes: int = 0
     usual: bool = True
 
@@ -126,7 +128,7 @@ def variants(chip: Chip) -> list[Variant]:
     for name, real in (("float32", "*fp32"), ("float64", "*fp64")):
         pointers = {"spectrum": real, "out": real, "source": "*i64", "starts": "*i64", "weights": real}
         types = {**pointers, "rows": "i32", "width": "i32", "bins": "i32"}
-        found.append(Variant(f"mix_bins {name}", mix_bins, types, {"ROWS": ROWS, "BINS": BINS}, 4))
+        found.append(Variant(f"mix_bins {name}", mix_bins, types, {"ROWS": ROWS, "BINS": BINS}, 4, 2))
     return found
 
 
@@ -138,13 +140,14 @@ def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual
     has = [bool(unusual >> bit & 1) for bit in range(5)]
     columns = 4096 + (160 if has[0] else 0)  # a smaller tile at the end, and nibbles that begin within a tile
     form = _form(4096, columns, nibbles, per_scale=has[1], outliers=has[2], turned=not has[3] or has[0])
+    wide = chip.target[0] == "hip" or chip.target[1] == 100
     kind = Kind("POINTS", 10, -1) if nibbles and has[4] else Kind("BYTES", 1, 0)
     if tokens <= on_gpu.FEW:
-        cut = on_gpu.few_cut(form, tokens, dtype, wide=chip.target[0] == "hip" or chip.target[1] == 100)
+        cut = on_gpu.few_cut(form, tokens, dtype, wide=wide)
         constants = on_gpu.few_constants(form, kind, cut, dtype, not has[3]) | {"BACKEND": chip.target[0]}
         kernel, read = few_tokens, cut.rows * cut.terms
     else:
-        cut = on_gpu.many_cut(tokens, dtype)
+        cut = on_gpu.many_cut(tokens, dtype, wide=wide)
         constants = on_gpu.many_constants(form, kind, cut, dtype) | {"INTERPRETED": False}
         kernel, read = product, 0
     mixing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -155,7 +158,7 @@ def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual
     name = f"{kernel.__name__} {str(dtype)[6:]} {'int4' if nibbles else 'int8'} {cut.tokens} tokens"
     named = ("ragged", "scales of rows and columns", "outliers", "no bias", "points")
     words = [word for word, one in zip(named, has, strict=True) if one]
-    return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, read, not unusual)
+    return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, cut.stages, read, not unusual)
 
 
 def _form(rows: int, columns: int, nibbles: bool, *, per_scale: bool, outliers: bool, turned: bool) -> _Form:
@@ -188,7 +191,9 @@ def compiled(variant: Variant, chip: Chip) -> Compiled:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of defaults that change in a later version
-        built = triton.compile(source, target=GPUTarget(*chip.target), options={"num_warps": variant.warps})
+        built = triton.compile(
+            source, target=GPUTarget(*chip.target), options={"num_warps": variant.warps, "num_stages": variant.stages}
+        )
     if chip.target[0] == "hip":
         return _of_amd(built)
     return _of_nvidia(built, Path(triton.__file__).parent / "backends" / "nvidia" / "bin")

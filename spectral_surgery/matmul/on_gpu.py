@@ -38,6 +38,7 @@ class Cut(NamedTuple):
         terms: at a time, K.
         splits: programs that share the terms of the same rows.
         warps: of a program.
+        stages: turns of a loop that are loaded ahead, and take shared memory.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Cut(NamedTuple):
     terms: int
     splits: int
     warps: int
+    stages: int = 2
 
 
 class _Kept:
@@ -133,7 +135,9 @@ def _few_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tenso
     sparse = (form.places, form.beyond, _starts(form, kept, c.rows) if fixed["OUTLIERS"] else unused)
     numbers = (len(x), rows, terms, width, x.stride(0))
     with _on(x):
-        few_tokens[(blocks, c.splits)](*tensors, *sparse, sums, counters, y, *numbers, **fixed, num_warps=c.warps)
+        few_tokens[(blocks, c.splits)](
+            *tensors, *sparse, sums, counters, y, *numbers, **fixed, num_warps=c.warps, num_stages=c.stages
+        )
     return y
 
 
@@ -151,13 +155,15 @@ def _levels_times(x: Tensor, form: Any, kept: _Kept, y: Tensor) -> Tensor:
     if not y.numel():
         return y
     x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype)
+    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype, wide=_wide(x.device))
     fixed = many_constants(form, kept.kind or _PLAIN, c, x.dtype)
     starts = _starts(form, kept, c.rows) if fixed["OUTLIERS"] else form.scale
     tensors = (x, form.codes, form.scale, form.row_scale, form.places, form.beyond, starts, y)
     numbers = (len(x), rows, terms, width, x.stride(0), *form.codes.stride())
     with _on(x):
-        kernel[-(-rows // c.rows), -(-len(x) // c.tokens)](*tensors, *numbers, **fixed, num_warps=c.warps)
+        kernel[-(-rows // c.rows), -(-len(x) // c.tokens)](
+            *tensors, *numbers, **fixed, num_warps=c.warps, num_stages=c.stages
+        )
     return y
 
 
@@ -184,16 +190,18 @@ def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     two_planes = width < form.shape[1]  # which are lanes of one product
     lanes = FEW if tokens > 8 or (wide and not two_planes) else 8
     # programs of ragged sizes, of more digits and of many lanes have no registers for twice as many rows
-    crowded = form.shape[1] % side or width % side or dtype != torch.bfloat16 or (two_planes and lanes == FEW)
+    ragged, digits = form.shape[1] % side or width % side, dtype != torch.bfloat16
+    crowded = ragged or digits or (two_planes and lanes == FEW)
     high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
     splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    return Cut(lanes, high, side, max(splits, 1), 8 if wide and crowded else 4)
+    warps = 8 if two_planes and lanes == FEW and (wide or digits) else 4
+    return Cut(lanes, high, side, max(splits, 1), warps, 1 if ragged and digits else 3)
 
 
-def many_cut(tokens: int, dtype: torch.dtype) -> Cut:
+def many_cut(tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
     one_digit = dtype == torch.bfloat16
-    high = FEW if tokens <= FEW else 128 if one_digit and tokens > 64 else 64
+    high = FEW if tokens <= FEW else 128 if one_digit and tokens > 64 and not wide else 64
     return Cut(high, 128, 64 if one_digit else 32, 1, 4 if high == FEW else 8)
 
 
