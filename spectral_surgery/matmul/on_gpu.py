@@ -194,7 +194,8 @@ def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
     crowded = ragged or digits or (two_planes and lanes == FEW)
     high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
     splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    warps = 8 if two_planes and lanes == FEW and (wide or digits) else 4
+    many = (lanes == FEW and (wide or digits)) or (ragged and digits and not wide)
+    warps = 8 if two_planes and many else 4
     return Cut(lanes, high, side, max(splits, 1), warps, 1 if ragged and digits else 3)
 
 
