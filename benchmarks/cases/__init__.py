@@ -23,6 +23,7 @@ from benchmarks.cases import (
     speech,
     speed,
     startup,
+    streaming,
     text,
 )
 from spectral_surgery.registry import Table
@@ -91,6 +92,11 @@ CASES = Table(
         ),
         BenchCase(
             "hub", "bytes that push, pull and inspect move, with the real client and a Hub here", by_size(hub.run)
+        ),
+        BenchCase(
+            "streaming",
+            "a source that stays on the Hub: time, bytes moved and disk used, beside the same from disk",
+            by_size(streaming.run),
         ),
         BenchCase("workers", "two worker processes against one, with equal bytes", by_size(engine.run_workers)),
         BenchCase(

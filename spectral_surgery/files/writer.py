@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -49,6 +49,7 @@ __all__ = [
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # loaders ask for it
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
+_AT_ONCE = 64 << 20  # bytes to write before the disk is waited for, where somebody waits
 _NAME_KEY = "weights_name"  # in the header of a compressed checkpoint: what its source's files were called
 _NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -65,6 +66,7 @@ class Entry:
         dtype: safetensors code, a key of DTYPE_BITS.
         shape: sizes, in elements.
         chunks: called once, when its turn comes; gives its bytes in order, in pieces of any size.
+        stored: called when these bytes are on the disk; None where nobody waits for that.
 
     Raises:
         CheckpointError: when dtype and shape do not make whole bytes.
@@ -74,6 +76,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[bytes | bytearray | memoryview]]
+    stored: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no file can hold."""
@@ -129,6 +132,8 @@ def copy_entry(info: TensorInfo, name: str | None = None) -> Entry:
 def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] = PT_METADATA) -> None:
     """Write one safetensors file: header, then every tensor; widest dtype first, then by name.
 
+    Over a file that begins with the same header it writes in place, so that entries may come from there.
+
     Raises:
         CheckpointError: when a name repeats, chunks disagree with a declared size, or the file
             cannot be written.
@@ -137,12 +142,48 @@ def write_file(path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, s
     _check_names(path, entries)
     ordered = sorted(entries, key=lambda entry: (-_RANK[entry.dtype], entry.name))
     header = _header(path, ordered, metadata)
-    with writing_to(path), path.open("wb") as file:
+    with writing_to(path), path.open("r+b" if _begins_with(path, header) else "wb") as file:
+        if any(entry.stored for entry in ordered):  # its header has to be read, should it remain unfinished
+            file.truncate(len(header) + sum(entry.nbytes for entry in ordered))
         file.write(header)
+        waiting = _Waiting(file, path.parent)
         for entry in ordered:
             _stream(file, path, entry)
-        file.flush()
-        os.fsync(file.fileno())
+            waiting.add(entry)
+        waiting.sync()
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+@dataclass
+class _Waiting:
+    """Entries that are written, and wait to be on the disk."""
+
+    file: BinaryIO
+    folder: Path
+    calls: list[Callable[[], None]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, entry: Entry) -> None:
+        self.nbytes += entry.nbytes
+        if entry.stored is not None:
+            self.calls.append(entry.stored)
+        if self.calls and self.nbytes >= _AT_ONCE:
+            self.sync()
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if self.calls:
+            sync(self.folder)
+        for call in self.calls:
+            call()
+        self.calls, self.nbytes = [], 0
 
 
 def write_checkpoint(

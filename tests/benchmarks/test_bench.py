@@ -75,6 +75,7 @@ def test_names_are_those_of_the_commands() -> None:
         "calibrate",
         "text",
         "hub",
+        "streaming",
         "workers",
         "language_model",
         "export",

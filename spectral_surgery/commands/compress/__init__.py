@@ -248,8 +248,10 @@ def _with_choices(options: CompressOptions, calibrate: TextData | None, importan
 
 def _finish(job: Job, out: Path, started: float) -> CompressReport:
     with publishing(out, overwrite=job.run.overwrite, keep_partial=True) as folder:
-        clear_folder(folder, keep=(UNITS,))
-        manifest, copied, size = job.write(folder)
+        clear_folder(folder, keep=(UNITS, *(info.file.name for one in job.before.values() for info in one.infos)))
+        # codes that text has chosen are looked for among the units by a run that goes on
+        chosen = job.plan.options.calibration or job.plan.options.importance
+        manifest, copied, size = job.write(folder, give_way=not chosen)
         for name in NO_WORK:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(job.store.folder)

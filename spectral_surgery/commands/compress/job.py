@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -15,10 +15,20 @@ from spectral_surgery.cards.command_line import compress_command
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.atomic import discard_unfinished, partial_folder, replace_file, writing_to
 from spectral_surgery.files.compressed.checkpoint import open_compressed
+from spectral_surgery.files.compressed.joining import JoinedTensor, joined_before, write_down
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import UNITS, UnitStore, is_done, join, read_unit, run_unit, work_key
+from spectral_surgery.files.compressed.units import (
+    UNITS,
+    UnitStore,
+    is_done,
+    join,
+    paths_of,
+    read_unit,
+    run_unit,
+    work_key,
+)
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import VERSION_FILE, hold
 from spectral_surgery.files.sidecar_files import copy_companions
@@ -38,6 +48,7 @@ class Job:
         plan: what is compressed; stages that ask for other rates of some tensors go on with another plan.
         store: the finished units.
         run: how the work is carried out.
+        before: tensors that an earlier run has joined already, and whose units are gone.
     """
 
     source: Checkpoint
@@ -45,6 +56,7 @@ class Job:
     plan: Plan
     store: UnitStore
     run: Run
+    before: Mapping[str, JoinedTensor] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -53,7 +65,8 @@ class Job:
 
     def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
         """Encode the units that are not there yet, of one shard; whether those of all shards are there then."""
-        units, options, progress = self.plan.shard(*shard), self.plan.options, self.run.progress
+        options, progress = self.plan.options, self.run.progress
+        units = [unit for unit in self.plan.shard(*shard) if unit.tensor.info.name not in self.before]
         weights = list(accumulate(unit.weights for unit in units))  # largest first
         work = partial(run_unit, self.store, options=options, threads=self.run.threads)
         read, last = partial(read_unit, self.store), -1
@@ -62,20 +75,27 @@ class Job:
                 progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
         if last + 1 < len(units):
             progress(weights[-1], weights[-1], units[-1].tensor.info.name)
-        return shard[1] == 1 or all(is_done(self.store, unit) for unit in self.plan.units)
+        others = (unit for unit in self.plan.units if unit.tensor.info.name not in self.before)
+        return shard[1] == 1 or all(is_done(self.store, unit) for unit in others)
 
     def _depth(self) -> int:
         """How many parts are read ahead: none of files here, which the system reads ahead."""
         infos = (info for tensor in self.plan.tensors for info in (tensor.info, tensor.base) if info)
         return 0 if all(isinstance(info.file, Path) for info in infos) else AHEAD
 
-    def write(self, folder: Path) -> tuple[Manifest, dict[str, str], int]:
-        """Join the units to a compressed checkpoint, and remove them.
+    def write(self, folder: Path, *, give_way: bool = False) -> tuple[Manifest, dict[str, str], int]:
+        """Join the units to a compressed checkpoint.
+
+        Args:
+            folder: where to.
+            give_way: remove each unit when its tensor is in a weight file, to which a later run can go back.
 
         Returns:
             The manifest, the reason by name of each tensor that is copied, and the bytes of weights and manifest.
         """
-        entries, manifest, copied = join(self.store, self.plan, self.index)
+        entries, manifest, copied = join(self.store, self.plan, self.index, self.before if give_way else None)
+        if give_way:
+            write_down(self.store.folder, self.store.key, manifest)
         manifest = replace(manifest, command=compress_command(self.plan.options))
         files = write_checkpoint(folder, entries, metadata=weights_metadata(self.index))
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -99,7 +119,8 @@ def opened(
     with hold(aside, exclusive=alone, wait=not alone):
         if isinstance(source, RemoteCheckpoint):
             _keep_to_version(source, aside / VERSION_FILE, anew=alone and not run.resume)
-        yield job
+        before = joined_before(job.store.folder, job.store.key, aside, paths_of(job.store, plan))
+        yield replace(job, before=before)
 
 
 def _keep_to_version(source: RemoteCheckpoint, record: Path, *, anew: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from spectral_surgery.codec.parallel import one_torch_thread
 from spectral_surgery.codec.pick_transform import choose_basis
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.difference import read_rows
+from spectral_surgery.files.compressed.joining import JoinedTensor, giving_way
 from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
 from spectral_surgery.files.compressed.parts import joined, part_record, read_part, write_part
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor, Unit
@@ -181,8 +183,24 @@ def _is_finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Entry], Manifest, dict[str, str]]:
+def paths_of(store: UnitStore, plan: Plan) -> dict[str, list[Path]]:
+    """The files of the units of each tensor, by its name."""
+    paths: dict[str, list[Path]] = {}
+    for unit in plan.units:
+        paths.setdefault(unit.tensor.info.name, []).append(store.path(unit))
+    return paths
+
+
+def join(
+    store: UnitStore, plan: Plan, index: CheckpointIndex, before: Mapping[str, JoinedTensor] | None = None
+) -> tuple[list[Entry], Manifest, dict[str, str]]:
     """Everything the compressed checkpoint consists of, once all units were written or found intact by this run.
+
+    Args:
+        store: where units are.
+        plan: what they are.
+        index: of the source, for what is copied.
+        before: tensors without units, that are in weight files already; None not to let units give way to those.
 
     Returns:
         Entries for the writer, the manifest, and the reasons for every tensor that is copied.
@@ -194,6 +212,10 @@ def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Ent
     entries: list[Entry] = []
     records: dict[str, TensorRecord] = {}
     for tensor in plan.tensors:
+        if there := (before or {}).get(tensor.info.name):
+            records[tensor.info.name] = there.record
+            entries += there.entries()
+            continue
         parts = []
         for unit in plan.units_of[tensor.info.name]:
             done = read_part(store.path(unit), store.key, verify=False)
@@ -209,7 +231,8 @@ def join(store: UnitStore, plan: Plan, index: CheckpointIndex) -> tuple[list[Ent
             continue
         joined_entries, counted = joined(tensor.info.name, finite)
         records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
-        entries += joined_entries
+        files = [store.path(unit) for unit in units[tensor.info.name]]
+        entries += joined_entries if before is None else giving_way(joined_entries, files)
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
 
