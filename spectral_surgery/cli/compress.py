@@ -67,6 +67,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
 @shared.reading_options
+@shared.stream_push_option
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
 def command(
@@ -85,7 +86,7 @@ def command(
     """
     target, part, ctx = _target(), shared.shard_of(shard), click.get_current_context()
     processes = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
-    from spectral_surgery.commands.compress import compress, compress_shard, plan_compression
+    from spectral_surgery.commands.compress import compress, compress_and_push, compress_shard, plan_compression
 
     access = shared.hub_access()
     before, name = access.others().locate(base) if base else (None, None)
@@ -98,11 +99,15 @@ def command(
     calibrate, heal = _texts(part)
     access.prepare()
     found, origin = access.resolve(source) if calibrate or heal else access.locate(source)
-    threads = shared.threads_or_all(workers=workers)
+    threads, pushed = shared.threads_or_all(workers=workers), dict[str, object]()
     with output.progress(" weights") as progress:
         more = {"workers": processes, "threads": threads, "origin": origin, "progress": progress, "note": output.note}
         run = from_options(Run, more)
-        if part[1] == 1:
+        if access.push and access.stream_push:
+            push = (access.push, access.stream_push)
+            report, done = compress_and_push(found, out, options, *push, base=before, token=access.token, run=run)
+            pushed = {"pushed": done.to_json()}
+        elif part[1] == 1:
             report = compress(found, out, options, calibrate=calibrate, heal=heal, base=before, device=device, run=run)
         elif (finished := compress_shard(found, out, options, part, base=before, run=run)) is not None:
             report = finished
@@ -111,7 +116,8 @@ def command(
             return
     for line in _text_lines(report):
         click.echo(line, err=True)
-    output.show({"finished": True, **report.to_json(), **access.pushed(out)}, _report_lines(report))
+    pushed = pushed or access.pushed(out)
+    output.show({"finished": True, **report.to_json(), **pushed}, _report_lines(report))
 
 
 def _target() -> Target:
@@ -139,6 +145,8 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
         raise click.UsageError(
             "--calibrate and --heal go through a whole model; they have no --shard or --base. Run heal under torchrun."
         )
+    if params["stream_push"] and (part[1] > 1 or calibrate or text):
+        raise click.UsageError("--stream-push: goes without --calibrate, --heal and --shard, which need all of OUT.")
     keep_freed_memory(LITTLE if calibrate and not text else WORTH_KEEPING)  # healing has the whole model in memory
     only_one("steps", "minutes")
     if text is None:

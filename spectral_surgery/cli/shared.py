@@ -40,6 +40,14 @@ class HubAccess:
     private: bool = field(
         default=False, metadata={"help": "With --push: make the repository private, should it be new."}
     )
+    stream_push: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --push: upload and remove weight files of this size as they are finished; OUT gets the rest.",
+            "bytes": True,
+            "metavar": "SIZE",
+        },
+    )
     keep_source: bool = field(
         default=False,
         metadata={"help": "Download what is on the Hub into the cache, instead of reading the weights from there."},
@@ -116,6 +124,8 @@ def hub_access() -> HubAccess:
     access = from_options(HubAccess)
     if access.private and not access.push:
         raise click.UsageError("--private: expected with --push, got it alone. It says how --push makes a repository.")
+    if access.stream_push and not access.push:
+        raise click.UsageError("--stream-push: expected with --push, got it alone. It says how --push uploads.")
     return access
 
 
@@ -123,6 +133,7 @@ source_argument = click.argument("source", metavar="SOURCE")
 out_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 hub_options = options_of(HubAccess, "revision", "token")
 reading_options = options_of(HubAccess, "keep_source", "allow_bin")
+stream_push_option = options_of(HubAccess, "stream_push")
 push_options = options_of(HubAccess, "push", "private")
 overwrite_option = options_of(Run, "overwrite")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

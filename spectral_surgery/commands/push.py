@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,11 +102,50 @@ def push(
     hub.prepare(target, private=private, create_pr=create_pr, token=token)
     listing = hub.list_files(target, token)
     files[cards.FILE_NAME] = _reconciled(here, listing, folder, token).encode()
-    stale = tuple(sorted(_of_checkpoint(listing.files) - files.keys())) if _of_checkpoint(files) else ()
-    message = message or f"Upload {_WHAT[checked.kind]} with spectral-surgery {__version__}"
+    stale = _stale(listing, files)
+    message = message or _message(checked)
     done = hub.upload(listing, files, delete=stale, message=message, create_pr=create_pr, token=token)
     seconds = time.perf_counter() - started
     return PushReport(str(target), checked.kind, _sizes(files), stale, done.commit, done.url, done.changed, seconds)
+
+
+def push_stored(
+    folder: Path, stored: Sequence[hub.Stored], checked: Checked, repository: hub.Repository, token: str | None
+) -> PushReport:
+    """Commit a folder together with weight files that the Hub has already.
+
+    Args:
+        folder: what is beside the weights.
+        stored: the weight files.
+        checked: of both together; nothing is checked here.
+        repository: which exists.
+        token: instead of the one that is logged in.
+
+    Raises:
+        ConfigError: when the card cannot be read.
+        HubError: when it cannot be uploaded, or the card was edited here and there.
+    """
+    started = time.perf_counter()
+    files: dict[str, Path | bytes] = {str(path): folder / path for path in _published(folder)}
+    here = card_text(folder, checked, repository.name)
+    files[cards.FILE_NAME] = here.encode()
+    hub.refuse_tokens(files, token)
+    listing = hub.list_files(repository, token)
+    files[cards.FILE_NAME] = _reconciled(here, listing, folder, token).encode()
+    sizes = _sizes(files) | {one.name: one.size for one in stored}
+    stale = _stale(listing, sizes)
+    done = hub.upload(listing, files, stored=stored, delete=stale, message=_message(checked), token=token)
+    seconds = time.perf_counter() - started
+    return PushReport(str(repository), checked.kind, sizes, stale, done.commit, done.url, done.changed, seconds)
+
+
+def _message(checked: Checked) -> str:
+    return f"Upload {_WHAT[checked.kind]} with spectral-surgery {__version__}"
+
+
+def _stale(listing: hub.Listing, files: Mapping[str, object]) -> tuple[str, ...]:
+    """Files of the checkpoint that was there before, and is replaced."""
+    return tuple(sorted(_of_checkpoint(listing.files) - files.keys())) if _of_checkpoint(files) else ()
 
 
 def _reconciled(here: str, listing: hub.Listing, folder: Path, token: str | None) -> str:

@@ -211,20 +211,29 @@ def write_checkpoint(
     """
     _check_names(folder, entries)
     shards = _shards(entries, max_shard_size)
-    files = [f"{name}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    if len(shards) == 1:
-        files = [f"{name}.safetensors"]
+    files = shard_names(name, len(shards))
     for file, shard in zip(files, shards, strict=True):
         write_file(folder / file, shard, metadata=metadata)
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-        total = sum(entry.nbytes for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        replace_file(folder / f"{name}.safetensors.index.json", text.encode())
+        write_index(folder, name, weight_map, sum(entry.nbytes for entry in entries))
     with writing_to(folder):
         sync(folder)
     return [folder / file for file in files]
+
+
+def shard_names(name: str, count: int) -> list[str]:
+    """What the weight files of a checkpoint are called."""
+    if count == 1:
+        return [f"{name}.safetensors"]
+    return [f"{name}-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+
+
+def write_index(folder: Path, name: str, weight_map: Mapping[str, str], total: int) -> None:
+    """Write which file each tensor is in, and how many bytes all of them have."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / f"{name}.safetensors.index.json", text.encode())
 
 
 def weights_name(index: CheckpointIndex) -> str:

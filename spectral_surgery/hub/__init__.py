@@ -7,12 +7,13 @@ second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` a
 from spectral_surgery.hub.download import fetch, locate, needed, resolve
 from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
 from spectral_surgery.hub.repository import Repository, remote, to_push
-from spectral_surgery.hub.upload import Uploaded, prepare, read_text, refuse_tokens, upload
+from spectral_surgery.hub.upload import Stored, Uploaded, prepare, read_text, refuse_tokens, store, upload
 
 __all__ = [
     "Listing",
     "RemoteFile",
     "Repository",
+    "Stored",
     "Uploaded",
     "fetch",
     "list_files",
@@ -23,6 +24,7 @@ __all__ = [
     "refuse_tokens",
     "remote",
     "resolve",
+    "store",
     "to_push",
     "upload",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spectral_surgery.errors import HubError
 from spectral_surgery.hub.failures import TRIES, reaching, retrying
@@ -27,6 +28,15 @@ class Uploaded:
     commit: str
     url: str
     changed: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A large file that the Hub has, and that no commit has yet."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 def prepare(
@@ -88,10 +98,42 @@ def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -
             raise HubError(f"{name}: holds your access token; expected files without it. Remove it, and renew it.")
 
 
+def store(repository: Repository, path: Path, *, token: str | None = None) -> Stored:
+    """Upload a large file for a commit to come; content that the Hub has already is not sent again.
+
+    Raises:
+        HubError: when it cannot be uploaded, or the Hub takes it for a small one.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    def uploaded() -> CommitOperationAdd:  # it is used up by an attempt
+        addition = CommitOperationAdd(path.name, path)
+        HfApi(token=token).preupload_lfs_files(repository.name, [addition], revision=repository.revision)
+        return addition
+
+    with reaching(repository):
+        done = retrying(uploaded)
+    if done._upload_mode != "lfs":
+        raise HubError(f"{repository}: keeps {path.name} as a small file; expected one that is stored by itself.")
+    return Stored(path.name, done.upload_info.size, done.upload_info.sha256.hex())
+
+
+def _addition(stored: Stored) -> Any:
+    """What a commit says of a file that is stored; huggingface_hub has no public way without its content."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition = CommitOperationAdd(stored.name, b"")
+    addition.upload_info = UploadInfo(size=stored.size, sample=b"", sha256=bytes.fromhex(stored.sha256))
+    addition._upload_mode, addition._is_uploaded, addition._should_ignore = "lfs", True, False
+    return addition
+
+
 def upload(
     listing: Listing,
     files: Mapping[str, Path | bytes],
     *,
+    stored: Iterable[Stored] = (),
     delete: Iterable[str] = (),
     message: str,
     create_pr: bool = False,
@@ -104,6 +146,7 @@ def upload(
     Args:
         listing: of the repository as it is.
         files: content by path.
+        stored: more files, which the Hub has already.
         delete: paths to remove in the same commit.
         message: first line of the commit.
         create_pr: open a pull request instead of committing to the branch.
@@ -123,7 +166,7 @@ def upload(
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         return HfApi(token=token, library_name="spectral-surgery").create_commit(
             repository.name,
-            [*additions, *(CommitOperationDelete(name) for name in delete)],
+            [*additions, *map(_addition, stored), *(CommitOperationDelete(name) for name in delete)],
             commit_message=message,
             revision=repository.revision,
             create_pr=create_pr,

@@ -8,12 +8,15 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from spectral_surgery import hub
 from spectral_surgery.calibration.layer_moments import digest_of
 from spectral_surgery.commands.compress.calibrate import calibrated
 from spectral_surgery.commands.compress.coverage import Coverage
 from spectral_surgery.commands.compress.job import Job, opened
 from spectral_surgery.commands.compress.keep_important import keep_important
+from spectral_surgery.commands.compress.streamed import StreamedPush
 from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, write_healed
+from spectral_surgery.commands.push import PushReport
 from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.atomic import clear_folder, publishing
@@ -214,6 +217,46 @@ def compress_shard(
         if not job.store.folder.exists():  # another shard joined everything
             return None
         return _finish(job, out, started)
+
+
+def compress_and_push(
+    source: Checkpoint,
+    out: Path,
+    options: CompressOptions,
+    repository: str,
+    size: int,
+    *,
+    base: Checkpoint | None = None,
+    token: str | None = None,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> tuple[CompressReport, PushReport]:
+    """Compress without text, and upload each weight file when it is finished; one commit at the end has them all.
+
+    Two weight files and their parts are on the disk at once, and what failed is gone on with. Nothing is published
+    before the end.
+
+    Args:
+        source: checkpoint.
+        out: folder to create, for all that is beside the weights.
+        options: how small or how exact.
+        repository: ``org/name``, which exists.
+        size: bytes of a weight file, about.
+        base: checkpoint that the difference to is compressed.
+        token: instead of the one that is logged in.
+        run: how the work is carried out.
+
+    Raises:
+        CheckpointError: as `compress`.
+        ConfigError: as `compress`.
+        HubError: when something cannot be uploaded.
+    """
+    started, target = time.perf_counter(), hub.to_push(repository)
+    check_apart(source, out)
+    check_apart(base or source, out)
+    index, plan = plan_compression(source, _with_choices(options, None, None), base=base)
+    with opened(source, out, index, plan, run) as job:
+        manifest, copied, nbytes, pushed = StreamedPush(job, size, target, token).run(out)
+    return _report(job, manifest, copied, nbytes, started), pushed
 
 
 def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> Keep | None:

@@ -63,17 +63,22 @@ class Job:
         """``<out>.partial``."""
         return self.store.folder.parent
 
-    def encode(self, shard: tuple[int, int] = (0, 1)) -> bool:
-        """Encode the units that are not there yet, of one shard; whether those of all shards are there then."""
+    def encode(self, shard: tuple[int, int] = (0, 1), *, last: bool = True) -> bool:
+        """Encode the units that are not there yet, of one shard; whether those of all shards are there then.
+
+        Args:
+            shard: which one, of how many.
+            last: whether this is the last work of the processes.
+        """
         options, progress = self.plan.options, self.run.progress
         units = [unit for unit in self.plan.shard(*shard) if unit.tensor.info.name not in self.before]
         weights = list(accumulate(unit.weights for unit in units))  # largest first
         work = partial(run_unit, self.store, options=options, threads=self.run.threads)
-        read, last = partial(read_unit, self.store), -1
+        read, number = partial(read_unit, self.store), -1
         with _team(self.run.workers) as workers:
-            for last in workers.share(work, units, prepare=read, depth=self._depth(), last=True):
-                progress(weights[last], weights[-1], units[last].tensor.info.name)  # others may be at earlier ones
-        if last + 1 < len(units):
+            for number in workers.share(work, units, prepare=read, depth=self._depth(), last=last):
+                progress(weights[number], weights[-1], units[number].tensor.info.name)  # others may be at earlier ones
+        if number + 1 < len(units):
             progress(weights[-1], weights[-1], units[-1].tensor.info.name)
         others = (unit for unit in self.plan.units if unit.tensor.info.name not in self.before)
         return shard[1] == 1 or all(is_done(self.store, unit) for unit in others)
@@ -98,11 +103,16 @@ class Job:
             write_down(self.store.folder, self.store.key, manifest)
         manifest = replace(manifest, command=compress_command(self.plan.options))
         files = write_checkpoint(folder, entries, metadata=weights_metadata(self.index))
+        self.write_beside(folder, manifest)
+        cards.write_derived(folder, compressed_card(open_compressed(folder, differences=True), self.run.origin))
+        return manifest, copied, sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
+
+    def write_beside(self, folder: Path, manifest: Manifest) -> dict[str, object]:
+        """Write what is beside the weights, but for the card. Returns the configuration."""
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         marked = dict(self.index.config) | {"quantization_config": _quantization_config(self.plan.options)}
         copy_companions(self.index, folder, marked)
-        cards.write_derived(folder, compressed_card(open_compressed(folder, differences=True), self.run.origin))
-        return manifest, copied, sum(path.stat().st_size for path in [*files, folder / FILE_NAME])
+        return marked
 
 
 @contextmanager
