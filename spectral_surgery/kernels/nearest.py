@@ -280,7 +280,7 @@ def nearest(values: Array, inverse: Array, costs: Array, out: Array) -> None:
     while size < height:
         size *= 2
     prices = _price_table(costs)
-    reach, table, step = np.int32(prices.shape[1] // 2), prices.ctypes.data, 16 * prices.shape[1]
+    reach, step = np.int32(prices.shape[1] // 2), 16 * prices.shape[1]
     memory = np.zeros(_SIZE + _ROW, np.uint8)
     start = -memory.ctypes.data % _ROW  # rows are lines of the cache
     space, floats = memory.ctypes.data + start, memory[start : start + _SIZE].view(np.float32).reshape(-1, _LANES)
@@ -289,6 +289,7 @@ def nearest(values: Array, inverse: Array, costs: Array, out: Array) -> None:
         floats[_FIRST // _ROW + 3 * row + 1] = _FAR
     for first in range(0, columns, _LANES):
         count = min(_LANES, columns - first)
+        table = prices.ctypes.data  # asked for here, since memory is freed after the last use of its array
         for i in range(height):
             for lane in range(count):
                 value = values[i, first + lane] * inverse[first + lane]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -237,3 +241,24 @@ def test_the_error_is_that_of_the_lattice() -> None:
     volume = 2.0 ** (2 * (32 + 1 - 6) / 32)  # of a point, as a square for each coefficient
     gain = 10 * np.log10(1 / 12 / (error / volume))
     assert 0.9 < gain < 1.1, "decibels, of 1.53 at most"
+
+
+_FREED = """
+import numpy as np
+from spectral_surgery.kernels.lattice import nearest_reference
+from spectral_surgery.kernels.nearest import nearest
+
+random = np.random.default_rng(0)
+values, inverse = random.normal(0, 2, (32, 70)).astype(np.float32), np.ones(70, np.float32)
+costs = np.linspace(0, 30, 200, dtype=np.float32)  # too large for what glibc keeps as it is
+out = np.empty(values.shape, np.int32)
+nearest(values, inverse, costs, out)
+assert np.array_equal(out, nearest_reference(values, inverse, costs))
+"""
+
+
+@pytest.mark.parametrize("byte", ["1", "85"])
+def test_nothing_is_read_of_memory_that_was_freed(byte: str) -> None:
+    """glibc overwrites what is freed when it is asked to."""
+    environment = os.environ | {"MALLOC_PERTURB_": byte, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", _FREED], check=True, env=environment, timeout=120)
