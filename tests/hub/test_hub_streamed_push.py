@@ -116,7 +116,7 @@ def test_a_failure_publishes_nothing_and_resume_goes_on(
     stored = list(hub.stored)
     hub.faults.clear()
     done = client(*order(folder, tmp_path / "out", "--quiet"))
-    assert "out.partial: holds unfinished work; use --resume" in done.stderr
+    assert "Use --resume to go on with it" in done.stderr
     client.result(*order(folder, tmp_path / "out", "--resume"))
     assert hub.stored[: len(stored)] == stored  # nothing was sent again
     check(hub, client, expected, tmp_path)
