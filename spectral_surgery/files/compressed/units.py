@@ -185,10 +185,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 def paths_of(store: UnitStore, plan: Plan) -> dict[str, list[Path]]:
     """The files of the units of each tensor, by its name."""
-    paths: dict[str, list[Path]] = {}
-    for unit in plan.units:
-        paths.setdefault(unit.tensor.info.name, []).append(store.path(unit))
-    return paths
+    return {name: [store.path(unit) for unit in units] for name, units in plan.units_of.items()}
 
 
 def join(
@@ -231,7 +228,7 @@ def join(
             continue
         joined_entries, counted = joined(tensor.info.name, finite)
         records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
-        files = [store.path(unit) for unit in units[tensor.info.name]]
+        files = [store.path(unit) for unit in plan.units_of[tensor.info.name]]
         entries += joined_entries if before is None else giving_way(joined_entries, files)
     entries += [copy_entry(index.tensors[name]) for name in copied]
     return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
