@@ -34,7 +34,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option(
     "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Folder of a language model to be measured by language_model in place of SmolLM2.",
 )
 @click.option("--output", "file", type=click.Path(path_type=Path), help="Also write the results as JSON to this file.")
