@@ -15,6 +15,7 @@ from benchmarks.cases import (
     generate_large,
     gpu_static,
     hub,
+    lossless,
     mixers,
     rate,
     smollm2,
@@ -97,6 +98,9 @@ CASES = Table(
             "streaming",
             "a source that stays on the Hub: time, bytes moved and disk used, beside the same from disk",
             by_size(streaming.run),
+        ),
+        BenchCase(
+            "lossless", "bytes of weights coded without loss, and decoding beside copying", by_size(lossless.run)
         ),
         BenchCase("workers", "two worker processes against one, with equal bytes", by_size(engine.run_workers)),
         BenchCase(

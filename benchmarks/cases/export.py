@@ -32,7 +32,7 @@ from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
 from spectral_surgery.run import Run
 
-SEQUENCES, LENGTH = 48, 256  # of the text to judge on
+SEQUENCES, LENGTH = 16, 256  # of the text to judge on
 BITS = 4.0
 INTEGERS = {"compressed-tensors 4": IntegerSettings(4), "compressed-tensors 8": IntegerSettings(8)}
 FILES = {f"gguf {kind}": GgufSettings(kind) for kind in ("Q8_0", "Q5_1", "Q4_0", "Q4_K_M")}

@@ -41,7 +41,8 @@ def compressed_card(checkpoint: CompressedCheckpoint, origin: str | None) -> Car
         "options": manifest.options,
         "base": base,
         "auto_class": None if base or library is None else _auto_class(index),  # differences are not a model
-        "copied": [info for name, info in index.tensors.items() if name not in stored],
+        "copied": [info for name, info in index.tensors.items() if name not in {*stored, *manifest.lossless}],
+        "coded": [index.tensors[name] for name in manifest.lossless],
         "original_bytes": sum(r.report.weights * DTYPE_BITS[r.dtype] // 8 for r in manifest.tensors.values()),
     }
     rows.sort(key=lambda row: -int(str(row["bytes"])))

@@ -65,7 +65,7 @@ def compress_command(options: CompressOptions) -> str:
         "calibrate": "TEXT" if options.calibration else None,
         "keep": "important" if options.importance else None,
     }
-    target = {_TARGETS.get(options.target.kind, options.target.kind): options.target.value}
+    target = {_TARGETS.get(options.target.kind, options.target.kind): options.target.value or True}
     asked = {name: value for name, value in chosen.items() if name not in ("calibration", "importance")}
     return command_line("compress", (SOURCE, "OUT"), target | asked)
 

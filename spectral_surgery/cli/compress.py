@@ -35,9 +35,10 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--sparsity", "--density", "density", type=float, help="Fraction of coefficients KEPT: 0.2 keeps 20 %.")
 @click.option("--bits", type=float, help="Stored bits per weight, 0.5 to 8, every byte counted.")
 @click.option("--max-error", type=float, help="Relative error of every tensor, at the fewest bits.")
+@click.option("--lossless", is_flag=True, help="Code every tensor bit for bit: bfloat16 in two thirds of its bytes.")
 @options_of(CompressOptions, "transform", "tile", "quantizer")
 @click.option("--base", metavar="BASE", help="Compress the difference to this checkpoint; decompress needs it again.")
-@options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite")
+@options_of(CompressOptions, "include", "exclude", "min_weights", "copy_nonfinite", "copy")
 @options_of(
     *(TextData, "file", "samples"),
     flags={"file": "--calibrate"},
@@ -75,13 +76,14 @@ def command(
 ) -> None:
     """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
 
-    Exactly one of --sparsity, --bits and --max-error says how small or how exact. OUT appears at the end, whole; a run
-    that was cut off goes on with --resume. The bytes do not depend on workers, threads or interruptions.
+    Exactly one of --sparsity, --bits, --max-error and --lossless says how small or how exact. OUT appears at the end,
+    whole; a run that was cut off goes on with --resume. The bytes do not depend on workers, threads or interruptions.
 
     \b
     Example:
       spectral-surgery compress ./model ./model-4bit --bits 4 --workers 2 --dry-run
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
+      spectral-surgery compress ./model ./model-lossless --lossless
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
     """
     target, part, ctx = _target(), shared.shard_of(shard), click.get_current_context()
@@ -124,8 +126,9 @@ def _target() -> Target:
     kinds: tuple[Kind, ...] = ("density", "bits", "max_error")
     params = click.get_current_context().params
     targets = [Target(kind, params[kind]) for kind in kinds if params[kind] is not None]
+    targets += [Target("lossless", 0.0)] if params["lossless"] else []
     if len(targets) != 1:
-        raise click.UsageError("exactly one of --sparsity, --bits and --max-error is needed.")
+        raise click.UsageError("exactly one of --sparsity, --bits, --max-error and --lossless is needed.")
     return targets[0]
 
 
@@ -207,13 +210,24 @@ def _report_lines(report: CompressReport) -> Iterator[str]:
         }
         for name, record in records
     ]
+    coded = report.manifest.lossless
+    if not rows:
+        yield (
+            f"{len(coded)} tensors coded without loss, {len(report.copied) - len(coded)} copied as they are.\n"
+            f"{output.size(report.input_bytes)} -> {output.size(report.output_bytes)},"
+            f" {report.output_bytes / report.input_bytes:.3f} of it, in {report.seconds:.1f} s with"
+            f" {output.size(report.peak_rss_bytes)} of memory at most."
+        )
+        yield from output.notes(report.notes)
+        return
     yield output.table(rows[:_SHOWN])
     if len(rows) > _SHOWN:
         yield f"... and {len(rows) - _SHOWN} smaller ones (--json lists all)"
     total = report.manifest.report
     yield (
         f"\n{len(rows)} tensors: {total.bits_per_weight:.3f} bits per weight, relative error"
-        f" {total.relative_error:.4f}, density {total.density:.3f}; {len(report.copied)} tensors copied.\n"
+        f" {total.relative_error:.4f}, density {total.density:.3f}; {len(report.copied)} tensors copied,"
+        f" {len(coded)} of them coded without loss.\n"
         f"{output.size(report.input_bytes)} -> {output.size(report.output_bytes)}, {report.compression_ratio:.1f}x"
         f" smaller, in {report.seconds:.1f} s with {output.size(report.peak_rss_bytes)} of memory at most."
     )

@@ -45,11 +45,12 @@ class _Plan:
     bits: float
 
 
-def encode_frame(codes: Codes) -> bytes:
+def encode_frame(codes: Codes, *, plain: bool = False) -> bytes:
     """Encode the codes of one frame, in whichever way takes the fewest bytes.
 
     Args:
         codes: [r, I] int8, int16 or int32.
+        plain: as integers without low bits, whatever takes fewer bytes: what decodes fastest.
 
     Raises:
         ConfigError: when codes is not a matrix of signed integers.
@@ -63,12 +64,12 @@ def encode_frame(codes: Codes) -> bytes:
     )  # kernels are compiled for these
     if not seen.any():
         return _HEADER.pack(ZEROS, codes.itemsize, 0, 0, 0, 0)
-    words = _words(seen)
-    if not len(words) and len(_words(seen.T[:BLOCK])) and len(_words(seen.T)):
+    words = seen.reshape(-1)[:0].view(np.uint8) if plain else _words(seen)
+    if not plain and not len(words) and len(_words(seen.T[:BLOCK])) and len(_words(seen.T)):
         turned = encode_frame(codes.T)
         if turned[0] == LATTICE:
             return bytes([TURNED]) + turned[1:]
-    plan = _cheapest(seen, words, codes.itemsize)
+    plan = _with_low(seen, codes.itemsize, INTEGERS, 0, 0) if plain else _cheapest(seen, words, codes.itemsize)
     lattice = plan.kind == LATTICE
     words = words if lattice else words[:0]
     lanes = next(lanes for least, lanes in _LANES if seen.size >= least)

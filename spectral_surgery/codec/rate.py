@@ -17,7 +17,7 @@ from spectral_surgery.errors import ConfigError
 Floats = npt.NDArray[np.float64]
 
 _MAX_LEVELS = 4096  # priced one by one in the estimate
-_RANGES = {"density": (0.0, 1.0), "bits": (0.5, 8.0), "max_error": (1e-4, 1.0)}
+_RANGES = {"density": (0.0, 1.0), "bits": (0.5, 8.0), "max_error": (1e-4, 1.0), "lossless": (0.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Target:
 
     Attributes:
         kind: ``density`` (fraction of coefficients kept), ``bits`` (stored bits per weight) or ``max_error`` (relative
-            Frobenius error).
-        value: the number asked for.
+            Frobenius error); ``lossless`` compresses nothing with a loss.
+        value: the number asked for; 0 for ``lossless``.
 
     Raises:
         ConfigError: when the kind is unknown or the value out of its range.
     """
 
-    kind: Literal["density", "bits", "max_error"]
+    kind: Literal["density", "bits", "max_error", "lossless"]
     value: float
 
     def __post_init__(self) -> None:

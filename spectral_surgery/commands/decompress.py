@@ -15,6 +15,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.dense import cast
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
+from spectral_surgery.files.compressed.lossless import decoded_entry
 from spectral_surgery.files.compressed.manifest import FILE_NAME, SUFFIXES, TensorRecord
 from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
@@ -23,7 +24,6 @@ from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.writer import (
     Entry,
-    copy_entry,
     publishing,
     reported,
     tensor_bytes,
@@ -166,7 +166,7 @@ class _Entries:
     def _copied(self, as_name: str, info: TensorInfo) -> Entry:
         code = self.code
         if code is None or code == info.dtype or info.dtype not in (*FLOATS, *FLOATS8):
-            return copy_entry(info, as_name)
+            return decoded_entry(info, as_name)
         dtype = DTYPES[code]
         return Entry(as_name, code, info.shape, lambda: (tensor_bytes(piece.to(dtype)) for piece in flat_pieces(info)))
 

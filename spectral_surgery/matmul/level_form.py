@@ -214,9 +214,9 @@ def _grid_of(spectrum: Spectrum, layout: Layout) -> Grid:
 def transposed_form(form: LevelForm) -> LevelForm | None:
     """The form of Vᵀ from that of V, so that its rows serve kernels that have rows only.
 
-    Returns None for others than int8, and where columns of V have scales, which rows would get then.
+    Returns None for others than int8 on a device, and where columns of V have scales, which rows would get then.
     """
-    if form.layout != "int8" or form.scale.numel() > 1:
+    if form.layout != "int8" or form.host is not None or form.scale.numel() > 1:
         return None
     rows, columns = form.shape
     places = form.places.long() % columns * rows + form.places // columns

@@ -76,6 +76,7 @@ def test_names_are_those_of_the_commands() -> None:
         "text",
         "hub",
         "streaming",
+        "lossless",
         "workers",
         "language_model",
         "export",

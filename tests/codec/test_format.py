@@ -125,6 +125,24 @@ def test_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_checkpoint(tmp_path / "model-4bit", monkeypatch)
 
 
+def test_what_is_coded_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        **llama_like(torch.float32),
+        "exact.bf16": gaussian(40, 61, seed=5, dtype=torch.bfloat16),
+        "exact.f16": gaussian(40, 61, seed=6, dtype=torch.float16),
+        "exact.f32": gaussian(40, 61, seed=7),
+        "exact.f8": (100 * gaussian(80, 61, seed=8)).to(torch.float8_e4m3fn),
+        "exact.i64": torch.arange(700),
+    }
+    source = write_folder(tmp_path / "source", tensors)
+    compress(source, tmp_path / "model-4bit", CompressOptions(Target("bits", 4.0), exclude=("exact*",)))
+    names = check_checkpoint(tmp_path / "model-4bit", monkeypatch)
+    assert names["exact"].keys() == {name for name in tensors if name.startswith("exact")}
+    for name, found in names["exact"].items():
+        expected = tensors[name].view(torch.uint8).numpy().reshape(-1).view(found.dtype)
+        np.testing.assert_array_equal(found.reshape(-1), expected)
+
+
 @pytest.mark.slow
 def test_steps_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
@@ -162,10 +180,10 @@ def check_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
-        (1, r"format version 1; expected 2\. Compress the original again\."),
-        (3, r"format version 3; expected 2\. Upgrade spectral-surgery to read newer files\."),
-        (None, r"format version None; expected 2\. Upgrade"),
-        ("1", r"format version '1'; expected 2\. Upgrade"),
+        (1, r"expected format version 2, got 1\. Compress the original again\."),
+        (3, r"expected format version 2, got 3\. Upgrade spectral-surgery to read newer files\."),
+        (None, r"expected format version 2, got None\. Upgrade"),
+        ("1", r"expected format version 2, got '1'\. Upgrade"),
     ],
 )
 def test_other_versions_are_refused(version: object, advice: str) -> None:

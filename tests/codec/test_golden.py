@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spectral_surgery.codec.byte_planes import decode_planes, encode_planes
 from spectral_surgery.codec.frame_bytes import INTEGERS, LATTICE, TURNED, ZEROS, decode_frame, encode_frame
+from tests.codec import golden_planes
 from tests.codec.golden_frames import CASES, FOLDER, read, write
 from tests.support.format_page import page_reader
 
@@ -61,3 +63,18 @@ def test_none_is_written_over(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(file).codes, codes)
     with pytest.raises(FileExistsError):
         write(file, codes)
+
+
+PLANES = sorted(golden_planes.FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PLANES, ids=lambda file: file.stem)
+def test_planes_decode_to_their_numbers(file: Path) -> None:
+    golden = golden_planes.read(file)
+    decoded = decode_planes(golden.pieces, golden.layout, golden.centres, len(golden.numbers))
+    np.testing.assert_array_equal(decoded, golden.numbers)
+    assert encode_planes(golden.numbers, golden.layout, golden.centres) == golden.pieces
+
+
+def test_every_case_of_planes_has_a_file() -> None:
+    assert {file.stem for file in PLANES} == set(golden_planes.CASES)

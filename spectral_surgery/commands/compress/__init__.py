@@ -158,8 +158,7 @@ def compress(
         TargetError: when the model cannot be run on text alone.
     """
     started = time.perf_counter()
-    if base is not None and (calibrate or heal):
-        raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+    _check_together(options, base, text=calibrate is not None or heal is not None)
     if calibrate or heal:
         here(source)
     if calibrate and heal and heal.keep is not None:
@@ -187,6 +186,13 @@ def compress(
     return replace(report, calibration=reached)
 
 
+def _check_together(options: CompressOptions, base: Checkpoint | None, *, text: bool) -> None:
+    if options.target.kind == "lossless" and (base is not None or text):
+        raise ConfigError("--lossless: compresses every bit; expected without --base, --calibrate and --heal.")
+    if base is not None and text:
+        raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+
+
 def compress_shard(
     source: Checkpoint,
     out: Path,
@@ -207,6 +213,7 @@ def compress_shard(
     started = time.perf_counter()
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard: expected 0/n to n-1/n, got {shard[0]}/{shard[1]}.")
+    _check_together(options, base, text=False)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, _with_choices(options, None, None), base=base)

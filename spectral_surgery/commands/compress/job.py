@@ -152,7 +152,7 @@ def _quantization_config(options: CompressOptions) -> dict[str, object]:
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        options.target.kind: options.target.value,
+        options.target.kind: options.target.value or True,
         "transform": options.transform,
         "tile": options.tile,
     }

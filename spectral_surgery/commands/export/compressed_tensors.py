@@ -66,7 +66,7 @@ def quantized_layers(source: DenseCheckpoint) -> QuantizedLayers:
         ConfigError: when none is left.
     """
     found = linear_layers(source.index.root, source.headers)
-    if source.checkpoint:
+    if source.checkpoint and source.checkpoint.manifest.tensors:
         wanted = set(source.checkpoint.manifest.tensors)
     else:
         wanted = {tensor.info.name for tensor in make_plan(source.index, CompressOptions(Target("bits", 4.0))).tensors}

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.lossless import raw_entries
 from spectral_surgery.files.compressed.manifest import Manifest
 from spectral_surgery.files.compressed.parts import joined, read_part
-from spectral_surgery.files.writer import Entry, copy_entry, tensor_entry
+from spectral_surgery.files.writer import Entry, tensor_entry
 
 
 def recoded(
@@ -27,7 +28,8 @@ def recoded(
     Raises:
         CheckpointError: when a file is missing or damaged.
     """
-    entries = {name: copy_entry(info) for name, info in checkpoint.index.tensors.items()}
+    kept = [info for name, info in checkpoint.index.tensors.items() if name not in copied]
+    entries = {entry.name: entry for info in kept for entry in raw_entries(info)}
     records = dict(checkpoint.manifest.tensors)
     for name, files in replaced.items():
         parts = []
@@ -42,5 +44,9 @@ def recoded(
     entries |= {name: tensor_entry(name, tensor) for name, tensor in copied.items()}
     manifest = checkpoint.manifest
     return list(entries.values()), Manifest(
-        records, manifest.aliases, dict(manifest.options) | dict(options), manifest.source
+        records,
+        manifest.aliases,
+        dict(manifest.options) | dict(options),
+        manifest.source,
+        lossless={name: record for name, record in manifest.lossless.items() if name not in copied},
     )

@@ -206,10 +206,24 @@ def _compressed(source: Checkpoint) -> Inspection:
         }
         for name, record in manifest.tensors.items()
     ]
+    infos = (checkpoint.index.tensors[name] for name in manifest.lossless)
+    rows += [
+        {
+            "name": info.name,
+            "shape": list(info.shape),
+            "dtype": info.dtype,
+            "bytes": info.stored_bytes,
+            "bits_per_weight": 8 * info.stored_bytes / info.numel,
+            "relative_error": 0.0,
+            "transform": "none, lossless",
+        }
+        for info in infos
+    ]
     total = manifest.report
     before = base_name(manifest.options)
     summary = ({"differences_to": before} if before else {}) | {
-        "compressed_tensors": len(rows),
+        "compressed_tensors": len(manifest.tensors),
+        "lossless_tensors": len(manifest.lossless),
         "weights": total.weights,
         "bits_per_weight": total.bits_per_weight,
         "relative_error": total.relative_error,

@@ -28,13 +28,13 @@ def compressed_page(folder: Path, title: str) -> Page:
     manifest = checkpoint.manifest
     total = manifest.report
     before, after = _sizes(checkpoint)
-    figures = {
+    spectra = {
         "bits per weight": f"{total.bits_per_weight:.3f}",
         "relative error": f"{total.relative_error:.4f}",
-        "size": size(after),
-        "compression ratio": f"{before / after:.2f}",
         "coefficients kept": f"{total.density:.1%}",
     }
+    sizes = {"size": size(after), "compression ratio": f"{before / after:.2f}"}
+    figures = (spectra if manifest.tensors else {}) | sizes
     reports = {name: record.report for name, record in manifest.tensors.items()}
     return Page(
         _kind(manifest.options),
@@ -74,6 +74,9 @@ def _dense_bytes(record: TensorRecord) -> int:
 def _kind(options: Mapping[str, object]) -> str:
     names = (("importance", "important coefficients kept"), ("calibration", "calibrated"), ("healing", "healed"))
     how = [name for key, name in names if options.get(key)]
+    target = options.get("target")
+    if isinstance(target, Mapping) and target.get("kind") == "lossless":
+        return "Compressed checkpoint, bit for bit"
     what = "Differences to a base" if base_name(options) else "Compressed checkpoint"
     return f"{what}, {' and '.join(how) or 'data-free'}"
 
@@ -117,11 +120,15 @@ def _storage(checkpoint: CompressedCheckpoint) -> tuple[Section, ...]:
         )
         for name, record in checkpoint.manifest.tensors.items()
     ]
-    stored += [Stored(info.name, info.nbytes, "plain", f"{info.dtype}, copied bit for bit") for info in copied]
+    stored += [Stored(info.name, info.stored_bytes, "plain", f"{info.dtype}, {_how(info)}") for info in copied]
     legend = shades([tensor.kind for tensor in stored])
     legend += (("plain", "copied bit for bit"),) if copied else ()
     figures = bytes_figure(stored, legend)
     return (Section("Where the bytes are", figures=figures),) if figures else ()
+
+
+def _how(info: TensorInfo) -> str:
+    return "copied bit for bit" if info.decoder is None else "coded without loss"
 
 
 def _quality(reports: Mapping[str, EncodingReport]) -> Section:
@@ -154,8 +161,9 @@ def _tensors(checkpoint: CompressedCheckpoint) -> Section:
         {
             "tensor": info.name,
             "shape": sides(info.shape),
-            "bytes": info.nbytes,
+            "bytes": info.stored_bytes,
             "dtype": info.dtype,
+            "how": _how(info),
         }
         for info in copied_tensors(checkpoint)
     ]

@@ -12,6 +12,7 @@ import torch
 from spectral_surgery.codec.encoded import EncodedSpectrum
 from spectral_surgery.errors import CheckpointError, LimitError
 from spectral_surgery.files.compressed.difference import base_name
+from spectral_surgery.files.compressed.lossless import LOSSLESS_SUFFIXES, lossless_info
 from spectral_surgery.files.compressed.manifest import (
     FILE_NAME,
     QUANT_METHOD,
@@ -135,12 +136,23 @@ def open_compressed(source: Checkpoint, *, differences: bool = False) -> Compres
         _check(index, f"{name}.spectral_codes", ("U8",), None)
         _check(index, f"{name}.spectral_frames", ("I64",), {(frames + 1,)})
         _check(index, f"{name}.spectral_step", ("F32", "BF16"), steps)
+    index = _with_lossless(index, manifest)
     for alias, name in manifest.aliases.items():
         if name not in manifest.tensors and name not in index.tensors:
             raise CheckpointError(
                 f"{alias}: expected a complete folder, got one without {name}, to which it is tied. Fetch it again."
             )
     return CompressedCheckpoint(index, manifest)
+
+
+def _with_lossless(index: CheckpointIndex, manifest: Manifest) -> CheckpointIndex:
+    """The index with tensors that are coded without loss as if they were stored plainly."""
+    if not manifest.lossless:
+        return index
+    plain = {name: lossless_info(name, record, index.tensors) for name, record in manifest.lossless.items()}
+    parts = {f"{name}.{suffix}" for name in plain for suffix in LOSSLESS_SUFFIXES}
+    rest = {name: info for name, info in index.tensors.items() if name not in parts}
+    return replace(index, tensors=dict(sorted({**rest, **plain}.items())))
 
 
 def _check(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
+from spectral_surgery.files.compressed.lossless import decoded_entry
 from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, read_flat
 from spectral_surgery.files.storage import Checkpoint
-from spectral_surgery.files.writer import Entry, copy_entry, tensor_bytes
+from spectral_surgery.files.writer import Entry, tensor_bytes
 
 ROWS_BYTES = 1 << 22  # of stored rows that are read at a time
 
@@ -98,7 +99,7 @@ class DenseCheckpoint:
         """A tensor for the writer, bit for bit, or decoded and cast once."""
         tensor = self.tensors[name]
         if tensor.record is None:
-            return copy_entry(self.index.tensors[tensor.stored], name)
+            return decoded_entry(self.index.tensors[tensor.stored], name)
         dtype = DTYPES[tensor.dtype]
         return Entry(name, tensor.dtype, tensor.shape, lambda: (tensor_bytes(cast(r, dtype)) for r in self.rows(name)))
 

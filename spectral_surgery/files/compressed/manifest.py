@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from spectral_surgery.codec.encoded import Basis, EncodingReport
 from spectral_surgery.errors import CheckpointError, ConfigError, FormatVersionError, LimitError
+from spectral_surgery.files.compressed.lossless import LosslessRecord, parse_lossless
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.transforms import TRANSFORMS
 
@@ -76,18 +77,23 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed tensors by name, tied names, and how the folder was made: settled options and the command line."""
+    """All compressed tensors by name, tied names, and how the folder was made: settled options and the command line.
+
+    Attributes:
+        lossless: tensors that are coded bit for bit.
+    """
 
     tensors: dict[str, TensorRecord]
     aliases: dict[str, str]
     options: Mapping[str, object]
     source: str
     command: str = ""
+    lossless: Mapping[str, LosslessRecord] = field(default_factory=dict)
 
     @property
     def report(self) -> EncodingReport:
         """Measurements of all tensors together."""
-        return reduce(add, (record.report for record in self.tensors.values()))
+        return reduce(add, (record.report for record in self.tensors.values()), EncodingReport(0, 0, 0, 0.0, 0.0, 0.0))
 
     def to_json(self) -> str:
         """Text of the manifest; equal manifests give equal text."""
@@ -99,6 +105,7 @@ class Manifest:
             "options": self.options,
             "aliases": self.aliases,
             "tensors": {name: asdict(record) for name, record in self.tensors.items()},
+            **({"lossless": {name: asdict(one) for name, one in self.lossless.items()}} if self.lossless else {}),
         }
         return json.dumps(body, sort_keys=True, indent=1) + "\n"
 
@@ -158,6 +165,7 @@ def parse_manifest(body: object) -> Manifest:
     try:
         tensors = {str(name): _tensor(str(name), record) for name, record in body["tensors"].items()}
         aliases = {str(alias): str(name) for alias, name in body["aliases"].items()}
+        lossless = {str(name): parse_lossless(str(name), one) for name, one in body.get("lossless", {}).items()}
         options, source, command = dict(body["options"]), str(body["source"]), str(body.get("command", ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
@@ -165,7 +173,7 @@ def parse_manifest(body: object) -> Manifest:
         raise CheckpointError(
             f"{FILE_NAME}: expected the file that compress wrote, got a damaged one ({error!r}). Fetch it again."
         ) from None
-    return Manifest(tensors, aliases, options, source, command)
+    return Manifest(tensors, aliases, options, source, command, lossless)
 
 
 def check_version(version: object, file: str) -> None:

@@ -14,10 +14,19 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import EncodedSpectrum, EncodingReport, steps_bytes
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.compressed.lossless import (
+    LOSSLESS_SUFFIXES,
+    LosslessPart,
+    LosslessRecord,
+    layout_for,
+    parse_lossless_part,
+)
 from spectral_surgery.files.compressed.manifest import SUFFIXES, PartRecord, parse_part
 from spectral_surgery.files.index import TensorInfo, read_index
 from spectral_surgery.files.reader import byte_pieces, read_bytes, read_tensor, release
 from spectral_surgery.files.writer import Entry, replace_file, tensor_entry
+
+_OVERHEAD = 512  # bytes of names, headers and the manifest that a tensor coded without loss takes more
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
@@ -79,6 +88,51 @@ def _crc(*infos: TensorInfo) -> int:
     for info in infos:
         crc = zlib.crc32(read_bytes(info, 0, info.nbytes), crc)
     return crc
+
+
+def write_lossless(path: Path, key: str, pieces: Sequence[bytes], part: LosslessPart) -> None:
+    """Leave a part that is coded without loss in a file, whole or not at all; see `write_part`."""
+    tensors = {
+        "codes": torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8),
+        "frames": torch.cumsum(torch.tensor([0, *map(len, pieces)]), 0),
+    }
+    replace_file(path, save(tensors, {"key": key, "lossless": json.dumps(asdict(part))}))
+
+
+def read_lossless(path: Path, key: str) -> tuple[dict[str, TensorInfo], LosslessPart] | None:
+    """Where the tensors of such a part are, and its record; None for a file that is missing or of another key."""
+    try:
+        index = read_index(path) if path.exists() else None
+    except CheckpointError:
+        return None
+    if index is None or index.metadata.get("key") != key or "lossless" not in index.metadata:
+        return None
+    return index.tensors, parse_lossless_part(json.loads(index.metadata["lossless"]))
+
+
+def joined_lossless(
+    info: TensorInfo, parts: Sequence[tuple[Mapping[str, TensorInfo], LosslessPart]]
+) -> tuple[list[Entry], LosslessRecord] | None:
+    """A tensor that is coded without loss, joined from the files of its parts; None where that saves no bytes."""
+    files, records = zip(*parts, strict=True)
+    offsets = [torch.zeros(1, dtype=torch.int64)]
+    for file in files:
+        offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
+    places = torch.cat(offsets)
+    if int(places[-1]) + places.nbytes + _OVERHEAD >= info.nbytes:
+        return None
+    codes, frames = (f"{info.name}.{suffix}" for suffix in LOSSLESS_SUFFIXES)
+
+    def chunks() -> Iterator[bytes | bytearray | memoryview]:
+        for file in files:
+            yield from byte_pieces(file["codes"])
+
+    layout = layout_for(info)
+    record = LosslessRecord(info.dtype, info.shape, layout.columns, layout.per_frame, tuple(records))
+    return [
+        Entry(codes, "U8", (int(places[-1]),), chunks),
+        Entry(frames, "I64", tuple(places.shape), lambda: [places.numpy().tobytes()]),
+    ], record
 
 
 def joined(

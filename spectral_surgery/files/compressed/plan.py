@@ -15,6 +15,7 @@ from spectral_surgery.codec.quantizers.scalar import for_density, for_error
 from spectral_surgery.codec.rate import Magnitudes, Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.difference import counterpart
+from spectral_surgery.files.compressed.lossless import is_codable, parts_for
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo
@@ -28,6 +29,7 @@ AUTO = "auto"
 DEFAULT_TRANSFORM = "dct"
 MAX_TILE = 4096
 
+_LEFT = {"BF16": 0.67, "F16": 0.85, "F32": 0.84, "F8_E4M3": 0.83, "F8_E5M2": 0.75}  # of bytes, coded without loss
 _EMBEDDING = re.compile(r"(embed|wte|wpe|shared\.weight)", re.IGNORECASE)
 _HEAD = re.compile(r"(lm_head|embed_out|output\.weight|decoder\.weight|classifier\.weight)")
 _EXPERT = re.compile(r"experts?\b")
@@ -46,6 +48,7 @@ class PlannedTensor:
         parts: row ranges that are compressed one by one, cut at the matrices of a stack (experts) and at PART_WEIGHTS.
         base: the tensor whose difference is compressed instead, if any.
         target: asked of this tensor; None for that of the options.
+        lossless: whether it is coded bit for bit; rows are numbers then, and there is one column.
     """
 
     info: TensorInfo
@@ -55,6 +58,7 @@ class PlannedTensor:
     parts: tuple[tuple[int, int], ...]
     base: TensorInfo | None = None
     target: Target | None = None
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,23 +83,25 @@ class Plan:
     Attributes:
         copied: reason by name of every tensor stored bit for bit.
         aliases: second name of a tied tensor -> the name it is stored under.
+        coded: those of what is copied that are coded without loss, where that saves bytes.
     """
 
     options: CompressOptions
     tensors: tuple[PlannedTensor, ...]
     copied: dict[str, str]
     aliases: dict[str, str]
+    coded: tuple[PlannedTensor, ...] = ()
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Every part of every tensor, in file order."""
-        pairs = [(tensor, part) for tensor in self.tensors for part in range(len(tensor.parts))]
+        pairs = [(tensor, part) for tensor in (*self.tensors, *self.coded) for part in range(len(tensor.parts))]
         return tuple(Unit(tensor, part, ordinal) for ordinal, (tensor, part) in enumerate(pairs))
 
     @cached_property
     def units_of(self) -> dict[str, tuple[Unit, ...]]:
         """Every part of each tensor, by its name."""
-        found: dict[str, list[Unit]] = {tensor.info.name: [] for tensor in self.tensors}
+        found: dict[str, list[Unit]] = {tensor.info.name: [] for tensor in (*self.tensors, *self.coded)}
         for unit in self.units:
             found[unit.tensor.info.name].append(unit)
         return {name: tuple(units) for name, units in found.items()}
@@ -113,7 +119,7 @@ class Plan:
 
     def predicted_bits(self) -> float:
         """Stored bits per weight to expect: as asked, or as of Gaussian coefficients."""
-        if self.options.target.kind == "bits":
+        if self.options.target.kind in ("bits", "lossless"):
             return self.options.target.value
         gaussian = Magnitudes(np.random.default_rng(0).standard_normal(1 << 16))
         value = self.options.target.value
@@ -130,7 +136,8 @@ class Plan:
 
     def predicted_bytes(self, index: CheckpointIndex) -> int:
         """Bytes of weights to expect, those of copied tensors included."""
-        copied = sum(index.tensors[name].nbytes for name in self.copied)
+        left = {tensor.info.name: _LEFT.get(tensor.info.dtype, 1.0) for tensor in self.coded}
+        copied = round(sum(index.tensors[name].nbytes * left.get(name, 1.0) for name in self.copied))
         return round(self.weights * self.predicted_bits() / 8) + copied
 
     def to_json(self, index: CheckpointIndex) -> dict[str, object]:
@@ -190,17 +197,25 @@ def make_plan(
         else:
             planned = _planned(info, options.tile, _matrices_in(info, index.config))
             tensors.append(replace(planned, base=counterpart(base, name, info.shape)))
-    if not tensors:
+    if not tensors and options.target.kind != "lossless":
         reasons = "; ".join(sorted(set(copied.values())))
         raise ConfigError(
             f"{index.root.name}: no tensor is left to compress ({reasons}); at least one matrix is needed. Widen "
             "--include or lower --min-weights."
         )
-    return Plan(options, tuple(tensors), copied, aliases)
+    coded = tuple(_coded(index.tensors[name]) for name in copied if options.copy == "coded")
+    return Plan(options, tuple(tensors), copied, aliases, tuple(tensor for tensor in coded if tensor.parts))
+
+
+def _coded(info: TensorInfo) -> PlannedTensor:
+    """A tensor that is coded without loss; without parts where that cannot save bytes."""
+    parts = parts_for(info) if is_codable(info) else ()
+    return PlannedTensor(info, info.numel, 1, (), parts, lossless=True)
 
 
 def _why_copied(info: TensorInfo, options: CompressOptions, included: set[str] | None, excluded: set[str]) -> str:
     reasons = {
+        "nothing is compressed with a loss": options.target.kind == "lossless",
         f"{info.dtype} is not floating": info.dtype not in (*FLOATS, *FLOATS8),
         "excluded": info.name in excluded,
         "not included": included is not None and info.name not in included,

@@ -43,6 +43,10 @@ class CompressOptions:
         default=(), metadata={"help": "Copy tensors that match; repeatable.", "metavar": "GLOB", "repeatable": True}
     )
     min_weights: int = field(default=4096, metadata={"help": "Copy smaller tensors."})
+    copy: Literal["coded", "plain"] = field(
+        default="coded",
+        metadata={"help": "Store what is copied coded without loss, where that saves bytes, or as it is."},
+    )
     copy_nonfinite: bool = field(
         default=False, metadata={"help": "Copy tensors with NaN or infinite values instead of refusing them."}
     )

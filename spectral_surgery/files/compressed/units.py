@@ -25,11 +25,20 @@ from spectral_surgery.codec.pick_transform import choose_basis
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.difference import read_rows
 from spectral_surgery.files.compressed.joining import JoinedTensor, giving_way
+from spectral_surgery.files.compressed.lossless import LosslessPart, encode_part, layout_for
 from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
-from spectral_surgery.files.compressed.parts import joined, part_record, read_part, write_part
+from spectral_surgery.files.compressed.parts import (
+    joined,
+    joined_lossless,
+    part_record,
+    read_lossless,
+    read_part,
+    write_lossless,
+    write_part,
+)
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor, Unit
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.index import CheckpointIndex
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.files.storage import version_of
 from spectral_surgery.files.writer import Entry, copy_entry
@@ -64,7 +73,8 @@ def source_digest(index: CheckpointIndex) -> str:
 
 def is_done(store: UnitStore, unit: Unit) -> bool:
     """Whether a unit file of this very work is there and intact."""
-    return read_part(store.path(unit), store.key) is not None
+    read = read_lossless if unit.tensor.lossless else read_part
+    return read(store.path(unit), store.key) is not None
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ def run_unit(store: UnitStore, read: ReadUnit, options: CompressOptions, threads
     Raises:
         ConfigError: when the weights are not finite (and may not be copied) or cannot be encoded; the tensor is named.
     """
+    if read.unit.tensor.lossless:
+        if read.weight is not None:
+            _code_unit(store, read.unit, read.weight, threads)
+        return None
     if read.weight is None:
         done = read_part(store.path(read.unit), store.key, verify=False)
         return done[1].report if done and done[1] else None
@@ -119,6 +133,14 @@ def _encode_unit(
         return None
     write_part(store.path(unit), store.key, encoded, part_record(rows, encoded, report))
     return report
+
+
+def _code_unit(store: UnitStore, unit: Unit, numbers: Tensor, threads: int) -> None:
+    """Code one part without loss and leave its file."""
+    tensor = unit.tensor
+    with one_torch_thread():
+        coded = encode_part(numbers.reshape(-1), layout_for(tensor.info), tensor.parts[unit.part], threads)
+    write_lossless(store.path(unit), store.key, *coded)
 
 
 def _weight(tensor: PlannedTensor, rows: tuple[int, int]) -> Tensor:
@@ -217,10 +239,7 @@ def join(
         for unit in plan.units_of[tensor.info.name]:
             done = read_part(store.path(unit), store.key, verify=False)
             if done is None:
-                raise CheckpointError(
-                    f"{store.path(unit).name}: expected all {len(plan.units)} units done, got none here. "
-                    "Run again with --resume."
-                )
+                raise _not_done(store, plan, unit)
             parts.append(done)
         finite = [(file, record) for file, record in parts if record is not None]
         if len(finite) < len(parts):
@@ -230,8 +249,29 @@ def join(
         records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
         files = [store.path(unit) for unit in plan.units_of[tensor.info.name]]
         entries += joined_entries if before is None else giving_way(joined_entries, files)
-    entries += [copy_entry(index.tensors[name]) for name in copied]
-    return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), source_digest(index)), copied
+    lossless = {}
+    for tensor in plan.coded:
+        name = tensor.info.name
+        coded = joined_lossless(tensor.info, [_coded_part(store, plan, unit) for unit in plan.units_of[name]])
+        if coded is not None:
+            entries += coded[0]
+            lossless[name] = coded[1]
+    entries += [copy_entry(index.tensors[name]) for name in copied if name not in lossless]
+    digest = source_digest(index)
+    return entries, Manifest(records, dict(plan.aliases), plan.options.to_json(), digest, lossless=lossless), copied
+
+
+def _coded_part(store: UnitStore, plan: Plan, unit: Unit) -> tuple[dict[str, TensorInfo], LosslessPart]:
+    done = read_lossless(store.path(unit), store.key)
+    if done is None:
+        raise _not_done(store, plan, unit)
+    return done
+
+
+def _not_done(store: UnitStore, plan: Plan, unit: Unit) -> CheckpointError:
+    return CheckpointError(
+        f"{store.path(unit).name}: expected all {len(plan.units)} units done, got none here. Run again with --resume."
+    )
 
 
 def _record(tensor: PlannedTensor, parts: tuple[PartRecord, ...], tile: int) -> TensorRecord:

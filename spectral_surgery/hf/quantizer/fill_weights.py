@@ -24,6 +24,7 @@ from spectral_surgery.codec.encoded import EncodedSpectrum
 from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.errors import ConfigError, SpectralSurgeryError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.quantizer.class_swap import stand_in
 from spectral_surgery.hf.quantizer.fused_experts import install_matrices
 from spectral_surgery.hf.quantizer.loading_plan import Plan, row_ranges
@@ -32,7 +33,7 @@ from spectral_surgery.layers import SpectralWeight
 from spectral_surgery.matmul import RESIDENTS, Form, Spectrum
 
 AUTO, NARROW, STREAMED = "auto", "narrow", "streamed"
-UNREAD = r"\.spectral_(codes|frames)$"  # tensors that transformers never reads
+UNREAD = r"\.(spectral_(codes|frames)|lossless_codes)$"  # tensors that transformers never reads
 Resident = tuple[list[Form], str]  # forms of row ranges, and the name in RESIDENTS
 Names = tuple[str, ...]  # of stored tensors, one below the other
 _Piece = tuple[str, int, slice | None]  # tensor, part, and rows of the part; None for all
@@ -93,9 +94,14 @@ class Loading:
         return {}
 
     def _decoded(self, names: Sequence[str], read: Sequence[Tensor]) -> list[Tensor]:
-        compressed = self.checkpoint.manifest.tensors
+        """Weights in the place of messengers. That of what is coded without loss has no dtype to take over."""
+        manifest, index = self.checkpoint.manifest, self.checkpoint.index
         return [
-            decoded(self.checkpoint, name).to(tensor) if name in compressed else tensor
+            decoded(self.checkpoint, name).to(tensor)
+            if name in manifest.tensors
+            else read_tensor(index.tensors[name]).to(tensor.device)
+            if name in manifest.lossless
+            else tensor
             for name, tensor in zip(names, read, strict=True)
         ]
 

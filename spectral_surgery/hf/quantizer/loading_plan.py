@@ -23,6 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from spectral_surgery.adapters.layer import is_conv1d
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
+from spectral_surgery.files.compressed.lossless import LOSSLESS_SUFFIXES
 from spectral_surgery.files.compressed.manifest import SUFFIXES, TensorRecord
 from spectral_surgery.hf.quantizer.class_swap import standing_for
 from spectral_surgery.hf.quantizer.fused_experts import Stored, stored_matrices
@@ -30,7 +31,7 @@ from spectral_surgery.hf.quantizer.weight_uses import only_multiplies
 from spectral_surgery.hf.tensor_names import ANY, placing, sources_of
 from spectral_surgery.live.heads import classifier_heads
 
-STEP = SUFFIXES[2]
+MESSENGER = rf"(?:{SUFFIXES[2]}|{LOSSLESS_SUFFIXES[1]})"  # what transformers reads of a tensor that is coded
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
         divided: parameter -> first row of each of those in `made`: layers that have a range of rows of one spectrum.
         experts: parameter -> stored names, of parameters of other modules that are run from their codes.
         aliases: second name -> first name, parameters of equal bytes that the files hold once.
+        exact: parameters that nothing is lost of, although they are coded.
         apart: parameters that the model would tie to others, but that the files hold by themselves.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     experts: dict[str, Stored]
     aliases: dict[str, str]
     apart: frozenset[str]
+    exact: frozenset[str] = frozenset()
 
     @property
     def tied(self) -> dict[str, str]:
@@ -113,9 +116,10 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     sources = sources_of(model, (*tensors, *plain), conversions)
     ties = model.all_tied_weights_keys
     apart = frozenset(one for one, other in ties.items() if one in sources and other in sources)
-    sources = {
-        target: by for target, by in sources.items() if any(name in tensors for names in by.values() for name in names)
-    }
+    stored_of = {target: [name for names in by.values() for name in names] for target, by in sources.items()}
+    coded = {*tensors, *checkpoint.manifest.lossless}
+    sources = {target: by for target, by in sources.items() if not coded.isdisjoint(stored_of[target])}
+    exact = frozenset(target for target in sources if tensors.keys().isdisjoint(stored_of[target]))
     again = {place(alias)[0]: place(name)[0] for alias, name in checkpoint.manifest.aliases.items()}
     again = {alias: name for alias, name in again.items() if alias != name and {alias, name} <= expected.keys()}
     groups = _groups([*((one, other) for one, other in ties.items() if one not in apart), *again.items()])
@@ -124,7 +128,11 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
     slots: dict[str, tuple[str, ...]] = {}
     divided: dict[str, tuple[int, ...]] = {}
     heads = tuple(f"{name}." for name in classifier_heads(model))  # adapters train copies of them, which must be dense
-    inside = {target: by for target, by in sources.items() if not (heads and target.startswith(heads))}
+    inside = {
+        target: by
+        for target, by in sources.items()
+        if not (heads and target.startswith(heads)) and tensors.keys() >= set(stored_of[target])
+    }
     for target, by in inside.items():
         group = (target, *(other for other in groups.get(target, ()) if other != target))
         shape = tensors[by[ANY][0]].shape if ANY in by else None
@@ -139,7 +147,7 @@ def make_plan(model: Any, checkpoint: CompressedCheckpoint, conversions: Sequenc
         for target, stored in matrices.items()
         if stored and target not in groups and target not in slots and target not in divided
     }
-    return Plan(sources, made, slots, divided, experts, again, apart)
+    return Plan(sources, made, slots, divided, experts, again, apart, exact)
 
 
 def _groups(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
@@ -224,11 +232,12 @@ def check_used(checkpoint: CompressedCheckpoint, plan: Plan) -> None:
 
     Raises CheckpointError when no compressed tensor has a place.
     """
-    if not plan.sources:
-        some = ", ".join(list(checkpoint.manifest.tensors)[:3])
+    coded = [*checkpoint.manifest.tensors, *checkpoint.manifest.lossless]
+    if coded and not plan.sources:
+        some = ", ".join(coded[:3])
         raise CheckpointError(
             f"{checkpoint.index.root.name}: expected the class of the architecture in config.json, got a model with"
-            f" none of the {len(checkpoint.manifest.tensors)} compressed tensors ({some}). Load it with that class."
+            f" none of the {len(coded)} compressed tensors ({some}). Load it with that class."
         )
 
 
@@ -241,15 +250,15 @@ def stripping(names: Sequence[str], others: Sequence[str], patterns: Sequence[st
         others: other compressed tensors, which it must not match.
     """
     general = "|".join(pattern.replace("*.", r".*\.") for pattern in patterns)
-    expression = rf"^(.*(?:{general}).*)\.{STEP}"
-    if any(re.search(expression, f"{name}.{STEP}") for name in others):
-        expression = rf"^({'|'.join(map(re.escape, names))})\.{STEP}"
+    expression = rf"^(.*(?:{general}).*)\.{MESSENGER}"
+    if any(re.search(expression, f"{name}.{SUFFIXES[2]}") for name in others):
+        expression = rf"^({'|'.join(map(re.escape, names))})\.{MESSENGER}"
     return expression
 
 
 def held_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
     """Parameters that files hold compressed and memory does not, with the class of their module."""
-    names = (name for made in plan.dense.values() for name in made)
+    names = (name for target, made in plan.dense.items() if target not in plan.exact for name in made)
     return {name: type(_owner(model, name)).__name__ for name in names}
 
 

@@ -26,7 +26,7 @@ from spectral_surgery.hf.quantizer import fill_weights as loading
 from spectral_surgery.hf.quantizer import loading_plan as planning
 from spectral_surgery.hf.quantizer import saving
 from spectral_surgery.hf.quantizer.fill_weights import UNREAD, Loading
-from spectral_surgery.hf.quantizer.loading_plan import STEP
+from spectral_surgery.hf.quantizer.loading_plan import MESSENGER
 from spectral_surgery.hf.quantizer.whole_model import bind_methods, cast, unbind_methods
 
 
@@ -180,7 +180,7 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
     converted = [
         (name, pattern) for by in plan.sources.values() for pattern, names in by.items() if pattern for name in names
     ]
-    compressed = load.checkpoint.manifest.tensors
+    compressed = {*load.checkpoint.manifest.tensors, *load.checkpoint.manifest.lossless}
     names = [name for name, _ in converted if name in compressed]
     patterns = {pattern for _, pattern in converted}
     ours: list[Any] = []
@@ -190,10 +190,10 @@ def _conversions(load: Loading, conversions: Sequence[Any], model: Any) -> list[
             entry.operations.append(operation(load, whole=False, last=True))
         ours.append(entry)
     if names:
-        others = sorted(compressed.keys() - set(names))
+        others = sorted(compressed - set(names))
         load.renaming = WeightRenaming(planning.stripping(names, others, sorted(patterns)), r"\1")
         ours.insert(0, load.renaming)
-    ours.append(WeightConverter(rf"\.{STEP}", "", [operation(load, whole=True)]))
+    ours.append(WeightConverter(rf"\.{MESSENGER}", "", [operation(load, whole=True)]))
     loading.untie(model, load, plan)
     return ours
 
