@@ -140,14 +140,14 @@ def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual
     has = [bool(unusual >> bit & 1) for bit in range(5)]
     columns = 4096 + (160 if has[0] else 0)  # a smaller tile at the end, and nibbles that begin within a tile
     form = _form(4096, columns, nibbles, per_scale=has[1], outliers=has[2], turned=not has[3] or has[0])
-    wide = chip.target[0] == "hip" or chip.target[1] == 100
+    unit: on_gpu.Unit = "amd" if chip.target[0] == "hip" else "wide" if chip.target[1] == 100 else "usual"
     kind = Kind("POINTS", 10, -1) if nibbles and has[4] else Kind("BYTES", 1, 0)
-    if tokens <= on_gpu.FEW:
-        cut = on_gpu.few_cut(form, tokens, dtype, wide=wide)
+    if tokens <= on_gpu.few_at_most(form, dtype, unit):
+        cut = on_gpu.few_cut(form, tokens, dtype, unit)
         constants = on_gpu.few_constants(form, kind, cut, dtype, not has[3]) | {"BACKEND": chip.target[0]}
         kernel, read = few_tokens, cut.rows * cut.terms
     else:
-        cut = on_gpu.many_cut(tokens, dtype, wide=wide)
+        cut = on_gpu.many_cut(tokens, dtype, unit)
         constants = on_gpu.many_constants(form, kind, cut, dtype) | {"INTERPRETED": False}
         kernel, read = product, 0
     mixing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

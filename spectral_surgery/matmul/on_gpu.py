@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ _PROGRAMS = 512  # about four for each multiprocessor of a large GPU: loads of s
 _LEAST_STEPS = 4  # of a program along the terms
 _KEPT = "_gpu_matrix"
 _PLAIN = Kind("BYTES", 1, 0)
+
+Unit = Literal["usual", "wide", "amd"]  # of matrices: that of compute capability 10.x takes no fewer than 16 lanes
 
 
 class Cut(NamedTuple):
@@ -93,7 +95,8 @@ def product(x: Tensor, forms: Sequence[Form], bias: Tensor | None) -> Tensor | N
             return None
         stop = row + form.shape[0]
         rest = None if bias is None else bias[row:stop]
-        parts.append((_few_tokens if 0 < len(x) <= FEW else _many_tokens)(x, form, kept, rest))
+        few = 0 < len(x) <= few_at_most(form, x.dtype, _unit(x.device))
+        parts.append((_few_tokens if few else _many_tokens)(x, form, kept, rest))
         row = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -123,7 +126,7 @@ def _few_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tenso
 
     y = x.new_empty((len(x), form.shape[0]))
     x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], few_cut(form, len(x), x.dtype, wide=_wide(x.device))
+    (rows, terms), width, c = form.shape, form.codes.shape[1], few_cut(form, len(x), x.dtype, _unit(x.device))
     blocks, unused = -(-rows // c.rows), form.scale
     sums = unused.new_empty(blocks * c.splits * c.rows * c.tokens)
     counters = _counters(x.device) if c.splits > 1 else unused
@@ -155,7 +158,7 @@ def _levels_times(x: Tensor, form: Any, kept: _Kept, y: Tensor) -> Tensor:
     if not y.numel():
         return y
     x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype, wide=_wide(x.device))
+    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype, _unit(x.device))
     fixed = many_constants(form, kept.kind or _PLAIN, c, x.dtype)
     starts = _starts(form, kept, c.rows) if fixed["OUTLIERS"] else form.scale
     tensors = (x, form.codes, form.scale, form.row_scale, form.places, form.beyond, starts, y)
@@ -173,37 +176,53 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 @lru_cache(maxsize=16)
-def _wide(device: torch.device) -> bool:
-    """Whether the int8 matrix unit wants 16 tokens: on AMD, and on compute capability 10.x."""
-    return torch.version.hip is not None or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
-    )
+def _unit(device: torch.device) -> Unit:
+    """Which matrix unit a device has."""
+    if torch.version.hip is not None:
+        return "amd"
+    wide = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    return "wide" if wide else "usual"
 
 
 def _rows_together(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def few_cut(form: Any, tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
-    """How up to 16 tokens are cut into programs; ``wide`` where matrix units take no fewer."""
-    side, width = max(_SIDE, _tile(form.basis)), form.codes.shape[1]
+def few_at_most(form: Any, dtype: torch.dtype, unit: Unit) -> int:
+    """Tokens that `few_tokens` takes; what has no registers for it goes through `product`."""
+    ragged = form.shape[1] % _side(form) or form.codes.shape[1] % _side(form)
+    if unit == "amd" and ragged:
+        return 0
+    return FEW // 2 if form.codes.shape[1] < form.shape[1] and dtype != torch.bfloat16 else FEW
+
+
+def few_cut(form: Any, tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
+    """How up to 16 tokens are cut into programs; sizes are those that no chip spills registers at."""
+    side, width = _side(form), form.codes.shape[1]
     two_planes = width < form.shape[1]  # which are lanes of one product
-    lanes = FEW if tokens > 8 or (wide and not two_planes) else 8
-    # programs of ragged sizes, of more digits and of many lanes have no registers for twice as many rows
+    lanes = FEW if tokens > 8 or (unit != "usual" and not two_planes) else 8
     ragged, digits = form.shape[1] % side or width % side, dtype != torch.bfloat16
     crowded = ragged or digits or (two_planes and lanes == FEW)
     high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
     splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    many = (lanes == FEW and (wide or digits)) or (ragged and digits and not wide)
-    warps = 8 if two_planes and many else 4
-    return Cut(lanes, high, side, max(splits, 1), warps, 1 if ragged and digits else 3)
+    if unit == "amd":
+        return Cut(lanes, high, side, max(splits, 1), 8, 1)
+    many = two_planes and ((lanes == FEW and unit == "wide") or (ragged and digits and unit == "usual"))
+    return Cut(lanes, high, side, max(splits, 1), 8 if many else 4, 1 if ragged and digits else 3)
 
 
-def many_cut(tokens: int, dtype: torch.dtype, *, wide: bool) -> Cut:
+def many_cut(tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
-    one_digit = dtype == torch.bfloat16
-    high = FEW if tokens <= FEW else 128 if one_digit and tokens > 64 and not wide else 64
-    return Cut(high, 128, 64 if one_digit else 32, 1, 4 if high == FEW else 8)
+    if tokens <= FEW:
+        return Cut(FEW, 128, _SIDE if dtype == torch.bfloat16 else _SIDE // 2, 1, 4)
+    if dtype == torch.bfloat16:
+        return Cut(128 if tokens > 64 and unit == "usual" else 64, 128, _SIDE, 1, 8)
+    return Cut(32 if unit == "amd" else 64, 128, _SIDE // 2, 1, 8)
+
+
+def _side(form: Any) -> int:
+    """Terms that are transformed at a time."""
+    return max(_SIDE, _tile(form.basis))
 
 
 def few_constants(form: Any, kind: Kind, c: Cut, dtype: torch.dtype, bias: bool) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_terms_are_shared_only_where_rows_do_not_fill_a_chip(tokens: int) -> Non
     def cut(rows: int, columns: int, tile: int = 64) -> on_gpu.Cut:
         codes = torch.empty(rows, columns, dtype=torch.int8, device="meta")
         form = SimpleNamespace(codes=codes, shape=(rows, columns), basis=Basis("dct", tile, (0, 1)))
-        return on_gpu.few_cut(form, tokens, torch.bfloat16, wide=False)
+        return on_gpu.few_cut(form, tokens, torch.bfloat16, "usual")
 
     assert cut(4096, 4096).splits > 1
     assert 256 <= -(-4096 // cut(4096, 4096).rows) * cut(4096, 4096).splits <= 1024
