@@ -191,7 +191,7 @@ def _rows_together(x: Tensor) -> Tensor:
 def few_at_most(form: Any, dtype: torch.dtype, unit: Unit) -> int:
     """Tokens that `few_tokens` takes; what has no registers for it goes through `product`."""
     ragged = form.shape[1] % _side(form) or form.codes.shape[1] % _side(form)
-    if unit == "amd" and ragged:
+    if unit == "amd" and (ragged or dtype != torch.bfloat16):
         return 0
     return FEW // 2 if form.codes.shape[1] < form.shape[1] and dtype != torch.bfloat16 else FEW
 
@@ -213,11 +213,12 @@ def few_cut(form: Any, tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
 
 def many_cut(tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
+    terms = _SIDE if dtype == torch.bfloat16 else _SIDE // 2
     if tokens <= FEW:
-        return Cut(FEW, 128, _SIDE if dtype == torch.bfloat16 else _SIDE // 2, 1, 4)
-    if dtype == torch.bfloat16:
-        return Cut(128 if tokens > 64 and unit == "usual" else 64, 128, _SIDE, 1, 8)
-    return Cut(32 if unit == "amd" else 64, 128, _SIDE // 2, 1, 8)
+        return Cut(FEW, 128, terms, 1, 8 if unit == "amd" else 4)
+    if unit == "amd":
+        return Cut(32, 128, terms // 2, 1, 8)
+    return Cut(128 if tokens > 64 and terms == _SIDE and unit == "usual" else 64, 128, terms, 1, 8)
 
 
 def _side(form: Any) -> int:
