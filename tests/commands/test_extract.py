@@ -316,9 +316,9 @@ def test_command(folders: tuple[Path, Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((), "one of --bytes, --max-error, --rank and --n-frequency is needed"),
+        ((), "expected one of --bytes, --max-error, --rank and --n-frequency, got none"),
         (("--rank", 1, "--bytes", 9), "--bytes, --rank exclude each other; use one of them"),
-        (("--n-frequency", 4), "--n-frequency: lora has none; use --rank"),
+        (("--n-frequency", 4), "expected --rank for lora, got --n-frequency"),
         (("--rank", 1, "--layers", "a"), "'a' is not a list of numbers such as"),
     ],
 )

@@ -236,4 +236,4 @@ def test_command(tmp_path: Path) -> None:
     assert f"trained whole: {Q}.base_layer.bias, 130 parameters" in done.stdout
     assert read_adapter(out).spec.targets.bias == "fourierft_only"
     assert read_adapter(out).spec.base_model == str(base)
-    assert "is not empty" in str(invoke(base, out, *options).exception)
+    assert "expected a new or empty folder, got one with content" in str(invoke(base, out, *options).exception)

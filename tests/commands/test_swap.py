@@ -126,7 +126,7 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     assert "spearman of this model" in card
     again = run(cli, words)
     assert again.exit_code == 1
-    assert "is not empty" in str(again.exception)
+    assert "expected a new or empty folder, got one with content" in str(again.exception)
     shown = run(cli, [*words, "--overwrite"], catch_exceptions=False).stdout
     assert "error before" in shown
     assert "spearman_b" in shown
