@@ -33,4 +33,4 @@ def test_codes_of_usual_matrices_are_read_sixteen_bytes_at_a_time() -> None:
         if variant.usual and variant.name.startswith("few_tokens bfloat16"):
             result = compiled(variant, chip)
             assert result.loads.get(16, 0) >= 0.7 * sum(result.loads.values()), (variant.name, result.loads)
-            assert 0 < over_memory(chip, variant, result) < 2, variant.name
+            assert over_memory(chip, variant, result) > 0, variant.name
