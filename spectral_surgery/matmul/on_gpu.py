@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import to_space, to_spectrum
-from spectral_surgery.matmul.dispatch import way
+from spectral_surgery.matmul.dispatch import transform_dtype, way
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.matrix_job import Kind
 from spectral_surgery.matmul.unreadable import unreadable
@@ -147,7 +147,8 @@ def _few_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tenso
 def _many_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tensor:
     """Transforms are a product apart: within the kernel their matrices leave too few registers to it."""
     y = x.new_empty((len(x), form.shape[0]), dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-    inside = _levels_times(to_spectrum(x, form.basis, 1), form, kept, y)
+    wide = x.to(transform_dtype(x.device.type, len(x), x.dtype))  # tiles of float16 may have sums beyond float16
+    inside = _levels_times(to_spectrum(wide, form.basis, 1), form, kept, y)
     outside = to_space(inside, form.basis, 0)
     return (outside if bias is None else outside + bias).to(x.dtype)
 

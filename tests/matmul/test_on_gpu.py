@@ -75,6 +75,14 @@ for rows, terms, basis in cases:
                 assert y.dtype == dtype
                 close(y, x.double() @ dense.T + bias.to(dtype).double(), limit, rows, terms, resident, tokens)
 
+encoded, _ = encode(randn(64, 64), Target("bits", 4))
+x = torch.full((20, 64), 2e4).half()  # the sum of a tile is beyond float16
+form = op.resident_form(encoded, "int8")
+small = replace(form, scale=form.scale / 1e3)
+dense = torch.cat(list(dense_rows(small))).double()
+for tokens in (3, 20):
+    close(op.form_matmul(x[:tokens], [small]), x[:tokens].double() @ dense.T, 2**-11, "large", tokens)
+
 encoded, _ = encode(randn(130, 96), Target("bits", 2.5))
 for resident in ("int8", "int4"):
     form = op.resident_form(encoded, resident)
