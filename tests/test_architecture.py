@@ -45,6 +45,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 HEAVY = {
     "transformers": ("hf/", "text/", "training/", "calibration/"),
     "peft": ("hf/", "training/"),
+    "vllm": ("hf/vllm/",),
     "huggingface_hub": ("hub/", "cards/"),
     "triton": ("gpu/",),
     "numba": ("kernels/",),
