@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class FolderLoader:
             yield from given._get_weights_iterator(source)
             return
         _fetch_manifest(folder, source)
+        self.counter_before_loading_weights = time.perf_counter()  # vLLM says what it took
         for name, tensor in stored_weights(open_compressed(folder), self.resident, torch.get_default_dtype()):
             yield source.prefix + name, tensor
 
