@@ -63,7 +63,7 @@ def command(
     """Measure: each case first checks its results, then times them beside what else a user could pick.
 
     A case whose check fails prints FAILED and no numbers, and the exit code is 3. `--help` lists the cases. Without
-    names all run but language_model, encoder, export, speech, generate_large and many_tensors, which take long.
+    names all run but language_model, encoder, export, speech, generate_large, many_tensors and ray, which take long.
 
     \b
     Example:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from spectral_surgery.pool import Team
 from spectral_surgery.progress import Progress, silent
+
+EngineName = Literal["local", "torchrun", "ray"]  # rows of `engines.ENGINES`
 
 
 def _unread(sentence: str) -> None:
@@ -23,6 +26,21 @@ class Run:
 
     workers: int | Team = field(default=1, metadata={"help": "Processes.", "least": 1})
     threads: int = field(default=1, metadata={"help": "Threads of each process.", "least": 1})
+    engine: EngineName = field(
+        default="local",
+        metadata={
+            "help": "Who encodes the parts: processes of this machine, of a launcher, or tasks on a cluster of Ray.",
+            "unset": "torchrun under torchrun and srun and with --shard, else local",
+        },
+    )
+    ray_address: str | None = field(
+        default=None,
+        metadata={
+            "help": "Cluster of --engine ray: 10.0.0.1:6379, or auto for the one of this machine.",
+            "unset": "RAY_ADDRESS, else Ray is started here",
+            "metavar": "ADDRESS",
+        },
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on with unfinished work of the same sources, options and text."}
     )

@@ -33,7 +33,7 @@ LAYERS = (
     {"layers", "adapters", "mixers"},
     {"files", "live"},
     {"hub", "hf"},
-    {"text"},
+    {"text", "engines"},
     {"calibration", "training"},
     {"cards"},
     {"commands"},
@@ -48,6 +48,7 @@ HEAVY = {
     "vllm": ("hf/vllm/",),
     "huggingface_hub": ("hub/", "cards/"),
     "triton": ("gpu/",),
+    "ray": ("engines/ray.py",),
     "numba": ("kernels/",),
     "matplotlib": ("plotting.py", "commands/eval/plot.py"),
 }

@@ -6,6 +6,7 @@ from benchmarks.case import BenchCase, by_size
 from benchmarks.cases import (
     adapters,
     calibration,
+    cluster,
     coding,
     encoder,
     engine,
@@ -103,6 +104,13 @@ CASES = Table(
             "lossless", "bytes of weights coded without loss, and decoding beside copying", by_size(lossless.run)
         ),
         BenchCase("workers", "two worker processes against one, with equal bytes", by_size(engine.run_workers)),
+        BenchCase(
+            "ray",
+            "two nodes of a cluster of Ray beside one, with equal bytes; 10^12 weights on 16 nodes, on paper",
+            cluster.run,
+            takes=("scratch",),
+            notes=("What is on paper is computed from the rates above it, and was not run.",),
+        ),
         BenchCase(
             "language_model",
             "SmolLM2-135M-Instruct compressed: size, perplexity and KL, beside other formats",

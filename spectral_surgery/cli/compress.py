@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ from spectral_surgery.commands.settings import Healing
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.memory import LITTLE, WORTH_KEEPING, keep_freed_memory
 from spectral_surgery.pool import team
-from spectral_surgery.run import Run
+from spectral_surgery.run import EngineName, Run
 from spectral_surgery.text.settings import TextData
 from spectral_surgery.training.settings import DistillSettings
 
@@ -65,6 +66,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--device", default="cpu", show_default=True, help="Of --calibrate and --heal: cpu or cuda.")
 @options_of(Run, "workers")
 @shared.threads_option
+@options_of(Run, "engine", "ray_address")
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
 @shared.reading_options
@@ -85,8 +87,10 @@ def command(
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./model ./model-lossless --lossless
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
+      spectral-surgery compress org/large ./large-4bit --bits 4 --engine ray --ray-address 10.0.0.1:6379
     """
-    target, part, ctx = _target(), shared.shard_of(shard), click.get_current_context()
+    target, ctx = _target(), click.get_current_context()
+    engine, address, part = _engine(shard, workers)
     processes = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
     from spectral_surgery.commands.compress import compress, compress_and_push, compress_shard, plan_compression
 
@@ -101,10 +105,11 @@ def command(
     calibrate, heal = _texts(part)
     access.prepare()
     found, origin = access.resolve(source) if calibrate or heal else access.locate(source)
-    threads, pushed = shared.threads_or_all(workers=workers), dict[str, object]()
+    threads = ctx.params["threads"] or 1 if engine == "ray" else shared.threads_or_all(workers=workers)
+    who, pushed = {"workers": processes, "engine": engine, "ray_address": address}, dict[str, object]()
     with output.progress(" weights") as progress:
-        more = {"workers": processes, "threads": threads, "origin": origin, "progress": progress, "note": output.note}
-        run = from_options(Run, more)
+        more = {"threads": threads, "origin": origin, "progress": progress, "note": output.note}
+        run = from_options(Run, who | more)
         if access.push and access.stream_push:
             push = (access.push, access.stream_push)
             report, done = compress_and_push(found, out, options, *push, base=before, token=access.token, run=run)
@@ -130,6 +135,22 @@ def _target() -> Target:
     if len(targets) != 1:
         raise click.UsageError("exactly one of --sparsity, --bits, --max-error and --lossless is needed.")
     return targets[0]
+
+
+def _engine(shard: str | None, workers: int) -> tuple[EngineName, str | None, tuple[int, int]]:
+    """Who encodes the parts, at which address, and which share of them is ours."""
+    params = click.get_current_context().params
+    engine, address = params["engine"], params["ray_address"]
+    part = shared.shard_of(shard) if engine in (None, "torchrun") or shard else (0, 1)
+    if shard and engine not in (None, "torchrun"):
+        raise click.UsageError(f"--shard: goes with --engine torchrun, got {engine}.")
+    if address and engine != "ray":
+        raise click.UsageError("--ray-address: expected with --engine ray, got it alone.")
+    if engine == "ray":
+        if workers > 1:
+            raise click.UsageError("--workers: are of this machine; --engine ray uses all processors of the cluster.")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it would report on it
+    return engine or ("torchrun" if part[1] > 1 else "local"), address or os.environ.get("RAY_ADDRESS"), part
 
 
 def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:

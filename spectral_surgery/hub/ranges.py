@@ -26,6 +26,7 @@ class HubFile:
         commit: hash.
         path: in the repository.
         version: its SHA-256 as a large file, else the hash of its git blob; empty where the Hub does not tell.
+        endpoint: address of the Hub, which another machine may not know.
         token: instead of the one that is logged in.
     """
 
@@ -34,6 +35,7 @@ class HubFile:
     path: str
     size: int
     version: str
+    endpoint: str
     token: str | None = field(default=None, repr=False)
 
     @property
@@ -84,7 +86,7 @@ class HubFile:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self.repository.name, self.path, revision=self.commit)
+        url = hf_hub_url(self.repository.name, self.path, revision=self.commit, endpoint=self.endpoint)
         wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         headers = build_hf_headers(token=self.token) | wanted
         with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
@@ -118,6 +120,9 @@ class HubFile:
 
 def file_of(listing: Listing, name: str, token: str | None = None) -> HubFile:
     """One of the files of a listing."""
+    from huggingface_hub import constants
+
     found = listing.files[name]
     version = found.sha256 or found.blob_id
-    return HubFile(listing.repository, listing.commit, listing.inside(name), found.size, version, token)
+    where = (listing.repository, listing.commit, listing.inside(name))
+    return HubFile(*where, found.size, version, constants.ENDPOINT, token)

@@ -158,7 +158,7 @@ def compress(
         TargetError: when the model cannot be run on text alone.
     """
     started = time.perf_counter()
-    _check_together(options, base, text=calibrate is not None or heal is not None)
+    _check_together(options, base, run, text=calibrate is not None or heal is not None)
     if calibrate or heal:
         here(source)
     if calibrate and heal and heal.keep is not None:
@@ -186,11 +186,16 @@ def compress(
     return replace(report, calibration=reached)
 
 
-def _check_together(options: CompressOptions, base: Checkpoint | None, *, text: bool) -> None:
+def _check_together(options: CompressOptions, base: Checkpoint | None, run: Run, *, text: bool) -> None:
     if options.target.kind == "lossless" and (base is not None or text):
         raise ConfigError("--lossless: compresses every bit; expected without --base, --calibrate and --heal.")
     if base is not None and text:
         raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+    if run.engine != "local" and text:
+        raise ConfigError(
+            f"--engine {run.engine}: expected without --calibrate and --heal, which run the model here, got text. Leave"
+            " it away."
+        )
 
 
 def compress_shard(
@@ -213,12 +218,12 @@ def compress_shard(
     started = time.perf_counter()
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard: expected 0/n to n-1/n, got {shard[0]}/{shard[1]}.")
-    _check_together(options, base, text=False)
+    _check_together(options, base, run, text=False)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, _with_choices(options, None, None), base=base)
-    with opened(source, out, index, plan, run, alone=False) as job:
-        if not job.encode(shard):
+    with opened(source, out, index, plan, replace(run, engine="torchrun"), shard=shard) as job:
+        if not job.encode():
             return None
     with hold(job.folder, exclusive=True, wait=True):
         if not job.store.folder.exists():  # another shard joined everything

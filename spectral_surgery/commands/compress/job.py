@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import compressed_card
 from spectral_surgery.cards.command_line import compress_command
+from spectral_surgery.engines import ENGINES
+from spectral_surgery.engines.base import ALL, Work
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.atomic import discard_unfinished, partial_folder, replace_file, writing_to
 from spectral_surgery.files.compressed.checkpoint import open_compressed
@@ -22,19 +22,15 @@ from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import (
     UNITS,
     UnitStore,
-    is_done,
     join,
     paths_of,
-    read_unit,
-    run_unit,
     work_key,
 )
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import VERSION_FILE, hold
 from spectral_surgery.files.sidecar_files import copy_companions
-from spectral_surgery.files.storage import AHEAD, Checkpoint, RemoteCheckpoint
+from spectral_surgery.files.storage import Checkpoint, RemoteCheckpoint
 from spectral_surgery.files.writer import weights_metadata, write_checkpoint
-from spectral_surgery.pool import Team, team
 from spectral_surgery.run import Run
 
 
@@ -49,6 +45,7 @@ class Job:
         store: the finished units.
         run: how the work is carried out.
         before: tensors that an earlier run has joined already, and whose units are gone.
+        shard: which share of the units is ours, of how many.
     """
 
     source: Checkpoint
@@ -57,36 +54,21 @@ class Job:
     store: UnitStore
     run: Run
     before: Mapping[str, JoinedTensor] = field(default_factory=dict)
+    shard: tuple[int, int] = ALL
 
     @property
     def folder(self) -> Path:
         """``<out>.partial``."""
         return self.store.folder.parent
 
-    def encode(self, shard: tuple[int, int] = (0, 1), *, last: bool = True) -> bool:
-        """Encode the units that are not there yet, of one shard; whether those of all shards are there then.
+    def encode(self, *, last: bool = True) -> bool:
+        """Encode the units that are not there yet, of our share; whether those of all shares are there then.
 
         Args:
-            shard: which one, of how many.
             last: whether this is the last work of the processes.
         """
-        options, progress = self.plan.options, self.run.progress
-        units = [unit for unit in self.plan.shard(*shard) if unit.tensor.info.name not in self.before]
-        weights = list(accumulate(unit.weights for unit in units))  # largest first
-        work = partial(run_unit, self.store, options=options, threads=self.run.threads)
-        read, number = partial(read_unit, self.store), -1
-        with _team(self.run.workers) as workers:
-            for number in workers.share(work, units, prepare=read, depth=self._depth(), last=last):
-                progress(weights[number], weights[-1], units[number].tensor.info.name)  # others may be at earlier ones
-        if number + 1 < len(units):
-            progress(weights[-1], weights[-1], units[-1].tensor.info.name)
-        others = (unit for unit in self.plan.units if unit.tensor.info.name not in self.before)
-        return shard[1] == 1 or all(is_done(self.store, unit) for unit in others)
-
-    def _depth(self) -> int:
-        """How many parts are read ahead: none of files here, which the system reads ahead."""
-        infos = (info for tensor in self.plan.tensors for info in (tensor.info, tensor.base) if info)
-        return 0 if all(isinstance(info.file, Path) for info in infos) else AHEAD
+        work = Work(self.store, self.plan, self.before.keys(), self.run, self.shard, last)
+        return ENGINES[self.run.engine].encode(work)
 
     def write(self, folder: Path, *, give_way: bool = False) -> tuple[Manifest, dict[str, str], int]:
         """Join the units to a compressed checkpoint.
@@ -117,20 +99,27 @@ class Job:
 
 @contextmanager
 def opened(
-    source: Checkpoint, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, alone: bool = True
+    source: Checkpoint,
+    out: Path,
+    index: CheckpointIndex,
+    plan: Plan,
+    run: Run,
+    *,
+    shard: tuple[int, int] | None = None,
 ) -> Iterator[Job]:
-    """Begin a compression, or go on with one."""
-    aside = partial_folder(out, overwrite=run.overwrite)
-    if alone and not run.resume:
-        discard_unfinished(aside, overwrite=run.overwrite)
-    job = Job(source, index, plan, UnitStore(aside / UNITS, work_key(index, plan.options)), run)
-    with writing_to(out):
-        job.store.folder.mkdir(parents=True, exist_ok=True)
-    with hold(aside, exclusive=alone, wait=not alone):
-        if isinstance(source, RemoteCheckpoint):
-            _keep_to_version(source, aside / VERSION_FILE, anew=alone and not run.resume)
-        before = joined_before(job.store.folder, job.store.key, aside, paths_of(job.store, plan))
-        yield replace(job, before=before)
+    """Begin a compression, or go on with one. ``shard``: of several processes that share the folder; None alone."""
+    alone, aside = shard is None, partial_folder(out, overwrite=run.overwrite)
+    with ENGINES[run.engine].reached(run):
+        if alone and not run.resume:
+            discard_unfinished(aside, overwrite=run.overwrite)
+        job = Job(source, index, plan, UnitStore(aside / UNITS, work_key(index, plan.options)), run, shard=shard or ALL)
+        with writing_to(out):
+            job.store.folder.mkdir(parents=True, exist_ok=True)
+        with hold(aside, exclusive=alone, wait=not alone):
+            if isinstance(source, RemoteCheckpoint):
+                _keep_to_version(source, aside / VERSION_FILE, anew=alone and not run.resume)
+            before = joined_before(job.store.folder, job.store.key, aside, paths_of(job.store, plan))
+            yield replace(job, before=before)
 
 
 def _keep_to_version(source: RemoteCheckpoint, record: Path, *, anew: bool) -> None:
@@ -142,10 +131,6 @@ def _keep_to_version(source: RemoteCheckpoint, record: Path, *, anew: bool) -> N
             f" same. Go on with --revision {before}, or discard the work with --overwrite."
         )
     replace_file(record, source.version.encode())
-
-
-def _team(workers: int | Team) -> AbstractContextManager[Team]:
-    return team(workers) if isinstance(workers, int) else nullcontext(workers)
 
 
 def _quantization_config(options: CompressOptions) -> dict[str, object]:

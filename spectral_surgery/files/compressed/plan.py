@@ -75,6 +75,11 @@ class Unit:
         start, stop = self.tensor.parts[self.part]
         return (stop - start) * self.tensor.columns
 
+    @property
+    def memory(self) -> int:
+        """Bytes that a worker needs at it, on top of the interpreter and torch."""
+        return BYTES_PER_WEIGHT * self.weights
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -132,7 +137,7 @@ class Plan:
 
     def predicted_memory(self) -> int:
         """Bytes one worker needs at its largest part, on top of the interpreter and torch."""
-        return BYTES_PER_WEIGHT * max((unit.weights for unit in self.units), default=0)
+        return max((unit.memory for unit in self.units), default=0)
 
     def predicted_bytes(self, index: CheckpointIndex) -> int:
         """Bytes of weights to expect, those of copied tensors included."""

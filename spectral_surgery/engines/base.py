@@ -1,0 +1,59 @@
+"""What an engine is given, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from spectral_surgery.files.compressed.plan import Plan, Unit
+from spectral_surgery.files.compressed.units import UnitStore
+from spectral_surgery.run import Run
+
+ALL = (0, 1)  # the one share of a work that is not shared
+
+
+@dataclass(frozen=True)
+class Work:
+    """Parts to be encoded, each into its file.
+
+    Attributes:
+        store: where the files go.
+        plan: what the parts are.
+        before: names of tensors whose parts are not needed any more.
+        run: how the work is carried out.
+        shard: which share of it is that of this process, of how many.
+        last: whether this is the last work of the processes.
+    """
+
+    store: UnitStore
+    plan: Plan
+    before: Collection[str]
+    run: Run
+    shard: tuple[int, int] = ALL
+    last: bool = True
+
+    def units(self, shard: tuple[int, int] = ALL) -> list[Unit]:
+        """The parts of one share, the largest first."""
+        return [unit for unit in self.plan.shard(*shard) if unit.tensor.info.name not in self.before]
+
+
+def _nothing_to_reach(_: Run) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who encodes the parts of a compression; the bytes are the same.
+
+    Attributes:
+        name: how users choose it.
+        help: who that is.
+        encode: encode the parts that are not there yet; whether those of all shares are there then.
+        reached: a context in which ``encode`` may be called several times; entered before anything is written.
+    """
+
+    name: str
+    help: str
+    encode: Callable[[Work], bool]
+    reached: Callable[[Run], AbstractContextManager[object]] = _nothing_to_reach

@@ -1,0 +1,107 @@
+"""One part on another machine: the same bytes, its file where the folder is, and errors that may pass."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import plan_compression
+from spectral_surgery.engines import part as part_module
+from spectral_surgery.engines.part import Order, carry_out, installed
+from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.compressed.settings import CompressOptions
+from spectral_surgery.files.compressed.units import UnitStore, is_done, read_unit, run_unit
+from spectral_surgery.hub.failures import UnansweredError
+from spectral_surgery.run import Run
+from tests.support.checkpoints import gaussian, write_folder
+
+OPTIONS = CompressOptions(Target("bits", 3.0))
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Order:
+    source = write_folder(tmp_path / "source", {"layers.0.weight": gaussian(64, 96)})
+    _, plan = plan_compression(source, OPTIONS)
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "a.token").write_text("a.token")
+    file = source / "model.safetensors"
+    store, unit = UnitStore(tmp_path / "units", "key"), plan.units[0]
+    return Order(store, unit, plan.options, Run().threads, "a.token", {file: file.stat().st_size})
+
+
+def test_the_file_is_left_in_the_folder_or_given_back(order: Order, tmp_path: Path) -> None:
+    assert carry_out(order) is None
+    assert is_done(order.store, order.unit)
+    left = order.store.path(order.unit).read_bytes()
+    elsewhere = replace(order.store, folder=tmp_path / "nowhere")
+    assert carry_out(replace(order, store=elsewhere)) == left
+    expected = UnitStore(tmp_path / "here", "key")
+    expected.folder.mkdir()
+    run_unit(expected, read_unit(expected, order.unit), order.options, 1)
+    assert expected.path(order.unit).read_bytes() == left
+
+
+@pytest.mark.parametrize("content", [None, b"b.token", b"\xff"])
+def test_another_folder_at_the_same_path_is_left_alone(order: Order, content: bytes | None) -> None:
+    token = order.store.folder / order.token
+    token.unlink()
+    if content is not None:
+        token.write_bytes(content)
+    assert carry_out(order)
+    assert not order.store.path(order.unit).exists()
+
+
+def test_a_source_that_is_not_here_is_refused(order: Order) -> None:
+    (file,) = order.sizes
+    for other, found in ((1, "one of"), (None, "none")):
+        if other is None:
+            file.unlink()
+        sizes = {file: 7}
+        with pytest.raises(CheckpointError, match=rf"node .*model\.safetensors: expected the file of 7 .*got {found}"):
+            carry_out(replace(order, sizes=sizes))
+
+
+def test_errors_that_may_pass_are_system_errors(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: Exception, cause: OSError | None = None) -> None:
+        def read(*_: object) -> None:
+            raise error from cause
+
+        monkeypatch.setattr(part_module, "read_unit", read)
+
+    passing = [
+        (CheckpointError("x"), OSError(errno.EIO, "I/O error")),
+        (CheckpointError("x"), OSError(errno.ESTALE, "Stale file handle")),
+        (UnansweredError("x"), None),
+    ]
+    for error, cause in passing:
+        raising(error, cause)
+        with pytest.raises(OSError, match="x"):
+            carry_out(order)
+    lasting = [
+        (CheckpointError("x"), OSError(errno.ENOSPC, "No space left on device")),
+        (CheckpointError("x"), None),
+        (ConfigError("x"), None),
+    ]
+    for error, cause in lasting:
+        raising(error, cause)
+        with pytest.raises(type(error), match="x"):
+            carry_out(order)
+
+
+def test_the_version_changes_with_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("a = 1\n")
+    monkeypatch.setattr("spectral_surgery.__file__", str(package / "__init__.py"))
+    found = set()
+    for text in ("a = 1\n", "a = 2\n"):
+        (package / "more.py").write_text(text)
+        installed.cache_clear()
+        found.add(installed())
+    installed.cache_clear()
+    assert len(found) == 2
+    assert all(one.startswith("0.1.0 (") for one in found)

@@ -1,0 +1,308 @@
+"""compress on a cluster of Ray whose nodes are processes of this machine: lost nodes, drivers and folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spectral_surgery
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.engines import ray as engine
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.files.compressed.settings import CompressOptions
+from spectral_surgery.files.storage import RemoteCheckpoint
+from spectral_surgery.hub.failures import UnansweredError
+from spectral_surgery.run import Run
+from tests.hub_server import TOKEN, serving
+from tests.hub_server.client import running
+from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
+
+ray = pytest.importorskip("ray")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::DeprecationWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+OPTIONS = CompressOptions(Target("bits", 3.0))
+NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20}
+PARTS = 24
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that does no work, and two nodes of one processor."""
+    from ray.cluster_utils import Cluster
+
+    # on a busy machine nobody is taken for dead too soon, or stopped since others take memory
+    config = {"memory_monitor_refresh_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
+    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False, "_system_config": config}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            made.add_node(**NODE)
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = {f"layers.{i}.weight": gaussian(768, 768 + 64 * (i % 3), seed=i) for i in range(PARTS)}
+    return write_folder(tmp_path_factory.mktemp("source") / "model", tensors | llama_like())
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    compress(source, out, OPTIONS)
+    return contents(out)
+
+
+@contextmanager
+def another_node(cluster: Any, **more: object) -> Iterator[Any]:
+    node = cluster.add_node(**NODE | more)
+    try:
+        yield node
+    finally:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+
+def on(cluster: Any, **more: Any) -> Run:
+    return Run(engine="ray", ray_address=cluster.address, **more)
+
+
+def test_the_bytes_and_the_progress_are_those_of_one_machine(
+    cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    run = on(cluster, progress=lambda done, total, _: seen.append((done, total)))
+    report = compress(source, tmp_path / "out", OPTIONS, run=run)
+    assert contents(tmp_path / "out") == expected
+    assert not list(tmp_path.glob("out.*"))
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {done[-1]}
+    assert report.manifest.tensors
+    assert not ray.is_initialized()
+
+
+def test_without_a_shared_folder_the_driver_writes(
+    cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    real = engine.replace_file
+
+    def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
+        written.append(path)
+        real(path, data, durable=durable)
+
+    monkeypatch.setattr(engine, "replace_file", replace_file)
+    monkeypatch.setattr(engine, "_token", unseen)
+    compress(source, tmp_path / "out", OPTIONS, run=on(cluster))
+    assert contents(tmp_path / "out") == expected
+    assert len(written) == PARTS + 4
+
+
+@contextmanager
+def unseen(_: Path) -> Iterator[str]:
+    """A token that no worker finds, as if the folder were on the driver alone."""
+    yield "unseen.token"
+
+
+def test_a_full_disk_of_the_driver_costs_what_is_under_way(
+    cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = engine.replace_file, iter(range(100))
+
+    def full(path: Path, data: bytes, *, durable: bool = True) -> None:
+        if next(calls) == 3:
+            with engine.writing_to(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, data, durable=durable)
+
+    monkeypatch.setattr(engine, "replace_file", full)
+    monkeypatch.setattr(engine, "_token", unseen)
+    with pytest.raises(CheckpointError, match="no space left on the disk"):
+        compress(source, tmp_path / "out", OPTIONS, run=on(cluster))
+    assert len(list((tmp_path / "out.partial" / "units").glob("*.unit"))) == 3
+    compress(source, tmp_path / "out", OPTIONS, run=on(cluster, resume=True))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_node_is_lost_at_a_random_moment_twice(
+    cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    chance = random.Random(0)
+    with another_node(cluster) as third, another_node(cluster) as fourth:
+        moments = {chance.randrange(2, PARTS // 2): third, chance.randrange(PARTS // 2, PARTS - 2): fourth}
+        lost, finished = [], 0
+
+        def lose(_: int, __: int, ___: str) -> None:
+            nonlocal finished
+            finished += 1
+            if finished in moments:
+                node = moments[finished]
+                lost.append(threading.Timer(chance.uniform(0, 0.3), cluster.remove_node, (node, False)))
+                lost[-1].start()
+
+        compress(source, tmp_path / "out", OPTIONS, run=on(cluster, progress=lose))
+        for timer in lost:
+            timer.join()
+    assert len(lost) == 2
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_driver_that_was_killed_is_gone_on_with(
+    cluster: Any, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, units = tmp_path / "out", tmp_path / "out.partial" / "units"
+    command = [sys.executable, "-m", "spectral_surgery", "compress", str(source), str(out), "--bits", "3", "--quiet"]
+    with subprocess.Popen([*command, "--engine", "ray", "--ray-address", cluster.address]) as driver:
+        while driver.poll() is None and len(list(units.glob("*.unit"))) < 5:
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    before = {path: path.stat().st_mtime_ns for path in units.glob("*.unit")}
+    again: set[Path] = set()
+
+    def look(_: int, __: int, ___: str) -> None:
+        again.update(path for path, written in before.items() if path.stat().st_mtime_ns != written)
+
+    compress(source, out, OPTIONS, run=on(cluster, resume=True, progress=look))
+    assert contents(out) == expected
+    assert 5 <= len(before) < PARTS
+    assert not again
+
+
+def test_an_interrupted_driver_cancels_its_tasks(cluster: Any, source: Path, tmp_path: Path) -> None:
+    def interrupt(_: int, __: int, ___: str) -> None:
+        raise KeyboardInterrupt
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "out", OPTIONS, run=on(cluster, progress=interrupt))
+        assert ray.is_initialized()  # the caller's
+        units = tmp_path / "out.partial" / "units"
+        assert not list(units.glob("*.token"))
+        # a task that was asked for after those runs when they are gone
+        ray.get(ray.remote(lambda: None).options(num_cpus=1).remote())
+        time.sleep(2)
+        assert len(list(units.glob("*.unit"))) <= 3
+    finally:
+        ray.shutdown()
+
+
+def test_what_is_wrong_with_a_part_is_told_as_on_one_machine(cluster: Any, tmp_path: Path) -> None:
+    broken = gaussian(96, 64)
+    broken[3, 5] = float("nan")
+    source = write_folder(tmp_path / "source", {"a.weight": gaussian(96, 64), "b.weight": broken})
+    with pytest.raises(ConfigError, match=r"^b\.weight: expected finite weights, got NaN.*--copy-nonfinite"):
+        compress(source, tmp_path / "out", OPTIONS, run=on(cluster))
+
+
+def test_nodes_with_too_little_room_are_waited_for(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_folder(tmp_path / "source", {"a.weight": gaussian(96, 64)})
+    monkeypatch.setattr(engine, "_PATIENCE", 0.5)
+    said: list[str] = []
+    added: list[Any] = []
+
+    def note(sentence: str) -> None:
+        said.append(sentence)
+        added.append(cluster.add_node(**NODE | {"num_cpus": 3}))
+
+    compress(source, tmp_path / "out", OPTIONS, run=on(cluster, threads=3, note=note))
+    cluster.remove_node(added[0], allow_graceful=False)
+    (sentence,) = said
+    assert sentence.startswith("warning: --engine ray: expected a node with 3 processors and 0.7 GB, got none of 3.")
+
+
+@pytest.mark.parametrize("other", ["changed", "old"])
+def test_a_node_with_another_version_is_refused(cluster: Any, tmp_path: Path, other: str) -> None:
+    package = tmp_path / "other" / "spectral_surgery"
+    if other == "old":
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    else:
+        shutil.copytree(Path(spectral_surgery.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        (package / "errors.py").write_text((package / "errors.py").read_text() + "# changed\n")
+    found = {"changed": r"got 0\.1\.0 \(\w{8}\) on", "old": r"got another one \(No module named .*\) on"}[other]
+    source = write_folder(tmp_path / "source", {"a.weight": gaussian(96, 64)})
+    message = rf"expected spectral-surgery 0\.1\.0 \(\w{{8}}\) on every node, {found}"
+    with another_node(cluster, num_cpus=2, env_vars={"PYTHONPATH": str(package.parent)}):
+        with pytest.raises(BackendError, match=message) as told:
+            compress(source, tmp_path / "out", OPTIONS, run=on(cluster, threads=2))  # which that node alone can take
+    assert "\n" not in str(told.value)
+
+
+def test_bytes_that_cannot_be_read_for_a_moment_are_read_again(cluster: Any, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {"a.weight": gaussian(96, 64), "b.weight": gaussian(64, 96)})
+    compress(source, tmp_path / "expected", OPTIONS)
+    file, failures = source / "model.safetensors", tmp_path / "failures"
+
+    @dataclass(frozen=True)
+    class Flaky:  # of a function, so that it is sent as it is
+        """A file elsewhere, that nodes cannot read at first."""
+
+        driver: int
+        times: int
+        name: str = "model.safetensors"
+        size: int = file.stat().st_size
+        version: str = "1"
+
+        def read_into(self, view: memoryview, start: int) -> None:
+            failed = failures.read_text() if failures.exists() else ""
+            if os.getpid() != self.driver and len(failed) < self.times:
+                failures.write_text(failed + ".")
+                raise UnansweredError("the line is dead")
+            view[:] = file.read_bytes()[start : start + view.nbytes]
+
+    def far(times: int) -> RemoteCheckpoint:
+        names = (Path("config.json"), Path("tokenizer.json"))
+        return RemoteCheckpoint(source, {file: Flaky(os.getpid(), times)}, names, "org/far", "1")
+
+    compress(far(3), tmp_path / "out", OPTIONS, run=on(cluster))
+    assert len(failures.read_text()) == 3
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected")]
+    assert weights[0] == weights[1]
+    with pytest.raises(CheckpointError, match=r"^[ab]\.weight, part 0: the line is dead Finished parts are kept: run"):
+        compress(far(10**6), tmp_path / "never", OPTIONS, run=on(cluster))
+
+
+def test_parts_are_read_from_the_hub_by_the_nodes(
+    cluster: Any, expected: dict[str, bytes], source: Path, tmp_path: Path
+) -> None:
+    """The nodes do not know the address of this Hub, and nobody is logged in there."""
+    with (
+        serving(tmp_path / "objects") as hub,
+        running(tmp_path / "client", hub.endpoint, {"HF_TOKEN": TOKEN}) as client,
+    ):
+        hub.seed("org/far", source)
+        options = ("--bits", "3", "--engine", "ray", "--ray-address", cluster.address, "--token", TOKEN)
+        client.result("compress", "org/far", tmp_path / "out", *options)
+        asked = {record.path for record in hub.log}
+    assert any(path.endswith("model.safetensors") for path in asked)
+    found = contents(tmp_path / "out")
+    assert {name: found[name] for name in expected if name != "README.md"} == {
+        name: data for name, data in expected.items() if name != "README.md"
+    }
