@@ -130,7 +130,7 @@ def test_killed_at_random_moments_resumes_to_the_same_bytes(tmp_path: Path) -> N
 def test_a_killed_worker_is_reported_and_its_work_resumed(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spectral_surgery.commands.compress.job.run_unit", _die)
+    monkeypatch.setattr("spectral_surgery.engines.local.run_unit", _die)
     with pytest.raises(CheckpointError, match=r"a worker was killed, .*--resume and fewer --workers"):
         compress(source, tmp_path / "out", FIFTH, run=Run(workers=2))
     monkeypatch.undo()
