@@ -19,10 +19,10 @@ SLOW = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has processes ignore it
 from spectral_surgery.cli import main
-from spectral_surgery.commands.compress import job
+from spectral_surgery.engines import local
 
-quick = job.run_unit
-job.run_unit = lambda *arguments, **options: (quick(*arguments, **options), time.sleep(0.5))[0]
+quick = local.run_unit
+local.run_unit = lambda *arguments, **options: (quick(*arguments, **options), time.sleep(0.5))[0]
 main()
 """
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress, job
+from spectral_surgery.commands.compress import compress
+from spectral_surgery.engines import local
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files import writer
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -37,14 +38,14 @@ def expected(source: Path) -> dict[str, bytes]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tensors whose parts are encoded."""
-    names, real = [], job.run_unit
+    names, real = [], local.run_unit
 
     def counted(store: Any, read: Any, **options: Any) -> object:
         if read.weight is not None:
             names.append(read.unit.tensor.info.name)
         return real(store, read, **options)
 
-    monkeypatch.setattr(job, "run_unit", counted)
+    monkeypatch.setattr(local, "run_unit", counted)
     monkeypatch.setattr(writer, "_AT_ONCE", 1)  # the disk is waited for after every tensor
     return names
 
