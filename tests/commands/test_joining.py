@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.compress import compress, job
 from spectral_surgery.engines import local
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files import writer
