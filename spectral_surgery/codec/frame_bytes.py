@@ -12,12 +12,13 @@ from __future__ import annotations
 import struct
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, SymbolTable, fitted_table, with_parity
+from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, SymbolTable
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.kernels import BLOCK
 
@@ -69,16 +70,17 @@ def encode_frame(codes: Codes, *, plain: bool = False) -> bytes:
         turned = encode_frame(codes.T)
         if turned[0] == LATTICE:
             return bytes([TURNED]) + turned[1:]
-    plan = _with_low(seen, codes.itemsize, INTEGERS, 0, 0) if plain else _cheapest(seen, words, codes.itemsize)
+    plan = _plan(seen, codes.itemsize, INTEGERS, 0, most_low=0) if plain else _cheapest(seen, words, codes.itemsize)
     lattice = plan.kind == LATTICE
     words = words if lattice else words[:0]
     lanes = next(lanes for least, lanes in _LANES if seen.size >= least)
-    stream, states = rans.encode(seen, words, plan.low, _frequencies(plan), lattice and not plan.low, lanes)
+    tables = b"".join(table.to_bytes() for table in plan.tables)
+    frequencies, _ = _frequencies(memoryview(tables), 0, plan.kind, plan.low)
+    stream, states = rans.encode(seen, words, plan.low, frequencies, lattice and not plan.low, lanes)
     wide: Codes = seen.astype(np.int32) if plan.low or plan.listed else seen[:0]
     symbols = wide >> plan.low + lattice
     listed = wide[(symbols > rans.LARGEST) | (symbols < -rans.LARGEST)]
     header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes, len(stream), len(listed))
-    tables = b"".join(table.to_bytes() for table in plan.tables)
     coded = (_packed_words(words, seen.shape), states.astype("<u8").tobytes(), stream.astype("<u4").tobytes())
     low = _packed(wide >> lattice, plan.low)
     return b"".join((header, tables, *coded, low, listed.astype(f"<i{codes.itemsize}").tobytes()))
@@ -106,7 +108,7 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
         out[:] = turned
         return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
-    tables, at = _tables(view, kind, low)
+    frequencies, at = _frequencies(view, _HEADER.size, kind, low)
     before = (_words_bytes(shape) if kind == LATTICE else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
     sizes = (*before, -(-low * shape[0] * shape[1] // 8), itemsize * listed)
     if at + sum(sizes) != len(view):
@@ -119,7 +121,7 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     parts = _split(view[at:], sizes)
     direct = itemsize == 1 and not low and not listed
     symbols = out if direct else np.empty(shape, np.int16 if kind == LATTICE else np.int8)
-    _decode_symbols(parts, _frequencies(_Plan(kind, tables, low, listed, 0.0)), kind == LATTICE, symbols, not low)
+    _decode_symbols(parts, frequencies, kind == LATTICE, symbols, not low)
     if not direct:
         _widen(symbols, kind == LATTICE, low, parts, out)
     return out
@@ -172,12 +174,12 @@ def _cheapest(codes: Codes, words: Bytes, itemsize: int) -> _Plan:
     return min(plans, key=lambda plan: plan.bits)
 
 
-def _plan(codes: Codes, itemsize: int, kind: int, fixed: int) -> _Plan:
+def _plan(codes: Codes, itemsize: int, kind: int, fixed: int, most_low: int = _MAX_LOW) -> _Plan:
     """The plan of the fewest bits for a kind of frame; ``fixed`` bits are the same for all."""
     best = _with_low(codes, itemsize, kind, fixed, 0)
     if codes.size >= _LARGE and not best.listed and max(len(table.entries) for table in best.tables) < _FEW:
         return best
-    for low in range(1, _MAX_LOW + 1):
+    for low in range(1, most_low + 1):
         plan = _with_low(codes, itemsize, kind, fixed, low)
         if plan.bits < best.bits:
             best = plan
@@ -188,22 +190,18 @@ def _plan(codes: Codes, itemsize: int, kind: int, fixed: int) -> _Plan:
 
 def _with_low(codes: Codes, itemsize: int, kind: int, fixed: int, low: int) -> _Plan:
     """The plan with so many low bits."""
+    from spectral_surgery.kernels.frame_plans import frame_tables
     from spectral_surgery.kernels.rans import count_symbols
 
-    counts = np.zeros((2, 256), np.int64)
-    listed = count_symbols(codes, kind == LATTICE, low, counts)
-    tables = tuple(fitted_table(one, symmetry) for one, symmetry in zip(counts, _symmetries(kind, low), strict=False))
-    coded = sum(table.bits(one) for table, one in zip(tables, counts, strict=False))
-    if kind == LATTICE and not low:
-        coded -= codes.shape[0] // BLOCK * codes.shape[1] * _parity_bits(counts)
-    return _Plan(kind, tables, low, listed, fixed + low * codes.size + 8 * itemsize * listed + coded)
-
-
-def _parity_bits(counts: Codes) -> float:
-    """Entropy of whether a symbol is odd, given c: what the last row of a block takes less. Counts are [2, 256]."""
-    sums = np.stack([counts[:, 0::2].sum(1), counts[:, 1::2].sum(1)])  # [parity, c]
-    share = np.maximum(sums, 1e-300) / np.maximum(sums.sum(0), 1)
-    return float(-(sums * np.log2(share)).sum() / sums.sum())
+    counts, entries, tables = np.zeros((2, 256), np.int64), np.empty((2, 256), np.int64), np.empty((2, 3), np.int64)
+    lattice = kind == LATTICE
+    listed = count_symbols(codes, lattice, low, counts)
+    coded = frame_tables(counts, lattice, low, codes.shape[0] // BLOCK * codes.shape[1], entries, tables)
+    found = tuple(
+        SymbolTable(symmetry, tuple(some[:size].tolist()), first)
+        for some, (symmetry, first, size) in zip(entries[: 1 + lattice], tables.tolist(), strict=False)
+    )
+    return _Plan(kind, found, low, listed, fixed + low * codes.size + 8 * itemsize * listed + coded)
 
 
 def _symmetries(kind: int, low: int) -> tuple[int, ...]:
@@ -212,13 +210,23 @@ def _symmetries(kind: int, low: int) -> tuple[int, ...]:
     return {ZEROS: (), INTEGERS: (main,), LATTICE: (main, ABOUT_HALF)}[kind]
 
 
-def _frequencies(plan: _Plan) -> npt.NDArray[np.int64]:
-    """[contexts, 256], in the order of `kernels.rans`."""
-    main = np.stack([table.by_symbol() for table in plan.tables])
-    if plan.kind == INTEGERS or plan.low:
-        return main
-    known = [with_parity(one) for one in main]
-    return np.concatenate((main, [known[c][parity] for parity in (0, 1) for c in (0, 1)]))
+def _frequencies(data: memoryview, at: int, kind: int, low: int) -> tuple[npt.NDArray[np.int64], int]:
+    """[contexts, 256] of tables that begin somewhere, in the order of `kernels.rans`, and where they end."""
+    from spectral_surgery.kernels.frame_parts import read_tables
+
+    symmetries = _symmetries(kind, low)
+    out = np.zeros((6 if kind == LATTICE and not low else len(symmetries), 256), np.int64)
+    end = read_tables(_read_only(data), at, len(symmetries), ABOUT_HALF if low else ABOUT_ZERO, out)
+    for symmetry in symmetries if end < 0 else ():
+        at += SymbolTable.from_bytes(data[at:], symmetry)[1]  # raises what is wrong with it
+    return out, end
+
+
+def _read_only(data: memoryview) -> Bytes:
+    """Bytes as kernels take them, which are compiled once more for those that may be written."""
+    seen = np.frombuffer(data, np.uint8)
+    seen.flags.writeable = False
+    return seen
 
 
 def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, int, int, int]:
@@ -238,19 +246,8 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
     return fields
 
 
-def _tables(view: memoryview, kind: int, low: int) -> tuple[tuple[SymbolTable, ...], int]:
-    """The tables, and where they end."""
-    at, tables = _HEADER.size, []
-    for symmetry in _symmetries(kind, low):
-        table, size = SymbolTable.from_bytes(view[at:], symmetry)
-        tables.append(table)
-        at += size
-    return tuple(tables), at
-
-
 def _split(view: memoryview, sizes: tuple[int, ...]) -> list[memoryview]:
-    ends = np.cumsum(sizes)
-    return [view[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [view[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def _blocks(shape: tuple[int, ...]) -> int:
@@ -282,12 +279,16 @@ def _packed_words(words: Bytes, shape: tuple[int, ...]) -> bytes:
 
 def _unpacked_words(data: memoryview, shape: tuple[int, ...], begin: int) -> Bytes:
     """Those of the blocks from ``begin`` on, a multiple of 8 among the whole ones."""
-    out, at = [], 0
-    for blocks, bits in _word_groups(shape):
-        size, skipped = -(-blocks * bits // 8), min(begin, blocks)
-        out.append(_unpacked(data[at + skipped * bits // 8 : at + size], blocks - skipped, bits).astype(np.uint8))
-        at, begin = at + size, begin - skipped
-    return np.concatenate(out)
+    from spectral_surgery.kernels.frame_parts import unpack
+
+    groups = _word_groups(shape)
+    out = np.empty(sum(blocks for blocks, _ in groups) - begin, np.uint8)
+    at, done, seen = 0, 0, _read_only(data)
+    for blocks, bits in groups:
+        skipped = min(begin, blocks)
+        unpack(seen, at + skipped * bits // 8, bits, out[done : done + blocks - skipped])
+        at, done, begin = at - (-blocks * bits // 8), done + blocks - skipped, begin - skipped
+    return out
 
 
 def _packed(numbers: Codes, bits: int) -> bytes:

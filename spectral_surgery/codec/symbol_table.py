@@ -46,11 +46,6 @@ class SymbolTable:
             out[128 - size : 128] = entries[::-1]
         return out
 
-    def bits(self, counts: Counts) -> float:
-        """What symbols that occur so often take, and the table."""
-        used = counts > 0
-        return float(-(counts[used] * np.log2(self.by_symbol()[used] / SLOTS)).sum()) + 8 * len(self.to_bytes())
-
     def to_bytes(self) -> bytes:
         """The number of entries, and each: in one byte below 128, else in two, of which the first has the high bit.
 
@@ -91,32 +86,11 @@ def fitted_table(counts: Counts, symmetry: int) -> SymbolTable:
 
     Every symbol that occurs has a frequency.
     """
-    if symmetry == ABOUT_ZERO:
-        pairs = counts[128:] + counts[128:0:-1]
-        pairs[0] //= 2
-    else:
-        pairs = counts[128:] + counts[127::-1]
-    times = np.full(128, 2, np.int64)
-    times[0] -= symmetry == ABOUT_ZERO
-    symmetric = SymbolTable(symmetry, _entries(pairs / times, times))
-    used = np.flatnonzero(counts)
-    first, last = (int(used[0]), int(used[-1])) if used.size else (128, 128)
-    free = SymbolTable(NONE, _entries(counts[first : last + 1], np.ones(last + 1 - first, np.int64)), first - 128)
-    return min(symmetric, free, key=lambda table: table.bits(counts))
+    from spectral_surgery.kernels.frame_plans import fit
 
-
-def _entries(weights: Counts, times: Counts) -> tuple[int, ...]:
-    """Frequencies in proportion to weights, each counted so many times; none is zero but that of no weight."""
-    size = int(np.flatnonzero(weights)[-1]) + 1 if weights.any() else 1
-    weights, times = weights[:size], times[:size]
-    entries = np.floor(weights * (SLOTS / max(float((weights * times).sum()), 1.0)) + 0.5).astype(np.int64)
-    entries = np.clip(entries, weights > 0, SLOTS - 1)
-    while (over := int((entries * times).sum()) - SLOTS) > 0:
-        largest = int(np.where(entries > 1, entries * times, 0).argmax())
-        entries[largest] -= max(1, min(over // int(times[largest]), int(entries[largest]) // 2))
-    largest = int((entries * times).argmax())
-    entries[largest] = max(min(entries[largest] + -over // times[largest], SLOTS - 1), 1)
-    return tuple(int(entry) for entry in entries)
+    entries = np.zeros(256, np.int64)
+    found, first, size, _ = fit(counts, symmetry, entries)
+    return SymbolTable(found, tuple(entries[:size].tolist()), first)
 
 
 def with_parity(frequencies: Counts) -> Counts:

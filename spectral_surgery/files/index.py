@@ -12,7 +12,7 @@ from typing import NoReturn
 from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.header import Header, TensorInfo, named, read_header, read_json
 from spectral_surgery.files.reader import same_bytes
-from spectral_surgery.files.sources import SOURCES, quantisation_of, read_as_plain
+from spectral_surgery.files.sources import quantisation_of, read_as_plain
 from spectral_surgery.files.storage import (
     Checkpoint,
     File,
@@ -96,8 +96,7 @@ class CheckpointIndex:
             return None
         method = str(settings.get("quant_method"))
         remedies = {"spectral_surgery": "Decompress it first.", "spectral_surgery_swap": "Start from the original."}
-        kind = SOURCES.get(method)
-        remedy = kind.remedy if kind else remedies.get(method, "Start from the unquantised checkpoint.")
+        remedy = remedies.get(method, "Start from the unquantised checkpoint.")
         return f"expected a plain checkpoint, got one quantised already ({method}). {remedy}"
 
     def require_plain(self) -> None:

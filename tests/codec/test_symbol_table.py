@@ -19,6 +19,8 @@ from spectral_surgery.codec.symbol_table import (
     with_parity,
 )
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.kernels.frame_parts import read_tables
+from spectral_surgery.kernels.frame_plans import fit
 
 COUNTS = st.dictionaries(st.integers(-127, 127), st.integers(1, 1 << 40), max_size=255)
 
@@ -28,6 +30,12 @@ def counts_of(occurring: dict[int, int]) -> Any:
     for symbol, count in occurring.items():
         counts[symbol + 128] = count
     return counts
+
+
+def rows_read(data: bytes, symmetry: int) -> tuple[Any, int]:
+    """What kernels read of a table: [6, 256], of which rows 2 and 4 are those of one parity, and where it ends."""
+    rows, seen = np.zeros((6, 256), np.int64), np.frombuffer(data, np.uint8)
+    return rows, read_tables(seen, 0, 1, symmetry, rows)
 
 
 @given(COUNTS, st.sampled_from([ABOUT_ZERO, ABOUT_HALF]), st.booleans())
@@ -45,6 +53,10 @@ def test_every_symbol_that_occurs_has_a_frequency(occurring: dict[int, int], sym
     elif table.symmetry == ABOUT_HALF:
         np.testing.assert_array_equal(frequencies, frequencies[::-1])
     assert SymbolTable.from_bytes(memoryview(table.to_bytes() + b"more"), symmetry) == (table, len(table.to_bytes()))
+    rows, end = rows_read(table.to_bytes(), symmetry)
+    assert end == len(table.to_bytes())
+    np.testing.assert_array_equal(rows[0], frequencies)
+    np.testing.assert_array_equal(rows[[2, 4]], with_parity(frequencies))
     for parity, known in enumerate(with_parity(frequencies)):
         of_parity = np.arange(256) % 2 == parity
         assert ((known > 0) == (frequencies > 0) * of_parity).all()
@@ -57,7 +69,7 @@ def test_frequencies_are_as_the_counts() -> None:
     table = fitted_table(counts, ABOUT_ZERO)
     assert (table.symmetry, table.entries) == (ABOUT_ZERO, (2000, 999, 48, 0, 0, 1)), "4097 when rounded"
     cost = -(counts[counts > 0] * np.log2(table.by_symbol()[counts > 0] / SLOTS)).sum()
-    assert table.bits(counts) == pytest.approx(cost + 8 * (1 + 2 + 2 + 4))
+    assert fit(counts, ABOUT_ZERO, np.zeros(256, np.int64))[3] == pytest.approx(cost + 8 * (1 + 2 + 2 + 4))
 
 
 def test_symmetry_is_left_where_it_costs_more() -> None:
@@ -107,3 +119,4 @@ def test_parity_in_integers() -> None:
 def test_damaged_tables(data: bytes, symmetry: int, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
         SymbolTable.from_bytes(memoryview(data), symmetry)
+    assert rows_read(data, symmetry)[1] == -1

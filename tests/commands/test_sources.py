@@ -90,13 +90,11 @@ def test_inspect_describes_an_adapter(adapter: Path) -> None:
 
 
 def test_inspect_and_compress_agree_about_a_quantised_checkpoint(tmp_path: Path) -> None:
-    source = write_folder(
-        tmp_path / "quantised", llama_like(), config={"quantization_config": {"quant_method": "gptq"}}
-    )
+    source = write_folder(tmp_path / "quantised", llama_like(), config={"quantization_config": {"quant_method": "hqq"}})
     refused = str(invoke("compress", source, tmp_path / "out", "--bits", "4").exception)
     found = inspect(source)
     assert refused == f"{tmp_path / 'quantised'}: {found.notes[0].removeprefix('compress refuses it: ')}"
-    assert "got one quantised already (gptq)" in refused
+    assert "got one quantised already (hqq)" in refused
     assert found.kind == "quantised"
     assert {row["compress would"] for row in found.tensors} == {"refuse it"}
     with pytest.raises(SpectralSurgeryError, match="quantised: expected a plain checkpoint, got one quantised already"):

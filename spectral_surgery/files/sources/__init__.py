@@ -12,13 +12,13 @@ from spectral_surgery.files.sources.base import Settings, SourceKind
 from spectral_surgery.files.sources.bitsandbytes import BITSANDBYTES
 from spectral_surgery.files.sources.compressed_tensors import COMPRESSED_TENSORS
 from spectral_surgery.files.sources.fp8 import FBGEMM_FP8, FP8, looks_fp8
+from spectral_surgery.files.sources.grouped import AWQ, GPTQ
 from spectral_surgery.files.sources.mxfp4 import MXFP4
-from spectral_surgery.files.sources.not_read import NOT_READ
 from spectral_surgery.registry import Table
 
 __all__ = ["SOURCES", "SourceKind", "is_read_as_plain", "quantisation_of", "read_as_plain"]
 
-SOURCES: Table[SourceKind] = Table("source", (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, BITSANDBYTES, *NOT_READ))
+SOURCES: Table[SourceKind] = Table("source", (FP8, FBGEMM_FP8, MXFP4, COMPRESSED_TENSORS, BITSANDBYTES, GPTQ, AWQ))
 
 _KEY = "quantization_config"
 _PLACES = ((), ("text_config",), ("language_config",))  # where a configuration may have its settings
@@ -39,8 +39,7 @@ def quantisation_of(config: Mapping[str, object]) -> Settings | None:
 def is_read_as_plain(config: Mapping[str, object]) -> bool:
     """Whether a configuration is of another tool's quantisation that is read as what it stands for."""
     settings = quantisation_of(config)
-    kind = SOURCES.get(str(settings.get("quant_method"))) if settings is not None else None
-    return kind is not None and kind.read is not None
+    return settings is not None and str(settings.get("quant_method")) in SOURCES
 
 
 def read_as_plain(
@@ -59,7 +58,7 @@ def read_as_plain(
             return tensors, config, ()
         settings = {"quant_method": FP8.name}
     kind = SOURCES.get(str(settings.get("quant_method")))
-    if kind is None or kind.read is None:
+    if kind is None:
         return tensors, config, ()
     plain = dict(sorted(kind.read(tensors, settings).items()))
     made = sum(info.decoder is not None for info in plain.values())

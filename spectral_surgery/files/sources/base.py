@@ -22,13 +22,11 @@ class SourceKind:
         name: ``quant_method`` in its configuration.
         read: finds the plain tensors by name, given the stored ones and the settings of the quantisation. Tensors that
             are not quantised stay; scales and the like are gone. It raises CheckpointError where something is missing
-            or does not fit. None: it is not read.
-        remedy: what gives a plain checkpoint, where it is not read.
+            or does not fit.
     """
 
     name: str
-    read: Reading | None
-    remedy: str = ""
+    read: Reading
 
 
 def stands_for(

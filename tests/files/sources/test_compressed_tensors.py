@@ -122,12 +122,3 @@ def test_faults(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             read_tensor(read_index(write(tmp_path / str(number), parts, said)).tensors[f"{STEM}.weight"])
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("method", "way"), [("gptq", "dequantize_model("), ("awq", "AutoAWQConverter")])
-def test_others_are_refused_with_what_gives_a_checkpoint_that_is_read(method: str, way: str, tmp_path: Path) -> None:
-    index = read_index(write(tmp_path, {"a.qweight": torch.zeros(4, 4)}, {"quant_method": method}))
-    assert index.why_not_plain is not None
-    assert f"({method})" in index.why_not_plain
-    assert way in index.why_not_plain
-    assert "\n" not in index.why_not_plain
