@@ -34,6 +34,7 @@ LAYERS = (
     {"files", "live"},
     {"hub", "hf"},
     {"text", "engines"},
+    {"inputs"},
     {"calibration", "training"},
     {"cards"},
     {"commands"},

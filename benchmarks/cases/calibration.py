@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ from benchmarks.case import Row, require
 from benchmarks.language_model import Size, prompt, write_model
 from benchmarks.timing import interleaved
 from spectral_surgery.calibration.block_streaming import LazyModel
-from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, layer_moments, model_and_text
+from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, layer_moments, model_and_inputs
 from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.inputs.model_input import Batch, ModelInput, equal_shapes
 from spectral_surgery.live.hooks import hooked
-from spectral_surgery.text.sequences import equal_lengths
 from spectral_surgery.text.settings import TextData
 
 PASSES = 7.0  # forward passes that calibrating may take
@@ -71,16 +71,16 @@ def measure(load: Load, rounds: int = ROUNDS) -> list[Row]:
         model, _ = load_model(source, "AutoModel", dtype=torch.float32)
         model.config.use_cache = False
         data = TextData(text, load.samples, load.length)
-        (lazy, sequences), (native, _) = (model_and_text(source, index, data, exact=exact) for exact in (True, False))
-        batches = equal_lengths(sequences, BATCH_TOKENS)
-        moments = calibrate(lazy, sequences, names)
+        (lazy, inputs), (native, _) = (model_and_inputs(source, index, data, exact=exact) for exact in (True, False))
+        batches = equal_shapes(inputs, BATCH_TOKENS)
+        moments = calibrate(lazy, inputs, names)
         check(moments, model, batches, CLOSE)
-        check(calibrate(native, sequences, names), model, batches, CLOSE_BF16)
+        check(calibrate(native, inputs, names), model, batches, CLOSE_BF16)
         providers: dict[str, Callable[[], object]] = {
             "one forward pass": partial(forward, model, batches),
-            "all second moments": partial(calibrate, lazy, sequences, names),
+            "all second moments": partial(calibrate, lazy, inputs, names),
             f"the same, as --calibrate does{', in bfloat16' if native.bf16 else ''}": partial(
-                calibrate, native, sequences, names
+                calibrate, native, inputs, names
             ),
         }
         timings = interleaved(providers, rounds)
@@ -102,18 +102,18 @@ def measure(load: Load, rounds: int = ROUNDS) -> list[Row]:
 
 
 @torch.inference_mode()
-def forward(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
+def forward(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Run the model on all batches."""
     for batch in batches:
         model(**batch)
 
 
-def calibrate(lazy: LazyModel, sequences: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Tensor]:
+def calibrate(lazy: LazyModel, inputs: Sequence[ModelInput], names: Sequence[str]) -> dict[str, Tensor]:
     """The moments by tensor, with all layers as they are."""
-    return {turn.tensor: turn.moment for turn in layer_moments(lazy, sequences, names)}
+    return {turn.tensor: turn.moment for turn in layer_moments(lazy, inputs, names)}
 
 
-def check(moments: dict[str, Tensor], model: nn.Module, batches: Sequence[dict[str, Tensor]], close: float) -> None:
+def check(moments: dict[str, Tensor], model: nn.Module, batches: Iterable[Batch], close: float) -> None:
     """Compare moments with the definition, from a plain forward pass in which each layer sums its inputs."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plain: dict[str, Tensor] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.files.index import CheckpointIndex
-from spectral_surgery.hf.models import load_model, load_outline
+from spectral_surgery.hf.models import load_any, load_outline
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, names_in
-from spectral_surgery.live.blocks import has_blocks
+from spectral_surgery.live.stacks import TEXT, Chain, Prefixes, chain_of
 from spectral_surgery.memory import release_freed_memory
 
 
@@ -26,27 +27,28 @@ class LazyModel:
 
     Attributes:
         model: a transformers model; parameters that are not needed now are on the meta device.
-        tokenizer: its tokenizer.
         names: where its parameters are stored.
         tensors: the same, of those that are read when they are needed; none when all are in memory for good.
         device: where it runs.
         bf16: whether its products are those of bfloat16, see `computing`.
+        given: names of what it is run on.
     """
 
     model: Any
-    tokenizer: Any
     names: TensorNames
     tensors: dict[str, StoredParameter]
     device: str = "cpu"
     bf16: bool = False
+    given: frozenset[str] = TEXT
 
     def computing(self) -> torch.autocast:
         """A context to run the model in: products of bfloat16, if they are wanted, and everything else in float32."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
-    def placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch where the model is."""
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+    @cached_property
+    def chain(self) -> Chain:
+        """The stacks of blocks that run on the inputs of this model."""
+        return chain_of(self.model, self.given, self.holding)
 
     @property
     def whole(self) -> bool:
@@ -54,11 +56,9 @@ class LazyModel:
         return not self.tensors
 
     @contextmanager
-    def holding(self, prefix: str = "", without: str = "") -> Iterator[None]:
+    def holding(self, prefix: str = "", without: Prefixes = ()) -> Iterator[None]:
         """Have some parameters in memory while the block lasts, and forget them, with all changes, afterwards."""
-        names = [
-            name for name in self.tensors if name.startswith(prefix) and not (without and name.startswith(without))
-        ]
+        names = [name for name in self.tensors if name.startswith(prefix) and not name.startswith(without)]
         read: dict[str, nn.Parameter] = {}
         for name in names:  # tied parameters are stored once
             key = self.tensors[name].name
@@ -87,18 +87,23 @@ def load_lazily(
     trust_remote_code: bool = False,
     device: str = "cpu",
     bf16: bool = False,
+    given: Collection[str] = TEXT,
+    outline: Any = None,
 ) -> LazyModel:
     """Load a model without its weights, where every parameter is stored as it is, or as rows of stored tensors.
 
     Args:
+        auto_class: see `load_any`.
         device: where it will run.
         bf16: whether in bfloat16.
+        given: names of what it is run on.
+        outline: the model without weights, where somebody has it already.
 
     Returns:
         The model; with all its weights where it has no list of blocks, or where loading computes parameters from what
         is stored.
     """
-    outline, tokenizer = load_outline(folder, auto_class, trust_remote_code=trust_remote_code)
+    outline, given = outline or load_outline(folder, auto_class, trust_remote_code=trust_remote_code), frozenset(given)
     outline.config.use_cache = False
     names = names_in(outline, index)
     parameters = dict(outline.named_parameters(remove_duplicate=False))
@@ -110,17 +115,17 @@ def load_lazily(
     }
     tied = {id(parameters[name]): stored for name, stored in tensors.items()}
     tensors |= {name: tied[id(p)] for name, p in parameters.items() if name not in tensors and id(p) in tied}
-    if tensors.keys() == parameters.keys() and has_blocks(outline):
+    if tensors.keys() == parameters.keys() and chain_of(outline, given).stacks:
         for module in outline.modules():
             module._buffers |= {
                 name: buffer if buffer is None or buffer.is_meta else buffer.to(device)
                 for name, buffer in module._buffers.items()
             }
-        return LazyModel(outline, tokenizer, names, tensors, device, bf16)
-    model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return LazyModel(outline, names, tensors, device, bf16, given)
+    model = load_any(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
     model.requires_grad_(requires_grad=False).to(device)
-    return LazyModel(model, tokenizer, names, {}, device, bf16)
+    return LazyModel(model, names, {}, device, bf16, given)
 
 
 class ActivationStore:

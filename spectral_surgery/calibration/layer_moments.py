@@ -19,20 +19,19 @@ from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
-from spectral_surgery.files.peft.task import is_causal, needs_decoder_input
-from spectral_surgery.hf.models import longest_sequence
+from spectral_surgery.files.peft.task import is_causal
+from spectral_surgery.hf.models import load_outline
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
-from spectral_surgery.live.blocks import blocks_in_turn
+from spectral_surgery.inputs.kind import Reading
+from spectral_surgery.inputs.kinds import SEQ_LENGTH, kind_of
+from spectral_surgery.inputs.model_input import ModelInput, equal_shapes
 from spectral_surgery.live.moments import moments_of
 from spectral_surgery.live.running import fast_bfloat16
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.examples import documents
-from spectral_surgery.text.sequences import check_vocabulary, equal_lengths, token_sequences
 from spectral_surgery.text.settings import TextData
 
 IN_MEMORY = 32 << 20  # bytes of activations; more go to files
 EXPERT_MOMENTS = 1 << 30  # bytes of the moments of experts at a time
-SAMPLES, SEQ_LENGTH = 512, 256  # usual
 BATCH_TOKENS = 1024  # of a batch: what a block computes on the way has room beside its weights
 
 T = TypeVar("T")
@@ -72,7 +71,7 @@ class LayerMoment:
 
 def layer_moments(
     lazy: LazyModel,
-    sequences: Sequence[Sequence[int]],
+    inputs: Sequence[ModelInput],
     names: Container[str],
     *,
     folder: Path | None = None,
@@ -88,16 +87,15 @@ def layer_moments(
             with what the caller does to each layer.
     """
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
-    tokens, started = sum(map(len, sequences)), time.perf_counter()
+    batches, started = equal_shapes(inputs, BATCH_TOKENS, lazy.device), time.perf_counter()
     with closing(ActivationStore(IN_MEMORY, folder)) as store:
-        batches = [lazy.placed(batch) for batch in equal_lengths(sequences, BATCH_TOKENS)]
-        turns = blocks_in_turn(lazy.model, batches, holding=lazy.holding, keep=store.put)
+        turns = lazy.chain.in_turn(batches, store.put)
         for block, module, run in _computed(lazy, turns):
             matrices = matrices_of(lazy.names, names, f"{block}." if block else "", module)
             for turn in moments_in_turn(lazy, block, matrices, run):
                 yield turn
                 count += 1
-                through = tokens * count / total / (time.perf_counter() - started)
+                through = batches.tokens * count / total / (time.perf_counter() - started)
                 progress(count, total, f"{turn.tensor}, {through:,.0f} tokens/s")
 
 
@@ -170,40 +168,31 @@ def _mean(moments: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(moments)).mean(0)
 
 
-def digest_of(data: TextData) -> str:
-    """What codes were chosen by, for the manifest."""
-    data = data.with_usual(SAMPLES, SEQ_LENGTH)
-    return f"{data.samples} x {data.seq_length} tokens of {data.digest()}"
-
-
-def model_and_text(
+def model_and_inputs(
     source: Path, index: CheckpointIndex, data: TextData, device: str = "cpu", *, exact: bool = False
-) -> tuple[LazyModel, list[list[int]]]:
-    """The model to calibrate, and token sequences to calibrate it on.
+) -> tuple[LazyModel, list[ModelInput]]:
+    """The model to calibrate, and what to calibrate it on.
 
     Args:
         device: where it will run.
         exact: compute in float32 also where products of bfloat16 are faster.
 
     Raises:
-        ConfigError: when there is no text, the model does not know its tokens, or has an encoder and a decoder.
+        ConfigError: when there is nothing that the model reads, or it does not know its tokens.
     """
-    if needs_decoder_input(index.config):
+    kind, trust = kind_of(data.file, index.config), data.trust_remote_code
+    outline = load_outline(source, kind.auto_class, trust_remote_code=trust)
+    reading = Reading(data, source, index.config, outline, data.seq_length or SEQ_LENGTH, is_causal(index.config))
+    inputs = kind.inputs(reading, kind.items(reading), data.samples or kind.samples)
+    if not inputs:
         raise ConfigError(
-            "calibrate: expected an encoder or a decoder, got a model of both, which its text alone does not run."
+            f"{data.file}: expected {kind.summary} that the model reads, got none: {kind.empty} {source.name}."
         )
     bf16 = not exact and fast_bfloat16(torch.device(device).type)
-    trust = data.trust_remote_code
-    lazy = load_lazily(source, index, "AutoModel", trust_remote_code=trust, device=device, bf16=bf16)
+    where = source, index, kind.auto_class
+    lazy = load_lazily(
+        *where, trust_remote_code=trust, device=device, bf16=bf16, given=inputs[0].shapes, outline=outline
+    )
     if any(expert_matrices(part) for part in lazy.model.modules()):
         lazy = replace(lazy, bf16=False)  # many experts multiply activations by their matrices without a cast
-    data, causal = data.with_usual(SAMPLES, SEQ_LENGTH), is_causal(index.config)
-    length = min(data.seq_length, longest_sequence(lazy.model) or data.seq_length)
-    texts = documents(data.file, causal=causal)
-    sequences = token_sequences(lazy.tokenizer, texts, length=length, samples=data.samples, causal=causal)
-    if not any(sequences):
-        raise ConfigError(
-            f"{data.file}: expected text that the model reads, got none: the tokenizer of {source.name} finds no token."
-        )
-    check_vocabulary(sequences, lazy.model, data.file)
-    return lazy, sequences
+    return lazy, inputs

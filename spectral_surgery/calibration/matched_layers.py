@@ -22,11 +22,11 @@ from spectral_surgery.calibration.block_streaming import ActivationStore, LazyMo
 from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, LayerMoment, moments_in_turn
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
-from spectral_surgery.live.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs, outputs_of
+from spectral_surgery.inputs.model_input import ModelInput, equal_shapes
+from spectral_surgery.live.blocks import Held, Sample, next_inputs, outputs_of
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.moments import SecondMoment
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.sequences import equal_lengths
 
 RIDGE = 0.02  # of the mean of the diagonal of the second moment
 _EXACT = 1e-3  # relative: what a block returns is what it is given and what layers add to that
@@ -36,7 +36,7 @@ _TOKENS = 64  # that show what layers add
 
 def matched_layers(
     lazy: LazyModel,
-    sequences: Sequence[Sequence[int]],
+    inputs: Sequence[ModelInput],
     names: Container[str],
     *,
     outside: Callable[[nn.Module], None],
@@ -50,37 +50,40 @@ def matched_layers(
 
     Args:
         lazy: a model with a list of blocks.
-        sequences: token ids.
+        inputs: what it is run on.
         names: tensors that are wanted.
         outside: gives the parameters outside of the blocks, such as embeddings, what is stored of them.
         folder: for activations that wait.
         progress: counts matrices.
 
     Raises:
-        UnchainedError: before the first layer, when the model does something of its own between two blocks.
+        UnchainedError: before the first layer of a stack, when the model does something of its own between two blocks.
     """
-    prefix, blocks = find_blocks(lazy.model)
-    batches = [lazy.placed(batch) for batch in equal_lengths(sequences, BATCH_TOKENS)]
+    chain, batches = lazy.chain, equal_shapes(inputs, BATCH_TOKENS, lazy.device)
     count, total = 0, len(matrices_of(lazy.names, names, "", lazy.model))
-    tokens, started = sum(map(len, sequences)), time.perf_counter()
+    started = time.perf_counter()
+    wanted, left = list[list[Held]](), list[list[Held]]()  # what the original and the compressed stacks end with
     with closing(ActivationStore(IN_MEMORY, folder)) as store:
-        with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."), lazy.computing():
-            original = [captured_inputs(lazy.model, blocks, batch, store.put) for batch in batches]
-            outside(lazy.model)
-            given = [captured_inputs(lazy.model, blocks, batch, store.put) for batch in batches]
-        for number, block in enumerate(blocks):
-            name = f"{prefix}.{number}"
-            with lazy.holding(f"{name}."):
-                matrices = matrices_of(lazy.names, names, f"{name}.", block)
-                pair = _Pair(lazy, name, block, original, given, store)
-                original = pair.original_outputs(matrices)
-                for turn in pair.turns(matrices):
-                    yield turn
-                    count += 1
-                    through = tokens * count / total / (time.perf_counter() - started)
-                    progress(count, total, f"{turn.tensor}, {through:,.0f} tokens/s")
-                with lazy.computing():
-                    given = next_inputs(block, given, store.put)
+        for number, stack in enumerate(chain.stacks):
+            with chain.outside(number), lazy.computing():
+                original = chain.enter(number, batches, wanted, store.put)
+                outside(lazy.model)
+                given = chain.enter(number, batches, left, store.put)
+            for place, block in enumerate(stack.blocks):
+                name = f"{stack.prefix}.{place}"
+                with lazy.holding(f"{name}."):
+                    matrices = matrices_of(lazy.names, names, f"{name}.", block)
+                    pair = _Pair(lazy, name, block, original, given, store)
+                    original = pair.original_outputs(matrices)
+                    for turn in pair.turns(matrices):
+                        yield turn
+                        count += 1
+                        through = batches.tokens * count / total / (time.perf_counter() - started)
+                        progress(count, total, f"{turn.tensor}, {through:,.0f} tokens/s")
+                    with lazy.computing():
+                        given = next_inputs(block, given, store.put)
+            wanted.append([sample.hidden for sample in original])
+            left.append([sample.hidden for sample in given])
 
 
 @dataclass
@@ -109,8 +112,8 @@ class _Pair:
         """Run the original on all samples, which `turns` needs, and give what the next block is given there."""
         layers = {key: layer for matrix in matrices for key, layer in matrix.modules.items()}
         if not self.given[0].skipped:
-            self.groups = _groups(self.block, self.given[0], layers)
-            self.adds = _additions(self.block, self.original[0], layers)
+            self.groups = _groups(self.block, self.given[0].exact(), layers)
+            self.adds = _additions(self.block, self.original[0].exact(), layers)
         leaders = {leader: layers[leader] for leader in self.groups}
         self.seen = {leader: [] for leader in leaders}
 

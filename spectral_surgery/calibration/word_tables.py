@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel
 from spectral_surgery.calibration.layer_moments import BATCH_TOKENS
-from spectral_surgery.live.blocks import captured_inputs, find_blocks, hidden_of, next_inputs, returning
+from spectral_surgery.inputs.model_input import ModelInput, equal_shapes
+from spectral_surgery.live.blocks import Batch, Held, hidden_of, next_inputs
 from spectral_surgery.live.moments import SecondMoment
 from spectral_surgery.live.running import called
-from spectral_surgery.text.sequences import equal_lengths
+from spectral_surgery.live.stacks import Chain
 
 _UNSEEN = 0.1  # of the mean is added to what a row counts: words that are not in the text are not free
 _READ = 0.1  # of what an error in a logit counts, does an error in an embedding, where one table is both
@@ -37,15 +38,15 @@ class TableCosts:
     moment: Tensor
 
 
-def read_costs(sequences: Sequence[Sequence[int]], shape: tuple[int, int]) -> TableCosts:
+def read_costs(inputs: Sequence[ModelInput], shape: tuple[int, int]) -> TableCosts:
     """Of an embedding of a shape [V, D] that is only read."""
-    read = torch.cat([torch.tensor(sequence) for sequence in sequences])
+    read = torch.cat([ids for one in inputs for name, ids in one.read().items() if name.endswith("input_ids")])
     return TableCosts(_shares(torch.bincount(read, minlength=shape[0]).float()), torch.eye(shape[1]))
 
 
 def output_costs(
     lazy: LazyModel,
-    sequences: Sequence[Sequence[int]],
+    inputs: Sequence[ModelInput],
     store: ActivationStore,
     head: Callable[[], Tensor],
     *,
@@ -55,7 +56,7 @@ def output_costs(
 
     Args:
         lazy: the model without that layer.
-        sequences: token ids.
+        inputs: what it is run on.
         store: for activations that wait.
         head: reads its matrix, [V, D].
         read: whether it is the embedding too.
@@ -63,18 +64,20 @@ def output_costs(
     Raises:
         UnchainedError: when the model does something of its own between two blocks.
     """
-    prefix, blocks = find_blocks(lazy.model)
-    batches = [lazy.placed(batch) for batch in equal_lengths(sequences, BATCH_TOKENS)]
-    with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."), lazy.computing():
-        samples = [captured_inputs(lazy.model, blocks, batch, store.put) for batch in batches]
-    for number, block in enumerate(blocks):
-        with lazy.holding(f"{prefix}.{number}."), lazy.computing():
-            samples = next_inputs(block, samples, store.put)
-    with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
+    chain, batches = lazy.chain, equal_shapes(inputs, BATCH_TOKENS, lazy.device)
+    ends: list[list[Held]] = []
+    for number, stack in enumerate(chain.stacks):
+        with chain.outside(number), lazy.computing():
+            samples = chain.enter(number, batches, ends, store.put)
+        for place, block in enumerate(stack.blocks):
+            with lazy.holding(f"{stack.prefix}.{place}."), lazy.computing():
+                samples = next_inputs(block, samples, store.put)
+        ends.append([sample.hidden for sample in samples])
+    with chain.outside(len(chain.stacks)):
         table = head().float().to(lazy.device)
         moment, likely = SecondMoment(table.shape[1], table.device), torch.zeros(len(table), device=table.device)
-        for batch, sample in zip(batches, samples, strict=True):
-            hidden = _last_hidden(lazy.model, blocks, batch, sample.hidden()).reshape(-1, table.shape[1]).float()
+        for place, batch in enumerate(batches):
+            hidden = _last_hidden(chain, batch, [left[place] for left in ends]).reshape(-1, table.shape[1]).float()
             moment.add(hidden)
             likely += (hidden @ table.T).softmax(-1).sum(0)
     whole = moment.whole().cpu()
@@ -83,10 +86,10 @@ def output_costs(
 
 
 @torch.no_grad()
-def _last_hidden(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
+def _last_hidden(chain: Chain, batch: Batch, ends: Sequence[Held]) -> Tensor:
     """What a model makes of what its last block gives: a norm, mostly."""
-    with returning(blocks, hidden):
-        return hidden_of(called(model, named={**batch, "return_dict": False}))
+    with chain.left(ends):
+        return hidden_of(called(chain.entry, named={**batch, "return_dict": False}))
 
 
 def _shares(counts: Tensor) -> Tensor:

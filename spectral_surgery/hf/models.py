@@ -71,12 +71,34 @@ def load_model(
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
     """
-    transformers = _transformers()
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    with loading(folder, f"cannot be loaded by {auto_class}"):
-        cls = _class(transformers, folder, auto_class)
-        model = from_pretrained(cls, folder, {"dtype": dtype or "auto"}, trust_remote_code=trust_remote_code)
-    return _padding(model, tokenizer).eval(), tokenizer
+    model = load_any(folder, auto_class, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _padding(model, tokenizer), tokenizer
+
+
+def load_any(
+    folder: Path, auto_class: str = "", *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model of any kind, without what makes its inputs, in eval mode.
+
+    Args:
+        auto_class: see `load_model`; empty for the class that config.json names, which has a place for every tensor.
+        dtype: of the weights; None for the stored one.
+        trust_remote_code: run the code that a model brings along.
+
+    Raises:
+        BackendError: when transformers is not installed.
+        CheckpointError: when the folder has no model of that kind.
+    """
+    transformers = _transformers()
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with loading(folder, f"cannot be loaded{f' by {auto_class}' if auto_class else ''}"):
+        if auto_class:
+            cls = _class(transformers, folder, auto_class)
+        else:
+            cls = _class_of(transformers, transformers.AutoConfig.from_pretrained(folder, **local), folder)
+        settings = {"dtype": dtype or "auto"}
+        return from_pretrained(cls, folder, settings, trust_remote_code=trust_remote_code).eval()
 
 
 def load_classifier(
@@ -120,46 +142,28 @@ def _padding(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def load_outline(folder: Path, auto_class: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Build a model without weights: parameters are on the meta device, buffers are real.
+def load_outline(folder: Path, auto_class: str = "", *, trust_remote_code: bool = False) -> Any:
+    """Build a model without weights, in eval mode: parameters are on the meta device, buffers are real.
 
-    Returns (model in eval mode, tokenizer with a padding token).
+    Args:
+        auto_class: see `load_model`; empty for the class that config.json names.
 
     Raises:
         BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
     """
     transformers = _transformers()
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     trust = {"trust_remote_code": trust_remote_code}
     with loading(folder, f"cannot be loaded by {auto_class}"):
         config = plain_config(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust))
-        cls = _class(transformers, folder, auto_class)
+        cls = _class(transformers, folder, auto_class) if auto_class else _class_of(transformers, config, folder)
         with without_weights():
             if hasattr(cls, "from_config"):
                 model = cls.from_config(config, dtype=torch.float32, **trust)
             else:
                 model = cls._from_config(config, dtype=torch.float32)
         model.tie_weights()
-    return model.eval().requires_grad_(requires_grad=False), tokenizer
-
-
-def load_whole(folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a model with the class that its config.json names, so that every tensor of the folder has its place.
-
-    Returns the model in eval mode.
-
-    Raises:
-        BackendError: when transformers is not installed.
-        CheckpointError: when the folder has no model that transformers knows.
-    """
-    transformers = _transformers()
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with loading(folder, "cannot be loaded"):
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
-        cls = _class_of(transformers, config, folder)
-        settings = {"dtype": dtype or "auto"}
-        return from_pretrained(cls, folder, settings, trust_remote_code=trust_remote_code).eval()
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:

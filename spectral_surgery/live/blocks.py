@@ -1,21 +1,16 @@
-"""Running a model block by block.
-
-Activations of all samples wait between two blocks, so that a block is run twice: once until its layers were seen with
-their inputs, and again, after these were changed, for what the next block will be given.
-"""
+"""The blocks of a model, what each is given, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.errors import ConfigError, TargetError
+from spectral_surgery.errors import TargetError
 from spectral_surgery.live.running import called
 
 Batch = dict[str, Tensor]
@@ -46,6 +41,13 @@ class Sample:
     later: tuple[Arguments | None, ...] = ()
     skipped: bool = False
 
+    def exact(self) -> Sample:
+        """The same in float32, whatever the products of the model before were."""
+        hidden = self.hidden().float()
+        args = tuple(_float32(value) for value in self.args)
+        named = {name: _float32(value) for name, value in self.named.items()}
+        return Sample(lambda: hidden, args, named, self.later, self.skipped)
+
     def through(self, block: nn.Module) -> Tensor:
         """The hidden states that a block gives; those that are there, where it is skipped."""
         if self.skipped:
@@ -53,11 +55,14 @@ class Sample:
         return hidden_of(called(block, (self.hidden(), *self.args), self.named))
 
 
-def _all_there(prefix: str, without: str) -> AbstractContextManager[None]:  # noqa: ARG001 - nothing to do
-    return nullcontext()
+def _float32(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_float32, value))
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _in_memory(tensor: Tensor) -> Held:
+def in_memory(tensor: Tensor) -> Held:
+    """Put activations away where they are."""
     return lambda: tensor
 
 
@@ -70,13 +75,8 @@ class UnchainedError(TargetError):
 
 
 def has_blocks(model: nn.Module) -> bool:
-    """Whether a model has one list of blocks that holds most of it, each run once, by itself."""
-    lists = sorted(_lists(model).values(), key=_size)
-    if not lists or any(isinstance(block, nn.ModuleList) for block in lists[-1]):
-        return False
-    planned = getattr(text_config(model), "num_hidden_layers", None)
-    again = isinstance(planned, int) and planned > len(lists[-1])  # the same blocks are run several times
-    return not again and sum(map(_size, lists[:-1])) <= _BESIDE * _size(lists[-1])
+    """Whether what reads text has one list of blocks that holds most of it, each run once, by itself."""
+    return main_list(*text_part(model)) is not None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -85,10 +85,27 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         TargetError: when there is none.
     """
-    lists = _lists(model)
+    lists = _lists(*text_part(model))
     if not lists:
         raise TargetError(f"{type(model).__name__}: expected a transformer, got a model without a list of blocks.")
     return max(lists.items(), key=lambda item: _size(item[1]))
+
+
+def main_list(prefix: str, part: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The list of blocks that holds most of a part of a model, each run once, and its name; None without one.
+
+    Args:
+        prefix: name of the part.
+        part: the part; lists inside others do not count.
+    """
+    lists = sorted(_lists(prefix, part).items(), key=lambda item: _size(item[1]))
+    if not lists or any(isinstance(block, nn.ModuleList) for block in lists[-1][1]):
+        return None
+    planned = getattr(text_config(part), "num_hidden_layers", None)
+    encodes = getattr(text_config(part), "is_encoder_decoder", False)  # may have more in one stack than in the other
+    again = isinstance(planned, int) and planned > len(lists[-1][1]) and not encodes  # the same are run several times
+    beside = sum(_size(other) for _, other in lists[:-1])
+    return lists[-1] if not again and beside <= _BESIDE * _size(lists[-1][1]) else None
 
 
 def text_config(model: Any) -> Any:
@@ -102,11 +119,15 @@ def text_config(model: Any) -> Any:
         return config
 
 
-def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules in the part of a model that reads text; those inside others are left out."""
+def text_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that reads text, and its name; all of it where it has no parts."""
     config = text_config(model)
     parts = ((name, module) for name, module in model.named_modules() if getattr(module, "config", None) is config)
-    prefix, part = next(parts, ("", model))
+    return next(parts, ("", model))
+
+
+def _lists(prefix: str, part: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules in a part; those inside others are left out."""
     lists: dict[str, nn.ModuleList] = {}
     for inner, module in part.named_modules(prefix=prefix):
         inside = any(inner.startswith(f"{outer}.") for outer in lists)
@@ -119,52 +140,8 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def blocks_in_turn(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    *,
-    holding: Callable[[str, str], AbstractContextManager[None]] = _all_there,
-    keep: Callable[[Tensor], Held] = _in_memory,
-) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Tensor]]]]:
-    """The blocks in order, each with the inputs that the blocks before it give, as they are by then.
-
-    A model without a list of blocks, or that computes something between them, is one block, with the empty
-    name, that is run from its beginning.
-
-    Args:
-        model: in eval mode; a block may be changed while it is the turn's.
-        batches: arguments of the model by name.
-        holding: has the parameters of one prefix (all, if empty) without those of another in memory meanwhile.
-        keep: puts activations away until they are needed.
-
-    Yields:
-        (name of the block, the block, a function that runs it on one sample after the other and yields its outputs;
-        none of a sample whose run a hook ended with `Reached`).
-
-    Raises:
-        ConfigError: when there is no sample.
-    """
-    if not batches:
-        raise ConfigError("calibrate: expected some text, got none.")
-    prefix, blocks = find_blocks(model) if has_blocks(model) else ("", nn.ModuleList())
-    inputs: list[Sample] = []
-    if len(blocks):
-        with suppress(UnchainedError), holding("", f"{prefix}."), holding(f"{prefix}.0.", ""):
-            inputs = [captured_inputs(model, blocks, batch, keep) for batch in batches]
-    if not inputs:
-        with holding("", ""):
-            yield "", model, partial(_run_whole, model, batches)
-        return
-    for number, block in enumerate(blocks):
-        name = f"{prefix}.{number}"
-        with holding(f"{name}.", ""):
-            yield name, block, partial(outputs_of, block, inputs)
-            if number + 1 < len(blocks):
-                inputs = next_inputs(block, inputs, keep)
-
-
 def captured_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, keep: Callable[[Tensor], Held] = _in_memory
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, keep: Callable[[Tensor], Held] = in_memory
 ) -> Sample:
     """What a model gives to its first block, and what besides hidden states to the others; only the first one is run.
 
@@ -253,9 +230,7 @@ def _without_hidden(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tenso
     return named.pop(name), ((), named)
 
 
-def next_inputs(
-    block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = _in_memory
-) -> list[Sample]:
+def next_inputs(block: nn.Module, inputs: Sequence[Sample], keep: Callable[[Tensor], Held] = in_memory) -> list[Sample]:
     """The arguments of the next block: the hidden states that this one gives, and what the model gives it besides."""
     samples = []
     for sample, hidden in zip(inputs, outputs_of(block, inputs), strict=True):
@@ -278,10 +253,3 @@ def hidden_of(output: Any) -> Tensor:
     if isinstance(output, dict):
         return cast(Tensor, output.get("hidden_states", next(iter(output.values()))))
     return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)
-
-
-@torch.no_grad()
-def _run_whole(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
-    for batch in batches:
-        with suppress(Reached):
-            yield hidden_of(called(model, named={**batch, "return_dict": False}))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.peft.task import needs_decoder_input, task_of
+from spectral_surgery.files.peft.task import task_of
 from spectral_surgery.live.running import called
+from spectral_surgery.live.stacks import entry_of
 from spectral_surgery.registry import Table
 from spectral_surgery.text.kl import kl
 from spectral_surgery.text.settings import Keep
@@ -26,7 +27,8 @@ class Objective:
     """A row of OBJECTIVES.
 
     Attributes:
-        run: (model, batch) to its outputs.
+        auto_class: that loads a model that reads text.
+        run: (model, batch) to its outputs; an image alone is given to the part of the model that sees.
         loss: (outputs of the student, of the teacher, batch) to a scalar.
         project: (outputs of the teacher, batch, generator) to a random scalar; the mean square of its gradient is the
             curvature of the loss where the student is the teacher, up to a factor.
@@ -46,23 +48,13 @@ class Objective:
     batch_size: int
     seq_length: int
 
-    @property
-    def causal(self) -> bool:
-        """Whether it is that of language models, whose text is one stream."""
-        return self.auto_class == "AutoModelForCausalLM"
+
+_OF_TASK = {"CAUSAL_LM": "tokens", "SEQ_2_SEQ_LM": "tokens", "SEQ_CLS": "classes"}
 
 
 def objective_of(config: Mapping[str, object]) -> Objective:
-    """The row for a model; embeddings for a model without a task.
-
-    Raises:
-        ConfigError: for encoder-decoder models that a text alone does not run.
-    """
-    if needs_decoder_input(config):
-        raise ConfigError(
-            "heal: expected an encoder or a decoder, got a model of both, which its text alone does not run."
-        )
-    return OBJECTIVES[{"CAUSAL_LM": "tokens", "SEQ_CLS": "classes"}.get(task_of(config) or "", "embeddings")]
+    """The row for a model; embeddings for a model without a task."""
+    return OBJECTIVES[_OF_TASK.get(task_of(config) or "", "embeddings")]
 
 
 def _plain(model: nn.Module, batch: Batch) -> Any:
@@ -70,8 +62,8 @@ def _plain(model: nn.Module, batch: Batch) -> Any:
 
 
 def _with_hidden(model: nn.Module, batch: Batch) -> Any:
-    outputs = called(model, named={**batch, "output_hidden_states": True})
-    if not getattr(outputs, "hidden_states", None):  # None, or none of the layers that are recorded
+    outputs = called(entry_of(model, batch)[1], named={**batch, "output_hidden_states": True})
+    if not _states(outputs):  # None, or none of the layers that are recorded
         raise ConfigError(
             f"heal: expected a model that returns hidden states when it is asked for them, got {type(model).__name__}."
         )
@@ -80,15 +72,14 @@ def _with_hidden(model: nn.Module, batch: Batch) -> Any:
 
 def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """KL(teacher || student), nats per token."""
-    mask = batch["attention_mask"]
+    mask = _mask(batch, teacher.logits)
     return (kl(teacher.logits, student.logits) * mask).sum() / mask.sum()
 
 
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
-    mask = batch["attention_mask"][..., None]
-    first, second = (_pooled(outputs.hidden_states[-1], mask) for outputs in (student, teacher))
-    return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, mask)
+    first, second = (_pooled(_states(outputs)[-1], batch) for outputs in (student, teacher))
+    return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, batch)
 
 
 def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -97,14 +88,15 @@ def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
         loss = functional.mse_loss(student.logits, teacher.logits)
     else:
         loss = kl(teacher.logits, student.logits).mean()
-    return loss + _hidden(student, teacher, batch["attention_mask"][..., None])
+    return loss + _hidden(student, teacher, batch)
 
 
-def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
-    states = list(zip(student.hidden_states, teacher.hidden_states, strict=True))
+def _hidden(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    states = list(zip(_states(student), _states(teacher), strict=True))
     pooler = getattr(teacher, "pooler_output", None)
     errors = [
-        _masked(state - wanted, mask).square().sum() / _masked(wanted, mask).square().sum() for state, wanted in states
+        _masked(state - wanted, batch).square().sum() / _masked(wanted, batch).square().sum()
+        for state, wanted in states
     ]
     if pooler is not None:
         errors.append((student.pooler_output - pooler).square().sum() / pooler.square().sum())
@@ -113,24 +105,23 @@ def _hidden(student: Any, teacher: Any, mask: Tensor) -> Tensor:
 
 def _project_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """Log-likelihood of tokens drawn from the model itself: the curvature of KL is the Fisher information."""
-    mask = batch["attention_mask"]
+    mask = _mask(batch, outputs.logits)
     return (_drawn(outputs.logits, generator) * mask).sum() / mask.sum().sqrt()
 
 
 def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    mask = batch["attention_mask"][..., None]
-    pooled = functional.normalize(_pooled(outputs.hidden_states[-1], mask), dim=-1)
-    return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, mask, generator)
+    pooled = functional.normalize(_pooled(_states(outputs)[-1], batch), dim=-1)
+    return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, batch, generator)
 
 
 def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     logits = outputs.logits
     scalar = _noise(logits, generator) if logits.shape[-1] == 1 else _drawn(logits, generator).sum() / math.sqrt(2)
-    return scalar / math.sqrt(len(logits)) + _project_hidden(outputs, batch["attention_mask"][..., None], generator)
+    return scalar / math.sqrt(len(logits)) + _project_hidden(outputs, batch, generator)
 
 
-def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> Tensor:
-    states = [_masked(state, mask) for state in outputs.hidden_states]
+def _project_hidden(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    states = [_masked(state, batch) for state in _states(outputs)]
     if getattr(outputs, "pooler_output", None) is not None:
         states.append(outputs.pooler_output)
     return torch.stack([_noise(state, generator) / state.detach().norm() for state in states]).sum() / math.sqrt(
@@ -138,13 +129,30 @@ def _project_hidden(outputs: Any, mask: Tensor, generator: torch.Generator) -> T
     )
 
 
-def _masked(states: Tensor, mask: Tensor) -> Tensor:
-    """Without padding; some models go on with fewer states than tokens, which no mask belongs to."""
-    return states * mask if states.shape[1] == mask.shape[1] else states
+def _states(outputs: Any) -> list[Tensor]:
+    """Hidden states of all layers, [B, T, D] or [B, D, H, W]; those of an encoder before those of its decoder."""
+    names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+    return [state for name in names for state in getattr(outputs, name, None) or ()]
 
 
-def _pooled(states: Tensor, mask: Tensor) -> Tensor:
-    return (states * mask).sum(1) / mask.sum(1) if states.shape[1] == mask.shape[1] else states.mean(1)
+def _mask(batch: Batch, states: Tensor) -> Tensor:
+    """[B, T] of what is no padding; some models go on with fewer states than tokens, which no mask belongs to."""
+    masks = (batch.get(name) for name in ("decoder_attention_mask", "attention_mask"))
+    fitting = (mask for mask in masks if mask is not None and mask.shape == states.shape[:2])
+    return next(fitting, states.new_ones(states.shape[:2]))
+
+
+def _masked(states: Tensor, batch: Batch) -> Tensor:
+    """Without padding."""
+    return states * _mask(batch, states)[..., None] if states.ndim == 3 else states
+
+
+def _pooled(states: Tensor, batch: Batch) -> Tensor:
+    """[B, D]: the mean over tokens, or over the places of a map of features."""
+    if states.ndim != 3:
+        return states.flatten(2).mean(-1)
+    mask = _mask(batch, states)[..., None]
+    return (states * mask).sum(1) / mask.sum(1)
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:

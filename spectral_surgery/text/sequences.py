@@ -1,13 +1,11 @@
-"""Token sequences of texts, and batches of them."""
+"""Token sequences of texts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
@@ -45,12 +43,6 @@ def cut_stream(
     return [stream[start : start + length] for start in starts][: samples or None]
 
 
-def spaced(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """An evenly spaced sample of the sequences, within a limit of tokens."""
-    every = max(1, math.ceil(sum(map(len, sequences)) / tokens))
-    return list(sequences[::every])
-
-
 def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:
     """Refuse tokens of a file that a model has no embedding for; one without a table of embeddings takes them all.
 
@@ -73,31 +65,3 @@ def _vocabulary_of(model: Any) -> int | None:
     if isinstance(table, Tensor) and table.ndim == 2:
         return len(table)
     return getattr(words, "num_embeddings", None)
-
-
-def padded(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """A batch: input_ids and attention_mask, [B, T] integers, padded at the end."""
-    batch = tokenizer.pad(
-        {"input_ids": [list(sequence) for sequence in sequences]},
-        padding_side="right",
-        return_tensors="pt",
-        verbose=False,
-    )
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
-def equal_lengths(sequences: Sequence[Sequence[int]], tokens: int = 4096) -> list[dict[str, Tensor]]:
-    """Batches of sequences of equal length and a limited number of tokens: nothing is padded; shorter ones come first.
-
-    Returns:
-        input_ids and attention_mask, [B, T].
-    """
-    batches: list[list[Sequence[int]]] = []
-    for sequence in sorted(sequences, key=len):
-        last = batches[-1] if batches else None
-        if last and len(last[0]) == len(sequence) and (len(last) + 1) * len(sequence) <= tokens:
-            last.append(sequence)
-        else:
-            batches.append([sequence])
-    tensors = [torch.tensor(batch) for batch in batches]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tensors]

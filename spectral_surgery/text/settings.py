@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,14 +16,25 @@ TRUST = {"help": "Run the code that a model brings along (auto_map in config.jso
 
 @dataclass(frozen=True)
 class TextData:
-    """Text to calibrate, heal or distil on; 0 stands for what is usual for the work and the model."""
+    """What to calibrate, heal or distil on; 0 stands for what is usual for the work and the model.
+
+    Models with an encoder and a decoder take pairs of a source and a target.
+    """
 
     file: Path = field(
-        metadata={"help": "Text, .jsonl or .csv file; of text to train on, a part is held out.", "metavar": "FILE"}
+        metadata={
+            "help": "Text, .jsonl or .csv file, for encoder-decoders of pairs; of what is trained on, a part is held"
+            " out.",
+            "metavar": "FILE",
+        }
     )
     samples: int = field(
         default=0,
-        metadata={"help": "Sequences at most.", "least": 1, "unset": "512 to calibrate, 20000 to swap, all to heal"},
+        metadata={
+            "help": "Sequences or pairs at most.",
+            "least": 1,
+            "unset": "512 to calibrate, 20000 to swap, all to heal",
+        },
     )
     seq_length: int = field(
         default=0,
@@ -38,10 +49,6 @@ class TextData:
         metadata={"help": "Sequences of a step and process.", "least": 1, "unset": "4 of language models, else 24"},
     )
     trust_remote_code: bool = field(default=False, metadata=TRUST)
-
-    def with_usual(self, samples: int, seq_length: int) -> TextData:
-        """The same with what is usual in the place of zeros."""
-        return replace(self, samples=self.samples or samples, seq_length=self.seq_length or seq_length)
 
     def digest(self) -> str:
         """What it is, for the manifest and for recognising unfinished work.

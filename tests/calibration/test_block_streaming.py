@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from spectral_surgery.calibration.block_streaming import ActivationStore, load_lazily
 from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_model
-from spectral_surgery.live.blocks import blocks_in_turn, find_blocks, hidden_of
+from spectral_surgery.live.blocks import find_blocks, hidden_of
 from tests.commands.test_calibrate import KINDS, save_model
 
 
@@ -41,7 +41,7 @@ def test_one_block_at_a_time_gives_what_the_model_gives(tmp_path: Path, kind: st
     batch = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.int64)}
     shelf = ActivationStore(0, tmp_path)  # every activation in a file
     held = []
-    for name, block, run in blocks_in_turn(lazy.model, [batch], holding=lazy.holding, keep=shelf.put):
+    for name, block, run in lazy.chain.in_turn([batch], shelf.put):
         there = [own for own, parameter in lazy.model.named_parameters() if not parameter.is_meta]
         assert all(own.startswith(f"{name}.") for own in there)
         assert len(there) == len(list(block.parameters()))

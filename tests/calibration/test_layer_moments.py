@@ -17,6 +17,7 @@ from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.layer_moments import layer_moments
 from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.inputs.plain_text import token_inputs
 from spectral_surgery.live.blocks import Reached, find_blocks
 from spectral_surgery.live.hooks import hooked
 from tests.commands.test_calibrate import KINDS, save_model
@@ -69,7 +70,7 @@ def test_moments_are_those_of_the_plain_way(kind: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "BATCH_TOKENS", TOKENS)
     lazy, names = opened(kind, tmp_path / "model")
     found: dict[str, Tensor] = {}
-    for turn in layer_moments(lazy, sequences(), names):
+    for turn in layer_moments(lazy, token_inputs(sequences()), names):
         (layer,) = turn.matrix.layers
         found[f"{turn.block}.{layer}"] = turn.moment.clone()
         turn.matrix.put(changed(turn.matrix.weight))
@@ -97,7 +98,7 @@ def test_nothing_runs_after_the_last_layer_that_is_wanted(tmp_path: Path, monkey
         ("self_attn.k", {"k": shapes, "gate": shapes, "down": shapes}),
     ):
         runs.clear()
-        turns = layer_moments(lazy, sequences(), [name for name in names if include in name])
+        turns = layer_moments(lazy, token_inputs(sequences()), [name for name in names if include in name])
         with hooked(layers, ran):
             next(turns)
         assert runs == Counter({name: count + batches for name, count in wanted.items()})  # all run once beforehand

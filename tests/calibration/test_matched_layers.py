@@ -14,6 +14,7 @@ from spectral_surgery.calibration import matched_layers as module
 from spectral_surgery.calibration.layer_moments import layer_moments
 from spectral_surgery.calibration.matched_layers import RIDGE, matched_layers
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.inputs.plain_text import token_inputs
 from spectral_surgery.live.blocks import find_blocks
 from spectral_surgery.live.hooks import hooked
 from tests.calibration.test_layer_moments import TOKENS, WEIGHTS, changed, opened, sequences
@@ -74,7 +75,7 @@ def test_targets_are_those_of_the_plain_way(kind: str, tmp_path: Path, monkeypat
             words.data = changed(words.data)
 
     count = 0
-    for turn in matched_layers(lazy, sequences(), names, outside=outside):
+    for turn in matched_layers(lazy, token_inputs(sequences()), names, outside=outside):
         (layer,) = turn.matrix.layers
         wanted = plain_target(kind, turn.block, layer, dense, model)
         assert turn.target is not None
@@ -105,9 +106,9 @@ def test_all_layers_have_their_turn_and_errors_shrink(tmp_path: Path) -> None:
         lazy, names = opened("llama", tmp_path / f"{matched}")
         dense, _ = load_model(tmp_path / f"{matched}", "AutoModel", dtype=torch.float32)
         if matched:
-            turns = matched_layers(lazy, sequences(), names, outside=lambda _: None)
+            turns = matched_layers(lazy, token_inputs(sequences()), names, outside=lambda _: None)
         else:
-            turns = layer_moments(lazy, sequences(), names)
+            turns = layer_moments(lazy, token_inputs(sequences()), names)
         found = {}
         for turn in turns:
             (layer,) = turn.matrix.layers

@@ -16,6 +16,7 @@ from spectral_surgery.calibration.block_streaming import ActivationStore
 from spectral_surgery.calibration.kept_set import keep_best, kept_codes
 from spectral_surgery.calibration.word_tables import output_costs, read_costs
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.inputs.plain_text import token_inputs
 from tests.calibration.test_layer_moments import TOKENS, opened, sequences
 
 
@@ -26,7 +27,7 @@ def test_costs_are_those_of_the_whole_model(kind: str, tmp_path: Path, monkeypat
     model, _ = load_model(tmp_path / "model", "AutoModelForCausalLM", dtype=torch.float32)
     head = model.get_output_embeddings().weight.detach()
     with closing(ActivationStore(1 << 20)) as store:
-        costs = output_costs(lazy, sequences(), store, lambda: head, read=False)
+        costs = output_costs(lazy, token_inputs(sequences()), store, lambda: head, read=False)
     hidden, likely = [], []
     with torch.no_grad():
         for sequence in sequences():
@@ -40,7 +41,7 @@ def test_costs_are_those_of_the_whole_model(kind: str, tmp_path: Path, monkeypat
 
 
 def test_words_that_are_read_count() -> None:
-    costs = read_costs([[2, 2, 3], [2]], (5, 4))
+    costs = read_costs(token_inputs([[2, 2, 3], [2]]), (5, 4))
     counts = torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0])
     torch.testing.assert_close(costs.rows, (counts / counts.mean() + 0.1) / 1.1)
     assert torch.equal(costs.moment, torch.eye(4))

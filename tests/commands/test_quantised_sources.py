@@ -20,7 +20,7 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.hf.models import load_outline, load_whole
+from spectral_surgery.hf.models import load_any, load_outline
 from tests.support.compressed import save_tokenizer
 from tests.support.quantised import FP8_SETTINGS, fp8, quantise_fp8, write
 
@@ -107,14 +107,14 @@ def test_models_are_built_of_what_they_stand_for_with_ragged_blocks_too(tmp_path
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     folder = quantise_fp8(tmp_path / "dense", tmp_path / "fp8")
     save_tokenizer(folder)
-    model = load_whole(folder, dtype=torch.float32)
+    model = load_any(folder, dtype=torch.float32)
     stands_for = read_index(folder).tensors
     assert all(torch.equal(model.state_dict()[n], read_tensor(i).float()) for n, i in stands_for.items())
-    dense = logits(load_whole(tmp_path / "dense", dtype=torch.float32))
+    dense = logits(load_any(tmp_path / "dense", dtype=torch.float32))
     assert (logits(model) - dense).norm() < 0.1 * dense.norm()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # it takes 192 rows for two blocks of 96
     assert (logits(theirs) - dense).norm() > 2 * (logits(model) - dense).norm()  # else ours has no reason
-    outline, _ = load_outline(folder, "AutoModelForCausalLM")
+    outline = load_outline(folder, "AutoModelForCausalLM")
     assert {name: p.shape for name, p in outline.named_parameters()} == {
         name: p.shape for name, p in model.named_parameters()
     }
@@ -138,7 +138,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     source = write(tmp_path / "mxfp4", tensors, {"quant_method": "mxfp4"}, config)
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    ours = load_whole(source, dtype=torch.float32)
+    ours = load_any(source, dtype=torch.float32)
     assert torch.equal(logits(ours), logits(theirs))
     options = CompressOptions(Target("bits", 6.0), min_weights=512)
     report = compress(source, tmp_path / "out", options)

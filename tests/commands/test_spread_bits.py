@@ -82,10 +82,8 @@ def test_rates_are_remembered(tmp_path: Path, bert: Path, text: Path) -> None:
 
 
 def test_a_model_without_blocks_keeps_even_rates(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_surgery.commands.compress import spread_bits as allocate
-
     source = save_model("llama", tmp_path / "model")
-    monkeypatch.setattr(allocate, "has_blocks", lambda _: False)
+    monkeypatch.setattr("spectral_surgery.live.stacks.main_list", lambda *_: None)
     index, plan = plan_compression(source, CompressOptions(Target("bits", 3.0)))
     assert measure_shares(source, index, plan, TextData(text, 8, 16)) == {}
 

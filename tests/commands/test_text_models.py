@@ -88,23 +88,12 @@ def test_what_text_does_not_reach_is_not_healed_and_named(tmp_path: Path, seeing
 def test_models_that_take_no_text_alone_say_why(tmp_path: Path, text: Path) -> None:
     sizes = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
     transformers.BrosModel(transformers.BrosConfig(**sizes)).save_pretrained(tmp_path / "bros")
-    marian = transformers.MarianConfig(
-        vocab_size=32, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_start_token_id=1,
-        forced_eos_token_id=1,
-    )  # fmt: skip
-    transformers.MarianMTModel(marian).save_pretrained(tmp_path / "marian")
-    reasons = {
-        "bros": "got ValueError: You have to specify bbox",
-        "marian": "expected an encoder or a decoder",
-    }
-    for name, reason in reasons.items():
-        save_tokenizer(tmp_path / name)
-        for options in (CALIBRATE, HEAL):
-            made = run("compress", tmp_path / name, tmp_path / "out", *options, text, "--overwrite")
-            assert made.returncode == 1
-            assert reason in made.stderr
-            assert made.stderr.count("\n") == 1
+    save_tokenizer(tmp_path / "bros")
+    for options in (CALIBRATE, HEAL):
+        made = run("compress", tmp_path / "bros", tmp_path / "out", *options, text, "--overwrite")
+        assert made.returncode == 1
+        assert "got ValueError: You have to specify bbox" in made.stderr
+        assert made.stderr.count("\n") == 1
 
 
 MODELING = """

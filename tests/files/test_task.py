@@ -15,7 +15,7 @@ CAUSAL = "AutoModelForCausalLM"
         ("LlamaForCausalLM", False, "CAUSAL_LM", False),
         ("LlavaForConditionalGeneration", False, "CAUSAL_LM", False),
         ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM", True),
-        ("MarianMTModel", True, "FEATURE_EXTRACTION", True),
+        ("MarianMTModel", True, "SEQ_2_SEQ_LM", True),
         ("BartModel", True, "FEATURE_EXTRACTION", True),
         ("T5EncoderModel", True, "FEATURE_EXTRACTION", False),  # its configuration is that of all of T5
         ("BartForSequenceClassification", True, "SEQ_CLS", False),  # it makes the decoder's input itself

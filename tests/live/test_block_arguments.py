@@ -11,12 +11,12 @@ from torch import nn
 from spectral_surgery.errors import TargetError
 from spectral_surgery.live.blocks import (
     UnchainedError,
-    blocks_in_turn,
     captured_inputs,
     find_blocks,
     has_blocks,
     hidden_of,
 )
+from spectral_surgery.live.stacks import chain_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,7 +94,7 @@ def test_every_block_gives_what_it_gives_in_the_model(kind: str) -> None:
         model(**BATCHES[0])
     assert seen
     expected = dict(seen)
-    for number, (_, _, run) in enumerate(blocks_in_turn(model, BATCHES)):
+    for number, (_, _, run) in enumerate(chain_of(model).in_turn(BATCHES)):
         found = next(run())
         if number in expected:
             torch.testing.assert_close(found, expected[number], rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_what_is_no_one_list_of_blocks_is_run_as_a_whole(name: str, settings: di
     own = getattr(transformers, name)
     model = own(own.config_class(**settings)).eval()
     assert not has_blocks(model)
-    ((block, module, run),) = blocks_in_turn(model, BATCHES)
+    ((block, module, run),) = chain_of(model).in_turn(BATCHES)
     assert (block, module) == ("", model)
     assert next(run()).shape == (2, 12, model.config.hidden_size)
 
@@ -129,7 +129,7 @@ class Twice(nn.Module):
 
 def test_blocks_that_are_run_again_are_refused() -> None:
     with pytest.raises(TargetError, match="Twice: expected a model that runs each of its blocks once"):
-        next(blocks_in_turn(Twice(), BATCHES))
+        next(chain_of(Twice()).in_turn(BATCHES))
 
 
 class Residual(nn.Module):
@@ -150,7 +150,7 @@ def test_a_model_that_adds_around_its_blocks_is_run_as_a_whole() -> None:
     model, batch = Residual().eval(), {"x": torch.randn(2, 3, 4)}
     with pytest.raises(UnchainedError, match="got one that changes it"):
         captured_inputs(model, model.layers, batch)
-    (turn,) = blocks_in_turn(model, [batch])
+    (turn,) = chain_of(model).in_turn([batch])
     name, module, run = turn
     assert (name, module) == ("", model)
     assert torch.equal(next(iter(run())), model(**batch))

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from spectral_surgery.errors import ConfigError, TargetError
-from spectral_surgery.live.blocks import blocks_in_turn, find_blocks
+from spectral_surgery.live.blocks import find_blocks
 from spectral_surgery.live.moments import moments_of
+from spectral_surgery.live.stacks import chain_of
 
 
 class Block(nn.Module):
@@ -44,14 +45,14 @@ BATCHES = [{"input_ids": torch.tensor([[1, 2, 3]])}, {"input_ids": torch.tensor(
 
 
 def test_the_last_block_gives_what_the_model_gives(model: Model) -> None:
-    *_, (name, _, run) = blocks_in_turn(model, BATCHES)
+    *_, (name, _, run) = chain_of(model).in_turn(BATCHES)
     assert name == "layers.2"
     for batch, output in zip(BATCHES, run(), strict=True):
         torch.testing.assert_close(output, model(**batch))
 
 
 def test_later_blocks_see_what_was_changed(model: Model) -> None:
-    for name, block, run in blocks_in_turn(model, BATCHES):
+    for name, block, run in chain_of(model).in_turn(BATCHES):
         if name == "layers.0":
             block.out.weight.data.mul_(2)
         last = run
@@ -59,7 +60,7 @@ def test_later_blocks_see_what_was_changed(model: Model) -> None:
 
 
 def test_moments_are_those_of_the_inputs(model: Model) -> None:
-    _, block, run = next(iter(blocks_in_turn(model, BATCHES)))
+    _, block, run = next(iter(chain_of(model).in_turn(BATCHES)))
     layers = {"q": block.q, "k": block.k, "out": block.out}
     with moments_of(layers) as moments:
         assert len(list(run())) == len(BATCHES)
@@ -74,8 +75,8 @@ def test_models_without_blocks_or_text(model: Model) -> None:
     assert find_blocks(model)[0] == "layers"
     with pytest.raises(TargetError, match="Linear: expected a transformer, got a model without a list of blocks"):
         find_blocks(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="calibrate: expected some text, got none"):
-        next(blocks_in_turn(model, []))
+    with pytest.raises(ConfigError, match="calibrate: expected something to run the model on, got nothing"):
+        next(chain_of(model).in_turn([]))
     model.layers.extend([Block() for _ in range(9)])
 
     def embed_only(input_ids: torch.Tensor) -> torch.Tensor:
@@ -83,4 +84,4 @@ def test_models_without_blocks_or_text(model: Model) -> None:
 
     model.forward = embed_only
     with pytest.raises(TargetError, match="Model: expected a model that runs the first of its 12 blocks on text alone"):
-        next(blocks_in_turn(model, BATCHES))
+        next(chain_of(model).in_turn(BATCHES))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spectral_surgery import hub
-from spectral_surgery.calibration.layer_moments import digest_of
 from spectral_surgery.commands.compress.calibrate import calibrated
 from spectral_surgery.commands.compress.coverage import Coverage
 from spectral_surgery.commands.compress.job import Job, opened
@@ -31,6 +30,7 @@ from spectral_surgery.files.lock import NO_WORK, hold
 from spectral_surgery.files.remote_code import notes_on
 from spectral_surgery.files.sidecar_files import check_apart
 from spectral_surgery.files.storage import Checkpoint, here, path_of
+from spectral_surgery.inputs.kinds import digest_of
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
 from spectral_surgery.text.objectives import objective_of
@@ -167,7 +167,8 @@ def compress(
     if heal and keep == "calibrated":
         calibrate = replace(heal.data, samples=heal.data.samples or _KEPT_SAMPLES)
     important = keep == "important"
-    options = _with_choices(options, calibrate, heal.data if heal and important else None)
+    calibration = digest_of(calibrate, read_index(source).config) if calibrate else None
+    options = _with_choices(options, calibration, heal.data.digest() if heal and important else None)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, options, base=base)
@@ -284,20 +285,20 @@ def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> 
     return keep or objective_of(read_index(source).config).keep
 
 
-def _with_choices(options: CompressOptions, calibrate: TextData | None, important: TextData | None) -> CompressOptions:
+def _with_choices(options: CompressOptions, calibration: str | None, importance: str | None) -> CompressOptions:
     """The options with every choice made that was left open."""
-    if calibrate is None and important is None:
+    if calibration is None and importance is None:
         if options.allocation == "slope":
             raise ConfigError("allocation: expected even without text, got slope, which text is needed to measure.")
         return replace(options, allocation="even")
     # measured: a calibrated kept set is worse for being spread
-    even = calibrate is not None and options.target.kind == "density"
+    even = calibration is not None and options.target.kind == "density"
     return replace(
         options,
         transform=DEFAULT_TRANSFORM if options.transform == AUTO else options.transform,
         allocation=options.allocation or ("even" if even else "slope"),
-        calibration=digest_of(calibrate) if calibrate else None,
-        importance=important.digest() if important else None,
+        calibration=calibration,
+        importance=importance,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectral_surgery.calibration.block_streaming import LazyModel
 from spectral_surgery.calibration.kept_set import in_domain, kept_codes
-from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_text
+from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_inputs
 from spectral_surgery.calibration.matched_layers import matched_layers
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
@@ -29,7 +29,8 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.files.storage import here
-from spectral_surgery.live.blocks import UnchainedError, has_blocks
+from spectral_surgery.inputs.model_input import ModelInput
+from spectral_surgery.live.blocks import UnchainedError
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.settings import TextData
 
@@ -65,12 +66,12 @@ class _Calibration:
         """Calibrate block after block."""
         job, plan = self.job, self.job.plan
         planned = {tensor.info.name: tensor for tensor in plan.tensors}
-        lazy, sequences = model_and_text(here(job.source), job.index, data, device)
-        reasons = reasons_of(lazy.model, lazy.names, plan)
+        lazy, inputs = model_and_inputs(here(job.source), job.index, data, device)
+        reasons = reasons_of(lazy, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
         kept = plan.options.target.kind == "density"
-        tables = calibrated_tables(job, lazy, sequences) if kept else None
-        turns = self._turns(lazy, sequences, wanted, tables)
+        tables = calibrated_tables(job, lazy, inputs) if kept else None
+        turns = self._turns(lazy, inputs, wanted, tables)
         layers = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         done = [*(tables.done if tables else ()), *layers]
         if not layers:
@@ -83,15 +84,15 @@ class _Calibration:
         return coverage_of(plan, done, reasons)
 
     def _turns(
-        self, lazy: LazyModel, sequences: Sequence[Sequence[int]], wanted: Sequence[str], tables: Tables | None
+        self, lazy: LazyModel, inputs: Sequence[ModelInput], wanted: Sequence[str], tables: Tables | None
     ) -> Iterator[LayerMoment]:
         """The layers in their order; with tables of which something was dropped, also with what to make up for."""
         folder, progress = self.job.store.folder, self.job.run.progress
-        if tables is not None and has_blocks(lazy.model):
+        if tables is not None and lazy.chain.stacks:
             with suppress(UnchainedError):  # before the first layer
-                yield from matched_layers(lazy, sequences, wanted, outside=tables.put, folder=folder, progress=progress)
+                yield from matched_layers(lazy, inputs, wanted, outside=tables.put, folder=folder, progress=progress)
                 return
-        yield from layer_moments(lazy, sequences, wanted, folder=folder, progress=progress)
+        yield from layer_moments(lazy, inputs, wanted, folder=folder, progress=progress)
 
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()

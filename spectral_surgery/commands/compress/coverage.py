@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from spectral_surgery.adapters.layer import is_conv1d
+from spectral_surgery.calibration.block_streaming import LazyModel
 from spectral_surgery.files.compressed.plan import Plan, PlannedTensor
 from spectral_surgery.hf.quantizer.fused_experts import expert_matrices
-from spectral_surgery.hf.tensor_names import TensorNames
-from spectral_surgery.live.blocks import find_blocks, has_blocks
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ def coverage_of(plan: Plan, done: Sequence[Calibrated], reasons: Mapping[str, st
     return Coverage((len(full), len(sizes)), (weights, plan.weights), left, whole, tuple(done))
 
 
-def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
+def reasons_of(lazy: LazyModel, plan: Plan) -> dict[str, str]:
     """Why each tensor would not be calibrated, if it is not."""
-    prefix = f"{find_blocks(model)[0]}." if has_blocks(model) else ""
+    model, names, prefixes = lazy.model, lazy.names, lazy.chain.prefixes or ("",)
     owners: dict[str, tuple[str, str, nn.Module]] = {}
     for path, module in model.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
@@ -95,7 +93,7 @@ def reasons_of(model: Any, names: TensorNames, plan: Plan) -> dict[str, str]:
     for tensor in plan.tensors:
         name = tensor.info.name
         if name in owners:
-            reasons[name] = _reason(tensor, *owners[name], prefix)
+            reasons[name] = _reason(tensor, *owners[name], prefixes)
         elif name in unclear:
             reasons[name] = f"{kind} holds it in another form than it is stored"
         else:
@@ -108,7 +106,7 @@ def seen_by_expert(tensor: PlannedTensor) -> bool:
     return len(tensor.info.shape) == 2 or tensor.columns == tensor.info.shape[-1]
 
 
-def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, prefix: str) -> str:
+def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, prefixes: tuple[str, ...]) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, which is looked up and not multiplied by"
     linear = isinstance(module, nn.Linear) or is_conv1d(module)
@@ -116,4 +114,4 @@ def _reason(tensor: PlannedTensor, path: str, leaf: str, module: nn.Module, pref
         return f"{leaf} of a {type(module).__name__}: no matrix of a linear layer, nor of experts of a known form"
     if not seen_by_expert(tensor):
         return "compressed as one matrix, as its name does not say that it holds those of experts"
-    return "no token of the text came to it" if path.startswith(prefix) else "outside of the list of blocks"
+    return "no token of the text came to it" if path.startswith(prefixes) else "outside of the list of blocks"

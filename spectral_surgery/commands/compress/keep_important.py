@@ -25,12 +25,13 @@ from spectral_surgery.files.compressed.units import UnitStore, leave_codes
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.storage import here
-from spectral_surgery.hf.models import load_model
+from spectral_surgery.hf.models import load_any
 from spectral_surgery.hf.tensor_names import names_in
+from spectral_surgery.inputs.kinds import kind_of
+from spectral_surgery.inputs.model_input import ModelInput, padded
+from spectral_surgery.inputs.training import inputs_of_step, train_and_held_out
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective, objective_of
-from spectral_surgery.text.sequences import padded
 from spectral_surgery.text.settings import TextData
 
 _BATCHES = 48
@@ -69,7 +70,8 @@ def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progr
     index = read_index(source)
     objective = objective_of(index.config)
     trust = data.trust_remote_code
-    model, tokenizer = load_model(source, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
+    loader = objective.auto_class if kind_of(data.file, index.config).by_objective else ""
+    model = load_any(source, loader, dtype=torch.float32, trust_remote_code=trust)
     model.requires_grad_(requires_grad=False)
     planned = {tensor.info.name: tensor for tensor in plan.tensors}
     weights = {}
@@ -81,24 +83,23 @@ def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progr
         if not torch.isfinite(layers[0].weight).all():
             raise ConfigError(f"{name}: expected finite weights, got NaN or infinite values. Repair it.")
         weights[name] = layers[0].weight.requires_grad_(), basis
-    text, _ = train_and_held_out(data, tokenizer, model, causal=objective.causal, seq_length=objective.seq_length)
-    return importance_of(weights, _Projections(model, tokenizer, objective, text, data, progress)) if weights else {}
+    inputs, _ = train_and_held_out(data, source, index.config, model, objective.seq_length)
+    return importance_of(weights, _Projections(model, objective, inputs, data, progress)) if weights else {}
 
 
 @dataclass(frozen=True)
 class _Projections:
     model: Any
-    tokenizer: Any
     objective: Objective
-    text: list[list[int]]
+    inputs: list[ModelInput]
     data: TextData
     progress: Progress
 
     def __iter__(self) -> Iterator[Callable[[], Tensor]]:
-        generator, lengths = torch.Generator().manual_seed(0), list(map(len, self.text))
-        size = min(self.data.batch_size or self.objective.batch_size, len(self.text))
+        generator, lengths = torch.Generator().manual_seed(0), [one.tokens for one in self.inputs]
+        size = min(self.data.batch_size or self.objective.batch_size, len(self.inputs))
         for step in range(_BATCHES):
-            batch = padded(self.tokenizer, [self.text[i] for i in sequences_of_step(0, step, 0, lengths, size)])
+            batch = padded([self.inputs[i] for i in inputs_of_step(0, step, 0, lengths, size)])
 
             def projection(batch: dict[str, Tensor] = batch) -> Tensor:
                 return self.objective.project(self.objective.run(self.model, batch), batch, generator)

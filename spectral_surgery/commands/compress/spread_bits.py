@@ -1,7 +1,8 @@
 """What one more bit would help in each tensor, measured on some text: the first pass of compress --calibrate.
 
 The blocks are run once forwards, which gives the second moments of what layers are given and thereby the error that a
-rate leaves in their outputs, and once backwards, which gives what such errors do to the last hidden states.
+rate leaves in their outputs, and once backwards, which gives what such errors do to the last hidden states. Of several
+stacks each has its own last hidden states, and counts as much as the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel
-from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, model_and_text
+from spectral_surgery.calibration.layer_moments import BATCH_TOKENS, IN_MEMORY, model_and_inputs
 from spectral_surgery.calibration.sensitivity import gradient_squares, probe, pull_back
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
 from spectral_surgery.codec.allocation import TensorCost, spread_bits, spread_density
@@ -28,18 +29,11 @@ from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.units import UnitStore
 from spectral_surgery.files.index import CheckpointIndex
-from spectral_surgery.files.peft.task import is_causal
-from spectral_surgery.live.blocks import (
-    Sample,
-    UnchainedError,
-    captured_inputs,
-    find_blocks,
-    has_blocks,
-    next_inputs,
-)
+from spectral_surgery.files.peft.task import task_of
+from spectral_surgery.inputs.model_input import EqualShapes, equal_shapes, spaced
+from spectral_surgery.live.blocks import Held, Sample, UnchainedError, next_inputs
 from spectral_surgery.live.moments import moments_of
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.text.sequences import equal_lengths, spaced
 from spectral_surgery.text.settings import TextData
 
 _TOKENS = 1 << 13  # of text that costs are measured on
@@ -73,13 +67,13 @@ def measure_shares(
         By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
         model without a list of blocks, or that changes hidden states between them.
     """
-    lazy, sequences = model_and_text(source, index, data, device)
-    if not has_blocks(lazy.model):
+    lazy, inputs = model_and_inputs(source, index, data, device)
+    if not lazy.chain.stacks:
         return {}
-    causal = is_causal(index.config)
-    batches = [lazy.placed(batch) for batch in equal_lengths(spaced(sequences, _TOKENS), BATCH_TOKENS)]
+    writes = task_of(index.config) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    batches = equal_shapes(spaced(inputs, _TOKENS), BATCH_TOKENS, lazy.device)
     with closing(ActivationStore(IN_MEMORY, folder)) as store, suppress(UnchainedError):
-        return _Measurement(index, plan, lazy, store).run(batches, causal=causal)
+        return _Measurement(index, plan, lazy, store).run(batches, writes=writes)
     return {}
 
 
@@ -90,18 +84,24 @@ class _Measurement:
     lazy: LazyModel
     store: ActivationStore
 
-    def run(self, batches: Sequence[dict[str, Tensor]], *, causal: bool) -> dict[str, TensorCost]:
-        blocks = self._blocks()
-        samples, errors, tables = self._forwards(blocks, batches)
-        gradients, entered = self._backwards(blocks, samples)
-        sizes = {tensor.info.name: tensor.info.numel for tensor in self.plan.tensors}
-        costs = {name: error * gradients.get(name, 0.0) for name, error in errors.items()}
-        for name, part in tables.items():
-            costs[name] = part * entered / sizes[name]
-        if causal:  # an error of the output layer is as bad as one of the same part of what it is given
+    def run(self, batches: EqualShapes, *, writes: bool) -> dict[str, TensorCost]:
+        sizes, costs = {tensor.info.name: tensor.info.numel for tensor in self.plan.tensors}, dict[str, float]()
+        ends: list[list[Held]] = []
+        tokens: list[int] = []
+        for number in range(len(self.lazy.chain.stacks)):
+            blocks = self._blocks(number)
+            samples, errors, tables = self._forwards(number, blocks, batches, ends)
+            gradients, entered = self._backwards(blocks, samples)
+            ends.append([sample.hidden for sample in samples[-1]])
+            tokens.append(sum(end().shape[:-1].numel() for end in ends[-1]))
+            costs = {name: cost * tokens[-1] / tokens[max(0, number - 1)] for name, cost in costs.items()}
+            for name, error in errors.items():
+                costs[name] = costs.get(name, 0.0) + error * gradients.get(name, 0.0)
+            for name, part in tables.items():
+                costs[name] = costs.get(name, 0.0) + part * entered / sizes[name]
+        if writes:  # an error of the output layer is as bad as one of the same part of what it is given
             head = next((name for name in HEADS if name in sizes), self._words())
-            tokens = sum(batch["input_ids"].numel() for batch in batches)
-            costs[head] = costs.get(head, 0.0) + tokens / sizes.get(head, 1)
+            costs[head] = costs.get(head, 0.0) + tokens[-1] / sizes.get(head, 1)
         return {
             name: TensorCost(sizes[name], cost) for name, cost in costs.items() if name in sizes and 0 < cost < math.inf
         }
@@ -117,28 +117,27 @@ class _Measurement:
             if info is not None:
                 yield info.name, module
 
-    def _blocks(self) -> list[_Block]:
-        prefix, blocks = find_blocks(self.lazy.model)
+    def _blocks(self, number: int) -> list[_Block]:
+        stack = self.lazy.chain.stacks[number]
         planned = {tensor.info.name for tensor in self.plan.tensors if 1 in tensor.axes}
-        named = [(f"{prefix}.{number}.", block) for number, block in enumerate(blocks)]
+        named = [(f"{stack.prefix}.{place}.", block) for place, block in enumerate(stack.blocks)]
         return [(name, block, matrices_of(self.lazy.names, planned, name, block)) for name, block in named]
 
     def _forwards(
-        self, blocks: Sequence[_Block], batches: Sequence[dict[str, Tensor]]
+        self, number: int, blocks: Sequence[_Block], batches: EqualShapes, before: Sequence[Sequence[Held]]
     ) -> tuple[list[list[Sample]], dict[str, float], dict[str, float]]:
-        """What each block is given, and what the last one returns; squared errors of outputs; parts of embeddings.
+        """What each block of a stack is given, and what the last one returns; errors of outputs; parts of embeddings.
 
-        The errors are by tensor, those at no bits, over all tokens, a weight; the parts are of the energy of all
-        embeddings that are compressed.
+        The errors are by tensor, squared, those at no bits, over all tokens, a weight; the parts are of the energy of
+        all embeddings that are compressed.
         """
-        prefix, modules = find_blocks(self.lazy.model)
-        with self.lazy.holding("", f"{prefix}."), self.lazy.holding(f"{prefix}.0."), self.lazy.computing():
-            samples = [[captured_inputs(self.lazy.model, modules, batch, self.store.put) for batch in batches]]
+        with self.lazy.chain.outside(number), self.lazy.computing():
+            samples = [self.lazy.chain.enter(number, batches, before, self.store.put)]
             planned = {tensor.info.name for tensor in self.plan.tensors}
             power = {name: _power(table.weight) for name, table in self._tables() if name in planned}
         errors: dict[str, float] = {}
         for name, block, matrices in blocks:
-            with self.lazy.holding(name, ""):
+            with self.lazy.holding(name):
                 with self.lazy.computing(), moments_of(_layers(matrices)) as moments:
                     samples.append(next_inputs(block, samples[-1], self.store.put))
                 for matrix in matrices:
@@ -162,7 +161,7 @@ class _Measurement:
         means: dict[str, float] = {}
         for (name, block, matrices), inputs in zip(reversed(blocks), reversed(samples[:-1]), strict=True):
             watched = gradient_squares(_layers(matrices))
-            with self.lazy.holding(name, ""), self.lazy.computing(), watched as squares:
+            with self.lazy.holding(name), self.lazy.computing(), watched as squares:
                 release_freed_memory()
                 pulled = (pull_back(block, sample, after()) for sample, after in zip(inputs, gradients, strict=True))
                 gradients = [self.store.put(gradient) for gradient in pulled]

@@ -27,9 +27,9 @@ from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.live.blocks import UnchainedError, has_blocks
+from spectral_surgery.inputs.model_input import ModelInput, spaced
+from spectral_surgery.live.blocks import UnchainedError
 from spectral_surgery.memory import release_freed_memory
-from spectral_surgery.text.sequences import spaced
 
 _TOKENS = 1 << 13  # of text that say how likely words are
 _ROWS = 4096  # at a time
@@ -58,11 +58,11 @@ class Tables:
                     module.weight.copy_(self.restored[info.name])
 
 
-def calibrated_tables(job: Job, lazy: LazyModel, sequences: Sequence[Sequence[int]]) -> Tables:
+def calibrated_tables(job: Job, lazy: LazyModel, inputs: Sequence[ModelInput]) -> Tables:
     """Choose what is kept of embeddings and of an output layer, and leave it as finished units."""
     planned = {tensor.info.name: tensor for tensor in job.plan.tensors}
     tables = Tables(lazy, [], {})
-    for name, costs in _costs(job, lazy, sequences, planned):
+    for name, costs in _costs(job, lazy, inputs, planned):
         tensor, options = planned[name], job.plan.options
         basis = Basis(options.transform, options.tile, tensor.axes)
         coefficients = basis.forward(read_tensor(tensor.info).float())
@@ -81,7 +81,7 @@ def calibrated_tables(job: Job, lazy: LazyModel, sequences: Sequence[Sequence[in
 
 
 def _costs(
-    job: Job, lazy: LazyModel, sequences: Sequence[Sequence[int]], planned: Mapping[str, PlannedTensor]
+    job: Job, lazy: LazyModel, inputs: Sequence[ModelInput], planned: Mapping[str, PlannedTensor]
 ) -> Iterator[tuple[str, TableCosts]]:
     """Of each table that is compressed as a matrix with a row for each word."""
     words = lazy.model.get_input_embeddings()
@@ -90,9 +90,9 @@ def _costs(
     read = info.name if info else ""
     written = next((name for name in HEADS if name in job.index.tensors), read)
     written = job.plan.aliases.get(written, written)
-    if written in planned and is_causal(job.index.config) and has_blocks(lazy.model):
+    if written in planned and is_causal(job.index.config) and lazy.chain.stacks:
         head = partial(read_tensor, planned[written].info)
         with suppress(UnchainedError), closing(ActivationStore(IN_MEMORY, job.store.folder)) as store:
-            yield written, output_costs(lazy, spaced(sequences, _TOKENS), store, head, read=written == read)
+            yield written, output_costs(lazy, spaced(inputs, _TOKENS), store, head, read=written == read)
     if read in planned and (read != written or not is_causal(job.index.config)):
-        yield read, read_costs(sequences, (planned[read].rows, planned[read].columns))
+        yield read, read_costs(inputs, (planned[read].rows, planned[read].columns))

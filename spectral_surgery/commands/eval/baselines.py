@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.baselines import Baseline, BaselineResult
-from spectral_surgery.calibration.layer_moments import layer_moments, model_and_text
+from spectral_surgery.calibration.layer_moments import layer_moments, model_and_inputs
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
@@ -130,7 +130,7 @@ def calibrated_weights(
     """
     results = {}
     matrices = [name for name in names if len(index.tensors[name].shape) == 2]
-    for turn in layer_moments(*model_and_text(source, index, data), matrices):
+    for turn in layer_moments(*model_and_inputs(source, index, data), matrices):
         weight = turn.matrix.weight.float()
         result = _applied(turn.tensor, baseline, weight.T if turn.transposed else weight, bits, turn.moment)
         dense = result.weight.T.contiguous() if turn.transposed else result.weight

@@ -12,23 +12,26 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.calibration.block_streaming import ActivationStore, load_lazily
+from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
 from spectral_surgery.commands.heal.recomputed import recomputed_weights
 from spectral_surgery.commands.heal.whole_model import Healed, HealSession, train_stored_vectors
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor
+from spectral_surgery.hf.models import load_outline
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames
-from spectral_surgery.live.blocks import Held, Sample, captured_inputs, find_blocks, next_inputs
+from spectral_surgery.inputs.kinds import kind_of
+from spectral_surgery.inputs.model_input import EqualShapes, equal_shapes
+from spectral_surgery.inputs.training import inputs_of_step, train_and_held_out
+from spectral_surgery.live.blocks import Held, Sample, next_inputs
+from spectral_surgery.live.stacks import Prefixes
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, trained_vectors
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.progress import Progress
-from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
-from spectral_surgery.text.sequences import equal_lengths
 from spectral_surgery.training.loop import Batch, Clock, Training, train, trained
 from spectral_surgery.training.settings import DistillSettings
 
-_BLOCK_SEQUENCES = 512  # that wait between two blocks
+_BLOCK_INPUTS = 512  # that wait between two blocks
 _LEAST = 1e-6  # minutes of a block: one step
 _IN_MEMORY = 8 << 20  # bytes of activations; more go to files
 
@@ -42,34 +45,21 @@ def heal_blocks(session: HealSession, objective: Objective, settings: DistillSet
     """
     if session.device != "cpu":
         raise ConfigError(f"heal --blocks: expected --device cpu, got {session.device}. Leave one of both out.")
-    lazy = load_lazily(session.teacher, session.index, "AutoModel", trust_remote_code=session.data.trust_remote_code)
+    data, config = session.data, session.index.config
+    loader, trust = kind_of(data.file, config).auto_class, data.trust_remote_code
+    outline = load_outline(session.teacher, loader, trust_remote_code=trust)
+    parts = train_and_held_out(data, session.teacher, config, outline, objective.seq_length)
+    where = session.teacher, session.index, loader
+    lazy = load_lazily(*where, trust_remote_code=trust, given=parts[0][0].shapes, outline=outline)
     if lazy.whole:
         raise CheckpointError(
             "heal --blocks: expected a list of blocks whose parameters are stored as they are, got none. Heal it"
             " without --blocks."
         )
-    parts = train_and_held_out(
-        session.data, lazy.tokenizer, lazy.model, causal=objective.causal, seq_length=objective.seq_length
-    )
-    prefix, blocks = find_blocks(lazy.model)
-    tokens = (session.data.batch_size or objective.batch_size) * max(map(len, parts[0]))
-    batches = [equal_lengths(part[:_BLOCK_SEQUENCES], tokens) for part in parts]
-    first, healed, left = len(batches[0]), Healed(), _TimeLeft(settings, session.clock)
-    with closing(ActivationStore(_IN_MEMORY, session.folder)) as store:
-        with lazy.holding("", f"{prefix}."), lazy.holding(f"{prefix}.0."):
-            wanted = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
-            _put_stored(session, lazy.names, lazy.model, f"{prefix}.")
-            inputs = [captured_inputs(lazy.model, blocks, batch, store.put) for part in batches for batch in part]
-        for number, block in enumerate(blocks):
-            name = f"{prefix}.{number}"
-            with lazy.holding(f"{name}."):
-                wanted = next_inputs(block, wanted, store.put)
-                of_stage = _stage(progress, number, len(blocks))
-                turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names, len(blocks))
-                _heal_block(session, turn, left.share(len(blocks) - number, healed), of_stage, healed)
-                inputs = next_inputs(turn.block, inputs, store.put)
-                del turn  # and the trained block with it, before the next one is read
-                gc.collect()  # optimizers refer to themselves
+    tokens = (data.batch_size or objective.batch_size) * max(one.tokens for one in parts[0])
+    batches = [equal_shapes(part[:_BLOCK_INPUTS], tokens) for part in parts]
+    both = EqualShapes([*batches[0].groups, *batches[1].groups])
+    healed = _heal_stacks(session, lazy, both, len(batches[0]), settings=settings, progress=progress)
     if not healed.replaced:
         raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
     sides = list(zip(*healed.blocks.values(), strict=True))
@@ -79,7 +69,42 @@ def heal_blocks(session: HealSession, objective: Objective, settings: DistillSet
     return healed
 
 
-def _put_stored(session: HealSession, names: TensorNames, model: nn.Module, without: str) -> None:
+def _heal_stacks(
+    session: HealSession,
+    lazy: LazyModel,
+    batches: EqualShapes,
+    first: int,
+    *,
+    settings: DistillSettings,
+    progress: Progress,
+) -> Healed:
+    """Heal all blocks in turn; the first batches are to train on."""
+    chain, healed, left = lazy.chain, Healed(), _TimeLeft(settings, session.clock)
+    count, done = sum(len(stack.blocks) for stack in chain.stacks), 0
+    ends, given = list[list[Held]](), list[list[Held]]()  # what the original and the healed stacks end with
+    with closing(ActivationStore(_IN_MEMORY, session.folder)) as store:
+        for number, stack in enumerate(chain.stacks):
+            with chain.outside(number):
+                wanted = chain.enter(number, batches, ends, store.put)
+                _put_stored(session, lazy.names, lazy.model, chain.prefixes)
+                inputs = chain.enter(number, batches, given, store.put)
+            for place, block in enumerate(stack.blocks):
+                name = f"{stack.prefix}.{place}"
+                with lazy.holding(f"{name}."):
+                    wanted = next_inputs(block, wanted, store.put)
+                    of_stage = _stage(progress, done, count)
+                    turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names, count)
+                    _heal_block(session, turn, left.share(count - done, healed), of_stage, healed)
+                    inputs = next_inputs(turn.block, inputs, store.put)
+                    del turn  # and the trained block with it, before the next one is read
+                    gc.collect()  # optimizers refer to themselves
+                done += 1
+            ends.append([sample.hidden for sample in wanted])
+            given.append([sample.hidden for sample in inputs])
+    return healed
+
+
+def _put_stored(session: HealSession, names: TensorNames, model: nn.Module, without: Prefixes) -> None:
     """What is stored of the parameters outside the blocks, such as embeddings: it is what the blocks will be given."""
     outside = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(without)}
     shapes = {name: tuple(parameter.shape) for name, parameter in outside.items()}
@@ -135,7 +160,7 @@ def _heal_block(
     vectors = train_stored_vectors(session, turn.names, student, f"{name}.")
 
     def batch(step: int, process: int) -> Batch:
-        return {"number": torch.tensor(sequences_of_step(settings.seed, step, process, [1] * first, 1)[0])}
+        return {"number": torch.tensor(inputs_of_step(settings.seed, step, process, [1] * first, 1)[0])}
 
     def loss(batch: Batch) -> Tensor:
         number = int(batch["number"])

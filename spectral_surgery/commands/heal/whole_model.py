@@ -21,15 +21,16 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.parts import part_record, write_part
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import DTYPES, read_tensor
-from spectral_surgery.hf.models import load_model
+from spectral_surgery.hf.models import load_any
 from spectral_surgery.hf.tensor_names import TensorNames, names_in
+from spectral_surgery.inputs.kinds import kind_of
+from spectral_surgery.inputs.model_input import padded
+from spectral_surgery.inputs.training import inputs_of_step, train_and_held_out
 from spectral_surgery.live.blocks import find_blocks, has_blocks
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
 from spectral_surgery.progress import Progress
-from spectral_surgery.text.data import sequences_of_step, train_and_held_out
 from spectral_surgery.text.objectives import Objective
-from spectral_surgery.text.sequences import padded
 from spectral_surgery.text.settings import TextData
 from spectral_surgery.training.loop import Batch, Clock, LossCurve, Pace, Training, distillation, train, trained
 from spectral_surgery.training.settings import DistillSettings
@@ -152,29 +153,30 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
     Raises:
         CheckpointError: when nothing can be trained.
     """
-    trust = session.data.trust_remote_code
-    teacher, tokenizer = load_model(session.teacher, objective.auto_class, dtype=torch.float32, trust_remote_code=trust)
+    data, trust = session.data, session.data.trust_remote_code
+    loader = objective.auto_class if kind_of(data.file, session.index.config).by_objective else ""
+    teacher = load_any(session.teacher, loader, dtype=torch.float32, trust_remote_code=trust)
     teacher.requires_grad_(requires_grad=False).to(session.device)
     student = copy.deepcopy(teacher)
     names = names_in(teacher, session.index)
-    texts, held_out = train_and_held_out(
-        session.data, tokenizer, teacher, causal=objective.causal, seq_length=objective.seq_length
-    )
-    reached = _reached(teacher, objective, padded(tokenizer, texts[:1]))
+    inputs, held_out = train_and_held_out(data, session.teacher, session.index.config, teacher, objective.seq_length)
+    reached = _reached(teacher, objective, padded(inputs[:1]))
     spectra = session.spectra(names, {name: tuple(parameter.shape) for name, parameter in reached.items()})
     if not spectra:
-        raise CheckpointError("heal: no compressed tensor is a parameter that text reaches; nothing can be trained.")
-    _put_rest(session, student, spectra, objective.auto_class)
+        raise CheckpointError(
+            "heal: no compressed tensor is a parameter that the data reaches; nothing can be trained."
+        )
+    _put_rest(session, student, spectra, loader)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=session.rounded)
     vectors = train_stored_vectors(session, names, student)
-    size = min(session.data.batch_size or objective.batch_size, len(texts))
-    lengths = list(map(len, texts))
+    size = min(data.batch_size or objective.batch_size, len(inputs))
+    lengths = [one.tokens for one in inputs]
 
     def batch(step: int, process: int) -> Batch:
-        return padded(tokenizer, [texts[i] for i in sequences_of_step(settings.seed, step, process, lengths, size)])
+        return padded([inputs[i] for i in inputs_of_step(settings.seed, step, process, lengths, size)])
 
-    held_out = sorted(held_out, key=len)
-    batches = [padded(tokenizer, held_out[i : i + size]) for i in range(0, len(held_out), size)]
+    held_out = sorted(held_out, key=lambda one: one.tokens)
+    batches = [padded(held_out[i : i + size]) for i in range(0, len(held_out), size)]
     work = Training(
         trained(student),
         distillation(objective.run, objective.loss, student, teacher),
@@ -210,12 +212,12 @@ def _reached(model: nn.Module, objective: Objective, batch: Batch) -> dict[str, 
     return {name: parameter for name, parameter in model.named_parameters() if owners[name] in run}
 
 
-def _put_rest(session: HealSession, student: Any, trained: Mapping[str, tuple[str, object]], auto_class: str) -> None:
+def _put_rest(session: HealSession, student: Any, trained: Mapping[str, tuple[str, object]], loader: str) -> None:
     """Give a student what is stored where it is not trained, as fused experts are not: that is what will run."""
     if session.checkpoint.manifest.tensors.keys() == {tensor for tensor, _ in trained.values()}:
         return
     trust = session.data.trust_remote_code
-    stored = load_model(session.checkpoint.index.root, auto_class, dtype=torch.float32, trust_remote_code=trust)[0]
+    stored = load_any(session.checkpoint.index.root, loader, dtype=torch.float32, trust_remote_code=trust)
     stored.dequantize()
     with torch.no_grad():
         for name, parameter in student.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +24,15 @@ from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.files.swap_record import SwapRecord
-from spectral_surgery.hf.models import load_tokenizer, load_whole, outline_model, save_weights
+from spectral_surgery.hf.models import load_any, load_tokenizer, outline_model, save_weights
+from spectral_surgery.inputs.model_input import equal_shapes
+from spectral_surgery.inputs.training import train_and_held_out
 from spectral_surgery.live.families import FAMILIES
 from spectral_surgery.live.swap import SwapSpec, resolved, shared_copy, swap_attention
 from spectral_surgery.mixers import require_causal
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.data import train_and_held_out
 from spectral_surgery.text.examples import read_examples
 from spectral_surgery.text.scores import score
-from spectral_surgery.text.sequences import equal_lengths
 from spectral_surgery.text.settings import EvalData, TextData
 
 METRICS_FILE = "swap.json"
@@ -144,9 +144,10 @@ def swap(
     fits: list[LayerFit] = []
     if data is not None:
         training = training or FitSettings(seed=seed)
-        read = data.with_usual(_SAMPLES, _SEQ_LENGTH)
-        sequences = train_and_held_out(read, tokenizer, pair.teacher, causal=plan.causal, seq_length=_SEQ_LENGTH)
-        batches, held_out = (equal_lengths(part, _BATCH_TOKENS) for part in sequences)
+        read = replace(data, samples=data.samples or _SAMPLES)
+        where = read, plan.index.root, plan.index.config
+        parts = train_and_held_out(*where, pair.teacher, _SEQ_LENGTH, causal=plan.causal)
+        batches, held_out = (list(equal_shapes(part, _BATCH_TOKENS)) for part in parts)
         fits = distill(pair, batches, held_out, training, progress)
     dtype = _stored_dtype(plan.index)
     for layer in pair.swapped.values():  # judged as they will be read
@@ -173,7 +174,7 @@ def _check_text(plan: SwapPlan, data: TextData | None, judged_on: EvalData) -> N
 
 def _pair(plan: SwapPlan, seed: int, *, trust_remote_code: bool) -> SwappedPair:
     """The model before and after, which share what is not swapped."""
-    model = load_whole(plan.index.root, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_any(plan.index.root, dtype=torch.float32, trust_remote_code=trust_remote_code)
     student = shared_copy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

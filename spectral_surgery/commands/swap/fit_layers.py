@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from spectral_surgery.commands.settings import FitSettings
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.inputs.training import inputs_of_step
 from spectral_surgery.live.blocks import Batch
 from spectral_surgery.live.families import AttentionSite, sites_at
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.running import called
 from spectral_surgery.live.swapped import SwappedAttention, real_tokens
-from spectral_surgery.text.data import sequences_of_step
 from spectral_surgery.text.kl import kl
 from spectral_surgery.training.loop import Training, train, trained
 from spectral_surgery.training.settings import DistillSettings
@@ -99,7 +99,7 @@ def distill(
 
     def stage(loss: Callable[[Batch], Tensor], steps: int, rate: float, seed: int, before: int) -> None:
         def batch(step: int, process: int) -> Batch:
-            return batches[sequences_of_step(seed, step, process, [1] * len(batches), 1)[0]]
+            return batches[inputs_of_step(seed, step, process, [1] * len(batches), 1)[0]]
 
         if steps:
             warm_up = max(1, round(_WARM_UP * steps))

@@ -11,6 +11,7 @@ _ENDS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "MTModel": "SEQ_2_SEQ_LM",  # Marian
     "Model": "FEATURE_EXTRACTION",
 }
 

@@ -1,0 +1,1 @@
+"""What models are run on to calibrate and heal them: text, and what is not text."""

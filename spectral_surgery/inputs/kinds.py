@@ -1,0 +1,38 @@
+"""The table of kinds of data, and which of them some data is; what goes on with it does not ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectral_surgery.errors import ConfigError
+from spectral_surgery.inputs.kind import Config, Kind
+from spectral_surgery.inputs.pairs import PAIRS
+from spectral_surgery.inputs.plain_text import TEXT
+from spectral_surgery.registry import Table
+from spectral_surgery.text.settings import TextData
+
+SEQ_LENGTH = 256  # usual
+KINDS: Table[Kind] = Table("kind of data", [PAIRS, TEXT])
+
+
+def kind_of(file: Path, config: Config) -> Kind:
+    """The kind of a file or folder, for a model.
+
+    Args:
+        config: config.json of the model.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    for kind in KINDS.values():
+        if kind.is_for(file, config):
+            return kind
+    raise ConfigError(f"{file}: expected a text, .csv or .jsonl file, got a folder.")
+
+
+def digest_of(data: TextData, config: Config) -> str:
+    """What a model was calibrated on, for the manifest."""
+    kind = kind_of(data.file, config)
+    samples, length = data.samples or kind.samples, data.seq_length or SEQ_LENGTH
+    tokens = f" x {length} tokens" if kind.unit == "sequences" else f" {kind.unit}"
+    return f"{samples}{tokens} of {data.digest()}"

@@ -1,0 +1,98 @@
+"""What a model is run on once, and batches of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Batch = dict[str, Tensor]
+_NUMBERS = 768  # of an image or a sound, that count as one token: a patch of 16 x 16 of three colours
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model is run on once.
+
+    Attributes:
+        shapes: of its tensors by name, without the axis of the batch.
+        read: makes the tensors, the same at every call.
+        padding: the token that token ids are padded with; anything else is padded with zeros.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[], Batch]
+    padding: int = 0
+
+    @classmethod
+    def of(cls, tensors: Batch, padding: int = 0) -> ModelInput:
+        """Of tensors that are in memory."""
+        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, padding)
+
+    @property
+    def tokens(self) -> int:
+        """How long it is; of what is no text, about."""
+        ids = sum(math.prod(shape) for name, shape in self.shapes.items() if name.endswith("ids"))
+        numbers = sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(("ids", "mask")))
+        return max(1, ids + numbers // _NUMBERS)
+
+
+@dataclass(frozen=True)
+class EqualShapes:
+    """Batches of inputs of equal shapes: nothing is padded. They are made anew whenever they are read."""
+
+    groups: Sequence[Sequence[ModelInput]]
+    device: str = "cpu"
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Arguments of the model by name, [B, ...] each."""
+        for group in self.groups:
+            read = [one.read() for one in group]
+            yield {name: torch.stack([one[name] for one in read]).to(self.device) for name in read[0]}
+
+    @property
+    def tokens(self) -> int:
+        """Of all inputs."""
+        return sum(one.tokens for group in self.groups for one in group)
+
+
+def equal_shapes(inputs: Sequence[ModelInput], tokens: int = 4096, device: str = "cpu") -> EqualShapes:
+    """Batches of a limited number of tokens; shorter inputs come first."""
+    groups: list[list[ModelInput]] = []
+    for one in sorted(inputs, key=lambda one: (one.tokens, sorted(one.shapes.items()))):
+        last = groups[-1] if groups else None
+        if last and last[0].shapes == one.shapes and (len(last) + 1) * one.tokens <= tokens:
+            last.append(one)
+        else:
+            groups.append([one])
+    return EqualShapes(groups, device)
+
+
+def padded(inputs: Sequence[ModelInput]) -> Batch:
+    """One batch, [B, ...] each; shorter ones are padded at the end of each axis, see `ModelInput`."""
+    read = [one.read() for one in inputs]
+    batch = {}
+    for name in read[0]:
+        tensors = [one[name] for one in read]
+        sizes = torch.tensor([tensor.shape for tensor in tensors]).amax(0).tolist()
+        value = inputs[0].padding if name.endswith("ids") else 0
+        batch[name] = torch.stack([_filled(tensor, sizes, value) for tensor in tensors])
+    return batch
+
+
+def _filled(tensor: Tensor, sizes: Sequence[int], value: int) -> Tensor:
+    room = [[0, size - there] for there, size in zip(tensor.shape, sizes, strict=True)]
+    return pad(tensor, [count for pair in reversed(room) for count in pair], value=value)
+
+
+def spaced(inputs: Sequence[ModelInput], tokens: int) -> Sequence[ModelInput]:
+    """An evenly spaced sample, within a limit of tokens."""
+    return inputs[:: max(1, math.ceil(sum(one.tokens for one in inputs) / tokens))]
