@@ -67,6 +67,7 @@ from spectral_surgery.files.index import CheckpointIndex as CheckpointIndex
 from spectral_surgery.files.index import read_index as read_index
 from spectral_surgery.files.peft.adapter_files import read_adapter as read_adapter
 from spectral_surgery.files.peft.adapter_files import write_adapter as write_adapter
+from spectral_surgery.hf.deltas import switch_delta as switch_delta
 from spectral_surgery.hf.fftnet.models import FFTNetConfig as FFTNetConfig
 from spectral_surgery.hf.fftnet.models import FFTNetForCausalLM as FFTNetForCausalLM
 from spectral_surgery.hf.fftnet.models import FFTNetForMaskedLM as FFTNetForMaskedLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,20 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 model = cls(config)
         model.tie_weights()
         return model.eval()
+
+
+def outline_of(model: Any) -> Any:
+    """The same model without numbers, all its weights as parameters: on the meta device, tied as transformers does.
+
+    Args:
+        model: of transformers, dense or compressed.
+    """
+    from transformers.initialization import no_init_weights
+
+    with without_weights(), no_init_weights():
+        outline = type(model)(plain_config(copy.deepcopy(model.config)))
+    outline.tie_weights()
+    return outline
 
 
 def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from spectral_surgery.errors import CheckpointError, LimitError
-from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
+from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
 from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.peft.task import class_for
+from spectral_surgery.hf.deltas import switch_delta
 from spectral_surgery.hf.load_errors import loading, required
-from spectral_surgery.hf.models import class_named
+from spectral_surgery.hf.models import class_named, load_any
 from spectral_surgery.hf.quantizer.fill_weights import NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
 
@@ -26,6 +27,7 @@ def load_compressed(
     folder: Path | str,
     resident: str = AUTO,
     *,
+    delta: Path | str | None = None,
     auto_class: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -38,10 +40,11 @@ def load_compressed(
     compressed.
 
     Args:
-        folder: written by compress, or by save_pretrained of a compressed model.
+        folder: written by compress, or by save_pretrained of a compressed model; with delta, a plain checkpoint too.
         resident: ``int8``, ``int12``, ``int4``, ``int5``, ``coded``, ``streamed`` (in host memory, and on the device
             block by block; coded where codes do not fit 8 bits), or ``auto``: int8 where the codes fit, else int12,
             else coded.
+        delta: folder of differences to this base, which are put on: see `switch_delta`. None for the base alone.
         auto_class: class of transformers, such as ``AutoModelForCausalLM``, see `class_for`; None for the one in
             config.json.
         dtype: of activations and of what is not compressed; None for the stored one.
@@ -57,7 +60,35 @@ def load_compressed(
         ConfigError: when there is no such resident form, or codes do not fit it.
         LimitError: when the weights do not fit max_memory.
     """
-    folder = Path(folder)
+    folder, base = Path(folder), None
+    if delta is not None and max_memory is None and not is_compressed(folder):
+        base = folder
+        model = load_any(folder, auto_class or "", dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    else:
+        model = _loaded(
+            folder,
+            resident,
+            auto_class=auto_class,
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+        )
+    if delta is not None:
+        switch_delta(model, delta, base=base, resident=resident)
+    return model
+
+
+def _loaded(
+    folder: Path,
+    resident: str,
+    *,
+    auto_class: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    max_memory: int | None,
+    trust_remote_code: bool,
+) -> Any:
     checkpoint = open_compressed(folder)
     residents = residents_for(checkpoint, resident)
     if max_memory is not None:
