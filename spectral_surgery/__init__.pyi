@@ -19,6 +19,7 @@ from spectral_surgery.codec.rate import Target as Target
 from spectral_surgery.commands.compress import CompressReport as CompressReport
 from spectral_surgery.commands.compress import compress as compress
 from spectral_surgery.commands.compress import compress_shard as compress_shard
+from spectral_surgery.commands.compress.several import compress_several as compress_several
 from spectral_surgery.commands.decompress import DecompressReport as DecompressReport
 from spectral_surgery.commands.decompress import decompress as decompress
 from spectral_surgery.commands.eval import EvalReport as EvalReport

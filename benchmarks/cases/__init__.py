@@ -27,6 +27,7 @@ from benchmarks.cases import (
     startup,
     streaming,
     text,
+    vllm,
 )
 from spectral_surgery.registry import Table
 
@@ -125,6 +126,13 @@ CASES = Table(
             export.run,
             takes=export.TAKES,
             notes=export.NOTES,
+        ),
+        BenchCase(
+            "vllm",
+            "a compressed Llama and its exports in vLLM, where that is installed, beside transformers",
+            vllm.run,
+            takes=vllm.TAKES,
+            notes=vllm.NOTES,
         ),
         BenchCase(
             "encoder",

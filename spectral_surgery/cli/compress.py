@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from spectral_surgery.cli import output, shared
+from spectral_surgery.cli import output, several, shared
 from spectral_surgery.cli.options import Command, from_options, only_one, optional_settings, options_of
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.settings import Healing
@@ -31,7 +31,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 
 
 @click.command("compress", cls=Command)
-@shared.source_argument
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @shared.out_argument
 @click.option("--sparsity", "--density", "density", type=float, help="Fraction of coefficients KEPT: 0.2 keeps 20 %.")
 @click.option("--bits", type=float, help="Stored bits per weight, 0.5 to 8, every byte counted.")
@@ -74,12 +74,13 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @options_of(TextData, "trust_remote_code")
 @shared.writing_options
 def command(
-    source: str, out: Path, base: str | None, device: str, workers: int, shard: str | None, dry_run: bool
+    sources: tuple[str, ...], out: Path, base: str | None, device: str, workers: int, shard: str | None, dry_run: bool
 ) -> None:
     """Turn a checkpoint into entropy-coded spectra, from files, one part at a time.
 
     Exactly one of --sparsity, --bits, --max-error and --lossless says how small or how exact. OUT appears at the end,
     whole; a run that was cut off goes on with --resume. The bytes do not depend on workers, threads or interruptions.
+    Several SOURCEs go with --base: OUT gets a folder for each.
 
     \b
     Example:
@@ -87,9 +88,13 @@ def command(
       spectral-surgery compress ./model ./model-3bit --bits 3 --calibrate notes.txt
       spectral-surgery compress ./model ./model-lossless --lossless
       spectral-surgery compress ./tuned ./tuned-difference --base ./model --max-error 0.2
+      spectral-surgery compress ./chat ./code ./differences --base ./model --bits 1
       spectral-surgery compress org/large ./large-4bit --bits 4 --engine ray --ray-address 10.0.0.1:6379
     """
-    target, ctx = _target(), click.get_current_context()
+    target, ctx, source = _target(), click.get_current_context(), sources[0]
+    if len(sources) > 1:
+        several.compress_all(sources, out, target, workers)
+        return
     engine, address, part = _engine(shard, workers)
     processes = ctx.with_resource(team(1 if dry_run else workers))  # before torch is imported here: they import it too
     from spectral_surgery.commands.compress import compress, compress_and_push, compress_shard, plan_compression

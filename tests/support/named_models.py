@@ -13,7 +13,7 @@ from spectral_surgery.training.tokenizers import learn_bpe
 
 
 def named_models(folder: Path) -> Path:
-    """Write MODEL, TUNED, an encoder, texts, and MODEL at 4 bits into a folder."""
+    """Write MODEL, TUNED, TUNED-2, an encoder, texts, and MODEL at 4 bits into a folder."""
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
     text = write_passages(folder / "notes.txt", 40).read_text(encoding="utf-8")
@@ -29,8 +29,9 @@ def named_models(folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "TUNED")
-    tokenizer.save_pretrained(folder / "TUNED")
+    for name in ("TUNED", "TUNED-2"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     words = re.findall(r"[a-z]+", text.lower())
     rows = [f"{' '.join(words[i : i + 6])},{' '.join(words[i + 3 : i + 9])},{i % 6}" for i in range(48)]
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")

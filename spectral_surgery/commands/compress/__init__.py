@@ -168,7 +168,7 @@ def compress(
         calibrate = replace(heal.data, samples=heal.data.samples or _KEPT_SAMPLES)
     important = keep == "important"
     calibration = digest_of(calibrate, read_index(source).config) if calibrate else None
-    options = _with_choices(options, calibration, heal.data.digest() if heal and important else None)
+    options = with_choices(options, calibration, heal.data.digest() if heal and important else None)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, options, base=base)
@@ -222,7 +222,7 @@ def compress_shard(
     _check_together(options, base, run, text=False)
     check_apart(source, out)
     check_apart(base or source, out)
-    index, plan = plan_compression(source, _with_choices(options, None, None), base=base)
+    index, plan = plan_compression(source, with_choices(options), base=base)
     with opened(source, out, index, plan, replace(run, engine="torchrun"), shard=shard) as job:
         if not job.encode():
             return None
@@ -266,7 +266,7 @@ def compress_and_push(
     started, target = time.perf_counter(), hub.to_push(repository)
     check_apart(source, out)
     check_apart(base or source, out)
-    index, plan = plan_compression(source, _with_choices(options, None, None), base=base)
+    index, plan = plan_compression(source, with_choices(options), base=base)
     with opened(source, out, index, plan, run) as job:
         manifest, copied, nbytes, pushed = StreamedPush(job, size, target, token).run(out)
     return _report(job, manifest, copied, nbytes, started), pushed
@@ -285,7 +285,9 @@ def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> 
     return keep or objective_of(read_index(source).config).keep
 
 
-def _with_choices(options: CompressOptions, calibration: str | None, importance: str | None) -> CompressOptions:
+def with_choices(
+    options: CompressOptions, calibration: str | None = None, importance: str | None = None
+) -> CompressOptions:
     """The options with every choice made that was left open."""
     if calibration is None and importance is None:
         if options.allocation == "slope":
