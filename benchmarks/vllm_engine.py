@@ -1,6 +1,6 @@
 """Log-probabilities by vLLM, in a process of its engine alone.
 
-vLLM 0.32 cannot start an engine where llvmlite, on which our kernels rest, has been imported; one that runs may import it.
+vLLM 0.32 cannot start an engine where llvmlite, on which our kernels rest, has been imported. It may come later.
 """
 
 from __future__ import annotations
