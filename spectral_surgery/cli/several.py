@@ -30,8 +30,8 @@ def compress_all(sources: Sequence[str], out: Path, target: Target, workers: int
     given = [name for name in _NOT_WITH if params.get(name)]
     if params["base"] is None or given:
         raise click.UsageError(
-            "several SOURCEs: expected with --base, and without --calibrate, --heal, --engine, --shard, --push and --dry-run."
-            " Compress them one by one."
+            "several SOURCEs: expected with --base, and without --calibrate, --heal, --engine, --shard, --push and"
+            " --dry-run. Compress them one by one."
         )
     from spectral_surgery.commands.compress.several import compress_several
 
