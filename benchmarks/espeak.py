@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import BackendError
+from spectral_surgery.inputs.sound import resampled
 
 PACKAGE = "espeakng-loader"
 _MODULE = "espeakng_loader"
@@ -61,17 +62,3 @@ def spoken(sentences: Sequence[str], rate: int) -> list[Tensor]:
         pieces.clear()
     library.espeak_Terminate()
     return sounds
-
-
-def resampled(sound: Tensor, rate: int, wanted: int) -> Tensor:
-    """Sound at another rate, without the frequencies that it has no room for.
-
-    Args:
-        sound: [samples].
-        rate: samples a second that it has.
-        wanted: samples a second of the result.
-    """
-    count = len(sound) * wanted // rate
-    spectrum = torch.fft.rfft(sound)[: count // 2 + 1]
-    other: Tensor = torch.fft.irfft(spectrum, n=count) * (count / len(sound))
-    return other

@@ -43,7 +43,10 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @options_of(
     *(TextData, "file", "samples"),
     flags={"file": "--calibrate"},
-    help={"file": "Choose codes so that outputs on this text stay right; needs the tokenizer and memory for a block."},
+    help={
+        "file": "Choose codes so that outputs on this data stay right: text, or a folder of images or sound."
+        " Needs the tokenizer or processor, and memory for a block."
+    },
     required=False,
 )
 @click.option(
@@ -51,12 +54,13 @@ _SHOWN = 12  # tensors listed in text; --json lists all
     type=click.IntRange(2),
     help="Tokens of a sequence of --calibrate and --heal.  [default: 256; of --heal as the command heal]",
 )
+@options_of(TextData, "unreadable")
 @options_of(CompressOptions, "allocation")
 @click.option(
     "--heal",
     type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Then train the kept coefficients on this text until the model does what SOURCE does; see heal.",
+    metavar="PATH",
+    help="Then train the kept coefficients on this data until the model does what SOURCE does; see heal.",
 )
 @options_of(Healing, "keep")
 @options_of(

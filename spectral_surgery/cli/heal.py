@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @shared.out_argument
 @options_of(TextData, "file", flags={"file": "--data"})
 @options_of(DistillSettings, "steps", "minutes")
-@options_of(TextData, "batch_size", "seq_length")
+@options_of(TextData, "batch_size", "seq_length", "unreadable")
 @options_of(DistillSettings, "learning_rate", "eval_every", "patience", "seed")
 @click.option(
     "--blocks",

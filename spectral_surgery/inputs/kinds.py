@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.inputs.images import IMAGES
 from spectral_surgery.inputs.kind import Config, Kind
 from spectral_surgery.inputs.pairs import PAIRS
 from spectral_surgery.inputs.plain_text import TEXT
+from spectral_surgery.inputs.sound import SOUND
 from spectral_surgery.registry import Table
 from spectral_surgery.text.settings import TextData
 
 SEQ_LENGTH = 256  # usual
-KINDS: Table[Kind] = Table("kind of data", [PAIRS, TEXT])
+KINDS: Table[Kind] = Table("kind of data", [PAIRS, TEXT, IMAGES, SOUND])
 
 
 def kind_of(file: Path, config: Config) -> Kind:
@@ -27,7 +29,7 @@ def kind_of(file: Path, config: Config) -> Kind:
     for kind in KINDS.values():
         if kind.is_for(file, config):
             return kind
-    raise ConfigError(f"{file}: expected a text, .csv or .jsonl file, got a folder.")
+    raise ConfigError(f"{file}: expected text, or a folder of images or sound, got a folder with none of these.")
 
 
 def digest_of(data: TextData, config: Config) -> str:

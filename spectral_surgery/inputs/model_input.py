@@ -55,7 +55,8 @@ class EqualShapes:
     def __iter__(self) -> Iterator[Batch]:
         """Arguments of the model by name, [B, ...] each."""
         for group in self.groups:
-            read = [one.read() for one in group]
+            with torch.autocast("cpu", enabled=False):  # what makes inputs counts on float32
+                read = [one.read() for one in group]
             yield {name: torch.stack([one[name] for one in read]).to(self.device) for name in read[0]}
 
     @property

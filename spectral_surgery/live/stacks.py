@@ -212,7 +212,8 @@ def _parts(name: str, entry: nn.Module, given: Collection[str]) -> list[tuple[st
     if _IMAGE in given and "input_ids" in given:
         seeing = [(inner, part) for inner, part in entry.named_modules() if _sees(part)]
         return [*seeing[:1], text_part(entry)]
-    return [(name, entry)]
+    inside = ((inner, part) for inner, part in entry.named_modules(prefix=name) if _sees(part))
+    return [next((found for found in inside if main_list(*found) is not None), (name, entry))]
 
 
 def _sees(part: Any) -> bool:

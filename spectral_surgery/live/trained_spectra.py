@@ -61,6 +61,18 @@ def train_kept(
     return parameters
 
 
+def is_trainable(model: nn.Module, vector: str) -> bool:
+    """Whether a vector can be given a parametrization, which gives its module a class of its own.
+
+    A module with a weight norm has one already, and shares it with its copies; and transformers finds hidden states by
+    the class of a model, which such a vector may be right in.
+    """
+    module: Any = model.get_submodule(vector.rpartition(".")[0])
+    computed = getattr(module, "parametrizations", {})
+    normed = "weight" in computed and not isinstance(computed["weight"][0], KeptSpectrum)
+    return not normed and not hasattr(module, "config_class")
+
+
 def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Train biases and scales of norms too, as they will be stored; they take no more room than before.
 

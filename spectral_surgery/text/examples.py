@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TypeVar, cast
 
 from spectral_surgery.errors import ConfigError
 
 Label = float | str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def documents(file: Path, *, causal: bool) -> list[Example]:
     return [Example((text,)) for text in texts]
 
 
-def hold_out(examples: Sequence[Example], *fractions: float) -> list[list[Example]]:
-    """Cut text into parts that share no document: what is left, and one of each fraction.
+def hold_out(examples: Sequence[T], *fractions: float) -> list[list[T]]:
+    """Cut text, or what else there is, into parts that share no document: what is left, and one of each fraction.
 
     Documents are drawn at random, since files are often sorted, and by the same numbers in every run, so that runs with
     other seeds are judged on the same text. A single document is cut, and its end is held out.
@@ -73,7 +75,8 @@ def hold_out(examples: Sequence[Example], *fractions: float) -> list[list[Exampl
     if min(fractions) <= 0 or sum(fractions) >= 1:
         got = ", ".join(f"{fraction:g}" for fraction in fractions)
         raise ConfigError(f"fractions to hold out: expected numbers above 0 with a sum below 1, got {got}.")
-    single = examples[0].texts[0] if len(examples) == 1 else None
+    only = examples[0] if len(examples) == 1 else None
+    single = only.texts[0] if isinstance(only, Example) else None
     count = len(examples) if single is None else len(single)
     sizes = [max(1, round(fraction * count)) for fraction in fractions]
     if sum(sizes) >= count:
@@ -81,7 +84,7 @@ def hold_out(examples: Sequence[Example], *fractions: float) -> list[list[Exampl
         raise ConfigError(f"text: expected more than {sum(sizes)} {unit} for {len(sizes) + 1} parts, got {count}.")
     edges = [*accumulate([0, count - sum(sizes), *sizes])]
     if single is not None:
-        return [[Example((single[start:stop],))] for start, stop in pairwise(edges)]
+        return [[cast(T, Example((single[start:stop],)))] for start, stop in pairwise(edges)]
     order = random.Random(0).sample(list(examples), count)  # noqa: S311 - no secret
     return [order[start:stop] for start, stop in pairwise(edges)]
 

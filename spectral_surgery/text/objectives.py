@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.peft.task import task_of
+from spectral_surgery.files.peft.task import architecture_of, task_of
 from spectral_surgery.live.running import called
 from spectral_surgery.live.stacks import entry_of
 from spectral_surgery.registry import Table
@@ -50,11 +50,13 @@ class Objective:
 
 
 _OF_TASK = {"CAUSAL_LM": "tokens", "SEQ_2_SEQ_LM": "tokens", "SEQ_CLS": "classes"}
+_OF_ENDS = {"ForImageClassification": "classes", "ForCTC": "tokens"}
 
 
 def objective_of(config: Mapping[str, object]) -> Objective:
     """The row for a model; embeddings for a model without a task."""
-    return OBJECTIVES[_OF_TASK.get(task_of(config) or "", "embeddings")]
+    ends = (name for end, name in _OF_ENDS.items() if architecture_of(config).endswith(end))
+    return OBJECTIVES[_OF_TASK.get(task_of(config) or "", next(ends, "embeddings"))]
 
 
 def _plain(model: nn.Module, batch: Batch) -> Any:
@@ -131,7 +133,7 @@ def _project_hidden(outputs: Any, batch: Batch, generator: torch.Generator) -> T
 
 def _states(outputs: Any) -> list[Tensor]:
     """Hidden states of all layers, [B, T, D] or [B, D, H, W]; those of an encoder before those of its decoder."""
-    names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+    names = ("vision_hidden_states", "encoder_hidden_states", "decoder_hidden_states", "hidden_states")
     return [state for name in names for state in getattr(outputs, name, None) or ()]
 
 

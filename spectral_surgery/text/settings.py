@@ -18,22 +18,22 @@ TRUST = {"help": "Run the code that a model brings along (auto_map in config.jso
 class TextData:
     """What to calibrate, heal or distil on; 0 stands for what is usual for the work and the model.
 
-    Models with an encoder and a decoder take pairs of a source and a target.
+    Models with an encoder and a decoder take pairs of a source and a target; those that see or hear, folders of files.
     """
 
     file: Path = field(
         metadata={
-            "help": "Text, .jsonl or .csv file, for encoder-decoders of pairs; of what is trained on, a part is held"
-            " out.",
-            "metavar": "FILE",
+            "help": "Text, .jsonl or .csv file, for encoder-decoders of pairs; or a folder of images or sound. Of what"
+            " is trained on, a part is held out.",
+            "metavar": "PATH",
         }
     )
     samples: int = field(
         default=0,
         metadata={
-            "help": "Sequences or pairs at most.",
+            "help": "Sequences, pairs or files at most.",
             "least": 1,
-            "unset": "512 to calibrate, 20000 to swap, all to heal",
+            "unset": "to calibrate 512, or 256 images, or 64 sounds; 20000 to swap, all to heal",
         },
     )
     seq_length: int = field(
@@ -46,7 +46,15 @@ class TextData:
     )
     batch_size: int = field(
         default=0,
-        metadata={"help": "Sequences of a step and process.", "least": 1, "unset": "4 of language models, else 24"},
+        metadata={
+            "help": "Sequences, pairs or files of a step and process.",
+            "least": 1,
+            "unset": "4 of language models, else 24",
+        },
+    )
+    unreadable: Literal["refuse", "skip"] = field(
+        default="refuse",
+        metadata={"help": "Files of a folder that are no image or sound, or broken: refuse, or skip and name them."},
     )
     trust_remote_code: bool = field(default=False, metadata=TRUST)
 
@@ -56,8 +64,14 @@ class TextData:
         Raises:
             ConfigError: when the file cannot be read.
         """
+        if self.file.is_dir():
+            whole = hashlib.sha256()
+            for path in sorted(path for path in self.file.rglob("*") if path.is_file()):
+                whole.update(f"{path.relative_to(self.file)}\0{path.stat().st_size}\0".encode())
+                whole.update(path.read_bytes())
+            return f"sha256:{whole.hexdigest()}"
         if not self.file.is_file():
-            raise ConfigError(f"{self.file}: no such file. Expected a text, .csv or .jsonl file.")
+            raise ConfigError(f"{self.file}: no such file. Expected a text, .csv or .jsonl file, or a folder.")
         return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
 
 

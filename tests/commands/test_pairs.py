@@ -192,5 +192,5 @@ def test_kinds_go_by_the_model(tmp_path: Path) -> None:
     assert kind_of(file, {"is_encoder_decoder": True, "architectures": ["T5EncoderModel"]}).name == "text"
     assert kind_of(file, {}).name == "text"
     assert digest_of(TextData(file), {}).startswith("512 x 256 tokens of sha256:")
-    with pytest.raises(ConfigError, match=r"expected a text, \.csv or \.jsonl file, got a folder"):
+    with pytest.raises(ConfigError, match="expected text, or a folder of images or sound, got a folder with none"):
         kind_of(tmp_path, {})

@@ -28,7 +28,13 @@ from spectral_surgery.inputs.model_input import padded
 from spectral_surgery.inputs.training import inputs_of_step, train_and_held_out
 from spectral_surgery.live.blocks import find_blocks, has_blocks
 from spectral_surgery.live.hooks import hooked
-from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept, train_vectors, trained_vectors
+from spectral_surgery.live.trained_spectra import (
+    each_kept_spectrum,
+    is_trainable,
+    train_kept,
+    train_vectors,
+    trained_vectors,
+)
 from spectral_surgery.progress import Progress
 from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.settings import TextData
@@ -231,6 +237,7 @@ def train_stored_vectors(
     """Train biases and scales of norms from what is stored; returns their tensors by parameter name."""
     shapes = {f"{prefix}{name}": tuple(parameter.shape) for name, parameter in student.named_parameters()}
     vectors = {name.removeprefix(prefix): info for name, info in session.vectors(names, shapes).items()}
+    vectors = {name: info for name, info in vectors.items() if is_trainable(student, name)}
     with torch.no_grad():
         for name, info in vectors.items():
             student.get_parameter(name).copy_(read_tensor(info))
