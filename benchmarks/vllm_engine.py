@@ -16,16 +16,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spectral_surgery.errors import SpectralSurgeryError
+
 PROMPTS, NEW = (40, 7, 1), 8  # lengths of prompts of random tokens, and tokens written after each
 _TOKENS = 500  # prompts have none above
+_LAST = 60  # words of an error
 
 Written = list[tuple[list[int], Tensor]]  # all tokens of a sequence, and log-probabilities after the first of them
+
+
+class NotRunError(SpectralSurgeryError):
+    """vLLM does not run such a folder here."""
 
 
 def in_vllm(folder: Path, *, load_format: str, dtype: torch.dtype, compiled: bool, scratch: Path) -> Written:
     """Run a model in vLLM: [tokens - 1, vocabulary] for each prompt and what is written after it, most likely first.
 
-    Raises RuntimeError with the last lines of vLLM when it fails.
+    Raises NotRunError with the last lines of vLLM when it fails.
     """
     file = scratch / "vllm.safetensors"
     words = [str(folder), load_format, str(dtype).removeprefix("torch."), str(int(compiled)), str(file)]
@@ -39,7 +46,7 @@ def in_vllm(folder: Path, *, load_format: str, dtype: torch.dtype, compiled: boo
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"vLLM: {' '.join(done.stderr.strip().splitlines()[-3:])}")
+        raise NotRunError(f"vLLM: {' '.join(done.stderr.split()[-_LAST:])}")
     found = load_file(file)
     return [(found[f"tokens.{n}"].tolist(), found[f"numbers.{n}"]) for n in range(len(PROMPTS))]
 

@@ -26,6 +26,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.manifest import FILE_NAME, parse_manifest
 from spectral_surgery.files.compressed.settings import CompressOptions
+from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_flat, read_tensor
 from tests.support.checkpoints import contents, gaussian, write_folder
 from tests.support.compressed import FAMILIES, dense_model, output
@@ -148,6 +149,11 @@ def test_other_commands_know_such_folders(folder: Path, tmp_path: Path) -> None:
     found = inspect(folder)
     assert found.summary["lossless_tensors"] == len(open_compressed(folder).manifest.lossless)
     assert {row["relative_error"] for row in found.tensors} == {0.0}
+    stored, infos = open_compressed(folder), read_index(folder).tensors
+    coded = sum(info.nbytes for name, info in infos.items() if ".lossless_" in name)
+    plain = sum(info.nbytes for name, info in stored.index.tensors.items() if name in stored.manifest.lossless)
+    assert found.summary["lossless_of_original"] == pytest.approx(coded / plain, rel=1e-2)
+    assert not {"weights", "bits_per_weight", "relative_error", "density"} & found.summary.keys()
     assert check_folder(folder).kind == "compressed"
     card = (folder / "README.md").read_text()
     assert "spectral-surgery compress SOURCE OUT --lossless" in card

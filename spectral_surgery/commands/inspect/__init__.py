@@ -16,7 +16,7 @@ from spectral_surgery.files.compressed.checkpoint import is_compressed, open_com
 from spectral_surgery.files.compressed.difference import base_name
 from spectral_surgery.files.compressed.plan import PlannedTensor, make_plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.header import read_json
+from spectral_surgery.files.header import DTYPE_BITS, TensorInfo, read_json
 from spectral_surgery.files.index import CheckpointIndex, is_adapter, read_index
 from spectral_surgery.files.reader import read_flat
 from spectral_surgery.files.storage import Checkpoint
@@ -66,7 +66,8 @@ class Inspection:
         tensors: name, shape, dtype, bytes and fate of each, where fate is what compress would do.
         tied: second name -> first name.
         skipped_files: weights in other formats beside them.
-        summary: of a compressed folder, what its manifest says; of an adapter, what its configuration says.
+        summary: of a compressed folder, what its manifest says, of spectra and of what is coded without loss; of an
+            adapter, what its configuration says.
         notes: what is odd about it, and why compress refuses it, in sentences.
     """
 
@@ -206,7 +207,7 @@ def _compressed(source: Checkpoint) -> Inspection:
         }
         for name, record in manifest.tensors.items()
     ]
-    infos = (checkpoint.index.tensors[name] for name in manifest.lossless)
+    infos = [checkpoint.index.tensors[name] for name in manifest.lossless]
     rows += [
         {
             "name": info.name,
@@ -219,15 +220,24 @@ def _compressed(source: Checkpoint) -> Inspection:
         }
         for info in infos
     ]
-    total = manifest.report
     before = base_name(manifest.options)
-    summary = ({"differences_to": before} if before else {}) | {
-        "compressed_tensors": len(manifest.tensors),
-        "lossless_tensors": len(manifest.lossless),
-        "weights": total.weights,
-        "bits_per_weight": total.bits_per_weight,
-        "relative_error": total.relative_error,
-        "density": total.density,
-        "options": manifest.options,
-    }
+    summary: dict[str, object] = {"differences_to": before} if before else {}
+    summary |= {"compressed_tensors": len(manifest.tensors), "lossless_tensors": len(infos)}
+    if manifest.tensors:
+        total = manifest.report
+        summary |= {
+            "weights": total.weights,
+            "bits_per_weight": total.bits_per_weight,
+            "relative_error": total.relative_error,
+            "density": total.density,
+        }
+    if infos:
+        stored, before_bits = (sum(sizes) for sizes in zip(*map(_bits, infos), strict=True))
+        summary |= {"lossless_numbers": sum(info.numel for info in infos), "lossless_of_original": stored / before_bits}
+    summary["options"] = manifest.options
     return Inspection("compressed", tuple(rows), manifest.aliases, checkpoint.index.nbytes, (), summary)
+
+
+def _bits(info: TensorInfo) -> tuple[int, int]:
+    """Stored bits of a tensor, and those of its numbers."""
+    return 8 * info.stored_bytes, DTYPE_BITS[info.dtype] * info.numel
