@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.case import BenchCase, by_size
 from benchmarks.cases import (
     adapters,
+    beyond_text,
     calibration,
     cluster,
     coding,
@@ -103,6 +104,11 @@ CASES = Table(
         ),
         BenchCase(
             "lossless", "bytes of weights coded without loss, and decoding beside copying", by_size(lossless.run)
+        ),
+        BenchCase(
+            "beyond_text",
+            "a ViT on images, T5 and BART on pairs, trained here: errors of outputs, calibrated and data-free",
+            by_size(beyond_text.run),
         ),
         BenchCase("workers", "two worker processes against one, with equal bytes", by_size(engine.run_workers)),
         BenchCase(

@@ -19,7 +19,8 @@ from PIL import Image
 from spectral_surgery.calibration.layer_moments import model_and_inputs
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.compress import compress, plan_compression
+from spectral_surgery.commands.compress.spread_bits import measure_shares
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.commands.heal import heal
 from spectral_surgery.errors import CheckpointError, ConfigError
@@ -120,6 +121,16 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, kind: str, folder: 
         decompress(tmp_path / name, tmp_path / f"{name}-dense", verify=True)
         errors.append(float((outputs(tmp_path / f"{name}-dense", inputs) - original).norm()))
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_what_enters_the_blocks_gets_bits_too(tmp_path: Path, folder: Path) -> None:
+    source = save_model("vit", tmp_path / "model")
+    index, plan = plan_compression(source, CompressOptions(Target("bits", 3.0), min_weights=512))
+    shares = measure_shares(source, index, plan, TextData(folder, 24))
+    entering = [name for name in shares if "embeddings" in name]
+    assert len(entering) == 2  # patches, and positions
+    layers = [share.cost for name, share in shares.items() if name not in entering]
+    assert all(shares[name].cost > sum(layers) / len(layers) for name in entering)
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip"])

@@ -32,6 +32,7 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import task_of
 from spectral_surgery.inputs.model_input import EqualShapes, equal_shapes, spaced
 from spectral_surgery.live.blocks import Held, Sample, UnchainedError, next_inputs
+from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.moments import moments_of
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.text.settings import TextData
@@ -117,6 +118,20 @@ class _Measurement:
             if info is not None:
                 yield info.name, module
 
+    def _entering(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """What is compressed outside of the blocks, by tensor: convolutions, and parameters that are added or read."""
+        planned = {tensor.info.name for tensor in self.plan.tensors}
+        convolutions, vectors = dict[str, nn.Module](), dict[str, str]()
+        for path, _ in self.lazy.model.named_parameters():
+            info, owner = self.lazy.names.tensor(path), self.lazy.model.get_submodule(path.rpartition(".")[0])
+            if info is None or info.name not in planned or path.startswith(self.lazy.chain.prefixes):
+                continue
+            if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                convolutions[info.name] = owner
+            elif not isinstance(owner, nn.Linear):
+                vectors[info.name] = path
+        return convolutions, vectors
+
     def _blocks(self, number: int) -> list[_Block]:
         stack = self.lazy.chain.stacks[number]
         planned = {tensor.info.name for tensor in self.plan.tensors if 1 in tensor.axes}
@@ -126,15 +141,20 @@ class _Measurement:
     def _forwards(
         self, number: int, blocks: Sequence[_Block], batches: EqualShapes, before: Sequence[Sequence[Held]]
     ) -> tuple[list[list[Sample]], dict[str, float], dict[str, float]]:
-        """What each block of a stack is given, and what the last one returns; errors of outputs; parts of embeddings.
+        """What each block of a stack is given, and what the last one returns; errors of outputs; parts of what enters.
 
         The errors are by tensor, squared, those at no bits, over all tokens, a weight; the parts are of the energy of
-        all embeddings that are compressed.
+        all embeddings, and outputs of convolutions before the first block, that are compressed.
         """
-        with self.lazy.chain.outside(number), self.lazy.computing():
+        power: dict[str, float] = {}
+        convolutions, vectors = self._entering()
+
+        def see(name: str, _: object, output: Tensor) -> None:
+            power[name] = _power(output)
+
+        with self.lazy.chain.outside(number), self.lazy.computing(), hooked(convolutions, see):
             samples = [self.lazy.chain.enter(number, batches, before, self.store.put)]
-            planned = {tensor.info.name for tensor in self.plan.tensors}
-            power = {name: _power(table.weight) for name, table in self._tables() if name in planned}
+            power |= {name: _power(self.lazy.model.get_parameter(path)) for name, path in vectors.items()}
         errors: dict[str, float] = {}
         for name, block, matrices in blocks:
             with self.lazy.holding(name):
