@@ -82,6 +82,7 @@ def test_names_are_those_of_the_commands() -> None:
         "ray",
         "language_model",
         "export",
+        "vllm",
         "encoder",
         "speech",
     ]
