@@ -76,11 +76,13 @@ class HubAccess:
         """Find a source, of which headers alone may be wanted, and the repository it is in; weights stay there."""
         from spectral_surgery import hub
 
-        if self.keep_source and not headers:
-            path, origin = self.resolve(source)
-            return self._opened(path), origin
-        repository = hub.remote(source)
-        found = hub.locate(source, revision=self.revision, token=self.token, companions=not headers)
+        repository, found = hub.remote(source), None
+        if self.allow_bin or source.lower().endswith(".gguf"):
+            found = hub.fetch_foreign(source, revision=self.revision, token=self.token, pickled=self.allow_bin)
+        if found is None and self.keep_source and not headers:
+            found = hub.resolve(source, revision=self.revision, token=self.token)
+        if found is None:
+            found = hub.locate(source, revision=self.revision, token=self.token, companions=not headers)
         opened = self._opened(found) if isinstance(found, Path) else found
         return opened, repository.name if repository else None
 

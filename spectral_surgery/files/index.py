@@ -167,7 +167,7 @@ def _found(source: FoundCheckpoint) -> CheckpointIndex:
         others, skipped = other_files(source.path, _files_in(source.path).difference(source.files))
         stored = read_json(source.path / "config.json") if (source.path / "config.json").is_file() else {}
         tensors, config, notes = read_as_plain(dict(source.tensors), stored)
-    return CheckpointIndex(source.path, tensors, source.files, others, skipped, config, {}, notes)
+    return CheckpointIndex(source.path, tensors, source.files, others, skipped, config, {}, (*source.notes, *notes))
 
 
 def _files_in(source: Path | RemoteCheckpoint) -> set[Path]:

@@ -19,10 +19,10 @@ from spectral_surgery.files.header import TensorInfo, named, read_json
 from spectral_surgery.files.reader import CODES, read_flat
 from spectral_surgery.files.storage import FoundCheckpoint, reading
 
-__all__ = ["find_pickled", "holds_pickled"]
+__all__ = ["PICKLED_ENDINGS", "PICKLED_NAME", "find_pickled", "holds_pickled"]
 
-_SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_ENDINGS = (".bin", ".pt", ".pth")
+PICKLED_NAME, PICKLED_ENDINGS = "pytorch_model", (".bin", ".pt", ".pth")
+_SINGLE, _INDEX = f"{PICKLED_NAME}.bin", f"{PICKLED_NAME}.bin.index.json"
 _DAMAGED = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError, IndexError)
 
 
@@ -53,7 +53,7 @@ class _Strided:
 def holds_pickled(source: Path) -> bool:
     """Whether a path leads to PyTorch's files, and to no safetensors beside them."""
     if source.is_file():
-        return source.suffix in _ENDINGS
+        return source.suffix in PICKLED_ENDINGS
     return not any(source.glob("*.safetensors")) and any((source / name).is_file() for name in (_SINGLE, _INDEX))
 
 

@@ -86,12 +86,14 @@ class FoundCheckpoint:
         tensors: by name, sorted.
         files: that hold them.
         label: what the user calls it.
+        notes: what the user has to know about it, in sentences.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     label: str
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

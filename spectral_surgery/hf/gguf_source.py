@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError
+from spectral_surgery.errors import CheckpointError, SpectralSurgeryError
 from spectral_surgery.files.header import DTYPE_BITS, TensorInfo, named
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sources.gguf_rows import Block, GgufRows, dtype_of, library, stored_as
 from spectral_surgery.files.storage import FoundCheckpoint
-from spectral_surgery.hf.load_errors import loading, required
+from spectral_surgery.hf.load_errors import RAISED, required
 from spectral_surgery.hf.plain_weights import without_weights
 
 _LABELS = 1 << 62  # random ones below: no arithmetic on labels gives another label
@@ -79,7 +79,9 @@ def find_gguf(file: Path, folder: Path) -> FoundCheckpoint:
         reader = library().GGUFReader(str(file))
         architecture = str(read_field(reader, "general.architecture")[0])
         if "split.count" in reader.fields and int(read_field(reader, "split.count")[0]) > 1:
-            raise CheckpointError(f"{file}: is one of several parts; expected one file. Join them by llama-gguf-split.")
+            raise CheckpointError(
+                f"{file}: expected one file, got one of several parts. Join them by llama-gguf-split."
+            )
         settings = load_gguf_checkpoint(str(file))["config"]
         model = _outline(settings)
         found = _Found(file, architecture, settings, get_gguf_hf_weights_map(model, _processor(architecture, settings)))
@@ -91,23 +93,31 @@ def find_gguf(file: Path, folder: Path) -> FoundCheckpoint:
     if lacking or strange:
         what = f"lacks {named(lacking)}" if lacking else f"has {named(strange)} in another shape"
         raise CheckpointError(
-            f"{file}: {what}, as transformers reads {architecture}; expected all that {type(model).__name__} has."
-            " Give the checkpoint it was made from."
+            f"{file}: expected all that {type(model).__name__} has, as transformers reads {architecture}, got a file"
+            f" that {what}. Give the checkpoint it was made from."
         )
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    _write_tokenizer(file, folder)
-    return FoundCheckpoint(folder, dict(sorted(tensors.items())), (file,), str(file))
+    notes = _write_tokenizer(file, folder)
+    return FoundCheckpoint(folder, dict(sorted(tensors.items())), (file,), str(file), notes)
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """Turn what gguf and transformers raise of a file into a CheckpointError of one line."""
     try:
-        with loading(file, "cannot be read as GGUF"):
-            yield
-    except (NotImplementedError, UnicodeDecodeError, MemoryError, OverflowError, AssertionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
+        yield
+    except SpectralSurgeryError:
+        raise
+    except (*RAISED, MemoryError, OverflowError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file}: expected GGUF that gguf and transformers read, got an error ({_reason(error)}). Download it"
+            " again, or give the checkpoint it was made from."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{error or type(error).__name__}".split())[:300].rstrip(".")
 
 
 def _outline(settings: Mapping[str, Any]) -> Any:
@@ -202,12 +212,15 @@ def _info(name: str, dtype: str, shape: tuple[int, ...], block: Block, decoder: 
     return TensorInfo(name, dtype, shape, block.rows.file, block.rows.start, nbytes, decoder)
 
 
-def _write_tokenizer(file: Path, folder: Path) -> None:
-    """Leave the tokenizer in a folder, where transformers can make it of what a GGUF file says."""
+def _write_tokenizer(file: Path, folder: Path) -> tuple[str, ...]:
+    """Leave the tokenizer in a folder; a sentence where transformers can make none of what a GGUF file says."""
     import transformers
 
     try:
-        with loading(file, "has no tokenizer that can be made"):
-            transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    except (CheckpointError, NotImplementedError):
-        return  # a model without tokenizer is one all the same
+        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    except RAISED as error:  # a model without tokenizer is one all the same
+        return (
+            f"The result has no tokenizer: transformers can make none of what the GGUF file says ({_reason(error)})."
+            " Copy that of the checkpoint it was made from.",
+        )
+    return ()

@@ -13,7 +13,7 @@ from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, 
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.remote_code import own_auto_map
 
-_RAISED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError)
+RAISED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError)
 _LONGEST = 300  # characters of a reason
 
 
@@ -27,7 +27,7 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
         yield
     except SpectralSurgeryError:
         raise
-    except _RAISED as error:
+    except RAISED as error:
         reason = " ".join(f"{error or type(error).__name__}".split())
         if "trust_remote_code" in reason and not own_code(folder):  # transformers takes our shim for the model's code
             reason = "it has no class of this kind for the architecture in config.json"

@@ -4,7 +4,7 @@ The only importer of huggingface_hub besides the model cards; it is imported ins
 second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are its own.
 """
 
-from spectral_surgery.hub.download import fetch, locate, needed, resolve
+from spectral_surgery.hub.download import fetch, fetch_foreign, locate, needed, resolve
 from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
 from spectral_surgery.hub.repository import Repository, remote, to_push
 from spectral_surgery.hub.upload import Stored, Uploaded, prepare, read_text, refuse_tokens, store, upload
@@ -16,6 +16,7 @@ __all__ = [
     "Stored",
     "Uploaded",
     "fetch",
+    "fetch_foreign",
     "list_files",
     "locate",
     "needed",

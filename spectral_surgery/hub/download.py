@@ -14,6 +14,7 @@ from spectral_surgery.files.compressed.manifest import FILE_NAME
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.index import INDEX_FILE, SINGLE_FILE, other_files, read_index
 from spectral_surgery.files.merge_record import FOLDER as MERGE_FOLDER
+from spectral_surgery.files.pickled import PICKLED_ENDINGS, PICKLED_NAME
 from spectral_surgery.files.storage import Checkpoint, RemoteCheckpoint, calling
 from spectral_surgery.hub.failures import UnansweredError, reaching, retrying
 from spectral_surgery.hub.listing import Listing, RemoteFile, list_files
@@ -59,6 +60,40 @@ def locate(
         _fetched(listing, [name.as_posix() for name in (*others, *merges)], token)
     whole = all(path.is_file() and path.stat().st_size == file.size for path, file in found.weights.items())
     return found.path if whole else found
+
+
+def fetch_foreign(
+    source: str, *, revision: str | None = None, token: str | None = None, pickled: bool = False
+) -> Path | None:
+    """Fetch a checkpoint in files of another kind than safetensors into the cache.
+
+    Args:
+        source: as for `resolve`.
+        revision: branch, tag or commit; overrides the one in source.
+        token: instead of the one that is logged in.
+        pickled: also in PyTorch's files, where there are no safetensors.
+
+    Returns:
+        Where it is; None for what is no GGUF file, no PyTorch's files, on this disk, or out of reach.
+
+    Raises:
+        HubError: when it cannot be fetched.
+    """
+    repository = remote(source, revision)
+    listing = _listed_or_cached(repository, token) if repository else None
+    if not isinstance(listing, Listing):
+        return None
+    lone = listing.repository.path.rpartition("/")[2]
+    if lone in listing.files:
+        foreign = lone.lower().endswith((".gguf", *(PICKLED_ENDINGS if pickled else ())))
+        return _fetched(listing, [lone], token) / lone if foreign else None
+    weights = {name for name in listing.files if name.startswith(PICKLED_NAME) and "/" not in name}
+    plain = any(name.endswith(".safetensors") and "/" not in name for name in listing.files)
+    if plain or not weights or not pickled:
+        return None
+    root = Path()
+    others, _ = other_files(root, (root / name for name in listing.files))
+    return _fetched(listing, sorted(weights | {name.as_posix() for name in others}), token)
 
 
 def _elsewhere(listing: Listing, token: str | None) -> RemoteCheckpoint:

@@ -72,12 +72,20 @@ def test_compressed_with_a_tokenizer(tmp_path: Path) -> None:
     assert (ours - dense).norm() < 0.2 * dense.norm()
 
 
+def test_a_tokenizer_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", "llama")
+    (tmp_path / "made").mkdir()
+    (note,) = read_index(find_gguf(file, tmp_path / "made")).notes
+    assert note.startswith("The result has no tokenizer: transformers can make none of what the GGUF file says (")
+    assert "\n" not in note
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "model.gguf", "llama").read_bytes()
     broken = tmp_path / "broken.gguf"
     for content in (b"", b"GGUF", whole[:300], whole[: len(whole) // 2], b"no GGUF at all", whole[:4] + b"\xff" * 400):
         broken.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"broken\.gguf") as caught:
+        with pytest.raises(CheckpointError, match=r"broken\.gguf: expected .*, got .*\. \w") as caught:
             find_gguf(broken, tmp_path)
         assert "\n" not in str(caught.value)
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from spectral_surgery.errors import HubError
 from spectral_surgery.hub import Repository, remote, to_push
 from tests.hub_server import LoopbackHub
-from tests.support.checkpoints import llama_like, write_folder
+from tests.support.checkpoints import contents, llama_like, write_folder
+from tests.support.gguf_files import write_gguf
 from tests.support.hub_client import Client, running
 
 CARD = "---\nlicense: mit\nlanguage: en\n---\n# Base\n"
@@ -28,6 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"x" * 100_000)
     return folder
+
+
+def without_card(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(out).items() if name != "README.md"}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,52 @@ def test_a_pickle_is_refused_before_anything_is_fetched(hub: LoopbackHub, client
     assert "org/pickled: expected safetensors, got pickled weights ('pytorch_model.bin')" in done.stderr
     assert "/tmp" not in done.stderr
     assert hub.sent < 5000
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_pickles_are_fetched_where_that_is_allowed(
+    shards: bool, hub: LoopbackHub, client: Client, folder: Path, tmp_path: Path
+) -> None:
+    source, tensors = tmp_path / "p", llama_like()
+    source.mkdir()
+    if shards:
+        weight_map = {name: f"pytorch_model-{n % 2}.bin" for n, name in enumerate(tensors)}
+        for file in {*weight_map.values()}:
+            torch.save({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, source / file)
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(tensors, source / "pytorch_model.bin")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "tokenizer.json").write_text("{}")
+    hub.seed("org/pickles", source)
+    options = ("--bits", "4", "--allow-bin", "--min-weights", "64")
+    client.result("compress", "org/pickles", tmp_path / "far", *options, *(["--keep-source"] if shards else []))
+    client.result("compress", source, tmp_path / "near", *options)
+    assert without_card(tmp_path / "far") == without_card(tmp_path / "near")
+    lone = client("inspect", f"hf://org/pickles/pytorch_model{'-0' if shards else ''}.bin", "--allow-bin")
+    assert lone.code == 0, lone.stderr
+    hub.seed("org/plain", folder)
+    client.result("compress", "org/plain", tmp_path / "plain", "--bits", "4", "--allow-bin")
+
+
+def test_a_gguf_file_is_fetched(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = tmp_path / "g"
+    source.mkdir()
+    write_gguf(source / "model-Q8_0.gguf", "llama")
+    write_gguf(source / "model-F16.gguf", "llama", "F16")
+    hub.seed("org/gguf", source)
+    refused = client("compress", "org/gguf", tmp_path / "out", "--bits", "5")
+    assert "Give one of its GGUF files by itself: 'model-F16.gguf', 'model-Q8_0.gguf'." in refused.stderr
+    assert hub.sent < 5000
+    options = ("--bits", "5", "--min-weights", "512")
+    done = client("compress", "hf://org/gguf/model-Q8_0.gguf", tmp_path / "far", *options)
+    assert done.code == 0, done.stderr
+    assert "note: The result has no tokenizer: transformers can make none" in done.stdout + done.stderr
+    client.result("compress", source / "model-Q8_0.gguf", tmp_path / "near", *options)
+    assert without_card(tmp_path / "far") == without_card(tmp_path / "near")
+    missing = client("compress", "hf://org/gguf/other.gguf", tmp_path / "none", *options)
+    assert "has no such file or folder; expected files it lists. Check the path." in missing.stderr
 
 
 def test_a_damaged_remote_header_is_refused(hub: LoopbackHub, client: Client, folder: Path, tmp_path: Path) -> None:

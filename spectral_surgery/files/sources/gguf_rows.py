@@ -100,8 +100,8 @@ def stored_as(tensor: Any, file: Path) -> Block:
     known = kind.name in PLAIN or kind in gguf.quants._type_traits
     if columns % elements or not known:
         raise CheckpointError(
-            f"{file.name}: {named([tensor.name])} is {kind.name} {list(shape)}; expected a kind that the package gguf"
-            " makes numbers of, in whole blocks."
+            f"{file.name}: {named([tensor.name])}: expected a kind that the package gguf makes numbers of, in whole"
+            f" blocks, got {kind.name} {list(shape)}. Give the checkpoint it was made from."
         )
     width = columns // elements * size
     count = int(np.prod(shape[:-1], dtype=np.int64))
