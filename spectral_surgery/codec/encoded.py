@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectral_surgery.codec.frame_bytes import decode_frame
 from spectral_surgery.codec.hugepages import empty
-from spectral_surgery.codec.parallel import parallel_map
+from spectral_surgery.codec.parallel import one_torch_thread, parallel_map
 from spectral_surgery.codec.quantized import QuantizedSpectrum, dequantize
 from spectral_surgery.transforms import TRANSFORMS, tiles
 
@@ -86,6 +86,9 @@ class EncodedSpectrum:
 
     def to_dense(self, *, threads: int = 1) -> Tensor:
         """The matrix: [O, I] float32."""
+        if len(self.frames) == 1 and len(self.basis.blocks(self.shape)) == 1:
+            with torch.inference_mode(False), one_torch_thread():
+                return self.basis.inverse(dequantize(self.codes(0), self.step, self.offset))
         with torch.inference_mode(False):  # which other threads would not be in
             dense = empty(self.shape, torch.float32)
             rows = dense.split(self.rows_per_frame)

@@ -93,7 +93,7 @@ def decompress(
     started = time.perf_counter()
     code, failures = _dtype_code(dtype), tuple[str, ...]()
     check_apart(source, out)
-    checkpoint = open_compressed(source, differences=True)
+    checkpoint = open_compressed(source, differences=True).with_tables()
     work = _Entries(checkpoint, check_base(checkpoint.manifest.options, base, source.name), code, threads, progress)
     entries = work.all()
     try:

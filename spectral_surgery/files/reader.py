@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,6 +26,7 @@ _TORCH_NAMES |= {"C64": "complex64", "F64": "float64", "I64": "int64", "U64": "u
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 )
+_TOGETHER = 1 << 22  # bytes of small tensors that are read at a time
 _AT_ONCE = 1 << 22  # elements that are made at a time of what is stored in their place
 CODES: Mapping[torch.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
@@ -46,6 +47,34 @@ def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
     buffer = bytearray(stop - start)
     read_into(info.file, memoryview(buffer), info.start + start)
     return buffer
+
+
+def read_together(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, memoryview]]:
+    """Small stored tensors and their bytes, in the order of files: those that lie side by side by one read.
+
+    Raises:
+        CheckpointError: when a file cannot be read.
+    """
+    run: list[TensorInfo] = []
+    for info in sorted(infos, key=lambda info: (str(info.file), info.start)):
+        near = run and info.file == run[-1].file and info.start == _end(run[-1])
+        if run and not (near and _end(info) <= run[0].start + _TOGETHER):
+            yield from _read_run(run)
+            run = []
+        run.append(info)
+    yield from _read_run(run)
+
+
+def _end(info: TensorInfo) -> int:
+    return info.start + info.nbytes
+
+
+def _read_run(run: list[TensorInfo]) -> Iterator[tuple[TensorInfo, memoryview]]:
+    if run:
+        start = run[0].start
+        data = memoryview(bytearray(_end(run[-1]) - start))
+        read_into(run[0].file, data, start)
+        yield from ((info, data[info.start - start : _end(info) - start]) for info in run)
 
 
 def _check_range(info: TensorInfo, start: int, stop: int) -> None:

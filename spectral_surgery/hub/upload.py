@@ -119,7 +119,12 @@ def store(repository: Repository, path: Path, *, token: str | None = None) -> St
 
 
 def _addition(stored: Stored) -> Any:
-    """What a commit says of a file that is stored; huggingface_hub has no public way without its content."""
+    """What a commit says of a file that is stored.
+
+    huggingface_hub has no public way to say it: `preupload_lfs_files(free_memory=True)` lets go of the content, but the
+    operation that it marks as uploaded lives only as long as this process, and a run that goes on has no file to make
+    another one of. A test says so when it renames these attributes.
+    """
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 

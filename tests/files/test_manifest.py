@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from spectral_surgery.codec.rate import Target
@@ -18,7 +20,7 @@ from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, FormatVersionError, LimitError, SpectralSurgeryError
 from spectral_surgery.files.compressed.checkpoint import open_compressed
-from spectral_surgery.files.compressed.manifest import read_manifest
+from spectral_surgery.files.compressed.manifest import indented, read_manifest
 from spectral_surgery.files.compressed.settings import CompressOptions
 from tests.support.checkpoints import gaussian, write_folder
 
@@ -150,3 +152,14 @@ def test_a_flipped_byte_of_codes_is_found(folder: Path, tmp_path: Path, place: i
     with pytest.raises(CheckpointError, match="does not have its checksum"):
         decompress(folder, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_text_is_that_of_the_json_module(value: object) -> None:
+    assert indented(value) == json.dumps(value, sort_keys=True, indent=1)

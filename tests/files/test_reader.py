@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files import reader
 from spectral_surgery.files.header import TensorInfo, read_header
-from spectral_surgery.files.reader import CODES, DTYPES, read_bytes, read_flat, read_tensor
+from spectral_surgery.files.reader import CODES, DTYPES, read_bytes, read_flat, read_tensor, read_together
 
 
 def noise(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -121,3 +122,23 @@ def test_a_range_costs_its_own_size(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1.2 * 10**6
     finally:
         tracemalloc.stop()
+
+
+def test_small_tensors_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one read where they lie side by side, and another one behind a gap or when it would be large."""
+    infos = []
+    for file in ("a", "b"):
+        save_file({f"{file}{n:02d}": noise(torch.int64, 3 + n) for n in range(12)}, tmp_path / f"{file}.safetensors")
+        infos += list(read_header(tmp_path / f"{file}.safetensors").tensors.values())
+    wanted = [info for info in reversed(infos) if info.name not in ("a05", "b00")]
+    reads: list[int] = []
+    real = reader.read_into
+    monkeypatch.setattr(reader, "read_into", lambda *args: (reads.append(args[1].nbytes), real(*args)))
+    for limit, count in ((1 << 22, 3), (200, 10)):
+        monkeypatch.setattr(reader, "_TOGETHER", limit)
+        reads.clear()
+        found = dict(read_together(wanted))
+        assert len(reads) == count
+        assert found.keys() == set(wanted)
+        assert all(bytes(data) == bytes(read_bytes(info, 0, info.nbytes)) for info, data in found.items())
+    assert list(read_together([])) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,12 @@ def test_options_that_do_not_go_with_it(hub: LoopbackHub, client: Client, folder
     done = client(*order(folder, tmp_path / "out", "--shard", "0/2"))
     assert "--stream-push: goes without --calibrate, --heal and --shard" in done.stderr
     assert not hub.repos
+
+
+def test_huggingface_hub_has_what_a_stored_file_is_committed_by() -> None:
+    """It has no public way to commit a large file without its content, as a run that goes on has to."""
+    from huggingface_hub import CommitOperationAdd
+
+    names = {"upload_info", "_upload_mode", "_is_uploaded", "_should_ignore"}
+    lacking = names - {field.name for field in fields(CommitOperationAdd)}
+    assert not lacking, f"huggingface_hub has renamed {lacking}: hub/upload.py has to be changed with it"

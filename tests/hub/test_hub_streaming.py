@@ -15,6 +15,7 @@ from tests.hub_server import LoopbackHub
 from tests.hub_server.storage import blob_of
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
 from tests.support.hub_client import Client, running
+from tests.support.quantised import FP8_SETTINGS, fp8, write
 
 LARGEST = 4 * 512 * 700  # bytes of the parts that come first
 A_FILE = r"org/far/model-0000.-of-00003.safetensors"
@@ -72,6 +73,18 @@ def test_compress_leaves_nothing_of_the_source_here(
     assert body["finished"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: org/far\n" in card
+
+
+def test_quantised_sources_are_read_by_ranges_too(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    values, scales = fp8(gaussian(512, 384), (128, 128))
+    name = "model.layers.0.mlp.up_proj.weight"
+    source = write(tmp_path / "fp8", {name: values, f"{name}_scale_inv": scales}, FP8_SETTINGS)
+    hub.seed("org/fp8", source)
+    client.result("compress", "org/fp8", tmp_path / "far", "--bits", "4")
+    assert set(weights(hub)) == {206}
+    assert on_disk(client, "fp8") < 10_000
+    client.result("compress", source, tmp_path / "near", "--bits", "4")
+    assert without_card(tmp_path / "far") == without_card(tmp_path / "near")
 
 
 def test_what_is_in_the_cache_is_read_from_there(

@@ -22,8 +22,8 @@ from spectral_surgery.files.compressed.manifest import (
     read_manifest,
 )
 from spectral_surgery.files.header import read_json
-from spectral_surgery.files.index import CheckpointIndex, read_index
-from spectral_surgery.files.reader import read_flat, read_tensor
+from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
+from spectral_surgery.files.reader import DTYPES, read_flat, read_tensor, read_together
 from spectral_surgery.files.sidecar_files import CONFIG_FILE
 from spectral_surgery.files.storage import Checkpoint, path_of
 
@@ -33,24 +33,26 @@ class CompressedCheckpoint:
     """Headers and manifest of a compressed folder; spectra are read when asked for.
 
     Attributes:
-        tables: frame offsets and steps that are read already, by tensor; see `with_tables`.
+        tables: bytes of frame offsets and steps that are read already, by the names they are stored under; see
+            `with_tables`.
     """
 
     index: CheckpointIndex
     manifest: Manifest
-    tables: Mapping[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+    tables: Mapping[str, memoryview] = field(default_factory=dict)
 
     def with_tables(self) -> CompressedCheckpoint:
-        """The same, with the frame offsets and steps of all tensors in memory, for threads that read many parts.
+        """The same, with the frame offsets and steps of all tensors in memory, for whoever reads many parts.
 
         Raises:
-            CheckpointError: when they are damaged.
+            CheckpointError: when they cannot be read.
         """
-        return replace(self, tables={name: self._tables(name) for name in self.manifest.tensors})
+        wanted = (self.index.tensors[f"{name}.{suffix}"] for name in self.manifest.tensors for suffix in SUFFIXES[1:])
+        return replace(self, tables={info.name: data for info, data in read_together(wanted)})
 
     def outline(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor without its frames: nothing but steps is read."""
-        return self._outline(name, part, (self.tables.get(name) or self._tables(name))[1])
+        return self._outline(name, part, self._tables(name)[1])
 
     def _outline(self, name: str, part: int, steps: torch.Tensor) -> EncodedSpectrum:
         record = self.manifest.tensors[name]
@@ -72,7 +74,7 @@ class CompressedCheckpoint:
         """
         record = self.manifest.tensors[name]
         codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]
-        offsets, steps = self.tables.get(name) or self._tables(name)
+        offsets, steps = self._tables(name)
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
@@ -86,15 +88,21 @@ class CompressedCheckpoint:
 
     def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
-        offsets = read_tensor(frames).tolist()
+        offsets = self._table(frames).tolist()
         if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
             raise LimitError(
                 f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again."
             )
-        steps = read_tensor(step).float()
+        steps = self._table(step).float()
         if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
         return offsets, steps
+
+    def _table(self, info: TensorInfo) -> torch.Tensor:
+        data = self.tables.get(info.name)
+        if data is None:
+            return read_tensor(info)
+        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 def is_compressed(source: Checkpoint) -> bool:

@@ -47,6 +47,10 @@ class PartRecord:
         """Number of frames."""
         return -(-(self.rows[1] - self.rows[0]) // self.rows_per_frame)
 
+    def to_json(self) -> dict[str, object]:
+        """As the manifest has it."""
+        return vars(self) | {"report": vars(self.report)}
+
 
 @dataclass(frozen=True)
 class TensorRecord:
@@ -69,6 +73,10 @@ class TensorRecord:
     def report(self) -> EncodingReport:
         """Measurements of all parts together."""
         return reduce(add, (part.report for part in self.parts))
+
+    def to_json(self) -> dict[str, object]:
+        """As the manifest has it."""
+        return vars(self) | {"parts": [part.to_json() for part in self.parts]}
 
     def basis(self, part: int) -> Basis:
         """Transform of one part."""
@@ -104,10 +112,24 @@ class Manifest:
             **({"command": self.command} if self.command else {}),
             "options": self.options,
             "aliases": self.aliases,
-            "tensors": {name: asdict(record) for name, record in self.tensors.items()},
+            "tensors": {name: record.to_json() for name, record in self.tensors.items()},
             **({"lossless": {name: asdict(one) for name, one in self.lossless.items()}} if self.lossless else {}),
         }
-        return json.dumps(body, sort_keys=True, indent=1) + "\n"
+        return indented(body) + "\n"
+
+
+def indented(value: object, margin: str = "\n") -> str:
+    """JSON as ``json.dumps(value, sort_keys=True, indent=1)`` has it, which takes many times as long."""
+    inner = f"{margin} "
+    if isinstance(value, dict) and value:
+        rows = (f"{_quoted(key)}: {indented(value[key], inner)}" for key in sorted(value))
+        return "{" + inner + f",{inner}".join(rows) + margin + "}"
+    if isinstance(value, list | tuple) and value:
+        return "[" + inner + f",{inner}".join([indented(one, inner) for one in value]) + margin + "]"
+    return json.dumps(value)
+
+
+_quoted = json.encoder.encode_basestring_ascii
 
 
 def read_manifest(folder: Path) -> Manifest:

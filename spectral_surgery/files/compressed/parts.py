@@ -22,7 +22,7 @@ from spectral_surgery.files.compressed.lossless import (
     parse_lossless_part,
 )
 from spectral_surgery.files.compressed.manifest import SUFFIXES, PartRecord, parse_part
-from spectral_surgery.files.index import TensorInfo, read_index
+from spectral_surgery.files.header import TensorInfo, read_header
 from spectral_surgery.files.reader import byte_pieces, read_bytes, read_tensor, release
 from spectral_surgery.files.writer import Entry, replace_file, tensor_entry
 
@@ -54,7 +54,7 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
             "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
         }
     tables = zlib.crc32(tensors["step"].numpy().data, zlib.crc32(tensors["frames"].numpy().data)) if tensors else 0
-    metadata = {"key": key, "record": json.dumps(asdict(record) if record else None), "tables": str(tables)}
+    metadata = {"key": key, "record": json.dumps(record.to_json() if record else None), "tables": str(tables)}
     replace_file(path, save(tensors, metadata), durable=False)  # there may be very many, and `read_part` checks them
 
 
@@ -67,7 +67,7 @@ def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, T
     if not path.exists():
         return None
     try:
-        index = read_index(path)
+        index = read_header(path)
     except CheckpointError:
         return None  # cut short by a full disk or a power failure: it is done again
     if index.metadata.get("key") != key:
@@ -102,7 +102,7 @@ def write_lossless(path: Path, key: str, pieces: Sequence[bytes], part: Lossless
 def read_lossless(path: Path, key: str) -> tuple[dict[str, TensorInfo], LosslessPart] | None:
     """Where the tensors of such a part are, and its record; None for a file that is missing or of another key."""
     try:
-        index = read_index(path) if path.exists() else None
+        index = read_header(path) if path.exists() else None
     except CheckpointError:
         return None
     if index is None or index.metadata.get("key") != key or "lossless" not in index.metadata:
