@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from spectral_surgery.files.compressed.dense import cast
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
 from spectral_surgery.files.compressed.lossless import decoded_entry
 from spectral_surgery.files.compressed.manifest import FILE_NAME, SUFFIXES, TensorRecord
+from spectral_surgery.files.compressed.stacked import Stacks
 from spectral_surgery.files.header import FLOATS, FLOATS8
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, flat_pieces, read_flat, same_bytes
@@ -133,6 +135,11 @@ class _Entries:
     threads: int
     progress: Progress
 
+    @cached_property
+    def stacks(self) -> Stacks:
+        """What is decoded together."""
+        return Stacks(self.checkpoint)
+
     def all(self) -> list[Entry]:
         """Entries of the plain checkpoint, by original name."""
         manifest, index = self.checkpoint.manifest, self.checkpoint.index
@@ -157,7 +164,9 @@ class _Entries:
         """Parts of a tensor, [N, I] float32, with the energy of what was decoded for each."""
         before = counterpart(self.base, name, record.shape)
         for number, part in enumerate(record.parts):
-            dense = self.checkpoint.part(name, number).to_dense(threads=self.threads)
+            dense = self.stacks.take(name)
+            if dense is None:
+                dense = self.checkpoint.part(name, number).to_dense(threads=self.threads)
             energy = float(dense.double().square().sum()) if before is not None else 0.0
             if before is not None:
                 dense = dense + read_rows(before, part.rows, record.matrix[1])
