@@ -76,7 +76,8 @@ class HubAccess:
         """Find a source, of which headers alone may be wanted, and the repository it is in; weights stay there."""
         from spectral_surgery import hub
 
-        repository, found = hub.remote(source), None
+        repository = hub.remote(source)
+        found: Checkpoint | None = None
         if self.allow_bin or source.lower().endswith(".gguf"):
             found = hub.fetch_foreign(source, revision=self.revision, token=self.token, pickled=self.allow_bin)
         if found is None and self.keep_source and not headers:

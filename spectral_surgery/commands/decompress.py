@@ -95,7 +95,7 @@ def decompress(
     started = time.perf_counter()
     code, failures = _dtype_code(dtype), tuple[str, ...]()
     check_apart(source, out)
-    checkpoint = open_compressed(source, differences=True).with_tables()
+    checkpoint = open_compressed(source, differences=True)
     work = _Entries(checkpoint, check_base(checkpoint.manifest.options, base, source.name), code, threads, progress)
     entries = work.all()
     try:

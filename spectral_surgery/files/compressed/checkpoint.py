@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -33,13 +33,12 @@ class CompressedCheckpoint:
     """Headers and manifest of a compressed folder; spectra are read when asked for.
 
     Attributes:
-        tables: bytes of frame offsets and steps that are read already, by the names they are stored under; see
-            `with_tables`.
+        held: bytes that are read already, by the names they are stored under; see `with_tables`.
     """
 
     index: CheckpointIndex
     manifest: Manifest
-    tables: Mapping[str, memoryview] = field(default_factory=dict)
+    held: Mapping[str, memoryview] = field(default_factory=dict)
 
     def with_tables(self) -> CompressedCheckpoint:
         """The same, with the frame offsets and steps of all tensors in memory, for whoever reads many parts.
@@ -47,18 +46,29 @@ class CompressedCheckpoint:
         Raises:
             CheckpointError: when they cannot be read.
         """
-        wanted = (self.index.tensors[f"{name}.{suffix}"] for name in self.manifest.tensors for suffix in SUFFIXES[1:])
-        return replace(self, tables={info.name: data for info, data in read_together(wanted)})
+        return self._holding(self.manifest.tensors, SUFFIXES[1:])
+
+    def with_parts(self, names: Iterable[str]) -> CompressedCheckpoint:
+        """The same, with all of some tensors in memory, as it is stored.
+
+        Raises:
+            CheckpointError: when they cannot be read.
+        """
+        return self._holding(names, SUFFIXES)
+
+    def _holding(self, names: Iterable[str], suffixes: Iterable[str]) -> CompressedCheckpoint:
+        wanted = [self.index.tensors[f"{name}.{suffix}"] for name in names for suffix in suffixes]
+        return replace(self, held={info.name: data for info, data in read_together(wanted)})
 
     def outline(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor without its frames: nothing but steps is read."""
-        return self._outline(name, part, self._tables(name)[1])
+        return self._encoded(name, part, self._tables(name)[1], ())
 
-    def _outline(self, name: str, part: int, steps: torch.Tensor) -> EncodedSpectrum:
+    def _encoded(self, name: str, part: int, steps: torch.Tensor, frames: tuple[memoryview, ...]) -> EncodedSpectrum:
         record = self.manifest.tensors[name]
         here = record.parts[part]
         return EncodedSpectrum(
-            (),
+            frames,
             (here.rows[1] - here.rows[0], record.matrix[1]),
             here.rows_per_frame,
             steps[part, :-1].clone(),
@@ -78,13 +88,14 @@ class CompressedCheckpoint:
         first = sum(p.frames for p in record.parts[:part])
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
-        data = read_flat(codes, ends[0], ends[-1]).numpy().data
+        held = self.held.get(codes.name)
+        data = read_flat(codes, ends[0], ends[-1]).numpy().data if held is None else held[ends[0] : ends[-1]]
         if zlib.crc32(data) != here.crc32:
             raise CheckpointError(
                 f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
             )
         frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
-        return replace(self._outline(name, part, steps), frames=frames)
+        return self._encoded(name, part, steps, frames)
 
     def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
@@ -99,7 +110,7 @@ class CompressedCheckpoint:
         return offsets, steps
 
     def _table(self, info: TensorInfo) -> torch.Tensor:
-        data = self.tables.get(info.name)
+        data = self.held.get(info.name)
         if data is None:
             return read_tensor(info)
         return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)

@@ -53,7 +53,8 @@ class Stacks:
 
     def _decoded(self, names: Sequence[str]) -> Tensor:
         """[n, O, I] float32; each as `EncodedSpectrum.to_dense` gives it."""
-        parts = [self.checkpoint.part(name, 0) for name in names]
+        checkpoint = self.checkpoint.with_parts(names)
+        parts = [checkpoint.part(name, 0) for name in names]
         with torch.inference_mode(False), one_torch_thread():
             values = torch.empty(len(parts), *parts[0].shape)
             for one, part in zip(values, parts, strict=True):
