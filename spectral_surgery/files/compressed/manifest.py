@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -126,7 +127,9 @@ def indented(value: object, margin: str = "\n") -> str:
         return "{" + inner + f",{inner}".join(rows) + margin + "}"
     if isinstance(value, list | tuple) and value:
         return "[" + inner + f",{inner}".join([indented(one, inner) for one in value]) + margin + "]"
-    return json.dumps(value)
+    if isinstance(value, str):
+        return _quoted(value)
+    return repr(value) if type(value) is int or (type(value) is float and math.isfinite(value)) else json.dumps(value)
 
 
 _quoted = json.encoder.encode_basestring_ascii
