@@ -276,7 +276,8 @@ def install_matrices(model: nn.Module, parameter: str, stored: Sequence[tuple[li
         forms[row // height].append(form)
         row += form.shape[0]
     resident = stored[0][1]
-    weights = [SpectralWeight(part, resident, like.dtype).to(like.device) for part in forms]
+    weights = [SpectralWeight(part, resident, like.dtype) for part in forms]
+    weights = weights if like.is_cpu else [weight.to(like.device) for weight in weights]  # which takes its time
     transposed = bool(getattr(module, "is_transposed", False))
     put_parameter(module, leaf, SpectralExperts(weights, transposed=transposed) if front else weights[0])
 
