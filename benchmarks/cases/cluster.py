@@ -24,7 +24,6 @@ from benchmarks.scale import Rates, on_paper
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.errors import BackendError
-from spectral_surgery.files.compressed.plan import PART_WEIGHTS
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import EngineName, Run
 
@@ -45,11 +44,13 @@ class Taken:
         seconds: all of it, by the clock.
         encode: of the processor of this process, from the beginning to the last part.
         join: of the same, from there to the end.
+        part: of the same, for each part after the first.
     """
 
     seconds: float
     encode: float
     join: float
+    part: float
 
 
 def run(inputs: Inputs) -> list[Row]:
@@ -83,8 +84,7 @@ def rows(alone: Taken, together: Mapping[int, Sequence[Taken]], matrices: int, s
         size: bytes of the result.
     """
     ratio = median(one.seconds / two.seconds for one, two in zip(together[1], together[2], strict=True))
-    parts = matrices * _WEIGHTS // PART_WEIGHTS
-    ask = median(one.encode for all_of in together.values() for one in all_of) / parts
+    ask = median(one.part for all_of in together.values() for one in all_of)
     rates = Rates(matrices * _WEIGHTS / alone.encode, size / alone.join, ask)
     found = [
         ("seconds, one node of one core", median(one.seconds for one in together[1])),
@@ -112,7 +112,8 @@ def _timed(source: Path, out: Path, engine: EngineName, expected: Path | None = 
     if expected is not None:
         same = all((out / file.name).read_bytes() == file.read_bytes() for file in expected.iterdir())
         require(same, "the cluster wrote other bytes than one process")
-    return Taken(seconds, marks[-1] - marks[0], ended - marks[-1])
+    started_at, first, *_, last = marks
+    return Taken(seconds, last - started_at, ended - last, (last - first) / (len(marks) - 2))
 
 
 @contextmanager

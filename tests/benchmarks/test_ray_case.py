@@ -37,8 +37,8 @@ def test_the_slowest_stage_decides() -> None:
 
 @pytest.mark.parametrize(("two", "met"), [(6.0, True), (6.5, False)])
 def test_the_aim_can_be_missed(two: float, met: bool) -> None:
-    taken = {1: [Taken(10.0, 0.1, 0.1)] * 3, 2: [Taken(two, 0.1, 0.1)] * 3}
-    found = {row.get("what"): row for row in rows(Taken(9.0, 8.0, 1.0), taken, 4, 1 << 25)}
+    taken = {1: [Taken(10.0, 0.1, 0.1, 0.0125)] * 3, 2: [Taken(two, 0.1, 0.1, 0.0125)] * 3}
+    found = {row.get("what"): row for row in rows(Taken(9.0, 8.0, 1.0, 0.5), taken, 4, 1 << 25)}
     assert found["one node over two"]["met"] == met
     assert found["M weights a second of a core"]["found"] == round(4 * 16 * 2**20 / 8 / 1e6, 2)
-    assert found["ms of the driver's core, a part"]["found"] == round(100 / 8, 2)
+    assert found["ms of the driver's core, a part"]["found"] == 12.5
