@@ -89,8 +89,8 @@ class Team:
                 future.result()
         except BrokenProcessPool:
             raise CheckpointError(
-                "compress: a worker was killed, most likely for memory; finished parts are kept. "
-                "Run again with --resume and fewer --workers; a script needs `if __name__ == '__main__':`."
+                "compress: expected workers to finish, got one killed, most likely for memory; finished parts are"
+                " kept. Run again with --resume and fewer --workers; a script needs `if __name__ == '__main__':`."
             ) from None
 
     def stop(self) -> None:

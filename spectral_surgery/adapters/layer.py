@@ -167,7 +167,7 @@ class AdaptedLayer(nn.Module):
         """Output of the base with its active adapters, in the dtype of the base's output."""
         y: Tensor
         if self.merged is not None and not self.enabled:
-            raise ConfigError("disabled: the adapters are merged into the weight; unmerge the model first.")
+            raise ConfigError("disable: expected separate adapters, got merged ones. Unmerge the model first.")
         if self.merged is not None or not (self.enabled and self.active):
             y = self.base_layer(x)
             return y
@@ -202,7 +202,7 @@ class AdaptedLayer(nn.Module):
         for name in weights:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
-                raise ConfigError(f"adapter '{name}': not on this layer; {known} are.")
+                raise ConfigError(f"adapter: expected one of this layer ({known}), got '{name}'.")
         self.active = dict(weights)
 
     def _check_not_merged(self) -> None:

@@ -82,8 +82,7 @@ class RankGate(nn.Module):
         """
         if not self.is_frozen and not self.seen:
             raise ConfigError(
-                "freeze_gate: the gate has seen no tokens; statistics of some are needed. Run the model on data in"
-                " training mode first."
+                "freeze_gate: expected a gate that has seen tokens, got none. Run the model in training mode first."
             )
         if not self.is_frozen:
             self.frozen_mask.copy_(self.rate > 0.5)

@@ -102,5 +102,5 @@ def _checked(weight: Tensor) -> Tensor:
         raise ConfigError(f"baseline: expected floating weights, got {weight.dtype}.")
     wide = weight.detach().float()
     if not wide.isfinite().all():
-        raise ConfigError("baseline: the weight is not finite in float32; finite ones are.")
+        raise ConfigError("baseline: expected a weight that is finite in float32, got NaN or infinite values.")
     return wide

@@ -142,7 +142,11 @@ def _target() -> Target:
     targets = [Target(kind, params[kind]) for kind in kinds if params[kind] is not None]
     targets += [Target("lossless", 0.0)] if params["lossless"] else []
     if len(targets) != 1:
-        raise click.UsageError("exactly one of --sparsity, --bits, --max-error and --lossless is needed.")
+        raise click.UsageError(
+            "compress: expected one of --sparsity, --bits, --max-error and --lossless, got {}. Give one.".format(
+                len(targets) or "none"
+            )
+        )
     return targets[0]
 
 
@@ -173,13 +177,17 @@ def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
     calibrate = optional_settings(TextData, length)
     text = from_options(TextData, length | {"file": params["heal"], "samples": 0}) if params["heal"] else None
     if params["keep"] is not None and (text is None or calibrate is not None):
-        raise click.UsageError("--keep goes with --heal, without --calibrate, which chooses itself.")
+        raise click.UsageError(
+            "--keep: expected --heal, and no --calibrate, which chooses itself. Leave one of them out."
+        )
     if (part[1] > 1 or params["base"]) and (calibrate or text):
         raise click.UsageError(
-            "--calibrate and --heal go through a whole model; they have no --shard or --base. Run heal under torchrun."
+            "--calibrate and --heal: expected a whole model, got --shard or --base. Run heal under torchrun."
         )
     if params["stream_push"] and (part[1] > 1 or calibrate or text):
-        raise click.UsageError("--stream-push: goes without --calibrate, --heal and --shard, which need all of OUT.")
+        raise click.UsageError(
+            "--stream-push: expected no --calibrate, --heal or --shard, which need all of OUT. Leave it out."
+        )
     keep_freed_memory(LITTLE if calibrate and not text else WORTH_KEEPING)  # healing has the whole model in memory
     only_one("steps", "minutes")
     if text is None:

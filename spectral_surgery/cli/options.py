@@ -159,7 +159,7 @@ def numbers(text: str) -> tuple[int, ...]:
     """Numbers and ranges of them, such as 0,1,8-11."""
     spans = [part.partition("-") for part in text.split(",")]
     if not all(first.isdigit() and (last or first).isdigit() for first, _, last in spans):
-        raise click.BadParameter(f"'{text}' is not a list of numbers such as 0,1,8-11.")
+        raise click.BadParameter(f"expected numbers such as 0,1,8-11, got '{text}'.")
     return tuple(number for first, _, last in spans for number in range(int(first), int(last or first) + 1))
 
 
@@ -168,14 +168,14 @@ def factors(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"'{text}' is not a list of numbers such as 1,0.5.") from None
+        raise click.BadParameter(f"expected numbers such as 1,0.5, got '{text}'.") from None
 
 
 def nbytes(text: str | int) -> int:
     """Bytes from a size such as 500MB; a default is a number."""
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise click.BadParameter(f"'{text}' is not a size such as 500MB or 2GB.")
+        raise click.BadParameter(f"expected a size such as 500MB or 2GB, got '{text}'.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -189,5 +189,5 @@ def only_one(*options: str) -> tuple[str, Any] | None:
     flags = {option.name: option.opts[0] for option in ctx.command.params}
     typed = [name for name in options if ctx.params[name] is not None]
     if len(typed) > 1:
-        raise click.UsageError(f"{', '.join(flags[name] for name in typed)} exclude each other; use one of them.")
+        raise click.UsageError(f"expected one of {', '.join(flags[name] for name in typed)}, got all. Use one.")
     return (typed[0], ctx.params[typed[0]]) if typed else None

@@ -188,7 +188,7 @@ def shard_of(text: str | None) -> tuple[int, int]:
         return 0, 1
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise click.BadParameter(f"'{text}' is not i/n with i from 0 to n - 1, such as 0/4.", param_hint="--shard")
+        raise click.BadParameter(f"expected i/n with i below n, such as 0/4, got '{text}'.", param_hint="--shard")
     return int(index), int(count)
 
 

@@ -106,7 +106,7 @@ def _model(source: Path, running: Running) -> tuple[Any, Any]:
     else:
         if running.resident or running.max_memory:
             raise ConfigError(
-                f"{source.name}: is not compressed; --resident and --max-memory are for compressed folders."
+                f"{source.name}: expected a compressed folder for --resident and --max-memory, got a dense one."
                 " Compress it first."
             )
         model, tokenizer = load_model(source, _CLASS, dtype=dtype, trust_remote_code=trust)

@@ -53,7 +53,7 @@ class KeptSpectrum(nn.Module):
         self.shape, self.dead_zone = tuple(shape), 1.0
         if sum(math.prod(spectrum.shape) for spectrum in spectra) != math.prod(self.shape):
             sizes = [list(spectrum.shape) for spectrum in spectra]
-            raise ShapeError(f"KeptSpectrum: spectra of {sizes} for a weight of {list(self.shape)}; equal sizes fit.")
+            raise ShapeError(f"KeptSpectrum: expected spectra of the size of {list(self.shape)}, got {sizes}.")
         self._grids = [_trainable(spectrum, finer=original is not None) for spectrum in spectra]
         self._scales: list[float] = []
         self._points: list[LatticePoints | None] = []

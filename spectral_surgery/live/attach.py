@@ -63,7 +63,7 @@ def set_active(model: nn.Module, weights: Mapping[str, float]) -> None:
     known = adapter_names(model)
     for name in weights:
         if name not in known:
-            raise ConfigError(f"adapter '{name}': not on this model; {', '.join(known) or 'none'} are.")
+            raise ConfigError(f"adapter: expected one of this model ({', '.join(known) or 'none'}), got '{name}'.")
     for layer in adapted_layers(model).values():
         layer.set_active({name: weight for name, weight in weights.items() if name in layer.adapters})
         layer.enabled = True
@@ -103,7 +103,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     known = adapter_names(model)
     if name is not None and name not in known:
-        raise ConfigError(f"adapter '{name}': not on this model; {', '.join(known) or 'none'} are.")
+        raise ConfigError(f"adapter: expected one of this model ({', '.join(known) or 'none'}), got '{name}'.")
     for target, part in list(_parts(model)):
         for adapter in [adapter for adapter in part.names if name is None or adapter == name]:
             part.drop(adapter)
@@ -121,7 +121,9 @@ def state_of(
         for target, layer in carriers.items()
     }
     if not layers:
-        raise ConfigError(f"adapter '{name}': not on this model.")
+        raise ConfigError(
+            f"adapter: expected one of this model ({', '.join(adapter_names(model)) or 'none'}), got '{name}'."
+        )
     extra = {
         key: _copied(value, full)
         for prefix, part in _extras(model)
@@ -215,7 +217,9 @@ def _check_name(model: nn.Module, name: str) -> None:
     if not name or "." in name:
         raise ConfigError(f"adapter name: expected letters, digits, - and _, got '{name}'.")
     if name in adapter_names(model):
-        raise ConfigError(f"adapter '{name}': is on the model already. Use another name, or detach first.")
+        raise ConfigError(
+            f"adapter: expected a new name, got '{name}', which is on the model. Use another, or detach it first."
+        )
 
 
 def _put_on(model: nn.Module, spec: AdapterSpec, name: str, adapters: Mapping[str, nn.Module]) -> None:

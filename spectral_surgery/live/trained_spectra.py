@@ -40,7 +40,9 @@ def train_kept(
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in spectra if name not in everywhere]
     if missing:
-        raise TargetError(f"{missing[0]}: is not a parameter of {type(model).__name__}; see named_parameters().")
+        raise TargetError(
+            f"train_kept: expected parameters of {type(model).__name__}, got '{missing[0]}'. See named_parameters()."
+        )
     places: dict[int, list[str]] = {}
     for name, parameter in everywhere.items():
         places.setdefault(id(parameter), []).append(name)
@@ -86,7 +88,9 @@ def train_vectors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     everywhere = dict(model.named_parameters())
     for name, dtype in dtypes.items():
         if name not in everywhere:
-            raise TargetError(f"{name}: is not a parameter of {type(model).__name__}; see named_parameters().")
+            raise TargetError(
+                f"train_vectors: expected parameters of {type(model).__name__}, got '{name}'. See named_parameters()."
+            )
         path, _, leaf = name.rpartition(".")
         module, vector = model.get_submodule(path), everywhere[name]
         parametrize.register_parametrization(module, leaf, Rounded(vector, dtype))

@@ -110,6 +110,6 @@ def require_tokens(x: Tensor, width: int, mask: Tensor | None) -> None:
 def refuse_cache(mixer: str) -> NoReturn:
     """Say that a mixer cannot decode. Raises CausalityError always."""
     raise CausalityError(
-        f"{mixer}: every output depends on later tokens; decoding with a cache needs a causal mixer. Use its causal"
-        " counterpart."
+        f"{mixer}: expected a causal mixer to decode with a cache, got one that looks at later tokens. Use its"
+        " causal counterpart."
     )

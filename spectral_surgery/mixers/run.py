@@ -82,7 +82,9 @@ def run_causal(core: CausalCore, x: Tensor, mask: Tensor | None, cache: MixerCac
     """
     require_tokens(x, core.width, mask)
     if cache is not None and len(cache.lengths) != len(x):
-        raise ShapeError(f"mixer: {len(x)} sequences; the cache has {len(cache.lengths)}. Make one with new_cache.")
+        raise ShapeError(
+            f"mixer: expected {len(cache.lengths)} sequences, as the cache has, got {len(x)}. Use new_cache."
+        )
     if mask is not None and bool(mask.all()):
         mask = None
     if cache is None or not bool(cache.lengths.any()):

@@ -354,6 +354,6 @@ def _require_spatial(where: str, x: object) -> None:
 def _refuse(where: str, other: object) -> NoReturn:
     with_what = f" with a {type(other).__name__}" if other is not None else ""
     raise DomainError(
-        f"{where}: got a SparseSpectralTensor{with_what}; a spectrum works only with spectra of "
-        "its domain and, in products, with numbers. Call to_spatial() first."
+        f"{where}: expected spectra of one domain or, in products, numbers, got a SparseSpectralTensor{with_what}."
+        " Call to_spatial() first."
     )

@@ -80,7 +80,7 @@ class Transform:
             return
         nearby = next((m for m in range(max(n, 1), 2 * n) if self.accepts(m)), 1)
         raise ConfigError(
-            f"{self.name}: {what} {n} is not {self.lengths}; {self.name} accepts no other. "
+            f"{self.name}: expected a {what} that is {self.lengths}, got {n}. "
             f"Use a {what} of {nearby}, or a transform for any length such as dct."
         )
 

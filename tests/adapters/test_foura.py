@@ -229,7 +229,9 @@ def test_a_frozen_gate_is_stored() -> None:
 
 
 def test_freezing_needs_tokens() -> None:
-    with pytest.raises(ConfigError, match=r"freeze_gate: the gate has seen no tokens; .* training mode first"):
+    with pytest.raises(
+        ConfigError, match=r"freeze_gate: expected a gate that has seen tokens, got none. .* training mode first"
+    ):
         Foura(GATED, 12, 20).freeze_gate()
 
 

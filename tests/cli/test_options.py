@@ -89,8 +89,8 @@ def test_an_option_says_what_the_field_says() -> None:
         ("--data f --rate 0", "'--rate' / '-r': 0.0 is not in the range 0<x<=1."),
         ("--data f --steps 0", "'--steps': 0 is not in the range x>=1."),
         ("--data f --kind c", "'--kind': 'c' is not one of 'a', 'b'."),
-        ("--data f --layers 1-a", "'--layers': '1-a' is not a list of numbers such as 0,1,8-11."),
-        ("--data f --memory much", "'--memory': 'much' is not a size such as 500MB or 2GB."),
+        ("--data f --layers 1-a", "'--layers': expected numbers such as 0,1,8-11, got '1-a'."),
+        ("--data f --memory much", "'--memory': expected a size such as 500MB or 2GB, got 'much'."),
     ],
 )
 def test_wrong_values_are_wrong_usage(arguments: str, text: str) -> None:
@@ -111,7 +111,7 @@ def test_options_that_exclude_each_other() -> None:
     assert CliRunner().invoke(command, ["--minutes", "1.5"]).output == "('minutes', 1.5)\n0\n"
     outcome = CliRunner().invoke(command, ["--steps", "3", "--minutes", "1"])
     assert outcome.exit_code == 2
-    assert "--steps, --minutes exclude each other; use one of them." in outcome.output
+    assert "expected one of --steps, --minutes, got all. Use one." in outcome.output
 
 
 def test_steps_and_minutes_mean_the_same_in_python() -> None:

@@ -72,7 +72,7 @@ def test_pruning_with_inputs_is_better_than_without_at_the_same_bytes(tmp_path: 
 @pytest.mark.parametrize("name", ["gptq4", "wanda", "sparsegpt", "all"])
 def test_without_text_it_is_refused(tmp_path: Path, text: Path, name: str) -> None:
     source = save_model("bert", tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"eval --baseline \w+: needs text to calibrate on. Give some with --calib"):
+    with pytest.raises(ConfigError, match=r"eval --baseline \w+: expected text to calibrate on, got none. Use --calib"):
         evaluate(source, None, EvalData(text=text), reference=Reference((), (name,), 4.0))
 
 

@@ -131,7 +131,7 @@ def test_a_killed_worker_is_reported_and_its_work_resumed(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spectral_surgery.engines.local.run_unit", _die)
-    with pytest.raises(CheckpointError, match=r"a worker was killed, .*--resume and fewer --workers"):
+    with pytest.raises(CheckpointError, match=r"got one killed, .*--resume and fewer --workers"):
         compress(source, tmp_path / "out", FIFTH, run=Run(workers=2))
     monkeypatch.undo()
     assert compress(source, tmp_path / "out", FIFTH, run=Run(resume=True)) is not None

@@ -243,4 +243,4 @@ def test_command(tmp_path: Path, base: Path) -> None:
     assert "names and shapes" not in dense.stdout
     two = invoke(foura, out, "--rank", 2, "--bytes", 5)
     assert two.exit_code == 2
-    assert "--bytes, --rank exclude each other" in two.output
+    assert "expected one of --bytes, --rank, got all" in two.output

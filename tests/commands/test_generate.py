@@ -102,13 +102,13 @@ def test_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert ", got 1000. Compress to fewer bits." in err
     code, _, err = run(PROMPT, "--max-memory", "much")
     assert code == 2
-    assert "is not a size such as 500MB" in err
+    assert "expected a size such as 500MB" in err
 
 
 @pytest.mark.parametrize(
     ("running", "error", "text"),
     [
-        (Running("int8"), ConfigError, "source: is not compressed; --resident and --max-memory"),
+        (Running("int8"), ConfigError, "source: expected a compressed folder for --resident and --max-memory"),
         (Running(dtype="int8"), ConfigError, "--dtype: expected float32, bfloat16, float16 or the like, got int8"),
         (Running(adapter=Path("nowhere")), CheckpointError, "nowhere"),
     ],

@@ -102,7 +102,7 @@ def test_what_is_kept_can_only_be_asked_for_where_something_is_dropped(tmp_path:
     for more in ((), ("--heal", text, "--calibrate", text)):
         done = run(*options, "--sparsity", "0.2", *more)
         assert done.returncode == 2
-        assert "--keep goes with --heal, without --calibrate" in done.stderr
+        assert "--keep: expected --heal, and no --calibrate" in done.stderr
 
 
 @pytest.mark.parametrize("stop", ["importance of coefficients", "encoder", "loss"])

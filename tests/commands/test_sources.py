@@ -85,7 +85,7 @@ def test_inspect_describes_an_adapter(adapter: Path) -> None:
     shown = invoke("inspect", adapter).stdout
     assert "base_model_name_or_path: org/base" in shown
     assert "note: compress and inject take models" in shown
-    with pytest.raises(SpectralSurgeryError, match="adapter: is an adapter; --spectrum needs a model"):
+    with pytest.raises(SpectralSurgeryError, match="adapter: expected a model for --spectrum, got an adapter"):
         inspect(adapter, spectrum=True)
 
 

@@ -123,7 +123,7 @@ def test_shared_weights_are_trained_as_one_and_settle() -> None:
 
 
 def test_a_name_that_is_no_parameter_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"nothing\.weight: is not a parameter of Tied; see named_parameters"):
+    with pytest.raises(TargetError, match=r"expected parameters of Tied, got 'nothing\.weight'. See named_parameters"):
         train_kept(Tied(), {"nothing.weight": [stored(torch.randn(64, 64), Target("bits", 3.0))]})
 
 

@@ -153,7 +153,7 @@ def test_caches_that_do_not_fit(name: str) -> None:
     causal = row if row.is_causal else MIXERS[row.counterpart]
     cache = causal.fresh(WIDTH).new_cache(3, CPU, torch.float32)
     if row.is_causal:
-        with pytest.raises(ShapeError, match="2 sequences; the cache has 3"):
+        with pytest.raises(ShapeError, match="expected 3 sequences, as the cache has, got 2"):
             row.fresh(WIDTH)(torch.zeros(2, 4, WIDTH), None, cache)
     else:
         with pytest.raises(CausalityError, match="decoding with a cache needs a causal mixer"):

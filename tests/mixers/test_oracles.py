@@ -135,7 +135,7 @@ def test_attention_sees_its_window_and_no_more(length: int, window: int, is_caus
 
 
 def test_window_attention_decodes_only_when_causal() -> None:
-    with pytest.raises(CausalityError, match="window attention: every output depends on later tokens"):
+    with pytest.raises(CausalityError, match="window attention: expected a causal mixer"):
         WindowAttention(8, 2, 4, is_causal=False).new_cache(1, torch.device("cpu"), torch.float32)
 
 

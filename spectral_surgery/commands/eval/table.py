@@ -156,7 +156,7 @@ def _asked(reference: Reference, compressed: list[CompressedCheckpoint]) -> Iter
         for method in BASELINES.values() if name == ALL else (baseline(name),):
             if method.calibrated and reference.calibration is None:
                 raise ConfigError(
-                    f"eval --baseline {method.name}: needs text to calibrate on. Give some with --calibrate."
+                    f"eval --baseline {method.name}: expected text to calibrate on, got none. Use --calibrate FILE."
                 )
             if method.budgeted and not rates:
                 raise ConfigError(

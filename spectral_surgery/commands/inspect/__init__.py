@@ -106,13 +106,15 @@ def inspect(
     """
     if is_compressed(source):
         if spectrum:
-            raise ConfigError(f"{source.name}: is compressed; --spectrum needs a dense one. Decompress it first.")
+            raise ConfigError(
+                f"{source.name}: expected a dense model for --spectrum, got a compressed one. Decompress it."
+            )
         return _compressed(source)
     index = read_index(source, adapters=True)
     adapter = is_adapter(source)
     refused = index.why_not_plain
     if spectrum and (adapter or refused):
-        what = "is an adapter; --spectrum needs a model." if adapter else f"{refused}"
+        what = "expected a model for --spectrum, got an adapter." if adapter else f"{refused}"
         raise ConfigError(f"{source.name}: {what}")
     if adapter:
         return _adapter(index)
@@ -150,9 +152,7 @@ def measure(tensor: PlannedTensor, basis: Basis | None = None) -> Spectrum:
         transformed.append(basis.forward(rows.reshape(stop - start, -1)).reshape(-1))
     weights = torch.cat(plain)
     if not bool(torch.isfinite(weights).all()):
-        raise ConfigError(
-            f"{tensor.info.name}: has NaN or infinite values; finite weights have a spectrum. Exclude it."
-        )
+        raise ConfigError(f"{tensor.info.name}: expected finite weights, got NaN or infinite ones. Exclude it.")
     spectrum = Magnitudes(torch.cat(transformed).numpy())
     if not spectrum.rms:
         return Spectrum(tensor.info.name, weights.numel(), (1.0,) * 5, (1.0,) * 5, (0.0,) * 3, 0.0)

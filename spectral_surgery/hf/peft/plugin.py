@@ -81,8 +81,8 @@ def add_peft_type(name: str) -> None:
         done = False
     if not done:
         raise BackendError(
-            f"peft: {name} cannot be added to its methods; peft 0.21 with Python 3.11 to 3.14 is known to work."
-            " Install one of those; adapters work with spectral_surgery itself in any case."
+            f"peft: expected a version that takes the method {name}, such as 0.21 with Python 3.11 to 3.14, got"
+            " another. Install one of those; adapters work with spectral_surgery itself in any case."
         )
 
 
@@ -216,8 +216,8 @@ class MethodTuner:
         # PEFT asks for this before each forward; without it, adapter_names would be dropped without a word
         if adapter_names is not None:
             raise ConfigError(
-                f"adapter_names: an adapter for each sample is not supported by {self.method.name}; the adapters of"
-                " set_adapter, for the whole batch, are. Call the model once for each adapter, or convert_to_lora."
+                f"adapter_names: expected {self.method.name} to serve the whole batch by set_adapter, got one for each"
+                " sample. Call the model once for each adapter, or convert_to_lora."
             )
         yield
 
