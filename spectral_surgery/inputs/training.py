@@ -17,7 +17,7 @@ from spectral_surgery.text.examples import hold_out
 from spectral_surgery.text.settings import TextData
 
 _HELD_OUT = 0.05  # of what stands by itself
-_MOST_HELD_OUT = {True: 64, False: 256}  # of a language model and of any other
+_MOST_HELD_OUT = {True: 32, False: 256}  # of a language model and of any other
 _POOL = 8  # batches drawn together, to be sorted by length
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from spectral_surgery.distributed import average, rank, world
 from spectral_surgery.errors import CheckpointError, ConfigError
@@ -89,6 +90,7 @@ class Training:
         held_out: batches that nothing is trained on; without any, the last parameters are kept and not the best.
         state_file: unfinished work; None to keep none.
         key: what decides the result: work of another key is not taken up.
+        fitted: whether the parameters were fitted to text before; a learning rate that is not set is then smaller.
         refresh: sets what is derived from the parameters, before they are judged and when they are final.
         needed: parameters of which one at least must get a gradient.
         told: called once, after the first steps, with what they took.
@@ -100,6 +102,7 @@ class Training:
     held_out: Sequence[Batch] = ()
     state_file: Path | None = None
     key: str = ""
+    fitted: bool = False
     refresh: Callable[[], None] = lambda: None
     needed: Sequence[Tensor] = ()
     told: Callable[[Pace], None] = _unheard
@@ -141,7 +144,8 @@ class _Run:
     def __init__(self, work: Training, settings: DistillSettings, progress: Progress, clock: Clock) -> None:
         self.work, self.settings, self.progress, self.clock = work, settings, progress, clock
         self.parameters = work.parameters
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.learning_rate = settings.rate(fitted=work.fitted)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.learning_rate, betas=(0.9, 0.99))
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()} if work.held_out else {}
         self.curve = LossCurve()
         self.earlier, self.began = 0.0, clock()  # seconds of the runs before; when this one began
@@ -201,7 +205,7 @@ class _Run:
 
     def _step(self) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self._rate()
+            group["lr"] = self.learning_rate * self._rate()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.work.batch(self.curve.step, rank()))
         with differentiating(loss):
@@ -235,7 +239,7 @@ class _Run:
             return self.work.loss({name: tensor.to(device) for name, tensor in batch.items()})
 
     def _held_out(self) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), parametrize.cached():  # what is trained stays as it is: weights are computed once
             return sum(float(self._loss(batch)) for batch in self.work.held_out) / len(self.work.held_out)
 
     def _evaluate(self, losses: Sequence[float]) -> None:

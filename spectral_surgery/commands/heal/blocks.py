@@ -175,6 +175,7 @@ def _heal_block(
         [{"number": torch.tensor(number)} for number in range(first, len(turn.inputs))],
         session.folder / f"{name}.safetensors",
         f"{session.key} {name}",
+        session.fitted,
         session.hold_rate(student),
         told=(lambda _: None) if healed.blocks else (lambda pace: session.told(pace, turn.blocks)),
     )

@@ -78,10 +78,19 @@ class HealSession:
         options = self.checkpoint.manifest.options
         return not options.get("calibration") and not options.get("healing")
 
+    @property
+    def fitted(self) -> bool:
+        """Whether text chose what is kept and fitted its values: what is lost by rounding them is little then."""
+        return not self.rounded and self._kind == "density"
+
+    @property
+    def _kind(self) -> str | None:
+        target: Any = self.checkpoint.manifest.options.get("target")
+        return target["kind"] if target else None
+
     def hold_rate(self, student: nn.Module) -> Callable[[], None]:
         """What holds the rate of a student that is about to be trained, where a rate was asked for."""
-        target: Any = self.checkpoint.manifest.options.get("target")
-        return HeldRate(student) if target and target["kind"] == "bits" else lambda: None
+        return HeldRate(student) if self._kind == "bits" else lambda: None
 
     def spectra(
         self, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]
@@ -190,6 +199,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         batches,
         session.folder / "all.safetensors",
         session.key,
+        session.fitted,
         session.hold_rate(student),
         _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
         lambda pace: session.told(pace, 1),
