@@ -103,6 +103,7 @@ class Quantizer(LoadsFolders):
 
     made_by = "compress"
     load: Loading | None = None
+    outline: Any = None  # the model while it has no weights: transformers before 5.20 does not say it again
     held_dense: Mapping[str, str] = MappingProxyType({})  # parameter -> class of its module
     quantization_config: Settings
 
@@ -110,16 +111,17 @@ class Quantizer(LoadsFolders):
         checkpoint = _open(Path(context["checkpoint_files"][0]).parent, model.config)
         resident = self.quantization_config.resident
         forms = loading.residents_for(checkpoint, resident) if isinstance(resident, str) else dict(resident)
-        self.load = Loading(checkpoint, forms)
+        self.load, self.outline = Loading(checkpoint, forms), model
         forget_shim(model.config)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), UNREAD}
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Renamings and converters for this model."""
         if self.load is None or self.load.plan is not None:
             return weight_conversions
-        return _conversions(self.load, weight_conversions, model)
+        outline, self.outline = self.outline, None
+        return _conversions(self.load, weight_conversions, outline if model is None else model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Of a stored tensor: what its parameter has, for messengers too."""
