@@ -14,7 +14,7 @@ from spectral_surgery.codec.quantizers import DEFAULT, QUANTIZERS, Rounding
 from spectral_surgery.codec.quantizers.scalar import DeadZone
 from spectral_surgery.codec.sample import Sample
 
-_ATTEMPTS = 8
+_ATTEMPTS = 12  # at low rates the slope is sometimes misjudged, as symbols are priced anew at each
 _STEEPEST, _FLATTEST = 2.0, 0.05  # bits by log2 step
 _LEAP = 2.0  # of log2 step, at most
 _TOLERANCE = 0.004  # of the asked rate
