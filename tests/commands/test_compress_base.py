@@ -192,4 +192,4 @@ def test_commands(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     text.write_text("text")
     wrong = invoke("compress", tuned, tmp_path / "no", *options, "--calibrate", text)
     assert wrong.exit_code == 2
-    assert "they have no --shard or --base" in wrong.output
+    assert "got --shard or --base" in wrong.output

@@ -296,7 +296,7 @@ def test_bad_settings(changes: dict[str, Any], text: str) -> None:
 
 
 def test_an_encoder_cannot_generate_and_a_sequence_has_an_end() -> None:
-    with pytest.raises(CausalityError, match="decoding with a cache needs a causal mixer"):
+    with pytest.raises(CausalityError, match="expected a causal mixer to decode with a cache"):
         model(MASKED).model(ids(1, 3), use_cache=True)
     with pytest.raises(ShapeError, match="input_ids: expected at most 64 tokens, the model's max_seq_length, got 65"):
         model().generate(ids(1, 60), max_new_tokens=6, do_sample=False)

@@ -131,7 +131,7 @@ def test_options_that_do_not_go_with_it(hub: LoopbackHub, client: Client, folder
     done = client("compress", folder, tmp_path / "out", "--bits", "4", "--stream-push", "1MB")
     assert "--stream-push: expected with --push, got it alone" in done.stderr
     done = client(*order(folder, tmp_path / "out", "--shard", "0/2"))
-    assert "--stream-push: goes without --calibrate, --heal and --shard" in done.stderr
+    assert "--stream-push: expected no --calibrate, --heal or --shard" in done.stderr
     assert not hub.repos
 
 

@@ -158,7 +158,7 @@ def test_a_line_that_stays_dead_is_one_line_and_resume_goes_on(
     hub: LoopbackHub, client: Client, folder: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.seed("org/far", folder)
-    hub.fail(WEIGHTS, cut_after=stored(folder) // 2, together=True, times=-1)
+    hub.fail(WEIGHTS, cut_after=3 * stored(folder) // 4, together=True, times=-1)  # three are read at once
     done = client("compress", "org/far", tmp_path / "out", "--bits", "4", "--quiet")
     assert done.code == 1
     assert re.fullmatch(

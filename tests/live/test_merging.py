@@ -128,7 +128,7 @@ def test_merged_models_refuse_what_would_go_wrong() -> None:
         attach.detach(model)
     with (
         attach.disabled(model),
-        pytest.raises(ConfigError, match="disabled: the adapters are merged into the weight"),
+        pytest.raises(ConfigError, match="disable: expected separate adapters, got merged ones"),
     ):
         model(IDS)
     unmerge(model)

@@ -156,9 +156,9 @@ def test_caches_that_do_not_fit(name: str) -> None:
         with pytest.raises(ShapeError, match="expected 3 sequences, as the cache has, got 2"):
             row.fresh(WIDTH)(torch.zeros(2, 4, WIDTH), None, cache)
     else:
-        with pytest.raises(CausalityError, match="decoding with a cache needs a causal mixer"):
+        with pytest.raises(CausalityError, match="expected a causal mixer to decode with a cache"):
             row.fresh(WIDTH)(torch.zeros(3, 4, WIDTH), None, cache)
-        with pytest.raises(CausalityError, match="depends on later tokens"):
+        with pytest.raises(CausalityError, match="looks at later tokens"):
             row.fresh(WIDTH).new_cache(3, CPU, torch.float32)
 
 

@@ -55,7 +55,7 @@ def test_leading_dimensions_are_independent() -> None:
     ("tile", "axes", "x", "error", "text"),
     [
         (0, (0, 1), torch.zeros(4, 4), ConfigError, "tiles: expected a tile of 1 or more, got 0"),
-        (48, (0, 1), torch.zeros(4, 4), ConfigError, "hadamard: tile 48 is not"),
+        (48, (0, 1), torch.zeros(4, 4), ConfigError, "hadamard: expected a tile that is a power of two, got 48"),
         (4, (2,), torch.zeros(4, 4), ConfigError, r"hadamard: expected axes among \(0, 1\), got \(2,\)"),
         (4, (1,), torch.zeros(4), ShapeError, r"hadamard: expected shape \[\.\.\., O, I\], got \(4,\)"),
         (4, (1,), torch.zeros(4, 4, dtype=torch.complex64), DomainError, "complex64"),

@@ -38,7 +38,7 @@ class CompressedCheckpoint:
 
     index: CheckpointIndex
     manifest: Manifest
-    held: Mapping[str, memoryview] = field(default_factory=dict)
+    held: Mapping[str, bytearray] = field(default_factory=dict)
 
     def with_tables(self) -> CompressedCheckpoint:
         """The same, with the frame offsets and steps of all tensors in memory, for whoever reads many parts.
@@ -58,7 +58,9 @@ class CompressedCheckpoint:
 
     def _holding(self, names: Iterable[str], suffixes: Iterable[str]) -> CompressedCheckpoint:
         wanted = [self.index.tensors[f"{name}.{suffix}"] for name in names for suffix in suffixes]
-        return replace(self, held={info.name: data for info, data in read_together(wanted)})
+        return replace(
+            self, held={info.name: bytearray(data) for info, data in read_together(wanted)}
+        )  # can be pickled
 
     def outline(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor without its frames: nothing but steps is read."""
@@ -89,7 +91,9 @@ class CompressedCheckpoint:
         here = record.parts[part]
         ends = offsets[first : first + here.frames + 1]
         held = self.held.get(codes.name)
-        data = read_flat(codes, ends[0], ends[-1]).numpy().data if held is None else held[ends[0] : ends[-1]]
+        data = (
+            read_flat(codes, ends[0], ends[-1]).numpy().data if held is None else memoryview(held)[ends[0] : ends[-1]]
+        )
         if zlib.crc32(data) != here.crc32:
             raise CheckpointError(
                 f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
