@@ -11,6 +11,7 @@ pytest.importorskip("PIL")
 
 from benchmarks.case import CheckFailedError
 from benchmarks.cases import beyond_text
+from spectral_surgery import CompressOptions, Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -28,6 +29,6 @@ def test_rows(subject: beyond_text.Subject, tmp_path: Path, monkeypatch: pytest.
         ratio = float(str(row["output error"])) / float(str(first["output error"]))
         assert float(str(row["/ data-free"])) == pytest.approx(ratio)
         assert row["met"] == (ratio <= subject.aim)
-    monkeypatch.setattr(beyond_text, "BITS", 9.0)
+    monkeypatch.setattr(beyond_text, "CompressOptions", lambda _: CompressOptions(Target("bits", 5.0)))
     with pytest.raises(CheckFailedError, match="bits a weight"):
         beyond_text._rows(subject, tmp_path / "b", True)
