@@ -83,7 +83,7 @@ class KeptSpectrum(nn.Module):
             self.register_buffer(f"steps_{part}", steps)
             if original is None and points is None:
                 cell = _INSIDE * min(1.0, 1.0 + self._grids[part].offset)  # the first one may begin at the dead zone
-                starts[-1] = starts[-1] + cell * _spread(len(values)) * steps / self._scales[-1]
+                starts[-1] = starts[-1] + cell * _spread(len(values)).to(values) * steps / self._scales[-1]
         self.start = torch.cat(starts)
 
     def forward(self, values: Tensor) -> Tensor:
