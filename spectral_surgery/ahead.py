@@ -17,12 +17,8 @@ def ahead(make: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[tu
     """Each item, in order, with what a function makes of it.
 
     Args:
-        make: called once for each item.
         depth: of how many following items it is made while one is used, each on a thread of its own. With 0 it is
             called where the result is used. The threads end with the process: nobody waits for them after an error.
-
-    Raises:
-        Exception: whatever the function raises.
     """
     if not depth:
         yield from ((item, make(item)) for item in items)

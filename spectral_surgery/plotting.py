@@ -8,15 +8,7 @@ from spectral_surgery.errors import BackendError
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure with a canvas.
-
-    Args:
-        width: inches.
-        height: inches.
-
-    Raises:
-        BackendError: when matplotlib is not installed.
-    """
+    """An empty figure with a canvas; its sides are in inches."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -67,8 +67,7 @@ class ModuleTargets:
     )
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "Modules trained and stored whole, such as a classifier.", "metavar": "NAMES"},
+        default=(), metadata={"help": "Modules trained and stored whole, such as a classifier.", "metavar": "NAMES"}
     )
     bias: str = "none"
     fan_in_fan_out: bool = False

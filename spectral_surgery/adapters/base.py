@@ -90,7 +90,6 @@ class AdapterSpec:
     """Everything that says what an adapter is, except its numbers.
 
     Attributes:
-        base_model: path or name of the model it belongs to.
         task_type: PEFT's task, such as CAUSAL_LM; None when it does not matter.
     """
 

@@ -157,10 +157,4 @@ class Foura(nn.Module):
         return torch.cat([mask] * self.basis.parts, -1)
 
 
-FOURA = AdapterMethod(
-    name="foura",
-    config=FouraConfig,
-    build=Foura,
-    peft_type="FOURA",
-    source="arXiv 2406.08798",
-)
+FOURA = AdapterMethod(name="foura", config=FouraConfig, build=Foura, peft_type="FOURA", source="arXiv 2406.08798")

@@ -129,7 +129,6 @@ class AdaptedLayer(nn.Module):
     Attributes:
         base_layer: the module as it was; never changed here.
         active: weight by name of the adapters in use; order is kept.
-        enabled: False to be the base alone.
         merged: what undoes the merge while the active adapters are inside the weight of the base.
     """
 

@@ -68,11 +68,7 @@ class SavedModule(nn.Module):
 
 
 class TrainedBias(nn.Module):
-    """Trained copies of the bias of a module; it hangs on that module, whose ``bias`` is the one in use.
-
-    Attributes:
-        copies: by adapter name.
-    """
+    """Trained copies of the bias of a module; it hangs on that module, whose ``bias`` is the one in use."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()

@@ -103,12 +103,7 @@ BASELINES = Table(
             without_inputs="prune",
         ),
         Baseline(
-            "svd",
-            "truncated SVD",
-            "svd",
-            svd,
-            "two bfloat16 factors, at the bits per weight given",
-            budgeted=True,
+            "svd", "truncated SVD", "svd", svd, "two bfloat16 factors, at the bits per weight given", budgeted=True
         ),
     ),
 )

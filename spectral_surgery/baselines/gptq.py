@@ -19,9 +19,6 @@ def gptq(
     """Quantise a weight column by column, each taking up the errors of those before it.
 
     Args:
-        weight: [O, I] float32.
-        moment: H = Xᵀ X of the inputs, [I, I].
-        bits: of a code.
         group: columns that share a float16 scale and a zero point of as many bits as a code.
         reorder: columns with the strongest inputs first (act-order), with the groups of the original weight (static
             groups), which need nothing stored; else columns in their order, and groups found when they have their turn.
@@ -64,7 +61,6 @@ def group_grids(weight: Tensor, top: int, group: int, *, search: bool) -> tuple[
     Returns both [O, ceil(I / group)] float32: scales of float16, and integers from 0 to top.
 
     Args:
-        weight: [O, I] float32.
         group: columns of a group; the last one may be shorter.
         search: whether to try narrower ranges than from the least to the largest weight.
     """

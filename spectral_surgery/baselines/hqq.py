@@ -15,8 +15,6 @@ def hqq(weight: Tensor, *, bits: int, group: int = 64) -> BaselineResult:
     """Round to the levels between the extremes of each group of a row, shifted to where the l_p error is least.
 
     Args:
-        weight: [O, I] float32.
-        bits: Of a code.
         group: Weights that share a float16 scale and a float16 zero point; the last group of a row may be shorter.
     Source:
         Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, mobiusml.github.io/hqq_blog,
@@ -45,10 +43,7 @@ def zero_points(groups: Tensor, real: Tensor, scale: Tensor, zero: Tensor, top: 
     least mean absolute error; iterations stop where it no longer falls.
 
     Args:
-        groups: [O, G, group] float32.
         real: [1, G, group], 1 where there is a weight.
-        scale: [O, G, 1].
-        zero: [O, G, 1] to start from.
     """
     best, least, beta, count = zero, float("inf"), _BETA, real.sum(-1, keepdim=True)
     for _ in range(_ITERATIONS):

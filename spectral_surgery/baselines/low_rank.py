@@ -14,10 +14,6 @@ from spectral_surgery.errors import ConfigError
 def svd(weight: Tensor, bits: float) -> BaselineResult:
     """Keep the largest singular values, as two bfloat16 factors that share them evenly.
 
-    Args:
-        weight: [O, I] float32.
-        bits: Budget in bits per weight.
-
     Raises:
         ConfigError: If the budget does not hold one singular value.
     """

@@ -15,10 +15,6 @@ from spectral_surgery.sparse.tensor import largest
 def prune(weight: Tensor, bits: float) -> BaselineResult:
     """Keep the largest weights as bfloat16 and a bitmap of where they are.
 
-    Args:
-        weight: [O, I] float32.
-        bits: Budget in bits per weight, above 1.
-
     Raises:
         ConfigError: If the budget leaves no room for a weight beside the bitmap.
     """
@@ -32,9 +28,6 @@ def prune(weight: Tensor, bits: float) -> BaselineResult:
 
 def kept_at(name: str, weight: Tensor, bits: float) -> int:
     """How many weights fit into a budget beside the bitmap. Returns 1 to O * I.
-
-    Args:
-        bits: Budget in bits per weight.
 
     Raises:
         ConfigError: If none does.

@@ -33,7 +33,6 @@ def int_groups(weight: Tensor, *, bits: int, group: int) -> BaselineResult:
     The zero point is an integer of as many bits as a code, as in common 4-bit checkpoints.
 
     Args:
-        weight: [O, I] float32.
         group: Weights that share a scale; the last group of a row may be shorter.
     """
     columns = weight.shape[1]
@@ -56,8 +55,6 @@ def nf4(weight: Tensor) -> BaselineResult:
     Blocks run over the weight row by row. Counted: codes, 8-bit maxima, one float32 scale for 256
     maxima, one float32 mean. The two constant tables of levels are not.
 
-    Args:
-        weight: [O, I] float32.
     Source:
         arXiv 2305.14314; the layout is that of bitsandbytes, with double quantisation.
     """

@@ -19,8 +19,6 @@ def sparsegpt(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
     """Prune a weight by optimal brain surgery in the order of its columns.
 
     Args:
-        weight: [O, I] float32.
-        moment: H = Xᵀ X of the inputs, [I, I].
         bits: Budget in bits per weight, above 1: a bitmap, and what is kept in bfloat16, whose rounding errors are
             made up for, too.
 

@@ -13,8 +13,6 @@ def wanda(weight: Tensor, moment: Tensor, bits: float) -> BaselineResult:
     """Keep in each row the weights with the largest |W_ij| ‖X_j‖; nothing is updated.
 
     Args:
-        weight: [O, I] float32.
-        moment: H = Xᵀ X of the inputs, [I, I].
         bits: Budget in bits per weight, above 1: a bitmap, and what is kept in bfloat16.
 
     Raises:
@@ -30,10 +28,6 @@ def wanda_mask(weight: Tensor, moment: Tensor, kept: int) -> Tensor:
     """What is kept: the same number in each row, the first rows one more where that does not come out even.
 
     Returns [O, I] bool.
-
-    Args:
-        weight: [O, I].
-        moment: H, [I, I].
     """
     rows = len(weight)
     scores = weight.abs() * moment.diagonal().clamp_min(0).sqrt()

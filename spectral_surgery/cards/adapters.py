@@ -83,12 +83,7 @@ def converted_card(
 def delta_card(
     spec: AdapterSpec, index: CheckpointIndex, layers: Sequence[MeasuredLayer], origin: str | None, command: str
 ) -> CardContent:
-    """The card of the weight differences of an adapter.
-
-    Args:
-        layers: what was measured: the error of the stored numbers, beside float32.
-        origin: repository of the base model, if known.
-    """
+    """The card of the weight differences of an adapter."""
     method = spec.method.name
     values = {"method": method, "relative_error": error_of(layers), **sizes(index)}
     rows, tags = _layer_rows(layers, ""), ("weight-differences", method)

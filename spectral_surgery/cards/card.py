@@ -35,11 +35,7 @@ _BLANKS = 10
 
 
 def write_derived(folder: Path, content: CardContent) -> None:
-    """Turn the card that was copied into a new folder from its source into that of the folder; see `derived`.
-
-    Args:
-        folder: of the new model; a card there is that of the model it was made from.
-    """
+    """Turn the card that was copied into a new folder from its source into that of the folder; see `derived`."""
     path = folder / FILE_NAME
     source = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
     path.write_bytes(derived(source, content).encode())

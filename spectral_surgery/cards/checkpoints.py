@@ -66,11 +66,7 @@ def decompressed_card(
 
 
 def merged_card(record: MergeRecord, index: CheckpointIndex, origin: str | None = None) -> CardContent:
-    """The card of a checkpoint with adapters merged into it.
-
-    Args:
-        origin: repository of the base; None asks the configuration.
-    """
+    """The card of a checkpoint with adapters merged into it."""
     base = origin or as_repository(index.config.get("_name_or_path"))
     factors = tuple(f"{weight:g}" for weight in record.weights)
     places = (base or BASE, *(f"ADAPTER_{number + 1}" for number in range(len(factors))), "OUT")
@@ -101,14 +97,7 @@ def swapped_card(index: CheckpointIndex, report: Mapping[str, Any]) -> CardConte
 
 
 def exported_card(index: CheckpointIndex, report: Mapping[str, Any], command: str, origin: str | None) -> CardContent:
-    """The card of a model in the format of another program.
-
-    Args:
-        index: headers of what was exported.
-        report: of the export, as ``--json`` has it.
-        command: that made it.
-        origin: repository it was made from; None asks its configuration.
-    """
+    """The card of a model in the format of another program."""
     base = origin or as_repository(index.config.get("_name_or_path"))
     rows = [
         {

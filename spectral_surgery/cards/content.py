@@ -27,7 +27,6 @@ class CardContent:
         command: that makes these bytes again; empty when it is not known.
         rows: a table of what was measured; the first 40 are shown.
         relation: how, in the Hub's words: quantized, adapter, merge or finetune.
-        libraries: packages whose version is named.
     """
 
     template: str

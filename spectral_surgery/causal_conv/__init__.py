@@ -22,7 +22,6 @@ def causal_fft_conv(x: Tensor, kernel: Tensor, chunk: int | None = None) -> Tens
     Args:
         x: [..., N, T] float, N signals that share their kernels.
         kernel: [..., L], or [..., J, L] with a chunk, J = ceil(T / chunk): kernel j makes the outputs of chunk j.
-        chunk: tokens of a chunk; None for one kernel.
 
     Raises:
         ShapeError: when there is no token or lag, or the kernel does not fit.

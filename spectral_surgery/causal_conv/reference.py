@@ -10,11 +10,7 @@ def causal_conv(x: Tensor, kernel: Tensor, chunk: int | None = None) -> Tensor:
     """y[n, t] = sum over s of kernel[j, s] x[n, t - s], with s from 0 to min(t, L - 1) and j = t // chunk.
 
     Args:
-        x: [..., N, T], N signals that share their kernels.
         kernel: [..., L], or [..., J, L] with a chunk: kernel j makes the outputs of chunk j.
-
-    Returns:
-        [..., N, T].
     Source: causal convolution as in Hyena, arXiv 2302.10866, section 3, with a kernel that may change over time.
     """
     length = x.shape[-1]

@@ -57,8 +57,7 @@ def _load(module: str, name: str = "command") -> click.Command:
 
 
 @click.group(
-    cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "SPECTRAL_SURGERY"},
+    cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "SPECTRAL_SURGERY"}
 )
 @click.version_option(__version__, prog_name="spectral-surgery")
 def cli() -> None:

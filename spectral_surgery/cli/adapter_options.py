@@ -54,11 +54,7 @@ trained_options = all_of(
 
 
 def spec_of(base: str, revision: str | None, bias: str) -> AdapterSpec:
-    """A new adapter for a base model, as the options of this module say.
-
-    Raises:
-        ConfigError: for an unknown method or setting, or a value of another type.
-    """
+    """A new adapter for a base model, as the options of this module say."""
     from spectral_surgery.adapters import METHODS
     from spectral_surgery.adapters.base import AdapterSpec
 

@@ -85,7 +85,6 @@ def options_of(
 
     Args:
         settings: a dataclass, or an object of it, whose values are the defaults then.
-        only: these fields, in order; all by default.
         flags: names of the option by field, in place of ``--field-name``, with spaces between them.
         help: texts by field, where the command has more to say than the field.
         required: whether fields without a default have to be given; see `optional_settings`.

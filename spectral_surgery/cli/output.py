@@ -87,11 +87,7 @@ def print_json(command: str, body: Mapping[str, object]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] = ()) -> str:
-    """Rows as aligned text with a header, numbers to the right; empty without rows.
-
-    Args:
-        columns: which columns, in order; all of the first row by default.
-    """
+    """Rows as aligned text with a header, numbers to the right; empty without rows."""
     if not rows:
         return ""
     names = list(columns) or list(rows[0])

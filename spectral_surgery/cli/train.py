@@ -101,10 +101,7 @@ def _lines(report: TrainReport, out: Path) -> Iterator[str]:
 )
 @options_of(
     ModelSizes,
-    flags={
-        "num_heads": "--heads num_heads",
-        "sinusoidal_positions": "--positions/--no-positions sinusoidal_positions",
-    },
+    flags={"num_heads": "--heads num_heads", "sinusoidal_positions": "--positions/--no-positions sinusoidal_positions"},
 )
 @options_of(FROM_SCRATCH, *_SCRATCH_SETTINGS, flags={"eval_every": "--eval-every --validate-every"})
 @shared.resume_training_options

@@ -24,14 +24,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, flat_pieces, read_flat, same_bytes
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.storage import Checkpoint
-from spectral_surgery.files.writer import (
-    Entry,
-    publishing,
-    reported,
-    tensor_bytes,
-    weights_name,
-    write_checkpoint,
-)
+from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.progress import Progress, silent
 
@@ -41,8 +34,6 @@ class DecompressReport:
     """What a decompression did.
 
     Attributes:
-        weights: weights decoded from spectra.
-        output_bytes: bytes of all tensors written.
         failures: what did not check out; nothing is published then.
     """
 
@@ -89,7 +80,6 @@ def decompress(
         base: the checkpoint that differences are to; None for a compressed model.
 
     Raises:
-        ConfigError: when dtype is unknown.
         CheckpointError: when the source is damaged, out is taken, or the base is missing or another one.
     """
     started = time.perf_counter()

@@ -29,8 +29,6 @@ class GenerateReport:
     """What was generated.
 
     Attributes:
-        text: without the prompt.
-        tokens: new tokens.
         load_seconds: until the model was there.
         seconds: from the prompt to the end.
         first_seconds: from the prompt to the first new text.
@@ -57,7 +55,6 @@ def generate(
     """Continue a text.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no such model, or the adapter does not fit it.
         ConfigError: when a setting does not fit the model.
         LimitError: when the weights do not fit max_memory.

@@ -118,7 +118,6 @@ def inject(
     """Write a fresh, untrained adapter in PEFT's format.
 
     Args:
-        source: a checkpoint, of which only headers and what is trained whole are read.
         spec: as asked: targets and settings may be left open.
 
     Raises:

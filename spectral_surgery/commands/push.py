@@ -116,10 +116,7 @@ def push_stored(
 
     Args:
         folder: what is beside the weights.
-        stored: the weight files.
         checked: of both together; nothing is checked here.
-        repository: which exists.
-        token: instead of the one that is logged in.
 
     Raises:
         ConfigError: when the card cannot be read.

@@ -41,10 +41,7 @@ class Reference:
     )
     bits: float | None = field(
         default=None,
-        metadata={
-            "help": "Bits per weight of prune, wanda, sparsegpt and svd.",
-            "unset": "those of each compressed B",
-        },
+        metadata={"help": "Bits per weight of prune, wanda, sparsegpt and svd.", "unset": "those of each compressed B"},
     )
     calibration: TextData | None = field(
         default=None, metadata={"help": "Text for baselines that need some: gptq, wanda, sparsegpt."}

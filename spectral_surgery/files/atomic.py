@@ -55,8 +55,6 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a small file so that at any time either its old content is there or all of the new.
 
     Args:
-        path: of the file.
-        data: its content.
         durable: wait until it is on the disk. Without, a power failure may leave a file that is cut short or has holes,
             which whoever reads it has to find out; it takes a tenth of the time.
 

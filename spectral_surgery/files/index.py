@@ -25,15 +25,7 @@ from spectral_surgery.files.storage import (
     weights_of,
 )
 
-__all__ = [
-    "INDEX_FILE",
-    "SINGLE_FILE",
-    "CheckpointIndex",
-    "TensorInfo",
-    "is_adapter",
-    "read_index",
-    "refuse_adapter",
-]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointIndex", "TensorInfo", "is_adapter", "read_index", "refuse_adapter"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,19 +33,7 @@ _ADAPTER_CONFIG, _ADAPTER_FILES = "adapter_config.json", ("adapter_model.safeten
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _FOREIGN = frozenset(
-    {
-        ".onnx",
-        ".onnx_data",
-        ".h5",
-        ".keras",
-        ".msgpack",
-        ".ot",
-        ".gguf",
-        ".ggml",
-        ".tflite",
-        ".pb",
-        ".npz",
-    }
+    {".onnx", ".onnx_data", ".h5", ".keras", ".msgpack", ".ot", ".gguf", ".ggml", ".tflite", ".pb", ".npz"}
 )
 _EXPORTS = frozenset({"onnx", "openvino", "coreml"})  # folders with the model once more, for other runtimes
 _CONNECTIONS = 8  # headers read at once from elsewhere

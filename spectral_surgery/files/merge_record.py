@@ -112,7 +112,6 @@ class MergeRecord:
     """A merge.
 
     Attributes:
-        weights: factor of each adapter.
         aliases: second name -> first name of tensors that were equal, and were changed together.
     """
 

@@ -32,7 +32,6 @@ class _Strided:
 
     Attributes:
         storage: [N], from the first number of the tensor to the last.
-        shape: of the tensor.
         stride: of the tensor, in elements.
     """
 

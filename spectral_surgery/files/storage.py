@@ -85,7 +85,6 @@ class FoundCheckpoint:
         path: the folder with its configuration and all else that is copied.
         tensors: by name, sorted.
         files: that hold them.
-        label: what the user calls it.
         notes: what the user has to know about it, in sentences.
     """
 

@@ -62,9 +62,7 @@ class Entry:
     """One tensor to write.
 
     Attributes:
-        name: its key.
         dtype: safetensors code, a key of DTYPE_BITS.
-        shape: sizes, in elements.
         chunks: called once, when its turn comes; gives its bytes in order, in pieces of any size.
         stored: called when these bytes are on the disk; None where nobody waits for that.
 
@@ -105,10 +103,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_entry(name: str, tensor: Tensor) -> Entry:
     """An entry for a tensor that is in memory.
-
-    Args:
-        name: its key.
-        tensor: of any shape, on any device.
 
     Returns:
         The entry, which keeps the tensor alive.
@@ -321,7 +315,6 @@ def reported(entries: Sequence[Entry], progress: Progress) -> list[Entry]:
     """The same entries; progress is called when one is written.
 
     Args:
-        entries: what will be written, in order.
         progress: called with the number written, the number of all, and the name.
     """
     written = count(1)

@@ -36,8 +36,6 @@ def delta_weight(
 
     Args:
         coefficients: [K] float.
-        positions: as in `fourier_delta`.
-        scaling: as in `fourier_delta`.
         base: [O, I] to add it to, in its dtype; left as it is.
     """
     places = positions if isinstance(positions, Places) else fold(positions, *shape)
@@ -50,7 +48,6 @@ def delta_rows(ids: Tensor, coefficients: Tensor, places: Places, shape: tuple[i
     Args:
         ids: [...] int64, in 0 .. O-1.
         coefficients: [K] float.
-        scaling: as in `fourier_delta`.
     """
     if ids.numel() >= shape[0] // 2:  # half of them are transformed for all
         return torch.nn.functional.embedding(ids, delta_weight(coefficients, places, shape, scaling))
@@ -69,7 +66,6 @@ def adapted_linear(  # noqa: PLR0917 - in the order of torch.nn.functional.linea
         weight: [O, I] in the dtype of x.
         bias: [O] or None.
         coefficients: [K] float.
-        scaling: as in `fourier_delta`.
     """
     shape = (weight.shape[0], weight.shape[1])
     one_row = x.numel() == shape[1] and x.is_cpu and x.dtype != torch.float64

@@ -89,10 +89,7 @@ def linear_backward_op(  # noqa: PLR0917 - operators of torch take tensors and n
     Args:
         dy: [..., O].
         x: [..., I]; None when the gradient of the coefficients is not wanted.
-        weight: [O, I] or None, as there.
         want_dx: whether the gradient of x is wanted.
-        fused: as there.
-        delta: the update.
     """
     rows, columns = delta.shape
     dx = dy.new_empty(0)

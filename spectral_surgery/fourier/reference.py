@@ -31,7 +31,6 @@ def fourier_delta(x: Tensor, coefficients: Tensor, positions: Tensor, out_featur
         x: [..., I] real.
         coefficients: [K] real.
         positions: [K] int64, row * I + column.
-        scaling: as in `delta_weight`.
     """
     weight = delta_weight(coefficients, positions, (out_features, x.shape[-1]), scaling)
     return torch.nn.functional.linear(x, weight)

@@ -33,7 +33,6 @@ class Delta(NamedTuple):
         coefficients: [K] real.
         places: where they are.
         shape: (O, I).
-        scaling: as in `reference.delta_weight`.
     """
 
     coefficients: Tensor

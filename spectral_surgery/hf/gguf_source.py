@@ -36,7 +36,6 @@ class _Changed:
     Attributes:
         block: the stored tensor.
         architecture: what llama.cpp calls it.
-        name: of the tensor in the file.
         shape: in the file.
         settings: of the configuration, as the tables take them.
         dtype: of the numbers that are given.
@@ -68,7 +67,6 @@ def find_gguf(file: Path, folder: Path) -> FoundCheckpoint:
         folder: where config.json and the tokenizer are written, which are made of what the file says.
 
     Raises:
-        BackendError: when gguf or transformers is not installed.
         CheckpointError: when the file is damaged, or of an architecture that transformers has no tables of.
     """
     required("transformers", "know the names in GGUF files")

@@ -21,9 +21,7 @@ class LinearLayer:
     """A linear layer.
 
     Attributes:
-        module: its name in the model.
         weight: the stored name of its weight; None where that is not a tensor: fused, or tied and not there.
-        bias: whether it has one.
         head: whether it gives the output of the model, or is tied to another parameter.
     """
 
@@ -36,12 +34,7 @@ class LinearLayer:
 def linear_layers(folder: Path, index: CheckpointIndex) -> list[LinearLayer]:
     """Ask transformers for the linear layers of a model, and for experts that are stored one by one.
 
-    Args:
-        folder: its folder, of which config.json is read.
-        index: headers of its plain checkpoint.
-
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when it does not know the model.
     """
     model = outline_model(folder)

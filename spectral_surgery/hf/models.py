@@ -55,21 +55,15 @@ class SentenceEncoder:
 
 
 def load_model(
-    folder: Path,
-    auto_class: str,
-    *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    folder: Path, auto_class: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a local folder: (model in eval mode, tokenizer with a padding token).
 
     Args:
         auto_class: class of transformers that knows the architecture: ``AutoModelForCausalLM``; see `class_for`.
         dtype: of the weights; None for the stored one.
-        trust_remote_code: run the code that a model brings along.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -84,11 +78,8 @@ def load_any(
 
     Args:
         auto_class: see `load_model`; empty for the class that config.json names, which has a place for every tensor.
-        dtype: of the weights; None for the stored one.
-        trust_remote_code: run the code that a model brings along.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
     """
     transformers = _transformers()
@@ -103,18 +94,13 @@ def load_any(
 
 
 def load_classifier(
-    folder: Path,
-    labels: Sequence[str] | int,
-    *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    folder: Path, labels: Sequence[str] | int, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Load a model with a head for some classes: the stored one where it is of that size, else a new one.
 
     Returns (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
     """
     transformers, auto_class = _transformers(), "AutoModelForSequenceClassification"
@@ -150,7 +136,6 @@ def load_outline(folder: Path, auto_class: str = "", *, trust_remote_code: bool 
         auto_class: see `load_model`; empty for the class that config.json names.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model of that kind.
     """
     transformers = _transformers()
@@ -171,7 +156,6 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when transformers does not know the configuration.
     """
     transformers = _transformers()
@@ -218,7 +202,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a local folder, with a padding token.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no tokenizer.
         ConfigError: when Python could not read the name of the folder, see check_utf8.
     """
@@ -286,7 +269,6 @@ def load_encoder(folder: Path) -> SentenceEncoder:
     """Load a sentence encoder from a local folder, in float32.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no model.
     """
     return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))

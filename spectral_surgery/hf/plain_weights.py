@@ -50,10 +50,8 @@ def from_pretrained(
 
     Args:
         cls: a class of transformers, or one that finds the class.
-        folder: where the checkpoint is.
         settings: keyword arguments, of which ``dtype`` may be ``auto``.
         of_config: keyword arguments that change the configuration.
-        trust_remote_code: run the code that a model brings along.
     """
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     file = folder / "config.json"

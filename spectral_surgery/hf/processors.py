@@ -12,7 +12,6 @@ def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> An
     """The image processor of a model.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has none.
     """
     return _load("AutoImageProcessor", folder, "image processor", trust_remote_code)
@@ -22,7 +21,6 @@ def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> 
     """The feature extractor of a model that hears; its ``sampling_rate`` says what sound it takes.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has none.
     """
     return _load("AutoFeatureExtractor", folder, "feature extractor", trust_remote_code)

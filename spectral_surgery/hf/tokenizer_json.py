@@ -15,7 +15,6 @@ def tokenizer_json(folder: Path) -> dict[str, Any]:
     """The content of tokenizer.json, which is made where a folder has another kind of file.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when the folder has no tokenizer.
         ConfigError: when its tokenizer is code, and no data.
     """
@@ -47,7 +46,6 @@ def settled_config(folder: Path) -> dict[str, Any]:
     """The configuration of a model with every default that transformers has.
 
     Raises:
-        BackendError: when transformers is not installed.
         CheckpointError: when it does not know the configuration.
     """
     transformers = required("transformers", "read configurations")

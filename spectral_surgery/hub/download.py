@@ -35,8 +35,6 @@ def locate(
 
     Args:
         source: as for `resolve`.
-        revision: branch, tag or commit; overrides the one in source.
-        token: instead of the one that is logged in.
         companions: also fetch what is copied beside weights, such as the tokenizer; without, only what headers are
             read with.
 
@@ -68,9 +66,6 @@ def fetch_foreign(
     """Fetch a checkpoint in files of another kind than safetensors into the cache.
 
     Args:
-        source: as for `resolve`.
-        revision: branch, tag or commit; overrides the one in source.
-        token: instead of the one that is logged in.
         pickled: also in PyTorch's files, where there are no safetensors.
 
     Returns:
@@ -141,7 +136,6 @@ def resolve(source: str, *, revision: str | None = None, token: str | None = Non
         source: a folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name[@revision][/path]``. What
             exists on disk is a path.
         revision: branch, tag or commit; overrides the one in source.
-        token: instead of the one that is logged in.
 
     Returns:
         A local path; for anything that does not look like a repository, the path as given.
@@ -193,10 +187,8 @@ def fetch(listing: Listing, names: Iterable[str], folder: Path, *, token: str | 
     """Download files into a folder and check their hashes; goes on with what an earlier attempt left there.
 
     Args:
-        listing: of the repository.
         names: which of its files.
         folder: where to; in the end it holds exactly these files.
-        token: instead of the one that is logged in.
 
     Raises:
         HubError: when a file cannot be fetched or does not have its hash. It is fetched anew the next time.

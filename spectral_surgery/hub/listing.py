@@ -16,7 +16,6 @@ class RemoteFile:
     """A file of a repository.
 
     Attributes:
-        size: bytes.
         sha256: of its content, when the Hub keeps it as a large file; otherwise None.
         blob_id: SHA-1 of its git blob; of a large file, that of its pointer.
     """
@@ -31,8 +30,6 @@ class Listing:
     """All files of a repository at one commit.
 
     Attributes:
-        repository: where.
-        commit: hash.
         folder: in the repository; empty is its top.
         files: by path relative to folder.
     """

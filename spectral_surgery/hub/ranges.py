@@ -23,11 +23,8 @@ class HubFile:
 
     Attributes:
         repository: as the user named it.
-        commit: hash.
-        path: in the repository.
         version: its SHA-256 as a large file, else the hash of its git blob; empty where the Hub does not tell.
         endpoint: address of the Hub, which another machine may not know.
-        token: instead of the one that is logged in.
     """
 
     repository: Repository

@@ -41,7 +41,6 @@ def remote(source: str, revision: str | None = None) -> Repository | None:
 
     Args:
         source: a folder, a file, ``org/name``, ``org/name@revision`` or ``hf://org/name[@revision][/path]``.
-        revision: branch, tag or commit; overrides the one in source.
 
     Returns:
         The repository; None for a path. What exists on disk is a path, and so is all that looks like nothing else.

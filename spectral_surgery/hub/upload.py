@@ -20,7 +20,6 @@ class Uploaded:
     """What a push did.
 
     Attributes:
-        commit: hash of the commit that holds the files.
         url: its address, or that of the pull request.
         changed: whether there was anything to commit.
     """
@@ -45,10 +44,8 @@ def prepare(
     """Create a repository and a branch where they are missing; fails early where pushing would fail late.
 
     Args:
-        repository: which one, and at which branch.
         private: visibility, should it be new.
         create_pr: it must exist already, and nobody has to be able to write to it.
-        token: instead of the one that is logged in.
 
     Raises:
         HubError: when it cannot be written to.
@@ -149,16 +146,10 @@ def upload(
     Large files are stored before the commit, so an upload that was cut off goes on with the ones still missing.
 
     Args:
-        listing: of the repository as it is.
         files: content by path.
         stored: more files, which the Hub has already.
         delete: paths to remove in the same commit.
-        message: first line of the commit.
         create_pr: open a pull request instead of committing to the branch.
-        token: instead of the one that is logged in.
-
-    Returns:
-        The commit.
 
     Raises:
         HubError: when it cannot be uploaded or committed.

@@ -138,12 +138,7 @@ class SpectralWeight(nn.Module):
         )
 
 
-def compressed(
-    weight: Tensor,
-    targets: Mapping[str, float | None],
-    basis: Basis,
-    resident: str,
-) -> SpectralWeight:
+def compressed(weight: Tensor, targets: Mapping[str, float | None], basis: Basis, resident: str) -> SpectralWeight:
     """Compress a matrix [O, I] into a weight on its device.
 
     Args:

@@ -95,7 +95,6 @@ def main_list(prefix: str, part: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The list of blocks that holds most of a part of a model, each run once, and its name; None without one.
 
     Args:
-        prefix: name of the part.
         part: the part; lists inside others do not count.
     """
     lists = sorted(_lists(prefix, part).items(), key=lambda item: _size(item[1]))

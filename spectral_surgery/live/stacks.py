@@ -134,7 +134,6 @@ class Chain:
 
         Args:
             batches: arguments of the entry; a block may be changed while it is the turn's.
-            keep: puts activations away until they are needed.
 
         Yields:
             (name of the block, the block, a function that runs it on one sample after the other and yields its

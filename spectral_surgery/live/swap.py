@@ -26,7 +26,6 @@ class SwapSpec:
     """Which attentions make way, and for what.
 
     Attributes:
-        mixer: name in MIXERS.
         layers: numbers of the layers, from 0.
         settings: of the mixer, by name; those not given start it as the identity where it can.
     """

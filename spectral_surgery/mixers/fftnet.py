@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.mixers.base import MixerMethod, refuse_cache
 from spectral_surgery.mixers.cache import MixerCache
-from spectral_surgery.mixers.components import (
-    AdaptiveSpectralFilter,
-    ModReLU,
-    amplify,
-    modrelu,
-)
+from spectral_surgery.mixers.components import AdaptiveSpectralFilter, ModReLU, amplify, modrelu
 from spectral_surgery.mixers.filtered import filtered
 from spectral_surgery.mixers.run import run_bidirectional
 from spectral_surgery.mixers.slabs import channel_slabs

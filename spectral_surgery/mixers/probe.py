@@ -60,9 +60,6 @@ def leak(
 def require_causal(mixer: nn.Module, width: int, name: str) -> None:
     """Accept a mixer through which the future does not reach the past.
 
-    Args:
-        mixer: maps [1, T, D] to [1, T, D].
-
     Raises:
         CausalityError: when it does, or when the mixer does not react at all.
     """

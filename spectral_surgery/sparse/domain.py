@@ -32,9 +32,7 @@ class Domain:
     """Transform, tiles and axes of the spectrum of a tensor; equal domains can be added.
 
     Attributes:
-        shape: Of the spatial tensor.
         tile: Points in a tile, P; None for whole axes.
-        transform: A name in TRANSFORMS, or "rfft2".
         axes: Transformed axes of the matrix, 0 for O and 1 for I.
     """
 

@@ -334,13 +334,7 @@ def _largest_pairs(magnitudes: Tensor, domain: Domain, count: int) -> Tensor:
 def _build(values: Tensor, positions: Tensor, domain: Domain, dtype: torch.dtype) -> SparseSpectralTensor:
     integer = torch.int32 if domain.numel < _INT32_NUMEL else torch.int64
     return SparseSpectralTensor(
-        values,
-        positions.to(integer),
-        domain.shape,
-        domain.tile,
-        domain.transform,
-        domain.axes,
-        dtype,
+        values, positions.to(integer), domain.shape, domain.tile, domain.transform, domain.axes, dtype
     )
 
 

@@ -87,8 +87,7 @@ class EvalData:
         },
     )
     sts: Path | None = field(
-        default=None,
-        metadata={"help": "CSV of sentence pairs and scores: rank correlation of sentence encoders."},
+        default=None, metadata={"help": "CSV of sentence pairs and scores: rank correlation of sentence encoders."}
     )
     samples: int = field(default=0, metadata={"help": "Sequences, lines or pairs at most.", "least": 0, "unset": "all"})
     seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence.", "least": 2})

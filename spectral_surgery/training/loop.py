@@ -44,7 +44,6 @@ class LossCurve:
         train: (step, mean loss since the last evaluation).
         held_out: (step, loss); step 0 is before training.
         best_step: the step whose parameters were kept.
-        seconds: of all runs together.
     """
 
     steps: int = 0

@@ -95,11 +95,7 @@ def _plain_trainer(job: Job) -> Any:  # noqa: ARG001 - as the others
 
 
 def require_transformers() -> None:
-    """Say so early when models cannot be built; keep its bars, which are not ours, from stderr.
-
-    Raises:
-        BackendError: when transformers is not installed.
-    """
+    """Say so early when models cannot be built; keep its bars, which are not ours, from stderr."""
     try:
         from transformers.utils import logging
     except ImportError:

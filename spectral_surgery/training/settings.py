@@ -117,11 +117,7 @@ class ModelSizes:
     )
     max_seq_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Prompt and answer at most, in tokens.",
-            "least": 2,
-            "unset": "tokens of an example",
-        },
+        metadata={"help": "Prompt and answer at most, in tokens.", "least": 2, "unset": "tokens of an example"},
     )
     kernel_length: int | None = field(
         default=None, metadata={"help": "Tokens seen in a layer.", "least": 2, "unset": "tokens of an example"}

@@ -14,7 +14,6 @@ def learn_bpe(text: str, vocabulary: int) -> Any:
     """Learn a byte-level BPE, which can write any text.
 
     Raises:
-        BackendError: when transformers is not installed.
         ConfigError: when the vocabulary is too small.
     """
     if vocabulary <= _BYTES:
@@ -48,7 +47,6 @@ def tiktoken_named(name: str) -> Any:
         A tokenizer of transformers; special tokens may have other numbers than in tiktoken.
 
     Raises:
-        BackendError: when tiktoken or transformers is not installed.
         ConfigError: when tiktoken does not know the name.
     """
     try:

@@ -31,7 +31,6 @@ class History:
         train: (step, loss) of the training batches.
         held_out: (step, measures) of the held-out examples, the first before training.
         best_step: whose adapter was kept.
-        seconds: of training.
         is_main: whether this process is the one that writes and reports.
     """
 

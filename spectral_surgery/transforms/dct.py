@@ -24,8 +24,5 @@ def matrix(n: int) -> Tensor:
 
 
 DCT = Transform(
-    "dct",
-    matrix,
-    any_length,
-    source="Ahmed, Natarajan and Rao, Discrete Cosine Transform, IEEE Trans. Computers, 1974",
+    "dct", matrix, any_length, source="Ahmed, Natarajan and Rao, Discrete Cosine Transform, IEEE Trans. Computers, 1974"
 )

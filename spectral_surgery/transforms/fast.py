@@ -105,8 +105,5 @@ def _kept_turns(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 FAST = Table(
     "transform",
-    (
-        FastTransform("dct", _dct, _idct, _dct_entries),
-        FastTransform("hartley", _hartley, _hartley, _hartley_entries),
-    ),
+    (FastTransform("dct", _dct, _idct, _dct_entries), FastTransform("hartley", _hartley, _hartley, _hartley_entries)),
 )

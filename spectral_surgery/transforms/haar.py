@@ -36,8 +36,5 @@ def matrix(n: int) -> Tensor:
 
 
 HAAR = Transform(
-    "haar",
-    matrix,
-    any_length,
-    source="Haar 1910; odd lengths: Girardi and Sweldens, Unbalanced Haar wavelets, 1997",
+    "haar", matrix, any_length, source="Haar 1910; odd lengths: Girardi and Sweldens, Unbalanced Haar wavelets, 1997"
 )

@@ -19,8 +19,5 @@ def matrix(n: int) -> Tensor:
 
 
 HARTLEY = Transform(
-    "hartley",
-    matrix,
-    any_length,
-    source="Bracewell, Discrete Hartley transform, J. Opt. Soc. Am. 73(12), 1983",
+    "hartley", matrix, any_length, source="Bracewell, Discrete Hartley transform, J. Opt. Soc. Am. 73(12), 1983"
 )

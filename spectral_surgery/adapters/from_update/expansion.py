@@ -79,7 +79,6 @@ class Extractor:
         unit: what a component is called: rank or n_frequency.
         most: (O, I) -> components there are.
         numbers: (O, I) -> stored floats of a component.
-        place_bytes: (O, I) -> stored bytes that say where a component is.
         expand: (ΔW [O, I] float32, the most components, energy that is enough or None, settings) -> expansion.
         tensors: (parts, (O, I), settings) -> state dict of the adapter.
         settle: (settings, components by layer) -> the settings of the whole adapter.

@@ -26,7 +26,6 @@ class Update:
     """The weight update of one layer.
 
     Attributes:
-        shape: (O, I).
         delta: reads or computes ΔW, [O, I] float32; it may be called twice.
     """
 

@@ -46,11 +46,8 @@ class CompressReport:
     """What a compression did; ``to_json`` has the documented keys.
 
     Attributes:
-        manifest: what was written.
         copied: reason by name of tensors stored bit for bit.
-        input_bytes: weight files read.
         output_bytes: weight files and manifest written.
-        seconds: wall time.
         peak_rss_bytes: largest resident size of this process and its workers.
         not_copied_files: files of other weight formats left out.
         notes: what was odd about the source, in sentences.
@@ -142,15 +139,9 @@ def compress(
     The bytes do not depend on workers, threads or interruptions; with text they depend on the device a little.
 
     Args:
-        source: checkpoint.
-        out: folder to create.
-        options: how small or how exact.
         calibrate: text to choose codes by.
-        heal: how to train what is kept.
         base: checkpoint that the difference to is compressed.
         device: the model runs on it where there is text.
-        run: how the work is carried out.
-        clock: tells the time that healing may take.
 
     Raises:
         CheckpointError: when the source is unusable, out is taken, or unfinished work is in the way.
@@ -249,14 +240,9 @@ def compress_and_push(
     before the end.
 
     Args:
-        source: checkpoint.
         out: folder to create, for all that is beside the weights.
-        options: how small or how exact.
         repository: ``org/name``, which exists.
         size: bytes of a weight file, about.
-        base: checkpoint that the difference to is compressed.
-        token: instead of the one that is logged in.
-        run: how the work is carried out.
 
     Raises:
         CheckpointError: as `compress`.

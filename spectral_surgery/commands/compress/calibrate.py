@@ -39,7 +39,6 @@ def calibrated(job: Job, data: TextData, device: str = "cpu") -> tuple[Job, Cove
     """Choose codes with text to judge by, and leave them as finished units.
 
     Args:
-        data: text.
         device: blocks run on it; codes are chosen on the CPU.
 
     Returns:

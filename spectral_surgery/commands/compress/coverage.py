@@ -19,7 +19,6 @@ class Calibrated:
     """What calibration left in one matrix.
 
     Attributes:
-        name: of the tensor.
         output_error: relative error of the outputs of its layer, on the text.
         block: of the model that it was calibrated with; empty when the model was run as a whole.
         rows: of the tensor seen as one matrix, from and to: all, or those of one expert.

@@ -19,13 +19,7 @@ from spectral_surgery.files.compressed.joining import JoinedTensor, joined_befor
 from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, QUANT_METHOD, Manifest
 from spectral_surgery.files.compressed.plan import Plan
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.files.compressed.units import (
-    UNITS,
-    UnitStore,
-    join,
-    paths_of,
-    work_key,
-)
+from spectral_surgery.files.compressed.units import UNITS, UnitStore, join, paths_of, work_key
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.lock import VERSION_FILE, hold
 from spectral_surgery.files.sidecar_files import copy_companions
@@ -39,11 +33,8 @@ class Job:
     """A compression under way.
 
     Attributes:
-        source: the checkpoint.
-        index: of it.
         plan: what is compressed; stages that ask for other rates of some tensors go on with another plan.
         store: the finished units.
-        run: how the work is carried out.
         before: tensors that an earlier run has joined already, and whose units are gone.
         shard: which share of the units is ours, of how many.
     """
@@ -62,11 +53,7 @@ class Job:
         return self.store.folder.parent
 
     def encode(self, *, last: bool = True) -> bool:
-        """Encode the units that are not there yet, of our share; whether those of all shares are there then.
-
-        Args:
-            last: whether this is the last work of the processes.
-        """
+        """Encode the units that are not there yet, of our share; whether those of all shares are there then."""
         work = Work(self.store, self.plan, self.before.keys(), self.run, self.shard, last)
         return ENGINES[self.run.engine].encode(work)
 
@@ -74,7 +61,6 @@ class Job:
         """Join the units to a compressed checkpoint.
 
         Args:
-            folder: where to.
             give_way: remove each unit when its tensor is in a weight file, to which a later run can go back.
 
         Returns:
@@ -99,13 +85,7 @@ class Job:
 
 @contextmanager
 def opened(
-    source: Checkpoint,
-    out: Path,
-    index: CheckpointIndex,
-    plan: Plan,
-    run: Run,
-    *,
-    shard: tuple[int, int] | None = None,
+    source: Checkpoint, out: Path, index: CheckpointIndex, plan: Plan, run: Run, *, shard: tuple[int, int] | None = None
 ) -> Iterator[Job]:
     """Begin a compression, or go on with one. ``shard``: of several processes that share the folder; None alone."""
     alone, aside = shard is None, partial_folder(out, overwrite=run.overwrite)

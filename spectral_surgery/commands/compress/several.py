@@ -39,15 +39,12 @@ def compress_several(
         Reports by name; None of what an earlier run had finished.
 
     Args:
-        tuned: checkpoints by the names of their folders.
-        base: checkpoint that the differences are to.
         origins: repositories on the Hub that checkpoints are copies of, by name, for the model cards.
         finished: called after each, with what becomes of its name.
 
     Raises:
         CheckpointError: before any work, when a folder is taken, or holds differences with other options; as
             `compress` otherwise.
-        ConfigError: when options do not go together.
     """
     there = {name for name, source in tuned.items() if _is_finished(source, out / name, options, base, run)}
     reports: dict[str, CompressReport | None] = {}

@@ -38,7 +38,6 @@ class Piece:
     """What goes into one weight file: tensors to compress, or to copy.
 
     Attributes:
-        file: name of that file.
         before: weights that earlier pieces compress.
     """
 
@@ -53,9 +52,7 @@ class WrittenPiece:
     """What is in a weight file.
 
     Attributes:
-        manifest: of what it has compressed.
         copied: reason by name of what it has copied.
-        tensors: by name.
         stored: what the Hub has of it; None while the file is here.
     """
 
@@ -105,10 +102,7 @@ class StreamedPush:
     """A compression whose weight files go to a repository one by one.
 
     Attributes:
-        job: that is begun.
         size: bytes of a weight file, about.
-        repository: where to.
-        token: instead of the one that is logged in.
     """
 
     job: Job

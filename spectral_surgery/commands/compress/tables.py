@@ -41,7 +41,6 @@ class Tables:
 
     Attributes:
         lazy: the model without an output layer.
-        done: what is known of each.
         restored: [V, D] by name of the tensor.
     """
 

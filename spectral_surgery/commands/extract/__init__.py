@@ -40,7 +40,6 @@ class ExtractOptions:
     """What is asked.
 
     Attributes:
-        method: row of EXTRACTORS.
         config: settings of the method; None for its defaults.
         targets: which modules get an adapter; target_modules None for all that differ and can.
         dtype: of the stored floats: F32, BF16 or F16.
@@ -246,7 +245,6 @@ def room(size: Size, names: Collection[str], whole: int) -> Size:
 
     Args:
         size: as asked; other kinds are given back.
-        names: of all tensors in the file, as long as they may get.
         whole: bytes of tensors that are stored as they are.
 
     Raises:

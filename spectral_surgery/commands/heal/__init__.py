@@ -49,14 +49,9 @@ class HealReport:
     """What healing did.
 
     Attributes:
-        manifest: of the result.
-        objective: row of OBJECTIVES.
-        curve: losses by step.
         trained: weights, and coefficients in them.
         untrained: compressed tensors that no parameter of the model (or of its blocks) holds, or that text does not
             reach, such as those that look at images; left as they were.
-        seconds: wall time.
-        peak_rss_bytes: largest resident memory of this process so far.
         blocks: of block-wise healing, the held-out relative error of every block before and after.
         forecast: what was expected after the first steps; None when none were left to do.
     """
@@ -116,9 +111,6 @@ def heal(
         data: text; a held-out part decides which step is kept.
         settings: how; None for 400 steps.
         blocks: one block after the other, in the memory of one; steps are those of each, minutes those of all.
-        device: models run on it; blocks on the CPU.
-        run: how the work is carried out, in this process alone.
-        clock: tells the time.
 
     Raises:
         ConfigError: when there is too little text, or the loss is not finite.

@@ -49,15 +49,10 @@ class HealSession:
     """What is healed, with what, and where unfinished work is kept.
 
     Attributes:
-        checkpoint: the compressed one.
         index: of the teacher.
         teacher: its folder.
-        data: text.
-        device: models run on it.
         folder: for unfinished work.
-        key: of this very work.
         threads: frames encoded at once.
-        clock: tells the time.
         told: called with the pace of the first steps, and the number of blocks that are trained one by one.
     """
 
@@ -150,8 +145,6 @@ class Healed:
     Attributes:
         curve: how it went; of blocks, the sums and means.
         replaced: files of the parts of every trained tensor.
-        vectors: trained biases and scales.
-        coefficients: trained.
         blocks: held-out error of each block before and after.
     """
 

@@ -12,11 +12,7 @@ from spectral_surgery.plotting import new_figure
 
 
 def plot_spectra(spectra: Sequence[Spectrum], file: Path, title: str) -> None:
-    """Save energy compaction and rate-distortion of a checkpoint as one PNG.
-
-    Raises:
-        BackendError: when matplotlib is not installed.
-    """
+    """Save energy compaction and rate-distortion of a checkpoint as one PNG."""
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     weight = np.array([spectrum.weights for spectrum in spectra], float)

@@ -60,7 +60,6 @@ class MergePlan:
     """A merge, decided.
 
     Attributes:
-        weights: factor of each.
         targets: tensors that change, or come in, by name.
         aliases: second name -> first name of tensors that are stored twice, and stay equal.
         tied: name -> name of parameters that are one, and change together; whether both are stored or not.
@@ -101,9 +100,6 @@ class MergePlan:
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Path], weights: Sequence[float] | None = None) -> MergePlan:
     """Read headers and adapters, and find the tensors they belong to.
-
-    Args:
-        weights: factor of each; None for 1.
 
     Raises:
         ConfigError: when the numbers of adapters and weights differ, or an adapter takes no factor.

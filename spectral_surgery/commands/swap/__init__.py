@@ -66,7 +66,6 @@ class SwapReport:
 
     Attributes:
         fits: how well each new layer gives the outputs of the attention it replaces; empty without distillation.
-        training: settings of the distillation; None without.
         measures: of the original (``_a``) and of the result (``_b``), by name; empty without text to judge on.
     """
 

@@ -108,7 +108,6 @@ def train_from_scratch(
     """Train a language model and write it, its tokenizer, metrics and a plot of the loss to a folder.
 
     Raises:
-        BackendError: when a library is missing.
         ConfigError: when data or settings do not fit.
         CheckpointError: when out is taken, or there is no such tokenizer.
     """

@@ -41,19 +41,11 @@ class CompressedCheckpoint:
     held: Mapping[str, bytearray] = field(default_factory=dict)
 
     def with_tables(self) -> CompressedCheckpoint:
-        """The same, with the frame offsets and steps of all tensors in memory, for whoever reads many parts.
-
-        Raises:
-            CheckpointError: when they cannot be read.
-        """
+        """The same, with the frame offsets and steps of all tensors in memory, for whoever reads many parts."""
         return self._holding(self.manifest.tensors, SUFFIXES[1:])
 
     def with_parts(self, names: Iterable[str]) -> CompressedCheckpoint:
-        """The same, with all of some tensors in memory, as it is stored.
-
-        Raises:
-            CheckpointError: when they cannot be read.
-        """
+        """The same, with all of some tensors in memory, as it is stored."""
         return self._holding(names, SUFFIXES)
 
     def _holding(self, names: Iterable[str], suffixes: Iterable[str]) -> CompressedCheckpoint:

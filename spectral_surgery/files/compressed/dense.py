@@ -26,9 +26,7 @@ class DenseTensor:
     """A tensor as the plain checkpoint has it.
 
     Attributes:
-        name: its key.
         dtype: safetensors code.
-        shape: sizes.
         stored: the name that it is stored under: another one for the second of two that are tied.
         record: of its spectrum; None for a tensor that is stored as it is.
     """
@@ -45,7 +43,6 @@ class DenseCheckpoint:
     """A checkpoint, plain or compressed.
 
     Attributes:
-        index: headers of its files.
         checkpoint: the compressed one; None for a plain one.
         threads: frames decoded at once.
     """
@@ -81,11 +78,7 @@ class DenseCheckpoint:
         return {key: value for key, value in self.index.config.items() if key != "quantization_config"}
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor in order, [N, I] with its last dimension as columns; float32 where it was compressed.
-
-        Raises:
-            CheckpointError: when what is stored is damaged.
-        """
+        """The rows of a tensor in order, [N, I] with its last dimension as columns; float32 where it was compressed."""
         tensor = self.tensors[name]
         columns = tensor.shape[-1] if tensor.shape else 1
         if tensor.record is None or self.checkpoint is None:

@@ -61,10 +61,8 @@ class LosslessRecord:
 
     Attributes:
         dtype: safetensors code.
-        shape: sizes.
         columns: of the matrices that planes are seen as.
         per_frame: numbers of a frame.
-        parts: in order.
     """
 
     dtype: str
@@ -114,9 +112,7 @@ def encode_part(
 
     Args:
         flat: [n], the numbers.
-        layout: of the tensor.
         numbers: where they begin and end in it.
-        threads: frames encoded at once.
     """
     data = _unsigned(flat)
     frames = [data[start : start + layout.per_frame] for start in range(0, len(data), layout.per_frame)]
@@ -175,8 +171,6 @@ class LosslessTensor:
     """The decoder of a tensor, see `header.Decoder`.
 
     Attributes:
-        name: of the tensor.
-        record: what the manifest says of it.
         codes: where all pieces are, one after the other.
         frames: where each piece begins.
     """
@@ -248,11 +242,6 @@ class LosslessTensor:
 
 def lossless_info(name: str, record: LosslessRecord, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     """A tensor as if it were stored plainly.
-
-    Args:
-        name: of it.
-        record: what the manifest says of it.
-        tensors: of the files.
 
     Raises:
         CheckpointError: when what the record says is not there.

@@ -216,9 +216,6 @@ def join(
     """Everything the compressed checkpoint consists of, once all units were written or found intact by this run.
 
     Args:
-        store: where units are.
-        plan: what they are.
-        index: of the source, for what is copied.
         before: tensors without units, that are in weight files already; None not to let units give way to those.
 
     Returns:

@@ -33,7 +33,6 @@ class FourBits:
         codes: two a byte.
         parts: scales and tables, by the names of the library.
         state: U8, JSON of its settings.
-        shape: of the matrix.
         block: codes that have a scale together; a row is some of them.
     """
 

@@ -41,7 +41,6 @@ class Packed:
 
     Attributes:
         parts: what is stored of it, by the names of the library.
-        shape: of the matrix.
         format: name of the library for the way of packing.
         scheme: settings of the quantisation, as JSON.
     """

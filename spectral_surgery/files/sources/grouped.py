@@ -31,7 +31,6 @@ class Grouped:
         zeros: I32 [G, O * bits / 32].
         scales: [G, O].
         order: I32 [I], the group of each input; None where groups are inputs in order.
-        bits: of an integer.
         awq: whether AWQ has packed it.
         add: to zeros: GPTQ's first format has them less by one.
     """

@@ -76,10 +76,8 @@ def scaled(values: TensorInfo, scales: TensorInfo, block: tuple[int, int] | None
     """Numbers and their scales, which are one for each block, for each row, or for each matrix.
 
     Args:
-        values: the numbers.
         scales: F32, BF16, F16, F8_E8M0, or U8 for exponents of two.
         block: rows and columns of a block; None when there are none.
-        divisor: of the scales.
 
     Raises:
         CheckpointError: when the scales have another shape than any of that.

@@ -87,11 +87,7 @@ def empty_cache(blocks: Iterable[Any], x: Tensor) -> FFTNetCache:
 
 
 def through_blocks(
-    blocks: Iterable[Any],
-    x: Tensor,
-    mask: Tensor | None,
-    memory: FFTNetCache | None,
-    run: Callable[..., Tensor] | None,
+    blocks: Iterable[Any], x: Tensor, mask: Tensor | None, memory: FFTNetCache | None, run: Callable[..., Tensor] | None
 ) -> list[Tensor]:
     """Apply one `FFTNetBlock` after the other. Returns x, and what each block gives: [B, T, D] each.
 

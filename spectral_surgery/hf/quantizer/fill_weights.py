@@ -168,7 +168,6 @@ def retie(model: Any, load: Loading) -> None:
     """Give transformers the ties back that it had.
 
     Args:
-        model: that `untie` changed; changed in place.
         load: what `untie` filled.
     """
     model.all_tied_weights_keys, parts = dict(load.ties[0]), load.ties[1]
@@ -283,9 +282,6 @@ def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
 
 def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:
     """The resident form of every compressed tensor.
-
-    Args:
-        resident: name in RESIDENTS, or ``auto``.
 
     Raises:
         ConfigError: when there is no such form.

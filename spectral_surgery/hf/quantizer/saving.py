@@ -43,9 +43,6 @@ def spectral_experts(model: nn.Module) -> dict[str, Held]:
 def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What save_pretrained should write: (tensors under the names of the checkpoint, metadata of the files).
 
-    Args:
-        model: loaded by `load`.
-
     Raises:
         CheckpointError: when the folder is gone or incomplete.
     """
@@ -144,22 +141,14 @@ def _reverted(model: Any, load: Loading, state: dict[str, Tensor]) -> dict[str, 
 
 
 def dequantize(model: Any, load: Loading) -> None:
-    """Put dense layers and experts in the place of ours, of the dtypes that they count as.
-
-    Args:
-        model: changed in place.
-    """
+    """Put dense layers and experts in the place of ours, of the dtypes that they count as."""
     decode(model, {})
     model._weight_conversions = load.conversions
     retie(model, load)
 
 
 def decode_layers(model: nn.Module, spectra: Container[int]) -> list[str]:
-    """Give layers of ours dense weights; tied ones share their parameter again. Returns the names of the layers.
-
-    Args:
-        model: changed in place.
-    """
+    """Give layers of ours dense weights; tied ones share their parameter again. Returns the names of the layers."""
     chosen = [(name, layer) for name, layer in spectral_layers(model) if id(layer.spectrum) in spectra]
     done: dict[int, nn.Parameter] = {}
     for layer in {id(layer): layer for _, layer in chosen}.values():

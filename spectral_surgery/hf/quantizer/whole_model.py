@@ -82,7 +82,6 @@ def resize_token_embeddings(
     """Change the number of tokens: the embedding and the head become dense, and are saved so.
 
     Args:
-        model: of transformers, changed in place.
         new_num_tokens: rows of the table; None for as many as there are.
         pad_to_multiple_of: of which it is made a multiple.
     """

@@ -69,7 +69,6 @@ def stored_weights(checkpoint: CompressedCheckpoint, resident: str, dtype: torch
     Matrices are a `LazyWeight`; tensors of other shapes are decoded.
 
     Args:
-        resident: name in RESIDENTS, or ``auto``.
         dtype: of what is compressed.
 
     Raises:
