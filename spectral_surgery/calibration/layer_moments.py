@@ -17,7 +17,6 @@ from spectral_surgery.calibration.block_streaming import ActivationStore, LazyMo
 from spectral_surgery.calibration.early_stop import EarlyStop
 from spectral_surgery.calibration.expert_moments import expert_moments
 from spectral_surgery.calibration.stored_layers import StoredMatrix, matrices_of
-from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.hf.models import load_outline
@@ -183,11 +182,7 @@ def model_and_inputs(
     kind, trust = kind_of(data.file, index.config), data.trust_remote_code
     outline = load_outline(source, kind.auto_class, trust_remote_code=trust)
     reading = Reading(data, source, index.config, outline, data.seq_length or SEQ_LENGTH, is_causal(index.config))
-    inputs = kind.inputs(reading, kind.items(reading), data.samples or kind.samples)
-    if not inputs:
-        raise ConfigError(
-            f"{data.file}: expected {kind.summary} that the model reads, got none: {kind.empty} {source.name}."
-        )
+    inputs = kind.read(reading, data.samples or kind.samples)
     bf16 = not exact and fast_bfloat16(torch.device(device).type)
     where = source, index, kind.auto_class
     lazy = load_lazily(

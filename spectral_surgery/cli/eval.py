@@ -24,7 +24,7 @@ _SHOWN = 10  # tensors
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="[B]...", nargs=-1)
 @click.option("--adapter", help="Put this adapter on B; without B, compare A without and with it.")
-@options_of(EvalData, "text", "sts")
+@options_of(EvalData, "text", "sts", flags={"text": "--text --data"})
 @options_of(Reference, "baselines", flags={"baselines": "--baseline"})
 @options_of(
     *(TextData, "file", "samples"),
@@ -39,7 +39,7 @@ _SHOWN = 10  # tensors
     metavar="FILE.png",
     help="Draw what each model lost over its bits per weight.",
 )
-@options_of(EvalData, "samples", "seq_length")
+@options_of(EvalData, "samples", "seq_length", "unreadable")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
 @options_of(EvalData, "trust_remote_code")
@@ -50,6 +50,9 @@ def command(
     a: str, b: tuple[str, ...], adapter: str | None, plot: Path | None, max_error: float | None, device: str
 ) -> None:
     """Compare two checkpoints, plain or compressed: tensors by their relative error and, with text, as models.
+
+    --text takes pairs, and folders of images or sound, as --calibrate of compress does: each is judged by what fits it,
+    and by its labels and texts where there are any.
 
     With several B, or with baselines, a table of all of them: bits per weight, bytes, error, measures on the text, and
     of baselines the seconds and the memory that they took to make. --plot draws it. --revision is that of A.
@@ -62,6 +65,7 @@ def command(
       spectral-surgery eval ./model ./model-3bit --text test.txt --baseline gptq3,gptq4 --calibrate train.txt
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
+      spectral-surgery eval ./vit ./vit-3bit --data photos
     """
     from spectral_surgery.commands.eval import evaluate
 

@@ -66,7 +66,7 @@ def _inputs(reading: Reading, items: Sequence[MediaFile], samples: int) -> list[
 
     def made(item: MediaFile) -> ModelInput:
         shapes = {name: tuple(tensor.shape) for name, tensor in read(item.path).items()}
-        return ModelInput(shapes, partial(read, item.path))
+        return ModelInput(shapes, partial(read, item.path), answer=item.label)
 
     return readable(reading, items, samples, made)
 

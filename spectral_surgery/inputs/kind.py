@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.hf.models import load_tokenizer, longest_sequence
 from spectral_surgery.inputs.model_input import ModelInput
 from spectral_surgery.text.settings import TextData
@@ -72,3 +73,17 @@ class Kind:
     is_for: Callable[[Path, Config], bool]
     items: Callable[[Reading], Sequence[Any]]
     inputs: Callable[[Reading, Sequence[Any], int], list[ModelInput]]
+
+    def read(self, reading: Reading, samples: int) -> list[ModelInput]:
+        """What a model is run on, from all of the data; so many at most, all for 0.
+
+        Raises:
+            ConfigError: when there is nothing that the model reads, or it does not know its tokens.
+        """
+        inputs = self.inputs(reading, self.items(reading), samples)
+        if not inputs:
+            raise ConfigError(
+                f"{reading.data.file}: expected {self.summary} that the model reads, got none: {self.empty}"
+                f" {reading.folder.name}."
+            )
+        return inputs

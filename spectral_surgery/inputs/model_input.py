@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Batch = dict[str, Tensor]
+NOT_JUDGED = -100  # among labels, as in transformers
 _NUMBERS = 768  # of an image or a sound, that count as one token: a patch of 16 x 16 of three colours
 
 
@@ -22,16 +23,21 @@ class ModelInput:
         shapes: of its tensors by name, without the axis of the batch.
         read: makes the tensors, the same at every call.
         padding: the token that token ids are padded with; anything else is padded with zeros.
+        labels: the token that is right at each place of what the model gives, or NOT_JUDGED; empty of other models.
+        answer: what is right in words: what is said in a sound, or a class; empty where that is not known.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[], Batch]
     padding: int = 0
+    labels: tuple[int, ...] = ()
+    answer: str = ""
 
     @classmethod
-    def of(cls, tensors: Batch, padding: int = 0) -> ModelInput:
+    def of(cls, tensors: Batch, padding: int = 0, labels: Sequence[int] = ()) -> ModelInput:
         """Of tensors that are in memory."""
-        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, padding)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(shapes, lambda: tensors, padding, tuple(labels))
 
     @property
     def tokens(self) -> int:

@@ -73,7 +73,7 @@ def _inputs(reading: Reading, items: Sequence[Example], samples: int) -> list[Mo
         if source and target:
             ids = torch.tensor(source)
             read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            inputs.append(ModelInput.of(read | decoder_tensors(target, config), tokenizer.pad_token_id or 0))
+            inputs.append(ModelInput.of(read | decoder_tensors(target, config), tokenizer.pad_token_id or 0, target))
     return inputs
 
 

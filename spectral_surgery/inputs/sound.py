@@ -20,8 +20,9 @@ from spectral_surgery.files.peft.task import needs_decoder_input
 from spectral_surgery.hf.processors import load_feature_extractor
 from spectral_surgery.inputs.folders import MediaFile, UnreadableError, holds, media_files, readable
 from spectral_surgery.inputs.kind import Kind, Reading
-from spectral_surgery.inputs.model_input import ModelInput
+from spectral_surgery.inputs.model_input import NOT_JUDGED, ModelInput
 from spectral_surgery.inputs.pairs import decoder_tensors
+from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.sequences import check_vocabulary
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".mp3", ".aiff"))
@@ -93,7 +94,7 @@ def resampled(sound: Tensor, rate: int, wanted: int) -> Tensor:
 def _inputs(reading: Reading, items: Sequence[MediaFile], samples: int) -> list[ModelInput]:
     extractor = load_feature_extractor(reading.folder, trust_remote_code=reading.data.trust_remote_code)
     takes = list(inspect.signature(reading.model.forward).parameters)
-    writes = needs_decoder_input(reading.config)
+    writes, classifies = needs_decoder_input(reading.config), objective_of(reading.config).name == "classes"
 
     def heard(path: Path) -> dict[str, Tensor]:
         sound = read_sound(path, extractor.sampling_rate).numpy()
@@ -104,9 +105,11 @@ def _inputs(reading: Reading, items: Sequence[MediaFile], samples: int) -> list[
         return heard(item.path) | said
 
     def made(item: MediaFile) -> ModelInput:
-        said = _said(reading, item) if writes else {}
+        tokens = _tokens(reading, item) if writes else []
+        said = decoder_tensors(tokens or [reading.tokenizer.eos_token_id or 0], reading.model.config) if writes else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in read(item, said).items()}
-        return ModelInput(shapes, partial(read, item, said), _padding(reading) if writes else 0)
+        padding, answer = _padding(reading) if writes else 0, item.label if classifies else item.text
+        return ModelInput(shapes, partial(read, item, said), padding, _judged(reading, tokens), answer)
 
     return readable(reading, items, samples, made)
 
@@ -115,13 +118,20 @@ def _padding(reading: Reading) -> int:
     return int(reading.tokenizer.pad_token_id or 0)
 
 
-def _said(reading: Reading, item: MediaFile) -> dict[str, Tensor]:
-    """What the decoder reads to write the text of a sound; what it begins with, where there is none."""
+def _tokens(reading: Reading, item: MediaFile) -> list[int]:
+    """What the decoder writes for a sound; nothing where it has no text."""
     tokens = reading.tokenizer(item.text)["input_ids"][: reading.longest] if item.text else []
     check_vocabulary([tokens], reading.model, item.path)
     start = getattr(reading.model.config, "decoder_start_token_id", None)
-    tokens = tokens[1:] if tokens and tokens[0] == start else tokens  # some tokenizers begin with it
-    return decoder_tensors(tokens or [reading.tokenizer.eos_token_id or 0], reading.model.config)
+    return tokens[1:] if tokens and tokens[0] == start else tokens  # some tokenizers begin with it
+
+
+def _judged(reading: Reading, tokens: Sequence[int]) -> tuple[int, ...]:
+    """Of what the decoder writes, the words and the end, and not what is said of the sound before."""
+    if not tokens:
+        return ()
+    special = {*reading.tokenizer.all_special_ids} - {reading.tokenizer.eos_token_id}
+    return tuple(NOT_JUDGED if token in special else token for token in tokens)
 
 
 SOUND = Kind(

@@ -74,13 +74,13 @@ def _with_hidden(model: nn.Module, batch: Batch) -> Any:
 
 def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """KL(teacher || student), nats per token."""
-    mask = _mask(batch, teacher.logits)
+    mask = mask_of(batch, teacher.logits)
     return (kl(teacher.logits, student.logits) * mask).sum() / mask.sum()
 
 
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
-    first, second = (_pooled(_states(outputs)[-1], batch) for outputs in (student, teacher))
+    first, second = (pooled(_states(outputs)[-1], batch) for outputs in (student, teacher))
     return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, batch)
 
 
@@ -107,13 +107,13 @@ def _hidden(student: Any, teacher: Any, batch: Batch) -> Tensor:
 
 def _project_tokens(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """Log-likelihood of tokens drawn from the model itself: the curvature of KL is the Fisher information."""
-    mask = _mask(batch, outputs.logits)
+    mask = mask_of(batch, outputs.logits)
     return (_drawn(outputs.logits, generator) * mask).sum() / mask.sum().sqrt()
 
 
 def _project_embeddings(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    pooled = functional.normalize(_pooled(_states(outputs)[-1], batch), dim=-1)
-    return _noise(pooled, generator) / math.sqrt(2 * len(pooled)) + _project_hidden(outputs, batch, generator)
+    vectors = functional.normalize(pooled(_states(outputs)[-1], batch), dim=-1)
+    return _noise(vectors, generator) / math.sqrt(2 * len(vectors)) + _project_hidden(outputs, batch, generator)
 
 
 def _project_classes(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -137,7 +137,7 @@ def _states(outputs: Any) -> list[Tensor]:
     return [state for name in names for state in getattr(outputs, name, None) or ()]
 
 
-def _mask(batch: Batch, states: Tensor) -> Tensor:
+def mask_of(batch: Batch, states: Tensor) -> Tensor:
     """[B, T] of what is no padding; some models go on with fewer states than tokens, which no mask belongs to."""
     masks = (batch.get(name) for name in ("decoder_attention_mask", "attention_mask"))
     fitting = (mask for mask in masks if mask is not None and mask.shape == states.shape[:2])
@@ -146,14 +146,14 @@ def _mask(batch: Batch, states: Tensor) -> Tensor:
 
 def _masked(states: Tensor, batch: Batch) -> Tensor:
     """Without padding."""
-    return states * _mask(batch, states)[..., None] if states.ndim == 3 else states
+    return states * mask_of(batch, states)[..., None] if states.ndim == 3 else states
 
 
-def _pooled(states: Tensor, batch: Batch) -> Tensor:
+def pooled(states: Tensor, batch: Batch) -> Tensor:
     """[B, D]: the mean over tokens, or over the places of a map of features."""
     if states.ndim != 3:
         return states.flatten(2).mean(-1)
-    mask = _mask(batch, states)[..., None]
+    mask = mask_of(batch, states)[..., None]
     return (states * mask).sum(1) / mask.sum(1)
 
 

@@ -4,53 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.files.index import read_index
-from spectral_surgery.files.peft.adapter_files import read_adapter
-from spectral_surgery.files.peft.task import is_causal
-from spectral_surgery.hf.models import SentenceEncoder, load_model
-from spectral_surgery.live.attach import load
+from spectral_surgery.hf.models import SentenceEncoder
 from spectral_surgery.live.running import called
 from spectral_surgery.text.examples import documents, read_examples
 from spectral_surgery.text.kl import kl
 from spectral_surgery.text.sequences import cut_stream
 from spectral_surgery.text.settings import EvalData
 from spectral_surgery.text.tasks import spearman
-
-
-class TextScores:
-    """Holds model A in memory, and one other at a time beside it."""
-
-    def __init__(self, a: Path, data: EvalData, device: str) -> None:
-        """Load A."""
-        self._data, self._device = data, device
-        self._causal = data.text is not None and is_causal(read_index(a).config)
-        self._model, self._tokenizer = self._load(a)
-
-    def measures(self, other: Path | None = None, adapter: Path | None = None) -> dict[str, float]:
-        """Measures of A, of another model, and of both, by name.
-
-        Returns:
-            perplexity_a, perplexity_b, kl, same_top; or cosine; spearman_a, spearman_b.
-        """
-        models = [self._model]
-        if other is not None:
-            model = self._load(other)[0]
-            if adapter is not None:
-                load(model, read_adapter(adapter))
-            models.append(model.to(self._device))
-        return score(models, self._tokenizer, self._data, causal=self._causal)
-
-    def _load(self, folder: Path) -> tuple[Any, Any]:
-        auto_class = "AutoModelForCausalLM" if self._causal else "AutoModel"
-        trust = self._data.trust_remote_code
-        model, tokenizer = load_model(folder, auto_class, dtype=torch.float32, trust_remote_code=trust)
-        return model.to(self._device), tokenizer
 
 
 def score(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:

@@ -12,6 +12,7 @@ from spectral_surgery.errors import ConfigError
 Keep = Literal["calibrated", "important", "largest"]
 TaskName = Literal["causal-lm", "classification", "regression", "similarity"]
 TRUST = {"help": "Run the code that a model brings along (auto_map in config.json); read it first."}
+UNREADABLE = {"help": "Files of a folder that are no image or sound, or broken: refuse, or skip and name them."}
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,7 @@ class TextData:
             "unset": "4 of language models, else 24",
         },
     )
-    unreadable: Literal["refuse", "skip"] = field(
-        default="refuse",
-        metadata={"help": "Files of a folder that are no image or sound, or broken: refuse, or skip and name them."},
-    )
+    unreadable: Literal["refuse", "skip"] = field(default="refuse", metadata=UNREADABLE)
     trust_remote_code: bool = field(default=False, metadata=TRUST)
 
     def digest(self) -> str:
@@ -77,20 +75,24 @@ class TextData:
 
 @dataclass(frozen=True)
 class EvalData:
-    """Text to judge models on."""
+    """What to judge models on: text, pairs, or folders of images or sound, as for `TextData`."""
 
     text: Path | None = field(
         default=None,
         metadata={
             "help": "Text for perplexity and KL of language models, or cosine of sentence encoders, a line being a"
-            " sentence."
+            " sentence; pairs for encoder-decoders; or a folder of images or sound.",
+            "metavar": "PATH",
         },
     )
     sts: Path | None = field(
         default=None, metadata={"help": "CSV of sentence pairs and scores: rank correlation of sentence encoders."}
     )
-    samples: int = field(default=0, metadata={"help": "Sequences, lines or pairs at most.", "least": 0, "unset": "all"})
+    samples: int = field(
+        default=0, metadata={"help": "Sequences, lines, pairs or files at most.", "least": 0, "unset": "all"}
+    )
     seq_length: int = field(default=256, metadata={"help": "Tokens of a sequence.", "least": 2})
+    unreadable: Literal["refuse", "skip"] = field(default="refuse", metadata=UNREADABLE)
     trust_remote_code: bool = field(default=False, metadata=TRUST)
 
     @property

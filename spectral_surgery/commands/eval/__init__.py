@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectral_surgery.commands.eval.scores import Scores
 from spectral_surgery.commands.eval.table import Measures, ModelRow, model_table
 from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
 from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.storage import Checkpoint, here
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.scores import TextScores
 from spectral_surgery.text.settings import EvalData
 
 __all__ = ["EvalData", "EvalReport", "ModelRow", "Reference", "evaluate"]
@@ -25,7 +25,7 @@ class EvalReport:
     Attributes:
         tensors: those that differ, the worst first.
         relative_error: of all tensors that differ, together.
-        measures: of A, B or both, by name: perplexity, kl, cosine, spearman.
+        measures: of A, B or both, by name, such as perplexity_a, kl, cosine or accuracy_b.
         models: A, B and what is beside them, if anything is.
     """
 
@@ -84,5 +84,5 @@ def evaluate(
     measures = {}
     if data.has_text:
         other = b if b is not None else (a if adapter is not None else None)
-        measures = TextScores(here(a), data, device).measures(here(other) if other else None, adapter)
+        measures = Scores(here(a), data, device).measures(here(other) if other else None, adapter)
     return EvalReport(**vars(apart), measures=measures, seconds=time.perf_counter() - started)

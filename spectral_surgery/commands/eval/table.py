@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spectral_surgery.baselines import BASELINES, Baseline, baseline
 from spectral_surgery.commands.eval.baselines import Cost, calibrated_weights, matrices_of, plain_cost, write_baseline
+from spectral_surgery.commands.eval.scores import Scores
 from spectral_surgery.commands.eval.weights import Distance, distance
 from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
@@ -18,7 +19,6 @@ from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, i
 from spectral_surgery.files.index import read_index
 from spectral_surgery.memory import peak_rss_growth
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.scores import TextScores
 from spectral_surgery.text.settings import EvalData
 
 Measures = dict[str, float]
@@ -30,7 +30,7 @@ class ModelRow:
     """A row of the table of models.
 
     Attributes:
-        measures: on the text: perplexity, kl, same_top; cosine; spearman. The first model is compared with none.
+        measures: on the text: see `Scores`. The first model is compared with none.
         family: what it shares with the same method at other rates; empty for a plain checkpoint.
         seconds: that it took to make, where it was made for this table.
         peak_bytes: resident memory that it took to make at the peak, beyond what was there; where it was measured.
@@ -96,7 +96,7 @@ def model_table(
         raise ConfigError(
             f"eval --baseline: expected a plain A to make them of, got {a.name}, which is compressed. Decompress it."
         )
-    scores = TextScores(a, data, device) if data.has_text else None
+    scores = Scores(a, data, device) if data.has_text else None
     total, done = len(asked) + len(others), 0
     baseline_rows, baseline_scores = [], []
     for one in asked:  # first: what they refuse is known before the long part
