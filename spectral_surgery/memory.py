@@ -48,7 +48,9 @@ def release_freed_memory() -> None:
 def peak_rss_bytes() -> int:
     """Largest resident size so far, in bytes, of this process or of any finished worker, whichever is larger."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return max(_own_peak(), children)
+    if _STATUS.exists():  # Linux counts the peak of whoever started us into ru_maxrss
+        return max(_status("VmHWM"), children)
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, children)
 
 
 def peak_rss_growth(call: Callable[[], R]) -> tuple[R, int | None]:
@@ -64,12 +66,6 @@ def peak_rss_growth(call: Callable[[], R]) -> tuple[R, int | None]:
     before = _status("VmRSS")
     result = call()
     return result, max(0, _status("VmHWM") - before)
-
-
-def _own_peak() -> int:
-    if _STATUS.exists():  # Linux counts the peak of whoever started us into ru_maxrss
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _status(key: str) -> int:

@@ -154,15 +154,12 @@ class _Job(Generic[T, R]):
 
     def each(self) -> Iterator[int]:
         """Do the items that nobody else takes; their numbers."""
-        for number, prepared in ahead(self._prepared, self._remaining(), self.depth):
+        for number, prepared in ahead(lambda number: self.prepare(self.items[number]), self._remaining(), self.depth):
             self.work(prepared)
             yield number
 
     def all(self) -> None:
         deque(self.each(), maxlen=0)
-
-    def _prepared(self, number: int) -> R:
-        return self.prepare(self.items[number])
 
     def _remaining(self) -> Iterator[int]:
         while (number := _take(self.taken)) < len(self.items):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterMethod
-from spectral_surgery.adapters.positions import register_positions
+from spectral_surgery.adapters.positions import check_count, register_positions
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.fourier import Places, adapted_linear, delta_rows, delta_weight, fold, fourier_delta
 from spectral_surgery.targets import pattern_value
@@ -62,11 +62,7 @@ class FourierFT(nn.Module):
         """
         super().__init__()
         count = out_features * in_features
-        if not 0 < config.n_frequency <= count:
-            raise ConfigError(
-                f"n_frequency: expected 1 to {count} for a layer of {out_features} x {in_features}, got"
-                f" {config.n_frequency}. Change n_frequency, or n_frequency_pattern for some layers."
-            )
+        check_count(config.n_frequency, count, (out_features, in_features))
         if config.scaling == "auto":
             raise ConfigError("scaling: expected a number here, got 'auto'. Use the method's resolve.")
         self.shape = (out_features, in_features)

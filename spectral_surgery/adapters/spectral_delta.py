@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.fourierft import random_positions
 from spectral_surgery.adapters.positions import check_count, register_positions
-from spectral_surgery.errors import ConfigError, ShapeError
-from spectral_surgery.sparse.tensor import largest
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.targets import pattern_value
 from spectral_surgery.transforms.base import as_real
 from spectral_surgery.transforms.fast import FAST
@@ -110,37 +109,6 @@ class SpectralDelta(nn.Module):
         frequencies = basis.new_zeros(*ids.shape, self.shape[1])
         frequencies = frequencies.index_add(-1, columns, basis * (spectrum * self.scaling))
         return self.transform.inverse(frequencies)
-
-    @classmethod
-    def from_delta(
-        cls, delta: Tensor, n_frequency: int, *, transform: Literal["dct", "hartley"] = "dct", scaling: float = 1.0
-    ) -> SpectralDelta:
-        """The best adapter for a weight update: its largest coefficients.
-
-        Returns an adapter on the device of delta; its squared error is the energy of what it leaves out.
-
-        Args:
-            delta: [O, I] real, finite.
-            n_frequency: coefficients to keep; equal magnitudes in order of their places.
-            scaling: factor of ΔW, by which the coefficients are divided.
-
-        Raises:
-            ShapeError: when delta is not a matrix.
-            ConfigError: when delta is not finite, or n_frequency or the transform do not fit.
-        """
-        if delta.ndim != 2:
-            raise ShapeError(f"from_delta: expected a delta [O, I], got shape {tuple(delta.shape)}. Reshape it.")
-        if not delta.isfinite().all():
-            raise ConfigError("from_delta: expected finite weights, got a delta that is not finite. Check both models.")
-        rows, columns = delta.shape
-        check_count(n_frequency, delta.numel(), (rows, columns))
-        coefficients = FAST[transform].forward2(delta.detach().float()).reshape(-1)
-        positions = largest(coefficients.abs(), n_frequency)
-        config = SpectralDeltaConfig(n_frequency=n_frequency, transform=transform, scaling=scaling)
-        adapter = cls(config, rows, columns, positions).to(delta.device)
-        with torch.no_grad():
-            adapter.spectrum.copy_(coefficients[positions] / scaling)
-        return adapter
 
     def _multiply(self, spectrum: Tensor, x: Tensor) -> Tensor:
         # a bag of columns of C for each of its rows: [T, I] -> [T, O]

@@ -68,7 +68,12 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "number": _number, "link": _link, "short_name": _short_name}
+    environment.filters |= {
+        "cell": _cell,
+        "number": _number,
+        "link": lambda name: f"[{name}](https://huggingface.co/{name})" if name else "a checkpoint",
+        "short_name": lambda name: name.rpartition("/")[2] if name else "A checkpoint",
+    }
     return environment
 
 
@@ -79,11 +84,3 @@ def _number(value: float) -> str:
 def _cell(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _short_name(repository: str | None) -> str:
-    return repository.rpartition("/")[2] if repository else "A checkpoint"
-
-
-def _link(repository: str | None) -> str:
-    return f"[{repository}](https://huggingface.co/{repository})" if repository else "a checkpoint"

@@ -128,7 +128,9 @@ def command(
         elif (finished := compress_shard(found, out, options, part, base=before, run=run)) is not None:
             report = finished
         else:
-            _show_shard(part, out)
+            text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
+            hint = f"{text} If one was lost, run the command again without --shard and with --resume."
+            output.show({"finished": False, "shard": list(part), "message": text}, [hint])
             return
     for line in _text_lines(report):
         click.echo(line, err=True)
@@ -228,12 +230,6 @@ def _plan_lines(index: CheckpointIndex, plan: Plan) -> Iterator[str]:
     yield from (f"tied: {alias} = {name}, stored once" for alias, name in plan.aliases.items())
     yield from output.notes([*index.notes, *notes_on(index.config)])
     yield "Nothing was written."
-
-
-def _show_shard(part: tuple[int, int], out: Path) -> None:
-    text = f"Shard {part[0]}/{part[1]} is done; the last of the others to finish writes {out}."
-    hint = f"{text} If one was lost, run the command again without --shard and with --resume."
-    output.show({"finished": False, "shard": list(part), "message": text}, [hint])
 
 
 def _report_lines(report: CompressReport) -> Iterator[str]:

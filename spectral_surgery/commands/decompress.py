@@ -208,14 +208,11 @@ def _verify_sum(work: _Entries, name: str, written: TensorInfo, dtype: torch.dty
     for weight, part_energy in work.weights(name, record):
         energy += part_energy
         expected = cast(weight, dtype).reshape(-1)
-        if not _same_bits(read_flat(written, start, start + len(expected)), expected):
+        there = read_flat(written, start, start + len(expected))
+        if not torch.equal(there.view(torch.uint8), expected.view(torch.uint8)):
             return [f"{name}: is not the sum of the base and the difference"]
         start += len(expected)
     stored = record.report.stored_energy
     if abs(energy - stored) > 1e-4 * stored:
         return [f"{name}: squared norm {energy:.6g} of the difference where {stored:.6g} was encoded"]
     return []
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -104,7 +104,8 @@ def plan_injection(source: Checkpoint, spec: AdapterSpec) -> InjectPlan:
     copied = _copied(names, model, spec, layers, asked.targets.modules_to_save)
     parameters, stored = {}, sum(info.nbytes for info in copied.values())
     for name, shape in layers.items():
-        adapter = _on_meta(spec, name, shape)
+        with torch.device("meta"):
+            adapter = spec.build(name, *shape)
         parameters[name] = sum(parameter.numel() for parameter in adapter.parameters())
         stored += sum(tensor.nbytes for tensor in adapter.state_dict().values())
     forms = forms_of({name: modules[name] for name in layers})
@@ -139,11 +140,6 @@ def inject(
     return plan
 
 
-def _on_meta(spec: AdapterSpec, name: str, shape: tuple[int, int]) -> nn.Module:
-    with torch.device("meta"):
-        return spec.build(name, *shape)
-
-
 def _outline(index: CheckpointIndex) -> tuple[nn.Module, tuple[str, ...]]:
     """The modules of the model, without numbers; and whether they are guessed, in words."""
     if index.config:
@@ -165,7 +161,8 @@ def _for_task(
     """The specification with its task, and with the head that PEFT expects for it; and what is odd about that."""
     task = spec.task_type or task_of(names.index.config)
     heads = trained_heads(model, task)
-    absent = [name for name in _names_in(model, heads) if names.find(name) is None]
+    inside = [f"{head}.{key}" for head in heads for key in model.get_submodule(head).state_dict()]
+    absent = [name for name in inside if names.find(name) is None]
     if spec.task_type is None and not guessed:
         task = callable_task(task, inspect.signature(model.forward).parameters)
     elif spec.task_type is None and task in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
@@ -211,11 +208,6 @@ def _refuse_misread(index: CheckpointIndex, spec: AdapterSpec, layers: Iterable[
             f"target_modules: expected layers that PEFT adapts as they are named, got {name} and {len(misread) - 1}"
             f" more, and {reason}. Use --exclude-modules, or --method."
         )
-
-
-def _names_in(model: nn.Module, modules: Iterable[str]) -> list[str]:
-    """Names of the parameters and buffers inside modules."""
-    return [f"{name}.{key}" for name in modules for key in model.get_submodule(name).state_dict()]
 
 
 def _copied(

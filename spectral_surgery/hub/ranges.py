@@ -63,10 +63,8 @@ class HubFile:
                 if done == view.nbytes:
                     return
                 attempt = 1 if done > before else attempt + 1
-                pause(failure or self._ended(start + done), attempt, _TRIES)
-
-    def _ended(self, at: int) -> HubError:
-        return HubError(f"{self}: ends at byte {at}; expected {self.size} bytes. Run the command again.")
+                ended = f"{self}: ends at byte {start + done}; expected {self.size} bytes. Run the command again."
+                pause(failure or HubError(ended), attempt, _TRIES)
 
     def _pieces(self, start: int, stop: int) -> Iterator[bytes]:
         """What one request brings; no more is taken from the connection than is wanted."""

@@ -26,7 +26,7 @@ def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     outside, heads = _outside(model), list[str]()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{head}.") for head in heads)
-        if name and not inside and (name in outside or name.endswith(ends)) and _holds_tensors(module):
+        if name and not inside and (name in outside or name.endswith(ends)) and module.state_dict():
             heads.append(name)
     return tuple(heads)
 
@@ -58,7 +58,3 @@ def _outside(model: nn.Module) -> tuple[str, ...]:
     if base is None or base is model:
         return ()
     return tuple(name for name, child in model.named_children() if child is not base)
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return bool(module.state_dict())

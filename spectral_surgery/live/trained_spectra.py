@@ -131,25 +131,6 @@ def each_kept_spectrum(model: nn.Module) -> Iterator[tuple[str, list[QuantizedSp
             yield name, spectrum.spectra(values)
 
 
-def end_training(model: nn.Module) -> None:
-    """End the training: every weight becomes a plain parameter, what its rounded values decode to.
-
-    Args:
-        model: after `train_kept`; changed in place. Weights that were shared stay shared.
-    """
-    dense: dict[int, nn.Parameter] = {}
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        for leaf, holder in list(cast(Any, module.parametrizations).items()):
-            if isinstance(holder[0], KeptSpectrum):
-                key = id(holder.original)
-                if key not in dense:
-                    dense[key] = nn.Parameter(getattr(module, leaf).detach())
-                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-                setattr(module, leaf, dense[key])
-
-
 def unfreeze_spectra(model: nn.Module) -> list[nn.Parameter]:
     """Make the kept coefficients of all spectral layers trainable, with the quantiser in the loop.
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.frames import encode_rows
@@ -17,7 +16,6 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ShapeError, TargetError
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
 from spectral_surgery.live.trained_spectra import (
-    end_training,
     freeze_spectra,
     kept_spectra,
     train_kept,
@@ -99,7 +97,7 @@ class Tied(nn.Module):
         return self.head(self.middle(self.embedding(ids)))
 
 
-def test_shared_weights_are_trained_as_one_and_settle() -> None:
+def test_shared_weights_are_trained_as_one() -> None:
     torch.manual_seed(0)
     model, ids = Tied(), torch.arange(40)
     names = ("embedding.weight", "middle.weight")
@@ -113,13 +111,9 @@ def test_shared_weights_are_trained_as_one_and_settle() -> None:
     assert first.grad is not None
     torch.optim.SGD(values, 0.5).step()
     assert torch.equal(model.head.weight, model.embedding.weight)
-    spectra, outputs = kept_spectra(model), model(ids)
+    spectra = kept_spectra(model)
     assert list(spectra) == list(names)
     torch.testing.assert_close(spectra["embedding.weight"][0].to_dense(), model.embedding.weight)
-    end_training(model)
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    assert torch.equal(model(ids), outputs)
-    assert model.head.weight is model.embedding.weight
 
 
 def test_a_name_that_is_no_parameter_is_refused() -> None:

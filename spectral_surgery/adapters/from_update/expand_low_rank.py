@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_surgery.adapters.foura import FOURA
-from spectral_surgery.adapters.from_update.expansion import Expansion, Extractor, count_for
+from spectral_surgery.adapters.from_update.expansion import Expansion, Extractor, count_for, energy_of
 from spectral_surgery.adapters.lora import LORA
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.transforms.fast import FAST
@@ -38,7 +39,7 @@ def expand(delta: Tensor, most: int, enough: float | None, config: Any) -> Expan
     count = most if enough is None else min(most, count_for(gains, enough))
     root = s[:count].sqrt()[:, None]
     parts = {"down": root * vh[:count], "up": root * u[:, :count].T}
-    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
+    energy = energy_of(delta)
     return Expansion(energy, energy, gains[:count], gains[:count], parts)
 
 
@@ -74,27 +75,17 @@ def _sketch(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return basis @ u[:, :rank], s[:rank], vh[:rank]
 
 
-def _lora_tensors(parts: dict[str, Tensor], shape: tuple[int, int], config: Any) -> dict[str, Tensor]:
-    del shape, config
-    return {"A": parts["down"], "B": parts["up"].T.contiguous()}
-
-
 def _foura_tensors(parts: dict[str, Tensor], shape: tuple[int, int], config: Any) -> dict[str, Tensor]:
     del shape
     transform = FAST[config.transform]
     return {"A": transform.forward(parts["down"]), "B": transform.forward(parts["up"]).T.contiguous()}
 
 
-def _lora_settings(config: Any, counts: dict[str, int]) -> Any:
-    r, pattern = per_layer(counts)
-    alphas = {key: float(value) for key, value in pattern.items()}  # a factor of 1 everywhere
-    return replace(config, r=r, lora_alpha=float(r), rank_pattern=pattern, alpha_pattern=alphas)
-
-
-def _foura_settings(config: Any, counts: dict[str, int]) -> Any:
+def _settings(alpha: str, config: Any, counts: dict[str, int]) -> Any:
+    """``alpha``: the setting that is divided by the rank; the factor is 1 everywhere."""
     r, pattern = per_layer(counts)
     alphas = {key: float(value) for key, value in pattern.items()}
-    return replace(config, r=r, alpha=float(r), rank_pattern=pattern, alpha_pattern=alphas)
+    return replace(config, r=r, rank_pattern=pattern, alpha_pattern=alphas, **{alpha: float(r)})
 
 
 def _foura_check(config: Any) -> None:
@@ -113,20 +104,18 @@ LOW_RANK = (
         unit="rank",
         most=min,
         numbers=sum,
-        place_bytes=lambda _: 0,
         expand=expand,
-        tensors=_lora_tensors,
-        settle=_lora_settings,
+        tensors=lambda parts, _, __: {"A": parts["down"], "B": parts["up"].T.contiguous()},
+        settle=partial(_settings, "lora_alpha"),
     ),
     Extractor(
         method=FOURA,
         unit="rank",
         most=min,
         numbers=sum,
-        place_bytes=lambda _: 0,
         expand=expand,
         tensors=_foura_tensors,
-        settle=_foura_settings,
+        settle=partial(_settings, "alpha"),
         check=_foura_check,
     ),
 )

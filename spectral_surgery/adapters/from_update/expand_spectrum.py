@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_surgery.adapters.fourierft import FOURIERFT, random_positions
 from spectral_surgery.adapters.fourierft_biased import FOURIERFT_BIASED, basis_functions
 from spectral_surgery.adapters.from_update.expand_low_rank import per_layer
-from spectral_surgery.adapters.from_update.expansion import Expansion, Extractor, count_for
+from spectral_surgery.adapters.from_update.expansion import Expansion, Extractor, count_for, energy_of
 from spectral_surgery.adapters.spectral_delta import SPECTRAL_DELTA
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.sparse.tensor import largest
@@ -47,7 +47,7 @@ def expand_cosines(delta: Tensor, most: int, enough: float | None, config: Any) 
     chosen = _best(flat, min(most, int(first.sum())), enough)
     positions = chosen // half * columns + chosen % half
     parts = {"values": values.reshape(-1)[chosen] / config.scaling, "positions": positions}
-    return Expansion(_energy(delta), reach, flat[chosen], flat[chosen], parts)
+    return Expansion(energy_of(delta), reach, flat[chosen], flat[chosen], parts)
 
 
 def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -> Expansion:
@@ -69,7 +69,7 @@ def expand_random(delta: Tensor, most: int, enough: float | None, config: Any) -
     reach = float(gains[_first_of_mirrors(rows, columns)].sum())
     order = torch.full((count,), reach / delta.numel(), dtype=torch.float64)
     parts = {"values": values.reshape(-1)[functions[:count]] / config.scaling, "functions": functions[:count]}
-    return Expansion(_energy(delta), reach, gain[:count], order, parts)
+    return Expansion(energy_of(delta), reach, gain[:count], order, parts)
 
 
 def _cosines(delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,10 +113,6 @@ def _best(gains: Tensor, most: int, enough: float | None) -> Tensor:
     return chosen[gains[chosen].argsort(descending=True, stable=True)]
 
 
-def _energy(delta: Tensor) -> float:
-    return float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
-
-
 def _placed(parts: dict[str, Tensor], shape: tuple[int, int], config: Any) -> dict[str, Tensor]:
     del config
     positions, order = parts["positions"].sort()
@@ -151,7 +147,6 @@ SPECTRAL = (
         method=SPECTRAL_DELTA,
         unit="n_frequency",
         most=lambda shape: shape[0] * shape[1],
-        numbers=lambda _: 1,
         place_bytes=_place_bytes,
         expand=expand_delta,
         tensors=_placed,
@@ -162,8 +157,6 @@ SPECTRAL = (
         method=FOURIERFT,
         unit="n_frequency",
         most=lambda shape: shape[0] * shape[1],
-        numbers=lambda _: 1,
-        place_bytes=lambda _: 0,
         expand=expand_random,
         tensors=_shared,
         settle=_settings,
@@ -173,7 +166,6 @@ SPECTRAL = (
         method=FOURIERFT_BIASED,
         unit="n_frequency",
         most=basis_functions,
-        numbers=lambda _: 1,
         place_bytes=_place_bytes,
         expand=expand_cosines,
         tensors=_placed,

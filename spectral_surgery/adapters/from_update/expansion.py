@@ -88,11 +88,11 @@ class Extractor:
     method: AdapterMethod[Any]
     unit: str
     most: Callable[[tuple[int, int]], int]
-    numbers: Callable[[tuple[int, int]], int]
-    place_bytes: Callable[[tuple[int, int]], int]
     expand: Callable[[Tensor, int, float | None, Any], Expansion]
     tensors: Callable[[dict[str, Tensor], tuple[int, int], Any], dict[str, Tensor]]
     settle: Callable[[Any, dict[str, int]], Any]
+    numbers: Callable[[tuple[int, int]], int] = lambda _: 1
+    place_bytes: Callable[[tuple[int, int]], int] = lambda _: 0
     check: Callable[[Any], None] = lambda _: None
 
     @property
@@ -146,6 +146,11 @@ class Allocation:
         affordable = int((costs[best].cumsum(0) <= budget).sum())
         counts: list[int] = torch.bincount(owners[best[:affordable]], minlength=len(self.layers)).tolist()
         return counts
+
+
+def energy_of(tensor: Tensor) -> float:
+    """The sum of squares, in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
 
 
 def count_for(gains: Tensor, enough: float) -> int:

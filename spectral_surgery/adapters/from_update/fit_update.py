@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_surgery.adapters.from_update.expand_low_rank import LOW_RANK
 from spectral_surgery.adapters.from_update.expand_spectrum import SPECTRAL
-from spectral_surgery.adapters.from_update.expansion import Allocation, Expansion, Extractor, Size
+from spectral_surgery.adapters.from_update.expansion import Allocation, Expansion, Extractor, Size, energy_of
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.registry import Table
 
@@ -143,8 +143,7 @@ def _expanded(extractor: Extractor, config: Any, delta: Tensor, wanted: tuple[st
     kind, value = wanted
     if kind != "max_error":
         return extractor.expand(delta, min(most, int(value)) if kind == "count" else most, None, config)
-    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2)
-    return extractor.expand(delta, most, energy * (1 - value**2), config)
+    return extractor.expand(delta, most, energy_of(delta) * (1 - value**2), config)
 
 
 def _out_of_reach(extractor: Extractor, layer: str, wanted: float, floor: float) -> str:

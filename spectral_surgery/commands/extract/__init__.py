@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.adapters.base import Adapter, AdapterSpec, AdapterState
+from spectral_surgery.adapters.from_update.expansion import energy_of
 from spectral_surgery.adapters.from_update.fit_update import EXTRACTORS, Fit, Size, Update, fit
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.adapters import converted_card, error_of
@@ -209,11 +210,11 @@ def measure(
     for update in updates:
         if update.layer in fitted.counts:
             delta = update.delta()
-            energy = _energy(delta)
+            energy = energy_of(delta)
             if update.layer in state.layers:
                 delta -= delta_of(state, update.layer, update.shape)
             stored = sum(tensor.nbytes for tensor in state.layers.get(update.layer, {}).values())
-            error = math.sqrt(_energy(delta) / energy) if energy else 0.0
+            error = math.sqrt(energy_of(delta) / energy) if energy else 0.0
             layer = update.layer
             reports.append(
                 LayerReport(layer, update.shape, fitted.counts[layer], stored, error, energy, fitted.floors[layer])
@@ -266,10 +267,6 @@ def _room(plan: ExtractPlan, options: ExtractOptions) -> Size:
     names = [f"{pair.layer}.{options.method}_adapter.positions" for pair in plan.pairs]  # at most two for each layer
     rest = _rest(plan, [pair.layer for pair in plan.pairs], options).tensors
     return room(options.size, [*names, *names, *rest], sum(info.nbytes for info in rest.values()))
-
-
-def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
 
 
 @dataclass

@@ -38,7 +38,7 @@ def save_rest(
     """
     tuned = model.stored
     missing = {name: reason for name, reason in rest.items() if ", in BASE" in reason}
-    biases = [name for name in rest if name not in missing and _is_bias_of(name, layers)]
+    biases = [name for name in rest if name not in missing and name.endswith(".bias") and name[:-5] in layers]
     modules: list[str] = []
     for name in rest:
         module = name.rpartition(".")[0]
@@ -67,10 +67,6 @@ def save_rest(
 
 def _tensors_of(tuned: Mapping[str, StoredParameter], module: str) -> list[str]:
     return [name for name in tuned if name.rpartition(".")[0] == module]
-
-
-def _is_bias_of(name: str, layers: Collection[str]) -> bool:
-    return name.endswith(".bias") and name.removesuffix(".bias") in layers
 
 
 def _problem(tuned: Mapping[str, StoredParameter], module: str, layers: Collection[str]) -> str:

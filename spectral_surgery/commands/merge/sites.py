@@ -165,7 +165,7 @@ class Finder:
     def _update(self, number: int, state: AdapterState, layer: str) -> None:
         name = self.base.named(layer if layer in state.parameters else f"{layer}.weight")
         group = self.base.tied_with(name) if state.spec.targets.ensure_weight_tying else ()
-        if group and name != group[0] and name not in self._apart and self._has(state, group[0]):
+        if group and name != group[0] and name not in self._apart and group[0].removesuffix(".weight") in state.layers:
             return  # the same update as that of the embedding
         stored = self._find(name)
         if stored is None:
@@ -233,9 +233,6 @@ class Finder:
         except SpectralSurgeryError as error:
             return str(error)
         return ""
-
-    def _has(self, state: AdapterState, name: str) -> bool:
-        return name.removesuffix(".weight") in state.layers
 
     def _resized_shape(self, name: str, found: StoredParameter) -> tuple[int, ...]:
         group = self.base.tied_with(name) or (found.name,)

@@ -107,11 +107,9 @@ class _Work:
 
     def entries(self) -> list[Entry]:
         """Of the base."""
-        names = [name for name in self.index.tensors if not self._is_added(name)]
+        added = {name for name, tensor in self.record.tensors.items() if tensor.base is None}
+        names = [name for name in self.index.tensors if name not in added]
         return reported([self._entry(name) for name in names], self.progress)
-
-    def _is_added(self, name: str) -> bool:
-        return name in self.record.tensors and self.record.tensors[name].base is None
 
     def _entry(self, as_name: str) -> Entry:
         info = self.index.tensors[as_name]

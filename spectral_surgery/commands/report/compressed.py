@@ -15,7 +15,7 @@ from spectral_surgery.commands.report.sizes import Stored, bytes_figure, layer_f
 from spectral_surgery.commands.report.training import healing_section
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.difference import base_name
-from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, SUFFIXES, TensorRecord
+from spectral_surgery.files.compressed.manifest import FILE_NAME, FORMAT_VERSION, SUFFIXES
 from spectral_surgery.files.header import DTYPE_BITS, TensorInfo
 from spectral_surgery.files.storage import size_of
 
@@ -59,16 +59,12 @@ def copied_tensors(checkpoint: CompressedCheckpoint) -> list[TensorInfo]:
 def _sizes(checkpoint: CompressedCheckpoint) -> tuple[int, int]:
     """Bytes of all tensors before, those of a tie counted twice as they were stored, and of all files after."""
     manifest, index = checkpoint.manifest, checkpoint.index
-    sizes = {name: _dense_bytes(record) for name, record in manifest.tensors.items()}
+    sizes = {name: math.prod(record.shape) * DTYPE_BITS[record.dtype] // 8 for name, record in manifest.tensors.items()}
     sizes |= {info.name: info.nbytes for info in copied_tensors(checkpoint)}
     before = sum(sizes.values()) + sum(sizes.get(name, 0) for name in manifest.aliases.values())
     manifest_file = index.root / FILE_NAME
     files = [*index.files, *([manifest_file] if manifest_file.exists() else [])]
     return before, sum(map(size_of, files))
-
-
-def _dense_bytes(record: TensorRecord) -> int:
-    return math.prod(record.shape) * DTYPE_BITS[record.dtype] // 8
 
 
 def _kind(options: Mapping[str, object]) -> str:

@@ -106,7 +106,8 @@ class Loading:
         ]
 
     def _install(self, model: nn.Module, plan: Plan, target: str, like: Tensor) -> None:
-        taken = [self._taken(names) for names in plan.matrices(target)]
+        take = self.prefetched.take if self.prefetched else self._forms
+        taken = [take(names) for names in plan.matrices(target)]
         if target in plan.experts:
             install_matrices(model, target, taken, like)
             return
@@ -131,9 +132,6 @@ class Loading:
     def _forms(self, names: Names) -> Resident:
         cuts = cast(Plan, self.plan).cuts(names, self.checkpoint.manifest.tensors[names[0]])
         return resident_forms(self.checkpoint, names, self.residents.get(names[0], AUTO), cuts)
-
-    def _taken(self, names: Names) -> Resident:
-        return self.prefetched.take(names) if self.prefetched else self._forms(names)
 
 
 def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:

@@ -38,7 +38,7 @@ def only_multiplies(cls: type[nn.Module], leaf: str) -> bool:
             return False
         used = used or bool(method.uses(leaf))
         waiting += [(called, cls) for called in method.calls("self")]
-        waiting += [(called, _behind(owner, cls)) for called in method.calls("super")]
+        waiting += [(called, cls.__mro__[cls.__mro__.index(owner) + 1]) for called in method.calls("super")]
     return used
 
 
@@ -46,10 +46,6 @@ def _owner(start: type, cls: type, name: str) -> type | None:
     """The class whose method of a name is called, looked for from a class on, in the order of another."""
     order = cls.__mro__
     return next((cls for cls in order[order.index(start) :] if inspect.isfunction(vars(cls).get(name))), None)
-
-
-def _behind(owner: type, cls: type) -> type:
-    return cls.__mro__[cls.__mro__.index(owner) + 1]
 
 
 class _Method:
