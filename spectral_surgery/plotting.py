@@ -23,4 +23,6 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401 - whether it is there
     except ImportError:
-        raise BackendError("--plot: matplotlib is not installed. pip install 'spectral-surgery[plot]'") from None
+        raise BackendError(
+            "--plot: expected matplotlib, got none installed. pip install 'spectral-surgery[plot]'"
+        ) from None

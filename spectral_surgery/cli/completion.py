@@ -21,5 +21,7 @@ def command(shell: str) -> None:
 
     kind = get_completion_class(shell)
     if kind is None:
-        raise click.UsageError(f"{shell}: this version of click has no completion for it.")
+        raise click.UsageError(
+            f"{shell}: expected a shell that click completes for, got one that it does not know. Update click."
+        )
     click.echo(kind(cli, {}, "spectral-surgery", "_SPECTRAL_SURGERY_COMPLETE").source())

@@ -158,12 +158,14 @@ def _engine(shard: str | None, workers: int) -> tuple[EngineName, str | None, tu
     engine, address = params["engine"], params["ray_address"]
     part = shared.shard_of(shard) if engine in (None, "torchrun") or shard else (0, 1)
     if shard and engine not in (None, "torchrun"):
-        raise click.UsageError(f"--shard: goes with --engine torchrun, got {engine}.")
+        raise click.UsageError(f"--shard: expected --engine torchrun with it, got {engine}. Leave one of them out.")
     if address and engine != "ray":
         raise click.UsageError("--ray-address: expected with --engine ray, got it alone.")
     if engine == "ray":
         if workers > 1:
-            raise click.UsageError("--workers: are of this machine; --engine ray uses all processors of the cluster.")
+            raise click.UsageError(
+                "--workers: expected none with --engine ray, which uses all processors of the cluster. Leave it out."
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it would report on it
     return engine or ("torchrun" if part[1] > 1 else "local"), address or os.environ.get("RAY_ADDRESS"), part
 

@@ -78,7 +78,7 @@ def _export_model(source: str, out: Path, to: str, base: str | None, dry_run: bo
     params = click.get_current_context().params
     sizes = [name for name in _SIZES if params[name] is not None]
     if sizes:
-        raise click.UsageError(f"--{sizes[0].replace('_', '-')}: is for adapters; {to} is set with -o.")
+        raise click.UsageError(f"--{sizes[0].replace('_', '-')}: expected an adapter, got a model. Set {to} with -o.")
     settings = parse_settings(workflow.model_target(to).config, params["settings"])
     keep_freed_memory()
     access = shared.hub_access()

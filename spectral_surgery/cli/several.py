@@ -39,7 +39,9 @@ def compress_all(sources: Sequence[str], out: Path, target: Target, workers: int
     names = [Path(source.rstrip("/")).resolve().name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise click.UsageError(f"two SOURCEs are called {twice[0]}, and OUT gets a folder of each name. Rename one.")
+        raise click.UsageError(
+            f"SOURCE: expected names that differ, for the folders in OUT, got {twice[0]} twice. Rename one."
+        )
     before, name = access.others().locate(params["base"])
     options = from_options(CompressOptions, {"target": target, "base": name})
     found = {name: access.locate(source) for name, source in zip(names, sources, strict=True)}

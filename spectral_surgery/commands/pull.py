@@ -74,7 +74,9 @@ def pull(
         raise HubError(f"{source}: expected org/name or hf://org/name, got a path. Copy folders as they are.")
     partial = partial_folder(out, overwrite=overwrite)
     if partial.exists() and not (partial / _MARK).exists():
-        raise CheckpointError(f"{partial.name}: holds unfinished work of another command. Finish or remove it first.")
+        raise CheckpointError(
+            f"{partial.name}: expected an unfinished pull, got the work of another command. Finish or remove it first."
+        )
     listing = hub.list_files(repository, token)
     names = _matching(listing, include) if include else hub.needed(listing, token)
     files = {name: listing.files[name].size for name in names}

@@ -27,8 +27,7 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise CheckpointError(
-                f"{path}: no space left on the disk; the output is incomplete."
-                " Free some space or choose another output."
+                f"{path}: expected room for the output, got a full disk. Free some space or choose another output."
             ) from error
         raise CheckpointError(
             f"{path}: expected a writable place, got an error ({error}). Check permissions or choose another output."

@@ -171,9 +171,9 @@ def _parse_object(raw: bytes, where: str) -> dict[str, object]:
     try:
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({error}). {_AGAIN}") from None
+        raise CheckpointError(f"{where}: expected JSON, got an error ({error}). {_AGAIN}") from None
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where} is not JSON of one object. {_AGAIN}")
+        raise CheckpointError(f"{where}: expected JSON of one object, got another value. {_AGAIN}")
     return parsed
 
 
@@ -190,7 +190,7 @@ def _header_length(file: File, prefix: bytes, size: int) -> int:
         if prefix.startswith(magic):
             raise CheckpointError(f"{file}: {what}")
     if len(prefix) < 8:
-        raise CheckpointError(f"{file}: {size} bytes; a safetensors file has 8 at least. {_AGAIN}")
+        raise CheckpointError(f"{file}: expected a safetensors file, of 8 bytes at least, got {size} bytes. {_AGAIN}")
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT:
         raise LimitError(

@@ -120,7 +120,7 @@ def _info(file: Path, size: int, name: str, tensor: Any) -> TensorInfo:
     start = place + tensor.storage_offset() * width
     if start + count * width > size:
         raise CheckpointError(
-            f"{file}: {named([name])} ends behind the file, which seems truncated. Download it again."
+            f"{file}: expected all numbers of {named([name])}, got a file that ends before them. Download it again."
         )
     if tensor.is_contiguous():
         return TensorInfo(name, code, shape, file, start, count * width)

@@ -306,8 +306,8 @@ def _stream(file: BinaryIO, path: Path, entry: Entry) -> None:
         write_pieces(file, chunk)
     if written != entry.nbytes:
         raise CheckpointError(
-            f"{path}: {named([entry.name])} came with {written} bytes; {entry.dtype} of shape"
-            f" {named([entry.shape])} takes {entry.nbytes}. The producer of its chunks is wrong."
+            f"{path}: expected {entry.nbytes} bytes of {named([entry.name])}, {entry.dtype} {named([entry.shape])}, got"
+            f" {written}. The producer of its chunks is wrong."
         )
 
 

@@ -169,7 +169,9 @@ class _Found:
         for target, rows in made.items():
             order = _places(np.asarray(rows), labels)
             if order is None:
-                raise CheckpointError(f"{self._file}: {named([target])} is no stack of rows of its tensors.")
+                raise CheckpointError(
+                    f"{self._file}: expected {named([target])} to be rows of its tensors, got other numbers."
+                )
             width = shapes[int(np.searchsorted(starts, order[0], side="right")) - 1][-1]
             found[target] = _moved(target, order, (*rows.shape[:-1], width), blocks, starts)
         return found

@@ -64,7 +64,7 @@ def list_files(repository: Repository, token: str | None = None) -> Listing:
     files, folder = {}, repository.path
     for entry in info.siblings or []:
         if not is_safe(entry.rfilename):
-            raise HubError(f"{repository}: lists {entry.rfilename!r}, which leads out of it. Do not trust this Hub.")
+            raise HubError(f"{repository}: expected paths inside it, got {entry.rfilename!r}. Do not trust this Hub.")
         path = PurePosixPath(entry.rfilename)
         if str(path) == repository.path:
             files[path.name] = _remote_file(entry)

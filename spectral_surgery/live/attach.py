@@ -142,7 +142,9 @@ def assign(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
     layers = {target: layer for target, layer in adapted_layers(model).items() if name in layer.adapters}
     if layers.keys() != state.layers.keys():
         wrong = ", ".join(sorted(layers.keys() ^ state.layers.keys()))
-        raise CheckpointError(f"adapter '{name}': does not fit the model: {wrong} on one side only.")
+        raise CheckpointError(
+            f"adapter '{name}': expected the layers that it is on, got others: {wrong} on one side only."
+        )
     for target, tensors in state.layers.items():
         layers[target].adapters[name].load_state_dict(tensors)
     _load_extras(model, state.extra, name)
@@ -178,7 +180,9 @@ def load(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
             except (CheckpointError, ConfigError) as error:
                 wrong.append(str(error))
     if wrong:
-        raise CheckpointError(f"adapter '{name}': does not fit the model: {'; '.join(wrong)}")
+        raise CheckpointError(
+            f"adapter '{name}': expected the model it was made for, got one that it does not fit: {'; '.join(wrong)}"
+        )
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _put_on(model, state.spec, name, adapters)
     try:
@@ -318,7 +322,9 @@ def _load_extras(model: nn.Module, extra: Mapping[str, Tensor], name: str) -> No
     wrong += [f"{key} is not expected" for key in got if key not in expected]
     wrong += [f"{k} is {got[k]}, not {expected[k]}" for k in got if k in expected and got[k] != expected[k]]
     if wrong:
-        raise CheckpointError(f"adapter '{name}': does not fit the model: {'; '.join(wrong)}")
+        raise CheckpointError(
+            f"adapter '{name}': expected the model it was made for, got one that it does not fit: {'; '.join(wrong)}"
+        )
     for prefix, part in parts.items():
         tensors = part.tensors(name)
         part.load(name, {key: extra[f"{prefix}.{key}"] for key in tensors})

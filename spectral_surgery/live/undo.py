@@ -73,7 +73,9 @@ def merge_weight(base: Tensor, delta: Tensor, where: str, scale: Tensor | None =
     merged = merged.to(base.dtype)
     if not bool(torch.isfinite(merged).all()):
         limit = torch.finfo(base.dtype).max
-        raise NotMergeableError(f"{where}: the sum is beyond {limit:.4g}, the largest number of {base.dtype}.")
+        raise NotMergeableError(
+            f"{where}: expected sums up to {limit:.4g}, the largest number of {base.dtype}, got larger ones."
+        )
     guess = _guess(merged, update, scale)
     undo = Undo(step, _encode(base, merged, guess), digest(base), digest(merged))
     if digest(_decode(undo.data, merged, guess, where)) != undo.base:

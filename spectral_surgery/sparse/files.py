@@ -78,7 +78,7 @@ def _parse(path: Path, text: str) -> tuple[Domain, torch.dtype]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is not JSON; {error}.") from error
+        raise CheckpointError(f"{path}: expected JSON in the header, got an error ({error}).") from error
     version = header.get("version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise FormatVersionError(

@@ -37,11 +37,11 @@ def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
         ConfigError: when the file cannot be read as that, or a column is missing.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file. Expected a text, .csv or .jsonl file.")
+        raise ConfigError(f"{file}: expected a text, .csv or .jsonl file, got no such file.")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text. Expected a text, .csv or .jsonl file.") from None
+        raise ConfigError(f"{file}: expected a text, .csv or .jsonl file in UTF-8, got other bytes.") from None
     if file.suffix == ".csv":
         examples = _csv(file, text, columns)
     elif file.suffix in (".jsonl", ".json"):
@@ -49,7 +49,7 @@ def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
     else:
         examples = [Example((text,))] if text.strip() else []
     if not examples:
-        raise ConfigError(f"{file}: is empty. Expected some text.")
+        raise ConfigError(f"{file}: expected some text, got an empty file.")
     if all(example.label is not None and _is_number(str(example.label)) for example in examples):
         return [Example(example.texts, float(str(example.label))) for example in examples]
     return examples
@@ -119,7 +119,7 @@ def _jsonl(file: Path, text: str, columns: Sequence[str]) -> list[Example]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):
-            raise ConfigError(f"{file}: line {number} is not a JSON object. Expected one object per line.")
+            raise ConfigError(f"{file}: expected a JSON object on each line, got something else on line {number}.")
         names = list(columns) or (["text", "label"] if "label" in row else ["text"])
         missing = [name for name in names if name not in row]
         if missing:

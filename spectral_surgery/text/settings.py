@@ -69,7 +69,7 @@ class TextData:
                 whole.update(path.read_bytes())
             return f"sha256:{whole.hexdigest()}"
         if not self.file.is_file():
-            raise ConfigError(f"{self.file}: no such file. Expected a text, .csv or .jsonl file, or a folder.")
+            raise ConfigError(f"{self.file}: expected a text, .csv or .jsonl file, or a folder, got no such file.")
         return f"sha256:{hashlib.sha256(self.file.read_bytes()).hexdigest()}"
 
 

@@ -291,9 +291,13 @@ class _Run:
                 metadata = state.metadata() or {}
                 tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118 - a reader, not a dict
         except SafetensorError as error:
-            raise CheckpointError(f"{file}: unfinished work cannot be read ({error}). Use --overwrite.") from None
+            raise CheckpointError(
+                f"{file}: expected unfinished work, got an error ({error}). Use --overwrite to discard it."
+            ) from None
         if metadata.get("key") != self.work.key:
-            raise CheckpointError(f"{file}: is of other models, text or settings. Use --overwrite to discard it.")
+            raise CheckpointError(
+                f"{file}: expected work of these models, text and settings, got others. Use --overwrite to discard it."
+            )
         self.curve = _curve(json.loads(metadata["curve"]))
         with torch.no_grad():
             for name, parameter in self.parameters.items():

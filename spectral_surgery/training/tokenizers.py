@@ -55,7 +55,7 @@ def tiktoken_named(name: str) -> Any:
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError:
         raise BackendError(
-            f"--tokenizer tiktoken:{name}: tiktoken and transformers are not both installed. pip install tiktoken"
+            f"--tokenizer tiktoken:{name}: expected tiktoken and transformers, got one at most. pip install tiktoken"
             " 'spectral-surgery[hf]'"
         ) from None
     try:

@@ -129,7 +129,7 @@ def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
         from transformers import EarlyStoppingCallback
     except ImportError:
         raise BackendError(
-            "train: transformers and accelerate are not both installed. pip install 'spectral-surgery[hf]'"
+            "train: expected transformers and accelerate, got at most one installed. pip install 'spectral-surgery[hf]'"
         ) from None
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 

@@ -102,7 +102,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, folders: tuple[Pa
     for arguments, words in (
         ((chat, code, out, "--bits", 2), "several SOURCEs: expected with --base"),
         ((chat, code, out, "--bits", 2, "--base", base, "--shard", "0/2"), "several SOURCEs: expected with --base"),
-        ((chat, other, out, "--bits", 2, "--base", base), "two SOURCEs are called chat"),
+        ((chat, other, out, "--bits", 2, "--base", base), "for the folders in OUT, got chat twice"),
     ):
         result = command(*arguments)
         assert result.exit_code == 2

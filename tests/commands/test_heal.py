@@ -133,7 +133,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparse: Pa
     with pytest.raises(CheckpointError, match=r"parts\.partial: expected an empty folder, got unfinished work"):
         heal(sparse, bert, tmp_path / "parts", data, FEW)
     other = DistillSettings(steps=13, eval_every=4)
-    with pytest.raises(CheckpointError, match=r"is of other models, text or settings\. Use --overwrite"):
+    with pytest.raises(
+        CheckpointError, match=r"expected work of these models, text and settings, got others\. Use --overwrite"
+    ):
         heal(sparse, bert, tmp_path / "parts", data, other, run=Run(resume=True))
     done: list[int] = []
     heal(sparse, bert, tmp_path / "parts", data, FEW, run=Run(resume=True, progress=lambda step, *_: done.append(step)))
@@ -188,7 +190,7 @@ def test_interrupted_blocks_go_on_to_the_same_bytes(tmp_path: Path, sparse: Path
 def test_damaged_unfinished_work_is_named(tmp_path: Path, sparse: Path, bert: Path, text: Path) -> None:
     (tmp_path / "out.partial" / "healing").mkdir(parents=True)
     (tmp_path / "out.partial" / "healing" / "all.safetensors").write_bytes(b"garbage")
-    with pytest.raises(CheckpointError, match="unfinished work cannot be read"):
+    with pytest.raises(CheckpointError, match="expected unfinished work, got an error"):
         heal(sparse, bert, tmp_path / "out", TextData(text, 0, 16, 16), FEW, run=Run(resume=True))
 
 
@@ -205,7 +207,7 @@ def test_compress_with_calibration_and_healing_resumes(tmp_path: Path, bert: Pat
             bert, tmp_path / "out", options, calibrate=calibration, heal=Healing(data, FAST), run=Run(progress=stop)
         )
     assert (tmp_path / "out.partial" / "unhealed").exists()
-    with pytest.raises(CheckpointError, match=r"out\.partial: holds work of other options"):
+    with pytest.raises(CheckpointError, match=r"out\.partial: expected work of these options, got that of others"):
         compress(bert, tmp_path / "out", SPARSE, calibrate=calibration, heal=Healing(data, FEW), run=Run(resume=True))
     report = compress(
         bert, tmp_path / "out", options, calibrate=calibration, heal=Healing(data, FAST), run=Run(resume=True)
@@ -243,7 +245,7 @@ def test_what_healing_refuses(tmp_path: Path, sparse: Path, bert: Path, text: Pa
         DistillSettings(learning_rate=float("nan"))
     with pytest.raises(ConfigError, match="--steps: expected 1 or more, or --minutes, got 0"):
         DistillSettings(steps=0)
-    with pytest.raises(ConfigError, match=r"nothing\.txt: no such file\. Expected a text"):
+    with pytest.raises(ConfigError, match=r"nothing\.txt: expected a text, \.csv or \.jsonl file.* got no such file"):
         heal(sparse, bert, tmp_path / "out", TextData(tmp_path / "nothing.txt"))
     assert not (tmp_path / "out").exists()
 

@@ -323,7 +323,7 @@ def test_what_is_no_record_is_refused_and_the_old_page_stays(
         with pytest.raises(ConfigError, match=re.escape(f"{folder}: expected a compressed folder, ")) as caught:
             report(folder, page, overwrite=True)
         assert str(caught.value).endswith(words)
-    with pytest.raises(CheckpointError, match="is not valid JSON"):
+    with pytest.raises(CheckpointError, match="expected JSON, got an error"):
         report(tmp_path / "text.txt", page, overwrite=True)
     shutil.copytree(compressed[0], tmp_path / "damaged")
     (tmp_path / "damaged" / "spectral_surgery.json").write_text("{}")

@@ -140,7 +140,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, text: Path) -> None:
         swap(llama, out, SwapSpec("hybrid", (0,)))
     with pytest.raises(ConfigError, match="layers: expected 0 to 1 for this model, got 9"):
         swap(llama, out, SwapSpec("causal_fnet", (9,)))
-    with pytest.raises(ConfigError, match=r"no.txt: no such file"):
+    with pytest.raises(ConfigError, match=r"no.txt: expected a text"):
         swap(llama, out, good, data=TextData(tmp_path / "no.txt"))
     with pytest.raises(ConfigError, match="--sts: expected a sentence encoder with it, got llama"):
         swap(llama, out, good, judged_on=EvalData(sts=text))

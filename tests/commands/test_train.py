@@ -165,7 +165,11 @@ def test_data_that_does_not_fit_says_so(tmp_path: Path, bert: Path, llama: Path,
             "similarity: expected numbers as labels, got '(good|bad)'",
         ),
         (llama, TrainData(text, eval_fraction=1.5), r"expected numbers above 0 with a sum below 1, got 1\.5"),
-        (llama, TrainData(tmp_path / "gone.txt"), r"gone\.txt: no such file"),
+        (
+            llama,
+            TrainData(tmp_path / "gone.txt"),
+            r"gone\.txt: expected a text, \.csv or \.jsonl file.* got no such file",
+        ),
     ]
     for base, data, match in cases:
         with pytest.raises(ConfigError, match=match):

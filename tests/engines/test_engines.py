@@ -40,10 +40,10 @@ def test_one_process_of_a_launcher_does_everything(tmp_path: Path, source: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--engine", "ray", "--shard", "0/2"), "--shard: goes with --engine torchrun, got ray"),
-        (("--engine", "local", "--shard", "0/2"), "--shard: goes with --engine torchrun, got local"),
+        (("--engine", "ray", "--shard", "0/2"), "--shard: expected --engine torchrun with it, got ray"),
+        (("--engine", "local", "--shard", "0/2"), "--shard: expected --engine torchrun with it, got local"),
         (("--ray-address", "10.0.0.1:6379"), "--ray-address: expected with --engine ray"),
-        (("--engine", "ray", "--workers", "2"), "--workers: are of this machine"),
+        (("--engine", "ray", "--workers", "2"), "--workers: expected none with --engine ray"),
         (("--engine", "rey"), "'rey' is not one of 'local', 'torchrun', 'ray'"),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_full_disk_of_the_driver_costs_what_is_under_way(
 
     monkeypatch.setattr(engine, "replace_file", full)
     monkeypatch.setattr(engine, "_token", unseen)
-    with pytest.raises(CheckpointError, match="no space left on the disk"):
+    with pytest.raises(CheckpointError, match="expected room for the output, got a full disk"):
         compress(source, tmp_path / "out", OPTIONS, run=on(connected))
     assert len(list((tmp_path / "out.partial" / "units").glob("*.unit"))) == 3
     compress(source, tmp_path / "out", OPTIONS, run=on(connected, resume=True))

@@ -271,7 +271,7 @@ def test_integers_are_no_coefficients(folder: Path) -> None:
 
 def test_configuration_that_is_no_json(folder: Path) -> None:
     (folder / CONFIG_FILE).write_text("{")
-    with pytest.raises(CheckpointError, match="is not valid JSON"):
+    with pytest.raises(CheckpointError, match="expected JSON, got an error"):
         read_adapter(folder)
 
 
@@ -332,7 +332,7 @@ def test_a_disk_that_fails_changes_nothing(folder: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(adapter_files, "sync", fails)
     for out in (folder, tmp_path / "new"):
-        with pytest.raises(CheckpointError, match="no space left on the disk"):
+        with pytest.raises(CheckpointError, match="expected room for the output, got a full disk"):
             write_adapter(filled(spec("lora")), out)
     assert contents(folder) == before
     assert not (tmp_path / "new").exists()

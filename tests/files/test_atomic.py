@@ -83,7 +83,7 @@ def test_an_exception_publishes_nothing(stop: type[BaseException], old: Path) ->
 
 def test_a_full_disk_publishes_nothing(old: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match=f"{old}: no space left on the disk"),
+        pytest.raises(CheckpointError, match=f"{old}: expected room for the output, got a full disk"),
         publishing(old, overwrite=True),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -208,7 +208,7 @@ def test_a_full_disk_is_named(code: int) -> None:
     with pytest.raises(CheckpointError) as caught, writing_to(Path("out")):
         raise OSError(code, "whatever")
     assert str(caught.value) == (
-        "out: no space left on the disk; the output is incomplete. Free some space or choose another output."
+        "out: expected room for the output, got a full disk. Free some space or choose another output."
     )
 
 
@@ -235,7 +235,7 @@ def test_replace_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path), None, str(to))
 
     monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(CheckpointError, match=f"{path}: no space left on the disk"):
+    with pytest.raises(CheckpointError, match=f"{path}: expected room for the output, got a full disk"):
         replace_file(path, b"three")
     assert path.read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [path]

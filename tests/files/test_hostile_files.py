@@ -45,8 +45,8 @@ def little_memory(limit: int = MEBIBYTE) -> Iterator[None]:
 
 ONE = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 DEFECTS = {
-    "empty file": (b"", "0 bytes; a safetensors file has 8 at least"),
-    "short file": (b"\x01\x02\x03", "3 bytes; a safetensors file has 8 at least"),
+    "empty file": (b"", "expected a safetensors file, of 8 bytes at least, got 0 bytes"),
+    "short file": (b"\x01\x02\x03", "expected a safetensors file, of 8 bytes at least, got 3 bytes"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "got a Git LFS pointer.* `git lfs pull`"),
     "torch.save": (b"PK\x03\x04" + bytes(60), r"expected safetensors, got a zip archive, as torch\.save writes"),
     "gguf": (b"GGUF" + bytes(60), "expected safetensors, got a GGUF file"),
@@ -58,12 +58,12 @@ DEFECTS = {
     "no json object": (raw(b"[1, 2]  "), r"expected a safetensors file, got a header that begins with b'\[1, 2\]  '"),
     "leading space": (raw(b" {}", 0), r"expected a safetensors file, got a header that begins with b' \{\}'"),
     "empty header": (raw(b""), "expected a safetensors file, got a header that begins with b''"),
-    "json cut short": (raw(b'{"a": '), "the header is not valid JSON"),
-    "json with a tail": (raw(b'{"a": {}} {}'), "the header is not valid JSON .Extra data"),
-    "bad utf-8": (raw(b'{"\xff": {}}'), "the header is not valid JSON .'utf-8' codec"),
+    "json cut short": (raw(b'{"a": '), "the header: expected JSON, got an error"),
+    "json with a tail": (raw(b'{"a": {}} {}'), "the header: expected JSON, got an error .Extra data"),
+    "bad utf-8": (raw(b'{"\xff": {}}'), "the header: expected JSON, got an error .'utf-8' codec"),
     "utf-16": (raw("{}".encode("utf-16")), r"expected.*got a header that begins with b'\\xff\\xfe\{\\x00\}\\x00'"),
-    "deep nesting": (raw(b'{"a":' + b"[" * 200_000), "not valid JSON .*recursion"),
-    "long integer": (raw(b'{"a":' + b"9" * 5000 + b"}"), "not valid JSON .*digits"),
+    "deep nesting": (raw(b'{"a":' + b"[" * 200_000), "expected JSON, got an error .*recursion"),
+    "long integer": (raw(b'{"a":' + b"9" * 5000 + b"}"), "expected JSON, got an error .*digits"),
     "repeated tensor": (raw(f"{{{ONE},{ONE}}}".encode()), "key 'a' appears 2 times"),
     "repeated field": (raw(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "key 'dtype' appears 2 times"),
     "metadata list": (raw({"__metadata__": [1]}), r"expected text by key as __metadata__, got \[1\]"),
@@ -177,8 +177,8 @@ def test_a_shard_outside_of_the_folder_is_refused(shard: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "index.json: the file is not valid JSON"),
-        ("[]", "index.json: the file is not JSON of one object"),
+        ("{", "index.json: the file: expected JSON, got an error"),
+        ("[]", "index.json: the file: expected JSON of one object"),
         ("{}", "expected the file of every tensor by name as weight_map, got None"),
         ('{"weight_map": ["a"]}', r"expected the file of every tensor by name as weight_map, got \['a'\]"),
         ('{"weight_map": {}}', r"expected the file of every tensor by name as weight_map, got \{\}"),

@@ -335,9 +335,9 @@ def test_a_missing_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{,}", "config.json: the file is not valid JSON"),
-        ("7", "config.json: the file is not JSON of one object"),
-        ('{"a": 1, "a": 2}', "config.json: the file is not valid JSON .key 'a' appears 2 times"),
+        ("{,}", "config.json: the file: expected JSON, got an error"),
+        ("7", "config.json: the file: expected JSON of one object"),
+        ('{"a": 1, "a": 2}', "config.json: the file: expected JSON, got an error .key 'a' appears 2 times"),
     ],
 )
 def test_a_damaged_configuration(text: str, message: str, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def endless() -> Iterator[bytes]:
     [(lambda: [], 0), (lambda: [bytes(7)], 7), (lambda: [bytes(8), b"x"], 9), (endless, 9)],
 )
 def test_chunks_that_disagree_with_the_size_are_refused(chunks: object, came: int, tmp_path: Path) -> None:
-    message = rf"'x' came with {came} bytes; F32 of shape \(2,\) takes 8. The producer of its"
+    message = rf"expected 8 bytes of 'x', F32 \(2,\), got {came}. The producer of its"
     with pytest.raises(CheckpointError, match=message):
         write_checkpoint(tmp_path, [Entry("x", "F32", (2,), chunks)])
 
@@ -204,7 +204,7 @@ def test_a_full_disk_while_writing(tmp_path: Path) -> None:
     if not full.exists():
         pytest.skip("needs /dev/full")
     (tmp_path / "model.safetensors").symlink_to(full)
-    message = "model.safetensors: no space left on the disk; the output is incomplete. Free some"
+    message = "model.safetensors: expected room for the output, got a full disk. Free some"
     for size in (1, 1 << 20):  # at the flush, at the write
         with pytest.raises(CheckpointError, match=message):
             write_checkpoint(tmp_path, [zeros("a", size)])

@@ -90,5 +90,8 @@ def test_unfinished_work_of_others_is_kept(hub: LoopbackHub, client: Client, fol
     hub.seed("org/plain", folder)
     (tmp_path / "out.partial" / "units").mkdir(parents=True)
     done = client("pull", "org/plain", tmp_path / "out")
-    assert "out.partial: holds unfinished work of another command. Finish or remove it first." in done.stderr
+    assert (
+        "out.partial: expected an unfinished pull, got the work of another command. Finish or remove it first."
+        in done.stderr
+    )
     assert (tmp_path / "out.partial" / "units").exists()

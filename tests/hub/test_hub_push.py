@@ -190,7 +190,7 @@ def test_adapters(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ("flip", "does not have its checksum; the data is damaged"),
+        ("flip", "with its checksum, got another one"),
         ("manifest", "got a compressed one (config.json says so) without spectral_surgery.json"),
         ("weights", "expected a folder with .safetensors files, got no weights"),
         ("card", "README.md: expected metadata in YAML"),

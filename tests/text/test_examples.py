@@ -26,11 +26,11 @@ def test_reading_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "columns", "match"),
     [
-        ("a.txt", b"", (), "is empty"),
-        ("a.txt", b"\xff\xfe\x00", (), "is not UTF-8 text"),
+        ("a.txt", b"", (), "got an empty file"),
+        ("a.txt", b"\xff\xfe\x00", (), "in UTF-8, got other bytes"),
         ("a.csv", b"x,y,1\nz\n", (), "row 2: expected 3 columns, got 1"),
         ("a.csv", b"x,y,1\n", ("a", "b"), "expected columns a, b, got x, y, 1"),
-        ("a.jsonl", b"[1]\n", (), "line 1 is not a JSON object"),
+        ("a.jsonl", b"[1]\n", (), "got something else on line 1"),
         ("a.jsonl", b'{"txt": 1}\n', (), "line 1: expected text, got txt"),
     ],
 )

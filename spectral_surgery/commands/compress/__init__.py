@@ -180,13 +180,13 @@ def compress(
 
 def _check_together(options: CompressOptions, base: Checkpoint | None, run: Run, *, text: bool) -> None:
     if options.target.kind == "lossless" and (base is not None or text):
-        raise ConfigError("--lossless: compresses every bit; expected without --base, --calibrate and --heal.")
+        raise ConfigError("--lossless: expected without --base, --calibrate and --heal, got one of them. Leave it out.")
     if base is not None and text:
-        raise ConfigError("--base: differences are compressed without text; leave --calibrate and --heal away.")
+        raise ConfigError("--base: expected without --calibrate and --heal, got text. Leave it out.")
     if run.engine != "local" and text:
         raise ConfigError(
             f"--engine {run.engine}: expected without --calibrate and --heal, which run the model here, got text. Leave"
-            " it away."
+            " it out."
         )
 
 
@@ -266,7 +266,9 @@ def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> 
     """
     if options.target.kind != "density":
         if keep is not None:
-            raise ConfigError(f"--keep {keep}: goes with --sparsity; with --bits and --max-error nothing is dropped.")
+            raise ConfigError(
+                f"--keep {keep}: expected with --sparsity, got a target that drops nothing. Leave it out."
+            )
         return None
     return keep or objective_of(read_index(source).config).keep
 
@@ -343,5 +345,7 @@ def _is_there(unhealed: Path, plan: Plan) -> bool:
         return False
     there, asked = open_compressed(unhealed).manifest.options, json.loads(json.dumps(plan.options.to_json()))
     if there != asked:
-        raise CheckpointError(f"{unhealed.parent.name}: holds work of other options. Use --overwrite to discard it.")
+        raise CheckpointError(
+            f"{unhealed.parent.name}: expected work of these options, got that of others. Discard it with --overwrite."
+        )
     return True

@@ -77,7 +77,7 @@ class _Calibration:
             examples = {reason: name for name, reason in reasons.items()}
             causes = "; ".join(f"{reason} ({name})" for reason, name in examples.items())
             raise ConfigError(
-                f"calibrate: none of {len(planned)} matrices is in a linear layer that this text is multiplied by:"
+                f"calibrate: expected matrices of linear layers that this data comes to, got none among {len(planned)}:"
                 f" {causes}. Compress it without text."
             )
         return coverage_of(plan, done, reasons)

@@ -61,7 +61,9 @@ def heal_blocks(session: HealSession, objective: Objective, settings: DistillSet
     both = EqualShapes([*batches[0].groups, *batches[1].groups])
     healed = _heal_stacks(session, lazy, both, len(batches[0]), settings=settings, progress=progress)
     if not healed.replaced:
-        raise CheckpointError("heal: no compressed tensor is in a block of the model; nothing can be trained.")
+        raise CheckpointError(
+            "heal: expected compressed tensors in the blocks of the model, got none. Leave --blocks out."
+        )
     sides = list(zip(*healed.blocks.values(), strict=True))
     before, after = (sum(side) / len(side) for side in sides)
     healed.curve.held_out = [(0, before), (healed.curve.step, after)]

@@ -36,7 +36,9 @@ def recoded(
         for file in files:
             stored = read_part(file, key)
             if stored is None or stored[1] is None:
-                raise CheckpointError(f"{file}: is gone or damaged, with a part of {name}. Run again with --resume.")
+                raise CheckpointError(
+                    f"{file}: expected the trained part of {name}, got nothing that is whole. Run again with --resume."
+                )
             parts.append((stored[0], stored[1]))
         spectrum, counted = joined(name, parts)
         records[name] = replace(records[name], parts=counted)

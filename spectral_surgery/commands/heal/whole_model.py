@@ -172,7 +172,7 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
     spectra = session.spectra(names, {name: tuple(parameter.shape) for name, parameter in reached.items()})
     if not spectra:
         raise CheckpointError(
-            "heal: no compressed tensor is a parameter that the data reaches; nothing can be trained."
+            "heal: expected compressed tensors that the data comes to, got none to be trained. Check the data."
         )
     _put_rest(session, student, spectra, loader)
     values = train_kept(student, {name: parts for name, (_, parts) in spectra.items()}, rounded=session.rounded)

@@ -114,7 +114,7 @@ def inspect(
     adapter = is_adapter(source)
     refused = index.why_not_plain
     if spectrum and (adapter or refused):
-        what = "expected a model for --spectrum, got an adapter." if adapter else f"{refused}"
+        what = "expected a model for --spectrum, got an adapter. Give its base." if adapter else f"{refused}"
         raise ConfigError(f"{source.name}: {what}")
     if adapter:
         return _adapter(index)

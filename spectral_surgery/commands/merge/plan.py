@@ -123,7 +123,9 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Path], weights: Sequence[flo
     plan = finder.plan()
     if finder.wrong:
         listed = "; ".join(finder.wrong)
-        raise CheckpointError(f"{base}: the adapter does not fit: {listed}. Use the base it was made for.")
+        raise CheckpointError(
+            f"{base}: expected the base of the adapter, got one that it does not fit: {listed}. Use that base."
+        )
     return plan
 
 

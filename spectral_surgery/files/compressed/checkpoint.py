@@ -88,7 +88,7 @@ class CompressedCheckpoint:
         )
         if zlib.crc32(data) != here.crc32:
             raise CheckpointError(
-                f"{name}: part {part} does not have its checksum; the data is damaged. Fetch {codes.file.name} again."
+                f"{name}: expected part {part} with its checksum, got another one. Fetch {codes.file.name} again."
             )
         frames = tuple(data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends))
         return self._encoded(name, part, steps, frames)
@@ -98,11 +98,11 @@ class CompressedCheckpoint:
         offsets = self._table(frames).tolist()
         if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
             raise LimitError(
-                f"{name}: frame offsets do not fit {codes.nbytes} bytes of codes; the data is damaged. Fetch it again."
+                f"{name}: expected offsets in {codes.nbytes} bytes of codes, got others. Fetch {codes.file.name} again."
             )
         steps = self._table(step).float()
         if not bool(torch.isfinite(steps).all()):
-            raise CheckpointError(f"{name}: steps are not finite; the data is damaged. Fetch {step.file.name} again.")
+            raise CheckpointError(f"{name}: expected finite steps, got damaged ones. Fetch {step.file.name} again.")
         return offsets, steps
 
     def _table(self, info: TensorInfo) -> torch.Tensor:
@@ -180,6 +180,6 @@ def _check(
         )
     if info.dtype not in dtypes or (shapes is not None and info.shape not in shapes):
         raise CheckpointError(
-            f"{name}: is {info.dtype} {info.shape} and disagrees with the manifest; "
-            "both must come from one run. Fetch both again."
+            f"{name}: expected what the manifest says, got {info.dtype} {info.shape}; both must come from one run."
+            " Fetch both again."
         )

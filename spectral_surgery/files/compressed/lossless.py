@@ -190,8 +190,8 @@ class LosslessTensor:
         offsets = [int(offset) for offset in read_tensor(self.frames).tolist()]
         if offsets[0] != 0 or offsets[-1] != self.codes.nbytes or any(a > b for a, b in pairwise(offsets)):
             raise LimitError(
-                f"{self.name}: frame offsets do not fit {self.codes.nbytes} bytes of codes; the data is damaged. Fetch"
-                " it again."
+                f"{self.name}: expected offsets of frames in {self.codes.nbytes} bytes, got others. Fetch"
+                f" {self.codes.file.name} again."
             )
         return offsets
 
@@ -233,7 +233,7 @@ class LosslessTensor:
         data = memoryview(read_bytes(self.codes, ends[0], ends[-1]))
         if zlib.crc32(data) != part.crc32[(start - part.numbers[0]) // per]:
             raise CheckpointError(
-                f"{self.name}: frame {number} does not have its checksum; the data is damaged. Fetch"
+                f"{self.name}: expected frame {number} with its checksum, got another one. Fetch"
                 f" {self.codes.file.name} again."
             )
         pieces = [data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
@@ -250,8 +250,8 @@ def lossless_info(name: str, record: LosslessRecord, tensors: Mapping[str, Tenso
     pieces = record.frames * (DTYPE_BITS[record.dtype] // 8) + 1
     if codes is None or frames is None or codes.dtype != "U8" or (frames.dtype, frames.shape) != ("I64", (pieces,)):
         raise CheckpointError(
-            f"{name}: its codes are missing, or disagree with the manifest; both must come from one run. Fetch both"
-            " again."
+            f"{name}: expected codes as the manifest says, got none, or others; both must come from one run. Fetch"
+            " both again."
         )
     nbytes = record.numel * DTYPE_BITS[record.dtype] // 8
     decoder = LosslessTensor(name, record, codes, frames)

@@ -205,8 +205,8 @@ def make_plan(
     if not tensors and options.target.kind != "lossless":
         reasons = "; ".join(sorted(set(copied.values())))
         raise ConfigError(
-            f"{index.root.name}: no tensor is left to compress ({reasons}); at least one matrix is needed. Widen "
-            "--include or lower --min-weights."
+            f"{index.root.name}: expected a matrix to compress, got none ({reasons}). Widen --include or lower"
+            " --min-weights."
         )
     coded = tuple(_coded(index.tensors[name]) for name in copied if options.copy == "coded")
     return Plan(options, tuple(tensors), copied, aliases, tuple(tensor for tensor in coded if tensor.parts))

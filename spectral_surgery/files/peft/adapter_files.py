@@ -74,7 +74,8 @@ def read_adapter(folder: Path) -> AdapterState:
         problems.append(f"no tensor of {spec.method.name} is there")
     if problems:
         raise CheckpointError(
-            f"{file}: does not fit {CONFIG_FILE}: {'; '.join(problems)}. Save the adapter again, or fetch it again."
+            f"{file}: expected what {CONFIG_FILE} says, got {'; '.join(problems)}. Save the adapter again, or fetch it"
+            " again."
         )
     return AdapterState(spec, layers, extra, plain.embeddings, plain.kernels, parameters, rows)
 
@@ -144,7 +145,7 @@ def _missing(folder: Path) -> str:
             f"expected {TENSOR_FILE}, got {_PICKLE}, a pickle, which can run any code when opened. Load it with PEFT"
             " where you trust it, and save_pretrained it again."
         )
-    return f"expected a folder with an adapter, got no {TENSOR_FILE}."
+    return f"expected a folder with an adapter, got no {TENSOR_FILE}. Give the folder it was saved in."
 
 
 def _sorted_out(

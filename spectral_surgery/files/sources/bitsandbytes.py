@@ -119,7 +119,7 @@ def _library() -> Any:
         return import_module("bitsandbytes.functional")
     except ImportError:
         raise BackendError(
-            "bitsandbytes: not installed; it is needed to read the weights. pip install bitsandbytes"
+            "bitsandbytes: expected it to read the weights, got none installed. pip install bitsandbytes"
         ) from None
 
 

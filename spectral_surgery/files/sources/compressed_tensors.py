@@ -194,7 +194,7 @@ def _library() -> Any:
             import_module(f"{_LIBRARY}.{part}")
     except ImportError:
         raise BackendError(
-            "compressed-tensors: not installed; it is needed to unpack the weights."
+            "compressed-tensors: expected it to unpack the weights, got none installed."
             " pip install 'spectral-surgery[compressed-tensors]'"
         ) from None
     return library

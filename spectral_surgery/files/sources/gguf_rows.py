@@ -76,7 +76,7 @@ class GgufRows:
                 made[torch.from_numpy(here)] = part
             first += block.rows.shape[0]
         if made is None:
-            raise CheckpointError(f"{self.blocks[0].rows.file.name}: rows {start} to {stop} are none of its rows.")
+            raise CheckpointError(f"{self.blocks[0].rows.file.name}: expected rows that it has, got {start} to {stop}.")
         return made.to(self.dtype)
 
 
@@ -86,7 +86,7 @@ def library() -> Any:
         return import_module("gguf")
     except ImportError:
         raise BackendError(
-            "gguf: not installed; it is needed to read GGUF. pip install 'spectral-surgery[gguf]'"
+            "gguf: expected it to read GGUF, got none installed. pip install 'spectral-surgery[gguf]'"
         ) from None
 
 
