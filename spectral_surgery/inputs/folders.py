@@ -13,11 +13,13 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.inputs.kind import Reading
 from spectral_surgery.inputs.model_input import ModelInput
 
+T = TypeVar("T")
 _LOG = logging.getLogger("spectral_surgery")
 _METADATA = "metadata.csv", "metadata.jsonl"
 _TEXTS = "text", "transcription", "sentence", "caption"
@@ -61,14 +63,12 @@ def media_files(folder: Path, suffixes: Collection[str]) -> list[MediaFile]:
     return random.Random(0).sample(files, len(files))  # noqa: S311 - no secret
 
 
-def readable(
-    reading: Reading, items: Sequence[MediaFile], samples: int, made: Callable[[MediaFile], ModelInput]
-) -> list[ModelInput]:
-    """Inputs of the first files; those that cannot be read are refused or left out, as the data says.
+def readable(reading: Reading, items: Sequence[T], samples: int, made: Callable[[T], ModelInput]) -> list[ModelInput]:
+    """Inputs of the first files, or of what names files; those that cannot be read are refused or left out, as asked.
 
     Args:
         samples: at most; 0 for all.
-        made: the input of a file.
+        made: the input of one.
 
     Raises:
         UnreadableError: with the file and the reason, unless such files are to be left out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.inputs.chats import CHATS, IMAGE_CHATS
 from spectral_surgery.inputs.images import IMAGES
 from spectral_surgery.inputs.kind import Config, Kind
 from spectral_surgery.inputs.pairs import PAIRS
@@ -14,7 +15,7 @@ from spectral_surgery.registry import Table
 from spectral_surgery.text.settings import TextData
 
 SEQ_LENGTH = 256  # usual
-KINDS: Table[Kind] = Table("kind of data", [PAIRS, TEXT, IMAGES, SOUND])
+KINDS: Table[Kind] = Table("kind of data", [PAIRS, IMAGE_CHATS, CHATS, TEXT, IMAGES, SOUND])
 
 
 def kind_of(file: Path, config: Config) -> Kind:

@@ -24,6 +24,8 @@ class ModelInput:
         read: makes the tensors, the same at every call.
         padding: the token that token ids are padded with; anything else is padded with zeros.
         labels: the token that is right at each place of what the model gives, or NOT_JUDGED; empty of other models.
+        joined: names of tensors that lie one after the other in a batch, as patches and sizes of images do: their first
+            axis is that of the batch, or of all parts of it.
         answer: what is right in words: what is said in a sound, or a class; empty where that is not known.
     """
 
@@ -32,6 +34,7 @@ class ModelInput:
     padding: int = 0
     labels: tuple[int, ...] = ()
     answer: str = ""
+    joined: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tensors: Batch, padding: int = 0, labels: Sequence[int] = ()) -> ModelInput:
@@ -63,7 +66,8 @@ class EqualShapes:
         for group in self.groups:
             with torch.autocast("cpu", enabled=False):  # what makes inputs counts on float32
                 read = [one.read() for one in group]
-            yield {name: torch.stack([one[name] for one in read]).to(self.device) for name in read[0]}
+            together = {name: torch.cat if name in group[0].joined else torch.stack for name in read[0]}
+            yield {name: put([one[name] for one in read]).to(self.device) for name, put in together.items()}
 
     @property
     def tokens(self) -> int:
@@ -90,8 +94,11 @@ def padded(inputs: Sequence[ModelInput]) -> Batch:
     for name in read[0]:
         tensors = [one[name] for one in read]
         sizes = torch.tensor([tensor.shape for tensor in tensors]).amax(0).tolist()
-        value = inputs[0].padding if name.endswith("ids") else 0
-        batch[name] = torch.stack([_filled(tensor, sizes, value) for tensor in tensors])
+        value = inputs[0].padding if name.endswith("input_ids") else 0
+        if name in inputs[0].joined:
+            batch[name] = torch.cat([_filled(tensor, [len(tensor), *sizes[1:]], value) for tensor in tensors])
+        else:
+            batch[name] = torch.stack([_filled(tensor, sizes, value) for tensor in tensors])
     return batch
 
 

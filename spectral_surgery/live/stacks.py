@@ -216,5 +216,6 @@ def _parts(name: str, entry: nn.Module, given: Collection[str]) -> list[tuple[st
 
 
 def _sees(part: Any) -> bool:
-    """Whether a part of a model is one that images are given to."""
-    return isinstance(part, nn.Module) and getattr(part, "main_input_name", None) == _IMAGE
+    """Whether a part of a model is one that images are given to; some say so by their configuration alone."""
+    of_config = getattr(getattr(part, "config", None), "base_config_key", None) == "vision_config"
+    return isinstance(part, nn.Module) and (getattr(part, "main_input_name", None) == _IMAGE or of_config)

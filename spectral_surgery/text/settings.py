@@ -19,22 +19,23 @@ UNREADABLE = {"help": "Files of a folder that are no image or sound, or broken: 
 class TextData:
     """What to calibrate, heal or distil on; 0 stands for what is usual for the work and the model.
 
-    Models with an encoder and a decoder take pairs of a source and a target; those that see or hear, folders of files.
+    Models with an encoder and a decoder take pairs of a source and a target; those that see or hear, folders of files;
+    those that see and write, chats with images.
     """
 
     file: Path = field(
         metadata={
-            "help": "Text, .jsonl or .csv file, for encoder-decoders of pairs; or a folder of images or sound. Of what"
-            " is trained on, a part is held out.",
+            "help": "Text, .jsonl or .csv file, also .jsonl of chats; for encoder-decoders of pairs; or a folder of"
+            " images or sound. Of what is trained on, a part is held out.",
             "metavar": "PATH",
         }
     )
     samples: int = field(
         default=0,
         metadata={
-            "help": "Sequences, pairs or files at most.",
+            "help": "Sequences, chats, pairs or files at most.",
             "least": 1,
-            "unset": "to calibrate 512, or 256 images, or 64 sounds; 20000 to swap, all to heal",
+            "unset": "to calibrate 512, or 256 images, 128 chats with images, 64 sounds; 20000 to swap, all to heal",
         },
     )
     seq_length: int = field(
@@ -81,7 +82,7 @@ class EvalData:
         default=None,
         metadata={
             "help": "Text for perplexity and KL of language models, or cosine of sentence encoders, a line being a"
-            " sentence; pairs for encoder-decoders; or a folder of images or sound.",
+            " sentence; .jsonl of chats; pairs for encoder-decoders; or a folder of images or sound.",
             "metavar": "PATH",
         },
     )
