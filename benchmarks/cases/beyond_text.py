@@ -16,7 +16,7 @@ from torch.nn import functional
 from benchmarks.case import Row, require
 from benchmarks.judged import verified
 from spectral_surgery import CompressOptions, DistillSettings, Healing, Target, TextData, read_index
-from spectral_surgery.hf.load_errors import required
+from spectral_surgery.errors import required
 from spectral_surgery.hf.models import load_any
 from spectral_surgery.inputs.kind import Reading
 from spectral_surgery.inputs.kinds import kind_of

@@ -17,7 +17,7 @@ from benchmarks.judged import Setting, require_same_errors, scratch_folder, sett
 from benchmarks.reference_text import passages
 from benchmarks.whisper_base import PACKAGES, whisper_folder
 from spectral_surgery import EvalData, TextData, evaluate, read_index
-from spectral_surgery.hf.load_errors import required
+from spectral_surgery.errors import required
 from spectral_surgery.hf.models import load_model, load_tokenizer
 
 SETTINGS = settings((4.0, 3.0), calibrated=False) + settings((4.0, 3.0), calibrated=True)

@@ -14,7 +14,7 @@ from benchmarks.case import Inputs, Row, chosen, require
 from benchmarks.judged import scratch_folder
 from benchmarks.vllm_engine import NEW, NotRunError, Written, in_vllm
 from spectral_surgery import CompressOptions, Target, compress, decompress, export_model
-from spectral_surgery.hf.load_errors import required
+from spectral_surgery.errors import required
 from spectral_surgery.run import Run
 
 SIZES = {

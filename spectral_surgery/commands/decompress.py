@@ -13,6 +13,7 @@ import torch
 from spectral_surgery.cards import card as cards
 from spectral_surgery.cards.checkpoints import decompressed_card
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, open_compressed
 from spectral_surgery.files.compressed.dense import cast
 from spectral_surgery.files.compressed.difference import check_base, counterpart, read_rows
@@ -24,7 +25,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.reader import DTYPES, flat_pieces, read_flat, same_bytes
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.storage import Checkpoint
-from spectral_surgery.files.writer import Entry, publishing, reported, tensor_bytes, weights_name, write_checkpoint
+from spectral_surgery.files.writer import Entry, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.progress import Progress, silent
 

@@ -23,29 +23,11 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
-from spectral_surgery.files.atomic import partial_folder, publishing, replace_file, sync, write_pieces, writing_to
+from spectral_surgery.files.atomic import replace_file, sync, write_pieces, writing_to
 from spectral_surgery.files.header import DTYPE_BITS, HEADER_LIMIT, METADATA_KEY, TensorInfo, named
 from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.reader import CODES, byte_pieces
 from spectral_surgery.progress import Progress
-
-__all__ = [
-    "MAX_SHARD_SIZE",
-    "PT_METADATA",
-    "Entry",
-    "copy_entry",
-    "partial_folder",
-    "publishing",
-    "replace_file",
-    "reported",
-    "tensor_bytes",
-    "tensor_entry",
-    "weights_metadata",
-    "weights_name",
-    "write_checkpoint",
-    "write_file",
-    "writing_to",
-]
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # loaders ask for it
 MAX_SHARD_SIZE = 5 * 10**9  # bytes

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError, SpectralSurgeryError
+from spectral_surgery.errors import CheckpointError, SpectralSurgeryError, required
 from spectral_surgery.files.header import DTYPE_BITS, TensorInfo, named
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sources.gguf_rows import Block, GgufRows, dtype_of, library, stored_as
 from spectral_surgery.files.storage import FoundCheckpoint
-from spectral_surgery.hf.load_errors import RAISED, required
+from spectral_surgery.hf.load_errors import RAISED
 from spectral_surgery.hf.plain_weights import without_weights
 
 _LABELS = 1 << 62  # random ones below: no arithmetic on labels gives another label

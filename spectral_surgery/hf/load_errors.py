@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, SpectralSurgeryError
+from spectral_surgery.errors import CheckpointError, ConfigError, SpectralSurgeryError
 from spectral_surgery.files.header import read_json
 from spectral_surgery.files.remote_code import own_auto_map
 
@@ -55,16 +53,6 @@ def check_utf8(text: str | Path, where: str) -> None:
         remedy = "Use a name in UTF-8." if encoding == "utf-8" else "Set PYTHONUTF8=1 in the environment."
         raise ConfigError(
             f"{where}: expected text that Python can read as {encoding}, got other bytes. {remedy}"
-        ) from None
-
-
-def required(library: str, purpose: str) -> Any:
-    """A library that comes with the extra ``hf``. Raises BackendError when it is not installed."""
-    try:
-        return import_module(library)
-    except ImportError:
-        raise BackendError(
-            f"{library}: expected it to {purpose}, got none installed. pip install 'spectral-surgery[hf]'"
         ) from None
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.errors import CheckpointError, ConfigError, required
 from spectral_surgery.files.peft.task import class_for
-from spectral_surgery.hf.load_errors import check_utf8, loading, own_code, required
+from spectral_surgery.hf.load_errors import check_utf8, loading, own_code
 from spectral_surgery.hf.plain_weights import from_pretrained, plain_config, without_weights
 from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.blocks import text_config

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spectral_surgery.errors import required
 from spectral_surgery.files.header import TensorInfo, read_json
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sources import is_read_as_plain
-from spectral_surgery.hf.load_errors import required
 
 
 @dataclass(frozen=True)

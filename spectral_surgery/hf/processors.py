@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.errors import CheckpointError
-from spectral_surgery.hf.load_errors import loading, required
+from spectral_surgery.errors import CheckpointError, required
+from spectral_surgery.hf.load_errors import loading
 
 
 def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.errors import ConfigError
-from spectral_surgery.hf.load_errors import loading, required
+from spectral_surgery.errors import ConfigError, required
+from spectral_surgery.hf.load_errors import loading
 from spectral_surgery.hf.models import load_tokenizer
 
 

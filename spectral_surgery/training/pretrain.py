@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.errors import ConfigError, required
 from spectral_surgery.registry import Table
 from spectral_surgery.text.tasks import Features
 from spectral_surgery.training.settings import ModelSizes
@@ -96,13 +96,7 @@ def _plain_trainer(job: Job) -> Any:  # noqa: ARG001 - as the others
 
 def require_transformers() -> None:
     """Say so early when models cannot be built; keep its bars, which are not ours, from stderr."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        raise BackendError(
-            "train: expected transformers to build models, got none installed. pip install 'spectral-surgery[hf]'"
-        ) from None
-    logging.disable_progress_bar()
+    required("transformers.utils", "build models").logging.disable_progress_bar()
 
 
 def prediction_scores(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectral_surgery.errors import BackendError, ConfigError
+from spectral_surgery.errors import ConfigError, required
 
 END = "<|endoftext|>"
 _BYTES = 256
@@ -20,13 +20,10 @@ def learn_bpe(text: str, vocabulary: int) -> Any:
         raise ConfigError(
             f"--vocab-size: expected {_BYTES + 1} or more, for the bytes and an end of text, got {vocabulary}."
         )
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import PreTrainedTokenizerFast
-    except ImportError:
-        raise BackendError(
-            "--tokenizer: expected transformers to learn one, got none installed. pip install 'spectral-surgery[hf]'"
-        ) from None
+    required("tokenizers", "learn one")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,15 +46,11 @@ def tiktoken_named(name: str) -> Any:
     Raises:
         ConfigError: when tiktoken does not know the name.
     """
-    try:
-        import tiktoken
-        from transformers import PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-    except ImportError:
-        raise BackendError(
-            f"--tokenizer tiktoken:{name}: expected tiktoken and transformers, got one at most. pip install tiktoken"
-            " 'spectral-surgery[hf]'"
-        ) from None
+    tiktoken = required("tiktoken", f"make the tokenizer {name}", "tiktoken")
+    required("transformers", "make tokenizers")
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     try:
         encoding = tiktoken.get_encoding(name)
     except ValueError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.adapters.base import AdapterSpec, AdapterState
-from spectral_surgery.errors import BackendError
+from spectral_surgery.errors import required
 from spectral_surgery.files.peft.adapter_files import read_adapter, write_adapter
 from spectral_surgery.live.attach import assign, state_of
 from spectral_surgery.live.running import running
@@ -124,13 +124,9 @@ def _last_checkpoint(folder: Path, file: str) -> Path | None:
 
 def make_trainer(job: Job, class_of: Callable[[Job], Any]) -> Any:
     """A Trainer that is ready to start. Raises BackendError when transformers or accelerate is missing."""
-    try:
-        import accelerate  # noqa: F401 - the Trainer needs it, and says so less clearly
-        from transformers import EarlyStoppingCallback
-    except ImportError:
-        raise BackendError(
-            "train: expected transformers and accelerate, got at most one installed. pip install 'spectral-surgery[hf]'"
-        ) from None
+    for library in ("transformers", "accelerate"):  # the Trainer needs the second one too, and says so less clearly
+        required(library, "train")
+    from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     model: Any = job.model

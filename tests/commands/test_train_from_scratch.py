@@ -170,13 +170,13 @@ def test_tokenizers_from_elsewhere(tmp_path: Path, text: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded"):
         run(text, tmp_path / "b", data=replace(data, tokenizer=str(tmp_path)))
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(BackendError, match="--tokenizer tiktoken:gpt2: tiktoken and transformers are not both"):
+    with pytest.raises(BackendError, match="tiktoken: expected it to make the tokenizer gpt2, got none"):
         run(text, tmp_path / "b", data=replace(data, tokenizer="tiktoken:gpt2"))
     for name in ("tokenizers", "transformers.utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendError, match=r"--tokenizer: expected transformers to.*got none installed\. pip install"):
+    with pytest.raises(BackendError, match=r"tokenizers: expected it to learn one, got none installed\. pip install"):
         learn_bpe("a", 300)
-    with pytest.raises(BackendError, match=r"train: expected transformers to build.*got none installed\. pip install"):
+    with pytest.raises(BackendError, match=r"transformers: expected it to build models, got none installed\. pip"):
         run(text, tmp_path / "b")
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
 from spectral_surgery.files import writer
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.index import INDEX_FILE, read_index
 from spectral_surgery.files.reader import DTYPES, read_bytes, read_tensor
-from spectral_surgery.files.writer import Entry, publishing, tensor_bytes, tensor_entry, write_checkpoint, write_file
+from spectral_surgery.files.writer import Entry, tensor_bytes, tensor_entry, write_checkpoint, write_file
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")

@@ -24,10 +24,9 @@ from spectral_surgery.commands.export.gguf_architectures import (
 )
 from spectral_surgery.commands.export.gguf_tokenizer import UNUSED, GgufTokenizer, read_tokenizer
 from spectral_surgery.commands.export.model import Measure, ModelTarget
-from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, required
 from spectral_surgery.files.atomic import writing_to
 from spectral_surgery.files.compressed.dense import DenseCheckpoint, DenseTensor
-from spectral_surgery.hf.load_errors import required
 from spectral_surgery.hf.tokenizer_json import settled_config
 from spectral_surgery.progress import Progress
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import ConfigError
-from spectral_surgery.hf.load_errors import required
+from spectral_surgery.errors import ConfigError, required
 from spectral_surgery.registry import Table
 
 Config = Mapping[str, Any]

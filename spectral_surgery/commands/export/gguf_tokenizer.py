@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.errors import ConfigError
-from spectral_surgery.hf.load_errors import required
+from spectral_surgery.errors import ConfigError, required
 from spectral_surgery.hf.tokenizer_json import names_of_splits, tokenizer_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, UNUSED, _BYTE = range(1, 7)  # types of tokens in GGUF

@@ -17,6 +17,7 @@ from spectral_surgery.cards.checkpoints import merged_card
 from spectral_surgery.commands.merge.plan import MergePlan, Patch, Target, plan_merge, without_extra
 from spectral_surgery.commands.merge.update import change_of
 from spectral_surgery.errors import NotMergeableError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.merge_record import (
     CONFIG_FILE,
@@ -33,15 +34,7 @@ from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.files.reader import CODES, read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
 from spectral_surgery.files.storage import Checkpoint
-from spectral_surgery.files.writer import (
-    Entry,
-    copy_entry,
-    publishing,
-    reported,
-    tensor_bytes,
-    weights_name,
-    write_checkpoint,
-)
+from spectral_surgery.files.writer import Entry, copy_entry, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.hf.tensor_names import as_rows
 from spectral_surgery.live.undo import digest, merge_weight
 from spectral_surgery.memory import peak_rss_bytes

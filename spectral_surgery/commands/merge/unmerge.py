@@ -14,6 +14,7 @@ from spectral_surgery.adapters.base import AdapterState
 from spectral_surgery.cards import card as cards
 from spectral_surgery.commands.merge.update import Change, change_of, factor_sizes
 from spectral_surgery.errors import UnmergeError
+from spectral_surgery.files.atomic import publishing
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo, read_index
 from spectral_surgery.files.merge_record import (
     CONFIG_FILE,
@@ -28,15 +29,7 @@ from spectral_surgery.files.merge_record import (
 from spectral_surgery.files.peft.adapter_files import read_adapter
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.sidecar_files import check_apart, copy_companions
-from spectral_surgery.files.writer import (
-    Entry,
-    copy_entry,
-    publishing,
-    reported,
-    tensor_bytes,
-    weights_name,
-    write_checkpoint,
-)
+from spectral_surgery.files.writer import Entry, copy_entry, reported, tensor_bytes, weights_name, write_checkpoint
 from spectral_surgery.live.undo import Undo, digest, unmerge_weight
 from spectral_surgery.progress import Progress, silent
 

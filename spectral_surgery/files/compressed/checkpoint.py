@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 
 from spectral_surgery.codec.encoded import EncodedSpectrum
-from spectral_surgery.errors import CheckpointError, LimitError
+from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.difference import base_name
-from spectral_surgery.files.compressed.lossless import LOSSLESS_SUFFIXES, lossless_info
+from spectral_surgery.files.compressed.lossless import LOSSLESS_SUFFIXES, checked_offsets, lossless_info
 from spectral_surgery.files.compressed.manifest import (
     FILE_NAME,
     QUANT_METHOD,
@@ -95,11 +95,7 @@ class CompressedCheckpoint:
 
     def _tables(self, name: str) -> tuple[list[int], torch.Tensor]:
         codes, frames, step = (self.index.tensors[f"{name}.{suffix}"] for suffix in SUFFIXES)
-        offsets = self._table(frames).tolist()
-        if offsets[0] != 0 or offsets[-1] != codes.nbytes or any(a > b for a, b in pairwise(offsets)):
-            raise LimitError(
-                f"{name}: expected offsets in {codes.nbytes} bytes of codes, got others. Fetch {codes.file.name} again."
-            )
+        offsets = checked_offsets(name, self._table(frames), codes)
         steps = self._table(step).float()
         if not bool(torch.isfinite(steps).all()):
             raise CheckpointError(f"{name}: expected finite steps, got damaged ones. Fetch {step.file.name} again.")

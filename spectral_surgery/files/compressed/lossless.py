@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -118,7 +118,7 @@ def encode_part(
     frames = [data[start : start + layout.per_frame] for start in range(0, len(data), layout.per_frame)]
     centres = centres_of(split(data, layout.turned))
     coded = parallel_map(lambda frame: encode_planes(frame, layout, centres), frames, threads)
-    sums = tuple(_crc32(pieces) for pieces in coded)
+    sums = tuple(crc32_of(pieces) for pieces in coded)
     return [piece for pieces in coded for piece in pieces], LosslessPart(numbers, centres, sums)
 
 
@@ -187,13 +187,7 @@ class LosslessTensor:
 
     @cached_property
     def _offsets(self) -> list[int]:
-        offsets = [int(offset) for offset in read_tensor(self.frames).tolist()]
-        if offsets[0] != 0 or offsets[-1] != self.codes.nbytes or any(a > b for a, b in pairwise(offsets)):
-            raise LimitError(
-                f"{self.name}: expected offsets of frames in {self.codes.nbytes} bytes, got others. Fetch"
-                f" {self.codes.file.name} again."
-            )
-        return offsets
+        return checked_offsets(self.name, read_tensor(self.frames), self.codes)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the matrix [numel / I, I], I the last dimension, in the dtype of the tensor.
@@ -240,6 +234,16 @@ class LosslessTensor:
         decode_planes(pieces, record.layout, part.centres, len(out), out)
 
 
+def checked_offsets(name: str, offsets: Tensor, codes: TensorInfo) -> list[int]:
+    """Where frames begin and end. Raises LimitError when that is not in their codes, one after the other."""
+    places: list[int] = offsets.tolist()
+    if places[0] != 0 or places[-1] != codes.nbytes or any(a > b for a, b in pairwise(places)):
+        raise LimitError(
+            f"{name}: expected offsets in {codes.nbytes} bytes of codes, got others. Fetch {codes.file.name} again."
+        )
+    return places
+
+
 def lossless_info(name: str, record: LosslessRecord, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     """A tensor as if it were stored plainly.
 
@@ -279,7 +283,8 @@ def _unsigned(flat: Tensor) -> Any:
     return flat.view(torch.uint8).numpy().view(f"u{flat.element_size()}")
 
 
-def _crc32(pieces: Sequence[bytes]) -> int:
+def crc32_of(pieces: Iterable[bytes | bytearray | memoryview]) -> int:
+    """The checksum of pieces that follow each other."""
     crc = 0
     for piece in pieces:
         crc = zlib.crc32(piece, crc)

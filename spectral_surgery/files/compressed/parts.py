@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,27 +13,26 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import EncodedSpectrum, EncodingReport, steps_bytes
 from spectral_surgery.errors import CheckpointError
+from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.files.compressed.lossless import (
     LOSSLESS_SUFFIXES,
     LosslessPart,
     LosslessRecord,
+    crc32_of,
     layout_for,
     parse_lossless_part,
 )
 from spectral_surgery.files.compressed.manifest import SUFFIXES, PartRecord, parse_part
 from spectral_surgery.files.header import TensorInfo, read_header
 from spectral_surgery.files.reader import byte_pieces, read_bytes, read_tensor, release
-from spectral_surgery.files.writer import Entry, replace_file, tensor_entry
+from spectral_surgery.files.writer import Entry, tensor_entry
 
 _OVERHEAD = 512  # bytes of names, headers and the manifest that a tensor coded without loss takes more
 
 
 def part_record(rows: tuple[int, int], encoded: EncodedSpectrum, report: EncodingReport) -> PartRecord:
     """What the manifest says of encoded rows."""
-    crc = 0
-    for frame in encoded.frames:
-        crc = zlib.crc32(frame, crc)
-    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc, report)
+    return PartRecord(rows, encoded.rows_per_frame, encoded.basis.transform, crc32_of(encoded.frames), report)
 
 
 def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: PartRecord | None) -> None:
@@ -53,7 +51,7 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
             "frames": torch.cumsum(lengths, 0),
             "step": torch.cat((encoded.step, torch.tensor([encoded.offset]))),
         }
-    tables = zlib.crc32(tensors["step"].numpy().data, zlib.crc32(tensors["frames"].numpy().data)) if tensors else 0
+    tables = crc32_of(tensors[name].numpy().data for name in ("frames", "step")) if tensors else 0
     metadata = {"key": key, "record": json.dumps(record.to_json() if record else None), "tables": str(tables)}
     replace_file(path, save(tensors, metadata), durable=False)  # there may be very many, and `read_part` checks them
 
@@ -78,16 +76,10 @@ def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, T
         return None
     if record and verify:
         codes, *tables = (index.tensors[name] for name in ("codes", "frames", "step"))
-        if _crc(codes) != record.crc32 or str(_crc(*tables)) != index.metadata.get("tables"):
+        sums = [crc32_of(read_bytes(info, 0, info.nbytes) for info in infos) for infos in ([codes], tables)]
+        if sums[0] != record.crc32 or str(sums[1]) != index.metadata.get("tables"):
             return None
     return index.tensors, record
-
-
-def _crc(*infos: TensorInfo) -> int:
-    crc = 0
-    for info in infos:
-        crc = zlib.crc32(read_bytes(info, 0, info.nbytes), crc)
-    return crc
 
 
 def write_lossless(path: Path, key: str, pieces: Sequence[bytes], part: LosslessPart) -> None:
@@ -115,24 +107,27 @@ def joined_lossless(
 ) -> tuple[list[Entry], LosslessRecord] | None:
     """A tensor that is coded without loss, joined from the files of its parts; None where that saves no bytes."""
     files, records = zip(*parts, strict=True)
+    entries = _joined_frames(info.name, LOSSLESS_SUFFIXES, files)
+    if sum(entry.nbytes for entry in entries) + _OVERHEAD >= info.nbytes:
+        return None
+    layout = layout_for(info)
+    return entries, LosslessRecord(info.dtype, info.shape, layout.columns, layout.per_frame, tuple(records))
+
+
+def _joined_frames(name: str, suffixes: Sequence[str], files: Sequence[Mapping[str, TensorInfo]]) -> list[Entry]:
+    """Entries of the codes of all parts, and of the offsets of their frames."""
     offsets = [torch.zeros(1, dtype=torch.int64)]
     for file in files:
         offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
     places = torch.cat(offsets)
-    if int(places[-1]) + places.nbytes + _OVERHEAD >= info.nbytes:
-        return None
-    codes, frames = (f"{info.name}.{suffix}" for suffix in LOSSLESS_SUFFIXES)
 
-    def chunks() -> Iterator[bytes | bytearray | memoryview]:
+    def chunks() -> Iterator[memoryview]:
         for file in files:
             yield from byte_pieces(file["codes"])
+            release(file["codes"].file)
 
-    layout = layout_for(info)
-    record = LosslessRecord(info.dtype, info.shape, layout.columns, layout.per_frame, tuple(records))
-    return [
-        Entry(codes, "U8", (int(places[-1]),), chunks),
-        Entry(frames, "I64", tuple(places.shape), lambda: [places.numpy().tobytes()]),
-    ], record
+    codes, frames = (f"{name}.{suffix}" for suffix in suffixes[:2])
+    return [Entry(codes, "U8", (int(places[-1]),), chunks), tensor_entry(frames, places)]
 
 
 def joined(
@@ -144,24 +139,10 @@ def joined(
         Its entries, and the records with the bytes that steps take beside those of the other parts.
     """
     files, records = zip(*parts, strict=True)
-    codes, frames, step = (f"{name}.{suffix}" for suffix in SUFFIXES)
-    offsets = [torch.zeros(1, dtype=torch.int64)]
-    for file in files:
-        offsets.append(read_tensor(file["frames"])[1:] + offsets[-1][-1])
-    places = torch.cat(offsets)
     steps = _stored_steps([read_tensor(file["step"]) for file in files])
-
-    def chunks() -> Iterator[memoryview]:
-        for file in files:
-            yield from byte_pieces(file["codes"])
-            release(file["codes"].file)
-
-    entries = [
-        Entry(codes, "U8", (int(places[-1]),), chunks),
-        Entry(frames, "I64", tuple(places.shape), lambda: [places.numpy().tobytes()]),
-        tensor_entry(step, steps),
-    ]
-    return entries, tuple(map(_counted, files, records, steps))
+    return [*_joined_frames(name, SUFFIXES, files), tensor_entry(f"{name}.{SUFFIXES[2]}", steps)], tuple(
+        map(_counted, files, records, steps)
+    )
 
 
 def _stored_steps(parts: Sequence[Tensor]) -> Tensor:

@@ -25,9 +25,6 @@ from spectral_surgery.targets import matching
 
 PART_WEIGHTS = 1 << 23  # a part is what one worker holds in memory: 32 MiB of float32 coefficients
 BYTES_PER_WEIGHT = 22  # measured peak while encoding a part: input, coefficients, codes, frames and temporaries
-AUTO = "auto"
-DEFAULT_TRANSFORM = "dct"
-MAX_TILE = 4096
 
 _LEFT = {"BF16": 0.67, "F16": 0.85, "F32": 0.84, "F8_E4M3": 0.83, "F8_E5M2": 0.75}  # of bytes, coded without loss
 _EMBEDDING = re.compile(r"(embed|wte|wpe|shared\.weight)", re.IGNORECASE)

@@ -26,7 +26,7 @@ from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.difference import read_rows
 from spectral_surgery.files.compressed.joining import JoinedTensor, giving_way
 from spectral_surgery.files.compressed.lossless import LosslessPart, encode_part, layout_for
-from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, PartRecord, TensorRecord
+from spectral_surgery.files.compressed.manifest import FORMAT_VERSION, Manifest, TensorRecord
 from spectral_surgery.files.compressed.parts import (
     joined,
     joined_lossless,
@@ -243,7 +243,8 @@ def join(
             copied[tensor.info.name] = "not finite"
             continue
         joined_entries, counted = joined(tensor.info.name, finite)
-        records[tensor.info.name] = _record(tensor, counted, plan.options.tile)
+        seen = (tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), plan.options.tile, tensor.axes)
+        records[tensor.info.name] = TensorRecord(*seen, counted)
         files = [store.path(unit) for unit in plan.units_of[tensor.info.name]]
         entries += joined_entries if before is None else giving_way(joined_entries, files)
     lossless = {}
@@ -269,7 +270,3 @@ def _not_done(store: UnitStore, plan: Plan, unit: Unit) -> CheckpointError:
     return CheckpointError(
         f"{store.path(unit).name}: expected all {len(plan.units)} units done, got none here. Run again with --resume."
     )
-
-
-def _record(tensor: PlannedTensor, parts: tuple[PartRecord, ...], tile: int) -> TensorRecord:
-    return TensorRecord(tensor.info.dtype, tensor.info.shape, (tensor.rows, tensor.columns), tile, tensor.axes, parts)

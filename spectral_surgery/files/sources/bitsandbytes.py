@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError
+from spectral_surgery.errors import required
 from spectral_surgery.files.header import TensorInfo, named
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.files.sources.base import Settings, SourceKind, Tensors, stands_for, wrong
@@ -49,7 +48,7 @@ class FourBits:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the matrix: [R, I] bfloat16. Raises BackendError when the library is not installed."""
-        library = _library()
+        library = required("bitsandbytes.functional", "read the weights", "bitsandbytes")
         stored = {name: read_tensor(info) for name, info in self.parts.items()}
         kind = self.state.name.rpartition(".")[2]
         stored[f"quant_state.{kind}"] = read_tensor(self.state)
@@ -112,15 +111,6 @@ def _four_bits(info: TensorInfo, parts: Mapping[str, TensorInfo], state: TensorI
     if info.dtype != "U8" or 2 * info.numel != count or parts["absmax"].numel * block != count or shape[-1] % block:
         raise wrong(info, f"does not hold {list(shape)} in blocks of {block}; expected whole blocks in every row.")
     return stands_for(info, FourBits(info, dict(parts), state, shape, block), shape=shape)
-
-
-def _library() -> Any:
-    try:
-        return import_module("bitsandbytes.functional")
-    except ImportError:
-        raise BackendError(
-            "bitsandbytes: expected it to read the weights, got none installed. pip install bitsandbytes"
-        ) from None
 
 
 BITSANDBYTES = SourceKind("bitsandbytes", read_bitsandbytes)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError, CheckpointError
+from spectral_surgery.errors import CheckpointError, required
 from spectral_surgery.files.header import FLOATS8, TensorInfo, named
 from spectral_surgery.files.reader import read_flat, read_tensor
 from spectral_surgery.files.sources.base import Settings, SourceKind, Tensors, stands_for, wrong
@@ -188,16 +188,9 @@ def _names(targets: object, module: str) -> bool:
 
 
 def _library() -> Any:
-    try:
-        library = import_module(_LIBRARY)
-        for part in ("compressors", "quantization"):
-            import_module(f"{_LIBRARY}.{part}")
-    except ImportError:
-        raise BackendError(
-            "compressed-tensors: expected it to unpack the weights, got none installed."
-            " pip install 'spectral-surgery[compressed-tensors]'"
-        ) from None
-    return library
+    for part in ("compressors", "quantization"):
+        required(f"{_LIBRARY}.{part}", "unpack the weights", "'spectral-surgery[compressed-tensors]'")
+    return import_module(_LIBRARY)
 
 
 COMPRESSED_TENSORS = SourceKind("compressed-tensors", read_compressed_tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError, CheckpointError
+from spectral_surgery.errors import CheckpointError, required
 from spectral_surgery.files.header import TensorInfo, named
 from spectral_surgery.files.reader import read_flat
 
@@ -82,12 +81,7 @@ class GgufRows:
 
 def library() -> Any:
     """The package gguf. Raises BackendError when it is not installed."""
-    try:
-        return import_module("gguf")
-    except ImportError:
-        raise BackendError(
-            "gguf: expected it to read GGUF, got none installed. pip install 'spectral-surgery[gguf]'"
-        ) from None
+    return required("gguf", "read GGUF", "'spectral-surgery[gguf]'")
 
 
 def stored_as(tensor: Any, file: Path) -> Block:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectral_surgery.errors import BackendError, TargetError
+from spectral_surgery.errors import TargetError, required
 from spectral_surgery.fourier import Places, adapted_linear, fold, fourier_delta
 
 _CACHE = "_folded_places"
@@ -28,12 +28,7 @@ def accelerate_peft(model: nn.Module, enabled: bool = True) -> int:
         BackendError: when PEFT is not installed.
         TargetError: when the model has no FourierFT layers of PEFT.
     """
-    try:
-        from peft.tuners.fourierft import FourierFTLinear
-    except ImportError:
-        raise BackendError(
-            "peft: expected it to accelerate its models, got none installed. pip install 'spectral-surgery[hf]'"
-        ) from None
+    FourierFTLinear = required("peft.tuners.fourierft", "accelerate its models").FourierFTLinear  # noqa: N806 - a class
     layers = [module for module in model.modules() if isinstance(module, FourierFTLinear)]
     if not layers:
         raise TargetError(

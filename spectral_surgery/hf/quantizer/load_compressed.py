@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from spectral_surgery.errors import CheckpointError, LimitError
+from spectral_surgery.errors import CheckpointError, LimitError, required
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
 from spectral_surgery.files.compressed.manifest import SUFFIXES
 from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.deltas import switch_delta
-from spectral_surgery.hf.load_errors import loading, required
+from spectral_surgery.hf.load_errors import loading
 from spectral_surgery.hf.models import class_named, load_any
 from spectral_surgery.hf.quantizer.fill_weights import NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
