@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.case import Row
-from spectral_surgery.engines.ray import PROCESS_BYTES
+from spectral_surgery.engines.cluster import PROCESS_BYTES
 from spectral_surgery.files.compressed.plan import BYTES_PER_WEIGHT, PART_WEIGHTS
 
 

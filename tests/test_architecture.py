@@ -49,7 +49,7 @@ HEAVY = {
     "vllm": ("hf/vllm/",),
     "huggingface_hub": ("hub/", "cards/"),
     "triton": ("gpu/",),
-    "ray": ("engines/ray.py",),
+    "ray": ("engines/",),
     "numba": ("kernels/",),
     "matplotlib": ("plotting.py", "commands/eval/plot.py"),
 }

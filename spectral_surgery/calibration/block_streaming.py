@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class LazyModel:
         device: where it runs.
         bf16: whether its products are those of bfloat16, see `computing`.
         given: names of what it is run on.
+        again: loads the same once more, perhaps on another machine.
     """
 
     model: Any
     names: TensorNames
     tensors: dict[str, StoredParameter]
+    again: Callable[[], LazyModel]
     device: str = "cpu"
     bf16: bool = False
     given: frozenset[str] = TEXT
@@ -105,6 +107,8 @@ def load_lazily(
     """
     outline, given = outline or load_outline(folder, auto_class, trust_remote_code=trust_remote_code), frozenset(given)
     outline.config.use_cache = False
+    where = partial(load_lazily, folder, index, auto_class)
+    again = partial(where, trust_remote_code=trust_remote_code, device=device, bf16=bf16, given=given)
     names = names_in(outline, index)
     parameters = dict(outline.named_parameters(remove_duplicate=False))
     places = {name: names.find(name) for name in parameters}
@@ -121,11 +125,11 @@ def load_lazily(
                 name: buffer if buffer is None or buffer.is_meta else buffer.to(device)
                 for name, buffer in module._buffers.items()
             }
-        return LazyModel(outline, names, tensors, device, bf16, given)
+        return LazyModel(outline, names, tensors, again, device, bf16, given)
     model = load_any(folder, auto_class, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
     model.requires_grad_(requires_grad=False).to(device)
-    return LazyModel(model, names, {}, device, bf16, given)
+    return LazyModel(model, names, {}, again, device, bf16, given)
 
 
 class ActivationStore:

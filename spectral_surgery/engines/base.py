@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from spectral_surgery.files.compressed.plan import Plan, Unit
 from spectral_surgery.files.compressed.units import UnitStore
@@ -38,6 +41,33 @@ class Work:
         return [unit for unit in self.plan.shard(*shard) if unit.tensor.info.name not in self.before]
 
 
+Sums = dict[str, Tensor]
+
+
+class Share(Protocol):
+    """A share of the samples of a calibration. It goes to another machine as it was made, and is begun anew there."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes."""
+
+    def sums(self, changes: Sequence[Callable[[], Any]]) -> Sums:
+        """Its part of the next sums. ``changes``: what was made of all sums before, in their order."""
+
+
+class Others(Protocol):
+    """The shares that are elsewhere."""
+
+    def total(self, sums: Sums) -> Sums:
+        """Add what they have, by name."""
+
+    def tell(self, change: Any) -> None:
+        """Go on to the next sums. ``change``: what was made of the last ones."""
+
+
+Split = Callable[[int], Sequence[Share]]  # a work in so many shares, or fewer
+
+
 def _nothing_to_reach(_: Run) -> AbstractContextManager[object]:
     return nullcontext()
 
@@ -51,9 +81,11 @@ class Engine:
         help: who that is.
         encode: encode the parts that are not there yet; whether those of all shares are there then.
         reached: a context in which ``encode`` may be called several times; entered before anything is written.
+        shares: who takes shares of the samples of a calibration; None when all are run here.
     """
 
     name: str
     help: str
     encode: Callable[[Work], bool]
     reached: Callable[[Run], AbstractContextManager[object]] = _nothing_to_reach
+    shares: Callable[[Run, Split], AbstractContextManager[Others]] | None = None

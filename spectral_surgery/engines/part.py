@@ -65,7 +65,7 @@ def carry_out(order: Order) -> bytes | None:
         SpectralSurgeryError: when it would go wrong again.
     """
     keep_freed_memory()
-    _check_source(order.sizes)
+    check_source(order.sizes)
     try:
         if _is_here(order):
             _encode(order)
@@ -93,7 +93,8 @@ def _encode(order: Order) -> None:
     run_unit(order.store, read_unit(order.store, order.unit), order.options, order.threads)
 
 
-def _check_source(sizes: Mapping[Path, int]) -> None:
+def check_source(sizes: Mapping[Path, int]) -> None:
+    """Refuse files that are not here, or not those of the driver by their bytes."""
     for file, size in sizes.items():
         found = file.stat().st_size if file.is_file() else None
         if found != size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from spectral_surgery.cli import cli
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.engines import ENGINES
 from spectral_surgery.errors import BackendError, ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -20,6 +21,8 @@ from spectral_surgery.text.settings import TextData
 from tests.support.checkpoints import contents, gaussian, write_folder
 
 OPTIONS = CompressOptions(Target("bits", 3.0))
+
+Kind = Literal["bits", "density"]
 
 
 @pytest.fixture
@@ -57,13 +60,29 @@ def test_options_that_do_not_go_together(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_text_is_for_one_process(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--engine ray: expected without --calibrate and --heal, .*got text"):
-        compress(source, tmp_path / "out", OPTIONS, calibrate=TextData(tmp_path / "text"), run=Run(engine="ray"))
+@pytest.mark.parametrize(
+    ("run", "target", "device", "message"),
+    [
+        (Run(engine="torchrun"), "bits", "cpu", r"--engine torchrun: expected without --calibrate, .*--engine ray"),
+        (Run(engine="ray"), "density", "cpu", r"--engine ray: expected --bits with --calibrate, got --sparsity"),
+        (Run(engine="ray"), "bits", "cuda", r"--engine ray: expected --device cpu with --calibrate, got cuda"),
+    ],
+)
+def test_what_does_not_go_with_text(
+    tmp_path: Path, source: Path, run: Run, target: Kind, device: str, message: str
+) -> None:
+    options, text = CompressOptions(Target(target, 1.0)), TextData(tmp_path / "text")
+    with pytest.raises(ConfigError, match=message):
+        compress(source, tmp_path / "out", options, calibrate=text, device=device, run=run)
+
+
+def test_healing_is_done_here(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--engine ray: expected without --heal, which trains here"):
+        compress(source, tmp_path / "out", OPTIONS, heal=Healing(TextData(tmp_path / "text")), run=Run(engine="ray"))
 
 
 def test_without_ray(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectral_surgery.engines.ray.find_spec", lambda _: None)
+    monkeypatch.setattr("spectral_surgery.engines.cluster.find_spec", lambda _: None)
     with pytest.raises(BackendError, match=r"expected Ray, got none\. Run pip install \"spectral-surgery\[ray\]\""):
         compress(source, tmp_path / "out", OPTIONS, run=Run(engine="ray"))
     assert not list(tmp_path.glob("out*"))

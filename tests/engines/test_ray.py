@@ -22,11 +22,12 @@ import pytest
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress, plan_compression
 from spectral_surgery.engines import ray as engine
+from spectral_surgery.engines.cluster import calling, explained
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.storage import RemoteCheckpoint
 from spectral_surgery.hub.failures import UnansweredError
-from spectral_surgery.run import Run
+from tests.engines.nodes import NODE, another_node, on
 from tests.hub_server import TOKEN, serving
 from tests.hub_server.client import running
 from tests.support.checkpoints import contents, gaussian, llama_like, write_folder
@@ -39,33 +40,7 @@ pytestmark = [
 ]
 
 OPTIONS = CompressOptions(Target("bits", 3.0))
-NODE = {"num_cpus": 1, "memory": 4 << 30, "object_store_memory": 80 << 20}
 PARTS = 24
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head that does no work, and two nodes of one processor."""
-    from ray.cluster_utils import Cluster
-
-    # on a busy machine nobody waits for everybody else, is taken for dead too soon, or stopped for memory of others
-    config = {"worker_niceness": 0, "memory_monitor_refresh_ms": 0, "health_check_failure_threshold": 10}
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False, "_system_config": config}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(2):
-            made.add_node(**NODE)
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def connected(cluster: Any) -> Any:
-    """The same, that this process is connected to: workers that have imported torch stay."""
-    ray.init(address=cluster.address, log_to_driver=False)
-    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +54,6 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     out = tmp_path_factory.mktemp("expected") / "out"
     compress(source, out, OPTIONS)
     return contents(out)
-
-
-@contextmanager
-def another_node(cluster: Any, **more: object) -> Iterator[Any]:
-    node = cluster.add_node(**NODE | more)
-    try:
-        yield node
-    finally:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node, allow_graceful=False)
-
-
-def on(cluster: Any, **more: Any) -> Run:
-    return Run(engine="ray", ray_address=cluster.address, **more)
 
 
 def test_the_bytes_and_the_progress_are_those_of_one_machine(
@@ -225,7 +186,7 @@ def test_nodes_with_too_little_room_are_waited_for(
     connected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_folder(tmp_path / "source", {"a.weight": gaussian(96, 64)})
-    monkeypatch.setattr(engine, "_PATIENCE", 0.5)
+    monkeypatch.setattr(engine, "PATIENCE", 0.5)
     said: list[str] = []
     added: list[Any] = []
 
@@ -254,9 +215,9 @@ def test_nodes_with_another_version_are_refused(
 
 def test_a_node_without_this_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spectral_surgery.engines.part", None)  # as of a version before it
-    told = engine._task()("0.1.0 (12345678)", b"")
-    assert isinstance(told, str)
-    assert re.match(r"--engine ray: expected spectral-surgery 0\.1\.0 .* on every node, got another one \(.*part", told)
+    message = r"^--engine ray: expected spectral-surgery 0\.1\.0 .* on every node, got another one \(.*part"
+    with pytest.raises(ImportError, match=message):
+        calling()("0.1.0 (12345678)", b"")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +234,7 @@ def test_a_node_without_this_package_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_fails_in_ray_is_one_line(source: Path, name: str, reason: str) -> None:
     error = getattr(ray.exceptions, name)("no room\nat all")
     unit = plan_compression(source, OPTIONS)[1].units[0]
-    told = str(engine._explained(error, unit))
+    told = str(explained(error, f"{unit.tensor.info.name}, part {unit.part}"))
     assert re.match(rf"--engine ray: {re.escape(unit.tensor.info.name)}, part 0: .*{reason}.*--resume\.$", told)
 
 

@@ -17,6 +17,7 @@ from spectral_surgery.commands.compress.streamed import StreamedPush
 from spectral_surgery.commands.heal import STATE, HealReport, heal_checkpoint, write_healed
 from spectral_surgery.commands.push import PushReport
 from spectral_surgery.commands.settings import Healing
+from spectral_surgery.engines import ENGINES
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.atomic import clear_folder, publishing
 from spectral_surgery.files.compressed.checkpoint import open_compressed
@@ -149,7 +150,8 @@ def compress(
         TargetError: when the model cannot be run on text alone.
     """
     started = time.perf_counter()
-    _check_together(options, base, run, text=calibrate is not None or heal is not None)
+    _check_together(options, base, text=calibrate is not None or heal is not None)
+    _check_engine(options, run, device, calibrate=calibrate is not None, heal=heal is not None)
     if calibrate or heal:
         here(source)
     if calibrate and heal and heal.keep is not None:
@@ -178,16 +180,29 @@ def compress(
     return replace(report, calibration=reached)
 
 
-def _check_together(options: CompressOptions, base: Checkpoint | None, run: Run, *, text: bool) -> None:
+def _check_together(options: CompressOptions, base: Checkpoint | None, *, text: bool) -> None:
     if options.target.kind == "lossless" and (base is not None or text):
         raise ConfigError("--lossless: expected without --base, --calibrate and --heal, got one of them. Leave it out.")
     if base is not None and text:
         raise ConfigError("--base: expected without --calibrate and --heal, got text. Leave it out.")
-    if run.engine != "local" and text:
+
+
+def _check_engine(options: CompressOptions, run: Run, device: str, *, calibrate: bool, heal: bool) -> None:
+    """What runs the model elsewhere than here: calibration at a rate, on the processors of a cluster."""
+    where, engine = f"--engine {run.engine}", ENGINES[run.engine]
+    if heal and run.engine != "local":
+        raise ConfigError(f"{where}: expected without --heal, which trains here, got it. Run heal on the result.")
+    if not calibrate or run.engine == "local":
+        return
+    if engine.shares is None:
+        raise ConfigError(f"{where}: expected without --calibrate, got it. Use --engine ray, or leave it out.")
+    if options.target.kind == "density":
         raise ConfigError(
-            f"--engine {run.engine}: expected without --calibrate and --heal, which run the model here, got text. Leave"
-            " it out."
+            f"{where}: expected --bits with --calibrate, got --sparsity, which runs the original beside. Leave the"
+            " engine out."
         )
+    if device != "cpu":
+        raise ConfigError(f"{where}: expected --device cpu with --calibrate, got {device}. Leave one of them out.")
 
 
 def compress_shard(
@@ -210,7 +225,7 @@ def compress_shard(
     started = time.perf_counter()
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"shard: expected 0/n to n-1/n, got {shard[0]}/{shard[1]}.")
-    _check_together(options, base, run, text=False)
+    _check_together(options, base, text=False)
     check_apart(source, out)
     check_apart(base or source, out)
     index, plan = plan_compression(source, with_choices(options), base=base)

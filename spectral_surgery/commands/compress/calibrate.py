@@ -8,9 +8,11 @@ a density, a layer also makes up for what those before it lost, and the tables o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from spectral_surgery.calibration.block_streaming import LazyModel
 from spectral_surgery.calibration.kept_set import in_domain, kept_codes
 from spectral_surgery.calibration.layer_moments import LayerMoment, layer_moments, model_and_inputs
 from spectral_surgery.calibration.matched_layers import matched_layers
+from spectral_surgery.calibration.shares import sharing
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
 from spectral_surgery.codec.feedback_rate import codes_at
@@ -25,10 +28,11 @@ from spectral_surgery.commands.compress.coverage import Calibrated, Coverage, co
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.commands.compress.spread_bits import spread_targets
 from spectral_surgery.commands.compress.tables import Tables, calibrated_tables
+from spectral_surgery.engines import ENGINES
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor
 from spectral_surgery.files.compressed.units import finished_codes, leave_codes
-from spectral_surgery.files.storage import here
+from spectral_surgery.files.storage import here, size_of
 from spectral_surgery.inputs.model_input import ModelInput
 from spectral_surgery.live.blocks import UnchainedError
 from spectral_surgery.memory import release_freed_memory
@@ -70,8 +74,8 @@ class _Calibration:
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
         kept = plan.options.target.kind == "density"
         tables = calibrated_tables(job, lazy, inputs) if kept else None
-        turns = self._turns(lazy, inputs, wanted, tables)
-        layers = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
+        with closing(self._turns(lazy, inputs, wanted, tables)) as turns:
+            layers = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
         done = [*(tables.done if tables else ()), *layers]
         if not layers:
             examples = {reason: name for name, reason in reasons.items()}
@@ -84,14 +88,17 @@ class _Calibration:
 
     def _turns(
         self, lazy: LazyModel, inputs: Sequence[ModelInput], wanted: Sequence[str], tables: Tables | None
-    ) -> Iterator[LayerMoment]:
+    ) -> Generator[LayerMoment]:
         """The layers in their order; with tables of which something was dropped, also with what to make up for."""
         folder, progress = self.job.store.folder, self.job.run.progress
         if tables is not None and lazy.chain.stacks:
             with suppress(UnchainedError):  # before the first layer
                 yield from matched_layers(lazy, inputs, wanted, outside=tables.put, folder=folder, progress=progress)
                 return
-        yield from layer_moments(lazy, inputs, wanted, folder=folder, progress=progress)
+        shares, infos = ENGINES[self.job.run.engine].shares, self.job.index.tensors.values()
+        sizes = {info.file: size_of(info.file) for info in infos if isinstance(info.file, Path)}
+        shared = sharing(lazy, wanted, sizes, partial(shares, self.job.run)) if shares else None
+        yield from layer_moments(lazy, inputs, wanted, folder=folder, progress=progress, sharing=shared)
 
     def _calibrated(self, turn: LayerMoment, tensor: PlannedTensor) -> Calibrated:
         release_freed_memory()
