@@ -22,7 +22,7 @@ from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
-from spectral_surgery.hf.models import SentenceEncoder, load_encoder
+from spectral_surgery.hf.models import SentenceEncoder, load_model
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.run import Run
 
@@ -101,7 +101,7 @@ def run_demo(*, threads: int = 1, progress: Progress = silent) -> DemoReport:
     def step(what: str) -> None:
         progress(next(steps), total, what)
 
-    encoder = load_encoder(source)
+    encoder = _encoder(source)
     bench = _Bench(encoder, sentences, encoder.embed(sentences))
     rows: list[DemoRow] = []
     made: dict[str, CompressReport] = {}
@@ -128,6 +128,10 @@ def run_demo(*, threads: int = 1, progress: Progress = silent) -> DemoReport:
     )
 
 
+def _encoder(folder: Path) -> SentenceEncoder:
+    return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
+
+
 @dataclass(frozen=True)
 class _Bench:
     encoder: SentenceEncoder
@@ -145,7 +149,7 @@ class _Bench:
             raise CheckpointError(
                 f"{plain.name}: error {error:g} after decompressing, {report.relative_error:g} reported; {failures}."
             )
-        cosine = self._cosine(load_encoder(plain))
+        cosine = self._cosine(_encoder(plain))
         label = f"spectral {option}"
         return DemoRow(label, report.bits_per_weight, error, cosine, report.stored_bytes / 1e6), made
 
@@ -153,9 +157,9 @@ class _Bench:
         results = {key: BASELINES[name].apply(weight, bits) for key, weight in weights.items()}
         stored = sum(result.stored_bytes for result in results.values())
         decoded = {key: result.weight for key, result in results.items()}
-        self.encoder.with_weights(decoded)
+        self.encoder.model.load_state_dict(decoded, strict=False)
         cosine = self._cosine(self.encoder)
-        self.encoder.with_weights(weights)
+        self.encoder.model.load_state_dict(weights, strict=False)
         count = sum(weight.numel() for weight in weights.values())
         return DemoRow(label, 8 * stored / count, _relative_error(weights, decoded), cosine, stored / 1e6)
 

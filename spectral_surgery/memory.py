@@ -25,8 +25,7 @@ def keep_freed_memory(piece: int = WORTH_KEEPING) -> None:
     there for the threads of another; large pieces are asked for so rarely that threads hardly wait for it. Other
     allocators than glibc's are left alone.
 
-    Args:
-        piece: bytes; larger pieces go back to the system at once.
+    ``piece``: bytes; larger pieces go back to the system at once.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

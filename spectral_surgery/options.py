@@ -38,8 +38,7 @@ def parse_settings(config: type[T], pairs: Sequence[str]) -> T:
 
     A mapping is written as JSON. Of a name that comes twice, the last one counts.
 
-    Raises:
-        ConfigError: for a text that is not a pair, an unknown name, or a value of another type.
+    Raises ConfigError for a text that is not a pair, an unknown name, or a value of another type.
     """
     hints = get_type_hints(config)
     known = {setting.name: setting for setting in settings_of(config)}

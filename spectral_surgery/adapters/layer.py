@@ -109,8 +109,7 @@ def fused(base: nn.Module, adapter: nn.Module, x: Tensor) -> Tensor | None:
 
     Returns [..., O], or None to take the sum of both outputs.
 
-    Args:
-        x: [..., I].
+    ``x``: [..., I].
     """
     fused = getattr(adapter, "fused_linear", None)
     if fused is None or type(base) is not nn.Linear or _is_observed(base):

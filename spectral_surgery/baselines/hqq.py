@@ -42,8 +42,7 @@ def zero_points(groups: Tensor, real: Tensor, scale: Tensor, zero: Tensor, top: 
     the zero point becomes what is best for the rest in the least squares. Returns [O, G, 1], of the iteration with the
     least mean absolute error; iterations stop where it no longer falls.
 
-    Args:
-        real: [1, G, group], 1 where there is a weight.
+    ``real``: [1, G, group], 1 where there is a weight.
     """
     best, least, beta, count = zero, float("inf"), _BETA, real.sum(-1, keepdim=True)
     for _ in range(_ITERATIONS):

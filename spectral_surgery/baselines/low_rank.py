@@ -14,8 +14,7 @@ from spectral_surgery.errors import ConfigError
 def svd(weight: Tensor, bits: float) -> BaselineResult:
     """Keep the largest singular values, as two bfloat16 factors that share them evenly.
 
-    Raises:
-        ConfigError: If the budget does not hold one singular value.
+    Raises ConfigError if the budget does not hold one singular value.
     """
     of_one = 2 * sum(weight.shape)
     rank = min(math.floor(bits * weight.numel() / 8) // of_one, *weight.shape)

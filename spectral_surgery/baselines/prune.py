@@ -15,8 +15,7 @@ from spectral_surgery.sparse.tensor import largest
 def prune(weight: Tensor, bits: float) -> BaselineResult:
     """Keep the largest weights as bfloat16 and a bitmap of where they are.
 
-    Raises:
-        ConfigError: If the budget leaves no room for a weight beside the bitmap.
+    Raises ConfigError if the budget leaves no room for a weight beside the bitmap.
     """
     kept = kept_at("prune", weight, bits)
     flat = weight.reshape(-1)
@@ -27,11 +26,7 @@ def prune(weight: Tensor, bits: float) -> BaselineResult:
 
 
 def kept_at(name: str, weight: Tensor, bits: float) -> int:
-    """How many weights fit into a budget beside the bitmap. Returns 1 to O * I.
-
-    Raises:
-        ConfigError: If none does.
-    """
+    """How many weights fit into a budget beside the bitmap. Returns 1 to O * I. Raises ConfigError if none does."""
     bitmap = whole_bytes(weight.numel())
     kept = min((math.floor(bits * weight.numel() / 8) - bitmap) // 2, weight.numel())
     if kept < 1:

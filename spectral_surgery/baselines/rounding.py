@@ -32,8 +32,7 @@ def int_groups(weight: Tensor, *, bits: int, group: int) -> BaselineResult:
 
     The zero point is an integer of as many bits as a code, as in common 4-bit checkpoints.
 
-    Args:
-        group: Weights that share a scale; the last group of a row may be shorter.
+    ``group``: Weights that share a scale; the last group of a row may be shorter.
     """
     columns = weight.shape[1]
     top = 2**bits - 1

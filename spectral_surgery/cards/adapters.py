@@ -71,8 +71,7 @@ def converted_card(
 ) -> CardContent:
     """The card of an adapter that was computed and not trained, measured when it was written.
 
-    Args:
-        source: what it was made from, as the object of "made from".
+    ``source``: what it was made from, as the object of "made from".
     """
     config = {"peft_type": spec.method.peft_type, "task_type": spec.task_type}
     card = adapter_card(config | {"base_model_name_or_path": spec.base_model}, index, {})

@@ -44,9 +44,8 @@ def write_derived(folder: Path, content: CardContent) -> None:
 def derived(source: str | None, content: CardContent) -> str:
     """The card of a model made from another one.
 
-    Args:
-        source: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
-            follows ours. Metadata that cannot be read are left where they are.
+    ``source``: card of the other one. Its licence, languages, task, data sets and tags are carried over; its text
+    follows ours. Metadata that cannot be read are left where they are.
     """
     text = _unix(source or "").removeprefix("\ufeff")
     try:
@@ -124,9 +123,8 @@ def _placed(text: str, section: str, new: Mapping[str, object]) -> str:
 def reconciled(here: str, there: str | None) -> str | None:
     """Which of two cards to build on, when one is in a folder and one on the Hub.
 
-    Returns:
-        The one that a person has edited; the one here when neither was, or when their texts agree; None when both
-        were edited and differ.
+    Returns the one that a person has edited; the one here when neither was, or when their texts agree; None when both
+    were edited and differ.
     """
     if there is None or _outside(here) == _outside(there) or not is_edited(there):
         return here

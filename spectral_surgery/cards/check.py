@@ -33,8 +33,7 @@ Kind = Literal["compressed", "adapter", "dense"]
 class Checked:
     """A folder that can be published.
 
-    Attributes:
-        complete: whether that is all that is known; else the command that made the folder may have said more.
+    ``complete``: whether that is all that is known; else the command that made the folder may have said more.
     """
 
     kind: Kind
@@ -49,8 +48,7 @@ def check_folder(folder: Path, *, progress: Progress = silent) -> Checked:
     Of a compressed checkpoint every checksum of the manifest is verified; of an adapter the configuration, and that
     its values are finite.
 
-    Raises:
-        CheckpointError: when it is incomplete or damaged.
+    Raises CheckpointError when it is incomplete or damaged.
     """
     if not folder.is_dir():
         raise CheckpointError(

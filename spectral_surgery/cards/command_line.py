@@ -25,9 +25,8 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 def command_line(command: str, places: Sequence[str], options: Mapping[str, object]) -> str:
     """A command as text for a shell.
 
-    Args:
-        options: by name. True is a flag, a list repeats the option, a tuple is one value with commas; what is None,
-            False or empty is left out.
+    ``options``: by name. True is a flag, a list repeats the option, a tuple is one value with commas; what is None,
+    False or empty is left out.
     """
     words = [_PROGRAM, command, *places]
     for name, value in options.items():
@@ -44,8 +43,7 @@ def command_line(command: str, places: Sequence[str], options: Mapping[str, obje
 def stored_command(text: object, place: str, repository: str | None) -> str:
     """A command read from a file, with the name of a repository in it; empty for anything that is not one line.
 
-    Args:
-        place: SOURCE or BASE.
+    ``place``: SOURCE or BASE.
     """
     if not isinstance(text, str) or not text.startswith(f"{_PROGRAM} ") or not text.isprintable() or "```" in text:
         return ""

@@ -67,8 +67,7 @@ def spec_of(base: str, revision: str | None, bias: str) -> AdapterSpec:
 def config_of(method: str) -> Any:
     """The settings of a method, as -o says.
 
-    Raises:
-        ConfigError: for an unknown method or setting, or a value of another type.
+    Raises ConfigError for an unknown method or setting, or a value of another type.
     """
     from spectral_surgery.adapters import METHODS
 

@@ -173,8 +173,7 @@ def _engine(shard: str | None, workers: int) -> tuple[EngineName, str | None, tu
 def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:
     """The text to calibrate and to heal on.
 
-    Raises:
-        click.UsageError: when --keep has nothing to choose from, or text meets --shard or --base.
+    Raises click.UsageError when --keep has nothing to choose from, or text meets --shard or --base.
     """
     params = click.get_current_context().params
     length: dict[str, object] = {"seq_length": params["seq_length"]} if params["seq_length"] else {}

@@ -181,8 +181,7 @@ def nbytes(text: str | int) -> int:
 def only_one(*options: str) -> tuple[str, Any] | None:
     """The name and the value of the one of these options that was given; None for none.
 
-    Raises:
-        click.UsageError: when there are several.
+    Raises click.UsageError when there are several.
     """
     ctx = click.get_current_context()
     flags = {option.name: option.opts[0] for option in ctx.command.params}

@@ -21,8 +21,7 @@ _NAMED = 3  # of the names that share a reason; --json has all
 def progress(unit: str = "", *, quiet: bool | None = None) -> Iterator[Progress]:
     """A bar on a terminal, a line for every tenth elsewhere, nothing when quiet; on stderr, with the time left.
 
-    Args:
-        quiet: report nothing; None asks --quiet.
+    ``quiet``: report nothing; None asks --quiet.
     """
     from tqdm import tqdm
 

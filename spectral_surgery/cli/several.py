@@ -23,8 +23,7 @@ _NOT_WITH = ("file", "heal", "shard", "push", "stream_push", "dry_run", "engine"
 def compress_all(sources: Sequence[str], out: Path, target: Target, workers: int) -> None:
     """Compress the difference of each source to --base.
 
-    Raises:
-        click.UsageError: when there is no base, two have one name, or an option is for one source alone.
+    Raises click.UsageError when there is no base, two have one name, or an option is for one source alone.
     """
     params = click.get_current_context().params
     given = [name for name in _NOT_WITH if params.get(name)]

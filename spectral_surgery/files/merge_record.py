@@ -109,11 +109,7 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """A merge.
-
-    Attributes:
-        aliases: second name -> first name of tensors that were equal, and were changed together.
-    """
+    """A merge. ``aliases``: second name -> first name of tensors that were equal, and were changed together."""
 
     weights: tuple[float, ...]
     tensors: Mapping[str, MergedTensor]
@@ -170,8 +166,7 @@ def read_record(root: Path) -> MergeRecord:
 def read_data(root: Path, tensor: MergedTensor) -> bytes:
     """The coded differences of one tensor.
 
-    Raises:
-        UnmergeError: when the data file is missing or shorter than the record says.
+    Raises UnmergeError when the data file is missing or shorter than the record says.
     """
     path = root / FOLDER / DATA_FILE
     try:
@@ -190,8 +185,7 @@ def read_data(root: Path, tensor: MergedTensor) -> bytes:
 def compressed(base: Tensor, merged: Tensor | None = None) -> bytes:
     """A tensor, compressed.
 
-    Args:
-        merged: of the same shape and dtype, to code only the bits that differ; None for all.
+    ``merged``: of the same shape and dtype, to code only the bits that differ; None for all.
     """
     raw = _bytes_of(base) if merged is None else _bytes_of(base) ^ _bytes_of(merged)
     return zstandard.ZstdCompressor().compress(raw.numpy().data)

@@ -52,8 +52,7 @@ def read_bytes(info: TensorInfo, start: int, stop: int) -> bytearray:
 def read_together(infos: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, memoryview]]:
     """Small stored tensors and their bytes, in the order of files: those that lie side by side by one read.
 
-    Raises:
-        CheckpointError: when a file cannot be read.
+    Raises CheckpointError when a file cannot be read.
     """
     run: list[TensorInfo] = []
     for info in sorted(infos, key=lambda info: (str(info.file), info.start)):

@@ -20,8 +20,7 @@ CONFIG_FILE = "config.json"
 def check_apart(source: Checkpoint, out: Path) -> None:
     """Refuse to write a checkpoint over or into the one it is made from.
 
-    Raises:
-        CheckpointError: when out is the source, inside it or around it.
+    Raises CheckpointError when out is the source, inside it or around it.
     """
     a, b = path_of(source).resolve(), out.resolve()
     if a == b or a in b.parents or b in a.parents:

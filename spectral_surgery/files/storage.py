@@ -41,8 +41,7 @@ class RemoteFile(Protocol):
     def read_into(self, view: memoryview, start: int) -> None:
         """Fill a view with the bytes from ``start`` on.
 
-        Raises:
-            SpectralSurgeryError: when that cannot be done, after some attempts; or when it is another file by now.
+        Raises SpectralSurgeryError when that cannot be done, after some attempts; or when it is another file by now.
         """
 
 
@@ -194,8 +193,7 @@ def pieces_of(file: File, start: int, stop: int) -> Iterator[memoryview]:
     A remote file is asked for more and more at a time, and for the next part while the one before is used; whoever
     stops early has moved little for nothing.
 
-    Raises:
-        SpectralSurgeryError: as `read_into`.
+    Raises SpectralSurgeryError as `read_into`.
     """
     if isinstance(file, Path):
         for begin in range(start, stop, PIECE):

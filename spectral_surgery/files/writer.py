@@ -76,8 +76,7 @@ class Entry:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a tensor as bytes, in row-major order; shares memory where it can.
 
-    Returns:
-        A flat view of unsigned bytes.
+    Returns A flat view of unsigned bytes.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -215,9 +214,8 @@ def write_index(folder: Path, name: str, weight_map: Mapping[str, str], total: i
 def weights_name(index: CheckpointIndex) -> str:
     """What the weight files of a checkpoint are called, before number and ending, so that its tools find them again.
 
-    Returns:
-        ``model`` for a model of transformers, and where files have several names; else as it is, such as
-        ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
+    Returns ``model`` for a model of transformers, and where files have several names; else as it is, such as
+    ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
     """
     names = {_NUMBER.sub("", file.name.removesuffix(".safetensors")) for file in index.files}
     name = index.metadata.get(_NAME_KEY, names.pop() if len(names) == 1 else _MODEL)
@@ -296,8 +294,7 @@ def _stream(file: BinaryIO, path: Path, entry: Entry) -> None:
 def reported(entries: Sequence[Entry], progress: Progress) -> list[Entry]:
     """The same entries; progress is called when one is written.
 
-    Args:
-        progress: called with the number written, the number of all, and the name.
+    ``progress``: called with the number written, the number of all, and the name.
     """
     written = count(1)
 

@@ -21,8 +21,7 @@ _BLOCK = 128  # rows of ΔW at a time
 def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
     """W + ΔW: [O, I] in the dtype of the weight, else of the coefficients.
 
-    Args:
-        weight: [O, I], any float dtype; None for ΔW alone.
+    ``weight``: [O, I], any float dtype; None for ΔW alone.
     """
     (rows, columns), coefficients = delta.shape, delta.coefficients
     like = coefficients if weight is None else weight
@@ -43,8 +42,7 @@ def merged_weight(weight: Tensor | None, delta: Delta) -> Tensor:
 def delta_rows(ids: Tensor, delta: Delta) -> Tensor:
     """Rows of ΔW, differentiable in the coefficients: [N, I] in the dtype of the coefficients.
 
-    Args:
-        ids: [N] int64, in 0 .. O-1.
+    ``ids``: [N] int64, in 0 .. O-1.
     """
     (rows, columns), coefficients = delta.shape, delta.coefficients
     order, column, _ = delta.places.indices[:3].unbind()

@@ -23,9 +23,10 @@ from spectral_surgery.files.header import DTYPE_BITS, TensorInfo, named
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sources.gguf_rows import Block, GgufRows, dtype_of, library, stored_as
 from spectral_surgery.files.storage import FoundCheckpoint
-from spectral_surgery.hf.load_errors import RAISED
+from spectral_surgery.hf.load_errors import RAISED, reason_of
 from spectral_surgery.hf.plain_weights import without_weights
 
+_LONGEST = 300  # characters of a reason
 _LABELS = 1 << 62  # random ones below: no arithmetic on labels gives another label
 
 
@@ -109,13 +110,9 @@ def _reading(file: Path) -> Iterator[None]:
         raise
     except (*RAISED, MemoryError, OverflowError, AssertionError) as error:
         raise CheckpointError(
-            f"{file}: expected GGUF that gguf and transformers read, got an error ({_reason(error)}). Download it"
+            f"{file}: expected GGUF that gguf and transformers read, got an error ({reason_of(error)[:_LONGEST]}). Download it"
             " again, or give the checkpoint it was made from."
         ) from None
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())[:300].rstrip(".")
 
 
 def _outline(settings: Mapping[str, Any]) -> Any:
@@ -220,7 +217,7 @@ def _write_tokenizer(file: Path, folder: Path) -> tuple[str, ...]:
         transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     except RAISED as error:  # a model without tokenizer is one all the same
         return (
-            f"The result has no tokenizer: transformers can make none of what the GGUF file says ({_reason(error)})."
+            f"The result has no tokenizer: transformers can make none of what the GGUF file says ({reason_of(error)[:_LONGEST]})."
             " Copy that of the checkpoint it was made from.",
         )
     return ()

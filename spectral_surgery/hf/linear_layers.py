@@ -34,8 +34,7 @@ class LinearLayer:
 def linear_layers(folder: Path, index: CheckpointIndex) -> list[LinearLayer]:
     """Ask transformers for the linear layers of a model, and for experts that are stored one by one.
 
-    Raises:
-        CheckpointError: when it does not know the model.
+    Raises CheckpointError when it does not know the model.
     """
     model = outline_model(folder)
     names = names_in(model, index)

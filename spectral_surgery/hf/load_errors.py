@@ -26,7 +26,7 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
     except SpectralSurgeryError:
         raise
     except RAISED as error:
-        reason = " ".join(f"{error or type(error).__name__}".split())
+        reason = reason_of(error)
         if "trust_remote_code" in reason and not own_code(folder):  # transformers takes our shim for the model's code
             reason = "it has no class of this kind for the architecture in config.json"
         elif "trust_remote_code" in reason:
@@ -38,13 +38,17 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {problem}: {reason[:_LONGEST]}") from error
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(f"{error or type(error).__name__}".split())
+
+
 def check_utf8(text: str | Path, where: str) -> None:
     """Refuse what Python was given in another encoding than it reads: most libraries cannot take it.
 
     Python keeps such bytes as halves of surrogate pairs (PEP 383), which its functions for files turn back.
 
-    Raises:
-        ConfigError: when there are any, with the way out.
+    Raises ConfigError when there are any, with the way out.
     """
     try:
         str(text).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ _BATCH = 32
 class SentenceEncoder:
     """A transformer encoder with mean pooling, as sentence-transformers runs it.
 
-    Attributes:
-        model: a transformers encoder in eval mode.
+    ``model``: a transformers encoder in eval mode.
     """
 
     model: Any
@@ -48,10 +47,6 @@ class SentenceEncoder:
         vectors = torch.cat(parts)
         vectors = torch.empty_like(vectors).index_copy_(0, torch.tensor(order), vectors)
         return torch.nn.functional.normalize(vectors, dim=-1)
-
-    def with_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace parameters by name, in place."""
-        self.model.load_state_dict(dict(weights), strict=False)
 
 
 def load_model(
@@ -100,8 +95,7 @@ def load_classifier(
 
     Returns (model in eval mode, tokenizer with a padding token, names of weights that are new and random).
 
-    Raises:
-        CheckpointError: when the folder has no such model, or other weights than those of the head do not fit.
+    Raises CheckpointError when the folder has no such model, or other weights than those of the head do not fit.
     """
     transformers, auto_class = _transformers(), "AutoModelForSequenceClassification"
     of_config: dict[str, Any] = {"num_labels": labels}
@@ -155,8 +149,7 @@ def load_outline(folder: Path, auto_class: str = "", *, trust_remote_code: bool 
 def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """A model from the config.json of a folder: parameters are on the meta device, buffers are real.
 
-    Raises:
-        CheckpointError: when transformers does not know the configuration.
+    Raises CheckpointError when transformers does not know the configuration.
     """
     transformers = _transformers()
     from transformers.initialization import no_init_weights
@@ -178,8 +171,7 @@ def outline_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def outline_of(model: Any) -> Any:
     """The same model without numbers, all its weights as parameters: on the meta device, tied as transformers does.
 
-    Args:
-        model: of transformers, dense or compressed.
+    ``model``: of transformers, dense or compressed.
     """
     from transformers.initialization import no_init_weights
 
@@ -192,8 +184,7 @@ def outline_of(model: Any) -> Any:
 def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the weights of a model as transformers does, under the names and in the shards that it reads.
 
-    Args:
-        model: of transformers; cast in place.
+    ``model``: of transformers; cast in place.
     """
     model.to(dtype).save_pretrained(folder)
 
@@ -229,8 +220,7 @@ def continue_text(
 
     Returns (tokens of the prompt, new tokens); fewer new ones than asked for where the model's context ends.
 
-    Raises:
-        ConfigError: when the model cannot generate, or the prompt has no tokens, or as many as the model can read.
+    Raises ConfigError when the model cannot generate, or the prompt has no tokens, or as many as the model can read.
     """
     if not hasattr(model, "generate"):
         raise ConfigError(
@@ -263,15 +253,6 @@ def continue_text(
         with running(model):
             tokens = model.generate(ids, **named)
     return ids.shape[1], tokens.shape[1] - ids.shape[1]
-
-
-def load_encoder(folder: Path) -> SentenceEncoder:
-    """Load a sentence encoder from a local folder, in float32.
-
-    Raises:
-        CheckpointError: when the folder has no model.
-    """
-    return SentenceEncoder(*load_model(folder, "AutoModel", dtype=torch.float32))
 
 
 def _class(transformers: Any, folder: Path, auto_class: str) -> Any:

@@ -10,19 +10,14 @@ from spectral_surgery.hf.load_errors import loading
 
 
 def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The image processor of a model.
-
-    Raises:
-        CheckpointError: when the folder has none.
-    """
+    """The image processor of a model. Raises CheckpointError when the folder has none."""
     return _load("AutoImageProcessor", folder, "image processor", trust_remote_code)
 
 
 def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The feature extractor of a model that hears; its ``sampling_rate`` says what sound it takes.
 
-    Raises:
-        CheckpointError: when the folder has none.
+    Raises CheckpointError when the folder has none.
     """
     return _load("AutoFeatureExtractor", folder, "feature extractor", trust_remote_code)
 

@@ -38,8 +38,7 @@ class LoadsFolders:
 class QuantMethod:
     """A ``quant_method``: settings and quantiser, of which classes that transformers takes are made when asked for.
 
-    Attributes:
-        stem: beginning of the names of those classes, by which pickles find them in the module of the settings.
+    ``stem``: beginning of the names of those classes, by which pickles find them in the module of the settings.
     """
 
     name: str

@@ -126,9 +126,8 @@ class TensorNames:
     def find(self, name: str) -> StoredParameter | None:
         """Where a parameter is stored; None when it is not, or not as rows.
 
-        Args:
-            name: in the model, or in the same model with a head more or less, which has one prefix more or less; or
-                the stored name.
+        ``name``: in the model, or in the same model with a head more or less, which has one prefix more or less; or the
+        stored name.
         """
         for spelling in self._spellings(name):
             if spelling in self.parameters:
@@ -156,8 +155,7 @@ class TensorNames:
 def names_in(model: nn.Module, index: CheckpointIndex) -> TensorNames:
     """Find the parameters of a model in a checkpoint.
 
-    Args:
-        model: a PreTrainedModel, with or without numbers; any other module has the stored names.
+    ``model``: a PreTrainedModel, with or without numbers; any other module has the stored names.
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -45,8 +45,7 @@ def names_of_splits() -> dict[str, str]:
 def settled_config(folder: Path) -> dict[str, Any]:
     """The configuration of a model with every default that transformers has.
 
-    Raises:
-        CheckpointError: when it does not know the configuration.
+    Raises CheckpointError when it does not know the configuration.
     """
     transformers = required("transformers", "read configurations")
     with loading(folder, "has no configuration that transformers knows"):

@@ -46,9 +46,8 @@ class HubFile:
     def read_into(self, view: memoryview, start: int) -> None:
         """Fill a view with the bytes from ``start`` on. A connection that is cut is made again for what is missing.
 
-        Raises:
-            HubError: when several attempts in a row bring nothing, when the Hub refuses, or when the file is another
-                one by now.
+        Raises HubError when several attempts in a row bring nothing, when the Hub refuses, or when the file is another
+        one by now.
         """
         done = attempt = 0
         with reaching(self):

@@ -61,11 +61,7 @@ def remote(source: str, revision: str | None = None) -> Repository | None:
 
 
 def to_push(name: str, revision: str | None = None) -> Repository:
-    """The repository to push to.
-
-    Raises:
-        HubError: when the name is not ``org/name``.
-    """
+    """The repository to push to. Raises HubError when the name is not ``org/name``."""
     match = re.fullmatch(rf"(?:{_SCHEME})?({_NAME})", name)
     if match is None:
         raise HubError(f"{name}: cannot be pushed to; expected org/name. A branch is given by --revision.")

@@ -65,8 +65,7 @@ def prepare(
 def read_text(listing: Listing, name: str, token: str | None = None) -> str | None:
     """Text of a small remote file as it is at the listed commit; None when there is none.
 
-    Raises:
-        HubError: when it cannot be read, or is not text.
+    Raises HubError when it cannot be read, or is not text.
     """
     from huggingface_hub import hf_hub_download
 
@@ -81,11 +80,7 @@ def read_text(listing: Listing, name: str, token: str | None = None) -> str | No
 
 
 def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -> None:
-    """Refuse to publish the access token itself.
-
-    Raises:
-        HubError: when one of the smaller files holds it.
-    """
+    """Refuse to publish the access token itself. Raises HubError when one of the smaller files holds it."""
     from huggingface_hub import get_token
 
     secret = (token or get_token() or "").encode()
@@ -98,8 +93,7 @@ def refuse_tokens(files: Mapping[str, Path | bytes], token: str | None = None) -
 def store(repository: Repository, path: Path, *, token: str | None = None) -> Stored:
     """Upload a large file for a commit to come; content that the Hub has already is not sent again.
 
-    Raises:
-        HubError: when it cannot be uploaded, or the Hub takes it for a small one.
+    Raises HubError when it cannot be uploaded, or the Hub takes it for a small one.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

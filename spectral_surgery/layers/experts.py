@@ -17,8 +17,7 @@ from spectral_surgery.matmul import recorded
 class SpectralExperts(nn.Module):
     """Stands for a fused parameter [E, O, I] of E experts; or [E, I, O], where they are stored transposed.
 
-    Attributes:
-        transposed: whether an expert multiplies by its matrix and not by the transposed one.
+    ``transposed``: whether an expert multiplies by its matrix and not by the transposed one.
     """
 
     def __init__(self, weights: Iterable[SpectralWeight], *, transposed: bool = False) -> None:

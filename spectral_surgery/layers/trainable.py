@@ -18,8 +18,7 @@ from spectral_surgery.matmul import Form
 class TrainableWeight(nn.Module):
     """Takes the place of a `SpectralWeight`, with its kept coefficients as a parameter; the matrix is dense in use.
 
-    Attributes:
-        values: [K] float32 parameter.
+    ``values``: [K] float32 parameter.
     """
 
     def __init__(self, weight: SpectralWeight) -> None:

@@ -136,8 +136,7 @@ def state_of(
 def assign(model: nn.Module, state: AdapterState, name: str = DEFAULT) -> None:
     """Set the numbers of an adapter that is on a model already.
 
-    Raises:
-        CheckpointError: when it does not fit the model.
+    Raises CheckpointError when it does not fit the model.
     """
     layers = {target: layer for target, layer in adapted_layers(model).items() if name in layer.adapters}
     if layers.keys() != state.layers.keys():

@@ -82,8 +82,7 @@ def has_blocks(model: nn.Module) -> bool:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of blocks that most parameters of what reads text are in, and its name.
 
-    Raises:
-        TargetError: when there is none.
+    Raises TargetError when there is none.
     """
     lists = _lists(*text_part(model))
     if not lists:
@@ -94,8 +93,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def main_list(prefix: str, part: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The list of blocks that holds most of a part of a model, each run once, and its name; None without one.
 
-    Args:
-        part: the part; lists inside others do not count.
+    ``part``: the part; lists inside others do not count.
     """
     lists = sorted(_lists(prefix, part).items(), key=lambda item: _size(item[1]))
     if not lists or any(isinstance(block, nn.ModuleList) for block in lists[-1][1]):

@@ -104,8 +104,7 @@ def sites(model: nn.Module) -> list[AttentionSite]:
 def sites_at(model: nn.Module, layers: tuple[int, ...]) -> dict[int, AttentionSite]:
     """The attentions of some layers, by number.
 
-    Raises:
-        ConfigError: when a number is out of range or comes twice, or there is none.
+    Raises ConfigError when a number is out of range or comes twice, or there is none.
     """
     places = sites(model)
     wrong = [number for number in layers if not 0 <= number < len(places)]

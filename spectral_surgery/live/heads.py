@@ -17,8 +17,7 @@ _CLASSES = ("Classification", "QuestionAnswering")  # in the name of a class who
 def trained_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """The modules that an adapter for a task trains whole and stores, as PEFT expects them.
 
-    Returns:
-        Names, in order: of a classifier, a tagger or a model that finds answers; none for other tasks.
+    Returns names, in order: of a classifier, a tagger or a model that finds answers; none for other tasks.
     """
     ends = _SAVED_BY_PEFT.get(str(task))
     if ends is None:

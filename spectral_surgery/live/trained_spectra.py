@@ -116,8 +116,7 @@ def trained_weights(model: nn.Module) -> list[tuple[KeptSpectrum, Tensor]]:
 def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
     """The spectra that a model in training stands for now.
 
-    Returns:
-        By parameter name, a spectrum for each row range; a shared weight once.
+    Returns by parameter name, a spectrum for each row range; a shared weight once.
     """
     return dict(each_kept_spectrum(model))
 

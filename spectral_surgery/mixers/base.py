@@ -17,8 +17,7 @@ from spectral_surgery.mixers.cache import MixerCache
 class Mixer(Protocol):
     """A map from token sequences to token sequences; implemented by `nn.Module`s.
 
-    Attributes:
-        is_causal: whether an output depends on no later token, bit for bit.
+    ``is_causal``: whether an output depends on no later token, bit for bit.
     """
 
     is_causal: bool
@@ -70,8 +69,7 @@ class MixerMethod(Generic[ConfigT]):
     def fresh(self, width: int, settings: dict[str, Any] | None = None) -> nn.Module:
         """A mixer with the default settings, or some of them changed.
 
-        Raises:
-            ConfigError: for a setting that is unknown or out of range.
+        Raises ConfigError for a setting that is unknown or out of range.
         """
         known = set(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
         unknown = sorted(set(settings or {}) - known)

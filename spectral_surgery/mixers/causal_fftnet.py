@@ -54,8 +54,7 @@ class CausalFFTNetMixer(nn.Module):
     def kernel(self, context: Tensor) -> Tensor:
         """Kernels of pooled tokens: [..., H, L] float32; gain 1 gives 1, 0, 0, ...
 
-        Args:
-            context: [..., D] mean of the tokens before a chunk; zeros for the first.
+        ``context``: [..., D] mean of the tokens before a chunk; zeros for the first.
         """
         gain = self.activation(self.filter.gain(context, self.kernel_length), self.kernel_length)  # [..., F, H]
         kernel: Tensor = torch.fft.irfft(gain, n=self.kernel_length, dim=-2).transpose(-1, -2)

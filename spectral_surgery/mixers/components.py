@@ -75,8 +75,7 @@ class AdaptiveSpectralFilter(nn.Module):
     def gain(self, context: Tensor, length: int) -> Tensor:
         """Gains of the frequencies of a length: [..., T // 2 + 1, H] complex.
 
-        Args:
-            context: [..., D], tokens pooled; zeros give the gain of an unknown past.
+        ``context``: [..., D], tokens pooled; zeros give the gain of an unknown past.
         """
         hidden = nn.functional.gelu(self.up(self.norm(context.to(self.up.weight.dtype))))
         change = torch.tanh(as_real(self.down(hidden))).reshape(*context.shape[:-1], self.heads, self.bins, 2)
@@ -141,8 +140,7 @@ def interpolate(values: Tensor, length: int, dim: int) -> Tensor:
     Returns [..., T // 2 + 1, ...], exact where a frequency is a bin. ``values`` is [..., bins, ...] real, from
     frequency zero to Nyquist.
 
-    Raises:
-        ShapeError: when there are fewer than 2 bins.
+    Raises ShapeError when there are fewer than 2 bins.
     """
     bins = values.shape[dim]
     if bins < 2:

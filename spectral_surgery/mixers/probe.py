@@ -60,8 +60,7 @@ def leak(
 def require_causal(mixer: nn.Module, width: int, name: str) -> None:
     """Accept a mixer through which the future does not reach the past.
 
-    Raises:
-        CausalityError: when it does, or when the mixer does not react at all.
+    Raises CausalityError when it does, or when the mixer does not react at all.
     """
     leaks = leak(mixer, width)
     if leaks.before != 0 or not leaks.after > 0:

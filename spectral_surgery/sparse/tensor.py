@@ -83,8 +83,7 @@ class SparseSpectralTensor:
     def to_spatial(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the tensor, of `shape`; computed in float32 and cast once.
 
-        Args:
-            dtype: Of the result; None for the dtype of the original.
+        ``dtype``: Of the result; None for the dtype of the original.
         """
         wide = torch.complex64 if self.values.is_complex() else torch.float32
         rows, columns = self.domain.spectrum_shape
@@ -296,8 +295,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
     Returns [count] int64. Unlike `torch.topk`, the same for the same scores everywhere.
 
-    Args:
-        scores: [n], no NaN.
+    ``scores``: [n], no NaN.
     """
     threshold = scores.kthvalue(len(scores) - count + 1).values
     keep = scores > threshold

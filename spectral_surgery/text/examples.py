@@ -33,8 +33,7 @@ class Example:
 def read_examples(file: Path, columns: Sequence[str] = ()) -> list[Example]:
     """Read examples; labels that are numbers throughout are floats.
 
-    Raises:
-        ConfigError: when the file cannot be read as that, or a column is missing.
+    Raises ConfigError when the file cannot be read as that, or a column is missing.
     """
     if not file.is_file():
         raise ConfigError(f"{file}: expected a text, .csv or .jsonl file, got no such file.")
@@ -69,8 +68,7 @@ def hold_out(examples: Sequence[T], *fractions: float) -> list[list[T]]:
     Documents are drawn at random, since files are often sorted, and by the same numbers in every run, so that runs with
     other seeds are judged on the same text. A single document is cut, and its end is held out.
 
-    Raises:
-        ConfigError: when the fractions, or too little text, leave a part empty.
+    Raises ConfigError when the fractions, or too little text, leave a part empty.
     """
     if min(fractions) <= 0 or sum(fractions) >= 1:
         got = ", ".join(f"{fraction:g}" for fraction in fractions)

@@ -19,11 +19,7 @@ from spectral_surgery.text.tasks import spearman
 
 
 def score(models: Sequence[Any], tokenizer: Any, data: EvalData, *, causal: bool) -> dict[str, float]:
-    """Judge one or two models on text.
-
-    Returns:
-        Measures by name, those of the models ending in ``_a`` and ``_b``.
-    """
+    """Judge one or two models on text. Returns measures by name, those of the models ending in ``_a`` and ``_b``."""
     measures: dict[str, float] = {}
     if data.text is not None and causal:
         text = " ".join(example.texts[0] for example in read_examples(data.text))

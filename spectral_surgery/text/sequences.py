@@ -46,8 +46,7 @@ def cut_stream(
 def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path) -> None:
     """Refuse tokens of a file that a model has no embedding for; one without a table of embeddings takes them all.
 
-    Raises:
-        ConfigError: when there is one.
+    Raises ConfigError when there is one.
     """
     largest = max((token for sequence in sequences for token in sequence), default=-1)
     size = _vocabulary_of(model)

@@ -60,8 +60,7 @@ class TextData:
     def digest(self) -> str:
         """What it is, for the manifest and for recognising unfinished work.
 
-        Raises:
-            ConfigError: when the file cannot be read.
+        Raises ConfigError when the file cannot be read.
         """
         if self.file.is_dir():
             whole = hashlib.sha256()

@@ -18,8 +18,7 @@ def plot_training(
 ) -> bool:
     """Save the course of a training as a PNG: loss of both sides, and the measure that decides.
 
-    Returns:
-        Whether it was: without matplotlib there is no plot.
+    Returns whether it was: without matplotlib there is no plot.
     """
     try:
         figure = new_figure(11 if measure != "loss" else 6.5, 4.5)

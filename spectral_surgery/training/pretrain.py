@@ -23,8 +23,7 @@ _HEAD_WIDTH = 32  # of attention, where the width allows it
 class Start:
     """A row of STARTS: what a training can start from.
 
-    Attributes:
-        build: (sizes, settings of the vocabulary) -> a fresh model of transformers.
+    ``build``: (sizes, settings of the vocabulary) -> a fresh model of transformers.
     """
 
     name: str
@@ -102,9 +101,8 @@ def require_transformers() -> None:
 def prediction_scores(model: nn.Module, rows: Sequence[Features], batch_size: int) -> dict[str, float]:
     """How well a language model predicts.
 
-    Returns:
-        ``loss`` in nats per token, ``perplexity``, ``accuracy`` of the likeliest token, and ``first_token_loss``, that
-        of the second token of each row, of which a model that does not see the future knows one token only.
+    Returns ``loss`` in nats per token, ``perplexity``, ``accuracy`` of the likeliest token, and ``first_token_loss``,
+    that of the second token of each row, of which a model that does not see the future knows one token only.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
@@ -129,8 +127,7 @@ def prediction_scores(model: nn.Module, rows: Sequence[Features], batch_size: in
 def unigram(train: Sequence[Features], test: Sequence[Features], vocabulary: int) -> dict[str, float]:
     """How well the mere frequencies of tokens predict; every model has to do better.
 
-    Returns:
-        ``loss``, ``perplexity`` and ``accuracy``, as of `prediction_scores`.
+    Returns ``loss``, ``perplexity`` and ``accuracy``, as of `prediction_scores`.
     """
     counts = torch.ones(vocabulary, dtype=torch.float64)  # one of each, so that none is impossible
     for row in train:

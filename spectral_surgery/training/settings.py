@@ -48,8 +48,7 @@ class DistillSettings:
     def __post_init__(self) -> None:
         """Settle the steps, 0 where time is what counts, and refuse what cannot be meant.
 
-        Raises:
-            ConfigError: when the learning rate is not positive, or there are not either steps or minutes.
+        Raises ConfigError when the learning rate is not positive, or there are not either steps or minutes.
         """
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate: expected a positive number, got {self.learning_rate}.")

@@ -11,11 +11,7 @@ _BYTES = 256
 
 
 def learn_bpe(text: str, vocabulary: int) -> Any:
-    """Learn a byte-level BPE, which can write any text.
-
-    Raises:
-        ConfigError: when the vocabulary is too small.
-    """
+    """Learn a byte-level BPE, which can write any text. Raises ConfigError when the vocabulary is too small."""
     if vocabulary <= _BYTES:
         raise ConfigError(
             f"--vocab-size: expected {_BYTES + 1} or more, for the bytes and an end of text, got {vocabulary}."

@@ -75,8 +75,7 @@ def whole(tensor: Tensor) -> Tensor:
 def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterState]:
     """Train an adapter, and return the one that did best on the held-out examples.
 
-    Returns:
-        (what happened, the best adapter).
+    Returns (what happened, the best adapter).
     """
     trainer = make_trainer(job, partial(_trainer_class, spec=spec))
     history, folder = run_trainer(job, trainer, "adapter_config.json", resume=resume)
@@ -88,8 +87,7 @@ def run(job: Job, spec: AdapterSpec, *, resume: bool) -> tuple[History, AdapterS
 def run_trainer(job: Job, trainer: Any, file: str, *, resume: bool) -> tuple[History, Path | None]:
     """Let a Trainer train.
 
-    Returns:
-        (what happened, checkpoint that did best on the held-out examples); None when there is no checkpoint.
+    Returns (what happened, checkpoint that did best on the held-out examples); None when there is no checkpoint.
     """
     checkpoint = _last_checkpoint(job.folder, file) if resume else None
     # not trainer.evaluate() here: accelerate would take the model for prepared, and processes would train apart

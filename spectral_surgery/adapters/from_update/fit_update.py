@@ -23,11 +23,7 @@ EXTRACTORS: Table[Extractor] = Table("method to extract to", (*SPECTRAL, *LOW_RA
 
 @dataclass(frozen=True)
 class Update:
-    """The weight update of one layer.
-
-    Attributes:
-        delta: reads or computes ΔW, [O, I] float32; it may be called twice.
-    """
+    """The weight update of one layer. ``delta``: reads or computes ΔW, [O, I] float32; it may be called twice."""
 
     layer: str
     shape: tuple[int, int]

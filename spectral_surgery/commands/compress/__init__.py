@@ -276,8 +276,7 @@ def compress_and_push(
 def kept_by(source: Checkpoint, options: CompressOptions, keep: Keep | None) -> Keep | None:
     """How the coefficients that are healed are chosen; None where all are.
 
-    Raises:
-        ConfigError: when keep is given and no density is asked for.
+    Raises ConfigError when keep is given and no density is asked for.
     """
     if options.target.kind != "density":
         if keep is not None:

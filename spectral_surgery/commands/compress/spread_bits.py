@@ -64,9 +64,8 @@ def measure_shares(
 ) -> dict[str, TensorCost]:
     """The cost of the weights of each tensor, in squared relative errors of the last hidden states.
 
-    Returns:
-        By name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none for a
-        model without a list of blocks, or that changes hidden states between them.
+    Returns by name, of the linear layers in blocks, of embeddings, and of the output layer of a language model; none
+    for a model without a list of blocks, or that changes hidden states between them.
     """
     lazy, inputs = model_and_inputs(source, index, data, device)
     if not lazy.chain.stacks:

@@ -37,8 +37,7 @@ _RESULT = "result"  # folder of what is beside the weights
 class Piece:
     """What goes into one weight file: tensors to compress, or to copy.
 
-    Attributes:
-        before: weights that earlier pieces compress.
+    ``before``: weights that earlier pieces compress.
     """
 
     number: int
@@ -99,11 +98,7 @@ def _groups(sized: list[tuple[T, int]], limit: int) -> Iterator[list[T]]:
 
 @dataclass(frozen=True)
 class StreamedPush:
-    """A compression whose weight files go to a repository one by one.
-
-    Attributes:
-        size: bytes of a weight file, about.
-    """
+    """A compression whose weight files go to a repository one by one. ``size``: bytes of a weight file, about."""
 
     job: Job
     size: int
@@ -118,8 +113,7 @@ class StreamedPush:
     def run(self, out: Path) -> tuple[Manifest, dict[str, str], int, PushReport]:
         """Compress, upload and commit; ``out`` gets what is beside the weights.
 
-        Returns:
-            The manifest, the reason by name of each tensor that is copied, the bytes of all files, and the push.
+        Returns the manifest, the reason by name of each tensor that is copied, the bytes of all files, and the push.
         """
         made, whole = ((piece, self._made(piece)) for piece in pieces_of(self.job, self.size)), []
         # one is uploaded while the next one is encoded

@@ -33,8 +33,7 @@ def save_rest(
 
     A module that is tied to another one is stored for both: PEFT makes two of them, and leaves the other as it was.
 
-    Args:
-        rest: reason by name of what differs; one with another shape than the base cannot replace it.
+    ``rest``: reason by name of what differs; one with another shape than the base cannot replace it.
     """
     tuned = model.stored
     missing = {name: reason for name, reason in rest.items() if ", in BASE" in reason}

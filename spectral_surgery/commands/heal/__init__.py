@@ -158,8 +158,7 @@ def heal_checkpoint(
 ) -> tuple[list[Entry], HealReport]:
     """Heal without writing the result.
 
-    Returns:
-        What to write, which reads from the checkpoint and the folder; and the report.
+    Returns what to write, which reads from the checkpoint and the folder; and the report.
     """
     started = time.perf_counter()
     objective = objective_of(index.config)

@@ -25,8 +25,7 @@ def recoded(
 ) -> tuple[list[Entry], Manifest]:
     """Entries and manifest of the checkpoint with other spectra.
 
-    Raises:
-        CheckpointError: when a file is missing or damaged.
+    Raises CheckpointError when a file is missing or damaged.
     """
     kept = [info for name, info in checkpoint.index.tensors.items() if name not in copied]
     entries = {entry.name: entry for info in kept for entry in raw_entries(info)}

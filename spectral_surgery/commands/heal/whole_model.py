@@ -156,11 +156,7 @@ class Healed:
 
 
 def heal_whole(session: HealSession, objective: Objective, settings: DistillSettings, progress: Progress) -> Healed:
-    """Train all weights together, end to end.
-
-    Raises:
-        CheckpointError: when nothing can be trained.
-    """
+    """Train all weights together, end to end. Raises CheckpointError when nothing can be trained."""
     data, trust = session.data, session.data.trust_remote_code
     loader = objective.auto_class if kind_of(data.file, session.index.config).by_objective else ""
     teacher = load_any(session.teacher, loader, dtype=torch.float32, trust_remote_code=trust)

@@ -22,8 +22,7 @@ _WRAPPER = ".base_layer"
 def name_parameters(state: AdapterState, base: BaseModel) -> tuple[AdapterState, list[str]]:
     """Give the updates of parameters the names of these, and say what does not fit.
 
-    Returns:
-        The adapter with layers named as parameters, whose rank and lora_alpha are those of all experts together.
+    Returns the adapter with layers named as parameters, whose rank and lora_alpha are those of all experts together.
     """
     if not state.parameters:
         return state, []

@@ -89,8 +89,7 @@ class SwapReport:
 def plan_swap(source: Checkpoint, spec: SwapSpec, *, trust_remote_code: bool = False) -> SwapPlan:
     """Check a swap and settle its settings; only headers and the configuration are read.
 
-    Raises:
-        CheckpointError: when the source is damaged, quantised, compressed or swapped.
+    Raises CheckpointError when the source is damaged, quantised, compressed or swapped.
     """
     index = read_index(source)
     index.require_plain()

@@ -83,8 +83,7 @@ def distill(
 ) -> list[LayerFit]:
     """Train the new layers; returns how well each fits.
 
-    Raises:
-        ConfigError: when there is nothing to train on or to judge on.
+    Raises ConfigError when there is nothing to train on or to judge on.
     """
     if not batches or not held_out:
         raise ConfigError(

@@ -73,8 +73,7 @@ class CompressedCheckpoint:
     def part(self, name: str, part: int) -> EncodedSpectrum:
         """One part of a compressed tensor, as frames.
 
-        Raises:
-            CheckpointError: when the stored bytes do not have their checksum.
+        Raises CheckpointError when the stored bytes do not have their checksum.
         """
         record = self.manifest.tensors[name]
         codes = self.index.tensors[f"{name}.{SUFFIXES[0]}"]

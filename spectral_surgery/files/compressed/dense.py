@@ -114,8 +114,7 @@ def cast(dense: Tensor, dtype: torch.dtype) -> Tensor:
 def open_dense(source: Checkpoint, *, threads: int = 1) -> DenseCheckpoint:
     """Open a checkpoint, plain or compressed; reads headers.
 
-    Raises:
-        CheckpointError: when it is damaged, holds differences, or is quantised in another way.
+    Raises CheckpointError when it is damaged, holds differences, or is quantised in another way.
     """
     if is_compressed(source):
         checkpoint = open_compressed(source)

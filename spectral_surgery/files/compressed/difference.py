@@ -18,11 +18,7 @@ _MARK = " sha256:"
 
 
 def describe(base: CheckpointIndex, name: str) -> str:
-    """A base in words and a checksum over all its tensors, which are read for it.
-
-    Returns:
-        ``<name> sha256:<hex>``.
-    """
+    """A base in words and a checksum over all its tensors, which are read for it. Returns ``<name> sha256:<hex>``."""
     digest = hashlib.sha256()
     for info in base.tensors.values():
         digest.update(json.dumps([info.name, info.dtype, info.shape]).encode())

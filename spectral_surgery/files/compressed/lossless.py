@@ -123,11 +123,7 @@ def encode_part(
 
 
 def parse_lossless(name: str, body: Mapping[str, Any]) -> LosslessRecord:
-    """Check the parsed JSON of a record.
-
-    Raises:
-        LimitError: when its sizes are impossible.
-    """
+    """Check the parsed JSON of a record. Raises LimitError when its sizes are impossible."""
     parts = tuple(map(parse_lossless_part, body["parts"]))
     dtype, columns, per_frame = str(body["dtype"]), int(body["columns"]), int(body["per_frame"])
     record = LosslessRecord(dtype, tuple(map(int, body["shape"])), columns, per_frame, parts)
@@ -192,8 +188,7 @@ class LosslessTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the matrix [numel / I, I], I the last dimension, in the dtype of the tensor.
 
-        Raises:
-            CheckpointError: when what is stored does not have its checksum.
+        Raises CheckpointError when what is stored does not have its checksum.
         """
         columns = self.record.shape[-1] if self.record.shape else 1
         return self.numbers(start * columns, stop * columns).reshape(-1, columns)
@@ -245,11 +240,7 @@ def checked_offsets(name: str, offsets: Tensor, codes: TensorInfo) -> list[int]:
 
 
 def lossless_info(name: str, record: LosslessRecord, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
-    """A tensor as if it were stored plainly.
-
-    Raises:
-        CheckpointError: when what the record says is not there.
-    """
+    """A tensor as if it were stored plainly. Raises CheckpointError when what the record says is not there."""
     codes, frames = (tensors.get(f"{name}.{suffix}") for suffix in LOSSLESS_SUFFIXES)
     pieces = record.frames * (DTYPE_BITS[record.dtype] // 8) + 1
     if codes is None or frames is None or codes.dtype != "U8" or (frames.dtype, frames.shape) != ("I64", (pieces,)):

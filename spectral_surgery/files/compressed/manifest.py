@@ -88,8 +88,7 @@ class TensorRecord:
 class Manifest:
     """All compressed tensors by name, tied names, and how the folder was made: settled options and the command line.
 
-    Attributes:
-        lossless: tensors that are coded bit for bit.
+    ``lossless``: tensors that are coded bit for bit.
     """
 
     tensors: dict[str, TensorRecord]
@@ -165,8 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
 def manifest_of(metadata: Mapping[str, str]) -> Manifest | None:
     """The manifest in the header of a weight file; None when there is none.
 
-    Raises:
-        CheckpointError: when it is damaged; see `read_manifest`.
+    Raises CheckpointError when it is damaged; see `read_manifest`.
     """
     text = metadata.get(QUANT_METHOD)
     if text is None:

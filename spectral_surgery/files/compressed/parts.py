@@ -59,8 +59,7 @@ def write_part(path: Path, key: str, encoded: EncodedSpectrum | None, record: Pa
 def read_part(path: Path, key: str, *, verify: bool = True) -> tuple[dict[str, TensorInfo], PartRecord | None] | None:
     """Where the tensors of a part are, and its record; None for a file that is missing, damaged or of another key.
 
-    Args:
-        verify: read all of it and compare checksums.
+    ``verify``: read all of it and compare checksums.
     """
     if not path.exists():
         return None
@@ -135,8 +134,7 @@ def joined(
 ) -> tuple[list[Entry], tuple[PartRecord, ...]]:
     """A compressed tensor, joined from the files of its parts a piece at a time.
 
-    Returns:
-        Its entries, and the records with the bytes that steps take beside those of the other parts.
+    Returns its entries, and the records with the bytes that steps take beside those of the other parts.
     """
     files, records = zip(*parts, strict=True)
     steps = _stored_steps([read_tensor(file["step"]) for file in files])

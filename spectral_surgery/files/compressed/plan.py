@@ -265,8 +265,7 @@ def _is_stack(shape: Sequence[int]) -> bool:
 def find_tied(index: CheckpointIndex) -> dict[str, str]:
     """Tensors stored twice: output heads and embeddings of equal shape, dtype and bytes.
 
-    Returns:
-        Second name -> first name. Bytes are compared, so that a head of the shape of an embedding is not an alias.
+    Returns second name -> first name. Bytes are compared, so that a head of the shape of an embedding is not an alias.
     """
     groups: dict[tuple[str, tuple[int, ...]], list[TensorInfo]] = {}
     for info in index.tensors.values():

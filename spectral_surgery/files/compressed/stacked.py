@@ -27,8 +27,7 @@ class Stacks:
     def take(self, name: str) -> Tensor | None:
         """A small matrix: [O, I] float32, and those that follow are decoded with it; None for any other tensor.
 
-        Raises:
-            CheckpointError: when one of the stack is damaged.
+        Raises CheckpointError when one of the stack is damaged.
         """
         names = self._stack_of.get(name)
         if names is not None and name not in self._ready:

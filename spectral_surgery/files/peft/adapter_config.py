@@ -111,8 +111,7 @@ def dialect_of(method: AdapterMethod[Any]) -> Dialect:
 def to_config(spec: AdapterSpec, layers: list[str], features: Mapping[str, object] | None = None) -> dict[str, object]:
     """The content of adapter_config.json.
 
-    Raises:
-        CheckpointError: when a setting is still to be decided, or a layer is not among the targets.
+    Raises CheckpointError when a setting is still to be decided, or a layer is not among the targets.
     """
     settings = {name: _plain(value) for name, value in asdict(spec.config).items()}
     if "auto" in settings.values():
@@ -170,9 +169,8 @@ def from_config(config: Mapping[str, object], where: str) -> AdapterSpec:
 def settle(spec: AdapterSpec, config: Mapping[str, object], layers: list[str]) -> AdapterSpec:
     """Express what PEFT means otherwise by the settings we have, once the layers are known.
 
-    Returns:
-        A specification with the same weight updates: rank-stabilized LoRA scales by lora_alpha / sqrt(r), and LoRA's
-        patterns are whole alternatives.
+    Returns A specification with the same weight updates: rank-stabilized LoRA scales by lora_alpha / sqrt(r), and
+    LoRA's patterns are whole alternatives.
     """
     if spec.method.peft_type != "LORA":
         return spec

@@ -25,8 +25,7 @@ Layers = dict[str, dict[str, Tensor]]
 class Plain:
     """Layers of an adapter, every one as a matrix.
 
-    Attributes:
-        layers: tensors by layer and key: A [R, I], B [O, R], bias [O], magnitude [O], or [I] of an embedding.
+    ``layers``: tensors by layer and key: A [R, I], B [O, R], bias [O], magnitude [O], or [I] of an embedding.
     """
 
     layers: Layers
@@ -95,8 +94,7 @@ def trained_rows(
 ) -> dict[str, tuple[tuple[int, ...], Tensor]]:
     """Rows of embeddings that were trained, PEFT's trainable_token_indices.
 
-    Raises:
-        CheckpointError: when numbers and rows do not belong together.
+    Raises CheckpointError when numbers and rows do not belong together.
     """
     asked = config.get("trainable_token_indices")
     found: dict[str, tuple[tuple[int, ...], Tensor]] = {}

@@ -38,8 +38,7 @@ def architecture_of(config: Mapping[str, object]) -> str:
 def task_of(config: Mapping[str, object]) -> str | None:
     """The task_type of an adapter for a model, from the class that config.json names.
 
-    Returns:
-        Such as CAUSAL_LM, also of a model that sees or hears before it writes; None when no task of PEFT's fits.
+    Returns such as CAUSAL_LM, also of a model that sees or hears before it writes; None when no task of PEFT's fits.
     """
     name = architecture_of(config)
     task = next((task for end, task in _ENDS.items() if name.endswith(end)), None)
@@ -74,7 +73,6 @@ def class_for(config: Mapping[str, object], auto_class: str) -> str:
 def callable_task(task: str | None, takes: Collection[str]) -> str | None:
     """The task, where PEFT's model for it can call the base model; an adapter without a task is called as its base is.
 
-    Returns:
-        The task; None for models that do not take what would be passed, such as those of images and speech.
+    Returns the task; None for models that do not take what would be passed, such as those of images and speech.
     """
     return task if task is not None and all(name in takes for name in _PASSED[task]) else None

@@ -49,8 +49,7 @@ def read_as_plain(
 
     What is plain, and what no row of SOURCES reads, stays as it is.
 
-    Raises:
-        CheckpointError: when a tensor that is needed is missing or damaged.
+    Raises CheckpointError when a tensor that is needed is missing or damaged.
     """
     settings = quantisation_of(config)
     if settings is None:

@@ -76,8 +76,7 @@ class FourBits:
 def read_bitsandbytes(tensors: Tensors, settings: Settings) -> dict[str, TensorInfo]:  # noqa: ARG001 - tensors say all
     """The plain tensors of a checkpoint of bitsandbytes.
 
-    Raises:
-        CheckpointError: when scales are missing or do not fit.
+    Raises CheckpointError when scales are missing or do not fit.
     """
     states = {name.partition(_STATE)[0]: info for name, info in tensors.items() if _STATE in name}
     plain: dict[str, TensorInfo] = {}

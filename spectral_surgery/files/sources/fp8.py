@@ -20,8 +20,7 @@ _OTHER_SCALES = ("activation_scale", "input_scale", "output_scale", "qscale_act"
 def read_fp8(tensors: Tensors, settings: Settings) -> dict[str, TensorInfo]:
     """The plain tensors of a checkpoint with FP8 weights.
 
-    Raises:
-        CheckpointError: when the scales of a weight are missing or do not fit, or scales have no FP8 weight.
+    Raises CheckpointError when the scales of a weight are missing or do not fit, or scales have no FP8 weight.
     """
     block = _block(settings)
     scales = {name: _scales_of(info, tensors) for name, info in tensors.items() if info.dtype in FLOATS8}

@@ -56,8 +56,7 @@ class Grouped:
     def rows(self, start: int, stop: int) -> Tensor:
         """Outputs, for which all of the integers are read: [R, I] bfloat16.
 
-        Raises:
-            CheckpointError: when a scale is not finite, or an input has no group.
+        Raises CheckpointError when a scale is not finite, or an input has no group.
         """
         words = read_tensor(self.codes)
         if self.awq:
@@ -97,8 +96,7 @@ class Grouped:
 def read_gptq(tensors: Tensors, settings: Settings) -> dict[str, TensorInfo]:
     """The plain tensors of a checkpoint of GPTQ.
 
-    Raises:
-        CheckpointError: when something of a weight is missing or does not fit, or it is packed in another way.
+    Raises CheckpointError when something of a weight is missing or does not fit, or it is packed in another way.
     """
     form = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
     if form not in ("gptq", "gptq_v2"):

@@ -41,8 +41,7 @@ class Mxfp4:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the matrices [I, O] of all experts, one above the other: [R, O] bfloat16.
 
-        Raises:
-            CheckpointError: when a scale is not a number.
+        Raises CheckpointError when a scale is not a number.
         """
         height = self.blocks.shape[2] * _GROUP
         experts = range(start // height, -(-stop // height))
@@ -79,8 +78,7 @@ _POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - _BIAS).bfloat16()
 def read_mxfp4(tensors: Tensors, settings: Settings) -> dict[str, TensorInfo]:  # noqa: ARG001 - the settings say no more
     """The plain tensors of a checkpoint with MXFP4 experts.
 
-    Raises:
-        CheckpointError: when scales are missing or do not fit.
+    Raises CheckpointError when scales are missing or do not fit.
     """
     stems = {name.removesuffix(_BLOCKS): info for name, info in tensors.items() if name.endswith(_BLOCKS)}
     plain = dict(tensors)

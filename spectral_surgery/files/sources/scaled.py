@@ -42,8 +42,7 @@ class Scaled:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of all matrices, one above the other: [R, I] bfloat16.
 
-        Raises:
-            CheckpointError: when a scale is not finite.
+        Raises CheckpointError when a scale is not finite.
         """
         height, width = matrix_of(self.values.shape)
         tall, wide = self.block

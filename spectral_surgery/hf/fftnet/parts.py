@@ -55,8 +55,7 @@ class FFTNetBlock(nn.Module):
 class FFTNetCache:
     """What the layers remember while text is generated.
 
-    Attributes:
-        columns: tokens seen of every sequence, padding included.
+    ``columns``: tokens seen of every sequence, padding included.
     """
 
     layers: list[MixerCache]
@@ -80,8 +79,7 @@ class FFTNetCache:
 def empty_cache(blocks: Iterable[Any], x: Tensor) -> FFTNetCache:
     """What `FFTNetBlock`s remember before the first token. ``x`` is [B, T, D], as it will go in.
 
-    Raises:
-        CausalityError: when they read both ways.
+    Raises CausalityError when they read both ways.
     """
     return FFTNetCache([block.mixer.new_cache(len(x), x.device, x.dtype) for block in blocks])
 
@@ -168,8 +166,7 @@ def sinusoids(at: Tensor, width: int) -> Tensor:
     Source: arXiv 1706.03762, section 3.5.
     Returns [B, T, D] float32.
 
-    Args:
-        at: [B, T] positions.
+    ``at``: [B, T] positions.
     """
     waves = torch.arange((width + 1) // 2, device=at.device, dtype=torch.float32)
     angles = at[..., None] * torch.exp(waves * (-2 * math.log(_LONGEST_WAVE) / width))

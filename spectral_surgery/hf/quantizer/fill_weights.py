@@ -143,8 +143,7 @@ def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:
 def untie(model: Any, load: Loading, plan: Plan) -> None:
     """Take ties between spectral layers, which share their weight itself, from transformers, and tell it of others.
 
-    Args:
-        model: a PreTrainedModel, changed in place.
+    ``model``: a PreTrainedModel, changed in place.
     """
     from transformers import PreTrainedModel
 
@@ -163,11 +162,7 @@ def untie(model: Any, load: Loading, plan: Plan) -> None:
 
 
 def retie(model: Any, load: Loading) -> None:
-    """Give transformers the ties back that it had.
-
-    Args:
-        load: what `untie` filled.
-    """
+    """Give transformers the ties back that it had. ``load``: what `untie` filled."""
     model.all_tied_weights_keys, parts = dict(load.ties[0]), load.ties[1]
     for name, keys in reversed(parts.items()):  # of a model with two names, the first one has those before `untie`
         part = model.get_submodule(name)
@@ -279,11 +274,7 @@ def bytes_per_weight(load: Loading, name: str, parameter: Tensor) -> float:
 
 
 def residents_for(checkpoint: CompressedCheckpoint, resident: str) -> dict[str, str]:
-    """The resident form of every compressed tensor.
-
-    Raises:
-        ConfigError: when there is no such form.
-    """
+    """The resident form of every compressed tensor. Raises ConfigError when there is no such form."""
     if resident != AUTO:
         RESIDENTS[resident]
     return dict.fromkeys(checkpoint.manifest.tensors, resident)

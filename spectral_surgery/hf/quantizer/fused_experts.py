@@ -206,8 +206,7 @@ def stored_matrices(
 
     Returns the stored names, in order of rows; None where it has to be decoded.
 
-    Args:
-        by: stored names that make it, by pattern of the converter; the pattern is empty for a mere renaming.
+    ``by``: stored names that make it, by pattern of the converter; the pattern is empty for a mere renaming.
     """
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)

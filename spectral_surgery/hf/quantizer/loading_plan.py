@@ -246,8 +246,7 @@ def stripping(names: Sequence[str], others: Sequence[str], patterns: Sequence[st
 
     Returns with the stripped name as its first group.
 
-    Args:
-        others: other compressed tensors, which it must not match.
+    ``others``: other compressed tensors, which it must not match.
     """
     general = "|".join(pattern.replace("*.", r".*\.") for pattern in patterns)
     expression = rf"^(.*(?:{general}).*)\.{MESSENGER}"
@@ -279,7 +278,6 @@ def said_of_dense(checkpoint: CompressedCheckpoint, plan: Plan, held: Mapping[st
 def row_ranges(plan: Plan, target: str, rows: int) -> Iterator[tuple[int, int]]:
     """First and last row of each parameter of a divided one, in the order of `Plan.made`.
 
-    Args:
-        plan: with the parameter in `divided`.
+    ``plan``: with the parameter in `divided`.
     """
     return pairwise([*plan.divided[target], rows])

@@ -39,8 +39,7 @@ def register() -> None:
 class Settings:
     """How a folder was compressed, and in which form its weights are held in memory.
 
-    Attributes:
-        resident: form of all weights, or form by stored name; it is not saved.
+    ``resident``: form of all weights, or form by stored name; it is not saved.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -43,8 +43,7 @@ def spectral_experts(model: nn.Module) -> dict[str, Held]:
 def compressed_state(model: Any, load: Loading, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What save_pretrained should write: (tensors under the names of the checkpoint, metadata of the files).
 
-    Raises:
-        CheckpointError: when the folder is gone or incomplete.
+    Raises CheckpointError when the folder is gone or incomplete.
     """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 

@@ -69,8 +69,7 @@ class Settings:
 class SpectralMethod:
     """Creates, fills and multiplies the weight of one layer.
 
-    Attributes:
-        name: of the layer; some embeddings of vLLM have none.
+    ``name``: of the layer; some embeddings of vLLM have none.
     """
 
     def __init__(self, name: str) -> None:
