@@ -26,7 +26,6 @@ from spectral_surgery.files.storage import FoundCheckpoint
 from spectral_surgery.hf.load_errors import RAISED, reason_of
 from spectral_surgery.hf.plain_weights import without_weights
 
-_LONGEST = 300  # characters of a reason
 _LABELS = 1 << 62  # random ones below: no arithmetic on labels gives another label
 
 
@@ -110,7 +109,7 @@ def _reading(file: Path) -> Iterator[None]:
         raise
     except (*RAISED, MemoryError, OverflowError, AssertionError) as error:
         raise CheckpointError(
-            f"{file}: expected GGUF that gguf and transformers read, got an error ({reason_of(error)[:_LONGEST]}). Download it"
+            f"{file}: expected GGUF that gguf and transformers read, got an error ({reason_of(error)[:300]}). Download it"
             " again, or give the checkpoint it was made from."
         ) from None
 
@@ -217,7 +216,7 @@ def _write_tokenizer(file: Path, folder: Path) -> tuple[str, ...]:
         transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     except RAISED as error:  # a model without tokenizer is one all the same
         return (
-            f"The result has no tokenizer: transformers can make none of what the GGUF file says ({reason_of(error)[:_LONGEST]})."
+            f"The result has no tokenizer: transformers cannot make one of the GGUF file ({reason_of(error)[:300]})."
             " Copy that of the checkpoint it was made from.",
         )
     return ()
