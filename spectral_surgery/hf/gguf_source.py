@@ -109,8 +109,8 @@ def _reading(file: Path) -> Iterator[None]:
         raise
     except (*RAISED, MemoryError, OverflowError, AssertionError) as error:
         raise CheckpointError(
-            f"{file}: expected GGUF that gguf and transformers read, got an error ({reason_of(error)[:300]}). Download it"
-            " again, or give the checkpoint it was made from."
+            f"{file}: expected GGUF that gguf and transformers read, got an error ({reason_of(error)[:300]}). Download"
+            " it again, or give the checkpoint it was made from."
         ) from None
 
 

@@ -76,7 +76,7 @@ def test_a_tokenizer_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", "llama")
     (tmp_path / "made").mkdir()
     (note,) = read_index(find_gguf(file, tmp_path / "made")).notes
-    assert note.startswith("The result has no tokenizer: transformers can make none of what the GGUF file says (")
+    assert note.startswith("The result has no tokenizer: transformers cannot make one of the GGUF file (")
     assert "\n" not in note
 
 
