@@ -27,7 +27,8 @@ def loading(folder: Path, problem: str) -> Iterator[None]:
         raise
     except RAISED as error:
         reason = reason_of(error)
-        if "trust_remote_code" in reason and not own_code(folder):  # transformers takes our shim for the model's code
+        shim = "trust_remote_code" in reason and not own_code(folder)  # transformers takes ours for the model's code
+        if shim or reason.startswith("Unrecognized configuration class"):
             reason = "it has no class of this kind for the architecture in config.json"
         elif "trust_remote_code" in reason:
             raise CheckpointError(

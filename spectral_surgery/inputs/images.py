@@ -79,6 +79,7 @@ IMAGES = Kind(
     "there is none for",
     "",
     by_objective=False,
+    given=_GIVEN,
     is_for=lambda folder, _: holds(folder, SUFFIXES),
     items=lambda reading: media_files(reading.data.file, SUFFIXES),
     inputs=_inputs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,16 @@ from typing import Any
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.hf.models import load_tokenizer, longest_sequence
 from spectral_surgery.inputs.model_input import ModelInput
+from spectral_surgery.live.stacks import entry_of
 from spectral_surgery.text.settings import TextData
 
 Config = Mapping[str, object]
+_TAKEN = {
+    "pixel_values": "a folder of images",
+    "input_features": "a folder of sound",
+    "input_values": "a folder of sound",
+    "input_ids": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Kind:
         empty: why there may be nothing, before the name of the model.
         auto_class: that the model is loaded with to be calibrated; empty for the one that config.json names.
         by_objective: whether it is healed with the class of its objective; else that of config.json.
+        given: names of what a model of this kind takes, one of them.
         is_for: whether (a file or folder, config.json of a model) is of this kind.
         items: what stands by itself in the data, to be held out or not.
         inputs: what a model is run on, from some items; so many at most, all for 0.
@@ -70,9 +79,25 @@ class Kind:
     empty: str
     auto_class: str
     by_objective: bool
+    given: frozenset[str]
     is_for: Callable[[Path, Config], bool]
     items: Callable[[Reading], Sequence[Any]]
     inputs: Callable[[Reading, Sequence[Any], int], list[ModelInput]]
+
+    def items_of(self, reading: Reading) -> Sequence[Any]:
+        """What stands by itself in the data.
+
+        Raises:
+            ConfigError: when the model takes another kind of data.
+        """
+        entry = entry_of(reading.model, self.given)[1]
+        takes = inspect.signature(entry.forward).parameters
+        wanted = [summary for name, summary in _TAKEN.items() if name in takes]
+        if wanted and not self.given & takes.keys():
+            raise ConfigError(
+                f"{reading.data.file}: expected {wanted[0]} for {type(entry).__name__}, got {self.summary}."
+            )
+        return self.items(reading)
 
     def read(self, reading: Reading, samples: int) -> list[ModelInput]:
         """What a model is run on, from all of the data; so many at most, all for 0.
@@ -80,7 +105,7 @@ class Kind:
         Raises:
             ConfigError: when there is nothing that the model reads, or it does not know its tokens.
         """
-        inputs = self.inputs(reading, self.items(reading), samples)
+        inputs = self.inputs(reading, self.items_of(reading), samples)
         if not inputs:
             raise ConfigError(
                 f"{reading.data.file}: expected {self.summary} that the model reads, got none: {self.empty}"

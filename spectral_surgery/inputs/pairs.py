@@ -91,6 +91,7 @@ PAIRS = Kind(
     "no token on one side is found by the tokenizer of",
     "AutoModel",
     by_objective=False,
+    given=frozenset({"input_ids"}),
     is_for=lambda file, config: not file.is_dir() and needs_decoder_input(config),
     items=_pairs,
     inputs=_inputs,

@@ -37,6 +37,7 @@ TEXT = Kind(
     "no token is found by the tokenizer of",
     "AutoModel",
     by_objective=True,
+    given=frozenset({"input_ids"}),
     is_for=lambda file, _: not file.is_dir(),
     items=_documents,
     inputs=_inputs,

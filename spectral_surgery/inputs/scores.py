@@ -128,7 +128,7 @@ def _written(model: Any, logits: Tensor, batch: Batch, group: Sequence[ModelInpu
     heard = {name: tensor for name, tensor in batch.items() if not name.startswith("decoder_")}
     longest = 2 * max(len(one.labels) for one in group) + 16  # a model that repeats itself would not end
     room = getattr(model.config, "max_target_positions", 2 * longest) // 2
-    with torch.inference_mode(), running(model):
+    with torch.inference_mode(), running(model, heard):
         ids = model.generate(**heard, max_new_tokens=min(longest, room), max_length=None)
     return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 

@@ -142,6 +142,7 @@ SOUND = Kind(
     "there is none for",
     "",
     by_objective=False,
+    given=frozenset({"input_features", "input_values"}),
     is_for=lambda folder, _: holds(folder, SUFFIXES),
     items=lambda reading: media_files(reading.data.file, SUFFIXES),
     inputs=_inputs,

@@ -39,7 +39,7 @@ def train_and_held_out(
     kind = kind_of(data.file, config)
     causal = is_causal(config) if causal is None else causal
     reading = Reading(data, folder, config, model, data.seq_length or seq_length, causal)
-    items = kind.items(reading)
+    items = kind.items_of(reading)
     whole = not causal and len(items) == 1  # one sentence is not cut
     parts = [items, []] if whole else hold_out(items, _HELD_OUT)
     limits = data.samples, _MOST_HELD_OUT[causal]

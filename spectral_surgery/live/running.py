@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,16 @@ from spectral_surgery.matmul.dispatch import processor
 
 _RAISED = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 _LONGEST = 240  # characters of a cause
+_WORDS = {
+    "input_ids": "token ids",
+    "attention_mask": "an attention mask",
+    "decoder_input_ids": "what its decoder reads",
+    "pixel_values": "an image",
+    "input_features": "a sound",
+    "input_values": "a sound",
+    "hidden_states": "hidden states",
+}
+_TEXT = ("input_ids", "attention_mask")
 
 
 def fast_bfloat16(device: str) -> bool:
@@ -23,16 +33,21 @@ def fast_bfloat16(device: str) -> bool:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Turn what a model raises meanwhile into a deliberate error. Raises TargetError with the cause."""
+def running(model: nn.Module, given: Iterable[str] = _TEXT) -> Iterator[None]:
+    """Turn what a model raises meanwhile into a deliberate error. Raises TargetError with the cause.
+
+    Args:
+        given: names of what it is run on.
+    """
     try:
         yield
     except SpectralSurgeryError:
         raise
     except (*_RAISED, ValueError, StopIteration) as error:
+        *words, last = [_WORDS[name] for name in _WORDS if name in given] or [", ".join(given)]
+        what = f"{', '.join(words)} and {last}" if words else last
         raise TargetError(
-            f"{type(model).__name__}: expected a model that runs on token ids and an attention mask alone, got"
-            f" {_cause(error)}."
+            f"{type(model).__name__}: expected a model that runs on {what} alone, got {_cause(error)}."
         ) from error
 
 
@@ -61,5 +76,6 @@ def _cause(error: Exception) -> str:
 
 def called(model: nn.Module, args: Sequence[Any] = (), named: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """What a model, or a part of one, returns."""
-    with running(model):
+    states = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+    with running(model, ("hidden_states",) if states else named or _TEXT):
         return model(*args, **named)

@@ -301,9 +301,13 @@ def test_images_are_shown_where_the_template_has_them(tmp_path: Path) -> None:
         read(source, tmp_path / "a.jsonl")
 
 
-def test_a_model_that_sees_nothing_says_so(llama: Path, shown: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no processor of texts with images"):
+def test_a_model_that_sees_nothing_says_so(llama: Path, shown: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shown\.jsonl: expected text for Llama\w+, got chats with images\."):
         read(llama, shown)
+    source = save_model("llava", tmp_path / "model")
+    (source / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="model: has no processor of texts with images"):
+        read(source, shown)
 
 
 @pytest.mark.usefixtures("processors")

@@ -23,6 +23,7 @@ from spectral_surgery.commands.compress import compress, plan_compression
 from spectral_surgery.commands.compress.spread_bits import measure_shares
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.commands.heal import heal
+from spectral_surgery.commands.settings import Healing
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
@@ -172,8 +173,23 @@ def test_files_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_model_that_sees_nothing_says_so(tmp_path: Path, folder: Path, bert: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no image processor that can be loaded"):
+    with pytest.raises(ConfigError, match=r"images\d*: expected text for BertModel, got images\."):
         compress(bert, tmp_path / "out", OPTIONS, calibrate=TextData(folder))
+    source = save_model("vit", tmp_path / "model")
+    (source / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="has no image processor that can be loaded"):
+        compress(source, tmp_path / "out", OPTIONS, calibrate=TextData(folder))
+
+
+@pytest.mark.parametrize(("kind", "takes"), [("vit", "a folder of images"), ("convnext", "a folder of images")])
+def test_a_model_that_reads_nothing_says_what_it_takes(tmp_path: Path, kind: str, takes: str) -> None:
+    source, text = save_model(kind, tmp_path / "model"), tmp_path / "notes.txt"
+    text.write_text("words")
+    with pytest.raises(ConfigError, match=rf"notes\.txt: expected {takes} for \w+, got text\."):
+        compress(source, tmp_path / "out", OPTIONS, calibrate=TextData(text))
+    with pytest.raises(CheckpointError, match=r"model: cannot be loaded by Auto.*: it has no class of this kind for"):
+        compress(source, tmp_path / "out", OPTIONS, heal=Healing(TextData(text)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_other_modes(tmp_path: Path) -> None:

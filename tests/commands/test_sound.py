@@ -20,6 +20,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.commands.heal import heal
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.hf.models import load_any
@@ -141,6 +142,14 @@ def test_what_is_said_is_what_the_decoder_reads(tmp_path: Path, folder: Path) ->
     write(silent / "a.wav", tone(0))
     _, (only,) = model_and_inputs(source, read_index(source), TextData(silent))
     assert only.read()["decoder_input_ids"].tolist() == [1]
+
+
+@pytest.mark.parametrize(("kind", "got"), [("whisper", "pairs of a source and a target"), ("hubert", "text")])
+def test_a_model_that_reads_nothing_says_what_it_takes(tmp_path: Path, kind: str, got: str) -> None:
+    source, text = save_model(kind, tmp_path / "model"), tmp_path / "notes.txt"
+    text.write_text("words")
+    with pytest.raises(ConfigError, match=rf"notes\.txt: expected a folder of sound for \w+, got {got}\."):
+        model_and_inputs(source, read_index(source), TextData(text))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

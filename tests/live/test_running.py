@@ -31,6 +31,22 @@ def test_any_error_is_named(error: Exception) -> None:
     assert told.value.__cause__ is error
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["input_ids", "attention_mask"], "token ids and an attention mask"),
+        (["input_ids", "attention_mask", "pixel_values"], "token ids, an attention mask and an image"),
+        (["pixel_values"], "an image"),
+        (["input_features", "decoder_input_ids"], "what its decoder reads and a sound"),
+        (["bbox"], "bbox"),
+        ([], "hidden states"),
+    ],
+)
+def test_what_a_model_was_given_is_named(given: list[str], words: str) -> None:
+    with pytest.raises(TargetError, match=f"Picky: expected a model that runs on {words} alone, got ValueError: no"):
+        called(Picky(ValueError("no")), () if given else (torch.zeros(1),), dict.fromkeys(given, torch.zeros(1)))
+
+
 def test_deliberate_errors_and_results_pass() -> None:
     with pytest.raises(ConfigError, match="on purpose"):
         called(Picky(ConfigError("on purpose")), (torch.zeros(1),))
