@@ -236,7 +236,7 @@ def test_lines_that_are_no_chats(llama: Path, tmp_path: Path) -> None:
     picture(0).save(tmp_path / "0.png")
     mixed = write(tmp_path / "d.jsonl", [{"prompt": "red", "image": "0.png"}, {"prompt": "red"}])
     with pytest.raises(ConfigError, match="line 2: expected an image, as on other lines, got none"):
-        read(llama, mixed)
+        read(save_model("llava", tmp_path / "llava"), mixed)
     refusing = llama / "chat_template.jinja"
     refusing.write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(
