@@ -253,6 +253,21 @@ def test_groups_that_do_not_divide_are_named(tmp_path: Path) -> None:
     assert export_model(folder, tmp_path / "out", "compressed-tensors", IntegerSettings(group_size=8)).tensors
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (IntegerSettings(group_size=0), r"^group_size 0: expected a number of columns, 1 or more\."),
+        (IntegerSettings(group_size=-8), r"^group_size -8: expected a number of columns, 1 or more\."),
+        (IntegerSettings(3), r"^bits 3: expected 4 or 8\."),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(tmp_path: Path, settings: IntegerSettings, message: str) -> None:
+    folder = compressed_folder("llama", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        export_model(folder, tmp_path / "out", "compressed-tensors", settings)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     folder = compressed_folder("gpt2", tmp_path)
     with pytest.raises(ConfigError, match="compressed: has no linear layer of its own to make integers of"):

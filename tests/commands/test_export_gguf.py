@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ GEMMA = DECODER | {"query_pre_attn_scalar": 16, "sliding_window": 512}
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", DECODER | {"tie_word_embeddings": False}, "bytes"),
     "llama tied, with biases": ("llama", DECODER | {"attention_bias": True, "tie_word_embeddings": True}, "bytes"),
+    "llama with biases of all layers": ("llama", DECODER | {"attention_bias": True, "mlp_bias": True}, "bytes"),
     "llama 3": ("llama", DECODER | {"rope_parameters": LLAMA3}, "qwen2"),
     "llama 2": ("llama", DECODER, "pieces"),
     "mistral": ("mistral", DECODER | {"sliding_window": None}, "pieces"),
@@ -252,6 +254,76 @@ def test_tensors_without_a_place_and_weights_that_are_not_finite_are_named(tmp_p
     with pytest.raises(CheckpointError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: has NaN or infinite"):
         export_model(folder, tmp_path / "out", "gguf")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (
+            "lm_head.weight",
+            r"^lm_head\.weight: expected a tensor of shape \[\d+, 64\] by config\.json of model, got none",
+        ),
+        (
+            "model.norm.weight",
+            r"^model\.norm\.weight: expected a tensor of shape \[64\] .* got none\. Use a whole checkpoint",
+        ),
+        ("model.layers.1.mlp.up_proj.weight", r"^model\.layers\.1\.mlp\.up_proj\.weight: .* got none"),
+    ],
+)
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path, gone: str, message: str) -> None:
+    folder = plain_model(tmp_path / "model", *MODELS["llama"])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        export_model(folder, tmp_path / "out", "gguf")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"^model\.layers\.2\.\S+: expected a tensor of shape .* got none"),
+        ({"intermediate_size": 128}, r"gate_proj\.weight: expected a tensor of shape \[128, 64\].* shape \[96, 64\]"),
+        ({"vocab_size": 5}, r"^model\.embed_tokens\.weight: expected a tensor of shape \[5, 64\] by .* got shape"),
+    ],
+)
+def test_a_configuration_of_another_model_is_named(tmp_path: Path, settings: dict[str, int], message: str) -> None:
+    folder = plain_model(tmp_path / "model", *MODELS["llama"])
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=message):
+        export_model(folder, tmp_path / "out", "gguf")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "tokens", "bias"),
+    [
+        ("qwen3", DECODER | {"head_dim": 32, "attention_bias": True}, "qwen2", "k_proj"),
+        ("gemma", DECODER | {"attention_bias": True}, "no prefix", "k_proj"),
+        ("gemma2", GEMMA | {"attention_bias": True}, "no prefix", "k_proj"),
+    ],
+)
+def test_biases_that_llama_cpp_does_not_add_are_named(
+    tmp_path: Path, kind: str, settings: dict[str, Any], tokens: str, bias: str
+) -> None:
+    folder = plain_model(tmp_path / "model", kind, settings, tokens)
+    message = (
+        rf"^model\.layers\.0\.self_attn\.{bias}\.bias: is a bias that llama\.cpp does not add in {kind}; expected none"
+    )
+    with pytest.raises(ConfigError, match=message):
+        export_model(folder, tmp_path / "out", "gguf")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_biases_that_llama_cpp_adds_are_there(tmp_path: Path) -> None:
+    settings = DECODER | {"attention_bias": True, "mlp_bias": True}
+    folder = plain_model(tmp_path / "model", "llama", settings, "bytes")
+    report = export_model(folder, tmp_path / "out", "gguf")
+    stored = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / report.files[0]).tensors}
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert {f"blk.1.{name}.bias" for name in names} <= stored
 
 
 def test_chat_template_and_special_tokens_are_there(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from spectral_surgery.hf.linear_layers import LinearLayer, linear_layers
 from spectral_surgery.progress import Progress
 
 METHOD = "compressed-tensors"
+Bits = Literal[4, 8]
 _GROUPS = (128, 64, 32, 16, 8)
 _EXPERTS = ".experts."
 
@@ -36,7 +37,7 @@ _EXPERTS = ".experts."
 class IntegerSettings:
     """How weights become integers."""
 
-    bits: Literal[4, 8] = field(default=4, metadata={"help": "Of a weight."})
+    bits: Bits = field(default=4, metadata={"help": "Of a weight."})
     group_size: int | None = field(
         default=None, metadata={"help": "Columns that share a scale; unset: 32 of 4 bits, and whole rows of 8."}
     )
@@ -231,7 +232,10 @@ def write_quantized(
 
 def _plan(source: DenseCheckpoint, settings: Any) -> IntegerPlan:
     chosen = quantized_layers(source)
-    group: int | None = settings.group_size or (32 if settings.bits == 4 else None)
+    if settings.bits not in get_args(Bits):
+        raise ConfigError(f"bits {settings.bits}: expected 4 or 8.")
+    usual = 32 if settings.bits == min(get_args(Bits)) else None
+    group: int | None = usual if settings.group_size is None else settings.group_size
     if group is not None and group < 1:
         raise ConfigError(f"group_size {group}: expected a number of columns, 1 or more.")
     for name in chosen.layers if group else ():

@@ -27,6 +27,8 @@ from spectral_surgery.commands.export.model import Measure, ModelTarget
 from spectral_surgery.errors import BackendError, CheckpointError, ConfigError, required
 from spectral_surgery.files.atomic import writing_to
 from spectral_surgery.files.compressed.dense import DenseCheckpoint, DenseTensor
+from spectral_surgery.hf.models import outline_model
+from spectral_surgery.hf.tensor_names import names_in
 from spectral_surgery.hf.tokenizer_json import settled_config
 from spectral_surgery.progress import Progress
 
@@ -261,6 +263,7 @@ def _plan(source: DenseCheckpoint, settings: Any) -> GgufPlan:
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == row.there)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     tied = config.get("tie_word_embeddings")
+    _check_whole(source, row)
     tensors, left_out = [], []
     for name, tensor in source.tensors.items():
         if row.left_out.search(name) or (tied and name == "lm_head.weight"):
@@ -269,12 +272,35 @@ def _plan(source: DenseCheckpoint, settings: Any) -> GgufPlan:
         there = names.get_name(_known(name, row), try_suffixes=_ENDS)
         if there is None:
             raise ConfigError(f"{name}: has no place in GGUF's architecture {row.there}; expected its tensors alone.")
+        if there.endswith(".bias") and not (row.biases.search(there)):
+            raise ConfigError(f"{name}: is a bias that llama.cpp does not add in {row.there}; expected none there.")
         tensors.append(_tensor(tensor, there, row, config, settings.type))
     embedding = next((tensor for tensor in tensors if tensor.there == _EMBEDDING), None)
     if embedding is None:
         raise CheckpointError(f"{source.index.root.name}: has no embedding; expected a whole model.")
     tokenizer = read_tokenizer(source.index.root, embedding.shape[0])
     return GgufPlan(source, config, row, settings.type, tuple(tensors), tokenizer, tuple(left_out))
+
+
+def _check_whole(source: DenseCheckpoint, row: Architecture) -> None:
+    """llama.cpp reads no file that lacks a tensor, and takes the embedding for an output layer that is not there.
+
+    Raises:
+        CheckpointError: when a parameter of the model is not stored, or in another shape than config.json says.
+    """
+    root = source.index.root
+    model = outline_model(root)
+    names = names_in(model, source.headers)
+    for name, parameter in model.named_parameters():
+        if row.left_out.search(name):
+            continue
+        stored, shape = names.find(name), tuple(parameter.shape)
+        if stored is None or stored.shape != shape:
+            got = "none" if stored is None else f"shape {list(stored.shape)}"
+            raise CheckpointError(
+                f"{name}: expected a tensor of shape {list(shape)} by config.json of {root.name}, got {got}. Use a"
+                " whole checkpoint with its configuration."
+            )
 
 
 def _known(name: str, row: Architecture) -> str:

@@ -29,6 +29,7 @@ class Architecture:
         there: what llama.cpp calls it.
         parameters: (writer of gguf, configuration) -> None: tells llama.cpp the sizes.
         activations: names of hidden_act that it computes.
+        biases: those that it adds, by their names there.
         left_out: tensors that it does not use.
         prefix: of names, which gguf does not know.
         pairs: whether the two numbers that a rotation turns lie beside each other in queries and keys.
@@ -39,6 +40,7 @@ class Architecture:
     there: str
     parameters: Callable[[Any, Config], None]
     activations: tuple[str, ...]
+    biases: re.Pattern[str]
     left_out: re.Pattern[str]
     prefix: str = ""
     pairs: bool = False
@@ -92,18 +94,20 @@ def _encoder(writer: Any, config: Config) -> None:
 
 _NOTHING = re.compile(r"rotary_emb\.inv_freq$")
 _BERT = re.compile(r"^(bert\.)?(pooler|cls)\.|^classifier\.|embeddings\.position_ids$")
+_ANY, _NONE = re.compile(""), re.compile(r"(?!)")
+_OF_LLAMA, _OF_QUERIES = re.compile(r"\.(attn_(q|k|v|output)|ffn_\w+)\."), re.compile(r"\.attn_[qkv]\.")
 _GELU = ("gelu_pytorch_tanh", "gelu_tanh")
 ARCHITECTURES = Table(
     "architecture of GGUF",
     (
-        Architecture("llama", "llama", _decoder, ("silu",), _NOTHING, pairs=True),
-        Architecture("mistral", "llama", _decoder, ("silu",), _NOTHING, pairs=True),
-        Architecture("qwen2", "qwen2", _decoder, ("silu",), _NOTHING),
-        Architecture("qwen3", "qwen3", _decoder, ("silu",), _NOTHING),
-        Architecture("gemma", "gemma", _decoder, _GELU, _NOTHING, norms=1.0),
-        Architecture("gemma2", "gemma2", _gemma2, _GELU, _NOTHING, norms=1.0),
-        Architecture("gemma3_text", "gemma3", _gemma3, _GELU, _NOTHING, norms=1.0),
-        Architecture("bert", "bert", _encoder, ("gelu",), _BERT, prefix="bert."),
+        Architecture("llama", "llama", _decoder, ("silu",), _OF_LLAMA, _NOTHING, pairs=True),
+        Architecture("mistral", "llama", _decoder, ("silu",), _OF_LLAMA, _NOTHING, pairs=True),
+        Architecture("qwen2", "qwen2", _decoder, ("silu",), _OF_QUERIES, _NOTHING),
+        Architecture("qwen3", "qwen3", _decoder, ("silu",), _NONE, _NOTHING),
+        Architecture("gemma", "gemma", _decoder, _GELU, _NONE, _NOTHING, norms=1.0),
+        Architecture("gemma2", "gemma2", _gemma2, _GELU, _NONE, _NOTHING, norms=1.0),
+        Architecture("gemma3_text", "gemma3", _gemma3, _GELU, _NONE, _NOTHING, norms=1.0),
+        Architecture("bert", "bert", _encoder, ("gelu",), _ANY, _BERT, prefix="bert."),
     ),
 )
 
