@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -155,19 +154,15 @@ def _target() -> Target:
 def _engine(shard: str | None, workers: int) -> tuple[EngineName, str | None, tuple[int, int]]:
     """Who encodes the parts, at which address, and which share of them is ours."""
     params = click.get_current_context().params
-    engine, address = params["engine"], params["ray_address"]
+    engine, address = params["engine"], shared.ray_address()
     part = shared.shard_of(shard) if engine in (None, "torchrun") or shard else (0, 1)
     if shard and engine not in (None, "torchrun"):
         raise click.UsageError(f"--shard: expected --engine torchrun with it, got {engine}. Leave one of them out.")
-    if address and engine != "ray":
-        raise click.UsageError("--ray-address: expected with --engine ray, got it alone.")
-    if engine == "ray":
-        if workers > 1:
-            raise click.UsageError(
-                "--workers: expected none with --engine ray, which uses all processors of the cluster. Leave it out."
-            )
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it would report on it
-    return engine or ("torchrun" if part[1] > 1 else "local"), address or os.environ.get("RAY_ADDRESS"), part
+    if engine == "ray" and workers > 1:
+        raise click.UsageError(
+            "--workers: expected none with --engine ray, which uses all processors of the cluster. Leave it out."
+        )
+    return engine or ("torchrun" if part[1] > 1 else "local"), address, part
 
 
 def _texts(part: tuple[int, int]) -> tuple[TextData | None, Healing | None]:

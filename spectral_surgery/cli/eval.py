@@ -12,6 +12,7 @@ from spectral_surgery.cli import output, shared
 from spectral_surgery.cli.options import Command, from_options, optional_settings, options_of
 from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.run import Run
 from spectral_surgery.text.settings import EvalData, TextData
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ _SHOWN = 10  # tensors
 @options_of(EvalData, "samples", "seq_length", "unreadable")
 @click.option("--max-error", type=float, help="Exit with 3 when the relative error of the weights is larger.")
 @click.option("--device", default="cpu", show_default=True, help="Models run on it.")
+@click.option(
+    "--engine",
+    type=click.Choice(("local", "ray")),
+    default="local",
+    show_default=True,
+    help="Judge several B here, or each in a task on a cluster of Ray, with --threads processors.",
+)
+@options_of(Run, "ray_address")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processors of a task of Ray.")
 @options_of(EvalData, "trust_remote_code")
 @shared.reading_options
 @shared.hub_options
@@ -55,7 +65,8 @@ def command(
     and by its labels and texts where there are any.
 
     With several B, or with baselines, a table of all of them: bits per weight, bytes, error, measures on the text, and
-    of baselines the seconds and the memory that they took to make. --plot draws it. --revision is that of A.
+    of baselines the seconds and the memory that they took to make. --plot draws it. --revision is that of A. What
+    cannot be judged is named, after the table of the others.
 
     \b
     Example:
@@ -66,6 +77,7 @@ def command(
       spectral-surgery eval ./model ./model-?bit --text test.txt --baseline all --calibrate train.txt --plot rate.png
       spectral-surgery eval ./encoder --adapter ./adapter --sts pairs.csv
       spectral-surgery eval ./vit ./vit-3bit --data photos
+      spectral-surgery eval ./model ./model-?bit --text test.txt --engine ray --ray-address 10.0.0.1:6379
     """
     from spectral_surgery.commands.eval import evaluate
 
@@ -78,6 +90,8 @@ def command(
     first, second = ((of.resolve if run else of.locate) for of in (access, access.others()))
     if plot is not None:
         _check_plot(plot, table=reference.has_models)
+    params = click.get_current_context().params
+    where = {"ray_address": shared.ray_address(), "engine": params["engine"], "threads": params["threads"]}
     with output.progress() as progress:
         report = evaluate(
             first(a)[0],
@@ -86,7 +100,7 @@ def command(
             reference=reference,
             adapter=access.others().resolve(adapter)[0] if adapter else None,
             device=device,
-            progress=progress,
+            run=from_options(Run, where | {"progress": progress, "note": output.note}),
         )
     output.show(report.to_json(), _lines(report, compared=bool(b)))
     if plot is not None:
@@ -94,6 +108,10 @@ def command(
 
         plot_rate_distortion(report.models, plot, report.models[0].model)
         click.echo(f"plot: {plot}", err=True)
+    for name, reason in report.failed.items():
+        click.echo(f"Error: {name}: {reason}", err=True)
+    if report.failed:
+        click.get_current_context().exit(1)
     if max_error is not None and report.relative_error > max_error:
         click.echo(f"Check failed: relative error {report.relative_error:.4f} is above {max_error:g}", err=True)
         click.get_current_context().exit(shared.CHECK_FAILED)

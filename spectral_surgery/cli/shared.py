@@ -172,6 +172,21 @@ def threads_or_all(threads: int | None = None, workers: int = 1) -> int:
     return threads or max(1, len(os.sched_getaffinity(0)) // workers)
 
 
+def ray_address() -> str | None:
+    """Where the cluster of --engine ray is; None for here.
+
+    Raises:
+        click.UsageError: when an address is given for another engine.
+    """
+    params = click.get_current_context().params
+    if params["engine"] != "ray" and params["ray_address"]:
+        raise click.UsageError("--ray-address: expected with --engine ray, got it alone.")
+    if params["engine"] == "ray":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it would report on it
+    given: str | None = params["ray_address"]
+    return given or os.environ.get("RAY_ADDRESS")
+
+
 def shard_of(text: str | None) -> tuple[int, int]:
     """Which part of the work is ours: (index, count), (0, 1) when nobody says otherwise.
 

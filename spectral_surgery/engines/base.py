@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from spectral_surgery.errors import SpectralSurgeryError
 from spectral_surgery.files.compressed.plan import Plan, Unit
 from spectral_surgery.files.compressed.units import UnitStore
 from spectral_surgery.run import Run
@@ -65,11 +66,21 @@ class Others(Protocol):
         """Go on to the next sums. ``change``: what was made of the last ones."""
 
 
+Calls = Sequence[Callable[[], Any]]
 Split = Callable[[int], Sequence[Share]]  # a work in so many shares, or fewer
 
 
 def _nothing_to_reach(_: Run) -> AbstractContextManager[object]:
     return nullcontext()
+
+
+def each_here(_: Run, calls: Calls, memory: int) -> Iterator[tuple[int, Any]]:  # noqa: ARG001 - as it is
+    """Call one after the other."""
+    for number, call in enumerate(calls):
+        try:
+            yield number, call()
+        except SpectralSurgeryError as error:
+            yield number, error
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class Engine:
         help: who that is.
         encode: encode the parts that are not there yet; whether those of all shares are there then.
         reached: a context in which ``encode`` may be called several times; entered before anything is written.
+        each: calls functions that have nothing to do with each other, of so many bytes of memory each; gives the number
+            of each and its result, or the SpectralSurgeryError that it raised, as they are finished.
         shares: who takes shares of the samples of a calibration; None when all are run here.
     """
 
@@ -88,4 +101,5 @@ class Engine:
     help: str
     encode: Callable[[Work], bool]
     reached: Callable[[Run], AbstractContextManager[object]] = _nothing_to_reach
+    each: Callable[[Run, Calls, int], Iterator[tuple[int, Any]]] = each_here
     shares: Callable[[Run, Split], AbstractContextManager[Others]] | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from spectral_surgery.engines.base import Calls
+from spectral_surgery.engines.part import installed
 from spectral_surgery.errors import BackendError, CheckpointError, SpectralSurgeryError
 from spectral_surgery.run import Run
 
@@ -89,23 +92,57 @@ def places(threads: int) -> int:
     return sum(int(node["Resources"].get("CPU", 0)) // threads for node in ray.nodes() if node["Alive"])
 
 
-def fits(needed: Mapping[str, float]) -> bool:
-    """Whether there is a node with these resources, were it free."""
+@dataclass
+class Room:
+    """Whether there is a node for what is waited for.
+
+    Attributes:
+        run: how the work is carried out.
+        told: whether it was said that there is none.
+    """
+
+    run: Run
+    told: bool = False
+
+    def look(self, memory: int) -> None:
+        """Say once when no node, were it free, has the processors and so many bytes: it may come, or never."""
+        import ray
+
+        there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        threads = self.run.threads
+        if self.told or any(node.get("CPU", 0) >= threads and node.get("memory", 0) >= memory for node in there):
+            return
+        self.told = True
+        self.run.note(
+            f"warning: --engine ray: expected a node with {threads} processors and {memory / 1e9:.1f} GB, got none of"
+            f" {len(there)}. Waiting for one; fewer --threads need fewer processors."
+        )
+
+
+def each_on_ray(run: Run, calls: Calls, memory: int) -> Iterator[tuple[int, Any]]:
+    """Call each in a task of its own; see `Engine`."""
     import ray
+    from ray import cloudpickle
 
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(all(node.get(kind, 0) >= amount for kind, amount in needed.items()) for node in there)
-
-
-def missing(needed: Mapping[str, float]) -> str:
-    """What to tell while no node fits."""
-    import ray
-
-    count = sum(node["Alive"] for node in ray.nodes())
-    return (
-        f"warning: --engine ray: expected a node with {needed['CPU']} processors and {needed['memory'] / 1e9:.1f} GB,"
-        f" got none of {count}. Waiting for one; fewer --threads need fewer processors."
-    )
+    task, room = ray.remote(calling()).options(num_cpus=run.threads, memory=memory, max_retries=TRIES), Room(run)
+    waiting = {task.remote(installed(), cloudpickle.dumps(call)): number for number, call in enumerate(calls)}
+    try:
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=PATIENCE)
+            if not ready:
+                room.look(memory)
+            for reference in ready:
+                number = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    result = explained(error, f"task {number + 1} of {len(calls)}")
+                    if not isinstance(result, SpectralSurgeryError):
+                        raise
+                yield number, result
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
 
 
 def explained(error: Exception, where: str) -> Exception:

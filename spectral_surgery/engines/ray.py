@@ -18,10 +18,10 @@ from spectral_surgery.engines.cluster import (
     PATIENCE,
     PROCESS_BYTES,
     TRIES,
+    Room,
     calling,
+    each_on_ray,
     explained,
-    fits,
-    missing,
     places,
     reached,
 )
@@ -47,7 +47,7 @@ def encode_on_ray(work: Work) -> bool:
 
     units = work.units()
     with _token(work.store.folder) as token:
-        _Tasks(work, ray.remote(calling()), sum(unit.weights for unit in units), token).all(units)
+        _Tasks(work, ray.remote(calling()), sum(unit.weights for unit in units), token, Room(work.run)).all(units)
     return True
 
 
@@ -74,16 +74,16 @@ class _Tasks:
         token: name of the file by which it knows the folder.
         pending: parts by the reference to their result.
         done: weights of finished parts.
-        warned: whether it was said that no node can take a part.
+        room: for a part.
     """
 
     work: Work
     task: Any
     total: int
     token: str
+    room: Room
     pending: dict[Any, Unit] = field(default_factory=dict)
     done: int = 0
-    warned: bool = False
 
     def all(self, units: list[Unit]) -> None:
         """Ask for one part after the other, a few ahead of the processors, and take what is finished."""
@@ -128,7 +128,7 @@ class _Tasks:
 
         ready, _ = ray.wait(list(self.pending), timeout=PATIENCE)
         if not ready:
-            self._look_for_room()
+            self.room.look(_memory(next(iter(self.pending.values()))))
         for reference in ready:
             unit = self.pending[reference]
             try:
@@ -144,17 +144,11 @@ class _Tasks:
         self.done += unit.weights
         self.work.run.progress(self.done, self.total, unit.tensor.info.name)
 
-    def _look_for_room(self) -> None:
-        """Say once when no node has what a part needs: it may come, or never."""
-        needed = {"CPU": self.work.run.threads, "memory": _memory(next(iter(self.pending.values())))}
-        if not self.warned and not fits(needed):
-            self.warned = True
-            self.work.run.note(missing(needed))
-
 
 def _memory(unit: Unit) -> int:
     """Bytes of the process that encodes a part."""
     return PROCESS_BYTES + unit.memory
 
 
-RAY = Engine("ray", "tasks on a cluster of Ray; needs the extra ray", encode_on_ray, reached, shares_on_ray)
+_HELP = "tasks on a cluster of Ray; needs the extra ray"
+RAY = Engine("ray", _HELP, encode_on_ray, reached, each_on_ray, shares_on_ray)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from spectral_surgery.engines.base import Share, Split, Sums
-from spectral_surgery.engines.cluster import PATIENCE, PROCESS_BYTES, TRIES, calling, explained, fits, missing, places
+from spectral_surgery.engines.cluster import PATIENCE, PROCESS_BYTES, TRIES, Room, calling, explained, places
 from spectral_surgery.engines.part import installed
 from spectral_surgery.run import Run
 
@@ -53,7 +53,6 @@ class Shares:
         seats: the actor of each.
         changes: references to what was told.
         asked: references to the sums of each.
-        warned: whether it was said that no node can take a share.
     """
 
     run: Run
@@ -62,7 +61,6 @@ class Shares:
     seats: list[Any] = field(default_factory=list)
     changes: list[Any] = field(default_factory=list)
     asked: list[Any] = field(default_factory=list)
-    warned: bool = False
 
     def begin(self) -> None:
         """Give each share an actor of its own, and ask for the first sums."""
@@ -110,11 +108,9 @@ class Shares:
     def _wait_for(self, reference: Any) -> Sums:
         import ray
 
-        needed = {"CPU": self.run.threads, "memory": self.memory}
+        room = Room(self.run)
         while not ray.wait([reference], timeout=PATIENCE)[0]:
-            if not self.warned and not fits(needed):
-                self.warned = True
-                self.run.note(missing(needed))
+            room.look(self.memory)
         found: Sums = ray.get(reference)
         return found
 

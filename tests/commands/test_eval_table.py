@@ -21,11 +21,12 @@ from spectral_surgery.commands.eval import ModelRow, evaluate
 from spectral_surgery.commands.eval.baselines import Cost, matrices_of, write_baseline
 from spectral_surgery.commands.eval.plot import plot_rate_distortion
 from spectral_surgery.commands.settings import Reference
-from spectral_surgery.errors import ConfigError
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.index import read_index
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
+from spectral_surgery.run import Run
 from spectral_surgery.text.scores import compare_logits
 from spectral_surgery.text.settings import EvalData
 from tests.support.checkpoints import write_folder
@@ -101,6 +102,36 @@ def test_rates_that_hold_no_bitmap_are_left_out(folder: Path, tmp_path: Path) ->
     assert [row.short for row in report.models] == ["source", "compressed", "tiny", "svd", "svd", "prune"]
     with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight: prune:.*got [\d.e-]+"):
         evaluate(folder / "source", tiny, EvalData(), reference=Reference(baselines=("prune",)))
+
+
+def test_what_cannot_be_judged_is_named_and_the_others_are(folder: Path, tmp_path: Path) -> None:
+    other = write_folder(tmp_path / "other", {"model.norm.weight": torch.ones(7)})
+    same, ours = str(folder / "source"), str(folder / "compressed")
+    done = CliRunner().invoke(cli, ["eval", same, str(other), ours, same, "-q", "--json"])
+    assert done.exit_code == 1
+    body = json.loads(done.stdout)
+    assert [model["model"] for model in body["models"]] == ["source", "compressed", "source"]
+    assert list(body["failed"]) == [str(other)]
+    assert f"Error: {other}: model.norm.weight: expected equal shapes" in done.stderr
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: expected equal shapes"):
+        evaluate(folder / "source", other, EvalData(), reference=Reference((other,)))
+
+
+@pytest.mark.parametrize(
+    ("others", "device", "message"),
+    [((), "cpu", "expected several B, got 1"), (("compressed",), "cuda", "expected --device cpu, got cuda")],
+)
+def test_what_does_not_go_with_a_cluster(folder: Path, others: tuple[str, ...], device: str, message: str) -> None:
+    reference = Reference(tuple(folder / name for name in others))
+    with pytest.raises(ConfigError, match=f"eval --engine ray: {message}"):
+        evaluate(
+            folder / "source",
+            folder / "compressed",
+            EvalData(),
+            reference=reference,
+            device=device,
+            run=Run(engine="ray"),
+        )
 
 
 def test_points_of_the_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spectral_surgery.commands.eval.scores import Scores
-from spectral_surgery.commands.eval.table import Measures, ModelRow, model_table
+from spectral_surgery.commands.eval.table import Judge, Measures, ModelRow, model_table
 from spectral_surgery.commands.eval.weights import Distance, TensorError, distance
 from spectral_surgery.commands.settings import Reference
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.storage import Checkpoint, here
-from spectral_surgery.progress import Progress, silent
+from spectral_surgery.run import Run
 from spectral_surgery.text.settings import EvalData
 
 __all__ = ["EvalData", "EvalReport", "ModelRow", "Reference", "evaluate"]
@@ -27,6 +28,7 @@ class EvalReport:
         relative_error: of all tensors that differ, together.
         measures: of A, B or both, by name, such as perplexity_a, kl, cosine or accuracy_b.
         models: A, B and what is beside them, if anything is.
+        failed: those of several B that could not be judged, and why.
     """
 
     tensors: tuple[TensorError, ...]
@@ -35,6 +37,7 @@ class EvalReport:
     only_in_one: tuple[str, ...]
     measures: Measures
     models: tuple[ModelRow, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, object]:
@@ -46,6 +49,7 @@ class EvalReport:
             "tensors": [vars(tensor) for tensor in self.tensors],
             "measures": self.measures,
             "models": [row.to_json() for row in self.models],
+            "failed": dict(self.failed),
             "seconds": self.seconds,
         }
 
@@ -58,13 +62,14 @@ def evaluate(
     reference: Reference | None = None,
     adapter: Path | None = None,
     device: str = "cpu",
-    progress: Progress = silent,
+    run: Run = Run(),  # noqa: B008 - frozen
 ) -> EvalReport:
     """Compare two checkpoints, or a model without and with an adapter; with one model alone, judge it.
 
     Args:
         b: another one with the same tensors; None for A with the adapter, or for A alone.
         adapter: folder with an adapter that B has on it.
+        run: where each of several B is judged.
 
     Raises:
         ConfigError: when there is nothing to do, or a baseline cannot be made.
@@ -74,13 +79,18 @@ def evaluate(
     reference = reference or Reference()
     if b is None and not data.has_text and not reference.has_models:
         raise ConfigError("eval: expected a second model, --text, --sts or --baseline, got one model alone.")
+    if run.engine != "local" and not reference.others:
+        raise ConfigError(f"eval --engine {run.engine}: expected several B, got {1 if b else 'none'}. Leave it out.")
+    if run.engine != "local" and device != "cpu":
+        raise ConfigError(f"eval --engine {run.engine}: expected --device cpu, got {device}. Leave one of them out.")
     if reference.has_models:
         if adapter is not None:
             raise ConfigError("eval --adapter: expected at most one B and no baselines with it, got more.")
         others = [here(source) for source in (b, *reference.others) if source is not None]
-        models, apart, measures = model_table(here(a), others, data, reference, device=device, progress=progress)
-        return EvalReport(**vars(apart), measures=measures, models=models, seconds=time.perf_counter() - started)
-    apart = distance(a, b, progress) if b is not None else Distance()
+        table = model_table(Judge(here(a), data, device), others, reference, run=run)
+        found = EvalReport(**vars(table.apart), measures=table.measures, models=table.rows, failed=table.failed)
+        return replace(found, seconds=time.perf_counter() - started)
+    apart = distance(a, b, run.progress) if b is not None else Distance()
     measures = {}
     if data.has_text:
         other = b if b is not None else (a if adapter is not None else None)

@@ -6,19 +6,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from spectral_surgery.baselines import BASELINES, Baseline, baseline
 from spectral_surgery.commands.eval.baselines import Cost, calibrated_weights, matrices_of, plain_cost, write_baseline
 from spectral_surgery.commands.eval.scores import Scores
 from spectral_surgery.commands.eval.weights import Distance, distance
 from spectral_surgery.commands.settings import Reference
-from spectral_surgery.errors import ConfigError
+from spectral_surgery.engines import ENGINES
+from spectral_surgery.engines.cluster import PROCESS_BYTES
+from spectral_surgery.errors import ConfigError, SpectralSurgeryError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint, is_compressed, open_compressed
 from spectral_surgery.files.index import read_index
 from spectral_surgery.memory import peak_rss_growth
-from spectral_surgery.progress import Progress, silent
+from spectral_surgery.progress import silent
+from spectral_surgery.run import Run
 from spectral_surgery.text.settings import EvalData
 
 Measures = dict[str, float]
@@ -79,50 +83,106 @@ class _Asked:
         return write_baseline(index, matrices, method, self.bits, folder, quantised=quantised)
 
 
-def model_table(
-    a: Path, others: list[Path], data: EvalData, reference: Reference, *, device: str, progress: Progress
-) -> tuple[tuple[ModelRow, ...], Distance, Measures]:
-    """Judge A, others and baselines of A, each alone beside A.
+@dataclass(frozen=True)
+class Judge:
+    """Compares models with A. On another machine it loads A again."""
 
-    Returns:
-        The rows, and of A and B, if there is one: their distance and their measures.
+    a: Path
+    data: EvalData
+    device: str
+
+    @cached_property
+    def scores(self) -> Scores | None:
+        """With A in memory; None without data."""
+        return Scores(self.a, self.data, self.device) if self.data.has_text else None
+
+    def __getstate__(self) -> dict[str, object]:
+        """What other machines need."""
+        return {"a": self.a, "data": self.data, "device": self.device}
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes: A and another model in float32, with data."""
+        return PROCESS_BYTES + 8 * sum(info.numel for info in read_index(self.a).tensors.values()) * self.data.has_text
+
+    def measures(self, other: Path) -> Measures:
+        """Of both; none without data."""
+        return self.scores.measures(other) if self.scores else {}
+
+    def compare(self, other: Path) -> tuple[Distance, Measures]:
+        """How far it is from A."""
+        return distance(self.a, other, silent), self.measures(other)
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """A, others and baselines of A.
+
+    Attributes:
+        rows: the models.
+        apart: distance of A and B, if there is one.
+        measures: of both, or of A alone.
+        failed: what went wrong with others, by name.
+    """
+
+    rows: tuple[ModelRow, ...]
+    apart: Distance
+    measures: Measures
+    failed: dict[str, str]
+
+
+def model_table(
+    judge: Judge,
+    others: list[Path],
+    reference: Reference,
+    *,
+    run: Run = Run(),  # noqa: B008 - frozen
+) -> ModelTable:
+    """Judge A, others and baselines of A, each alone beside A; others where the engine is.
 
     Raises:
         ConfigError: when a baseline cannot be made.
+        SpectralSurgeryError: when nothing but others is asked for, and none can be judged.
     """
-    compressed = [open_compressed(path) for path in others if is_compressed(path)]
+    a, compressed = judge.a, [open_compressed(path) for path in others if is_compressed(path)]
     asked = list(_asked(reference, compressed))
     if asked and is_compressed(a):
         raise ConfigError(
             f"eval --baseline: expected a plain A to make them of, got {a.name}, which is compressed. Decompress it."
         )
-    scores = Scores(a, data, device) if data.has_text else None
     total, done = len(asked) + len(others), 0
-    baseline_rows, baseline_scores = [], []
-    for one in asked:  # first: what they refuse is known before the long part
+    baseline_rows, pairs = [], list[Measures]()
+    for done, one in enumerate(asked, 1):  # first: what they refuse is known before the long part
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as name:
             started = time.perf_counter()
             make = partial(one.make, a, reference, compressed[0] if compressed else None, Path(name))
             cost, peak = peak_rss_growth(make)
             seconds = time.perf_counter() - started
-            baseline_scores.append(scores.measures(Path(name)) if scores else {})
-        measures, method = _of_second(baseline_scores[-1]), one.method
+            pairs.append(judge.measures(Path(name)))
+        measures, method = _of_second(pairs[-1]), one.method
         baseline_rows.append(ModelRow(one.label, cost, measures, method.family, method.name, seconds, peak))
-        done += 1
-        progress(done, total, one.label)
-    rows, distances, pairs = [], [], []
-    for path in others:
-        distances.append(distance(a, path, silent))
-        pairs.append(scores.measures(path) if scores else {})
-        cost = _cost(path, compressed, distances[-1].relative_error)
-        rows.append(ModelRow(path.name, cost, _of_second(pairs[-1]), _family(path), path.name))
-        done += 1
-        progress(done, total, path.name)
-    either = (pairs + baseline_scores)[0]
+        run.progress(done, total, one.label)
+    found: dict[int, Any] = {}
+    calls = [partial(judge.compare, path) for path in others]
+    with ENGINES[run.engine].reached(run):
+        for number, result in ENGINES[run.engine].each(run, calls, judge.memory):
+            found[number] = result
+            run.progress(done + len(found), total, others[number].name)
+    failed = {number: found.pop(number) for number in sorted(found) if isinstance(found[number], SpectralSurgeryError)}
+    if failed and not (found or asked):
+        raise next(iter(failed.values()))
+    rows = [_row(others[number], compressed, *found[number]) for number in sorted(found)]
+    either = [*(measures for _, measures in found.values()), *pairs][0]
     of_a = {name.removesuffix("_a"): value for name, value in either.items() if name.endswith("_a")}
     first = ModelRow(a.name, _cost(a, compressed, 0.0), of_a, short=a.name)
-    measures = pairs[0] if pairs else {f"{name}_a": value for name, value in of_a.items()}
-    return (first, *rows, *baseline_rows), distances[0] if distances else Distance(), measures
+    apart, measures = found.get(0, (Distance(), {f"{name}_a": value for name, value in of_a.items()}))
+    reasons = {str(others[number]): str(error) for number, error in failed.items()}
+    return ModelTable((first, *rows, *baseline_rows), apart, measures, reasons)
+
+
+def _row(path: Path, compressed: list[CompressedCheckpoint], apart: Distance, pair: Measures) -> ModelRow:
+    cost = _cost(path, compressed, apart.relative_error)
+    return ModelRow(path.name, cost, _of_second(pair), _family(path), path.name)
 
 
 def _of_second(pair: Measures) -> Measures:
