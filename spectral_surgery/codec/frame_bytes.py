@@ -28,8 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 ZEROS, INTEGERS, LATTICE, TURNED = range(4)  # kinds of frames
 
 _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
-_STATE_BYTES, _WORD_BYTES = 8, 4
-_LANES = ((1 << 17, 8), (1 << 14, 2), (0, 1))  # codes of a frame from which on it has so many: each costs 8 bytes
+_SHORT = 128  # added to the number of lanes where states have 32 bits, and words 16
 _MAX_LOW = 24
 _LARGE, _FEW = 1 << 16, 48  # codes of a frame, entries of a table: low bits are then never worth leaving out
 _DAMAGED = "the data is damaged. Fetch the file again."
@@ -73,17 +72,26 @@ def encode_frame(codes: Codes, *, plain: bool = False) -> bytes:
     plan = _plan(seen, codes.itemsize, INTEGERS, 0, most_low=0) if plain else _cheapest(seen, words, codes.itemsize)
     lattice = plan.kind == LATTICE
     words = words if lattice else words[:0]
-    lanes = next(lanes for least, lanes in _LANES if seen.size >= least)
+    lanes = _lanes(seen.size, plan.bits)
     tables = b"".join(table.to_bytes() for table in plan.tables)
     frequencies, _ = _frequencies(memoryview(tables), 0, plan.kind, plan.low)
     stream, states = rans.encode(seen, words, plan.low, frequencies, lattice and not plan.low, lanes)
     wide: Codes = seen.astype(np.int32) if plan.low or plan.listed else seen[:0]
     symbols = wide >> plan.low + lattice
     listed = wide[(symbols > rans.LARGEST) | (symbols < -rans.LARGEST)]
-    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes, len(stream), len(listed))
-    coded = (_packed_words(words, seen.shape), states.astype("<u8").tobytes(), stream.astype("<u4").tobytes())
+    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes | _SHORT, len(stream), len(listed))
+    coded = (_packed_words(words, seen.shape), states.astype("<u4").tobytes(), stream.astype("<u2").tobytes())
     low = _packed(wide >> lattice, plan.low)
     return b"".join((header, tables, *coded, low, listed.astype(f"<i{codes.itemsize}").tobytes()))
+
+
+def _lanes(codes: int, bits: float) -> int:
+    """Lanes of a frame: each costs three bytes, 0.6 % at most of a stream that has so many; 16 decode in vectors."""
+    if bits >= 1 << 19:
+        return 64
+    if bits >= 1 << 16 or codes >= 1 << 18:
+        return 16
+    return 4 if bits >= 1 << 14 else 1
 
 
 def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes | None = None) -> Codes:
@@ -109,7 +117,9 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
         return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
     frequencies, at = _frequencies(view, _HEADER.size, kind, low)
-    before = (_words_bytes(shape) if kind == LATTICE else 0, _STATE_BYTES * lanes, _WORD_BYTES * length)
+    short = bool(lanes & _SHORT)
+    coded = (4 * (lanes - _SHORT), 2 * length) if short else (8 * lanes, 4 * length)
+    before = (_words_bytes(shape) if kind == LATTICE else 0, *coded)
     sizes = (*before, -(-low * shape[0] * shape[1] // 8), itemsize * listed)
     if at + sum(sizes) != len(view):
         raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
@@ -121,27 +131,28 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     parts = _split(view[at:], sizes)
     direct = itemsize == 1 and not low and not listed
     symbols = out if direct else np.empty(shape, np.int16 if kind == LATTICE else np.int8)
-    _decode_symbols(parts, frequencies, kind == LATTICE, symbols, not low)
+    _decode_symbols(parts, short, frequencies, symbols, not low)
     if not direct:
         _widen(symbols, kind == LATTICE, low, parts, out)
     return out
 
 
-def _decode_symbols(parts: list[memoryview], frequencies: Codes, lattice: bool, symbols: Codes, parity: bool) -> None:
-    """The symbols m of a frame, or ``2 m + c`` of a lattice; most of eight lanes of int8 by the faster kernel."""
+def _decode_symbols(parts: list[memoryview], short: bool, frequencies: Codes, symbols: Codes, parity: bool) -> None:
+    """The symbols m of a frame, or ``2 m + c`` where it has words; whole blocks of many lanes by the faster kernel."""
     from spectral_surgery.kernels import lanes, rans
     from spectral_surgery.kernels.lattice import MASKS
 
-    words, stream = (np.frombuffer(part, np.uint8) for part in (parts[0], parts[2]))
-    states = np.frombuffer(parts[1], "<u8").astype(np.uint64)
-    table, begin, read = rans.decoding_table(frequencies), 0, 0
+    words, stream, word = parts[0], _read_only(parts[2]), np.dtype("<u2" if short else "<u4")
+    states = np.frombuffer(parts[1], "<u4" if short else "<u8").astype(np.uint32 if short else np.uint64)
+    lattice, table, begin, read = len(words) > 0, rans.decoding_table(frequencies), 0, 0
     fits = symbols.dtype == np.int8 and not (lattice and (frequencies[:, :64].any() or frequencies[:, 192:].any()))
-    if len(states) == lanes.LANES and fits and sys.byteorder == "little":
-        begin, read = lanes.decode(words, stream, states, table, MASKS, symbols)
-    left = np.zeros(len(stream) // _WORD_BYTES - read + 1, np.uint32)
-    left[:-1] = stream[_WORD_BYTES * read :].view("<u4")
-    numbers = _unpacked_words(parts[0], symbols.shape, begin) if lattice else words
-    if rans.decode(left, states, table, numbers, symbols, lattice and parity, begin) != len(left) - 1:
+    if len(states) in lanes.LANES and short and fits and sys.byteorder == "little":
+        begin, read = lanes.decode(_read_only(words), stream, states, table, MASKS, symbols)
+    length = len(stream) // word.itemsize
+    left = np.zeros(max(length - read, 0) + 1, word)
+    left[:-1] = stream[word.itemsize * read :].view(word)
+    numbers = _unpacked_words(words, symbols.shape, begin) if lattice else _read_only(words)
+    if read + rans.decode(left, states.astype(np.uint64), table, numbers, symbols, lattice and parity, begin) != length:
         raise CheckpointError(f"spectral frame: the stream does not end where it should; {_DAMAGED}")
 
 
@@ -234,7 +245,7 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
         raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {_DAMAGED}")
     fields: tuple[int, int, int, int, int, int] = _HEADER.unpack_from(view)
     kind, itemsize, low, lanes, _, listed = fields
-    if kind > LATTICE or itemsize not in (1, 2, 4) or low > _MAX_LOW or (kind != ZEROS) != (0 < lanes <= 64):
+    if kind > LATTICE or itemsize not in (1, 2, 4) or low > _MAX_LOW or (kind != ZEROS) != (0 < lanes & ~_SHORT <= 64):
         raise CheckpointError(
             f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
             " Update spectral_surgery, or fetch the file again."

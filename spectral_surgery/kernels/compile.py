@@ -81,3 +81,14 @@ def c_function(function: Callable[[Any], None]) -> int:
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """An operation of kernels that writes LLVM's instructions itself."""
     return cast(Callable[..., Any], numba.extending.intrinsic(function))
+
+
+def features(context: Any) -> list[str]:
+    """What the processor has that numba's context compiles for."""
+    names: str = context.codegen().magic_tuple()[2]
+    return names.split(",")
+
+
+def processor_name(context: Any) -> str:
+    """As LLVM calls the processor that numba's context compiles for."""
+    return str(context.codegen().magic_tuple()[1])

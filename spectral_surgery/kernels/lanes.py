@@ -1,11 +1,9 @@
-"""The decoder of `rans` for eight lanes, in LLVM's instructions; `rans.decode` is the plain way to the same codes.
+"""The decoder of `rans` for 16 or 64 lanes in vector instructions; `rans.decode` is the plain way to the same codes.
 
-What takes time is not arithmetic but waiting: a lane's next symbol needs its state, a table, a product and perhaps a
-word. So all lanes take one symbol, then all take the next one, with the eight states in registers; and everything that
-they look up lies in one piece of memory, which one register addresses. A slot has one byte in it, its code ``2 m + c``
-(or m), and the frequency and the start of a symbol are found by that byte, so that the tables stay in the first cache,
-which two threads of a core share. One table of 32 bits a slot took as long, and gathers of AVX-512 nearly twice as long
-for one frame; see docs/negative-results.md.
+A lane waits for its table and its product before it can take the next symbol. Sixteen lanes are one vector, and in a
+large frame four vectors are under way at a time. All that a slot says is one number of 32 bits, so that a vector needs
+one gather for its symbols, and words of the stream for some of its lanes are a load and one instruction that spreads
+what was loaded. With AVX2 alone words are spread by a table of 256 orders; without it, everything is decoded plainly.
 
 Codes go through 64 columns at hand, so that lines of the cache are written as a whole: rows of a matrix of 4096 columns
 would all fall on the same eight lines of it.
@@ -13,6 +11,7 @@ would all fall on the same eight lines of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,147 +21,212 @@ from numba import types
 from numba.core import cgutils
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import intrinsic, kernel
+from spectral_surgery.kernels.compile import features, intrinsic, kernel, processor_name
+from spectral_surgery.kernels.rans import PRECISION, SLOTS
 
-LANES = 8
-WORDS = LANES * BLOCK // 2  # that eight blocks can take from the stream at most
+LANES = (16, 64)
+LINE = 64  # columns at hand
 
 Array = npt.NDArray[Any]
 
-_SLOTS, _PRECISION, _CONTEXTS = 4096, 12, 6
-_LINE = 64  # columns at hand
-# offsets in the piece of memory, which begins with a byte for each slot
-_FREQUENCY = _CONTEXTS * _SLOTS  # [3, 256] uint64 by code: usual ones, and those of row 31 by parity
-_START = _FREQUENCY + 3 * 256 * 8  # [3, 256] uint64, with 4096 times the context
-_CONTEXT = _START + 3 * 256 * 8  # [32, 8] uint32: 4096 times the context of each row and lane, without parity
-_CODE = _CONTEXT + BLOCK * LANES * 4  # [32, 64] uint8
-_SIZE = _CODE + BLOCK * _LINE
+_WIDTH = 16  # lanes of a vector
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_LANE = ir.VectorType(_I32, _WIDTH)
 
 
-def _row(build: Any, space: Any, states: list[Any], at: Any, to: Any, odd: Any) -> list[Any]:
-    """One symbol from each state.
+def _all(number: int) -> Any:
+    return ir.Constant(_LANE, [number] * _WIDTH)
+
+
+class _Lanes:
+    """Writes the decoding of one block in each lane.
 
     Args:
+        context: numba's, of the processor.
         build: llvmlite's builder.
-        space: address of the piece of memory, as a pointer to bytes.
-        at: offset of the row's contexts.
-        to: offset of the row's codes.
-        odd: 64 bits, of which bit 8 i + 1 is the parity of the symbols before in lane i; None where it does not matter.
+        table, stream, orders: addresses, see `decode`.
     """
-    byte, half, word = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
-    def load(kind: Any, offset: Any) -> Any:
-        return build.load(build.bitcast(build.gep(space, [offset]), kind.as_pointer()))
+    def __init__(self, context: Any, build: Any, table: Any, stream: Any, orders: Any) -> None:
+        self.build, self.wide = build, "+avx512f" in features(context)
+        self.gathers = not processor_name(context).startswith("znver")  # where they are as many loads, and more
+        self.table = build.inttoptr(table, _I32.as_pointer())
+        self.stream = build.inttoptr(stream, _I16.as_pointer())
+        self.orders = build.inttoptr(orders, ir.VectorType(_I8, 8).as_pointer())
 
-    out = []
-    for lane, state in enumerate(states):
-        context = load(half, build.add(at, word(4 * lane)))
-        parity = word(0)
-        if odd is not None:
-            parity = build.and_(build.lshr(odd, word(8 * lane + 1)), word(1))
-            more = build.add(build.shl(parity, word(_PRECISION + 1)), word(2 * _SLOTS))
-            context = build.add(context, build.trunc(more, half))
-        slot = build.zext(build.or_(build.and_(build.trunc(state, half), half(_SLOTS - 1)), context), word)
-        code = load(byte, slot)
-        build.store(code, build.gep(space, [build.add(to, word(lane))]))
-        which = build.zext(code, word)
-        if odd is not None:
-            which = build.add(which, build.shl(build.add(parity, word(1)), word(8)))
-        which = build.shl(which, word(3))
-        product = build.mul(build.lshr(state, word(_PRECISION)), load(word, build.add(which, word(_FREQUENCY))))
-        out.append(build.add(product, build.sub(slot, load(word, build.add(which, word(_START))))))
-    return out
+    def block(self, states: list[Any], bits: list[Any], read: Any, to: Any) -> tuple[list[Any], Any]:
+        """The 32 rows of a block in each lane: the states after them, and how many words have been read then.
+
+        Args:
+            states: vectors.
+            bits: vectors of the masks of the blocks; none for one context.
+            read: words read so far.
+            to: address of the codes of the first row.
+        """
+        build, rows = self.build, BLOCK - 1 if bits else BLOCK
+        before, loop, end = build.basic_block, *(build.append_basic_block(name) for name in ("rows", "decoded"))
+        initial = [_I64(0), read, *states, *bits, *[_all(0)] * len(bits)]
+        build.branch(loop)
+        build.position_at_end(loop)
+        phis = [build.phi(value.type) for value in initial]
+        lanes, masks, odd = (phis[2 + len(states) * part :][: len(states)] for part in range(3))
+        here = build.add(to, build.mul(phis[0], _I64(LINE)))
+        lanes, slots, read = self.row(lanes, [self._contexts(mask) for mask in masks], phis[1], here)
+        masks = [build.lshr(mask, _all(1)) for mask in masks]
+        odd = [build.xor(one, slot) for one, slot in zip(odd, slots, strict=False)]
+        after = build.add(phis[0], _I64(1))
+        for phi, start, value in zip(phis, initial, (after, read, *lanes, *masks, *odd), strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        build.cbranch(build.icmp_signed("<", after, _I64(rows)), loop, end)
+        build.position_at_end(end)
+        if bits:  # the parity of row 31 is known
+            contexts = [self._contexts(mask, parity) for mask, parity in zip(masks, odd, strict=True)]
+            lanes, _, read = self.row(lanes, contexts, read, build.add(to, _I64(LINE * rows)))
+        return lanes, read
+
+    def _contexts(self, masks: Any, odd: Any = None) -> Any:
+        """4096 times the contexts of the lowest bits of masks, and of bit 1 of what is odd: parities of symbols."""
+        build = self.build
+        contexts = build.and_(build.shl(masks, _all(PRECISION)), _all(SLOTS))
+        if odd is None:
+            return contexts
+        known = build.and_(build.shl(odd, _all(PRECISION)), _all(2 * SLOTS))
+        return build.add(build.or_(contexts, known), _all(2 * SLOTS))
+
+    def row(self, states: list[Any], contexts: list[Any], read: Any, to: Any) -> tuple[list[Any], list[Any], Any]:
+        """One symbol from each lane, and a word of the stream where its state needs one.
+
+        Args:
+            states: vectors.
+            contexts: 4096 times the context of each lane, vectors; none for one context.
+            read: words read so far.
+            to: address of the codes of the row.
+
+        Returns:
+            The states, what the slots said, and how many words have been read.
+        """
+        build, slots, left = self.build, [], []
+        for number, state in enumerate(states):
+            at = build.and_(state, _all(SLOTS - 1))
+            slots.append(self._look_up(build.or_(at, contexts[number]) if contexts else at))
+        for number, (slot, state) in enumerate(zip(slots, states, strict=True)):
+            place = build.and_(build.lshr(slot, _all(8)), _all(SLOTS - 1))
+            product = build.mul(build.lshr(slot, _all(8 + PRECISION)), build.lshr(state, _all(PRECISION)))
+            after = build.add(product, place)
+            small = build.icmp_unsigned("<", after, _all(1 << 16))
+            words, count = self._words(read, small)
+            left.append(build.select(small, build.or_(build.shl(after, _all(16)), words), after))
+            read = build.add(read, count)
+            code = build.trunc(slot, ir.VectorType(_I8, _WIDTH))
+            address = build.add(to, _I64(_WIDTH * number))
+            build.store(code, build.inttoptr(address, code.type.as_pointer())).align = 1
+        return left, slots, read
+
+    def _look_up(self, at: Any) -> Any:
+        """[16] numbers of the table."""
+        build, pointer = self.build, _I8.as_pointer()
+        base = build.bitcast(self.table, pointer)
+        if self.gathers and self.wide:
+            mask = ir.Constant(ir.VectorType(ir.IntType(1), _WIDTH), [1] * _WIDTH)
+            return self._call("llvm.x86.avx512.mask.gather.dpi.512", _LANE, _all(0), base, at, mask, _I32(4))
+        if self.gathers:
+            half, name = ir.VectorType(_I32, 8), "llvm.x86.avx2.gather.d.d.256"
+            zeros, mask = ir.Constant(half, None), ir.Constant(half, [-1] * 8)
+            indices = [self._some(at, range(first, first + 8)) for first in (0, 8)]
+            parts = [self._call(name, half, zeros, base, index, mask, _I8(4)) for index in indices]
+            return build.shuffle_vector(*parts, _places(range(_WIDTH)))
+        out = ir.Constant(_LANE, ir.Undefined)
+        for lane in range(_WIDTH):
+            place = build.zext(build.extract_element(at, _I32(lane)), _I64)
+            out = build.insert_element(out, build.load(build.gep(self.table, [place])), _I32(lane))
+        return out
+
+    def _words(self, read: Any, small: Any) -> tuple[Any, Any]:
+        """The next words of the stream for the lanes that need one, and how many these are."""
+        build, parts, total = self.build, [], _I64(0)
+        size = _WIDTH if self.wide else 8
+        for first in range(0, _WIDTH, size):
+            some = small if self.wide else self._some(small, range(first, first + size))
+            bits = build.bitcast(some, ir.IntType(size))
+            place = build.gep(self.stream, [build.add(read, total)])
+            loaded = build.load(build.bitcast(place, ir.VectorType(_I16, size).as_pointer()))
+            loaded.align = 1
+            numbers = build.zext(loaded, ir.VectorType(_I32, size))
+            parts.append(self._spread(numbers, some, bits))
+            total = build.add(total, build.zext(build.ctpop(bits), _I64))
+        return parts[0] if self.wide else build.shuffle_vector(*parts, _places(range(_WIDTH))), total
+
+    def _spread(self, numbers: Any, some: Any, bits: Any) -> Any:
+        """The first numbers to those lanes that are among some."""
+        build, kind = self.build, numbers.type
+        if self.wide:
+            return self._call("llvm.x86.avx512.mask.expand.v16i32", kind, numbers, ir.Constant(kind, None), some)
+        order = build.load(build.gep(self.orders, [build.zext(bits, _I64)]))
+        order.align = 8
+        return self._call("llvm.x86.avx2.permd", kind, numbers, build.zext(order, kind))
+
+    def _call(self, name: str, result: Any, *given: Any) -> Any:
+        kind = ir.FunctionType(result, [value.type for value in given])
+        return self.build.call(cgutils.get_or_insert_function(self.build.module, kind, name), given)
+
+    def _some(self, vector: Any, places: range) -> Any:
+        return self.build.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _places(places))
 
 
-def _refill(build: Any, words: Any, states: list[Any], read: Any) -> tuple[list[Any], Any]:
-    """A word of the stream for each state below 2^31: the states, and how many words have been read."""
-    word, out = ir.IntType(64), []
-    for state in states:
-        more = build.load(build.gep(words, [read]))
-        more.align = 1  # the stream begins at any byte
-        turned = build.or_(build.shl(state, word(32)), build.lshr(state, word(32)))  # one instruction: rotate
-        small = build.icmp_unsigned("<", state, word(1 << 31))
-        out.append(build.select(small, build.or_(turned, build.zext(more, word)), state))
-        read = build.add(read, build.zext(small, word))
-    return out, read
+def _places(places: range) -> Any:
+    return ir.Constant(ir.VectorType(_I32, len(places)), list(places))
 
 
-def _odd(build: Any, space: Any, to: Any) -> Any:
-    """The codes of rows 0 to 30, each row as one number, added up without carry; ``to`` is where row 30 is."""
-    word = ir.IntType(64)
-    total = word(0)
-    for row in range(BLOCK - 1):
-        place = build.gep(space, [build.add(to, word(-_LINE * (BLOCK - 2 - row)))])
-        total = build.xor(total, build.load(build.bitcast(place, word.as_pointer())))
-    return total
+def _blocks(lattice: bool, vectors: int) -> Callable[..., Any]:
+    """Make the decoding of a block in each lane, 16 for each vector.
+
+    The function takes the addresses of the states [lanes] uint32, which are changed, of the masks of the blocks
+    [lanes] uint32, of the table, the stream and the orders as in `decode`, how many words have been read, and the
+    address of the first row of the codes at hand. It returns how many words have been read then.
+    """
+
+    @intrinsic
+    def decoded(
+        _typing: Any, _states: Any, _masks: Any, _table: Any, _stream: Any, _orders: Any, _read: Any, _to: Any
+    ) -> Any:
+        def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
+            states, masks, *tables, read, to = values
+
+            def places(address: Any) -> list[Any]:
+                steps = [build.add(address, _I64(4 * _WIDTH * number)) for number in range(vectors)]
+                return [build.inttoptr(step, _LANE.as_pointer()) for step in steps]
+
+            first, bits = ([_unaligned(build, place) for place in places(address)] for address in (states, masks))
+            left, count = _Lanes(context, build, *tables).block(first, bits if lattice else [], read, to)
+            for place, state in zip(places(states), left, strict=True):
+                build.store(state, place).align = 4
+            return count
+
+        return types.uint64(*[types.uint64] * 7), generate
+
+    return decoded
+
+
+def _unaligned(build: Any, place: Any) -> Any:
+    value = build.load(place)
+    value.align = 4
+    return value
+
+
+_one_16, _one_64, _words_16, _words_64 = (
+    _blocks(lattice, lanes // _WIDTH) for lattice in (False, True) for lanes in LANES
+)
 
 
 @intrinsic
-def _two_rows(_typing: Any, states: Any, read: Any, words: Any, space: Any, row: Any, column: Any, last: Any) -> Any:
-    """Two symbols from each state, and then words.
+def _has_vectors(_typing: Any) -> Any:
+    """Whether the processor that is compiled for can spread words."""
 
-    Args:
-        states: eight uint64.
-        read: words read so far.
-        words: address of the stream.
-        space: address of the piece of memory.
-        row: of the block, the first one.
-        column: of those at hand.
-        last: literal, whether these are rows 30 and 31 with contexts of parity.
-    """
-    if not isinstance(last, types.Literal):
-        return None
-    special = bool(last.literal_value)
-    out = types.Tuple((states, types.uint64))
+    def generate(context: Any, _build: Any, _signature: Any, _values: Any) -> Any:
+        return ir.Constant(ir.IntType(1), int("+avx2" in features(context)))
 
-    def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:
-        word = ir.IntType(64)
-        lanes = cgutils.unpack_tuple(build, values[0])
-        stream = build.inttoptr(values[2], ir.IntType(32).as_pointer())
-        memory = build.inttoptr(values[3], ir.IntType(8).as_pointer())
-        at = build.add(build.mul(values[4], word(4 * LANES)), word(_CONTEXT))
-        to = build.add(build.add(build.mul(values[4], word(_LINE)), values[5]), word(_CODE))
-        lanes = _row(build, memory, lanes, at, to, None)
-        odd = _odd(build, memory, to) if special else None
-        lanes = _row(build, memory, lanes, build.add(at, word(4 * LANES)), build.add(to, word(_LINE)), odd)
-        lanes, count = _refill(build, stream, lanes, values[1])
-        return context.make_tuple(build, signature.return_type, [cgutils.pack_array(build, lanes), count])
-
-    return out(states, read, words, space, row, column, last), generate
-
-
-@intrinsic
-def _set_contexts(_typing: Any, words: Any, masks: Any, space: Any) -> Any:
-    """The contexts of eight blocks, from their words, six bits each.
-
-    Args:
-        words: uint64, the lowest six bits for the first block.
-        masks: address of `lattice.MASKS`.
-        space: address of the piece of memory.
-    """
-
-    def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
-        half, word = ir.IntType(32), ir.IntType(64)
-        vector = ir.VectorType(half, LANES)
-
-        def each(number: int) -> Any:
-            return ir.Constant(vector, [number] * LANES)
-
-        table = build.inttoptr(values[1], half.as_pointer())
-        memory = build.inttoptr(values[2], ir.IntType(8).as_pointer())
-        mask = ir.Constant(vector, ir.Undefined)
-        for lane in range(LANES):
-            number = build.and_(build.lshr(values[0], word(6 * lane)), word(63))
-            mask = build.insert_element(mask, build.load(build.gep(table, [number])), half(lane))
-        for row in range(BLOCK):
-            left = _PRECISION - row
-            bit = build.shl(mask, each(left)) if left >= 0 else build.lshr(mask, each(-left))
-            place = build.gep(memory, [word(_CONTEXT + 4 * LANES * row)])
-            store = build.store(build.and_(bit, each(_SLOTS)), build.bitcast(place, vector.as_pointer()))
-            store.align = 4
-        return context.get_dummy_value()
-
-    return types.void(words, masks, space), generate
+    return types.boolean(), generate
 
 
 @intrinsic
@@ -170,7 +234,7 @@ def _copy_line(_typing: Any, source: Any, to: Any) -> Any:
     """64 bytes from one address to another."""
 
     def generate(context: Any, build: Any, _signature: Any, values: Any) -> Any:
-        line = ir.VectorType(ir.IntType(8), _LINE).as_pointer()
+        line = ir.VectorType(_I8, LINE).as_pointer()
         value = build.load(build.inttoptr(values[0], line))
         value.align = 1
         build.store(value, build.inttoptr(values[1], line)).align = 1
@@ -180,26 +244,7 @@ def _copy_line(_typing: Any, source: Any, to: Any) -> Any:
 
 
 @kernel
-def _fill(space: Array, table: Array, lattice: bool) -> None:
-    """The tables of the piece of memory, from that of `rans.decoding_table`."""
-    numbers = space[: _CONTEXT // 8 * 8].view(np.uint64)
-    space[_CONTEXT:_CODE] = 0
-    numbers[_FREQUENCY // 8 :] = 0
-    for number in range(table.size):
-        entry = table[number]
-        context = number // _SLOTS
-        code = np.uint8(entry)
-        if lattice:
-            code = np.uint8(2 * (entry & np.uint32(255)) + np.uint32(context & 1))
-        space[number] = code
-        if entry:
-            which = 256 * (context // 2) + code
-            numbers[_FREQUENCY // 8 + which] = entry >> np.uint32(20)
-            numbers[_START // 8 + which] = number - (entry >> np.uint32(8) & np.uint32(_SLOTS - 1))
-
-
-@kernel
-def _write(space: Array, address: Any, first: int, count: int, out: Array) -> None:
+def _write(held: Array, first: int, count: int, out: Array) -> None:
     """The codes at hand, of ``count`` blocks from ``first`` on, to the matrix."""
     columns = out.shape[1]
     flat = out.reshape(-1)
@@ -209,52 +254,91 @@ def _write(space: Array, address: Any, first: int, count: int, out: Array) -> No
         width = min(count - done, columns - column)
         for row in range(BLOCK):
             to = (top + row) * columns + column
-            if width == _LINE:
-                _copy_line(address + np.uint64(_CODE + row * _LINE), np.uint64(flat.ctypes.data + to))
+            if width == LINE:
+                _copy_line(np.uint64(held.ctypes.data + row * LINE), np.uint64(flat.ctypes.data + to))
             else:
                 for i in range(width):
-                    flat[to + i] = np.int8(space[_CODE + row * _LINE + done + i])
+                    flat[to + i] = held[row, done + i]
         done += width
 
 
 @kernel
-def decode(words: Array, stream: Array, states: Array, table: Array, masks: Array, out: Array) -> tuple[int, int]:
-    """Decode whole blocks, eight at a time, while the stream is sure to last; changes the states.
+def _orders() -> Array:
+    """[256, 8]: for each set of eight lanes, which word of those that follow is for each of them."""
+    out = np.zeros((256, 8), np.uint8)
+    for number in range(256):
+        for lane in range(7):
+            out[number, lane + 1] = out[number, lane] + np.uint8(number >> lane & 1)
+    return out
 
-    Returns how many blocks were decoded, and how many words of the stream were read.
+
+@kernel
+def _set_masks(words: Array, first: int, all_masks: Array, masks: Array) -> None:
+    """The masks of some blocks, from words of six bits each; four of them are three bytes."""
+    for four in range(masks.size // 4):
+        at = first // 4 * 3 + 3 * four
+        packed = (
+            np.uint32(words[at]) | np.uint32(words[at + 1]) << np.uint32(8) | np.uint32(words[at + 2]) << np.uint32(16)
+        )
+        for lane in range(4):
+            masks[4 * four + lane] = all_masks[packed >> np.uint32(6 * lane) & np.uint32(63)]
+
+
+@kernel
+def _codes_of(table: Array) -> Array:
+    """The table with codes ``2 m + c`` in place of the symbols m."""
+    out = np.empty_like(table)
+    for number in range(table.size):
+        m = table[number] & np.uint32(255)
+        code = np.uint8(2 * m + np.uint32(number // SLOTS & 1))
+        out[number] = table[number] & np.uint32(0xFFFFFF00) | np.uint32(code)
+    return out
+
+
+@kernel
+def decode(words: Array, stream: Array, states: Array, table: Array, all_masks: Array, out: Array) -> tuple[int, int]:
+    """Decode whole blocks, one in each lane; changes the states.
+
+    Returns how many blocks were decoded, and how many words of the stream were read, more than there are where it is
+    damaged: none of either where the processor has no such instructions.
 
     Args:
         words: [n] uint8, those of the lattice, six bits each; of no length for one context.
-        stream: [4 n] uint8, little-endian.
-        states: [8] uint64.
+        stream: [2 n] uint8, little-endian words of 16 bits.
+        states: [16 or 64] uint32.
         table: from `rans.decoding_table`, of one context or of six; with six, symbols are from -64 to 63.
-        masks: `lattice.MASKS`.
+        all_masks: `lattice.MASKS`.
         out: [O, I] int8: ``2 m + c`` for six contexts, and m for one.
     """
-    lattice = words.size > 0
-    space = np.empty(_SIZE, np.uint8)
-    _fill(space, table, lattice)
-    memory, where, all_masks = np.uint64(space.ctypes.data), np.uint64(stream.ctypes.data), np.uint64(masks.ctypes.data)
-    lanes = (states[0], states[1], states[2], states[3], states[4], states[5], states[6], states[7])
-    blocks, block, held, read = out.shape[0] // BLOCK * out.shape[1], 0, 0, np.uint64(0)
-    while block + LANES <= blocks and np.int64(read) + WORDS < stream.size // 4:
+    if not _has_vectors():
+        return 0, 0
+    lattice, lanes, end = words.size > 0, states.size, stream.size // 2
+    codes = _codes_of(table) if lattice else table
+    orders, held, masks = _orders(), np.empty((BLOCK, LINE), np.int8), np.empty(lanes, np.uint32)
+    where = (np.uint64(states.ctypes.data), np.uint64(masks.ctypes.data), np.uint64(codes.ctypes.data))
+    place, order, to = np.uint64(stream.ctypes.data), np.uint64(orders.ctypes.data), np.uint64(held.ctypes.data)
+    needed = BLOCK * lanes + _WIDTH  # words that may be looked at for one block in each lane
+    rest, before = np.zeros(4 * needed, np.uint8), np.int64(0)  # the last words, with zeros after them
+    blocks, block, count, read = out.shape[0] // BLOCK * out.shape[1], 0, 0, np.uint64(0)
+    while block + lanes <= blocks and before + np.int64(read) <= end:
+        if place == np.uint64(stream.ctypes.data) and np.int64(read) + needed > end:
+            before = np.int64(read)
+            rest[: 2 * (end - before)] = stream[2 * before : 2 * end]
+            place, read = np.uint64(rest.ctypes.data), np.uint64(0)
+        here = to + np.uint64(count)
         if lattice:
-            packed = np.uint64(0)
-            for byte in range(6):
-                packed |= np.uint64(words[block // LANES * 6 + byte]) << np.uint64(8 * byte)
-            _set_contexts(packed, all_masks, memory)
-        column = np.uint64(held)
-        for row in range(0, BLOCK - 2, 2):
-            lanes, read = _two_rows(lanes, read, where, memory, np.uint64(row), column, False)
-        if lattice:
-            lanes, read = _two_rows(lanes, read, where, memory, np.uint64(BLOCK - 2), column, True)
+            _set_masks(words, block, all_masks, masks)
+            if lanes == 64:
+                read = _words_64(where[0], where[1], where[2], place, order, read, here)
+            else:
+                read = _words_16(where[0], where[1], where[2], place, order, read, here)
+        elif lanes == 64:
+            read = _one_64(where[0], where[1], where[2], place, order, read, here)
         else:
-            lanes, read = _two_rows(lanes, read, where, memory, np.uint64(BLOCK - 2), column, False)
-        block, held = block + LANES, held + LANES
-        if held == _LINE:
-            _write(space, memory, block - held, held, out)
-            held = 0
-    _write(space, memory, block - held, held, out)
-    for lane in range(LANES):
-        states[lane] = lanes[lane]
-    return block, int(read)
+            read = _one_16(where[0], where[1], where[2], place, order, read, here)
+        block, count = block + lanes, count + lanes
+        if count == LINE:
+            _write(held, block - count, count, out)
+            count = 0
+    _write(held, block - count, count, out)
+    return block, int(before) + int(read)

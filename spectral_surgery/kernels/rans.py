@@ -1,9 +1,12 @@
 """An entropy coder at the entropy: range asymmetric numeral systems, on blocks of 32 rows of one column.
 
-A state x in [2^31, 2^63) stands for all that is to come. To decode a symbol of frequency f and start b, of 4096 slots,
-``slot = x mod 4096`` finds it, and ``x = f * (x // 4096) + slot - b``. After two symbols a state below 2^31 takes in
-32 bits more. Several lanes, each with a state, take blocks in turn, so that a processor always has something to do;
-they share one stream of words. Source: J. Duda, arXiv 1311.2540; lanes in one stream: F. Giesen, arXiv 1402.3392.
+A state x in [2^16, 2^32) stands for all that is to come. To decode a symbol of frequency f and start b, of 4096 slots,
+``slot = x mod 4096`` finds it, and ``x = f * (x // 4096) + slot - b``. Then a state below 2^16 takes in 16 bits more.
+Several lanes, each with a state, take blocks in turn, so that a processor always has something to do; they share one
+stream of words. Source: J. Duda, arXiv 1311.2540; lanes in one stream: F. Giesen, arXiv 1402.3392.
+
+Long states are of an earlier form of frames, which is read and no longer written: in [2^31, 2^63), with 32 bits more
+after two symbols.
 
 A symbol is coded with the table of its context. With words of the lattice (see `lattice`) this is the bit c of its
 position, and in row 31 also the parity of the symbols before it: contexts are c, and 2 + c + 2 * parity in row 31.
@@ -26,14 +29,14 @@ from spectral_surgery.kernels.lattice import MASKS
 
 PRECISION = 12
 SLOTS = 1 << PRECISION
-FLOOR = 1 << 31  # the least state
+FLOOR = 1 << 16  # the least state
+LONG_FLOOR = 1 << 31  # the least long state
 LARGEST = 125  # magnitude of a symbol that stands for itself; 126 and 127 stand for all larger ones
 
 Ints = npt.NDArray[Any]
 
-_P, _ONE, _FLOOR = np.uint64(PRECISION), np.uint64(1), np.uint64(FLOOR)
+_P, _ONE = np.uint64(PRECISION), np.uint64(1)
 _SLOT, _SHIFT_START, _SHIFT_FREQUENCY = np.uint64(SLOTS - 1), np.uint64(8), np.uint64(20)
-_WORD = np.uint64(32)
 _PARITY = np.uint64(2 * SLOTS)
 
 
@@ -100,6 +103,13 @@ def _level(slot: np.uint64, context: np.uint64, double: np.int32) -> np.int32:
     return (value << double) + np.int32((context >> _P) & np.uint64(double))
 
 
+@inlined
+def _context(bits: Any, odd: Any, known: bool) -> Any:
+    """4096 times the context of a symbol: from bit c, and the parity of the symbols before where it is known."""
+    context = bits & np.uint64(SLOTS)
+    return context | _PARITY + ((odd & _ONE) << np.uint64(PRECISION + 1)) if known else context
+
+
 @kernel
 def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, parity: bool, begin: int) -> int:
     """Decode a matrix of symbols.
@@ -107,7 +117,7 @@ def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, pari
     Returns how many words of the stream were read, or -1 where the states do not end where they began.
 
     Args:
-        stream: [n + 1] uint32, what is left of it and one spare.
+        stream: [n + 1] uint16, what is left of it and one spare; uint32 for long states.
         states: [lanes] uint64, not changed.
         table: from `decoding_table`.
         words: [blocks] uint8, the words of the lattice of the blocks from ``begin`` on; of no length for one context.
@@ -116,7 +126,8 @@ def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, pari
         begin: whole blocks that have been decoded, a multiple of the lanes.
     """
     rows, columns = out.shape
-    lanes = states.size
+    lanes, long = states.size, stream.itemsize == 4
+    turn, more, floor = 2 if long else 1, np.uint64(32 if long else 16), np.uint64(LONG_FLOOR if long else FLOOR)
     flat = out.reshape(-1)
     state, mask, odd = states.copy(), np.zeros(lanes, np.uint64), np.zeros(lanes, np.uint64)
     place = np.zeros(lanes, np.int64)
@@ -132,29 +143,24 @@ def decode(stream: Ints, states: Ints, table: Ints, words: Ints, out: Ints, pari
                 place[lane] = block // columns * BLOCK * columns + block % columns
                 mask[lane] = np.uint64(MASKS[words[block - begin]]) << _P if words.size else np.uint64(0)
                 odd[lane] = np.uint64(0)
-            for row in range(0, height, 2):
-                special = parity and row == BLOCK - 2
-                single = row + 1 == height
+            for row in range(0, height, turn):
                 for lane in range(count):
                     x, bits, at = state[lane], mask[lane], place[lane]
-                    context = bits & np.uint64(SLOTS)
+                    context = _context(bits, odd[lane], parity and row == BLOCK - 1)
                     slot, x = _decoded(x, context, table)
                     flat[at] = _level(slot, context, twice)
-                    if not single:
-                        context = (bits >> _ONE) & np.uint64(SLOTS)
-                        if special:
-                            context |= _PARITY + (((odd[lane] ^ slot) & _ONE) << np.uint64(PRECISION + 1)) * _ONE
-                        other, x = _decoded(x, context, table)
-                        flat[at + columns] = _level(other, context, twice)
-                        odd[lane] ^= slot ^ other
-                    mask[lane] = bits >> np.uint64(2)
-                    place[lane] = at + 2 * columns
-                    small = x < _FLOOR
-                    more = (x << _WORD) | np.uint64(stream[min(read, last)])
-                    state[lane] = more if small else x
-                    read += np.uint64(small)
+                    odd[lane] ^= slot
+                    if long and row + 1 < height:
+                        context = _context(bits >> _ONE, odd[lane], parity and row == BLOCK - 2)
+                        slot, x = _decoded(x, context, table)
+                        flat[at + columns] = _level(slot, context, twice)
+                        odd[lane] ^= slot
+                    mask[lane], place[lane] = bits >> np.uint64(turn), at + turn * columns
+                    small = np.uint64(x < floor)  # without a branch, which would be foretold wrongly
+                    state[lane] = (x << more * small) | np.uint64(stream[min(read, last)]) * small
+                    read += small
     for lane in range(lanes):
-        if state[lane] != _FLOOR:
+        if state[lane] != floor:
             return -1
     return int(read)
 
@@ -246,28 +252,21 @@ def _encode(codes: Ints, words: Ints, low: int, tables: Ints, parity: bool, stat
                 if words.size:
                     mask[lane] = MASKS[words[block]]
             _find_rows(codes, low, parity and height == BLOCK, place[:count], mask[:count], height, rows_of)
-            for row in range((height - 1) // 2 * 2, -1, -2):
-                single = row + 1 == height
+            for row in range(height - 1, -1, -1):
                 for lane in range(count - 1, -1, -1):
                     one, x = rows_of[row, lane], states[lane]
-                    other = one if single else rows_of[row + 1, lane]
-                    limit = tables[one, 0] << np.uint64(51)
-                    if not single:
-                        limit = (tables[one, 0] * tables[other, 0]) << np.uint64(39)
+                    limit = tables[one, 0] << np.uint64(20)
                     missing |= limit == 0
                     full = x >= limit
-                    stream[at] = np.uint32(x)
+                    stream[at] = np.uint16(x)
                     at -= np.uint64(full)
-                    x = x >> (np.uint64(full) << np.uint64(5))
-                    if not single:
-                        x = _encoded(x, other, tables)
-                    states[lane] = _encoded(x, one, tables)
+                    states[lane] = _encoded(x >> (np.uint64(full) << np.uint64(4)), one, tables)
     return -1 if missing else int(at) + 1
 
 
 def encode(
     codes: Ints, words: Ints, low: int, frequencies: Ints, parity: bool, lanes: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]]:
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint64]]:
     """Encode the symbols of codes. Returns the stream of words, and the states to begin decoding with.
 
     Args:
@@ -281,7 +280,7 @@ def encode(
     Raises:
         ValueError: when a symbol has no frequency in its context.
     """
-    stream = np.empty(codes.size // 2 + codes.shape[1] + 2, np.uint32)
+    stream = np.empty(codes.size + 2, np.uint16)
     states = np.full(lanes, FLOOR, np.uint64)
     first = _encode(codes, words, low, _encoding_tables(frequencies), parity, states, stream)
     if first < 0:

@@ -19,7 +19,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 
-from spectral_surgery.kernels.compile import intrinsic
+from spectral_surgery.kernels.compile import features, intrinsic
 
 BYTES, NIBBLES, POINTS, FIVE = range(4)  # kinds of levels; see `dots`
 INT8, FLOAT32 = range(2)  # kinds of numbers; see `rows_of`
@@ -32,14 +32,8 @@ _STEPS = 4  # chunks of a row that are added up at a time for one token
 _HIGH, _LOW = 4, 2  # rows at once, as many as leave registers for four tokens
 
 
-def _features(context: Any) -> list[str]:
-    """What the processor has that is compiled for."""
-    names: str = context.codegen().magic_tuple()[2]
-    return names.split(",")
-
-
 def _is_wide(context: Any) -> bool:
-    return "+avx512bw" in _features(context)
+    return "+avx512bw" in features(context)
 
 
 @intrinsic
@@ -112,7 +106,7 @@ class _Vectors:
     """Writes loops over the chunks of rows."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, kind: int, tokens: int = 1) -> None:
-        self.builder, self.features = builder, _features(context)
+        self.builder, self.features = builder, features(context)
         self.kind, self.tokens, self.halves = kind, tokens, 1 if kind == BYTES else 2
         self.rows = 1 if tokens == 1 else _HIGH if _is_wide(context) else _LOW
         self.width = _WIDE if _is_wide(context) else _NARROW

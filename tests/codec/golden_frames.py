@@ -1,5 +1,7 @@
 """Frames of every kind with the codes that they decode to, for ever: files in tests/codec/golden.
 
+Those in its folder ``long`` have states of 64 bits, as frames had at first, and are no longer written.
+
 ``python -m tests.codec.golden_frames`` writes the files of new cases. It never changes one that is there: what old
 frames decode to must not change, and a new kind of frame gets new cases.
 """
@@ -19,6 +21,7 @@ from spectral_surgery.codec.frame_bytes import encode_frame
 from tests.support.codes import Codes, integers, lattice_points
 
 FOLDER = Path(__file__).parent / "golden"
+LONG = FOLDER / "long"
 
 
 class Golden(NamedTuple):
@@ -38,20 +41,9 @@ def _far(codes: Codes) -> Codes:
     return codes
 
 
-def _words_alone() -> Codes:
-    """Points of which most have m = 0, in eight lanes."""
-    word, position = np.arange(1056) % 64, np.arange(32)[:, None]
-    c = (word + sum((word >> k + 1) & (position >> k) & 1 for k in range(5))) & 1
-    codes = np.tile(c.astype(np.int8), (4, 1))
-    codes[::32, ::100] += 4
-    return codes
-
-
-def _rare() -> Codes:
-    codes = np.zeros((130, 1021), np.int8)
-    codes[::3, ::50] = 1
-    codes[::13, ::31] = -2
-    return codes
+def _tiled(codes: Codes, times: int) -> Codes:
+    """The codes side by side: a large frame whose codes take few bytes here."""
+    return np.tile(codes, (1, times))
 
 
 CASES: dict[str, Callable[[], Codes]] = {
@@ -61,8 +53,9 @@ CASES: dict[str, Callable[[], Codes]] = {
     "integers-int16-low-bits": lambda: integers(_random(), (33, 7), 500, np.int16),
     "integers-int32-low-bits": lambda: integers(_random(), (20, 11), 1e8),
     "integers-int32-list": lambda: _far(integers(_random(), (40, 17), 1)),
-    "integers-int8-2-lanes": lambda: integers(_random(), (129, 128), 0.3, np.int8),
-    "integers-int8-8-lanes": _rare,
+    "integers-int8-4-lanes": lambda: integers(_random(), (97, 88), 2, np.int8),
+    "integers-int8-16-lanes": lambda: _tiled(integers(_random(), (97, 16), 12, np.int8), 21),
+    "integers-int8-64-lanes": lambda: _tiled(integers(_random(), (97, 48), 5, np.int8), 41),
     "one-row": lambda: integers(_random(), (1, 60), 5, np.int8),
     "one-symbol": lambda: np.full((35, 40), -3, np.int8),
     "lattice-int8": lambda: lattice_points(_random(), (64, 21), 1, np.int8),
@@ -71,8 +64,9 @@ CASES: dict[str, Callable[[], Codes]] = {
     "lattice-int16-low-bits": lambda: lattice_points(_random(), (37, 19), 500, np.int16),
     "lattice-int32-low-bits": lambda: lattice_points(_random(), (32, 19), 1e6),
     "lattice-int32-list": lambda: _far(lattice_points(_random(), (70, 29), 1)),
-    "lattice-int8-2-lanes": lambda: lattice_points(_random(), (129, 128), 0.3, np.int8),
-    "lattice-int8-8-lanes": _words_alone,
+    "lattice-int8-4-lanes": lambda: lattice_points(_random(), (129, 128), 0.6, np.int8),
+    "lattice-int8-16-lanes": lambda: _tiled(lattice_points(_random(), (97, 16), 6, np.int8), 21),
+    "lattice-int8-64-lanes": lambda: _tiled(lattice_points(_random(), (97, 36), 12, np.int8), 31),
     "turned-int8": lambda: np.ascontiguousarray(lattice_points(_random(), (70, 37), 1, np.int8).T),
 }
 

@@ -1,6 +1,7 @@
 """Numbers coded without loss, and their pieces, for ever: files in tests/codec/planes.
 
 ``python -m tests.codec.golden_planes`` writes the files of new cases, and never changes one that is there.
+Those in its folder ``long`` have frames with states of 64 bits, which are no longer written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from spectral_surgery.codec.byte_planes import Centres, Layout, centres_of, enco
 from tests.support.checkpoints import gaussian
 
 FOLDER = Path(__file__).parent / "planes"
+LONG = FOLDER / "long"
 
 
 class Golden(NamedTuple):

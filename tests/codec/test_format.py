@@ -73,11 +73,11 @@ def test_every_height_of_a_block(height: int) -> None:
     assert frame[0] == LATTICE
 
 
-@pytest.mark.parametrize(("shape", "lanes"), [((64, 40), 1), ((129, 131), 2), ((401, 331), 8)])
+@pytest.mark.parametrize(("shape", "lanes"), [((64, 40), 1), ((129, 41), 4), ((129, 231), 16), ((601, 331), 64)])
 @pytest.mark.parametrize("make", [integers, lattice_points])
 def test_every_number_of_lanes(shape: tuple[int, int], lanes: int, make: Any) -> None:
     frame = check(make(np.random.default_rng(0), shape, 3, np.int8))
-    assert frame[3] == lanes
+    assert frame[3] == lanes + 128
     assert int.from_bytes(frame[4:8], "little") > 0
 
 
