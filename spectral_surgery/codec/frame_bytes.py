@@ -10,7 +10,6 @@ few codes beyond all symbols in a list.
 from __future__ import annotations
 
 import struct
-import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, SymbolTable
 from spectral_surgery.errors import CheckpointError, ConfigError
-from spectral_surgery.kernels import BLOCK
+from spectral_surgery.kernels import BLOCK, SHORT
 
 Codes = npt.NDArray[Any]  # int8, int16 or int32
 Bytes = npt.NDArray[np.uint8]
@@ -28,7 +27,6 @@ Bytes = npt.NDArray[np.uint8]
 ZEROS, INTEGERS, LATTICE, TURNED = range(4)  # kinds of frames
 
 _HEADER = struct.Struct("<BBBBII")  # kind, bytes of a code, low bits, lanes, words of the stream, codes in the list
-_SHORT = 128  # added to the number of lanes where states have 32 bits, and words 16
 _MAX_LOW = 24
 _LARGE, _FEW = 1 << 16, 48  # codes of a frame, entries of a table: low bits are then never worth leaving out
 _DAMAGED = "the data is damaged. Fetch the file again."
@@ -79,7 +77,7 @@ def encode_frame(codes: Codes, *, plain: bool = False) -> bytes:
     wide: Codes = seen.astype(np.int32) if plan.low or plan.listed else seen[:0]
     symbols = wide >> plan.low + lattice
     listed = wide[(symbols > rans.LARGEST) | (symbols < -rans.LARGEST)]
-    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes | _SHORT, len(stream), len(listed))
+    header = _HEADER.pack(plan.kind, codes.itemsize, plan.low, lanes | SHORT, len(stream), len(listed))
     coded = (_packed_words(words, seen.shape), states.astype("<u4").tobytes(), stream.astype("<u2").tobytes())
     low = _packed(wide >> lattice, plan.low)
     return b"".join((header, tables, *coded, low, listed.astype(f"<i{codes.itemsize}").tobytes()))
@@ -109,6 +107,8 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     Raises:
         CheckpointError: when the frame is damaged.
     """
+    from spectral_surgery.kernels import frames
+
     view = memoryview(frame)
     if view[:1] == bytes([TURNED]):
         turned = decode_frame(bytes([LATTICE]) + view[1:], shape[::-1]).T
@@ -116,43 +116,40 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
         out[:] = turned
         return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
+    direct, lattice = itemsize == 1 and not low and not listed, kind == LATTICE
+    symbols = out if direct and out is not None else np.empty(shape, np.int8 if direct or not lattice else np.int16)
+    decoded = symbols.dtype == np.int8 and frames.decode(_read_only(view), symbols)
+    if decoded and direct:
+        return symbols
     frequencies, at = _frequencies(view, _HEADER.size, kind, low)
-    short = bool(lanes & _SHORT)
-    coded = (4 * (lanes - _SHORT), 2 * length) if short else (8 * lanes, 4 * length)
-    before = (_words_bytes(shape) if kind == LATTICE else 0, *coded)
+    short = lanes >= SHORT
+    coded = (4 * (lanes - SHORT), 2 * length) if short else (8 * lanes, 4 * length)
+    before = (_words_bytes(shape) if lattice else 0, *coded)
     sizes = (*before, -(-low * shape[0] * shape[1] // 8), itemsize * listed)
     if at + sum(sizes) != len(view):
         raise CheckpointError(f"spectral frame: its parts do not add up to its {len(view)} bytes; {_DAMAGED}")
-    if itemsize != 1 or out is None:
-        out = np.empty(shape, np.dtype(f"i{itemsize}"))
     if kind == ZEROS:
-        out.fill(0)
-        return out
+        return np.zeros(shape, np.dtype(f"i{itemsize}"))
     parts = _split(view[at:], sizes)
-    direct = itemsize == 1 and not low and not listed
-    symbols = out if direct else np.empty(shape, np.int16 if kind == LATTICE else np.int8)
-    _decode_symbols(parts, short, frequencies, symbols, not low)
-    if not direct:
-        _widen(symbols, kind == LATTICE, low, parts, out)
-    return out
+    if not decoded:
+        _decode_symbols(parts, short, frequencies, symbols, not low)
+    if direct:
+        return symbols
+    codes = out if itemsize == 1 and out is not None else np.empty(shape, np.dtype(f"i{itemsize}"))
+    _widen(symbols, lattice, low, parts, codes)
+    return codes
 
 
 def _decode_symbols(parts: list[memoryview], short: bool, frequencies: Codes, symbols: Codes, parity: bool) -> None:
-    """The symbols m of a frame, or ``2 m + c`` where it has words; whole blocks of many lanes by the faster kernel."""
-    from spectral_surgery.kernels import lanes, rans
-    from spectral_surgery.kernels.lattice import MASKS
+    """The symbols m of a frame, or ``2 m + c`` where it has words, plainly: `kernels.frames` decodes most of them."""
+    from spectral_surgery.kernels import rans
 
-    words, stream, word = parts[0], _read_only(parts[2]), np.dtype("<u2" if short else "<u4")
-    states = np.frombuffer(parts[1], "<u4" if short else "<u8").astype(np.uint32 if short else np.uint64)
-    lattice, table, begin, read = len(words) > 0, rans.decoding_table(frequencies), 0, 0
-    fits = symbols.dtype == np.int8 and not (lattice and (frequencies[:, :64].any() or frequencies[:, 192:].any()))
-    if len(states) in lanes.LANES and short and fits and sys.byteorder == "little":
-        begin, read = lanes.decode(_read_only(words), stream, states, table, MASKS, symbols)
-    length = len(stream) // word.itemsize
-    left = np.zeros(max(length - read, 0) + 1, word)
-    left[:-1] = stream[word.itemsize * read :].view(word)
-    numbers = _unpacked_words(words, symbols.shape, begin) if lattice else _read_only(words)
-    if read + rans.decode(left, states.astype(np.uint64), table, numbers, symbols, lattice and parity, begin) != length:
+    stream = np.frombuffer(parts[2], "<u2" if short else "<u4")
+    states = np.frombuffer(parts[1], "<u4" if short else "<u8").astype(np.uint64)
+    padded = np.append(stream, stream.dtype.type(0))
+    words = _unpacked_words(parts[0], symbols.shape) if len(parts[0]) else np.empty(0, np.uint8)
+    table, lattice = rans.decoding_table(frequencies), len(words) > 0
+    if rans.decode(padded, states, table, words, symbols, lattice and parity, 0) != len(stream):
         raise CheckpointError(f"spectral frame: the stream does not end where it should; {_DAMAGED}")
 
 
@@ -245,7 +242,7 @@ def _header(view: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, in
         raise CheckpointError(f"spectral frame: {len(view)} bytes are too few for a header; {_DAMAGED}")
     fields: tuple[int, int, int, int, int, int] = _HEADER.unpack_from(view)
     kind, itemsize, low, lanes, _, listed = fields
-    if kind > LATTICE or itemsize not in (1, 2, 4) or low > _MAX_LOW or (kind != ZEROS) != (0 < lanes & ~_SHORT <= 64):
+    if kind > LATTICE or itemsize not in (1, 2, 4) or low > _MAX_LOW or (kind != ZEROS) != (0 < lanes & ~SHORT <= 64):
         raise CheckpointError(
             f"spectral frame: unknown kind {kind}/{itemsize}/{low}/{lanes}; written by another version, or damaged."
             " Update spectral_surgery, or fetch the file again."
@@ -288,17 +285,15 @@ def _packed_words(words: Bytes, shape: tuple[int, ...]) -> bytes:
     return out
 
 
-def _unpacked_words(data: memoryview, shape: tuple[int, ...], begin: int) -> Bytes:
-    """Those of the blocks from ``begin`` on, a multiple of 8 among the whole ones."""
+def _unpacked_words(data: memoryview, shape: tuple[int, ...]) -> Bytes:
     from spectral_surgery.kernels.frame_parts import unpack
 
     groups = _word_groups(shape)
-    out = np.empty(sum(blocks for blocks, _ in groups) - begin, np.uint8)
+    out = np.empty(sum(blocks for blocks, _ in groups), np.uint8)
     at, done, seen = 0, 0, _read_only(data)
     for blocks, bits in groups:
-        skipped = min(begin, blocks)
-        unpack(seen, at + skipped * bits // 8, bits, out[done : done + blocks - skipped])
-        at, done, begin = at - (-blocks * bits // 8), done + blocks - skipped, begin - skipped
+        unpack(seen, at, bits, out[done : done + blocks])
+        at, done = at - (-blocks * bits // 8), done + blocks
     return out
 
 

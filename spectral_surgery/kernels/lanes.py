@@ -22,6 +22,7 @@ from numba.core import cgutils
 
 from spectral_surgery.kernels import BLOCK
 from spectral_surgery.kernels.compile import features, intrinsic, kernel, processor_name
+from spectral_surgery.kernels.lattice import MASKS
 from spectral_surgery.kernels.rans import PRECISION, SLOTS
 
 LANES = (16, 64)
@@ -273,7 +274,7 @@ def _orders() -> Array:
 
 
 @kernel
-def _set_masks(words: Array, first: int, all_masks: Array, masks: Array) -> None:
+def _set_masks(words: Array, first: int, masks: Array) -> None:
     """The masks of some blocks, from words of six bits each; four of them are three bytes."""
     for four in range(masks.size // 4):
         at = first // 4 * 3 + 3 * four
@@ -281,7 +282,7 @@ def _set_masks(words: Array, first: int, all_masks: Array, masks: Array) -> None
             np.uint32(words[at]) | np.uint32(words[at + 1]) << np.uint32(8) | np.uint32(words[at + 2]) << np.uint32(16)
         )
         for lane in range(4):
-            masks[4 * four + lane] = all_masks[packed >> np.uint32(6 * lane) & np.uint32(63)]
+            masks[4 * four + lane] = MASKS[packed >> np.uint32(6 * lane) & np.uint32(63)]
 
 
 @kernel
@@ -296,7 +297,7 @@ def _codes_of(table: Array) -> Array:
 
 
 @kernel
-def decode(words: Array, stream: Array, states: Array, table: Array, all_masks: Array, out: Array) -> tuple[int, int]:
+def decode(words: Array, stream: Array, states: Array, table: Array, out: Array) -> tuple[int, int]:
     """Decode whole blocks, one in each lane; changes the states.
 
     Returns how many blocks were decoded, and how many words of the stream were read, more than there are where it is
@@ -307,7 +308,6 @@ def decode(words: Array, stream: Array, states: Array, table: Array, all_masks: 
         stream: [2 n] uint8, little-endian words of 16 bits.
         states: [16 or 64] uint32.
         table: from `rans.decoding_table`, of one context or of six; with six, symbols are from -64 to 63.
-        all_masks: `lattice.MASKS`.
         out: [O, I] int8: ``2 m + c`` for six contexts, and m for one.
     """
     if not _has_vectors():
@@ -327,7 +327,7 @@ def decode(words: Array, stream: Array, states: Array, table: Array, all_masks: 
             place, read = np.uint64(rest.ctypes.data), np.uint64(0)
         here = to + np.uint64(count)
         if lattice:
-            _set_masks(words, block, all_masks, masks)
+            _set_masks(words, block, masks)
             if lanes == 64:
                 read = _words_64(where[0], where[1], where[2], place, order, read, here)
             else:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spectral_surgery.codec.symbol_table import ABOUT_HALF, ABOUT_ZERO, fitted_table, with_parity
 from spectral_surgery.kernels import lanes as many
-from spectral_surgery.kernels.lattice import MASKS, words_of
+from spectral_surgery.kernels.lattice import words_of
 from spectral_surgery.kernels.rans import (
     BLOCK,
     FLOOR,
@@ -56,7 +56,7 @@ def round_trip(codes: Ints, frequencies: Ints, lanes: int, words: Ints = NO_WORD
 def assert_fast(codes: Ints, stream: Ints, states: Ints, table: Ints, words: Ints) -> None:
     """Blocks in vectors, and the rest plainly, give the same codes."""
     out, left, lanes = np.full(codes.shape, 99, np.int8), states.astype(np.uint32), len(states)
-    done, read = many.decode(packed(words), stream.astype("<u2").view(np.uint8), left, table, MASKS, out)
+    done, read = many.decode(packed(words), stream.astype("<u2").view(np.uint8), left, table, out)
     if VECTORS:
         assert done == codes.shape[0] // BLOCK * codes.shape[1] // lanes * lanes
     else:
