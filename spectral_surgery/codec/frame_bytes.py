@@ -116,11 +116,13 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
         out[:] = turned
         return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
-    direct, lattice = itemsize == 1 and not low and not listed, kind == LATTICE
+    direct, lattice, data = itemsize == 1 and not low and not listed, kind == LATTICE, _read_only(view)
+    if itemsize == 1 and not listed:
+        codes = np.empty(shape, np.int8) if out is None else out
+        if frames.decode(data.ctypes.data, len(data), codes):
+            return codes
     symbols = out if direct and out is not None else np.empty(shape, np.int8 if direct or not lattice else np.int16)
-    decoded = symbols.dtype == np.int8 and frames.decode(_read_only(view), symbols)
-    if decoded and direct:
-        return symbols
+    decoded = symbols.dtype == np.int8 and not direct and frames.symbols(data.ctypes.data, len(data), symbols)
     frequencies, at = _frequencies(view, _HEADER.size, kind, low)
     short = lanes >= SHORT
     coded = (4 * (lanes - SHORT), 2 * length) if short else (8 * lanes, 4 * length)

@@ -19,6 +19,7 @@ import numpy as np
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function, inlined, kernel
+from spectral_surgery.kernels.frames import decode, to_levels
 from spectral_surgery.kernels.matrix import (
     JOB,
     Array,
@@ -181,6 +182,8 @@ def prepare(pointer: Any) -> None:
             inside *= scale[0]
         else:
             inside *= scale
+        if job.frames:  # levels of which are parts of a step
+            inside *= np.float32(1) / np.float32(job.parts)
         peak = _peak(inside)
         if not peak < np.inf:
             job.finite = 0
@@ -197,10 +200,10 @@ def prepare(pointer: Any) -> None:
 
 
 @kernel
-def _dots(job: Any, group: int, row: int, size: int, x: int, sums: int) -> None:
+def _dots(job: Any, levels: int, group: int, row: int, size: int, x: int, sums: int) -> None:
     """Products of `height()` rows with a group of tokens: [rows, group] sums."""
     kind, parts, shift = job.kind, job.parts, job.shift
-    levels, lowest = job.levels + row * size, job.lowest + row * (size // 8 * 2)
+    levels, lowest = levels + row * size, job.lowest + row * (size // 8 * 2)
     if group == 1:
         for _ in range(height()):
             if kind == BYTES:
@@ -262,43 +265,79 @@ def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -
             out[place] += points[place]
 
 
-@c_function
-def multiply(pointer: Any) -> None:
-    """Products, and back into space; a task is a tile of rows. Points to a `matrix.Job` that `prepare` has seen."""
-    job = carray(pointer, (1,), JOB)[0]
+@kernel
+def _multiply_tile(job: Any, levels: int, first: int, last: int, values: Array, sums: Array, points: Array) -> None:
+    """Products of rows of a tile, and back into space.
+
+    Args:
+        levels: address of those of row 0, where those of these rows are reckoned from.
+        values: [tokens, row_tile] float32, to work in.
+        sums: [4 * TOKENS] float32, to work in.
+        points: [row_tile] float32, to work in.
+    """
     tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
-    span, most = np.int64(width()), np.int64(height())
+    span, most = int(width()), int(height())
     each = halves * -(-size // span) * span
     room = -(-tokens // TOKENS) * TOKENS if tokens > 1 else 1
     fine = np.float32(0.5) / np.float32(largest(size, halves))  # of lo
     _, units_at, numbers = _parts(job)
     units = floats(units_at, tokens)
-    values, sums = np.empty((tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
+    values[:] = 0
+    for row in range(first, last, most):
+        start = min(row, rows - most)  # the last rows again, where there are not enough others
+        for plane in range(job.planes):
+            unit = fine if plane else np.float32(1)
+            token = 0
+            while token < tokens:
+                _, group = _group(token, tokens)
+                x = numbers + 2 * (plane * room + token) * each
+                _dots(job, levels, group, start, size, x, sums.ctypes.data)
+                for place in range(row, min(row + most, last)):
+                    for other in range(min(group, tokens - token)):
+                        values[token + other, place - first] += unit * sums[(place - start) * group + other]
+                token += group
+    if job.outliers:
+        _add_outliers(job, first, last, values)
+    for token in range(tokens):
+        out = values[token, : last - first]
+        _finish(job, out, first, units[token], points)
+        write_numbers(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)
+
+
+@c_function
+def multiply(pointer: Any) -> None:
+    """Products, and back into space; a task is a tile of rows. Points to a `matrix.Job` that `prepare` has seen."""
+    job = carray(pointer, (1,), JOB)[0]
+    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
     points = np.empty(job.row_tile, np.float32)
     while True:
-        task = next_task(pointer)
-        first = task * job.row_tile
-        if first >= rows:
+        first = next_task(pointer) * job.row_tile
+        if first >= job.rows:
             return
-        last = min(first + job.row_tile, rows)
-        values[:] = 0
-        for row in range(first, last, most):
-            start = min(row, rows - most)  # the last rows again, where there are not enough others
-            for plane in range(job.planes):
-                unit = fine if plane else np.float32(1)
-                token = 0
-                while token < tokens:
-                    _, group = _group(token, tokens)
-                    x = numbers + 2 * (plane * room + token) * each
-                    _dots(job, group, start, size, x, sums.ctypes.data)
-                    for place in range(row, min(row + most, last)):
-                        for other in range(min(group, tokens - token)):
-                            values[token + other, place - first] += unit * sums[(place - start) * group + other]
-                    token += group
-        if job.outliers:
-            _add_outliers(job, first, last, values)
-        for token in range(tokens):
-            out = values[token, : last - first]
-            _finish(job, out, first, units[token], points)
-            write_numbers(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)
+        _multiply_tile(job, job.levels, first, min(first + job.row_tile, job.rows), values, sums, points)
+
+
+@c_function
+def multiply_frames(pointer: Any) -> None:
+    """The same where levels are coded; a task is a frame. Then ``finite`` is 0 where int8 does not hold the levels."""
+    job = carray(pointer, (1,), JOB)[0]
+    columns, frames = job.columns, job.frames
+    ends = carray(pointer_to(job.ends), (frames + 1,), np.int64)
+    starts = carray(pointer_to(job.starts), (frames + 1,), np.int64)
+    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
+    points, aside = np.empty(job.row_tile, np.float32), _ROWS * columns  # rows before and after, which `dots` may see
+    memory = np.zeros(2 * aside + job.most_rows * columns, np.int8)
+    while job.finite:
+        frame = next_task(pointer)
+        if frame >= frames:
+            return
+        start, stop = starts[frame], starts[frame + 1]
+        codes = memory[aside : aside + (stop - start) * columns]
+        decoded = decode(job.data + ends[frame], ends[frame + 1] - ends[frame], codes.reshape(stop - start, columns))
+        if not decoded or not to_levels(codes, job.parts, job.shift):
+            job.finite = 0
+            return
+        levels = codes.ctypes.data - start * columns
+        for first in range(start, stop, job.row_tile):
+            _multiply_tile(job, levels, first, min(first + job.row_tile, stop), values, sums, points)

@@ -1,6 +1,6 @@
-"""The symbols of a frame in one call: what a loading model, or a product with frames, does without Python in between.
+"""A frame to its codes in one call: what a loading model, or a product with frames, does without Python in between.
 
-It takes the frames that nearly all tensors have: with short states, and points of the lattice of one byte each.
+It takes the frames that nearly all tensors have: with short states, and of codes of one byte without a list.
 `codec.frame_bytes` decodes all others, and says what is wrong with those that are damaged.
 """
 
@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import carray
 
 from spectral_surgery.kernels import BLOCK, SHORT, lanes, rans
 from spectral_surgery.kernels.compile import kernel
 from spectral_surgery.kernels.frame_parts import read_tables, unpack
 from spectral_surgery.kernels.frame_plans import ABOUT_HALF, ABOUT_ZERO
+from spectral_surgery.kernels.threads import pointer_to
 
 Array = npt.NDArray[Any]
 
 HEADER = 12  # bytes
 
 _ZEROS, _INTEGERS, _LATTICE = range(3)  # kinds
+_MOST = 127  # of a level
 _SMALLEST, _LARGEST = -64, 63  # symbols of the lattice whose codes are of one byte
 
 
@@ -50,57 +53,104 @@ def _fits(frequencies: Array) -> bool:
 
 
 @kernel
-def decode(data: Array, out: Array) -> bool:
-    """Decode the symbols of a frame, or its codes where they are points of the lattice.
-
-    Returns whether the frame is one that can be, and ends where it should; else numbers of any value are left.
+def decode(address: int, size: int, out: Array) -> bool:
+    """Decode a frame of codes of one byte without a list; whether it is one, and ends where it should.
 
     Args:
-        data: [n] uint8, the frame.
-        out: [r, I] int8, C-contiguous.
+        address: of the frame.
+        size: its bytes.
+        out: [r, I] int8, C-contiguous; codes of any value where the frame is none.
     """
-    rows, columns = out.shape
-    if data.size < HEADER or data[0] > _LATTICE:
+    data = carray(pointer_to(address), (size,), np.uint8)
+    if size < HEADER or data[1] != 1 or number_at(data, 8) or not symbols(address, size, out):
         return False
-    kind, low, count, length = data[0], int(data[2]), int(data[3]) - SHORT, number_at(data, 4)
+    low, lattice = int(data[2]), data[0] == _LATTICE
+    if low > 7:
+        return False
+    if low:
+        flat, bits = out.reshape(-1), np.empty(out.size, np.uint8)
+        unpack(data, size - (low * out.size + 7) // 8, low, bits)
+        for place in range(flat.size):
+            if lattice:
+                flat[place] = 2 * ((flat[place] >> 1 << low) + bits[place]) + (flat[place] & 1)
+            else:
+                flat[place] = (flat[place] << low) + bits[place]
+    return True
+
+
+@kernel
+def symbols(address: int, size: int, out: Array) -> bool:
+    """Decode the symbols m of a frame, ``2 m + c`` of the lattice; whether they are of one byte and end as they should.
+
+    Args:
+        address: of the frame.
+        size: its bytes.
+        out: [r, I] int8, C-contiguous; numbers of any value where they are not.
+    """
+    data, (rows, columns) = carray(pointer_to(address), (size,), np.uint8), out.shape
+    if size < HEADER or data[0] > _LATTICE:
+        return False
+    low, count, length = int(data[2]), int(data[3]) - SHORT, number_at(data, 4)
     beyond = (low * out.size + 7) // 8 + int(data[1]) * number_at(data, 8)  # bytes of low bits and of the list
-    if kind == _ZEROS:
+    if data[0] == _ZEROS:
         out[:] = 0
-        return data.size == HEADER and data[3] == 0 and length == 0 and beyond == 0
-    lattice = kind == _LATTICE
-    if not 0 < count <= 64 or out.size == 0 or (lattice and beyond):
+        return size == HEADER and data[3] == 0 and length == 0 and beyond == 0
+    if not 0 < count <= 64 or out.size == 0:
         return False
-    frequencies = np.zeros((6 if lattice else 1, 256), np.int64)
+    lattice = data[0] == _LATTICE
+    parity = lattice and low == 0
+    frequencies = np.zeros((6 if parity else 2 if lattice else 1, 256), np.int64)
     at = read_tables(data, HEADER, 2 if lattice else 1, ABOUT_HALF if low else ABOUT_ZERO, frequencies)
     whole, bits = _word_bytes(rows, columns) if lattice else (0, 0)
     states_at = at + whole + (bits * columns + 7) // 8
-    stream_at = states_at + 4 * count
-    if at < 0 or stream_at + 2 * length + beyond != data.size or (lattice and not _fits(frequencies)):
+    end = states_at + 4 * count + 2 * length
+    if at < 0 or end + beyond != size or (lattice and not _fits(frequencies)):
         return False
     states = np.empty(count, np.uint32)
     for lane in range(count):
         states[lane] = number_at(data, states_at + 4 * lane)
-    table, begin, read, end = rans.decoding_table(frequencies), 0, 0, stream_at + 2 * length
-    if count == lanes.LANES[0] or count == lanes.LANES[1]:
-        begin, read = lanes.decode(data[at : at + whole], data[stream_at:end], states, table, out)
+    table, begin, read = rans.decoding_table(frequencies), 0, 0
+    if (count == lanes.LANES[0] or count == lanes.LANES[1]) and parity == lattice:
+        begin, read = lanes.decode(data[at : at + whole], data[states_at + 4 * count : end], states, table, out)
     if read > length:
         return False
-    left, numbers = np.zeros(length - read + 1, np.uint16), _numbers(data, at, out.shape, lattice, begin)
-    for word in range(read, length):
-        left[word - read] = np.uint16(data[stream_at + 2 * word]) | np.uint16(data[stream_at + 2 * word + 1]) << 8
-    taken = rans.decode(left, states.astype(np.uint64), table, numbers, out, lattice, begin)
-    return taken == length - read
+    left = np.zeros(length - read + 1, np.uint16)
+    for word in range(length - read):
+        place = end - 2 * (length - read - word)
+        left[word] = np.uint16(data[place]) | np.uint16(data[place + 1]) << 8
+    numbers = _numbers(data, at, rows, columns, begin) if lattice else np.empty(0, np.uint8)
+    return rans.decode(left, states.astype(np.uint64), table, numbers, out, parity, begin) == length - read
 
 
 @kernel
-def _numbers(data: Array, at: int, shape: Any, lattice: bool, begin: int) -> Array:
-    """Words of the blocks from ``begin`` on, a multiple of 4 among the whole ones; of no length without a lattice."""
-    if not lattice:
-        return np.empty(0, np.uint8)
-    whole, bits = _word_bytes(shape[0], shape[1])
-    blocks = shape[0] // BLOCK * shape[1]
-    out = np.empty(blocks - begin + (shape[1] if bits else 0), np.uint8)
+def _numbers(data: Array, at: int, rows: int, columns: int, begin: int) -> Array:
+    """Words of the blocks from ``begin`` on, a multiple of 4 among the whole ones."""
+    whole, bits = _word_bytes(rows, columns)
+    blocks = rows // BLOCK * columns
+    out = np.empty(blocks - begin + (columns if bits else 0), np.uint8)
     unpack(data, at + begin * 6 // 8, 6, out[: blocks - begin])
     if bits:
         unpack(data, at + whole, bits, out[blocks - begin :])
     return out
+
+
+@kernel
+def to_levels(codes: Array, parts: int, shift: int) -> bool:
+    """Codes q to levels ``parts * q + shift * sign(q)``, in place; whether int8 holds them: else nothing is changed.
+
+    Args:
+        codes: [n] int8, which `decode` gave.
+        parts: 1 to 127.
+        shift: in those parts.
+    """
+    if parts == 1 and shift == 0:
+        return True
+    low, high = 0, 0
+    for place in range(codes.size):
+        low, high = min(low, codes[place]), max(high, codes[place])
+    if parts * max(-low, high) + max(shift, 0) > _MOST:
+        return False
+    for place in range(codes.size):
+        code = codes[place]
+        codes[place] = parts * code + (shift if code > 0 else -shift if code < 0 else 0)
+    return True

@@ -43,6 +43,11 @@ FIELDS = (
     "into",  # [tile, tile] float32 that tiles of x are multiplied by, or 0
     "rest_into",  # of the columns beyond whole tiles, or 0
     "row_tile",
+    "frames",  # how many, where levels are not in memory but coded
+    "most_rows",  # of a frame
+    "data",  # all frames
+    "ends",  # [frames + 1] int64, in bytes of the data
+    "starts",  # [frames + 1] int64, rows
     "back",  # [row_tile, row_tile] float32 that tiles of the product are multiplied by, or 0
     "rest_back",
 )

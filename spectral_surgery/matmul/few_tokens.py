@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from spectral_surgery.matmul.coded import CodedForm
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.level_form import LevelForm
-from spectral_surgery.matmul.matrix_job import ONE_THREAD, product_job
+from spectral_surgery.matmul.matrix_job import ONE_THREAD, coded_job, product_job
 from spectral_surgery.matmul.planes import LAYOUTS, NIBBLES
 from spectral_surgery.matmul.unreadable import unreadable
 
@@ -39,13 +40,13 @@ def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
         form: of W, [O, I].
         bias: [O] or None.
     """
-    if not isinstance(form, LevelForm) or not _is_plain(x, form.shape[1]):
+    if not isinstance(form, LevelForm | CodedForm) or not _is_plain(x, form.shape[1]):
         return None
     if bias is not None and not _is_plain_bias(bias, x.dtype, form.shape[0]):
         return None
     if form.shape[0] < _LEAST_ROWS:
         return None
-    if LAYOUTS[form.layout].wide:
+    if isinstance(form, LevelForm) and LAYOUTS[form.layout].wide:
         return _two_planes(x, form, bias)
     if x.dtype == torch.float16:
         y = few_tokens(x.float(), form, None if bias is None else bias.float())
@@ -86,9 +87,10 @@ def _wants_gradient(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _product(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
+def _product(x: Tensor, form: LevelForm | CodedForm, bias: Tensor | None) -> Tensor | None:
     kernels, (rows, columns), half = _kernels(), form.shape, x.dtype == torch.bfloat16
-    job, tokens = product_job(form), x.numel() // columns
+    tokens = x.numel() // columns
+    job = coded_job(form) if isinstance(form, CodedForm) else product_job(form)
     if job is None:
         return None
     work = torch.empty(kernels.work_bytes(tokens, columns), dtype=torch.uint8, device="cpu")
@@ -105,8 +107,8 @@ def _product(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | None:
     if not job.finite:
         return None
     job.counter = 0
-    kernels.run(kernels.multiply, job, threads)
-    return y
+    kernels.run(kernels.multiply_frames if job.frames else kernels.multiply, job, threads)
+    return y if job.finite else None
 
 
 class _Kernels(NamedTuple):
@@ -114,13 +116,14 @@ class _Kernels(NamedTuple):
 
     prepare: int
     multiply: int
+    multiply_frames: int
     run: Callable[[int, Job, int], None]
     work_bytes: Callable[[int, int], int]
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> _Kernels:
-    from spectral_surgery.kernels.few_tokens import multiply, prepare, work_bytes
+    from spectral_surgery.kernels.few_tokens import multiply, multiply_frames, prepare, work_bytes
     from spectral_surgery.kernels.threads import run
 
-    return _Kernels(prepare, multiply, run, work_bytes)
+    return _Kernels(prepare, multiply, multiply_frames, run, work_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import transform_matrix
+from spectral_surgery.matmul.levels import grid_of
 from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
 from spectral_surgery.transforms.base import constants
 
 if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
+    from spectral_surgery.matmul.coded import CodedForm
+    from spectral_surgery.matmul.form import Form
     from spectral_surgery.matmul.level_form import LevelForm
 
 ONE_THREAD = 1 << 17  # weights; waking a second thread takes as long as they do
@@ -91,17 +95,44 @@ def matrix_job(form: LevelForm, *, look_up: bool = False) -> Job:
         look_up: whether columns are turned back into space, and not activations into the spectrum.
     """
     from spectral_surgery.kernels import vectors
+
+    job = _sides(form, look_up)
+    job.levels, job.lowest = form.codes.data_ptr(), form.lowest.data_ptr()
+    kind, job.parts, job.shift = cast(Kind, form.kind)
+    job.kind = getattr(vectors, kind)
+    if len(form.places):
+        job.outliers, job.wide_places = len(form.places), form.places.dtype == torch.int64
+        job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
+        job.wide_beyond = form.beyond.dtype == torch.float32
+    return job
+
+
+def coded_job(form: CodedForm) -> Job | None:
+    """A job with the fields of frames, whose codes kernels decode; None where they cannot read the form, or int8."""
+    from spectral_surgery.kernels import vectors
+
+    grid, tensors = grid_of(float(form.offset)), (form.data, form.ends, form.starts, form.scale, form.row_scale)
+    if grid is None or form.shape[1] < _LEAST_BYTES or not _in_memory(tensors):
+        return None
+    job, heights = _sides(form, False), form.starts.diff()
+    job.kind, job.parts, job.shift = vectors.BYTES, grid.parts, grid.shift
+    job.frames, job.most_rows = len(heights), int(heights.max())
+    job.data, job.ends, job.starts = form.data.data_ptr(), form.ends.data_ptr(), form.starts.data_ptr()
+    return job
+
+
+def _sides(form: Form, look_up: bool) -> Job:
+    """A job with all that is not the levels."""
     from spectral_surgery.kernels.matrix import Job
 
     rows, columns = form.shape
     into, back = _tiles(form.basis, columns, 1, look_up), _tiles(form.basis, rows, 0, True)
-    job = Job(
+    return Job(
         rows=rows,
         columns=columns,
-        levels=form.codes.data_ptr(),
-        lowest=form.lowest.data_ptr(),
         scale=form.scale.data_ptr(),
         scales=form.scale.numel(),
+        row_scale=form.row_scale.data_ptr() if len(form.row_scale) else 0,
         tile=into.size,
         into=into.whole,
         rest_into=into.rest,
@@ -109,15 +140,6 @@ def matrix_job(form: LevelForm, *, look_up: bool = False) -> Job:
         back=back.whole,
         rest_back=back.rest,
     )
-    kind, job.parts, job.shift = cast(Kind, form.kind)
-    job.kind = getattr(vectors, kind)
-    if len(form.row_scale):
-        job.row_scale = form.row_scale.data_ptr()
-    if len(form.places):
-        job.outliers, job.wide_places = len(form.places), form.places.dtype == torch.int64
-        job.places, job.beyond = form.places.data_ptr(), form.beyond.data_ptr()
-        job.wide_beyond = form.beyond.dtype == torch.float32
-    return job
 
 
 def read_levels(form: LevelForm, start: int, stop: int) -> Tensor | None:
@@ -146,7 +168,10 @@ def readable(form: LevelForm) -> bool:
     sparse = sparse and form.beyond.dtype in (torch.int8, torch.float32)
     if not (fits and types and sparse) or codes.shape[1] < _LEAST_BYTES:
         return False
-    tensors = _tensors(form)
+    return _in_memory(_tensors(form))
+
+
+def _in_memory(tensors: Iterable[Tensor]) -> bool:
     return all(one.is_cpu and one.is_contiguous() and not unreadable(one) and not one.is_neg() for one in tensors)
 
 

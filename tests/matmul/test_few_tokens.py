@@ -8,12 +8,18 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import spectral_surgery.matmul.few_tokens as few_tokens_module
 from spectral_surgery import matmul as op
+from spectral_surgery.codec import encoded as codec
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.errors import CheckpointError
 from spectral_surgery.matmul.few_tokens import MOST, few_tokens
 from spectral_surgery.matmul.form import Form
 from tests.support.spectra import form_of, noise, random_codes, relative
@@ -70,6 +76,52 @@ def test_equals_the_exact_product(
             x = noise(tokens, columns).to(dtype)
             assert error(taken(x, form), exact(x, form)) < BOUND[dtype]
             assert error(taken(x, form, bias), exact(x, form, bias)) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("high", "offset"), [(60, 0.0), (7, 0.25)])
+@pytest.mark.parametrize("shape", [(460, 333), (65, 64), (131, 4100), (67, 32)])
+def test_frames_are_decoded_and_multiplied_at_once(
+    shape: tuple[int, int], high: int, offset: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of 64 rows, of which the last has as few as one: rows that are taken together are of one frame."""
+    monkeypatch.setattr(codec, "FRAME_SIZE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(few_tokens_module, "ONE_THREAD", 0)
+    spectrum = random_codes(
+        *shape, high, torch.int8, tile=64, offset=offset, step=0.01 * (1 + torch.arange(shape[1]) % 3)
+    )
+    form, bias = op.resident_form(spectrum, "coded"), noise(shape[0])
+    assert len(form.starts) == -(-shape[0] // 64) + 1  # type: ignore[attr-defined]
+    for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, MOST)):
+        x = noise(tokens, shape[1]).to(dtype)
+        assert error(taken(x, form, bias.to(dtype)), exact(x, form, bias.to(dtype))) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("quantizer", ["lattice", "scalar"])
+@pytest.mark.parametrize("bits", [1.0, 2.5, 4.0])
+def test_frames_of_encoded_matrices(quantizer: str, bits: float) -> None:
+    encoded, _ = encode(noise(200, 333), Target("bits", bits), quantizer=quantizer)
+    form, x = op.resident_form(encoded, "coded"), noise(3, 333)
+    assert error(taken(x, form), x.double() @ encoded.to_dense().double().T) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "settings", [{"high": 200, "dtype": torch.int16}, {"high": 100, "dtype": torch.int8, "offset": 0.25}]
+)
+def test_frames_beyond_int8_go_the_general_way(settings: dict[str, Any]) -> None:
+    spectrum = random_codes(130, 96, **settings)
+    form, x = op.resident_form(spectrum, "coded"), noise(3, 96)
+    assert few_tokens(x, form, None) is None
+    assert error(op.form_matmul(x, [form]), exact(x, form)) < 2e-6
+
+
+def test_damaged_frames_are_errors() -> None:
+    form, x = op.resident_form(random_codes(130, 96, 20, torch.int8), "coded"), noise(3, 96)
+    form.data[-7] ^= 64  # type: ignore[attr-defined]
+    assert few_tokens(x, form, None) is None
+    with pytest.raises(CheckpointError, match="the stream does not end where it should"):
+        op.form_matmul(x, [form])
 
 
 @pytest.mark.parametrize("dtype", BOUND)
