@@ -16,17 +16,26 @@ from typing import Any, NamedTuple
 import torch
 
 from spectral_surgery.codec.encoded import Basis
-from spectral_surgery.matmul import on_gpu
-from spectral_surgery.matmul.matrix_job import Kind
+from spectral_surgery.matmul import gpu_rules
+from spectral_surgery.matmul.gpu_rules import Planes
 
 _POINTER = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+LAYOUTS = {
+    "int8": Planes(True, False, False),
+    "int4": Planes(False, True, False),
+    "int5": Planes(False, True, True),
+    "int12": Planes(True, True, False),
+}
+_TOKENS = (1, 8, 16, 64, 200)
+_SIZE = 4096  # rows and columns
 
 
 class Chip(NamedTuple):
@@ -71,6 +80,7 @@ class Variant:
         warps: of a program.
         stages: turns of a loop that are loaded ahead.
         loop_bytes: of codes that a turn of its inner loop reads; 0 where it is not bound by them.
+        turns: of that loop in a program, for a matrix of 4096 x 4096.
         usual: as most models have it.
     """
 
@@ -81,6 +91,7 @@ class Variant:
     warps: int
     stages: int
     loop_bytes: int = 0
+    turns: int = 1
     usual: bool = True
 
 
@@ -93,8 +104,10 @@ class Compiled:
         spilled: instructions that move what has no register, or such registers on AMD.
         shared: bytes of shared memory of a program.
         matrix: instructions of matrix units.
-        loads: widths of loads from global memory in bytes, and how many instructions have them.
-        loop: instructions of the loop that reads codes; 0 where it was not found.
+        loads: widths of loads from global memory in bytes, and how many instructions have them: of the loop that reads
+            codes where it was found, else of all.
+        loop: instructions of that loop; 0 where it was not found.
+        instructions: of all of it.
     """
 
     registers: int
@@ -103,28 +116,19 @@ class Compiled:
     matrix: int
     loads: dict[int, int] = field(default_factory=dict)
     loop: int = 0
-
-
-class _Form(NamedTuple):
-    """A form without numbers."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    row_scale: torch.Tensor
-    places: torch.Tensor
-    beyond: torch.Tensor
-    shape: tuple[int, int]
-    basis: Basis
+    instructions: int = 0
 
 
 def variants(chip: Chip) -> list[Variant]:
-    """Kernels for every dtype, kind of levels and number of tokens; each further choice is met with most of these."""
+    """Kernels of every layout, dtype and number of tokens; each further choice is met with several of these."""
     from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
 
     found = []
-    for number, (dtype, nibbles, tokens) in enumerate(pairs(on_gpu.DIGITS, (False, True), (1, 16, 64, 200))):
-        found.append(_variant(chip, dtype, nibbles, tokens))
-        found.append(_variant(chip, dtype, nibbles, tokens, unusual=number + 1))
+    for number, (layout, tokens) in enumerate(pairs(LAYOUTS, _TOKENS)):
+        found.append(matrix_variant(chip, layout, tokens))
+        found.append(matrix_variant(chip, layout, tokens, torch.float32, unusual=number + 1))
+    for number, (layout, tokens) in enumerate(pairs(("int8", "int4"), _TOKENS)):
+        found.append(matrix_variant(chip, layout, tokens, torch.float16, unusual=31 - number))
     for name, real in (("float32", "*fp32"), ("float64", "*fp64")):
         pointers = {"spectrum": real, "out": real, "source": "*i64", "starts": "*i64", "weights": real}
         types = {**pointers, "rows": "i32", "width": "i32", "bins": "i32"}
@@ -132,44 +136,61 @@ def variants(chip: Chip) -> list[Variant]:
     return found
 
 
-def _variant(chip: Chip, dtype: torch.dtype, nibbles: bool, tokens: int, unusual: int = 0) -> Variant:
-    """One of a 4096 x 4096 matrix, or of one where the bits of ``unusual`` say what is not as in most models."""
+def matrix_variant(  # noqa: PLR0917
+    chip: Chip,
+    layout: str,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    unusual: int = 0,
+    cut: gpu_rules.Cut | None = None,
+) -> Variant:
+    """One of a 4096 x 4096 matrix, or of one where the bits of ``unusual`` say what is not as in most models.
+
+    Args:
+        cut: another than the rules have.
+    """
     from spectral_surgery.gpu.few_tokens import few_tokens
     from spectral_surgery.gpu.product import product
 
     has = [bool(unusual >> bit & 1) for bit in range(5)]
-    columns = 4096 + (160 if has[0] else 0)  # a smaller tile at the end, and nibbles that begin within a tile
-    form = _form(4096, columns, nibbles, per_scale=has[1], outliers=has[2], turned=not has[3] or has[0])
-    unit: on_gpu.Unit = "amd" if chip.target[0] == "hip" else "wide" if chip.target[1] == 100 else "usual"
-    kind = Kind("POINTS", 10, -1) if nibbles and has[4] else Kind("BYTES", 1, 0)
-    if tokens <= on_gpu.few_at_most(form, dtype, unit):
-        cut = on_gpu.few_cut(form, tokens, dtype, unit)
-        constants = on_gpu.few_constants(form, kind, cut, dtype, not has[3]) | {"BACKEND": chip.target[0]}
-        kernel, read = few_tokens, cut.rows * cut.terms
+    columns = _SIZE + (160 if has[0] else 0)  # a smaller tile at the end, and nibbles that begin within a tile
+    planes = LAYOUTS[layout]
+    if planes.NIBBLES and not planes.BYTES and has[4]:
+        planes = planes._replace(PARTS=10, SHIFT=-1)
+    basis = Basis("dct", 64, (0, 1) if not has[3] or has[0] else ())
+    matrix = gpu_rules.Matrix(_SIZE, columns, planes, basis, has[1], has[1], has[2])
+    kind, few, backend = kind_of(chip), tokens <= gpu_rules.few_at_most(matrix, dtype, kind_of(chip)), chip.target[0]
+    if few:
+        cut = cut or gpu_rules.few_cut(matrix, tokens, dtype, kind)
+        constants = gpu_rules.few_constants(matrix, cut, dtype, not has[3], backend)
     else:
-        cut = on_gpu.many_cut(tokens, dtype, unit)
-        constants = on_gpu.many_constants(form, kind, cut, dtype) | {"INTERPRETED": False}
-        kernel, read = product, 0
-    mixing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        cut = cut or gpu_rules.many_cut(tokens, dtype, kind)
+        constants = gpu_rules.many_constants(matrix, cut, dtype, backend)
+    kernel = few_tokens if few else product
+    narrow, mixing = planes.NIBBLES and not planes.BYTES, gpu_rules.mixing(dtype)
     pointers = {"x": dtype, "y": dtype, "bias": dtype, "forward": mixing, "inverse": mixing, "starts": torch.int64}
-    pointers |= {"counters": torch.int32, "partial": torch.float32}
-    pointers |= {name: getattr(form, name).dtype for name in ("codes", "scale", "row_scale", "places", "beyond")}
+    pointers |= {"counters": torch.int32, "partial": torch.float32, "scale": torch.float32, "row_scale": torch.float32}
+    pointers |= {"codes": torch.int8, "lowest": torch.uint8 if planes.BITS else torch.int8, "places": torch.int32}
+    pointers |= {"beyond": torch.int8 if narrow else torch.float32}
     types = {name: _POINTER[pointers[name]] if name in pointers else "i32" for name in kernel.arg_names}
-    name = f"{kernel.__name__} {str(dtype)[6:]} {'int4' if nibbles else 'int8'} {cut.tokens} tokens"
+    name = f"{kernel.__name__} {str(dtype)[6:]} {layout} {cut.tokens} tokens"
     named = ("ragged", "scales of rows and columns", "outliers", "no bias", "points")
     words = [word for word, one in zip(named, has, strict=True) if one]
-    return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, cut.stages, read, not unusual)
+    read = int(cut.rows * cut.blocks * cut.terms * _bytes_of(planes)) if few else 0
+    turns = -(-matrix.width // (matrix.turn * cut.splits))
+    return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, cut.stages, read, turns, not unusual)
 
 
-def _form(rows: int, columns: int, nibbles: bool, *, per_scale: bool, outliers: bool, turned: bool) -> _Form:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+def _bytes_of(planes: Planes) -> float:
+    """What a turn reads of a row for each term that is transformed at a time: that of two columns."""
+    return 2 * (planes.BYTES + planes.NIBBLES / 2 + planes.BITS / 8)
 
-    codes = empty(rows, columns // (2 if nibbles else 1), dtype=torch.int8)
-    scales = empty(columns if per_scale else 1), empty(rows if per_scale else 0)
-    beyond = empty(int(outliers), dtype=torch.int8 if nibbles else torch.float32)
-    places = empty(int(outliers), dtype=torch.int32)
-    return _Form(codes, *scales, places, beyond, (rows, columns), Basis("dct", 64, (0, 1) if turned else ()))
+
+def kind_of(chip: Chip) -> gpu_rules.Chip:
+    """What rules call a chip."""
+    if chip.target[0] == "hip":
+        return "amd"
+    return gpu_rules.chip_of(divmod(int(chip.target[1]), 10))
 
 
 def compiled(variant: Variant, chip: Chip) -> Compiled:
@@ -213,28 +234,29 @@ def _of_nvidia(built: Any, tools: Path) -> Compiled:
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     words = Counter(text.split()[0] for _, text in lines)
     matrix = sum(count for word, count in words.items() if "MMA" in word)
-    loads: Counter[int] = Counter()
-    for word, count in words.items():
-        if word.startswith(("LDGSTS", "LDG")):
-            width = next((int(part) for part in word.split(".") if part in ("128", "64")), 32)
-            loads[width // 8] += count
     spilled = sum(count for word, count in words.items() if word.startswith(("STL", "LDL")))
-    return Compiled(registers, spilled, built.metadata.shared, matrix, dict(loads), _loop(lines))
+    loop = _loop(lines)
+    loads: Counter[int] = Counter()
+    for text in loop or [text for _, text in lines]:
+        word = text.split()[0]
+        if word.startswith(("LDGSTS", "LDG.")):
+            loads[next((int(part) for part in word.split(".") if part in ("128", "64")), 32) // 8] += 1
+    return Compiled(registers, spilled, built.metadata.shared, matrix, dict(loads), len(loop), len(lines))
 
 
-def _loop(lines: Sequence[tuple[int, str]]) -> int:
-    """Instructions of the shortest loop that loads from global memory and multiplies matrices, of integers if any."""
+def _loop(lines: Sequence[tuple[int, str]]) -> list[str]:
+    """The shortest loop that loads from global memory and multiplies matrices, of integers if any."""
     integers = any("IMMA" in text or "IGMMA" in text for _, text in lines)
     unit = ("IMMA", "IGMMA") if integers else ("MMA",)
-    sizes = []
+    found = []
     for address, text in lines:
         to = re.search(r"^BRA.*?(0x[0-9a-f]+)", text)
         if to and int(to[1], 16) < address:
             body = [word for at, word in lines if int(to[1], 16) <= at <= address]
             multiplies = any(name in word.split()[0] for word in body for name in unit)
             if multiplies and any(word.startswith("LDG") for word in body):
-                sizes.append(len(body))
-    return min(sizes, default=0)
+                found.append(body)
+    return min(found, key=len, default=[])
 
 
 def _of_amd(built: Any) -> Compiled:

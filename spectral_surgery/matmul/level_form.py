@@ -58,7 +58,7 @@ class LevelForm:
     @property
     def kind(self) -> Kind | None:
         """What kernels call such levels; None for those that they cannot read at once."""
-        grid = self._grid
+        grid = self.points
         if self.host is not None:
             return None
         if self.layout == "int5":
@@ -85,7 +85,7 @@ class LevelForm:
 
     def levels(self, rows: Tensor) -> Tensor:
         """[n] int64 to [n, I] int8, or float32 where some are beyond it; of host memory only these cross the bus."""
-        levels = self._grid.levels_(self._numbers(rows))
+        levels = self.points.levels_(self._numbers(rows))
         if len(self.places) or LAYOUTS[self.layout].wide:
             levels = levels.to(self.beyond.dtype)
         return add_levels(levels, rows, self.places, self.beyond, self.shape[1])
@@ -113,7 +113,7 @@ class LevelForm:
         for start, stop in frame_spans(self.shape[0], max(1, BLOCK // self.shape[1])):
             levels = read_levels(self, start, stop)
             if levels is None:
-                levels = self._grid.levels_(self._numbers(slice(start, stop)))
+                levels = self.points.levels_(self._numbers(slice(start, stop)))
             yield start, levels if self.beyond.is_floating_point() else self._added(start, levels)
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
@@ -142,7 +142,8 @@ class LevelForm:
         return add_block(levels, start, self.places, self.beyond)
 
     @property
-    def _grid(self) -> Grid:
+    def points(self) -> Grid:
+        """The grid that numbers are on."""
         return Grid(*self.grid.tolist()) if self.grid.numel() else _UNSHIFTED
 
 

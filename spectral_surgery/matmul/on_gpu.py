@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,41 +14,28 @@ from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.matmul.activations import to_space, to_spectrum
 from spectral_surgery.matmul.dispatch import transform_dtype, way
 from spectral_surgery.matmul.form import Form
-from spectral_surgery.matmul.matrix_job import Kind
+from spectral_surgery.matmul.gpu_rules import (
+    DIGITS,
+    Chip,
+    Matrix,
+    Planes,
+    chip_of,
+    few_at_most,
+    few_constants,
+    few_cut,
+    fits,
+    many_constants,
+    many_cut,
+    mixing,
+)
+from spectral_surgery.matmul.planes import BITS, BYTES, LAYOUTS, NIBBLES
 from spectral_surgery.matmul.unreadable import unreadable
 from spectral_surgery.transforms import IDENTITY, TRANSFORMS
 from spectral_surgery.transforms.base import constants
 
-DIGITS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold one of the type
-FEW = 16  # tokens: with more, activations are transformed once, and not by every program again
-_SIDE = 64  # terms at a time; tiles of 128 have twice as many
-_FEW_ROWS = 128  # of a program: digits are made for more levels than with 64, and registers suffice
-_PROGRAMS = 512  # about four for each multiprocessor of a large GPU: loads of some hide the arithmetic of others
-_LEAST_STEPS = 4  # of a program along the terms
+_BITS = 16  # columns: of a multiple of them, half a row has whole bytes of bits
+_COUNTERS = 1 << 14  # groups of rows of one launch at most
 _KEPT = "_gpu_matrix"
-_PLAIN = Kind("BYTES", 1, 0)
-
-Unit = Literal["usual", "wide", "amd"]  # of matrices: that of compute capability 10.x takes no fewer than 16 lanes
-
-
-class Cut(NamedTuple):
-    """How a product is cut into programs.
-
-    Attributes:
-        tokens: of a program, T.
-        rows: of a program, R.
-        terms: at a time, K.
-        splits: programs that share the terms of the same rows.
-        warps: of a program.
-        stages: turns of a loop that are loaded ahead, and take shared memory.
-    """
-
-    tokens: int
-    rows: int
-    terms: int
-    splits: int
-    warps: int
-    stages: int = 2
 
 
 class _Kept:
@@ -56,21 +43,16 @@ class _Kept:
 
     Attributes:
         key: addresses of its tensors.
-        kind: of its levels; None where the kernel cannot read them.
+        matrix: what kernels are told of it; None where they cannot read it.
         starts: by rows of a program, the first outlier of each block of rows: [blocks + 1] int32 or int64.
     """
 
-    def __init__(self, key: tuple[int, ...], kind: Kind | None) -> None:
-        self.key, self.kind = key, kind
+    def __init__(self, key: tuple[int, ...], matrix: Matrix | None) -> None:
+        self.key, self.matrix = key, matrix
         self.starts: dict[int, Tensor] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:  # copies and pickles of the form go without it
         return type(None), ()
-
-
-def fits(basis: Basis) -> bool:
-    """Whether blocks of rows and of terms are whole tiles."""
-    return _tile(basis) <= 128 and not max(_SIDE, _tile(basis)) % _tile(basis)
 
 
 def product(x: Tensor, forms: Sequence[Form], bias: Tensor | None) -> Tensor | None:
@@ -90,13 +72,13 @@ def product(x: Tensor, forms: Sequence[Form], bias: Tensor | None) -> Tensor | N
     row = 0
     for form in forms:
         codes = getattr(form, "codes", None)
-        kept = _kept(form) if codes is not None and codes.device == x.device and fits(form.basis) else None
-        if kept is None or kept.kind is None:
+        kept = _kept(form) if codes is not None and codes.device == x.device else None
+        if kept is None or kept.matrix is None or not fits(form.basis):
             return None
         stop = row + form.shape[0]
         rest = None if bias is None else bias[row:stop]
-        few = 0 < len(x) <= few_at_most(form, x.dtype, _unit(x.device))
-        parts.append((_few_tokens if few else _many_tokens)(x, form, kept, rest))
+        few = 0 < len(x) <= few_at_most(kept.matrix, x.dtype, _chip(x.device))
+        parts.append((_few_tokens if few else _many_tokens)(x, form, kept.matrix, kept, rest))
         row = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -104,68 +86,66 @@ def product(x: Tensor, forms: Sequence[Form], bias: Tensor | None) -> Tensor | N
 def level_product(x: Tensor, codes: Tensor) -> Tensor:
     """X Mᵀ: [T, K] and [r, K] int8, with any strides, to [T, r] float32; nothing is transformed."""
     one = _one(x.device)
-    form = _Plain(codes, one, one[:0], one[:0], one[:0], (len(codes), x.shape[1]))
+    form = _Plain(codes, one[:0], one, one[:0], one[:0], one[:0])
+    matrix = Matrix(len(codes), x.shape[1], Planes(True, False, False), Basis(IDENTITY.name, 1, ()))
     y = x.new_empty((len(x), len(codes)), dtype=torch.float32)
-    return _levels_times(x, form, _Kept((), _PLAIN), y)
+    return _levels_times(x, form, matrix, _Kept((), matrix), y)
 
 
 class _Plain(NamedTuple):
-    """Levels of which nothing but a product is wanted; see `Levels`."""
+    """Levels of which nothing but a product is wanted; see `LevelForm`."""
 
     codes: Tensor
+    lowest: Tensor
     scale: Tensor
     row_scale: Tensor
     places: Tensor
     beyond: Tensor
-    shape: tuple[int, int]
-    basis: Basis = Basis(IDENTITY.name, 1, ())
 
 
-def _few_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tensor:
+def _few_tokens(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, bias: Tensor | None) -> Tensor:
     from spectral_surgery.gpu.few_tokens import few_tokens
 
-    y = x.new_empty((len(x), form.shape[0]))
-    x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], few_cut(form, len(x), x.dtype, _unit(x.device))
-    blocks, unused = -(-rows // c.rows), form.scale
-    sums = unused.new_empty(blocks * c.splits * c.rows * c.tokens)
+    y = x.new_empty((len(x), matrix.rows))
+    x, c, unused = _rows_together(x), few_cut(matrix, len(x), x.dtype, _chip(x.device)), form.scale
+    groups = -(-matrix.rows // (c.rows * c.blocks))
+    sums = unused.new_empty(groups * c.splits * c.blocks * c.rows * c.tokens)
     counters = _counters(x.device) if c.splits > 1 else unused
-    fixed = few_constants(form, kept.kind or _PLAIN, c, x.dtype, bias is not None)
-    mixing = _mixing(x.dtype)
-    into = matrices(form.basis, terms, 1, c.terms, fixed["OFFSET"], mixing, x.device) if fixed["FORWARD"] else unused
-    back = matrices(form.basis, rows, 0, c.terms, 0, mixing, x.device) if fixed["INVERSE"] else unused
-    tensors = (x, form.codes, into, back, form.scale, form.row_scale, unused if bias is None else bias)
-    sparse = (form.places, form.beyond, _starts(form, kept, c.rows) if fixed["OUTLIERS"] else unused)
-    numbers = (len(x), rows, terms, width, x.stride(0))
+    fixed = few_constants(matrix, c, x.dtype, bias is not None, _backend())
+    kind, basis = mixing(x.dtype), form.basis
+    into = matrices(basis, matrix.terms, 1, c.terms, fixed["OFFSET"], kind, x.device) if fixed["FORWARD"] else unused
+    back = matrices(basis, matrix.rows, 0, c.terms, 0, kind, x.device) if fixed["INVERSE"] else unused
+    tensors = (x, form.codes, form.lowest, into, back, form.scale, form.row_scale, unused if bias is None else bias)
+    sparse = (form.places, form.beyond, _starts(form, matrix, kept, c.rows) if matrix.outliers else unused)
+    numbers = (len(x), matrix.rows, matrix.terms, matrix.width, x.stride(0))
     with _on(x):
-        few_tokens[(blocks, c.splits)](
+        few_tokens[(groups, c.splits)](
             *tensors, *sparse, sums, counters, y, *numbers, **fixed, num_warps=c.warps, num_stages=c.stages
         )
     return y
 
 
-def _many_tokens(x: Tensor, form: Any, kept: _Kept, bias: Tensor | None) -> Tensor:
+def _many_tokens(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, bias: Tensor | None) -> Tensor:
     """Transforms are a product apart: within the kernel their matrices leave too few registers to it."""
-    y = x.new_empty((len(x), form.shape[0]), dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
+    y = x.new_empty((len(x), matrix.rows), dtype=x.dtype if x.dtype == torch.bfloat16 else torch.float32)
     wide = x.to(transform_dtype(x.device.type, len(x), x.dtype))  # tiles of float16 may have sums beyond float16
-    inside = _levels_times(to_spectrum(wide, form.basis, 1), form, kept, y)
+    inside = _levels_times(to_spectrum(wide, form.basis, 1), form, matrix, kept, y)
     outside = to_space(inside, form.basis, 0)
     return (outside if bias is None else outside + bias).to(x.dtype)
 
 
-def _levels_times(x: Tensor, form: Any, kept: _Kept, y: Tensor) -> Tensor:
+def _levels_times(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, y: Tensor) -> Tensor:
     from spectral_surgery.gpu.product import product as kernel
 
     if not y.numel():
         return y
-    x = _rows_together(x)
-    (rows, terms), width, c = form.shape, form.codes.shape[1], many_cut(len(x), x.dtype, _unit(x.device))
-    fixed = many_constants(form, kept.kind or _PLAIN, c, x.dtype)
-    starts = _starts(form, kept, c.rows) if fixed["OUTLIERS"] else form.scale
-    tensors = (x, form.codes, form.scale, form.row_scale, form.places, form.beyond, starts, y)
-    numbers = (len(x), rows, terms, width, x.stride(0), *form.codes.stride())
+    x, c = _rows_together(x), many_cut(len(x), x.dtype, _chip(x.device))
+    fixed = many_constants(matrix, c, x.dtype, _backend())
+    starts = _starts(form, matrix, kept, c.rows) if matrix.outliers else form.scale
+    tensors = (x, form.codes, form.lowest, form.scale, form.row_scale, form.places, form.beyond, starts, y)
+    numbers = (len(x), matrix.rows, matrix.terms, matrix.width, x.stride(0), *form.codes.stride())
     with _on(x):
-        kernel[-(-rows // c.rows), -(-len(x) // c.tokens)](
+        kernel[-(-matrix.rows // c.rows), -(-len(x) // c.tokens)](
             *tensors, *numbers, **fixed, num_warps=c.warps, num_stages=c.stages
         )
     return y
@@ -177,129 +157,67 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 @lru_cache(maxsize=16)
-def _unit(device: torch.device) -> Unit:
-    """Which matrix unit a device has."""
+def _chip(device: torch.device) -> Chip:
+    """Which kind of chip a device is; that of Triton's interpreter is any."""
     if torch.version.hip is not None:
         return "amd"
-    wide = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
-    return "wide" if wide else "usual"
+    return chip_of(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
+
+
+def _backend() -> str:
+    """What kernels are compiled for."""
+    from spectral_surgery.gpu.parts import INTERPRETED
+
+    return "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 
 
 def _rows_together(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def few_at_most(form: Any, dtype: torch.dtype, unit: Unit) -> int:
-    """Tokens that `few_tokens` takes; what has no registers for it goes through `product`."""
-    ragged = form.shape[1] % _side(form) or form.codes.shape[1] % _side(form)
-    if unit == "amd" and (ragged or dtype != torch.bfloat16):
-        return 0
-    return FEW // 2 if form.codes.shape[1] < form.shape[1] and dtype != torch.bfloat16 else FEW
-
-
-def few_cut(form: Any, tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
-    """How up to 16 tokens are cut into programs; sizes are those that no chip spills registers at."""
-    side, width = _side(form), form.codes.shape[1]
-    two_planes = width < form.shape[1]  # which are lanes of one product
-    lanes = FEW if tokens > 8 or (unit != "usual" and not two_planes) else 8
-    ragged, digits = form.shape[1] % side or width % side, dtype != torch.bfloat16
-    crowded = ragged or digits or (two_planes and lanes == FEW)
-    high = max(side, _SIDE if crowded or form.shape[0] <= _SIDE else _FEW_ROWS)
-    splits = min(_PROGRAMS // max(-(-form.shape[0] // high), 1), -(-width // side) // _LEAST_STEPS)
-    if unit == "amd":
-        return Cut(lanes, high, side, max(splits, 1), 8, 1)
-    many = two_planes and ((lanes == FEW and unit == "wide") or (ragged and digits and unit == "usual"))
-    return Cut(lanes, high, side, max(splits, 1), 8 if many else 4, 1 if ragged and digits else 3)
-
-
-def many_cut(tokens: int, dtype: torch.dtype, unit: Unit) -> Cut:
-    """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
-    terms = _SIDE if dtype == torch.bfloat16 else _SIDE // 2
-    if tokens <= FEW:
-        return Cut(FEW, 128, terms, 1, 8 if unit == "amd" else 4)
-    if unit == "amd":
-        return Cut(32, 128, terms // 2, 1, 8)
-    return Cut(128 if tokens > 64 and terms == _SIDE and unit == "usual" else 64, 128, terms, 1, 8)
-
-
-def _side(form: Any) -> int:
-    """Terms that are transformed at a time."""
-    return max(_SIDE, _tile(form.basis))
-
-
-def few_constants(form: Any, kind: Kind, c: Cut, dtype: torch.dtype, bias: bool) -> dict[str, Any]:
-    """What `few_tokens` is compiled for: its arguments in capital letters."""
-    fixed = many_constants(form, kind, c, dtype)
-    interpreted = fixed.pop("INTERPRETED")
-    terms, width = form.shape[1], form.codes.shape[1]
-    offset = width % c.terms if width < terms else 0
-    ragged = offset > 0 or terms % c.terms > 0
-    turns = {"FORWARD": 1 in _turned(form.basis), "OFFSET": offset, "RAGGED": ragged, "SPLITS": c.splits}
-    backend = "interpreter" if interpreted else "hip" if torch.version.hip else "cuda"
-    ends = {"INVERSE": 0 in _turned(form.basis), "BIAS": bias, "SIDE": c.terms, "BACKEND": backend}
-    return {**fixed, **turns, **ends, "DIGITS": 3 if dtype == torch.float32 else 2}
-
-
-def many_constants(form: Any, kind: Kind, c: Cut, dtype: torch.dtype) -> dict[str, Any]:
-    """The same of `product`."""
-    from spectral_surgery.gpu.parts import INTERPRETED
-
-    levels = {"NIBBLES": form.codes.shape[1] < form.shape[1], "PARTS": kind.parts, "SHIFT": kind.shift}
-    cuts = {"T": c.tokens, "R": c.rows, "K": c.terms, "DIGITS": DIGITS[dtype]}
-    scales = {"PER_COLUMN": form.scale.numel() > 1, "PER_ROW": len(form.row_scale) > 0}
-    return {**cuts, **levels, **scales, "OUTLIERS": len(form.places) > 0, "INTERPRETED": INTERPRETED}
-
-
-def _mixing(dtype: torch.dtype) -> torch.dtype:
-    """Of small matrices; those of several digits are split in the kernel."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 def _kept(form: Any) -> _Kept:
-    tensors = (form.codes, form.scale, form.row_scale, form.places, form.beyond)
-    key = tuple(tensor.data_ptr() for tensor in tensors)
+    key = tuple(tensor.data_ptr() for tensor in (form.codes, form.lowest, form.scale, form.row_scale, form.places))
     kept: _Kept | None = vars(form).get(_KEPT)
     if kept is None or kept.key != key:
-        kind = form.kind
-        kept = _Kept(key, kind if kind is not None and kind.name in ("BYTES", "NIBBLES", "POINTS") else None)
+        kept = _Kept(key, _matrix(form))
         object.__setattr__(form, _KEPT, kept)
     return kept
 
 
-def _starts(form: Any, kept: _Kept, height: int) -> Tensor:
+def _matrix(form: Any) -> Matrix | None:
+    layout, (rows, terms) = LAYOUTS[form.layout], form.shape
+    bits = BITS in layout.planes
+    if form.host is not None or (bits and terms % _BITS):
+        return None
+    planes = Planes(BYTES in layout.planes, NIBBLES in layout.planes, bits, form.points.parts, form.points.shift)
+    has = (form.scale.numel() > 1, len(form.row_scale) > 0, len(form.places) > 0)
+    return Matrix(rows, terms, planes, form.basis, *has)
+
+
+def _starts(form: Any, matrix: Matrix, kept: _Kept, height: int) -> Tensor:
     if height not in kept.starts:
-        rows, columns = form.shape
-        edges = torch.arange(0, rows + height, height, dtype=torch.int64, device=form.places.device) * columns
-        kept.starts[height] = torch.searchsorted(form.places.long(), edges)
+        edges = torch.arange(0, matrix.rows + height, height, dtype=torch.int64, device=form.places.device)
+        kept.starts[height] = torch.searchsorted(form.places.long(), edges * matrix.terms)
     return kept.starts[height]
 
 
 def _counters(device: torch.device) -> Tensor:
-    """[_PROGRAMS] int32 zeros for the programs of one launch at a time."""
+    """[_COUNTERS] int32 zeros for the programs of one launch at a time."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)  # the graph may run beside this stream
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)  # the graph may run beside this stream
     return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 
 @lru_cache(maxsize=64)
 def _stream_counters(device: torch.device, stream: int) -> Tensor:  # noqa: ARG001, one for each stream
     with constants():
-        return torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)
 def _one(device: torch.device) -> Tensor:
     with constants():
         return torch.ones(1, device=device)
-
-
-def _turned(basis: Basis) -> tuple[int, ...]:
-    """The axes of a matrix that are transformed."""
-    return basis.axes if basis.transform != IDENTITY.name else ()
-
-
-def _tile(basis: Basis) -> int:
-    return basis.tile if _turned(basis) else 1
 
 
 @lru_cache(maxsize=256)
