@@ -164,7 +164,7 @@ def matrix_variant(  # noqa: PLR0917
         cut = cut or gpu_rules.few_cut(matrix, tokens, dtype, kind)
         constants = gpu_rules.few_constants(matrix, cut, dtype, not has[3], backend)
     else:
-        cut = cut or gpu_rules.many_cut(tokens, dtype, kind)
+        cut = cut or gpu_rules.many_cut(matrix, tokens, dtype, kind)
         constants = gpu_rules.many_constants(matrix, cut, dtype, backend)
     kernel = few_tokens if few else product
     narrow, mixing = planes.NIBBLES and not planes.BYTES, gpu_rules.mixing(dtype)

@@ -130,6 +130,7 @@ class Rule(NamedTuple):
 
 FEW_TOKENS = (
     Rule(64, 1, 8, 1, "what spilled no register when 64 and 128 rows were tried", chips=("amd",)),
+    Rule(64, 1, 8, 1, "8.0, 8.6: 4 warps spill for int12, int5", chips=("8.0", "8.6"), ragged=True, exact=True),
     Rule(64, 1, 4, 1, "9.0: 146 registers at most; 128 rows spill", ragged=True),
     Rule(128, 1, 4, 2, "9.0: 198 registers with 2 blocks of one plane; of two planes they spill", exact=True),
     Rule(128, 1, 4, 2, "9.0: 255 registers with 2 blocks and 16 tokens", two_planes=True),
@@ -144,7 +145,7 @@ def few_at_most(matrix: Matrix, dtype: torch.dtype, chip: Chip) -> int:
     """Tokens that `few_tokens` takes; what has no registers for it goes through `product`."""
     if chip == "amd" and (matrix.ragged or dtype != torch.bfloat16):
         return 0
-    return FEW
+    return FEW // 2 if matrix.ragged and matrix.planes.BITS and dtype != torch.bfloat16 else FEW
 
 
 def few_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut:
@@ -171,13 +172,15 @@ def _holds(rule: Rule, matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Ch
     return fits and all(getattr(rule, name) in (None, has) for name, has in asked.items())
 
 
-def many_cut(tokens: int, dtype: torch.dtype, chip: Chip) -> Cut:
+def many_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut:
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
     terms = _SIDE if dtype == torch.bfloat16 else _SIDE // 2
     if tokens <= FEW:
         return Cut(FEW, 128, 1, terms, 1, 8 if chip == "amd" else 4, 2)
     if chip == "amd":
         return Cut(32, 128, 1, terms // 2, 1, 8, 2)
+    if terms < _SIDE and matrix.planes.BITS:  # 8.0 spills with 64 tokens
+        return Cut(32, 128, 1, terms, 1, 8, 2)
     return Cut(128 if tokens > 64 and terms == _SIDE and chip != "10.0" else 64, 128, 1, terms, 1, 8, 2)
 
 

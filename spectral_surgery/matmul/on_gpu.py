@@ -139,7 +139,7 @@ def _levels_times(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, y: Tensor) 
 
     if not y.numel():
         return y
-    x, c = _rows_together(x), many_cut(len(x), x.dtype, _chip(x.device))
+    x, c = _rows_together(x), many_cut(matrix, len(x), x.dtype, _chip(x.device))
     fixed = many_constants(matrix, c, x.dtype, _backend())
     starts = _starts(form, matrix, kept, c.rows) if matrix.outliers else form.scale
     tensors = (x, form.codes, form.lowest, form.scale, form.row_scale, form.places, form.beyond, starts, y)
