@@ -75,6 +75,7 @@ def stamp() -> dict[str, object]:
         "device": _processor(),
         "arithmetic": _arithmetic(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "date": datetime.now(tz=UTC).date().isoformat(),
     }
 

@@ -15,6 +15,7 @@ from benchmarks.cases import (
     feedback,
     generate,
     generate_large,
+    gpu,
     gpu_static,
     hub,
     lossless,
@@ -83,6 +84,10 @@ CASES = Table(
             gpu_static.run,
             takes=("only",),
             notes=("Compiled and read, not run: ratios are what data sheets and instruction counts allow.",),
+        ),
+        BenchCase("gpu_products", "layers on a GPU beside dense bfloat16, 1 to 512 tokens", by_size(gpu.run_products)),
+        BenchCase(
+            "gpu_streaming", "layers in host memory, streamed to a GPU beside bfloat16", by_size(gpu.run_streaming)
         ),
         BenchCase("mixers", "token mixers beside attention, 128 to 65536 tokens", by_size(mixers.run), mixers.plot),
         BenchCase(

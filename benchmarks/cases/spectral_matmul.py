@@ -26,9 +26,6 @@ LIMITS = {  # by form, bits and tokens
 }
 _FORMS = (("int8", 4.0), ("int5", 3.0), ("int4", 2.0), ("coded", 4.0), ("coded", 3.0), ("coded", 2.0))
 
-_REPEATS = 20
-STREAMED = 3.0  # times the speed of copying the bfloat16 weight
-_OFFLOADED = "bfloat16"
 _CPU = torch.device("cpu")
 
 _PACKAGE = "bitsandbytes"
@@ -38,22 +35,20 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def run(quick: bool) -> list[Row]:
-    """Milliseconds of one layer in bfloat16 by number of tokens, as multiples of a dense layer; on a GPU too."""
+    """Milliseconds of one layer in bfloat16 by number of tokens, as multiples of a dense layer."""
     size = 512 if quick else 4096
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         with torch.inference_mode():
             others, skipped = bitsandbytes_layers(size)
-            rows = [*_measure(size, others), *skipped]
-            if torch.cuda.is_available():
-                rows += on_device(size, torch.device("cuda")) + streaming(size, torch.device("cuda"))
-            return rows
+            return [*_measure(size, others), *skipped]
     finally:
         torch.set_num_threads(before)
 
 
-def _weight(size: int) -> Tensor:
+def weight_of(size: int) -> Tensor:
+    """The matrix that is measured: [size, size] float32."""
     return 0.02 * torch.randn(size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -66,7 +61,7 @@ def bitsandbytes_layers(size: int) -> tuple[dict[str, Layer], list[Row]]:
     if find_spec(_PACKAGE) is None:
         return {}, [{"skipped": _PACKAGE, "reason": f"not installed; pip install {_PACKAGE}"}]
     modules = import_module(f"{_PACKAGE}.nn")
-    weight, x = _weight(size), torch.randn(8, size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight, x = weight_of(size), torch.randn(8, size, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = x.float() @ weight.T
     layers: dict[str, Layer] = {}
     skipped: list[Row] = []
@@ -94,7 +89,7 @@ def bitsandbytes_layers(size: int) -> tuple[dict[str, Layer], list[Row]]:
 
 
 def _measure(size: int, others: Mapping[str, Layer]) -> list[Row]:
-    weight = _weight(size)
+    weight = weight_of(size)
     spectra = {bits: encode(weight, Target("bits", bits), threads=THREADS)[0] for bits in (2.0, 3.0, 4.0)}
     ours = {_named(resident, bits): check(spectra[bits], resident) for resident, bits in _FORMS}
     nbytes = {name: layer.spectrum.nbytes for name, layer in ours.items()}
@@ -154,68 +149,3 @@ def check(spectrum: EncodedSpectrum, resident: str, device: torch.device = _CPU)
             error = float((layer(given.to(device)).float().cpu() - expected).norm() / expected.norm())
             require(error <= limit, f"{resident}: relative error {error:.2g} for {tokens} tokens in {dtype}")
     return layer
-
-
-def on_device(size: int, device: torch.device) -> list[Row]:
-    """The resident forms of a GPU, where int8 and int4 should beat dense bfloat16 at one token."""
-    weight = _weight(size)
-    forms = [("int8", encode(weight, Target("bits", 4.0))[0]), ("int4", encode(weight, Target("bits", 2.0))[0])]
-    layers: dict[str, nn.Module] = {name: check(spectrum, name, device) for name, spectrum in forms}
-    layers["dense bfloat16"] = nn.Linear(size, size, bias=False, dtype=torch.bfloat16, device=device)
-    rows: list[Row] = []
-    for tokens in TOKENS:
-        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(device)
-        timings = interleaved({name: partial(_repeated, layer, x) for name, layer in layers.items()}, 10)
-        base = timings["dense bfloat16"].median
-        rows += [
-            {
-                "device": device.type,
-                "tokens": tokens,
-                "layer": name,
-                "ms": 1e3 * timing.median / _REPEATS,
-                "time / bfloat16": timing.median / base,
-                "target": "< 1" if tokens == 1 and name != "dense bfloat16" else "",
-                "met": timing.median < base if tokens == 1 and name != "dense bfloat16" else "",
-            }
-            for name, timing in timings.items()
-        ]
-    return rows
-
-
-def streaming(size: int, device: torch.device) -> list[Row]:
-    """Layers whose weights stay in host memory, beside one whose bfloat16 weight is copied for every product."""
-    weight = _weight(size)
-    layers: dict[str, Layer] = {
-        f"streamed, {bits:g} bits stored": check(encode(weight, Target("bits", bits))[0], "streamed", device)
-        for bits in (2.0, 4.0)
-    }
-    held = weight.bfloat16()
-    held = held.pin_memory() if device.type == "cuda" else held
-    layers[_OFFLOADED] = lambda x: x @ held.to(x.device, non_blocking=True).T
-    rows: list[Row] = []
-    for tokens in (1, 64):
-        x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(device)
-        timings = interleaved({name: partial(_repeated, layer, x) for name, layer in layers.items()}, 10)
-        base = timings[_OFFLOADED].median
-        for name, timing in timings.items():
-            aim = f">= {STREAMED:g}x" if name.startswith("streamed, 2") else ""
-            rows.append(
-                {
-                    "device": device.type,
-                    "tokens": tokens,
-                    "from host memory": name,
-                    "ms": 1e3 * timing.median / _REPEATS,
-                    "speed / bfloat16": base / timing.median,
-                    "target": aim,
-                    "met": base / timing.median >= STREAMED if aim else "",
-                }
-            )
-    return rows
-
-
-def _repeated(layer: Layer, x: Tensor) -> None:
-    """Many calls for one wait: a GPU works on while the next call is prepared."""
-    for _ in range(_REPEATS):
-        layer(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

@@ -14,7 +14,7 @@ from benchmarks import case as case_module
 from benchmarks import cases as bench
 from benchmarks import language_model, llama_files, runner, timing, weights
 from benchmarks.case import BenchCase, CheckFailedError, Inputs, chosen, require
-from benchmarks.cases import coding, engine, feedback, generate, generate_large, rate, spectral_matmul, speed
+from benchmarks.cases import coding, engine, feedback, generate, generate_large, gpu, rate, spectral_matmul, speed
 from spectral_surgery.codec.feedback import feedback_factor, stored_codes
 from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.codec.quantizers import QUANTIZERS
@@ -70,6 +70,8 @@ def test_names_are_those_of_the_commands() -> None:
         "startup",
         "fourierft",
         "gpu_static",
+        "gpu_products",
+        "gpu_streaming",
         "mixers",
         "memory",
         "calibrate",
@@ -147,14 +149,15 @@ def test_calibrated_codes_are_measured_against_the_bound(monkeypatch: pytest.Mon
 
 
 def test_rows_of_a_device_have_every_form_and_number_of_tokens() -> None:
-    rows = spectral_matmul.on_device(64, torch.device("cpu"))
+    rows = gpu.on_device(64, torch.device("cpu"))
     found = {(row["layer"], row["tokens"]) for row in rows}
-    assert found == {(name, tokens) for name in ("int8", "int4", "dense bfloat16") for tokens in (1, 8, 64, 512)}
+    names = ("int8", "int12", "int5", "int4", "dense bfloat16")
+    assert found == {(name, tokens) for name in names for tokens in (1, 8, 64, 512)}
     assert all(float(str(row["ms"])) > 0 for row in rows)
 
 
 def test_rows_of_streaming_and_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = spectral_matmul.streaming(64, torch.device("cpu"))
+    rows = gpu.streaming(64, torch.device("cpu"))
     names = {"streamed, 2 bits stored", "streamed, 4 bits stored", "bfloat16"}
     assert {(row["from host memory"], row["tokens"]) for row in rows} == {(n, t) for n in names for t in (1, 64)}
     monkeypatch.setattr(spectral_matmul, "find_spec", lambda _: None)
