@@ -41,6 +41,15 @@ class Run:
             "metavar": "ADDRESS",
         },
     )
+    parts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Place that all nodes of --engine ray write parts to, and --resume finds them at: any URL that"
+            " fsspec knows, such as s3://bucket/folder.",
+            "unset": "OUT's unfinished folder where a node has it, else they are sent back",
+            "metavar": "URL",
+        },
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on with unfinished work of the same sources, options and text."}
     )

@@ -69,7 +69,7 @@ _SHOWN = 12  # tensors listed in text; --json lists all
 @click.option("--device", default="cpu", show_default=True, help="Of --calibrate and --heal: cpu or cuda.")
 @options_of(Run, "workers")
 @shared.threads_option
-@options_of(Run, "engine", "ray_address")
+@options_of(Run, "engine", "ray_address", "parts")
 @click.option("--shard", metavar="I/N", help="Do one of N shares; the last to finish joins them. torchrun sets it too.")
 @options_of(Run, "resume")
 @shared.reading_options
@@ -158,6 +158,8 @@ def _engine(shard: str | None, workers: int) -> tuple[EngineName, str | None, tu
     part = shared.shard_of(shard) if engine in (None, "torchrun") or shard else (0, 1)
     if shard and engine not in (None, "torchrun"):
         raise click.UsageError(f"--shard: expected --engine torchrun with it, got {engine}. Leave one of them out.")
+    if params["parts"] and engine != "ray":
+        raise click.UsageError("--parts: expected with --engine ray, got it alone.")
     if engine == "ray" and workers > 1:
         raise click.UsageError(
             "--workers: expected none with --engine ray, which uses all processors of the cluster. Leave it out."

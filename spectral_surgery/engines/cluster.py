@@ -11,6 +11,7 @@ from typing import Any
 
 from spectral_surgery.engines.base import Calls
 from spectral_surgery.engines.part import installed
+from spectral_surgery.engines.parts import Parts
 from spectral_surgery.errors import BackendError, CheckpointError, SpectralSurgeryError
 from spectral_surgery.run import Run
 
@@ -25,11 +26,14 @@ def reached(run: Run) -> Iterator[None]:
 
     Raises:
         BackendError: when Ray is not installed, or the cluster does not answer.
+        SpectralSurgeryError: when parts cannot be left where they are asked for.
     """
     if find_spec("ray") is None:
         raise BackendError('--engine ray: expected Ray, got none. Run pip install "spectral-surgery[ray]".')
     import ray
 
+    if run.parts:
+        Parts(run.parts).check()
     if ray.is_initialized():
         yield
         return

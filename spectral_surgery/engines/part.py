@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import spectral_surgery
+from spectral_surgery.engines.parts import Parts
 from spectral_surgery.errors import CheckpointError, SpectralSurgeryError
 from spectral_surgery.files.compressed.plan import Unit
 from spectral_surgery.files.compressed.settings import CompressOptions
@@ -34,6 +35,7 @@ class Order:
         threads: to encode it with.
         token: name of a file in the folder, which holds its name; no other folder at that path has it.
         sizes: bytes of the files that the part is read from, of those on a disk.
+        parts: where to leave it where this machine does not have that folder; None to give it back.
     """
 
     store: UnitStore
@@ -42,6 +44,7 @@ class Order:
     threads: int
     token: str
     sizes: Mapping[Path, int]
+    parts: Parts | None = None
 
 
 @cache
@@ -58,7 +61,7 @@ def carry_out(order: Order) -> bytes | None:
     """Encode a part.
 
     Returns:
-        None when its file is in its folder now; the bytes of the file where this machine does not have that folder.
+        None when its file is in its folder now, or where parts are left; else the bytes of the file.
 
     Raises:
         OSError: when something went wrong that may go well another time.
@@ -73,6 +76,9 @@ def carry_out(order: Order) -> bytes | None:
         with tempfile.TemporaryDirectory(prefix="spectral-surgery-") as folder:
             there = replace(order, store=replace(order.store, folder=Path(folder)))
             _encode(there)
+            if order.parts is not None:
+                order.parts.leave(there.store, order.unit)
+                return None
             return there.store.path(order.unit).read_bytes()
     except SpectralSurgeryError as error:
         cause = error.__cause__

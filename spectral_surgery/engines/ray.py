@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,7 +26,9 @@ from spectral_surgery.engines.cluster import (
     reached,
 )
 from spectral_surgery.engines.part import Order, carry_out, installed
+from spectral_surgery.engines.parts import Parts
 from spectral_surgery.engines.shares import shares_on_ray
+from spectral_surgery.errors import CheckpointError
 from spectral_surgery.files.atomic import replace_file, writing_to
 from spectral_surgery.files.compressed.plan import Unit
 from spectral_surgery.files.compressed.units import is_done
@@ -47,7 +49,8 @@ def encode_on_ray(work: Work) -> bool:
 
     units = work.units()
     with _token(work.store.folder) as token:
-        _Tasks(work, ray.remote(calling()), sum(unit.weights for unit in units), token, Room(work.run)).all(units)
+        tasks = _Tasks(work, ray.remote(calling()), sum(unit.weights for unit in units), token, Room(work.run))
+        tasks.all(units)
     return True
 
 
@@ -91,7 +94,7 @@ class _Tasks:
 
         try:
             for unit in units:
-                if is_done(self.work.store, unit):
+                if is_done(self.work.store, unit) or self._fetched(unit):
                     self._finish(unit)
                     continue
                 while len(self.pending) >= self._window():
@@ -99,6 +102,8 @@ class _Tasks:
                 self._ask(unit)
             while self.pending:
                 self._take()
+            if self.parts is not None:
+                self.parts.remove(self.work.store)
         finally:
             for reference in self.pending:  # none, unless we were interrupted or something went wrong
                 ray.cancel(reference)
@@ -112,7 +117,7 @@ class _Tasks:
         infos = [info for info in (unit.tensor.info, unit.tensor.base) if info is not None]
         sizes = {info.file: size_of(info.file) for info in infos if isinstance(info.file, Path)}
         store, run = self.work.store, self.work.run
-        order = Order(store, unit, self.work.plan.options, run.threads, self.token, sizes)
+        order = Order(store, unit, self.work.plan.options, run.threads, self.token, sizes, self.parts)
         task = self.task.options(
             name=f"{unit.tensor.info.name} {unit.part} {store.key[:12]}",
             num_cpus=run.threads,
@@ -137,8 +142,24 @@ class _Tasks:
                 raise explained(error, f"{unit.tensor.info.name}, part {unit.part}") from None
             if result is not None:
                 replace_file(self.work.store.path(unit), result, durable=False)
+            elif not self.work.store.path(unit).exists() and not self._fetched(unit):
+                raise CheckpointError(
+                    f"{unit.tensor.info.name}, part {unit.part}: expected its file, got none. Run again with --resume."
+                )
             del self.pending[reference]
             self._finish(unit)
+
+    def _fetched(self, unit: Unit) -> bool:
+        """Whether a part was where nodes leave parts, and is here now."""
+        data = self.parts.fetch(self.work.store, unit) if self.parts is not None else None
+        if data is not None:
+            replace_file(self.work.store.path(unit), data, durable=False)
+        return data is not None and is_done(self.work.store, unit)
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        """Where nodes leave parts."""
+        return Parts(self.work.run.parts) if self.work.run.parts else None
 
     def _finish(self, unit: Unit) -> None:
         self.done += unit.weights

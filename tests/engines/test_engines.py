@@ -46,6 +46,7 @@ def test_one_process_of_a_launcher_does_everything(tmp_path: Path, source: Path)
         (("--engine", "ray", "--shard", "0/2"), "--shard: expected --engine torchrun with it, got ray"),
         (("--engine", "local", "--shard", "0/2"), "--shard: expected --engine torchrun with it, got local"),
         (("--ray-address", "10.0.0.1:6379"), "--ray-address: expected with --engine ray"),
+        (("--parts", "file:///tmp"), "--parts: expected with --engine ray"),
         (("--engine", "ray", "--workers", "2"), "--workers: expected none with --engine ray"),
         (("--engine", "rey"), "'rey' is not one of 'local', 'torchrun', 'ray'"),
     ],

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations, register_implementation
 from safetensors.torch import load_file
 
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import plan_compression
 from spectral_surgery.engines import part as part_module
 from spectral_surgery.engines.part import Order, carry_out, installed
-from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.engines.parts import Parts
+from spectral_surgery.errors import BackendError, CheckpointError, ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.compressed.units import UnitStore, is_done
 from spectral_surgery.hub.failures import UnansweredError
@@ -46,6 +49,49 @@ def test_the_file_is_left_in_the_folder_or_given_back(order: Order, tmp_path: Pa
     left = load_file(order.store.path(order.unit))
     assert left.keys() == back.keys() == {"codes", "frames", "step"}
     assert all(torch.equal(left[name], back[name]) for name in left)
+
+
+def test_the_file_is_left_where_all_nodes_reach(order: Order, tmp_path: Path) -> None:
+    parts = Parts("memory://shared/parts")
+    parts.check()
+    assert parts.fetch(order.store, order.unit) is None
+    there = replace(order, store=replace(order.store, folder=tmp_path / "nowhere"), parts=parts)
+    assert carry_out(there) is None
+    order.store.path(order.unit).write_bytes(parts.fetch(order.store, order.unit) or b"")
+    assert is_done(order.store, order.unit)
+    parts.remove(replace(order.store, key="another"))
+    assert parts.fetch(order.store, order.unit)
+    parts.remove(order.store)
+    assert parts.fetch(order.store, order.unit) is None
+
+
+class Full(LocalFileSystem):
+    """A place that cannot be written."""
+
+    protocol = "full"
+
+    def pipe_file(self, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "message"),
+    [
+        (
+            "nowhere://bucket",
+            ConfigError,
+            r"expected a URL such as s3://.* got another one \(Protocol not known: nowhere",
+        ),
+        ("missing://bucket", BackendError, r"expected a package for it, got none \(.*Install the package missing"),
+        ("full://{}", CheckpointError, r"expected a place to write to, got an error \(.*No space left on device"),
+    ],
+)
+def test_places_that_cannot_be_used(tmp_path: Path, url: str, kind: type[Exception], message: str) -> None:
+    register_implementation("full", Full, clobber=True)
+    known_implementations["missing"] = {"class": "nopackage.System", "err": "Install the package missing"}
+    with pytest.raises(kind, match=rf"^--parts {url.split(':', maxsplit=1)[0]}://.*: {message}") as told:
+        Parts(url.format(tmp_path)).check()
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("content", [None, b"b.token", b"\xff"])

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,35 @@ def test_without_a_shared_folder_the_driver_writes(
     compress(source, tmp_path / "out", OPTIONS, run=on(connected))
     assert contents(tmp_path / "out") == expected
     assert len(written) == PARTS + 3
+
+
+def test_parts_are_left_at_a_url_and_another_driver_goes_on_with_them(
+    connected: Any, source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_token", unseen)
+    parts, seen = tmp_path / "parts", list[int]()
+
+    def stop(done: int, _: int, __: str) -> None:
+        seen.append(done)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", OPTIONS, run=on(connected, parts=parts.as_uri(), progress=stop))
+    before = {file: file.stat().st_mtime_ns for file in parts.glob("*.unit")}
+    assert len(before) >= 6
+    kept = {file: file.read_bytes() for file in before}
+    shutil.rmtree(tmp_path / "out.partial")  # with the disk of the driver
+    again: set[Path] = set()
+
+    def look(_: int, __: int, ___: str) -> None:
+        again.update(file for file, written in before.items() if file.exists() and file.stat().st_mtime_ns != written)
+
+    compress(source, tmp_path / "out", OPTIONS, run=on(connected, parts=parts.as_uri(), resume=True, progress=look))
+    assert contents(tmp_path / "out") == expected
+    assert len(kept) < PARTS
+    assert not again
+    assert not list(parts.iterdir())
 
 
 @contextmanager
