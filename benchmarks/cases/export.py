@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -13,7 +14,7 @@ from benchmarks.judged import scratch_folder
 from benchmarks.llama_files import installed, llama_logits, skipped
 from benchmarks.packaged import smollm2_folder
 from benchmarks.reference_text import write_split
-from benchmarks.token_judge import CLASS, TokenJudge, causal_logits, judged_columns
+from benchmarks.token_judge import CLASS, Logits, TokenJudge, causal_logits, judged_columns
 from spectral_surgery import (
     CompressOptions,
     EvalData,
@@ -26,7 +27,8 @@ from spectral_surgery import (
 )
 from spectral_surgery.baselines import baseline
 from spectral_surgery.commands.export.compressed_tensors import IntegerSettings
-from spectral_surgery.commands.export.gguf import GgufSettings
+from spectral_surgery.commands.export.gguf import GgufSettings, Mixed
+from spectral_surgery.errors import required
 from spectral_surgery.files.header import TensorInfo
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_model
@@ -44,6 +46,7 @@ NOTES = (
     "error: of the converted matrices, against the decoded ones; total: against the original.",
     "aims: the error of 4-bit integers at most that of nf4 on the original; the perplexity of Q8_0 at most 1.002 times"
     " that of the decoded model.",
+    "run by: llama.cpp also rounds activations; transformers computes with the weights of the file in float32.",
 )
 
 
@@ -73,12 +76,14 @@ class _Bench:
         return row | {"target": f"error <= {aim:.4g}", "met": report.export_error <= aim}
 
     def file(self, name: str) -> Row:
-        """An export to GGUF, run by llama.cpp."""
+        """An export to GGUF, run by llama.cpp, or read back by transformers where that is not installed."""
         settings = FILES[name]
         report = export_model(
             self.compressed, self.scratch / name, "gguf", settings, original=self.original, overwrite=True
         )
-        row = self._row(name, report, llama_logits(self.scratch / name / report.files[0], self.judge.ids.shape[1]))
+        file = self.scratch / name / report.files[0]
+        logits = llama_logits(file, self.judge.ids.shape[1]) if installed() else _read_back(file)
+        row = self._row(name, report, logits) | {"run by": "llama.cpp" if installed() else "transformers"}
         if settings.type != "Q8_0":
             return row
         ratio = float(str(row["perplexity over decoded"]))
@@ -127,6 +132,13 @@ def run(inputs: Inputs) -> list[Row]:
         ]
         rows += [bench.integers(name) for name in names if name in INTEGERS]
         files = [name for name in names if name in FILES]
-        if files and not installed():
-            return [*rows, skipped()]
-        return rows + [bench.file(name) for name in files]
+        left = [] if installed() else [name for name in files if FILES[name].type in get_args(Mixed)]
+        rows += [bench.file(name) for name in files if name not in left]
+        return rows + ([skipped()] if left else [])
+
+
+def _read_back(file: Path) -> Logits:
+    """Logits of the weights that a GGUF file stands for, in float32."""
+    transformers = required("transformers", "read GGUF files")
+    given = {"gguf_file": file.name, "local_files_only": True}
+    return causal_logits(transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given))

@@ -12,6 +12,7 @@ from spectral_surgery.inputs.pairs import PAIRS
 from spectral_surgery.inputs.plain_text import TEXT
 from spectral_surgery.inputs.sound import SOUND
 from spectral_surgery.registry import Table
+from spectral_surgery.text.objectives import OBJECTIVES, Objective, objective_of
 from spectral_surgery.text.settings import TextData
 
 SEQ_LENGTH = 256  # usual
@@ -31,6 +32,19 @@ def kind_of(file: Path, config: Config) -> Kind:
         if kind.is_for(file, config):
             return kind
     raise ConfigError(f"{file}: expected text, or a folder of images or sound, got a folder with none of these.")
+
+
+def objective_on(file: Path, config: Config) -> Objective:
+    """What a model gives on some data: images alone are embedded, by the part that sees, also where another writes.
+
+    Args:
+        config: config.json of the model.
+
+    Raises:
+        ConfigError: as `kind_of`.
+    """
+    objective = objective_of(config)
+    return OBJECTIVES["embeddings"] if objective.name == "tokens" and kind_of(file, config) is IMAGES else objective
 
 
 def digest_of(data: TextData, config: Config) -> str:

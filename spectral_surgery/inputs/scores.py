@@ -65,11 +65,10 @@ def compare(
     """
     batches, sums = equal_shapes(inputs, device=device), _Sums()
     classes = _classes(models[0], inputs) if objective == "classes" else None
-    logits = objective != "embeddings" and entry_of(models[0], inputs[0].shapes)[1] is models[0]
     for group, batch in zip(batches.groups, batches, strict=True):
         with torch.inference_mode():
             outputs = [called(entry_of(model, batch)[1], named=batch) for model in models]
-        if not logits:
+        if objective == "embeddings":
             _add_cosines(sums, outputs, batch)
             continue
         _add_distances(sums, outputs, batch)

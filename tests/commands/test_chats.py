@@ -310,6 +310,24 @@ def test_a_model_that_sees_nothing_says_so(llama: Path, shown: Path, tmp_path: P
         read(source, shown)
 
 
+def test_images_alone_are_for_the_part_that_sees(shown: Path, tmp_path: Path) -> None:
+    source, photos = save_model("llava", tmp_path / "model"), shown.parent
+    (photos / "folder").mkdir(exist_ok=True)
+    for number in range(16):
+        picture(number).save(photos / "folder" / f"{number}.png")
+    options, data = CompressOptions(Target("bits", 2.0)), TextData(photos / "folder", batch_size=6)
+    compress(source, tmp_path / "plain", options)
+    settings = DistillSettings(steps=6, eval_every=3, warmup_steps=1)
+    healed = heal(tmp_path / "plain", source, tmp_path / "healed", data, settings)
+    assert healed.objective == "embeddings"
+    assert healed.curve.best < healed.curve.held_out[0][1]
+    assert any("language_model" in name for name in healed.untrained)
+    assert not any("vision" in name for name in healed.untrained)
+    found = [evaluate(source, tmp_path / name, EvalData(photos / "folder")).measures for name in ("plain", "healed")]
+    assert found[0].keys() == {"cosine"}
+    assert found[1]["cosine"] > found[0]["cosine"]
+
+
 @pytest.mark.usefixtures("processors")
 def test_moments_are_those_of_the_model(source: Path, shown: Path) -> None:
     index = read_index(source)

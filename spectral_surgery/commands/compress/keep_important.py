@@ -27,11 +27,11 @@ from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.files.storage import here
 from spectral_surgery.hf.models import load_any
 from spectral_surgery.hf.tensor_names import names_in
-from spectral_surgery.inputs.kinds import kind_of
+from spectral_surgery.inputs.kinds import kind_of, objective_on
 from spectral_surgery.inputs.model_input import ModelInput, padded
 from spectral_surgery.inputs.training import inputs_of_step, train_and_held_out
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.objectives import Objective, objective_of
+from spectral_surgery.text.objectives import Objective
 from spectral_surgery.text.settings import TextData
 
 _BATCHES = 48
@@ -68,7 +68,7 @@ def measure_importance(source: Path, plan: Plan, data: TextData, progress: Progr
         ConfigError: when there is too little text, the model does not know its tokens, or weights are not finite.
     """
     index = read_index(source)
-    objective = objective_of(index.config)
+    objective = objective_on(data.file, index.config)
     trust = data.trust_remote_code
     loader = objective.auto_class if kind_of(data.file, index.config).by_objective else ""
     model = load_any(source, loader, dtype=torch.float32, trust_remote_code=trust)

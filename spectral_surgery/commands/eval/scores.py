@@ -14,12 +14,11 @@ from spectral_surgery.files.peft.adapter_files import read_adapter
 from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.hf.models import load_any, load_model, load_tokenizer
 from spectral_surgery.inputs.kind import Kind, Reading
-from spectral_surgery.inputs.kinds import kind_of
+from spectral_surgery.inputs.kinds import kind_of, objective_on
 from spectral_surgery.inputs.model_input import ModelInput
 from spectral_surgery.inputs.plain_text import TEXT
 from spectral_surgery.inputs.scores import compare
 from spectral_surgery.live.attach import load
-from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.scores import score
 from spectral_surgery.text.settings import EvalData, TextData
 
@@ -50,9 +49,9 @@ class Scores:
             if adapter is not None:
                 load(model, read_adapter(adapter))
             models.append(model.to(self._device))
-        if self._kind is TEXT:
+        if self._kind is TEXT or self._data.text is None:
             return score(models, self._tokenizer, self._data, causal=self._causal)
-        objective, device = objective_of(self._config).name, self._device
+        objective, device = objective_on(self._data.text, self._config).name, self._device
         return compare(models, self._inputs, objective, tokenizer=lambda: self._tokenizer, device=device)
 
     @cached_property

@@ -31,9 +31,9 @@ from spectral_surgery.files.index import CheckpointIndex, read_index
 from spectral_surgery.files.lock import LOCK_FILE, hold
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, weights_metadata, write_checkpoint
+from spectral_surgery.inputs.kinds import objective_on
 from spectral_surgery.memory import peak_rss_bytes
 from spectral_surgery.run import Run
-from spectral_surgery.text.objectives import objective_of
 from spectral_surgery.text.settings import TextData
 from spectral_surgery.training.loop import Clock, LossCurve, Pace
 from spectral_surgery.training.plot import plot_training
@@ -161,7 +161,7 @@ def heal_checkpoint(
     Returns what to write, which reads from the checkpoint and the folder; and the report.
     """
     started = time.perf_counter()
-    objective = objective_of(index.config)
+    objective = objective_on(data.file, index.config)
     state.mkdir(parents=True, exist_ok=True)
     key, forecasts = _key(checkpoint, data, settings, blocks=blocks), list[Forecast]()
 
