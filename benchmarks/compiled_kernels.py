@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product as pairs
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ LAYOUTS = {
     "int12": Planes(True, True, False),
 }
 _TOKENS = (1, 8, 16, 64, 200)
+_WAVE = 64  # threads of a warp of AMD's chips for servers
 _SIZE = 4096  # rows and columns
 
 
@@ -129,6 +130,7 @@ def variants(chip: Chip) -> list[Variant]:
         found.append(matrix_variant(chip, layout, tokens, torch.float32, unusual=number + 1))
     for number, (layout, tokens) in enumerate(pairs(("int8", "int4"), _TOKENS)):
         found.append(matrix_variant(chip, layout, tokens, torch.float16, unusual=31 - number))
+    found += [_of_experts(matrix_variant(chip, layout, 8)) for layout in ("int8", "int4")]
     for name, real in (("float32", "*fp32"), ("float64", "*fp64")):
         pointers = {"spectrum": real, "out": real, "source": "*i64", "starts": "*i64", "weights": real}
         types = {**pointers, "rows": "i32", "width": "i32", "bins": "i32"}
@@ -181,6 +183,15 @@ def matrix_variant(  # noqa: PLR0917
     return Variant(", ".join([name, *words]), kernel, types, constants, cut.warps, cut.stages, read, turns, not unusual)
 
 
+def _of_experts(one: Variant) -> Variant:
+    """The same for many matrices in one launch."""
+    from spectral_surgery.gpu.experts import experts
+
+    types = {name: "*i64" if name == "jobs" else one.types.get(name, "i32") for name in experts.arg_names}
+    constants = one.constants | {"BIAS": False, "WIDE": False}
+    return replace(one, name=f"{one.name}, experts", kernel=experts, types=types, constants=constants)
+
+
 def _bytes_of(planes: Planes) -> float:
     """What a turn reads of a row for each term that is transformed at a time: that of two columns."""
     return 2 * (planes.BYTES + planes.NIBBLES / 2 + planes.BITS / 8)
@@ -189,7 +200,7 @@ def _bytes_of(planes: Planes) -> float:
 def kind_of(chip: Chip) -> gpu_rules.Chip:
     """What rules call a chip."""
     if chip.target[0] == "hip":
-        return "amd"
+        return "amd" if chip.target[2] == _WAVE else "rdna"
     return gpu_rules.chip_of(divmod(int(chip.target[1]), 10))
 
 

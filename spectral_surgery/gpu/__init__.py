@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-_LEAST_TRITON = (3, 4)
+_LEAST_TRITON = (3, 6)  # 3.4 does not compile few_tokens; 3.6 and 3.9 do
 _LEAST_CHIP = (8, 0)  # the first with bfloat16 in its matrix units
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def available() -> bool:
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _LEAST_TRITON:
-        _log.warning("GPU kernels need Triton 3.4 or newer, got %s. Products take slower ways.", triton.__version__)
+        _log.warning("GPU kernels need Triton 3.6 or newer, got %s. Products take slower ways.", triton.__version__)
         return False
     chips = range(torch.cuda.device_count() if torch.version.hip is None else 0)
     old = [torch.cuda.get_device_name(chip) for chip in chips if torch.cuda.get_device_capability(chip) < _LEAST_CHIP]

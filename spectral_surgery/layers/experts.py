@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectral_surgery.errors import ShapeError
 from spectral_surgery.layers.linear import autocast_input
 from spectral_surgery.layers.weight import SpectralWeight
-from spectral_surgery.matmul import recorded
+from spectral_surgery.matmul import expert_products, recorded
 
 
 class SpectralExperts(nn.Module):
@@ -57,7 +57,9 @@ class SpectralExperts(nn.Module):
         return sum(weight.nbytes for weight in self.weights)
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Multiply each row by the matrix of its expert, one expert after the other.
+        """Multiply each row by the matrix of its expert.
+
+        One expert after the other; on a GPU up to 16 rows of each in one launch, unless a gradient is wanted.
 
         Returns [S, O] in the dtype of x (under autocast: in the autocast dtype).
 
@@ -77,6 +79,9 @@ class SpectralExperts(nn.Module):
                 f" add up to {sum(counts)}."
             )
         x = autocast_input(x)
+        together = None if self.transposed else expert_products(x, [weight.forms for weight in self.weights], counts)
+        if together is not None:
+            return together
         parts = [
             weight.matmul_transposed(rows) if self.transposed else weight.matmul(rows)
             for weight, rows in zip(self.weights, torch.split(x, list(counts)), strict=True)

@@ -7,6 +7,7 @@ from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import HostMatrix
 from spectral_surgery.matmul.level_form import LevelForm, transposed_form
 from spectral_surgery.matmul.look_up import look_up, rows_of
+from spectral_surgery.matmul.on_gpu import expert_products
 from spectral_surgery.matmul.operator import dense_rows, form_matmul, form_matmul_transposed
 from spectral_surgery.matmul.reference import spectral_matmul
 from spectral_surgery.matmul.resident import RESIDENTS, resident_form, resident_forms
@@ -22,6 +23,7 @@ __all__ = [
     "Spectrum",
     "block_streaming_matmul",
     "dense_rows",
+    "expert_products",
     "form_matmul",
     "form_matmul_transposed",
     "look_up",

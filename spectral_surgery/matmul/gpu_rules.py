@@ -9,11 +9,12 @@ import torch
 from spectral_surgery.codec.encoded import Basis
 from spectral_surgery.transforms import IDENTITY
 
-Chip = Literal["8.0", "8.6", "9.0", "10.0", "amd"]  # kinds of chips that cuts differ for
+Chip = Literal["8.0", "8.6", "9.0", "10.0", "amd", "rdna"]  # kinds of chips that cuts differ for
 
 DIGITS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold one of the type
 FEW = 16  # tokens: with more, activations are transformed once, and not by every program again
 _SIDE = 64  # terms that are transformed at a time; tiles of 128 have twice as many
+_AMD = ("amd", "rdna")
 _PROGRAMS = 256  # about two for each multiprocessor of a large GPU: loads of some hide the arithmetic of others
 
 
@@ -130,6 +131,7 @@ class Rule(NamedTuple):
 
 FEW_TOKENS = (
     Rule(64, 1, 8, 1, "what spilled no register when 64 and 128 rows were tried", chips=("amd",)),
+    Rule(64, 1, 16, 1, "8 warps spill 37 registers of int4 and 60 of int5", chips=("rdna",)),
     Rule(64, 1, 8, 1, "8.0, 8.6: 4 warps spill for int12, int5", chips=("8.0", "8.6"), ragged=True, exact=True),
     Rule(64, 1, 4, 1, "9.0: 146 registers at most; 128 rows spill", ragged=True),
     Rule(128, 1, 4, 2, "9.0: 198 registers with 2 blocks of one plane; of two planes they spill", exact=True),
@@ -143,18 +145,25 @@ FEW_TOKENS = (
 
 def few_at_most(matrix: Matrix, dtype: torch.dtype, chip: Chip) -> int:
     """Tokens that `few_tokens` takes; what has no registers for it goes through `product`."""
-    if chip == "amd" and (matrix.ragged or dtype != torch.bfloat16):
+    exact, planes = dtype != torch.bfloat16, matrix.planes
+    if chip in _AMD and (matrix.ragged or exact):
         return 0
-    return FEW // 2 if matrix.ragged and matrix.planes.BITS and dtype != torch.bfloat16 else FEW
+    crowded = exact and matrix.ragged and (chip in ("8.0", "8.6") or planes.BITS)
+    return FEW // 2 if crowded or (chip == "rdna" and planes.BYTES and planes.NIBBLES) else FEW
 
 
-def few_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut:
-    """How up to 16 tokens are cut into programs, by `FEW_TOKENS`."""
+def few_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip, matrices: int = 1) -> Cut:
+    """How up to 16 tokens are cut into programs, by `FEW_TOKENS`.
+
+    Args:
+        matrices: that are multiplied at the same time.
+    """
     rule = next(rule for rule in FEW_TOKENS if _holds(rule, matrix, tokens, dtype, chip))
     rows = max(rule.rows, matrix.side)
     groups = -(-matrix.rows // (rows * rule.blocks))
-    splits = max(1, min(_PROGRAMS // groups, -(-matrix.width // matrix.turn)))
-    least = {"10.0": 8 if dtype != torch.float32 else FEW, "amd": 8}.get(chip, 4)  # its unit takes 16 digits at least
+    splits = max(1, min(_PROGRAMS // (groups * matrices), -(-matrix.width // matrix.turn)))
+    wide = 8 if dtype != torch.float32 else FEW  # for a unit that takes 16 digits at least
+    least = {"10.0": wide, "amd": 8, "rdna": 8}.get(chip, 4)
     lanes = max(least, 4 if tokens <= 4 else 8 if tokens <= 8 else FEW)
     return Cut(lanes, rows, rule.blocks, matrix.side, splits, rule.warps, rule.stages)
 
@@ -176,8 +185,10 @@ def many_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
     terms = _SIDE if dtype == torch.bfloat16 else _SIDE // 2
     if tokens <= FEW:
-        return Cut(FEW, 128, 1, terms, 1, 8 if chip == "amd" else 4, 2)
-    if chip == "amd":
+        return Cut(FEW, 128, 1, terms, 1, 8 if chip in _AMD else 4, 2)
+    if chip == "rdna" and matrix.planes.BYTES and matrix.planes.NIBBLES:  # which spills with 32 tokens
+        return Cut(FEW, 128, 1, terms // 2, 1, 8, 2)
+    if chip in _AMD:
         return Cut(32, 128, 1, terms // 2, 1, 8, 2)
     if terms < _SIDE and matrix.planes.BITS:  # 8.0 spills with 64 tokens
         return Cut(32, 128, 1, terms, 1, 8, 2)

@@ -17,6 +17,7 @@ from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.gpu_rules import (
     DIGITS,
     Chip,
+    Cut,
     Matrix,
     Planes,
     chip_of,
@@ -35,6 +36,8 @@ from spectral_surgery.transforms.base import constants
 
 _BITS = 16  # columns: of a multiple of them, half a row has whole bytes of bits
 _COUNTERS = 1 << 14  # groups of rows of one launch at most
+_ALIGNED = 16  # bytes
+_WAVE = 64  # threads of a warp of AMD's chips for servers
 _KEPT = "_gpu_matrix"
 
 
@@ -83,6 +86,75 @@ def product(x: Tensor, forms: Sequence[Form], bias: Tensor | None) -> Tensor | N
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def expert_products(x: Tensor, forms: Sequence[Sequence[Form]], counts: Sequence[int]) -> Tensor | None:
+    """Each row of x times the matrix of its expert, transposed: [S, O] in the dtype of x, in one launch.
+
+    Returns None where `product` would, where an expert has several forms or more than 16 tokens, and where experts
+    differ in what their kernels are compiled for.
+
+    Args:
+        x: [S, I] floating, the rows of the first expert first.
+        forms: of each expert.
+        counts: rows of each expert.
+    """
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    if x.dtype not in DIGITS or way(x.device.type, x.shape[1], x.dtype) != "triton" or gradient or unreadable(x):
+        return None
+    hit: list[tuple[Any, int]] = [(own[0], count) for own, count in zip(forms, counts, strict=True) if count]
+    if not hit or any(len(own) != 1 for own in forms) or not all(_stands_on(form, x.device) for form, _ in hit):
+        return None
+    some = [(form, _kept(form), count) for form, count in hit]
+    sparse = any(kept.matrix is not None and kept.matrix.outliers for _, kept, _ in some)
+    kinds = {(kept.matrix and kept.matrix._replace(outliers=sparse), form.places.dtype) for form, kept, _ in some}
+    matrix = kinds.pop()[0]
+    most = max(count for _, count in hit)
+    if matrix is None or kinds or not fits(matrix.basis) or most > few_at_most(matrix, x.dtype, _chip(x.device)):
+        return None
+    return _experts(_rows_together(x), matrix, some)
+
+
+def _stands_on(form: Any, device: torch.device) -> bool:
+    """Whether a form has levels on a device, where loads of sixteen bytes may begin."""
+    if not isinstance(getattr(form, "codes", None), Tensor) or form.codes.device != device:
+        return False
+    return not any(one.data_ptr() % _ALIGNED for one in (form.codes, form.lowest, form.scale, form.row_scale))
+
+
+def _experts(x: Tensor, matrix: Matrix, hit: Sequence[tuple[Any, _Kept, int]]) -> Tensor:
+    from spectral_surgery.gpu.experts import experts
+
+    c = few_cut(matrix, max(count for *_, count in hit), x.dtype, _chip(x.device), len(hit))
+    jobs, first = [], 0
+    for form, kept, count in hit:
+        starts = _starts(form, matrix, kept, c.rows) if matrix.outliers else form.scale
+        tensors = (form.codes, form.lowest, form.scale, form.row_scale, form.places, form.beyond, starts)
+        jobs.append([*(tensor.data_ptr() for tensor in tensors), first, count])
+        first += count
+    y, unused = x.new_empty((len(x), matrix.rows)), hit[0][0].scale
+    groups = -(-matrix.rows // (c.rows * c.blocks))
+    sums = unused.new_empty(len(hit) * groups * c.splits * c.blocks * c.rows * c.tokens)
+    counters = _counters(x.device, len(hit) * groups) if c.splits > 1 else unused
+    fixed = few_constants(matrix, c, x.dtype, bias=False, backend=_backend())
+    into, back = _both_sides(matrix, c, x, fixed, unused)
+    places = hit[0][0].places
+    with _on(x):
+        experts[(groups, c.splits, len(hit))](
+            *(x, _sent(jobs, x.device), into, back, sums, counters, y),
+            *(matrix.rows, matrix.terms, matrix.width, x.stride(0)),
+            **fixed,
+            WIDE=places.dtype == torch.int64,
+            num_warps=c.warps,
+            num_stages=c.stages,
+        )
+    return y
+
+
+def _sent(numbers: list[list[int]], device: torch.device) -> Tensor:
+    """Numbers on a device, for which nobody waits."""
+    here = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+
+
 def level_product(x: Tensor, codes: Tensor) -> Tensor:
     """X Mᵀ: [T, K] and [r, K] int8, with any strides, to [T, r] float32; nothing is transformed."""
     one = _one(x.device)
@@ -110,11 +182,9 @@ def _few_tokens(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, bias: Tensor 
     x, c, unused = _rows_together(x), few_cut(matrix, len(x), x.dtype, _chip(x.device)), form.scale
     groups = -(-matrix.rows // (c.rows * c.blocks))
     sums = unused.new_empty(groups * c.splits * c.blocks * c.rows * c.tokens)
-    counters = _counters(x.device) if c.splits > 1 else unused
+    counters = _counters(x.device, groups) if c.splits > 1 else unused
     fixed = few_constants(matrix, c, x.dtype, bias is not None, _backend())
-    kind, basis = mixing(x.dtype), form.basis
-    into = matrices(basis, matrix.terms, 1, c.terms, fixed["OFFSET"], kind, x.device) if fixed["FORWARD"] else unused
-    back = matrices(basis, matrix.rows, 0, c.terms, 0, kind, x.device) if fixed["INVERSE"] else unused
+    into, back = _both_sides(matrix, c, x, fixed, unused)
     tensors = (x, form.codes, form.lowest, into, back, form.scale, form.row_scale, unused if bias is None else bias)
     sparse = (form.places, form.beyond, _starts(form, matrix, kept, c.rows) if matrix.outliers else unused)
     numbers = (len(x), matrix.rows, matrix.terms, matrix.width, x.stride(0))
@@ -123,6 +193,14 @@ def _few_tokens(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, bias: Tensor 
             *tensors, *sparse, sums, counters, y, *numbers, **fixed, num_warps=c.warps, num_stages=c.stages
         )
     return y
+
+
+def _both_sides(matrix: Matrix, c: Cut, x: Tensor, fixed: dict[str, Any], unused: Tensor) -> tuple[Tensor, Tensor]:
+    """What activations and rows of the product are transformed by."""
+    kind, basis = mixing(x.dtype), matrix.basis
+    into = matrices(basis, matrix.terms, 1, c.terms, fixed["OFFSET"], kind, x.device) if fixed["FORWARD"] else unused
+    back = matrices(basis, matrix.rows, 0, c.terms, 0, kind, x.device) if fixed["INVERSE"] else unused
+    return into, back
 
 
 def _many_tokens(x: Tensor, form: Any, matrix: Matrix, kept: _Kept, bias: Tensor | None) -> Tensor:
@@ -160,7 +238,7 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 def _chip(device: torch.device) -> Chip:
     """Which kind of chip a device is; that of Triton's interpreter is any."""
     if torch.version.hip is not None:
-        return "amd"
+        return "amd" if torch.cuda.get_device_properties(device).warp_size == _WAVE else "rdna"
     return chip_of(torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0))
 
 
@@ -201,10 +279,10 @@ def _starts(form: Any, matrix: Matrix, kept: _Kept, height: int) -> Tensor:
     return kept.starts[height]
 
 
-def _counters(device: torch.device) -> Tensor:
-    """[_COUNTERS] int32 zeros for the programs of one launch at a time."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)  # the graph may run beside this stream
+def _counters(device: torch.device, count: int) -> Tensor:
+    """[count] int32 zeros or more, for the programs of one launch at a time."""
+    if count > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(count, dtype=torch.int32, device=device)  # a graph may run beside this stream
     return _stream_counters(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 

@@ -106,17 +106,75 @@ close(torch.autograd.grad(y.sum(), x)[0], encoded.to_dense().double().sum(0).exp
 print("equal")
 """
 
+_EXPERTS = """
+import sys
+from dataclasses import replace
+import torch
+from spectral_surgery import matmul as op
+from spectral_surgery.codec.encode import encode
+from spectral_surgery.codec.encoded import Basis
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.layers import SpectralExperts, SpectralWeight
+from spectral_surgery.matmul import integer, on_gpu
+import spectral_surgery.gpu.experts as kernel
+
+generator = torch.Generator().manual_seed(0)
+launches = []
+run = kernel.experts.run
+kernel.experts.run = lambda *args, **options: (launches.append(options["grid"]), run(*args, **options))[1]
+on_gpu.way = integer.way = lambda *_: "triton"
+for resident in sys.argv[1:]:
+    for rows, terms in ((70, 96),):
+        weights, dense = [], []
+        for expert in range(4):
+            weight = torch.randn(rows, terms, generator=generator)
+            if expert == 1:
+                weight[3, 9] = 30  # an outlier that the others do not have
+            encoded, _ = encode(weight, Target("bits", 2.5), Basis())
+            weights.append(SpectralWeight.from_spectra(encoded, resident))
+            dense.append(encoded.to_dense().double())
+        experts = SpectralExperts(weights)
+        for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
+            for counts in ((2, 1, 0, 5), (0, 0, 1, 0)):
+                x = torch.randn(sum(counts), terms, generator=generator).to(dtype)
+                parts = x.double().split(list(counts))
+                wanted = torch.cat([part @ matrix.T for part, matrix in zip(parts, dense)])
+                del launches[:]
+                y = experts(x, counts)
+                assert len(launches) == 1 and launches[0][2] == sum(count > 0 for count in counts), launches
+                assert y.dtype == dtype
+                assert float((y.double() - wanted).norm() / wanted.norm()) < limit, (resident, dtype)
+                alone = torch.cat([weight.matmul(part.to(dtype)) for weight, part in zip(weights, parts) if len(part)])
+                assert float((y.double() - alone.double()).norm() / wanted.norm()) < limit
+        x = torch.randn(8, terms, generator=generator).requires_grad_()
+        y = experts(x, (2, 1, 0, 5))
+        assert len(launches) == 1  # gradients come from each expert by itself
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        wanted = torch.cat([matrix.sum(0).expand(count, -1) for matrix, count in zip(dense, (2, 1, 0, 5))])
+        assert float((gradient.double() - wanted).norm() / wanted.norm()) < 1e-5
+    other = SpectralWeight.from_spectra(encoded, "int12")
+    assert on_gpu.expert_products(x.detach(), [weight.forms for weight in (*weights[:3], other)], (2, 1, 0, 5)) is None
+    assert on_gpu.expert_products(x.detach()[:0], [weight.forms for weight in weights], (0, 0, 0, 0)) is None
+    many = torch.randn(20, terms, generator=generator)
+    assert on_gpu.expert_products(many, [weight.forms for weight in weights], (17, 3, 0, 0)) is None
+print("equal")
+"""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resident", ["int8", "int4", "int5", "int12"])
-def test_values_in_the_interpreter(resident: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "resident"),
+    [*((_INTERPRETED, name) for name in ("int8", "int4", "int5", "int12")), (_EXPERTS, "int8"), (_EXPERTS, "int4")],
+    ids=["int8", "int4", "int5", "int12", "experts of int8", "experts of int4"],
+)
+def test_values_in_the_interpreter(program: str, resident: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", _INTERPRETED, resident]
+    command = [sys.executable, "-W", "ignore", "-c", program, resident]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
-@pytest.mark.parametrize("chip", ["8.0", "8.6", "9.0", "10.0", "amd"])
+@pytest.mark.parametrize("chip", ["8.0", "8.6", "9.0", "10.0", "amd", "rdna"])
 @pytest.mark.parametrize("tokens", [1, 8, 16])
 def test_terms_are_shared_only_where_rows_do_not_fill_a_chip(tokens: int, chip: gpu_rules.Chip) -> None:
     def cut(rows: int, columns: int, tile: int = 64) -> gpu_rules.Cut:
@@ -128,7 +186,7 @@ def test_terms_are_shared_only_where_rows_do_not_fill_a_chip(tokens: int, chip: 
     assert 128 <= -(-4096 // (usual.rows * usual.blocks)) * usual.splits <= 512
     assert cut(4096, 128).splits == cut(152_000, 4096).splits == 1
     assert not cut(100, 100, 128).rows % 128
-    assert usual.tokens == {1: 8 if chip in ("10.0", "amd") else 4, 8: 8, 16: 16}[tokens]
+    assert usual.tokens == {1: 8 if chip in ("10.0", "amd", "rdna") else 4, 8: 8, 16: 16}[tokens]
 
 
 @pytest.mark.gpu
