@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
-from spectral_surgery.codec.frames import checked_frame, narrowest
+from spectral_surgery.codec.frames import check, frame_of, narrowest
 from spectral_surgery.codec.parallel import one_torch_thread, parallel_map
 from spectral_surgery.codec.quantized import Moments, dequantize
 from spectral_surgery.codec.quantizers import DEFAULT, QUANTIZERS, Rounding
@@ -188,7 +188,7 @@ def _encode(spectrum: _Spectrum, rounding: Rounding) -> _Stored:
     def stored(frame: _Frame) -> tuple[bytes, Tensor, Moments]:
         codes, sums = rounding.quantize(frame.coefficients)
         codes = codes.to(narrowest(codes))
-        return checked_frame(codes), codes, sums
+        return frame_of(codes), codes, sums
 
     frames = parallel_map(stored, spectrum.frames, spectrum.threads)
     moments = reduce(add, (sums for _, _, sums in frames))
@@ -207,6 +207,7 @@ def _measured(spectrum: _Spectrum, stored: _Stored) -> tuple[EncodedSpectrum, En
 
     def lost(frame: int) -> float:
         codes, first = stored.codes[frame], frame * encoded.rows_per_frame
+        check(encoded.frames[frame], codes)
         energy = 0.0
         for start, stop in basis.blocks(codes.shape):
             rows = spectrum.weight[first + start : first + stop].to(wide)

@@ -29,7 +29,7 @@ def encode_rows(codes: Tensor, tile: int, *, threads: int = 1, verify: bool = Tr
     height = rows_per_frame(codes.shape[1], tile)
     rows = [codes[start:stop] for start, stop in frame_spans(len(codes), height)]
     parts = [part.to(narrowest(part)) for part in rows]
-    encode = checked_frame if verify else _frame
+    encode = checked_frame if verify else frame_of
     return height, tuple(parallel_map(encode, parts, threads))
 
 
@@ -45,12 +45,18 @@ def checked_frame(codes: Tensor) -> bytes:
 
     Raises CheckpointError when they do not come back.
     """
-    data = _frame(codes)
-    rows, columns = codes.shape
-    if not np.array_equal(decode_frame(data, (rows, columns)), codes.numpy()):
-        raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")
+    data = frame_of(codes)
+    check(data, codes)
     return data
 
 
-def _frame(codes: Tensor) -> bytes:
+def frame_of(codes: Tensor) -> bytes:
+    """Encode the codes of a frame, [r, I] int8, int16 or int32; see `check`."""
     return encode_frame(codes.numpy())
+
+
+def check(data: bytes | memoryview, codes: Tensor) -> None:
+    """Raise CheckpointError when a frame does not decode to its codes, [r, I]."""
+    rows, columns = codes.shape
+    if not np.array_equal(decode_frame(data, (rows, columns)), codes.numpy()):
+        raise CheckpointError("encode: a frame does not decode to what was encoded. This is a bug: please report it.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,8 @@ from spectral_surgery.kernels import BLOCK
 
 Floats = npt.NDArray[np.float32]
 
+_MEDIAN = 0.6745  # of magnitudes of Gaussian numbers, in units of their root mean square
+_SOME = 4  # one block of so many
 _SIZE, _SIZE_OF_BLOCKS = 1 << 17, 1 << 16  # coefficients
 
 
@@ -22,9 +26,13 @@ class Sample:
 
     Args:
         frames: [r, I] float32 each, on the CPU.
+
+    Attributes:
+        found: what a quantiser found on some of it, by where it looked, for the next time.
     """
 
     def __init__(self, frames: Sequence[Tensor]) -> None:
+        self.found: dict[float, Any] = {}
         self._frames = frames
         self._total = sum(frame.numel() for frame in frames)
 
@@ -47,3 +55,14 @@ class Sample:
         stride = max(1, sum(part.size for part in rows) // _SIZE_OF_BLOCKS) | 1
         joined = (part[:, number % stride :: stride] for number, part in enumerate(rows))  # not the same columns
         return np.ascontiguousarray(np.concatenate(list(joined), 1))
+
+    @cached_property
+    def some(self) -> Floats:
+        """[32, n]: one of so many of the blocks."""
+        return np.ascontiguousarray(self.blocks[:, ::_SOME])
+
+    @cached_property
+    def spread(self) -> tuple[float, float]:
+        """Root mean square of the blocks; and as their median has it, which a few large ones do not move."""
+        rms = math.sqrt(float(np.square(self.blocks, dtype=np.float64).mean()))
+        return rms, float(np.median(np.abs(self.blocks[self.blocks != 0]))) / _MEDIAN

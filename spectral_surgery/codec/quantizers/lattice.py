@@ -34,8 +34,6 @@ _UNSEEN = 0.05  # times that a code occurs that did not
 _ATTEMPTS = 16
 _NEAR = 0.02  # of a doubling of the step, from there on all of the sample is looked at
 _CLOSE = 0.002  # of a doubling: close enough
-_SOME = 4  # one block of so many, until it is near
-_MEDIAN = 0.6745  # of magnitudes of Gaussian numbers, in units of their root mean square
 _OCTAVES = 13.0  # around the root mean square, in which steps are looked for
 
 
@@ -133,11 +131,11 @@ class Lattice:
 
     def for_bits(self, sample: Sample, bits: float) -> LatticePoints:
         """See `Quantizer`."""
-        return _search(sample.blocks, lambda trial: trial.bits - bits if trial.error > EXACT else 1.0)
+        return _search(sample, lambda trial: trial.bits - bits if trial.error > EXACT else 1.0)
 
     def for_error(self, sample: Sample, relative_error: float) -> LatticePoints:
         """See `Quantizer`."""
-        return _search(sample.blocks, lambda trial: math.log2(relative_error / max(trial.error, 1e-9)))
+        return _search(sample, lambda trial: math.log2(relative_error / max(trial.error, 1e-9)))
 
 
 class _Trial(NamedTuple):
@@ -148,19 +146,16 @@ class _Trial(NamedTuple):
     error: float
 
 
-def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
+def _search(sample: Sample, above: Callable[[_Trial], float]) -> LatticePoints:
     """The step at which bits or accuracy are as asked; both fall by about one when it doubles.
 
     Args:
-        blocks: [r, I] of a sample.
         above: of a trial, how many bits it is above what was asked.
     """
-    rms = math.sqrt(float(np.square(blocks, dtype=np.float64).mean()))
-    usual = float(np.median(np.abs(blocks[blocks != 0]))) / _MEDIAN  # which a few large ones do not move
+    rms, usual = sample.spread
     low, high = math.log2(rms) - _OCTAVES, math.log2(rms) + _OCTAVES
-    some, all_of_it = np.ascontiguousarray(blocks[:, ::_SOME]), False
-    place = float(min(max(math.log2(usual), low), high))
-    trial, finer = _trial(some, 2.0**place), None
+    place, all_of_it = float(min(max(math.log2(usual), low), high)), False
+    trial, finer = _roughly(sample, place), None
     for _ in range(_ATTEMPTS):
         excess = above(trial)
         low, high = (max(low, place), high) if excess > 0 else (low, min(high, place))
@@ -168,12 +163,20 @@ def _search(blocks: Array, above: Callable[[_Trial], float]) -> LatticePoints:
         if abs(excess) < _CLOSE and all_of_it:
             break
         if abs(excess) < _NEAR and not all_of_it:
-            some, all_of_it = blocks, True
+            all_of_it = True
             low, high = place - 4 * _NEAR, place + 4 * _NEAR  # it was found on some of them
         place = float(place + excess if low < place + excess < high else (low + high) / 2)
-        trial = _trial(some, 2.0**place, trial.points if all_of_it else None)
+        trial = _trial(sample.blocks, 2.0**place, trial.points) if all_of_it else _roughly(sample, place)
     nothing_left = trial.error == 1  # constants have no step between all of it and nothing
     return finer.points if finer is not None and nothing_left else trial.points
+
+
+def _roughly(sample: Sample, place: float) -> _Trial:
+    """What a step gives on some of a sample."""
+    if place not in sample.found:
+        sample.found[place] = _trial(sample.some, 2.0**place)
+    found: _Trial = sample.found[place]
+    return found
 
 
 def _trial(blocks: Array, step: float, near: LatticePoints | None = None) -> _Trial:
@@ -213,10 +216,11 @@ def _counts(levels: Array) -> Array:
 
 def _prices(counts: Array) -> Array:
     """Bits of m given c for a code of each magnitude; two codes of opposite signs are equally frequent."""
-    each = np.maximum(counts, _UNSEEN) / np.where(np.arange(len(counts)) > 0, 2, 1)
-    out = np.zeros(len(counts))
+    each = np.maximum(counts, _UNSEEN)
+    each[1:] /= 2
+    out: Array = -np.log2(each)
     for c in (0, 1):
-        out[c::2] = math.log2(max(counts[c::2].sum(), 1)) - np.log2(each[c::2])
+        out[c::2] += math.log2(max(counts[c::2].sum(), 1))
     return out
 
 
