@@ -115,7 +115,7 @@ def command(
     found, origin = access.resolve(source) if calibrate or heal else access.locate(source)
     threads = ctx.params["threads"] or 1 if engine == "ray" else shared.threads_or_all(workers=workers)
     who, pushed = {"workers": processes, "engine": engine, "ray_address": address}, dict[str, object]()
-    with output.progress(" weights") as progress:
+    with shared.apart_from_ray(engine), output.progress(" weights") as progress:
         more = {"threads": threads, "origin": origin, "progress": progress, "note": output.note}
         run = from_options(Run, who | more)
         if access.push and access.stream_push:

@@ -92,7 +92,7 @@ def command(
         _check_plot(plot, table=reference.has_models)
     params = click.get_current_context().params
     where = {"ray_address": shared.ray_address(), "engine": params["engine"], "threads": params["threads"]}
-    with output.progress() as progress:
+    with shared.apart_from_ray(params["engine"]), output.progress() as progress:
         report = evaluate(
             first(a)[0],
             second(b[0])[0] if b else None,

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,6 +186,11 @@ def ray_address() -> str | None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it would report on it
     given: str | None = params["ray_address"]
     return given or os.environ.get("RAY_ADDRESS")
+
+
+def apart_from_ray(engine: str | None) -> AbstractContextManager[object]:
+    """What Ray prints to stdout meanwhile, such as that a node is lost, goes to stderr: stdout is for the result."""
+    return redirect_stdout(sys.stderr) if engine == "ray" else nullcontext()
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
