@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numba.extending
-from numba.core import event
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, event
 from numba.core.event import Event, Listener
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -92,3 +93,11 @@ def features(context: Any) -> list[str]:
 def processor_name(context: Any) -> str:
     """As LLVM calls the processor that numba's context compiles for."""
     return str(context.codegen().magic_tuple()[1])
+
+
+def prefetch(build: Any, address: Any) -> None:
+    """Ask for the line of the cache at an address, which may be of no memory at all."""
+    pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+    ask = cgutils.get_or_insert_function(build.module, kind, "llvm.prefetch.p0")
+    build.call(ask, [build.inttoptr(address, pointer), word(0), word(3), word(1)])
