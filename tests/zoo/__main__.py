@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models; all when none is named")
     parser.add_argument("--processes", type=int, default=max(os.cpu_count() or 1, 1), help="models at a time")
     parser.add_argument("--again", action="store_true", help="check also what has been checked")
+    parser.add_argument("--renew", action="store_true", help="put the rows of these models into the page as it is")
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     warnings.simplefilter("ignore")
@@ -31,7 +32,7 @@ def _go(given: argparse.Namespace) -> None:
     from tests.zoo.left_out import LEFT_OUT
     from tests.zoo.steps import check
     from tests.zoo.sweep import ROOT, fingerprint, read_results, sweep
-    from tests.zoo.table import page, reasons, write_page
+    from tests.zoo.table import PAGE, page, reasons, renewed_in, results_in, write_page
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -50,6 +51,10 @@ def _go(given: argparse.Namespace) -> None:
         _say(line)
     if not given.names:
         write_page(page(KINDS, LEFT_OUT, results))
+    elif given.renew:
+        before, names = PAGE.read_text(encoding="utf-8"), {*given.names} & results.keys()
+        results = results_in(before) | {name: results[name] for name in names}
+        write_page(page(KINDS, LEFT_OUT, results, again=[*renewed_in(before), *names]))
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,11 +55,17 @@ What is checked:
 """
 
 
-def page(kinds: Mapping[str, tuple[Entry, ...]], left_out: Mapping[str, str], results: Results) -> str:
-    """The whole page as Markdown; models without a result are listed too."""
+_AGAIN = "Checked again since, by `python -m tests.zoo --renew NAME...`: "
+
+
+def page(
+    kinds: Mapping[str, tuple[Entry, ...]], left_out: Mapping[str, str], results: Results, again: Iterable[str] = ()
+) -> str:
+    """The whole page as Markdown; models without a result are listed too. ``again``: what was renewed alone."""
     notes = _Notes()
     entries = [entry for own in kinds.values() for entry in own]
-    parts = [_HEAD, _counts(entries, results), _STEPS]
+    since = [entry.name for entry in entries if entry.name in {*again}]
+    parts = [_HEAD, _counts(entries, results), f"\n{_AGAIN}{', '.join(since)}.\n" if since else "", _STEPS]
     for title, own in kinds.items():
         parts.append(f"\n## {title}\n\n{_table(own, results, notes)}")
     parts.append(notes.text())
@@ -84,6 +92,40 @@ def names_in(text: str) -> list[str]:
     """The models that a page lists, in order."""
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
     return [row[1].strip().strip("`") for row in rows]
+
+
+def renewed_in(text: str) -> list[str]:
+    """The models that a page says were checked again."""
+    line = next((line for line in text.splitlines() if line.startswith(_AGAIN)), "")
+    return line.removeprefix(_AGAIN).removesuffix(".").split(", ") if line else []
+
+
+def results_in(text: str) -> dict[str, dict[str, Any]]:
+    """The results that a page shows, by model: what `page` makes the same page of."""
+    lines = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    reasons = {f"[{number}]": html.unescape(re.sub(r"\\(.)", r"\1", line)) for number, line in lines.items()}
+    found = {}
+    for row in (line for line in text.splitlines() if line.startswith("| `")):
+        name, kind, _, *cells = (cell.strip() for cell in row.strip("|").split(" | "))
+        steps = {step: _outcome(cell, reasons) for step, cell in zip(NAMES, cells, strict=True) if cell != UNKNOWN}
+        if len({*cells}) == 1 and cells[0].endswith("]"):  # it was never built
+            steps = {"build": steps[NAMES[0]]}
+        found[name.strip("`")] = {"name": name.strip("`"), "type": kind, "steps": _as_json(steps)}
+    return found
+
+
+def _as_json(steps: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {name: outcome.to_json() for name, outcome in steps.items()}
+
+
+def _outcome(cell: str, reasons: Mapping[str, str]) -> Outcome:
+    sign, _, rest = cell.partition(" ")
+    status = next(status for status, other in SIGNS.items() if other == sign)
+    line = reasons.get(rest, "")
+    if status is not Status.OK:
+        return Outcome(status, line)
+    noted = {name: 1.0 for name, other in _NOTED.items() if other == line}
+    return Outcome(status, numbers=noted or ({"share": min(int(rest.split()[0]) / 100, 0.9999)} if rest else {}))
 
 
 def _counts(entries: list[Entry], results: Results) -> str:

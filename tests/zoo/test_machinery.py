@@ -32,7 +32,7 @@ from tests.zoo.shrink import FIRST_SPECIAL, VOCABULARY, tiny_settings
 from tests.zoo.steps import NAMES, STEPS, Step, run_step
 from tests.zoo.subject import EXACT, Subject, prepare
 from tests.zoo.sweep import read_results, sweep
-from tests.zoo.table import PAGE, names_in, page, reasons
+from tests.zoo.table import PAGE, names_in, page, reasons, renewed_in, results_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of fork, in Python 3.12 and later
 
@@ -255,6 +255,18 @@ def test_a_model_that_transformers_does_not_build_is_listed() -> None:
 
 def test_the_page_in_the_docs_lists_the_zoo() -> None:
     assert names_in(PAGE.read_text(encoding="utf-8")) == [*ZOO]
+
+
+def test_rows_are_renewed_in_the_page_as_it_is() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(KINDS, LEFT_OUT, results_in(text), renewed_in(text)) == text
+    name = next(iter(ZOO))
+    renewed = results_in(text) | {name: record(ZOO[name], heal=Outcome(Status.REFUSED, "not *today*"))}
+    written = page(KINDS, LEFT_OUT, renewed, [*renewed_in(text), name])
+    assert name in renewed_in(written)
+    assert results_in(written)[name]["steps"]["heal"]["line"] == "not *today*"
+    others = results_in(text).keys() - {name}
+    assert all(results_in(written)[other] == results_in(text)[other] for other in others)
 
 
 def test_names_are_given_once() -> None:
