@@ -16,7 +16,7 @@ R = TypeVar("R")
 def ahead(make: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[tuple[T, R]]:
     """Each item, in order, with what a function makes of it.
 
-    ``depth``: of how many following items it is made while one is used, each on a thread of its own. With 0 it is
+    ``depth``: of how many following items it is made while one is used, each on another thread. With 0 it is
     called where the result is used. The threads end with the process: nobody waits for them after an error.
     """
     if not depth:

@@ -1,4 +1,4 @@
-"""How long work tells the caller where it is, without knowing about terminals."""
+"""The progress callback of long-running functions."""
 
 from __future__ import annotations
 

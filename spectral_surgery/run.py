@@ -1,4 +1,4 @@
-"""How long work is carried out; nothing here decides its result."""
+"""How long-running work is carried out; nothing here changes its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _unread(sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """How long work is carried out.
+    """How long-running work is carried out.
 
     Processes import the calling script: it needs a ``__main__`` guard. Instead of their number there may be a team of
     them, of which this is the last work.

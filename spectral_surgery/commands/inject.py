@@ -23,8 +23,8 @@ from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.hf.models import outline_model
 from spectral_surgery.hf.peft.target_rules import misread_by_peft
 from spectral_surgery.hf.tensor_names import StoredParameter, TensorNames, names_in
+from spectral_surgery.live.choose_targets import all_linear, candidates, resolve
 from spectral_surgery.live.heads import trained_heads
-from spectral_surgery.live.resolve import all_linear, candidates, resolve
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.progress import Progress, silent
 from spectral_surgery.targets import ALL_LINEAR

@@ -1,4 +1,4 @@
-"""Who works in a folder: several shards together, or one process alone; a lock dies with its process."""
+"""A lock on a folder: shared by shards, or exclusive; released when the process ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's own files, ``pytorch_model.bin``, for those who trust who made them.
+"""PyTorch's files, ``pytorch_model.bin``, for those who trust who made them.
 
 torch reads names, shapes and places from the pickle, and with ``weights_only`` nothing that could run code. The numbers
 lie uncompressed in the same file, so that any range of a tensor is read as from safetensors, without the others.

@@ -98,7 +98,7 @@ def read_flat(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Read a range of the elements of a tensor, in storage order.
 
     Returns:
-        ``[stop - start]`` in the stored dtype, with memory of its own.
+        ``[stop - start]`` in the stored dtype, in fresh memory.
 
     Raises:
         CheckpointError: when the range is not inside the tensor, the file is too short, or torch
@@ -168,7 +168,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """Read a tensor.
 
     Returns:
-        The tensor, of shape ``info.shape``, in the stored dtype, with memory of its own.
+        The tensor, of shape ``info.shape``, in the stored dtype, in fresh memory.
 
     Raises:
         CheckpointError: when the file is too short, or torch has no such dtype.

@@ -174,7 +174,7 @@ def write_checkpoint(
     Args:
         folder: an existing folder; see `publishing`.
         entries: the tensors. They fill shards in this order, as in huggingface_hub.
-        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets a separate file.
         metadata: free text by key, in every file.
         name: of the files, before number and ending; see `weights_name`.
 

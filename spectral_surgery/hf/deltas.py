@@ -153,7 +153,7 @@ def _check_ties(model: Any, outline: Any, parameters: Iterable[StoredParameter],
         tied = name == other or ties.get(name, name) == ties.get(other, other)
         if not tied and not torch.equal(_dense(model, name), _dense(model, other)):
             raise CheckpointError(
-                f"{name}: expected a tensor of its own in the fine-tune, as in the base, got one tied to {other}."
+                f"{name}: expected a separate tensor in the fine-tune, as in the base, got one tied to {other}."
                 " decompress gives the fine-tune as a model."
             )
 

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: every SOURCE may be a repository, every result can be pushed.
 
 The only importer of huggingface_hub besides the model cards; it is imported inside functions, since that takes half a
-second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are its own.
+second that local work does not need. The cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` work as usual.
 """
 
 from spectral_surgery.hub.download import fetch, fetch_foreign, locate, needed, resolve

@@ -16,7 +16,7 @@ from spectral_surgery.adapters.base import AdapterSpec, AdapterState
 from spectral_surgery.adapters.layer import AdaptedLayer, forms_of, shape_of
 from spectral_surgery.adapters.saved import BIAS_RECORD, SavedModule, TrainedBias
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
-from spectral_surgery.live.resolve import candidates, resolve
+from spectral_surgery.live.choose_targets import candidates, resolve
 from spectral_surgery.live.trained_copy import trained_copy
 from spectral_surgery.targets import ALL_LINEAR
 

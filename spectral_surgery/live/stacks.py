@@ -110,7 +110,7 @@ class Chain:
             keep: puts activations away until they are needed.
 
         Raises:
-            UnchainedError: when the model does something of its own between two blocks.
+            UnchainedError: when the model does something between two blocks.
         """
         samples = []
         for place, batch in enumerate(batches):

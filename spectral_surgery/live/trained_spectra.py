@@ -64,7 +64,7 @@ def train_kept(
 
 
 def is_trainable(model: nn.Module, vector: str) -> bool:
-    """Whether a vector can be given a parametrization, which gives its module a class of its own.
+    """Whether a vector can be given a parametrization, which gives its module another class.
 
     A module with a weight norm has one already, and shares it with its copies; and transformers finds hidden states by
     the class of a model, which such a vector may be right in.

@@ -82,6 +82,6 @@ def _tokens(spectrum: Tensor, length: int) -> Tensor:
 
 
 def _scale_inner(spectrum: Tensor, length: int, factor: float) -> Tensor:
-    """All but the frequencies that are their own conjugates, zero and that of Nyquist; in place."""
+    """All but the frequencies that are self-conjugate, zero and that of Nyquist; in place."""
     spectrum[:, 1 : (length + 1) // 2].mul_(factor)
     return spectrum

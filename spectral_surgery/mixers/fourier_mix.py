@@ -1,6 +1,6 @@
 """Fourier sums over tokens and channels: of all tokens, and of the last ones only.
 
-Half of either follows from the symmetry of the spectrum of real numbers over channels. Both are their own adjoints,
+Half of either follows from the symmetry of the spectrum of real numbers over channels. Both are self-adjoint,
 the second one with time reversed, so that nothing is kept for the backward pass.
 """
 
@@ -82,7 +82,7 @@ class _FourierMix(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - nothing is kept
         """Transform over channels, then over tokens.
 
-        The real part of a transform is the transform of the part of its input that is its own conjugate when reversed;
+        The real part of a transform is the transform of the part of its input that is self-conjugate when reversed;
         half of that is known from the other half.
         """
         batch, length, width = x.shape

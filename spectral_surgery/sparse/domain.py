@@ -3,7 +3,7 @@
 A tensor is seen as a matrix [O, I]: a vector as one row, more than two dimensions as
 [shape[0], -1]. The transforms of TRANSFORMS are real and give one coefficient per weight. `rfft2`
 is the two-dimensional Fourier transform of the whole matrix. Its spectrum is symmetric, so half a
-plane [O, F], F = I // 2 + 1, holds all of it. In the columns that are their own mirror image (the
+plane [O, F], F = I // 2 + 1, holds all of it. In the columns that are self-conjugate (the
 first, and the last for even I), only rows up to O // 2 are independent.
 """
 
@@ -102,7 +102,7 @@ class Domain:
         """Return the real degrees of freedom at positions of the spectrum, [K] int64.
 
         One for a real transform. For rfft2, two stand for a conjugate pair, one for a coefficient
-        that is its own conjugate, none for one whose conjugate is stored in another row.
+        that is self-conjugate, none for one whose conjugate is stored in another row.
         """
         if not self.half_plane:
             return torch.ones_like(positions, dtype=torch.int64)

@@ -25,7 +25,7 @@ def spans(n: int, tile: int) -> list[tuple[int, int]]:
 def forward(x: Tensor, transform: Transform, tile: int, axes: tuple[int, ...]) -> Tensor:
     """Transform each tile along the chosen matrix axes, [..., O, I] -> [..., O, I].
 
-    The shorter remainder of an axis is transformed at its own length, or left as it is where the
+    The shorter remainder of an axis is transformed at its length, or left as it is where the
     transform refuses that length. Dtypes as in `Transform.forward`.
 
     Args:

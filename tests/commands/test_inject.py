@@ -18,7 +18,7 @@ from spectral_surgery.commands.inject import inject, plan_injection
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.files.peft.adapter_files import TENSOR_FILE, read_adapter
 from spectral_surgery.live import attach
-from spectral_surgery.live.resolve import candidates
+from spectral_surgery.live.choose_targets import candidates
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.options import in_words, parse_settings, settings_of
 from spectral_surgery.targets import ModuleTargets

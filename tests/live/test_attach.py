@@ -15,7 +15,7 @@ from spectral_surgery.adapters.layer import AdaptedLayer
 from spectral_surgery.adapters.lora import LoraConfig
 from spectral_surgery.errors import CheckpointError, ConfigError, TargetError
 from spectral_surgery.live import attach
-from spectral_surgery.live.resolve import candidates, resolve
+from spectral_surgery.live.choose_targets import candidates, resolve
 from spectral_surgery.targets import ModuleTargets
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.files.peft.task import callable_task
+from spectral_surgery.live.choose_targets import resolve
 from spectral_surgery.live.heads import head_names, trained_heads
-from spectral_surgery.live.resolve import resolve
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.targets import ModuleTargets
 

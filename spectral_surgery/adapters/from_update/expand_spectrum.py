@@ -76,7 +76,7 @@ def _cosines(delta: Tensor) -> tuple[Tensor, Tensor]:
     """([O, I // 2 + 1] coefficients for scaling 1, float64 energies) of the places in half of the spectrum."""
     rows, columns = delta.shape
     real = torch.fft.rfft2(delta).real
-    # a pair of mirrored places is one function; a place that is its own mirror has twice the norm
+    # a pair of mirrored places is one function; a self-mirrored place has twice the norm
     twice = torch.full(real.shape, 2.0, device=delta.device)
     middle_rows = [0, rows // 2] if rows % 2 == 0 else [0]
     middle_columns = [0, columns // 2] if columns % 2 == 0 else [0]

@@ -27,7 +27,7 @@ from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.commands.compress.coverage import Calibrated, Coverage, coverage_of, reasons_of, seen_by_expert
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.commands.compress.spread_bits import spread_targets
-from spectral_surgery.commands.compress.tables import Tables, calibrated_tables
+from spectral_surgery.commands.compress.word_tables import Tables, calibrated_tables
 from spectral_surgery.engines import ENGINES
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.plan import PlannedTensor

@@ -2,7 +2,7 @@
 
 The blocks are run once forwards, which gives the second moments of what layers are given and thereby the error that a
 rate leaves in their outputs, and once backwards, which gives what such errors do to the last hidden states. Of several
-stacks each has its own last hidden states, and counts as much as the others.
+stacks each has separate last hidden states, and counts as much as the others.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from spectral_surgery.files.reader import same_bytes
 from spectral_surgery.files.storage import Checkpoint
 from spectral_surgery.hf.base_model import BaseModel, base_model
 from spectral_surgery.hf.tensor_names import StoredParameter
-from spectral_surgery.live.resolve import candidates
+from spectral_surgery.live.choose_targets import candidates
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.targets import ALL_LINEAR, ModuleTargets
 

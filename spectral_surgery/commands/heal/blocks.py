@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
-from spectral_surgery.commands.heal.recomputed import recomputed_weights
+from spectral_surgery.commands.heal.gradient_checkpointing import recomputed_weights
 from spectral_surgery.commands.heal.whole_model import Healed, HealSession, train_stored_vectors
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor

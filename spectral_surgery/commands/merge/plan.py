@@ -107,7 +107,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Path], weights: Sequence[flo
             misfits are listed.
         NotMergeableError: when an adapter is not one weight update.
     """
-    from spectral_surgery.commands.merge.sites import Finder
+    from spectral_surgery.commands.merge.find_tensors import Finder
 
     factors = tuple(weights) if weights is not None else (1.0,) * len(adapters)
     if not adapters or len(factors) != len(adapters):

@@ -1,7 +1,7 @@
 """Tensors of a compressed checkpoint that are coded without loss: stored, checked, and read as if they were plain.
 
 A tensor is cut into frames (`codec.byte_planes`), whose planes are stored one after the other: those of the first
-frame, those of the second one, and so on. Parts are ranges of frames that were encoded on their own.
+frame, those of the second one, and so on. Parts are ranges of frames that were encoded separately.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PART_FRAMES = 16  # frames of a part
 
 @dataclass(frozen=True)
 class LosslessPart:
-    """Frames that were encoded on their own.
+    """Frames that were encoded separately.
 
     Attributes:
         numbers: the first number and the end of the range.

@@ -12,7 +12,7 @@ from spectral_surgery.files.sources.base import Settings, SourceKind
 from spectral_surgery.files.sources.bitsandbytes import BITSANDBYTES
 from spectral_surgery.files.sources.compressed_tensors import COMPRESSED_TENSORS
 from spectral_surgery.files.sources.fp8 import FBGEMM_FP8, FP8, looks_fp8
-from spectral_surgery.files.sources.grouped import AWQ, GPTQ
+from spectral_surgery.files.sources.gptq_awq import AWQ, GPTQ
 from spectral_surgery.files.sources.mxfp4 import MXFP4
 from spectral_surgery.registry import Table
 

@@ -52,7 +52,7 @@ class Loading:
     Attributes:
         residents: resident form by stored name; ``auto`` for others.
         ties: those that transformers had, before `untie`: of the whole model, and of its models by name, where one
-            has its own.
+            has some.
         conversions: of transformers alone, that were used; what save_pretrained reverts.
         renaming: ours, by which messengers reach converters of transformers.
         prefetched: the forms of matrices by stored names, made on all cores before they are installed.

@@ -27,7 +27,7 @@ from spectral_surgery.hf.quantizer import loading_plan as planning
 from spectral_surgery.hf.quantizer import saving
 from spectral_surgery.hf.quantizer.fill_weights import UNREAD, Loading
 from spectral_surgery.hf.quantizer.loading_plan import MESSENGER
-from spectral_surgery.hf.quantizer.whole_model import bind_methods, cast, unbind_methods
+from spectral_surgery.hf.quantizer.model_methods import bind_methods, cast, unbind_methods
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.rate import Target
-from spectral_surgery.commands.heal.recomputed import recomputed_weights
+from spectral_surgery.commands.heal.gradient_checkpointing import recomputed_weights
 from spectral_surgery.layers.kept_spectrum import KeptSpectrum
 from spectral_surgery.live.trained_spectra import train_kept
 
