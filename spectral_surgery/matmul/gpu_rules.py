@@ -149,7 +149,7 @@ def few_at_most(matrix: Matrix, dtype: torch.dtype, chip: Chip) -> int:
     if chip in _AMD and (matrix.ragged or exact):
         return 0
     crowded = exact and matrix.ragged and (chip in ("8.0", "8.6") or planes.BITS)
-    return FEW // 2 if crowded or (chip == "rdna" and planes.BYTES and planes.NIBBLES) else FEW
+    return FEW // 2 if crowded or (chip == "rdna" and _two(planes)) else FEW
 
 
 def few_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip, matrices: int = 1) -> Cut:
@@ -168,12 +168,16 @@ def few_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip, matrice
     return Cut(lanes, rows, rule.blocks, matrix.side, splits, rule.warps, rule.stages)
 
 
+def _two(planes: Planes) -> bool:
+    return planes.BITS or (planes.BYTES and planes.NIBBLES)
+
+
 def _holds(rule: Rule, matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> bool:
     planes = matrix.planes
     asked = {
         "ragged": matrix.ragged or matrix.side > _SIDE,
         "exact": dtype != torch.bfloat16,
-        "two_planes": planes.BYTES == planes.NIBBLES or planes.BITS,
+        "two_planes": _two(planes),
         "nibbles": planes.NIBBLES,
     }
     fits = not rule.chips or chip in rule.chips
@@ -184,10 +188,10 @@ def _holds(rule: Rule, matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Ch
 def many_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut:
     """How more tokens are; with more digits to hold, fewer tokens and terms leave the registers that these need."""
     terms = _SIDE if dtype == torch.bfloat16 else _SIDE // 2
+    if chip == "rdna" and matrix.planes.BYTES and matrix.planes.NIBBLES:  # which spills with 128 rows
+        return Cut(FEW, 64, 1, _SIDE // 4, 1, 8, 2)
     if tokens <= FEW:
         return Cut(FEW, 128, 1, terms, 1, 8 if chip in _AMD else 4, 2)
-    if chip == "rdna" and matrix.planes.BYTES and matrix.planes.NIBBLES:  # which spills with 32 tokens
-        return Cut(FEW, 128, 1, terms // 2, 1, 8, 2)
     if chip in _AMD:
         return Cut(32, 128, 1, terms // 2, 1, 8, 2)
     if terms < _SIDE and matrix.planes.BITS:  # 8.0 spills with 64 tokens
