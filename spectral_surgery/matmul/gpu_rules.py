@@ -196,7 +196,8 @@ def many_cut(matrix: Matrix, tokens: int, dtype: torch.dtype, chip: Chip) -> Cut
         return Cut(32, 128, 1, terms // 2, 1, 8, 2)
     if terms < _SIDE and matrix.planes.BITS:  # 8.0 spills with 64 tokens
         return Cut(32, 128, 1, terms, 1, 8, 2)
-    return Cut(128 if tokens > 64 and terms == _SIDE and chip != "10.0" else 64, 128, 1, terms, 1, 8, 2)
+    many = tokens > 64 and terms == _SIDE and (chip == "9.0" or (chip != "10.0" and not _two(matrix.planes)))
+    return Cut(128 if many else 64, 128, 1, terms, 1, 8, 2)  # 8.6 spills 189 registers of int12 with 128
 
 
 def few_constants(matrix: Matrix, c: Cut, dtype: torch.dtype, bias: bool, backend: str) -> dict[str, Any]:
