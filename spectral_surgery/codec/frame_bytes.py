@@ -116,13 +116,11 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
         out[:] = turned
         return out
     kind, itemsize, low, lanes, length, listed = _header(view, shape)
-    direct, lattice, data = itemsize == 1 and not low and not listed, kind == LATTICE, _read_only(view)
-    if itemsize == 1 and not listed:
-        codes = np.empty(shape, np.int8) if out is None else out
-        if frames.decode(data.ctypes.data, len(data), codes):
-            return codes
-    symbols = out if direct and out is not None else np.empty(shape, np.int8 if direct or not lattice else np.int16)
-    decoded = symbols.dtype == np.int8 and not direct and frames.symbols(data.ctypes.data, len(data), symbols)
+    whole, lattice, data = itemsize == 1 and not listed, kind == LATTICE, _read_only(view)
+    symbols = out if whole and out is not None else np.empty(shape, np.int8)
+    found = frames.decode(data.ctypes.data, len(data), symbols)
+    if found == frames.CODES:
+        return symbols
     frequencies, at = _frequencies(view, _HEADER.size, kind, low)
     short = lanes >= SHORT
     coded = (4 * (lanes - SHORT), 2 * length) if short else (8 * lanes, 4 * length)
@@ -133,10 +131,9 @@ def decode_frame(frame: bytes | memoryview, shape: tuple[int, int], out: Codes |
     if kind == ZEROS:
         return np.zeros(shape, np.dtype(f"i{itemsize}"))
     parts = _split(view[at:], sizes)
-    if not decoded:
+    if found == frames.NEITHER:
+        symbols = np.empty(shape, np.int16 if lattice else np.int8)
         _decode_symbols(parts, short, frequencies, symbols, not low)
-    if direct:
-        return symbols
     codes = out if itemsize == 1 and out is not None else np.empty(shape, np.dtype(f"i{itemsize}"))
     _widen(symbols, lattice, low, parts, codes)
     return codes

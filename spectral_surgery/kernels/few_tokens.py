@@ -19,7 +19,6 @@ import numpy as np
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function, inlined, kernel
-from spectral_surgery.kernels.frames import decode, to_levels
 from spectral_surgery.kernels.matrix import (
     JOB,
     Array,
@@ -53,7 +52,7 @@ def work_bytes(tokens: int, columns: int) -> int:
 _LINE = 64  # bytes of the cache; integers begin with one
 _SMALL, _LIFT = np.float32(2.0**-60), np.float32(2.0**64)  # activations whose units are hardly normal, times this
 _WHOLE = np.float32(1.5 * 2**23)
-_ROWS = 4  # at most that `dots` takes at once
+ROWS = 4  # at most that `dots` takes at once
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
 _group_bytes, _group_nibbles, _group_points, _group_five = (
@@ -266,7 +265,7 @@ def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -
 
 
 @kernel
-def _multiply_tile(job: Any, levels: int, first: int, last: int, values: Array, sums: Array, points: Array) -> None:
+def multiply_tile(job: Any, levels: int, first: int, last: int, values: Array, sums: Array, points: Array) -> None:
     """Products of rows of a tile, and back into space.
 
     Args:
@@ -309,35 +308,10 @@ def _multiply_tile(job: Any, levels: int, first: int, last: int, values: Array, 
 def multiply(pointer: Any) -> None:
     """Products, and back into space; a task is a tile of rows. Points to a `matrix.Job` that `prepare` has seen."""
     job = carray(pointer, (1,), JOB)[0]
-    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
+    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(ROWS * TOKENS, np.float32)
     points = np.empty(job.row_tile, np.float32)
     while True:
         first = next_task(pointer) * job.row_tile
         if first >= job.rows:
             return
-        _multiply_tile(job, job.levels, first, min(first + job.row_tile, job.rows), values, sums, points)
-
-
-@c_function
-def multiply_frames(pointer: Any) -> None:
-    """The same where levels are coded; a task is a frame. Then ``finite`` is 0 where int8 does not hold the levels."""
-    job = carray(pointer, (1,), JOB)[0]
-    columns, frames = job.columns, job.frames
-    ends = carray(pointer_to(job.ends), (frames + 1,), np.int64)
-    starts = carray(pointer_to(job.starts), (frames + 1,), np.int64)
-    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(_ROWS * TOKENS, np.float32)
-    points, aside = np.empty(job.row_tile, np.float32), _ROWS * columns  # rows before and after, which `dots` may see
-    memory = np.zeros(2 * aside + job.most_rows * columns, np.int8)
-    while job.finite:
-        frame = next_task(pointer)
-        if frame >= frames:
-            return
-        start, stop = starts[frame], starts[frame + 1]
-        codes = memory[aside : aside + (stop - start) * columns]
-        decoded = decode(job.data + ends[frame], ends[frame + 1] - ends[frame], codes.reshape(stop - start, columns))
-        if not decoded or not to_levels(codes, job.parts, job.shift):
-            job.finite = 0
-            return
-        levels = codes.ctypes.data - start * columns
-        for first in range(start, stop, job.row_tile):
-            _multiply_tile(job, levels, first, min(first + job.row_tile, stop), values, sums, points)
+        multiply_tile(job, job.levels, first, min(first + job.row_tile, job.rows), values, sums, points)

@@ -21,6 +21,7 @@ from spectral_surgery.kernels.threads import pointer_to
 Array = npt.NDArray[Any]
 
 HEADER = 12  # bytes
+NEITHER, CODES, SYMBOLS = range(3)  # what `decode` gives
 
 _ZEROS, _INTEGERS, _LATTICE = range(3)  # kinds
 _MOST = 127  # of a level
@@ -53,50 +54,26 @@ def _fits(frequencies: Array) -> bool:
 
 
 @kernel
-def decode(address: int, size: int, out: Array) -> bool:
-    """Decode a frame of codes of one byte without a list; whether it is one, and ends where it should.
+def decode(address: int, size: int, out: Array) -> int:
+    """Decode a frame.
+
+    Returns `CODES` where it has codes of one byte and no list; `SYMBOLS` for symbols m of others, ``2 m + c`` of the
+    lattice, without their low bits and what the list has; `NEITHER` where symbols are not of one byte, or do not end as
+    they should.
 
     Args:
         address: of the frame.
         size: its bytes.
-        out: [r, I] int8, C-contiguous; codes of any value where the frame is none.
-    """
-    data = carray(pointer_to(address), (size,), np.uint8)
-    if size < HEADER or data[1] != 1 or number_at(data, 8) or not symbols(address, size, out):
-        return False
-    low, lattice = int(data[2]), data[0] == _LATTICE
-    if low > 7:
-        return False
-    if low:
-        flat, bits = out.reshape(-1), np.empty(out.size, np.uint8)
-        unpack(data, size - (low * out.size + 7) // 8, low, bits)
-        for place in range(flat.size):
-            if lattice:
-                flat[place] = 2 * ((flat[place] >> 1 << low) + bits[place]) + (flat[place] & 1)
-            else:
-                flat[place] = (flat[place] << low) + bits[place]
-    return True
-
-
-@kernel
-def symbols(address: int, size: int, out: Array) -> bool:
-    """Decode the symbols m of a frame, ``2 m + c`` of the lattice; whether they are of one byte and end as they should.
-
-    Args:
-        address: of the frame.
-        size: its bytes.
-        out: [r, I] int8, C-contiguous; numbers of any value where they are not.
+        out: [r, I] int8, C-contiguous; numbers of any value for `NEITHER`.
     """
     data, (rows, columns) = carray(pointer_to(address), (size,), np.uint8), out.shape
-    if size < HEADER or data[0] > _LATTICE:
-        return False
+    if size < HEADER or data[0] > _LATTICE or (data[1] == 1 and data[2] > 7):
+        return NEITHER
     low, count, length = int(data[2]), int(data[3]) - SHORT, number_at(data, 4)
     beyond = (low * out.size + 7) // 8 + int(data[1]) * number_at(data, 8)  # bytes of low bits and of the list
     if data[0] == _ZEROS:
         out[:] = 0
-        return size == HEADER and data[3] == 0 and length == 0 and beyond == 0
-    if not 0 < count <= 64 or out.size == 0:
-        return False
+        return CODES if size == HEADER and data[1] == 1 and data[3] == 0 and length == 0 and beyond == 0 else NEITHER
     lattice = data[0] == _LATTICE
     parity = lattice and low == 0
     frequencies = np.zeros((6 if parity else 2 if lattice else 1, 256), np.int64)
@@ -104,22 +81,37 @@ def symbols(address: int, size: int, out: Array) -> bool:
     whole, bits = _word_bytes(rows, columns) if lattice else (0, 0)
     states_at = at + whole + (bits * columns + 7) // 8
     end = states_at + 4 * count + 2 * length
-    if at < 0 or end + beyond != size or (lattice and not _fits(frequencies)):
-        return False
+    if at < 0 or not 0 < count <= 64 or out.size == 0 or end + beyond != size or (lattice and not _fits(frequencies)):
+        return NEITHER
     states = np.empty(count, np.uint32)
     for lane in range(count):
         states[lane] = number_at(data, states_at + 4 * lane)
     table, begin, read = rans.decoding_table(frequencies), 0, 0
     if (count == lanes.LANES[0] or count == lanes.LANES[1]) and parity == lattice:
         begin, read = lanes.decode(data[at : at + whole], data[states_at + 4 * count : end], states, table, out)
-    if read > length:
-        return False
-    left = np.zeros(length - read + 1, np.uint16)
+    left = np.zeros(max(length - read, 0) + 1, np.uint16)
     for word in range(length - read):
         place = end - 2 * (length - read - word)
         left[word] = np.uint16(data[place]) | np.uint16(data[place + 1]) << 8
     numbers = _numbers(data, at, rows, columns, begin) if lattice else np.empty(0, np.uint8)
-    return rans.decode(left, states.astype(np.uint64), table, numbers, out, parity, begin) == length - read
+    if rans.decode(left, states.astype(np.uint64), table, numbers, out, parity, begin) != length - read:
+        return NEITHER
+    codes = data[1] == 1 and number_at(data, 8) == 0
+    if codes and low:
+        _add_low_bits(data, size - (low * out.size + 7) // 8, low, lattice, out)
+    return CODES if codes else SYMBOLS
+
+
+@kernel
+def _add_low_bits(data: Array, at: int, low: int, lattice: bool, out: Array) -> None:
+    """Symbols to codes, in place; of one byte, where fewer than eight bits are left out."""
+    flat, bits = out.reshape(-1), np.empty(out.size, np.uint8)
+    unpack(data, at, low, bits)
+    for place in range(flat.size):
+        if lattice:
+            flat[place] = 2 * ((flat[place] >> 1 << low) + bits[place]) + (flat[place] & 1)
+        else:
+            flat[place] = (flat[place] << low) + bits[place]
 
 
 @kernel

@@ -55,35 +55,34 @@ class _Lanes:
         self.stream = build.inttoptr(stream, _I16.as_pointer())
         self.orders = build.inttoptr(orders, ir.VectorType(_I8, 8).as_pointer())
 
-    def block(self, states: list[Any], bits: list[Any], read: Any, to: Any) -> tuple[list[Any], Any]:
+    def block(self, states: list[Any], masks: list[Any], read: Any, to: Any) -> tuple[list[Any], Any]:
         """The 32 rows of a block in each lane: the states after them, and how many words have been read then.
 
         Args:
             states: vectors.
-            bits: vectors of the masks of the blocks; none for one context.
+            masks: vectors, of the blocks: bit i is c in row i.
             read: words read so far.
             to: address of the codes of the first row.
         """
-        build, rows = self.build, BLOCK - 1 if bits else BLOCK
+        build, count = self.build, len(states)
         before, loop, end = build.basic_block, *(build.append_basic_block(name) for name in ("rows", "decoded"))
-        initial = [_I64(0), read, *states, *bits, *[_all(0)] * len(bits)]
+        initial = [_I64(0), read, *states, *masks, *[_all(0)] * count]
         build.branch(loop)
         build.position_at_end(loop)
         phis = [build.phi(value.type) for value in initial]
-        lanes, masks, odd = (phis[2 + len(states) * part :][: len(states)] for part in range(3))
+        lanes, masks, odd = (phis[2 + count * part :][:count] for part in range(3))
         here = build.add(to, build.mul(phis[0], _I64(LINE)))
         lanes, slots, read = self.row(lanes, [self._contexts(mask) for mask in masks], phis[1], here)
         masks = [build.lshr(mask, _all(1)) for mask in masks]
-        odd = [build.xor(one, slot) for one, slot in zip(odd, slots, strict=False)]
+        odd = [build.xor(one, slot) for one, slot in zip(odd, slots, strict=True)]
         after = build.add(phis[0], _I64(1))
         for phi, start, value in zip(phis, initial, (after, read, *lanes, *masks, *odd), strict=True):
             phi.add_incoming(start, before)
             phi.add_incoming(value, loop)
-        build.cbranch(build.icmp_signed("<", after, _I64(rows)), loop, end)
+        build.cbranch(build.icmp_signed("<", after, _I64(BLOCK - 1)), loop, end)
         build.position_at_end(end)
-        if bits:  # the parity of row 31 is known
-            contexts = [self._contexts(mask, parity) for mask, parity in zip(masks, odd, strict=True)]
-            lanes, _, read = self.row(lanes, contexts, read, build.add(to, _I64(LINE * rows)))
+        contexts = [self._contexts(mask, parity) for mask, parity in zip(masks, odd, strict=True)]
+        lanes, _, read = self.row(lanes, contexts, read, build.add(to, _I64(LINE * (BLOCK - 1))))
         return lanes, read
 
     def _contexts(self, masks: Any, odd: Any = None) -> Any:
@@ -100,7 +99,7 @@ class _Lanes:
 
         Args:
             states: vectors.
-            contexts: 4096 times the context of each lane, vectors; none for one context.
+            contexts: 4096 times the context of each lane, vectors.
             read: words read so far.
             to: address of the codes of the row.
 
@@ -110,7 +109,7 @@ class _Lanes:
         build, slots, left = self.build, [], []
         for number, state in enumerate(states):
             at = build.and_(state, _all(SLOTS - 1))
-            slots.append(self._look_up(build.or_(at, contexts[number]) if contexts else at))
+            slots.append(self._look_up(build.or_(at, contexts[number])))
         for number, (slot, state) in enumerate(zip(slots, states, strict=True)):
             place = build.and_(build.lshr(slot, _all(8)), _all(SLOTS - 1))
             product = build.mul(build.lshr(slot, _all(8 + PRECISION)), build.lshr(state, _all(PRECISION)))
@@ -179,7 +178,7 @@ def _places(places: range) -> Any:
     return ir.Constant(ir.VectorType(_I32, len(places)), list(places))
 
 
-def _blocks(lattice: bool, vectors: int) -> Callable[..., Any]:
+def _blocks(vectors: int) -> Callable[..., Any]:
     """Make the decoding of a block in each lane, 16 for each vector.
 
     The function takes the addresses of the states [lanes] uint32, which are changed, of the masks of the blocks
@@ -199,7 +198,7 @@ def _blocks(lattice: bool, vectors: int) -> Callable[..., Any]:
                 return [build.inttoptr(step, _LANE.as_pointer()) for step in steps]
 
             first, bits = ([_unaligned(build, place) for place in places(address)] for address in (states, masks))
-            left, count = _Lanes(context, build, *tables).block(first, bits if lattice else [], read, to)
+            left, count = _Lanes(context, build, *tables).block(first, bits, read, to)
             for place, state in zip(places(states), left, strict=True):
                 build.store(state, place).align = 4
             return count
@@ -215,9 +214,7 @@ def _unaligned(build: Any, place: Any) -> Any:
     return value
 
 
-_one_16, _one_64, _words_16, _words_64 = (
-    _blocks(lattice, lanes // _WIDTH) for lattice in (False, True) for lanes in LANES
-)
+_16_blocks, _64_blocks = (_blocks(lanes // _WIDTH) for lanes in LANES)
 
 
 @intrinsic
@@ -286,13 +283,14 @@ def _set_masks(words: Array, first: int, masks: Array) -> None:
 
 
 @kernel
-def _codes_of(table: Array) -> Array:
-    """The table with codes ``2 m + c`` in place of the symbols m."""
-    out = np.empty_like(table)
-    for number in range(table.size):
-        m = table[number] & np.uint32(255)
-        code = np.uint8(2 * m + np.uint32(number // SLOTS & 1))
-        out[number] = table[number] & np.uint32(0xFFFFFF00) | np.uint32(code)
+def _six_contexts(table: Array) -> Array:
+    """The table with codes ``2 m + c`` in place of the symbols m; one context is six equal ones, and m stays."""
+    out = np.empty(6 * SLOTS, np.uint32)
+    for number in range(out.size):
+        entry = table[number % table.size]
+        m = entry & np.uint32(255)
+        code = np.uint8(2 * m + np.uint32(number // SLOTS & 1)) if table.size > SLOTS else np.uint8(m)
+        out[number] = entry & np.uint32(0xFFFFFF00) | np.uint32(code)
     return out
 
 
@@ -313,8 +311,8 @@ def decode(words: Array, stream: Array, states: Array, table: Array, out: Array)
     if not _has_vectors():
         return 0, 0
     lattice, lanes, end = words.size > 0, states.size, stream.size // 2
-    codes = _codes_of(table) if lattice else table
-    orders, held, masks = _orders(), np.empty((BLOCK, LINE), np.int8), np.empty(lanes, np.uint32)
+    codes = _six_contexts(table)
+    orders, held, masks = _orders(), np.empty((BLOCK, LINE), np.int8), np.zeros(lanes, np.uint32)
     where = (np.uint64(states.ctypes.data), np.uint64(masks.ctypes.data), np.uint64(codes.ctypes.data))
     place, order, to = np.uint64(stream.ctypes.data), np.uint64(orders.ctypes.data), np.uint64(held.ctypes.data)
     needed = BLOCK * lanes + _WIDTH  # words that may be looked at for one block in each lane
@@ -328,14 +326,10 @@ def decode(words: Array, stream: Array, states: Array, table: Array, out: Array)
         here = to + np.uint64(count)
         if lattice:
             _set_masks(words, block, masks)
-            if lanes == 64:
-                read = _words_64(where[0], where[1], where[2], place, order, read, here)
-            else:
-                read = _words_16(where[0], where[1], where[2], place, order, read, here)
-        elif lanes == 64:
-            read = _one_64(where[0], where[1], where[2], place, order, read, here)
+        if lanes == 64:
+            read = _64_blocks(where[0], where[1], where[2], place, order, read, here)
         else:
-            read = _one_16(where[0], where[1], where[2], place, order, read, here)
+            read = _16_blocks(where[0], where[1], where[2], place, order, read, here)
         block, count = block + lanes, count + lanes
         if count == LINE:
             _write(held, block - count, count, out)

@@ -107,7 +107,7 @@ def _product(x: Tensor, form: LevelForm | CodedForm, bias: Tensor | None) -> Ten
     if not job.finite:
         return None
     job.counter = 0
-    kernels.run(kernels.multiply_frames if job.frames else kernels.multiply, job, threads)
+    kernels.run(_multiply_frames() if job.frames else kernels.multiply, job, threads)
     return y if job.finite else None
 
 
@@ -116,14 +116,20 @@ class _Kernels(NamedTuple):
 
     prepare: int
     multiply: int
-    multiply_frames: int
     run: Callable[[int, Job, int], None]
     work_bytes: Callable[[int, int], int]
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> _Kernels:
-    from spectral_surgery.kernels.few_tokens import multiply, multiply_frames, prepare, work_bytes
+    from spectral_surgery.kernels.few_tokens import multiply, prepare, work_bytes
     from spectral_surgery.kernels.threads import run
 
-    return _Kernels(prepare, multiply, multiply_frames, run, work_bytes)
+    return _Kernels(prepare, multiply, run, work_bytes)
+
+
+@lru_cache(maxsize=1)
+def _multiply_frames() -> int:
+    from spectral_surgery.kernels.coded import multiply_frames
+
+    return multiply_frames
