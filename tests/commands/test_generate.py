@@ -121,7 +121,7 @@ def test_bad_settings(folder: Path, running: Running, error: type[Exception], te
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="generate: expected a prompt with some text, got no tokens"):
         generate(folder, "", SHORT, Running())
-    with pytest.raises(LimitError, match=r"max_memory: expected 8433668 bytes or.*got 10"):
+    with pytest.raises(LimitError, match=r"max_memory: expected 8433696 bytes or.*got 10"):
         generate(folder, PROMPT, SHORT, Running(max_memory=10))
     bert = compressed_folder("vit", tmp_path)
     with pytest.raises(CheckpointError, match="has no tokenizer"):
