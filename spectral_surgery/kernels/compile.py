@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 @lru_cache(maxsize=1)
 def _announce() -> None:
     logging.getLogger("spectral_surgery").warning(
-        "spectral_surgery compiles its kernels, once for this processor. This takes up to 20 seconds."
+        "spectral_surgery compiles its kernels, once for this processor. This takes up to 40 seconds."
     )
 
 

@@ -112,13 +112,26 @@ def coded_job(form: CodedForm) -> Job | None:
     from spectral_surgery.kernels import vectors
 
     grid, tensors = grid_of(float(form.offset)), (form.data, form.ends, form.starts, form.scale, form.row_scale)
-    if grid is None or form.shape[1] < _LEAST_BYTES or not _in_memory(tensors):
+    if grid is None or form.shape[1] < _LEAST_BYTES or not _in_memory(tensors) or not _in_bounds(form):
         return None
     job, heights = _sides(form, False), form.starts.diff()
     job.kind, job.parts, job.shift = vectors.BYTES, grid.parts, grid.shift
     job.frames, job.most_rows = len(heights), int(heights.max())
     job.data, job.ends, job.starts = form.data.data_ptr(), form.ends.data_ptr(), form.starts.data_ptr()
     return job
+
+
+def _in_bounds(form: CodedForm) -> bool:
+    """Whether tensors are of the types and lengths that a job stands for, and frames within the data and the rows."""
+    (rows, columns), sides = form.shape, (form.scale.dtype, form.row_scale.dtype)
+    types = (form.data.dtype, form.ends.dtype, form.starts.dtype, *sides)
+    if types != (torch.uint8, torch.int64, torch.int64, torch.float32, torch.float32):
+        return False
+    if form.scale.numel() not in (1, columns) or form.row_scale.numel() not in (0, rows):
+        return False
+    ends, starts = form.ends.tolist(), form.starts.tolist()
+    ascending = len(ends) == len(starts) > 1 and ends == sorted(ends) and starts == sorted(starts)
+    return ascending and ends[0] >= 0 and ends[-1] <= form.data.numel() and (starts[0], starts[-1]) == (0, rows)
 
 
 def _sides(form: Form, look_up: bool) -> Job:

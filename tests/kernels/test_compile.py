@@ -89,7 +89,7 @@ def test_what_compiles_says_so(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert said[0].stderr.splitlines() == [
-        "spectral_surgery compiles its kernels, once for this processor. This takes up to 20 seconds."
+        "spectral_surgery compiles its kernels, once for this processor. This takes up to 40 seconds."
     ]
     assert said[1].stderr == ""
 

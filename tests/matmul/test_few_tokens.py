@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_damaged_frames_are_errors() -> None:
     assert few_tokens(x, form, None) is None
     with pytest.raises(CheckpointError, match="the stream does not end where it should"):
         op.form_matmul(x, [form])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda form: {"scale": form.scale.bfloat16()},
+        lambda form: {"scale": form.scale.repeat(5)},
+        lambda _: {"row_scale": torch.ones(7)},
+        lambda form: {"ends": form.ends * 1000},
+        lambda form: {"ends": form.ends.flip(0)},
+        lambda form: {"ends": form.ends.int()},
+        lambda form: {"starts": form.starts * 2},
+        lambda form: {"starts": form.starts + 1},
+        lambda form: {"starts": form.starts[:1]},
+    ],
+)
+def test_frames_that_kernels_would_read_wrongly(change: Any) -> None:
+    """A cast or damaged state: nothing is read beyond its memory, or as another type."""
+    form = op.resident_form(random_codes(130, 96, 20, torch.int8), "coded")
+    assert few_tokens(noise(3, 96), form, None) is not None
+    assert few_tokens(noise(3, 96), replace(form, **change(form)), None) is None  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("dtype", BOUND)
