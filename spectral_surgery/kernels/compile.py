@@ -90,9 +90,9 @@ def features(context: Any) -> list[str]:
     return names.split(",")
 
 
-def processor_name(context: Any) -> str:
-    """As LLVM calls the processor that numba's context compiles for."""
-    return str(context.codegen().magic_tuple()[1])
+def is_amd(context: Any) -> bool:
+    """Whether numba's context compiles for an AMD processor of 2017 or later."""
+    return str(context.codegen().magic_tuple()[1]).startswith("znver")
 
 
 def prefetch(build: Any, address: Any) -> None:

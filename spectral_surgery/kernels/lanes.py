@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 
 from spectral_surgery.kernels import BLOCK
-from spectral_surgery.kernels.compile import features, intrinsic, kernel, processor_name
+from spectral_surgery.kernels.compile import features, intrinsic, is_amd, kernel
 from spectral_surgery.kernels.lattice import MASKS
 from spectral_surgery.kernels.rans import PRECISION, SLOTS
 
@@ -50,7 +50,7 @@ class _Lanes:
 
     def __init__(self, context: Any, build: Any, table: Any, stream: Any, orders: Any) -> None:
         self.build, self.wide = build, "+avx512f" in features(context)
-        self.gathers = not processor_name(context).startswith("znver")  # where they are as many loads, and more
+        self.gathers = not is_amd(context)  # where they are as many loads, and more
         self.table = build.inttoptr(table, _I32.as_pointer())
         self.stream = build.inttoptr(stream, _I16.as_pointer())
         self.orders = build.inttoptr(orders, ir.VectorType(_I8, 8).as_pointer())
