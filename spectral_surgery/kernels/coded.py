@@ -11,11 +11,10 @@ import numpy as np
 from numba import carray
 
 from spectral_surgery.kernels.compile import c_function
-from spectral_surgery.kernels.few_tokens import ROWS, multiply_tile
+from spectral_surgery.kernels.few_tokens import ROWS, SOME, multiply_tile, tile_room
 from spectral_surgery.kernels.frames import CODES, decode, to_levels
 from spectral_surgery.kernels.matrix import JOB
 from spectral_surgery.kernels.threads import next_task, pointer_to
-from spectral_surgery.kernels.vectors import TOKENS
 
 
 @c_function
@@ -25,8 +24,7 @@ def multiply_frames(pointer: Any) -> None:
     columns, frames = job.columns, job.frames
     ends = carray(pointer_to(job.ends), (frames + 1,), np.int64)
     starts = carray(pointer_to(job.starts), (frames + 1,), np.int64)
-    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(ROWS * TOKENS, np.float32)
-    points, aside = np.empty(job.row_tile, np.float32), ROWS * columns  # rows before and after, which `dots` may see
+    room, aside = np.empty(tile_room(job), np.float32), ROWS * columns  # rows before and after, which `dots` may see
     memory = np.zeros(2 * aside + job.most_rows * columns, np.int8)
     while job.finite:
         frame = next_task(pointer)
@@ -40,4 +38,5 @@ def multiply_frames(pointer: Any) -> None:
             return
         levels = codes.ctypes.data - start * columns
         for first in range(start, stop, job.row_tile):
-            multiply_tile(job, levels, first, min(first + job.row_tile, stop), values, sums, points)
+            for token in range(0, job.tokens, SOME):
+                multiply_tile(job, levels, first, min(first + job.row_tile, stop), token, room)

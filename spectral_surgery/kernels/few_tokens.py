@@ -37,6 +37,7 @@ from spectral_surgery.kernels.vectors import (
     FIVE,
     NIBBLES,
     POINTS,
+    TILES,
     TOKENS,
     dots,
     height,
@@ -53,6 +54,7 @@ _LINE = 64  # bytes of the cache; integers begin with one
 _SMALL, _LIFT = np.float32(2.0**-60), np.float32(2.0**64)  # activations whose units are hardly normal, times this
 _WHOLE = np.float32(1.5 * 2**23)
 ROWS = 4  # at most that `dots` takes at once
+SOME = 32  # tokens of a task, whole groups: their integers, and a tile of levels, stay in the second cache
 
 _bytes, _nibbles, _points, _five = (dots(kind, 1) for kind in (BYTES, NIBBLES, POINTS, FIVE))
 _group_bytes, _group_nibbles, _group_points, _group_five = (
@@ -200,7 +202,7 @@ def prepare(pointer: Any) -> None:
 
 @kernel
 def _dots(job: Any, levels: int, group: int, row: int, size: int, x: int, sums: int) -> None:
-    """Products of `height()` rows with a group of tokens: [rows, group] sums."""
+    """Products of `height()` rows with a group of tokens: [group, rows] sums."""
     kind, parts, shift = job.kind, job.parts, job.shift
     levels, lowest = levels + row * size, job.lowest + row * (size // 8 * 2)
     if group == 1:
@@ -225,93 +227,119 @@ def _dots(job: Any, levels: int, group: int, row: int, size: int, x: int, sums: 
 
 
 @kernel
-def _add_outliers(job: Any, first: int, last: int, values: Array) -> None:
-    """Add what outliers of rows [first, last) contribute, in units of the integers."""
-    columns, tokens = job.columns, job.tokens
+def _add_outliers(job: Any, first: int, start: int, values: Array) -> None:
+    """Add what outliers of some rows contribute, in units of the integers.
+
+    Args:
+        first: of the rows.
+        start: the first token.
+        values: [tokens, rows] float32.
+    """
+    columns, (tokens, rows) = job.columns, values.shape
     spectrum, units_at, _ = _parts(job)
-    units = floats(units_at, tokens)
+    units = floats(units_at, job.tokens)[start : start + tokens]
     for number in range(find_outlier(job, first), job.outliers):
         place = outlier_place(job, number)
         row, column = place // columns, place % columns
-        if row >= last:
+        if row >= first + rows:
             return
         if row < first:  # of a damaged state: not in order
             continue
         for token in range(tokens):
-            inside = floats(spectrum + 4 * (token * columns + column), 1)[0]
+            inside = floats(spectrum + 4 * ((start + token) * columns + column), 1)[0]
             values[token, row - first] += outlier_value(job, number) * inside / abs(units[token])
 
 
 @kernel
-def _finish(job: Any, out: Array, first: int, unit: np.float32, points: Array) -> None:
-    """Sums of integers of rows of a tile to numbers in space, with the bias; a unit below 0 is of c times `_LIFT`."""
-    if job.row_scale:
-        row_scale = floats(job.row_scale + 4 * first, out.size)
-        for place in range(out.size):
-            out[place] *= row_scale[place]
-    for place in range(out.size):
-        out[place] *= abs(unit)
-    if out.size == job.row_tile:
-        if job.back:
-            turn(out, job.back, job.row_tile, 0, out.size, points)
-    elif job.rest_back:
-        turn(out, job.rest_back, out.size, 0, out.size, points)
-    if unit < 0:
-        out *= np.float32(1 / _LIFT)
+def _finish(job: Any, values: Array, first: int, start: int, tiles: Array) -> None:
+    """Sums of integers of rows of a tile to numbers in space, with the bias, and where they belong.
+
+    Args:
+        values: [tokens, rows] float32.
+        first: of the rows.
+        start: the first token.
+        tiles: to work in.
+    """
+    tokens, count = values.shape
+    units = floats(_parts(job)[1], job.tokens)[start : start + tokens]  # below 0 of c times `_LIFT`
+    row_scale = floats(job.row_scale + 4 * first, count if job.row_scale else 0)
+    for token in range(tokens):
+        out, unit = values[token], abs(units[token])
+        if job.row_scale:
+            for place in range(count):
+                out[place] *= row_scale[place]
+        for place in range(count):
+            out[place] *= unit
+    matrix = job.back if count == job.row_tile else job.rest_back
+    if matrix:
+        turn(values.reshape(-1), matrix, count, 0, tokens * count, tiles)
+    bias = tiles[:count]
     if job.bias:
-        read_numbers(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, points[: out.size])
-        for place in range(out.size):
-            out[place] += points[place]
+        read_numbers(job.bias + (2 if job.bfloat16 else 4) * first, job.bfloat16, bias)
+    for token in range(tokens):
+        out = values[token]
+        if units[token] < 0:
+            out *= np.float32(1 / _LIFT)
+        if job.bias:
+            for place in range(count):
+                out[place] += bias[place]
+        write_numbers(out, job.y + (2 if job.bfloat16 else 4) * ((start + token) * job.rows + first), job.bfloat16)
 
 
 @kernel
-def multiply_tile(job: Any, levels: int, first: int, last: int, values: Array, sums: Array, points: Array) -> None:
-    """Products of rows of a tile, and back into space.
+def multiply_tile(job: Any, levels: int, first: int, last: int, start: int, room: Array) -> None:
+    """Products of rows of a tile with up to `SOME` tokens, and back into space.
 
     Args:
         levels: address of those of row 0, where those of these rows are reckoned from.
-        values: [tokens, row_tile] float32, to work in.
-        sums: [4 * TOKENS] float32, to work in.
-        points: [row_tile] float32, to work in.
+        first: of the rows.
+        last: after the rows.
+        start: the first token, a multiple of `SOME`.
+        room: [`tile_room`] float32, to work in.
     """
     tokens, rows, columns, halves = job.tokens, job.rows, job.columns, 1 if job.kind == BYTES else 2
     size = -(-columns // halves)
     span, most = int(width()), int(height())
     each = halves * -(-size // span) * span
-    room = -(-tokens // TOKENS) * TOKENS if tokens > 1 else 1
+    places = -(-tokens // TOKENS) * TOKENS if tokens > 1 else 1
     fine = np.float32(0.5) / np.float32(largest(size, halves))  # of lo
-    _, units_at, numbers = _parts(job)
-    units = floats(units_at, tokens)
+    numbers, stop = _parts(job)[2], min(start + SOME, tokens)
+    sums, room = room[: ROWS * TOKENS], room[ROWS * TOKENS :]
+    size_of = (stop - start) * (last - first)
+    values = room[:size_of].reshape(stop - start, last - first)
     values[:] = 0
     for row in range(first, last, most):
-        start = min(row, rows - most)  # the last rows again, where there are not enough others
+        begin = min(row, rows - most)  # the last rows again, where there are not enough others
         for plane in range(job.planes):
-            unit = fine if plane else np.float32(1)
-            token = 0
-            while token < tokens:
+            unit, token = fine if plane else np.float32(1), start
+            while token < stop:
                 _, group = _group(token, tokens)
-                x = numbers + 2 * (plane * room + token) * each
-                _dots(job, levels, group, start, size, x, sums.ctypes.data)
-                for place in range(row, min(row + most, last)):
-                    for other in range(min(group, tokens - token)):
-                        values[token + other, place - first] += unit * sums[(place - start) * group + other]
+                x = numbers + 2 * (plane * places + token) * each
+                _dots(job, levels, group, begin, size, x, sums.ctypes.data)
+                for other in range(min(group, stop - token)):
+                    for place in range(row, min(row + most, last)):
+                        values[token + other - start, place - first] += unit * sums[other * most + place - begin]
                 token += group
     if job.outliers:
-        _add_outliers(job, first, last, values)
-    for token in range(tokens):
-        out = values[token, : last - first]
-        _finish(job, out, first, units[token], points)
-        write_numbers(out, job.y + (2 if job.bfloat16 else 4) * (token * rows + first), job.bfloat16)
+        _add_outliers(job, first, start, values)
+    _finish(job, values, first, start, room[size_of:])
+
+
+@kernel
+def tile_room(job: Any) -> int:
+    """Numbers that `multiply_tile` works in: sums, values, and tiles that are transformed."""
+    count: int = ROWS * TOKENS + (min(job.tokens, SOME) + TILES) * job.row_tile
+    return count
 
 
 @c_function
 def multiply(pointer: Any) -> None:
-    """Products, and back into space; a task is a tile of rows. Points to a `matrix.Job` that `prepare` has seen."""
+    """Products, and back into space; a task is a tile of rows, and some tokens. Points to what `prepare` has seen."""
     job = carray(pointer, (1,), JOB)[0]
-    values, sums = np.empty((job.tokens, job.row_tile), np.float32), np.empty(ROWS * TOKENS, np.float32)
-    points = np.empty(job.row_tile, np.float32)
+    room, parts = np.empty(tile_room(job), np.float32), -(-job.tokens // SOME)
     while True:
-        first = next_task(pointer) * job.row_tile
+        task = next_task(pointer)
+        first = task // parts * job.row_tile
         if first >= job.rows:
             return
-        multiply_tile(job, job.levels, first, min(first + job.row_tile, job.rows), values, sums, points)
+        multiply_tile(job, job.levels, first, min(first + job.row_tile, job.rows), task % parts * SOME, room)

@@ -11,7 +11,7 @@ from numba import carray
 
 from spectral_surgery.kernels.compile import kernel
 from spectral_surgery.kernels.threads import pointer_to
-from spectral_surgery.kernels.vectors import SPAN, add_row_times
+from spectral_surgery.kernels.vectors import SPAN, TILES, add_row_times, add_rows_times, tiles_at_once
 
 FIELDS = (
     "counter",  # 0 at first
@@ -72,30 +72,40 @@ def floats(address: int, count: int) -> Array:
 
 
 @kernel
-def turn(inside: Array, matrix: int, points: int, start: int, stop: int, tile: Array) -> None:
-    """Multiply tiles of [start, stop) by a matrix, in place."""
+def turn(inside: Array, matrix: int, points: int, start: int, stop: int, tiles: Array) -> None:
+    """Multiply tiles of [start, stop) by a matrix, in place.
+
+    Args:
+        tiles: [TILES * points] float32, to work in.
+    """
     weights = carray(pointer_to(matrix), (points, points), np.float32)
     whole = points // SPAN * SPAN
-    for first in range(start, stop, points):
+    first, many = start, tiles_at_once() * points
+    while whole == points and first + many <= stop:
         for point in range(0, whole, SPAN):
-            add_row_times(inside.ctypes.data + 4 * first, matrix, points, point, tile.ctypes.data)
-        tile[whole:points] = 0
+            add_rows_times(inside.ctypes.data + 4 * first, matrix, points, point, tiles.ctypes.data)
+        inside[first : first + many] = tiles[:many]
+        first += many
+    for tile in range(first, stop, points):
+        for point in range(0, whole, SPAN):
+            add_row_times(inside.ctypes.data + 4 * tile, matrix, points, point, tiles.ctypes.data)
+        tiles[whole:points] = 0
         for term in range(points if whole < points else 0):
-            value = inside[first + term]
+            value = inside[tile + term]
             for point in range(whole, points):
-                tile[point] += value * weights[term, point]
-        inside[first : first + points] = tile[:points]
+                tiles[point] += value * weights[term, point]
+        inside[tile : tile + points] = tiles[:points]
 
 
 @kernel
 def turn_all(inside: Array, tile: int, matrix: int, rest_matrix: int) -> None:
     """Transform whole tiles, and those terms that are left."""
     whole = inside.size // tile * tile
-    points = np.empty(tile, np.float32)
+    tiles = np.empty(TILES * tile, np.float32)
     if matrix:
-        turn(inside, matrix, tile, 0, whole, points)
+        turn(inside, matrix, tile, 0, whole, tiles)
     if rest_matrix and whole < inside.size:
-        turn(inside, rest_matrix, inside.size - whole, whole, inside.size, points)
+        turn(inside, rest_matrix, inside.size - whole, whole, inside.size, tiles)
 
 
 @kernel

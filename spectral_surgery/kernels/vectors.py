@@ -31,6 +31,7 @@ _AHEAD = 4096  # bytes: Intel's look ahead within a page; int8 took .9 of bfloat
 _WIDE, _NARROW = 32, 16  # int16 in a register
 _STEPS = 4  # chunks of a row that are added up at a time for one token
 _HIGH, _LOW = 4, 2  # rows at once, as many as leave registers for four tokens
+TILES = 4  # of which `SPAN` sums each fit the registers of AVX-512
 
 
 def _is_wide(context: Any) -> bool:
@@ -55,7 +56,7 @@ def dots(kind: int, tokens: int) -> Callable[..., None]:
     Several rows at once need fewer loads of x. From memory, one stream arrives faster than several.
 
     The function takes the addresses of the levels of the first row and of their lowest bits, the bytes of a row of
-    levels, at least one chunk, the addresses of the numbers x and of the sums, [rows, tokens] float32, which are
+    levels, at least one chunk, the addresses of the numbers x and of the sums, [tokens, rows] float32, which are
     written, and parts and shift.
 
     Every sum is one of int32, and must not go beyond it in any term of a vector: see `few_tokens.largest`.
@@ -149,9 +150,15 @@ class _Vectors:
             whole = build.mul(build.sdiv(size, _number(self.width * _STEPS)), _number(self.width * _STEPS))
             at, x, totals = self._add_chunks(row, _STEPS, (at, x, totals), whole)
         _, _, totals = self._add_chunks(row, 1, (at, x, totals), size)
-        for number in range(self.rows * self.tokens):
-            to = build.inttoptr(build.add(sums, _number(4 * number)), _F32.as_pointer())
-            build.store(self._total(reduce(build.add, totals[number :: self.rows * self.tokens])), to)
+        kept = [
+            reduce(build.add, totals[number :: self.rows * self.tokens]) for number in range(self.rows * self.tokens)
+        ]
+        kept = [kept[row * self.tokens + token] for token in range(self.tokens) for row in range(self.rows)]
+        if len(kept) == 1:
+            build.store(self._total(kept[0]), build.inttoptr(sums, _F32.as_pointer()))
+        else:
+            together = self._totals(kept)
+            build.store(together, build.inttoptr(sums, together.type.as_pointer())).align = 4
 
     def _add_chunks(self, row: Any, steps: int, state: Any, end: Any) -> Any:
         """A loop over chunks up to ``end``, several at a time; one at a time, the last one ends with the row.
@@ -261,17 +268,34 @@ class _Vectors:
         return self.builder.sext(self._some(vector, list(range(first, self.width, 2))), self.sum_type)
 
     def _total(self, vector: Any) -> Any:
-        """Sum of a vector of int32 as float32: an int32 would not hold it."""
+        """Sum of a vector of int32 as float32, since an int32 would not hold it; in the order of `_totals`."""
         build = self.builder
         total = build.sitofp(vector, ir.VectorType(_F32, self.width // 2))
-        while total.type.count > 1:
-            half = total.type.count // 2
-            total = build.fadd(self._some(total, list(range(half))), self._some(total, list(range(half, 2 * half))))
+        for apart in (2, 1, 2, 1) if self.width == _WIDE else (2, 1, 1):
+            low = [place for place in range(total.type.count) if not place & apart]
+            total = build.fadd(self._some(total, low), self._some(total, [place + apart for place in low]))
         return build.extract_element(total, ir.Constant(_I32, 0))
 
+    def _totals(self, vectors: list[Any]) -> Any:
+        """Sums of as many vectors as one has numbers, as one vector: with every step half as many are left."""
+        build, count = self.builder, self.width // 2
+        totals = [build.sitofp(vector, ir.VectorType(_F32, count)) for vector in vectors]
+        four, two = [0, count, 1, count + 1], [0, 1, count, count + 1]
+        steps = [([at + place for at in range(0, count, 4) for place in low], 2) for low in (four, two)]
+        if self.width == _WIDE:  # and now fours
+            steps += [(_fours(0, 1, 4, 5), 8), (_fours(0, 2, 4, 6), 4)]
+        else:
+            steps += [(_fours(0, 2), 4)]
+        for low, apart in steps:
+            low_mask, high_mask = _places(low), _places([place + apart for place in low])
+            totals = [
+                build.fadd(build.shuffle_vector(*pair, low_mask), build.shuffle_vector(*pair, high_mask))
+                for pair in zip(totals[::2], totals[1::2], strict=True)
+            ]
+        return totals[0]
+
     def _some(self, vector: Any, places: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(_I32, len(places)), places)
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _places(places))
 
     def _load(self, address: Any, element: Any, align: int) -> Any:
         pointer = self.builder.inttoptr(address, ir.VectorType(element, self.width).as_pointer())
@@ -286,46 +310,76 @@ class _Vectors:
 
 
 @intrinsic
-def add_row_times(_typing: Any, _row: Any, _matrix: Any, _points: Any, _start: Any, _out: Any) -> Any:
-    """Sums over i of row[i] matrix[i, j], for `SPAN` of the j: a tile of activations times a transform.
+def tiles_at_once(_typing: Any) -> Any:
+    """Tiles that `add_rows_times` takes at once, a constant of the processor."""
+    return types.int64(), lambda context, *_: ir.Constant(_I64, TILES if _is_wide(context) else 1)
 
-    Takes addresses of float32: of the row [points], the matrix [points, points], and the sums [points], of which those
-    from ``start`` on are written.
+
+def _rows_times(count: int | None) -> Callable[..., None]:
+    """Make sums over i of row[i] matrix[i, j], for `SPAN` of the j: tiles of activations times a transform.
+
+    The function takes addresses of float32: of the rows [count, points], the matrix [points, points], and the sums
+    [count, points], of which those from ``start`` on are written.
+
+    Args:
+        count: of rows; None for `tiles_at_once`.
     """
 
-    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-        row, matrix, points, start, out = arguments
-        vector = ir.VectorType(_F32, SPAN)
-        entry, loop, end = (
-            builder.basic_block,
-            builder.append_basic_block("terms"),
-            builder.append_basic_block("stored"),
-        )
-        offset = builder.mul(start, _number(4))
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        term, total = builder.phi(_I64), builder.phi(vector)
-        value = builder.load(builder.inttoptr(builder.add(row, builder.mul(term, _number(4))), _F32.as_pointer()))
-        line = builder.add(matrix, builder.mul(builder.mul(term, points), _number(4)))
-        weights = builder.load(builder.inttoptr(builder.add(line, offset), vector.as_pointer()))
-        weights.align = 4
-        empty = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(empty, value, ir.Constant(_I32, 0))
-        spread = builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_I32, SPAN), None))
-        kind = ir.FunctionType(vector, [vector] * 3)
-        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{SPAN}f32")
-        added = builder.call(fused, [spread, weights, total])
-        after = builder.add(term, _number(1))
-        for phi, initial, following in ((term, _number(0), after), (total, ir.Constant(vector, None), added)):
-            phi.add_incoming(initial, entry)
-            phi.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", after, points), loop, end)
-        builder.position_at_end(end)
-        stored = builder.store(added, builder.inttoptr(builder.add(out, offset), vector.as_pointer()))
-        stored.align = 4
-        return context.get_dummy_value()
+    @intrinsic
+    def multiply(_typing: Any, _rows: Any, _matrix: Any, _points: Any, _start: Any, _out: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+            _write_rows_times(builder, count or (TILES if _is_wide(context) else 1), *arguments)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 5), generate
+
+    return multiply
+
+
+add_row_times, add_rows_times = _rows_times(1), _rows_times(None)
+
+
+def _write_rows_times(
+    build: ir.IRBuilder, count: int, rows: Any, matrix: Any, points: Any, start: Any, out: Any
+) -> None:
+    vector = ir.VectorType(_F32, SPAN)
+    entry, loop, end = build.basic_block, build.append_basic_block("terms"), build.append_basic_block("stored")
+    line, offset = build.mul(points, _number(4)), build.mul(start, _number(4))
+    places = [build.add(rows, build.mul(line, _number(row))) for row in range(count)]
+    build.branch(loop)
+    build.position_at_end(loop)
+    term, *totals = phis = [build.phi(_I64), *[build.phi(vector) for _ in range(count)]]
+    weights = build.add(build.add(matrix, build.mul(term, line)), offset)
+    numbers = build.load(build.inttoptr(weights, vector.as_pointer()))
+    numbers.align = 4
+    fused = cgutils.get_or_insert_function(
+        build.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{SPAN}f32"
+    )
+    empty, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, SPAN), None)
+    added, byte = [], build.mul(term, _number(4))
+    for place, total in zip(places, totals, strict=True):
+        value = build.load(build.inttoptr(build.add(place, byte), _F32.as_pointer()))
+        spread = build.shuffle_vector(build.insert_element(empty, value, ir.Constant(_I32, 0)), empty, first)
+        added.append(build.call(fused, [spread, numbers, total]))
+    after = build.add(term, _number(1))
+    nothing = [_number(0), *[ir.Constant(vector, None)] * count]
+    for phi, initial, following in zip(phis, nothing, [after, *added], strict=True):
+        phi.add_incoming(initial, entry)
+        phi.add_incoming(following, loop)
+    build.cbranch(build.icmp_signed("<", after, points), loop, end)
+    build.position_at_end(end)
+    for row, total in enumerate(added):
+        to = build.add(build.add(out, build.mul(line, _number(row))), offset)
+        build.store(total, build.inttoptr(to, vector.as_pointer())).align = 4
+
+
+def _fours(*numbers: int) -> list[int]:
+    """Places of four numbers that follow each other, by which four it is."""
+    return [4 * number + place for number in numbers for place in range(4)]
+
+
+def _places(places: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(_I32, len(places)), places)
 
 
 def _number(value: int) -> Any:

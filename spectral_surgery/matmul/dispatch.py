@@ -14,6 +14,8 @@ Way = Literal["planes", "blocks", "triton"]
 
 _MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
 _NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
+_ONE_CALL = 128  # tokens: as fast as blocks or faster up to these, by sizes of 384 to 4096 with AVX2 and with AVX-512
+_BESIDE_TILES = 1 << 24  # multiplications, which take a kernel as long as the calls around blocks take
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Processor:
     Attributes:
         int8: dot products of int8 into int32; without them int8 products may saturate.
         bfloat16: dot products of bfloat16; without them, bfloat16 products are slower than float32 ones.
+        tiles: products of whole tiles of bfloat16, which no vector instruction reaches.
     """
 
     int8: bool
     bfloat16: bool
+    tiles: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +43,13 @@ def processor() -> Processor:
     def has(name: str) -> bool:
         return bool(getattr(torch.cpu, name, bool)())
 
-    return Processor(has("_is_vnni_supported"), has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
+    tiles = has("_is_amx_tile_supported")
+    return Processor(has("_is_vnni_supported"), has("_is_avx512_bf16_supported") or tiles, tiles)
+
+
+def most_tokens(weights: int) -> int:
+    """Tokens up to which `few_tokens` takes the product with a matrix on a CPU."""
+    return min(_ONE_CALL, max(_NATIVE_TOKENS, _BESIDE_TILES // max(weights, 1))) if processor().tiles else _ONE_CALL
 
 
 def way(device: str, terms: int, accuracy: torch.dtype) -> Way:

@@ -1,7 +1,7 @@
 """A few tokens times an int8 or int4 matrix on a CPU, in one call of a kernel.
 
 While a language model writes, every layer multiplies one token, and its weights have pushed everything else out of the
-caches: then Python between the steps of a product takes as long as the product.
+caches: then Python between the steps of a product takes as long as the product. In small layers it does for a sentence.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from spectral_surgery.matmul.coded import CodedForm
+from spectral_surgery.matmul.dispatch import most_tokens
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.level_form import LevelForm
 from spectral_surgery.matmul.matrix_job import ONE_THREAD, coded_job, product_job
@@ -25,22 +26,20 @@ if TYPE_CHECKING:
     from spectral_surgery.kernels.matrix import Job
 
 _LEAST_ROWS = 4  # what a kernel takes at once
-MOST = 16  # tokens: with more, products of floating-point blocks are as fast
 
 
 def few_tokens(x: Tensor, form: Form, bias: Tensor | None) -> Tensor | None:
     """Y = x Wᵀ + b, as exact as `form_matmul` says.
 
-    Returns [..., O] in the dtype of x; None for whatever is not 1 to `MOST` tokens of finite numbers on a CPU without
-    gradients, float32 or 16 bits, times levels of 4, 5, 8 or 12 bits, of four rows and 32
-    bytes in each.
+    Returns [..., O] in the dtype of x; None for whatever is not 1 to `dispatch.most_tokens` of finite numbers on a CPU
+    without gradients, float32 or 16 bits, times levels of 4, 5, 8 or 12 bits, of four rows and 32 bytes in each.
 
     Args:
         x: [..., I].
         form: of W, [O, I].
         bias: [O] or None.
     """
-    if not isinstance(form, LevelForm | CodedForm) or not _is_plain(x, form.shape[1]):
+    if not isinstance(form, LevelForm | CodedForm) or not _is_plain(x, form.shape):
         return None
     if bias is not None and not _is_plain_bias(bias, x.dtype, form.shape[0]):
         return None
@@ -63,11 +62,12 @@ def _two_planes(x: Tensor, form: LevelForm, bias: Tensor | None) -> Tensor | Non
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _is_plain(x: Tensor, columns: int) -> bool:
+def _is_plain(x: Tensor, shape: tuple[int, int]) -> bool:
     """Whether the numbers of x can be read from memory, and nothing else is wanted of the product."""
     if not x.is_cpu or x.dtype not in _TYPES or x.ndim == 0 or unreadable(x):
         return False
-    if x.shape[-1] != columns or not 0 < x.numel() <= MOST * columns or _wants_gradient(x):
+    rows, columns = shape
+    if x.shape[-1] != columns or not 0 < x.numel() <= most_tokens(rows * columns) * columns or _wants_gradient(x):
         return False
     if x.is_neg() or x._is_zerotensor() or torch.is_autocast_enabled("cpu"):
         return False

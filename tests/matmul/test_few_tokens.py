@@ -21,7 +21,8 @@ from spectral_surgery.codec import encoded as codec
 from spectral_surgery.codec.encode import encode
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import CheckpointError
-from spectral_surgery.matmul.few_tokens import MOST, few_tokens
+from spectral_surgery.matmul.dispatch import most_tokens
+from spectral_surgery.matmul.few_tokens import few_tokens
 from spectral_surgery.matmul.form import Form
 from tests.support.spectra import form_of, noise, random_codes, relative
 
@@ -73,7 +74,7 @@ def test_equals_the_exact_product(
         spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, transform=transform, offset=offset)
         form = op.resident_form(spectrum, resident)
         bias = noise(rows).to(dtype)
-        for tokens in (1, 3, 5 + number, MOST):
+        for tokens in (1, 3, 5 + number, 33, most_tokens(rows * columns)):
             x = noise(tokens, columns).to(dtype)
             assert error(taken(x, form), exact(x, form)) < BOUND[dtype]
             assert error(taken(x, form, bias), exact(x, form, bias)) < BOUND[dtype]
@@ -94,7 +95,7 @@ def test_frames_are_decoded_and_multiplied_at_once(
     )
     form, bias = op.resident_form(spectrum, "coded"), noise(shape[0])
     assert len(form.starts) == -(-shape[0] // 64) + 1  # type: ignore[attr-defined]
-    for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, MOST)):
+    for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, most_tokens(shape[0] * shape[1]))):
         x = noise(tokens, shape[1]).to(dtype)
         assert error(taken(x, form, bias.to(dtype)), exact(x, form, bias.to(dtype))) < BOUND[dtype]
 
@@ -196,7 +197,7 @@ def test_very_small_and_very_large_activations(scale: float) -> None:
 
 @pytest.mark.parametrize("resident", ["int8", "int4", "coded"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("tokens", [2, 140])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_not_finite_gives_what_a_dense_layer_gives(
     resident: str, value: float, tokens: int, dtype: torch.dtype
@@ -218,7 +219,15 @@ def test_what_is_left_to_the_general_way() -> None:
     assert few_tokens(x, form, bias) is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert few_tokens(x, form, None) is None
-    others = (x.clone().requires_grad_(), x.double(), x[:0], x[:, :64], noise(MOST + 1, 128), x.to("meta"), x.int())
+    others = (
+        x.clone().requires_grad_(),
+        x.double(),
+        x[:0],
+        x[:, :64],
+        noise(most_tokens(192 * 128) + 1, 128),
+        x.to("meta"),
+        x.int(),
+    )
     assert [few_tokens(other, form, None) for other in others] == [None] * len(others)
     assert few_tokens(x, form, bias.float()) is None
     assert few_tokens(x, form, bias.clone().requires_grad_()) is None

@@ -12,7 +12,7 @@ from tests.support.spectra import TOLERANCE, by_token, noise, random_codes, rela
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 140])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products(kernels: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch unpacks, block by block, and with outliers."""

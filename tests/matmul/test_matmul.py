@@ -49,7 +49,7 @@ def test_every_form_and_dtype_is_the_reference(resident: str, dtype: torch.dtype
     dense = spectrum.to_dense()
     form = op.resident_form(spectrum, resident)
     assert form.shape == dense.shape
-    for tokens in (1, 8, 9, 17, 65, 257):
+    for tokens in (1, 8, 9, 65, 257):
         x = noise(tokens, 160, seed=tokens).to(dtype)
         assert by_token(op.form_matmul(x, [form]), x.double() @ dense.double().T) < TOLERANCE[dtype]
         back = noise(tokens, 200, seed=tokens).to(dtype)

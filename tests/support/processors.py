@@ -10,6 +10,7 @@ from torch import Tensor
 from spectral_surgery.matmul.dispatch import Processor
 
 PROCESSORS = [Processor(int8, bfloat16) for int8 in (False, True) for bfloat16 in (False, True)]
+PROCESSORS.append(Processor(True, True, tiles=True))
 
 
 def exact_int_mm(left: Tensor, right: Tensor) -> Tensor:
