@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from spectral_surgery.matmul import dispatch
+from spectral_surgery.matmul import dispatch, few_tokens
 from spectral_surgery.matmul.dispatch import Processor
 from tests.support.processors import PROCESSORS, exact_int_mm, int8_saturates
 
@@ -44,3 +44,10 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if chosen.int8 and int8_saturates():
         monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
     return chosen
+
+
+@pytest.fixture(params=["one call", "blocks"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products on a CPU by the kernel where it takes them, and then as if it took none."""
+    if request.param == "blocks":
+        monkeypatch.setattr(few_tokens, "most_tokens", lambda *_: 0)

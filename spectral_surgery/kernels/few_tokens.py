@@ -286,6 +286,16 @@ def _finish(job: Any, values: Array, first: int, start: int, tiles: Array) -> No
         write_numbers(out, job.y + (2 if job.bfloat16 else 4) * ((start + token) * job.rows + first), job.bfloat16)
 
 
+@inlined
+def _add_whole(sums: Array, unit: np.float32, values: Array, token: int, row: int) -> None:
+    """Add sums of `TOKENS` and `height()` rows; with counts that are known, this is a few vector instructions."""
+    flat, columns = values.reshape(-1), np.uint64(values.shape[1])
+    to = np.uint64(token) * columns + np.uint64(row)
+    for other in range(TOKENS):
+        for place in range(int(height())):
+            flat[to + np.uint64(other) * columns + np.uint64(place)] += unit * sums[other * int(height()) + place]
+
+
 @kernel
 def multiply_tile(job: Any, levels: int, first: int, last: int, start: int, room: Array) -> None:
     """Products of rows of a tile with up to `SOME` tokens, and back into space.
@@ -316,9 +326,12 @@ def multiply_tile(job: Any, levels: int, first: int, last: int, start: int, room
                 _, group = _group(token, tokens)
                 x = numbers + 2 * (plane * places + token) * each
                 _dots(job, levels, group, begin, size, x, sums.ctypes.data)
-                for other in range(min(group, stop - token)):
-                    for place in range(row, min(row + most, last)):
-                        values[token + other - start, place - first] += unit * sums[other * most + place - begin]
+                if row + most <= last and token + TOKENS <= stop:
+                    _add_whole(sums, unit, values, token - start, row - first)
+                else:
+                    for other in range(min(group, stop - token)):
+                        for place in range(row, min(row + most, last)):
+                            values[token + other - start, place - first] += unit * sums[other * most + place - begin]
                 token += group
     if job.outliers:
         _add_outliers(job, first, start, values)

@@ -67,7 +67,9 @@ def _is_plain(x: Tensor, shape: tuple[int, int]) -> bool:
     if not x.is_cpu or x.dtype not in _TYPES or x.ndim == 0 or unreadable(x):
         return False
     rows, columns = shape
-    if x.shape[-1] != columns or not 0 < x.numel() <= most_tokens(rows * columns) * columns or _wants_gradient(x):
+    if x.shape[-1] != columns or _wants_gradient(x):
+        return False
+    if not 0 < x.numel() <= most_tokens(rows * columns, x.dtype) * columns:
         return False
     if x.is_neg() or x._is_zerotensor() or torch.is_autocast_enabled("cpu"):
         return False

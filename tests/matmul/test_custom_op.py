@@ -53,6 +53,7 @@ def test_one_graph_with_the_same_numbers(resident: str, backend: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_compiled_layer_takes_any_number_of_tokens() -> None:
     torch._dynamo.reset()
     layer = SpectralLinear.from_quantized(random_codes(48, 64, 7, torch.int8))

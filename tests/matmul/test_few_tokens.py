@@ -74,7 +74,7 @@ def test_equals_the_exact_product(
         spectrum = random_codes(rows, columns, high, torch.int8, axes=axes, transform=transform, offset=offset)
         form = op.resident_form(spectrum, resident)
         bias = noise(rows).to(dtype)
-        for tokens in (1, 3, 5 + number, 33, most_tokens(rows * columns)):
+        for tokens in (1, 3, 5 + number, 33, most_tokens(rows * columns, torch.bfloat16)):
             x = noise(tokens, columns).to(dtype)
             assert error(taken(x, form), exact(x, form)) < BOUND[dtype]
             assert error(taken(x, form, bias), exact(x, form, bias)) < BOUND[dtype]
@@ -95,7 +95,7 @@ def test_frames_are_decoded_and_multiplied_at_once(
     )
     form, bias = op.resident_form(spectrum, "coded"), noise(shape[0])
     assert len(form.starts) == -(-shape[0] // 64) + 1  # type: ignore[attr-defined]
-    for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, most_tokens(shape[0] * shape[1]))):
+    for dtype, tokens in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, 31)):
         x = noise(tokens, shape[1]).to(dtype)
         assert error(taken(x, form, bias.to(dtype)), exact(x, form, bias.to(dtype))) < BOUND[dtype]
 
@@ -224,7 +224,7 @@ def test_what_is_left_to_the_general_way() -> None:
         x.double(),
         x[:0],
         x[:, :64],
-        noise(most_tokens(192 * 128) + 1, 128),
+        noise(4097, 128),
         x.to("meta"),
         x.int(),
     )

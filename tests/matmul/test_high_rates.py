@@ -41,6 +41,7 @@ FORMS = {
 }
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("name", FORMS)
 def test_every_product_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from spectral_surgery.matmul import level_form, matrix_job
 from tests.support.spectra import TOLERANCE, by_token, noise, random_codes, relative
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("tokens", [3, 140])
 @pytest.mark.parametrize("dtype", TOLERANCE)

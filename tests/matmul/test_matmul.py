@@ -41,6 +41,7 @@ def made(shape: tuple[int, int] = (200, 160), bits: float = 2.0, **basis: Any) -
     return encode(0.02 * noise(*shape), Target("bits", bits), Basis(**basis))[0]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("resident", op.RESIDENTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -23,6 +23,7 @@ def with_outliers(share: int, dtype: torch.dtype, **settings: Any) -> QuantizedS
     return spectrum
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("resident", ["int4", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])

@@ -31,6 +31,7 @@ def ranges(*offsets: float, high: int = 7) -> list[QuantizedSpectrum]:
     return [*parts[:-1], replace(parts[-1], codes=parts[-1].codes[:50])]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("resident", op.RESIDENTS)
 @pytest.mark.parametrize("offset", [0.0, 0.5])
