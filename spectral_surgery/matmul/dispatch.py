@@ -14,7 +14,7 @@ Way = Literal["planes", "blocks", "triton"]
 
 _MAX_INT32_TERMS = (1 << 31) // (128 * 128)  # products of two int8 summed without overflow
 _NATIVE_TOKENS = 16  # above: 16-bit transforms where the processor has them
-_ONE_CALL = 128  # tokens: as fast as blocks or faster up to these, by sizes of 384 to 4096 with AVX2 and with AVX-512
+_ONE_CALL = {2: 256, 4: 128}  # tokens, by bytes of a number: faster up to these at 384 to 4096, AVX2 and AVX-512
 _SMALL, _MANY = 1 << 20, 4096  # weights whose digits take longer than one call, by Zen 4: .6 to .8 at 512 tokens
 _BESIDE_TILES = 1 << 24  # multiplications, which take a kernel as long as the calls around blocks take
 
@@ -52,9 +52,9 @@ def most_tokens(weights: int, accuracy: torch.dtype) -> int:
     """Tokens up to which `few_tokens` takes the product with a matrix of so many weights on a CPU."""
     has = processor()
     if has.tiles:
-        return min(_ONE_CALL, max(_NATIVE_TOKENS, _BESIDE_TILES // max(weights, 1)))
+        return min(_ONE_CALL[4], max(_NATIVE_TOKENS, _BESIDE_TILES // max(weights, 1)))
     small = has.int8 and accuracy == torch.float32 and weights <= _SMALL
-    return _MANY if small else _ONE_CALL
+    return _MANY if small else _ONE_CALL[accuracy.itemsize]
 
 
 def way(device: str, terms: int, accuracy: torch.dtype) -> Way:

@@ -197,7 +197,7 @@ def test_very_small_and_very_large_activations(scale: float) -> None:
 
 @pytest.mark.parametrize("resident", ["int8", "int4", "coded"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("tokens", [2, 140])
+@pytest.mark.parametrize("tokens", [2, 260])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_not_finite_gives_what_a_dense_layer_gives(
     resident: str, value: float, tokens: int, dtype: torch.dtype

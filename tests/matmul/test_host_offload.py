@@ -150,7 +150,7 @@ def test_is_the_form_that_it_streams(bits: float, kind: str, axes: tuple[int, ..
     form, whole = (op.resident_form(spectrum, name) for name in ("streamed", kind))
     assert form.host.nbytes == whole.codes.nbytes  # type: ignore[attr-defined]
     dense = spectrum.to_dense()
-    for tokens in (1, 9, 140):
+    for tokens in (1, 9, 260):
         for dtype, most in TOLERANCE.items():
             x, back = noise(tokens, 160).to(dtype), noise(tokens, 200).to(dtype)
             for one in (form, whole):
@@ -197,7 +197,7 @@ def test_streams_to_a_gpu(bits: float) -> None:
     spectra = [encode(noise(160, 160, seed=n), Target("bits", bits))[0] for n in range(12)]
     layers = nn.Sequential(*(SpectralLinear.from_quantized(own, resident="streamed") for own in spectra)).cuda()
     assert all(layer.spectrum.forms[0].host.codes.is_pinned() for layer in layers)
-    for tokens in (1, 140):
+    for tokens in (1, 260):
         x = noise(tokens, 160, seed=tokens)
         expected = x.double()
         for own in spectra:

@@ -13,7 +13,7 @@ from tests.support.spectra import TOLERANCE, by_token, noise, random_codes, rela
 
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("tokens", [3, 140])
+@pytest.mark.parametrize("tokens", [3, 260])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products(kernels: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch unpacks, block by block, and with outliers."""

@@ -48,7 +48,7 @@ def test_a_layer_on_another_device_is_an_error_of_torch(resident: str) -> None:
 
 @pytest.mark.parametrize("resident", ["int8", "int4", "int5"])
 def test_defaults_of_torch_change_nothing(resident: str) -> None:
-    own, x, many = layer(resident), noise(2, 256), noise(140, 256)
+    own, x, many = layer(resident), noise(2, 256), noise(260, 256)
     table, ids = SpectralEmbedding(own.spectrum), torch.arange(50)
     expected = own(x), own(many), table(ids)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
@@ -82,7 +82,7 @@ def test_views_without_numbers() -> None:
         op.form_matmul(x, forms, bias.to("meta"))
 
 
-@pytest.mark.parametrize("tokens", [2, 140])
+@pytest.mark.parametrize("tokens", [2, 260])
 @pytest.mark.parametrize(("before", "after"), [(0.125, 0.0), (0.0, 0.5), (0.25, 0.125)])
 def test_a_state_with_other_points(before: float, after: float, tokens: int) -> None:
     own, other, x = layer("int4", before), layer("int4", after, seed=3), noise(tokens, 256)
@@ -136,7 +136,7 @@ def test_tensors_of_other_types_are_left_to_torch() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")  # torch's
-@pytest.mark.parametrize("tokens", [1, 140])
+@pytest.mark.parametrize("tokens", [1, 260])
 def test_tangents(tokens: int) -> None:
     own, x, tangent = layer(), noise(tokens, 256), noise(tokens, 256, seed=1)
     with torch.autograd.forward_ad.dual_level():
