@@ -145,6 +145,22 @@ def test_beside_spectra(tmp_path: Path, family: str, left: str) -> None:
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3_moe", "vit"])
+def test_loads_in_the_dtype_that_is_asked_for(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """As the plain folder does; also what is coded beside spectra."""
+    model = dense_model(family).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "out", LOSSLESS)
+    auto = type(model)
+    plain = auto.from_pretrained(tmp_path / "source", dtype=dtype).eval()
+    loaded = auto.from_pretrained(tmp_path / "out", dtype=dtype).eval()
+    assert {name: x.dtype for name, x in loaded.state_dict().items()} == {
+        name: x.dtype for name, x in plain.state_dict().items()
+    }
+    assert torch.equal(output(loaded), output(plain))
+
+
 def test_other_commands_know_such_folders(folder: Path, tmp_path: Path) -> None:
     found = inspect(folder)
     assert found.summary["lossless_tensors"] == len(open_compressed(folder).manifest.lossless)

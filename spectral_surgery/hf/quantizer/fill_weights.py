@@ -94,12 +94,12 @@ class Loading:
         return {}
 
     def _decoded(self, names: Sequence[str], read: Sequence[Tensor]) -> list[Tensor]:
-        """Weights in the place of messengers. That of what is coded without loss has no dtype to take over."""
+        """Weights in the place of messengers, on their devices and in their dtypes."""
         manifest, index = self.checkpoint.manifest, self.checkpoint.index
         return [
             decoded(self.checkpoint, name).to(tensor)
             if name in manifest.tensors
-            else read_tensor(index.tensors[name]).to(tensor.device)
+            else _like(read_tensor(index.tensors[name]), tensor)
             if name in manifest.lossless
             else tensor
             for name, tensor in zip(names, read, strict=True)
@@ -132,6 +132,12 @@ class Loading:
     def _forms(self, names: Names) -> Resident:
         cuts = cast(Plan, self.plan).cuts(names, self.checkpoint.manifest.tensors[names[0]])
         return resident_forms(self.checkpoint, names, self.residents.get(names[0], AUTO), cuts)
+
+
+def _like(tensor: Tensor, messenger: Tensor) -> Tensor:
+    """Whole numbers stay what they are, as transformers before 5.20 names the dtype of the model for them too."""
+    floating = tensor.is_floating_point() and messenger.is_floating_point()
+    return tensor.to(messenger) if floating else tensor.to(messenger.device)
 
 
 def _within(forms: Sequence[Form], between: tuple[int, int]) -> list[Form]:

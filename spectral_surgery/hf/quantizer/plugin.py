@@ -123,10 +123,10 @@ class Quantizer(LoadsFolders):
         return _conversions(self.load, weight_conversions, outline if model is None else model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Of a stored tensor: what its parameter has, for messengers too."""
-        del converter
+        """Of a stored tensor: what its parameter has, for messengers too, also where they are whole numbers."""
         floating = param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else True
-        return dtype if floating else None
+        ours = any(isinstance(operation, Operation) for operation in getattr(converter, "operations", ()))
+        return dtype if floating or ours else None
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per weight that a parameter will take, for the map of devices."""
