@@ -31,6 +31,7 @@ SETTINGS = Table(
     "row",
     [
         *settings((5.4, 4.0, 3.0, 2.5, 2.0), calibrated=False),
+        *settings((4.0, 3.0, 2.5), calibrated=False, quantizer="scalar"),
         Setting("sparsity-0.2", Target("density", 0.2)),
         Setting("calibrated-sparsity-0.2", Target("density", 0.2), calibrated=True),
         *settings((4.0, 3.0, 2.5), calibrated=True),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_surgery.codec import hugepages
 from spectral_surgery.codec.encoded import Basis, EncodedSpectrum, EncodingReport, frame_spans, rows_per_frame
 from spectral_surgery.codec.frames import check, frame_of, narrowest
 from spectral_surgery.codec.parallel import one_torch_thread, parallel_map
@@ -33,6 +34,7 @@ _BEYOND = 2.0  # times the asked bits at most, and this part of them at least, a
 _FLATTEST, _STEEPEST = 0.2, 5.0  # of the logarithm of the rate over that of the entropy
 _SMALLEST, _LARGEST = 1e-30, 1e25  # float32 has no headroom for reciprocals of smaller numbers and sums of larger ones
 _MAX_CODE = 1 << 30
+_SUMMED = 1 << 15  # numbers: in float64, what is added up at once takes memory of its own
 _ROUNDING = 1e-6  # of the matrix: more than the arithmetic of another processor, or of a resident form, differs by
 _AIM = 0.998  # of an error limit, where the estimate missed it
 _FINER = 0.9  # times the step, and this power more at each attempt, where the estimate keeps missing
@@ -69,7 +71,10 @@ def encode(
     spans = frame_spans(weight.shape[0], height)
     with one_torch_thread():
         frames = parallel_map(lambda span: _frame(weight[slice(*span)], basis), spans, threads)
-        return _search(_Spectrum(weight, frames, height, basis, threads), target, quantizer)
+        spectrum = _Spectrum(weight, frames, height, basis, threads, sum(frame.energy for frame in frames))
+        found, report = _search(spectrum, target, quantizer)
+        frames.clear()  # coefficients are most of the memory, and measuring needs none
+        return (found.encoded, report) if report else _measured(spectrum, found)
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,14 @@ class _Frame:
 
 
 def _frame(rows: Tensor, basis: Basis) -> _Frame:
-    coefficients = torch.empty(rows.shape)
-    peaks, energy = [], 0.0
+    coefficients = hugepages.empty(rows.shape, torch.float32)
+    peaks, energy = list[Tensor](), 0.0
     for start, stop in basis.blocks(rows.shape):
-        block = basis.forward(rows[start:stop])
-        coefficients[start:stop] = block
-        peaks.append(block.abs().max())
+        block = coefficients[start:stop].copy_(rows[start:stop])
+        block.copy_(basis.forward(block))
+        peaks += torch.aminmax(block)
         energy += _energy(block)
-    return _Frame(coefficients, float(torch.stack(peaks).max()), energy)  # unlike max(), this one sees NaN
+    return _Frame(coefficients, float(torch.stack(peaks).abs().max()), energy)  # unlike max(), this one sees NaN
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class _Spectrum:
     rows_per_frame: int
     basis: Basis
     threads: int
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ class _Stored:
         return 8 * self.encoded.stored_bytes / (rows * columns)
 
 
-def _search(spectrum: _Spectrum, target: Target, quantizer: str | None) -> tuple[EncodedSpectrum, EncodingReport]:
+def _search(spectrum: _Spectrum, target: Target, quantizer: str | None) -> tuple[_Stored, EncodingReport | None]:
+    """What meets the target; its report where that had to be measured to know."""
     peaks = [frame.peak for frame in spectrum.frames]
     if not all(peak <= _LARGEST for peak in peaks):  # NaN compares false, and max() may skip it
         raise ConfigError(
@@ -124,26 +131,26 @@ def _search(spectrum: _Spectrum, target: Target, quantizer: str | None) -> tuple
             f"encode: all magnitudes are below {_SMALLEST:g}; expected larger ones. Rescale or exclude it."
         )
     if not peak:
-        return _measured(spectrum, _encode(spectrum, DeadZone(1.0, 1.0)))
+        return _encode(spectrum, DeadZone(1.0, 1.0)), None
     sample = Sample([frame.coefficients for frame in spectrum.frames])
     if target.kind == "density":
         threshold = _exact_threshold(spectrum, sample.magnitudes, target.value)
-        return _measured(spectrum, _encode(spectrum, _storable(for_density(sample.magnitudes, threshold), peak)))
+        return _encode(spectrum, _storable(for_density(sample.magnitudes, threshold), peak)), None
     method = QUANTIZERS[quantizer or DEFAULT[target.kind]]
     if target.kind == "bits":
-        stored = _search_bits(spectrum, lambda bits: _storable(method.for_bits(sample, bits), peak), target.value)
-        return _measured(spectrum, stored)
+        return _search_bits(spectrum, lambda bits: _storable(method.for_bits(sample, bits), peak), target.value), None
     return _search_error(spectrum, lambda error: _storable(method.for_error(sample, error), peak), target.value)
 
 
 def _search_error(
     spectrum: _Spectrum, for_error: Callable[[float], Rounding], limit: float
-) -> tuple[EncodedSpectrum, EncodingReport]:
+) -> tuple[_Stored, EncodingReport]:
     goal = limit - _ROUNDING
     rounding = for_error(goal)
     for attempt in count():
-        result = _measured(spectrum, _encode(spectrum, rounding))
-        error = result[1].relative_error
+        stored = _encode(spectrum, rounding)
+        report = _measured(spectrum, stored)[1]
+        error = report.relative_error
         if error <= limit - _ROUNDING:
             break
         ratio = _AIM * (limit - _ROUNDING) / error
@@ -152,7 +159,7 @@ def _search_error(
             rounding = for_error(goal)
         else:  # few or large magnitudes, which the estimate finds too easy: a finer step helps in the end
             rounding = rounding.finer(min(ratio, _FINER ** (attempt - _ATTEMPTS // 2)))
-    return result
+    return stored, report
 
 
 def _search_bits(spectrum: _Spectrum, for_bits: Callable[[float], Rounding], bits: float) -> _Stored:
@@ -210,15 +217,15 @@ def _measured(spectrum: _Spectrum, stored: _Stored) -> tuple[EncodedSpectrum, En
         check(encoded.frames[frame], codes)
         energy = 0.0
         for start, stop in basis.blocks(codes.shape):
-            rows = spectrum.weight[first + start : first + stop].to(wide)
-            energy += _energy(rows - basis.inverse(dequantize(codes[start:stop], encoded.step, encoded.offset)))
+            rows = basis.inverse(dequantize(codes[start:stop], encoded.step, encoded.offset)).to(wide)
+            energy += _energy(rows.sub_(spectrum.weight[first + start : first + stop].to(wide)))
         return energy
 
     report = EncodingReport(
         spectrum.weight.numel(),
         encoded.stored_bytes,
         int(stored.moments.kept),
-        energy=sum(frame.energy for frame in spectrum.frames),
+        energy=spectrum.energy,
         error_energy=sum(parallel_map(lost, range(len(stored.codes)), spectrum.threads)),
         stored_energy=stored.moments.energy(float(encoded.step), encoded.offset),
     )
@@ -226,7 +233,7 @@ def _measured(spectrum: _Spectrum, stored: _Stored) -> tuple[EncodedSpectrum, En
 
 
 def _energy(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    return sum(float(torch.linalg.vector_norm(some, dtype=torch.float64)) ** 2 for some in x.reshape(-1).split(_SUMMED))
 
 
 def _exact_threshold(spectrum: _Spectrum, magnitudes: Magnitudes, density: float) -> float:

@@ -14,6 +14,7 @@ from spectral_surgery.codec.quantized import QuantizedSpectrum, dequantize, grid
 from spectral_surgery.codec.quantizers.scalar import DeadZone
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.errors import ConfigError, ShapeError
+from spectral_surgery.memory import peak_rss_growth
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -193,6 +194,15 @@ def test_parallel_map_keeps_order_and_thread_count() -> None:
     with one_torch_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_memory_is_that_of_coefficients_codes_and_frames() -> None:
+    weight = torch.randn(3072, 4096, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    encode(weight[:64], Target("bits", 3.0))
+    _, grown = peak_rss_growth(lambda: encode(weight, Target("bits", 3.0), threads=2))
+    if grown is None:
+        pytest.skip("the system does not tell")
+    assert 4 * weight.numel() < grown < 8 * weight.numel()  # 8.5 to 10.3 where coefficients stay until the end
 
 
 def test_a_smooth_matrix_gains_from_dct() -> None:

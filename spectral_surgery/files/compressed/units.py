@@ -42,6 +42,7 @@ from spectral_surgery.files.index import CheckpointIndex, TensorInfo
 from spectral_surgery.files.reader import read_bytes, read_flat, read_tensor
 from spectral_surgery.files.storage import version_of
 from spectral_surgery.files.writer import Entry, copy_entry
+from spectral_surgery.memory import release_freed_memory
 
 UNITS = "units"  # folder of unfinished work
 
@@ -113,6 +114,7 @@ def run_unit(store: UnitStore, read: ReadUnit, options: CompressOptions, threads
 def _encode_unit(
     store: UnitStore, unit: Unit, weight: Tensor, options: CompressOptions, threads: int
 ) -> EncodingReport | None:
+    release_freed_memory()  # of the part before: pieces between which there are gaps
     tensor, rows = unit.tensor, unit.tensor.parts[unit.part]
     target, candidates = tensor.target or options.target, options.candidates(tensor.axes)
     try:
