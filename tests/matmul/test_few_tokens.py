@@ -80,6 +80,7 @@ def test_equals_the_exact_product(
             assert error(taken(x, form, bias), exact(x, form, bias)) < BOUND[dtype]
 
 
+@pytest.mark.usefixtures("one_thread")  # or as many as the test sets
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("high", "offset"), [(60, 0.0), (7, 0.25)])
 @pytest.mark.parametrize("shape", [(460, 333), (65, 64), (131, 4100), (67, 32)])
@@ -88,7 +89,7 @@ def test_frames_are_decoded_and_multiplied_at_once(
 ) -> None:
     """Frames of 64 rows, of which the last has as few as one: rows that are taken together are of one frame."""
     monkeypatch.setattr(codec, "FRAME_SIZE", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.set_num_threads(threads)
     monkeypatch.setattr(few_tokens_module, "ONE_THREAD", 0)
     spectrum = random_codes(
         *shape, high, torch.int8, tile=64, offset=offset, step=0.01 * (1 + torch.arange(shape[1]) % 3)
@@ -248,13 +249,13 @@ def test_whatever_strides_and_modes() -> None:
     assert torch.equal(taken(x.T.contiguous()[2], form), expected[2])
 
 
+@pytest.mark.usefixtures("one_thread")  # or as many as the test sets
 def test_the_same_bits_whatever_the_threads() -> None:
     form = op.resident_form(random_codes(640, 512, 60, torch.int8), "int8")
-    x, before, results = noise(7, 512), torch.get_num_threads(), []
+    x, results = noise(7, 512), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         results.append(taken(x, form))
-    torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
