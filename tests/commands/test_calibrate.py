@@ -14,6 +14,7 @@ from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.decompress import decompress
 from spectral_surgery.errors import CheckpointError, ConfigError
+from spectral_surgery.files.compressed.checkpoint import open_compressed
 from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.run import Run
 
@@ -83,6 +84,33 @@ def test_outputs_are_better_at_the_same_rate(tmp_path: Path, source: Path, text:
         decompress(tmp_path / name, tmp_path / f"{name}-dense", verify=True)
         errors.append(float((hidden(tmp_path / f"{name}-dense") - original).norm()))
     assert errors[1] < 0.85 * errors[0]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_the_output_layer_is_calibrated_by_the_last_hidden_states(tmp_path: Path, text: Path, tied: bool) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=96, pad_token_id=0, tie_word_embeddings=tied, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    include = ("*embed*" if tied else "*head*", "*proj*")
+    options = CompressOptions(Target("bits", 2.5), include=include, allocation="even")
+    compress(tmp_path / "model", tmp_path / "plain", options)
+    report = compress(tmp_path / "model", tmp_path / "text", options, calibrate=TextData(text, 64, 16))
+    assert report.calibration is not None
+    assert "words" in {own.block for own in report.calibration.layers}
+    states, exact = hidden(tmp_path / "model").reshape(-1, 64), model.lm_head.weight.detach()
+    errors, stored = [], []
+    for name in ("plain", "text"):
+        checkpoint = open_compressed(tmp_path / name)
+        (tensor,) = (own for own in checkpoint.manifest.tensors if own.endswith(("head.weight", "tokens.weight")))
+        errors.append(float((states @ (checkpoint.part(tensor, 0).to_dense() - exact).T).norm()))
+        stored.append(checkpoint.manifest.tensors[tensor].report.stored_bytes)
+    assert stored[1] == pytest.approx(stored[0], rel=0.02)
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_density_is_met(tmp_path: Path, bert: Path, text: Path) -> None:

@@ -3,7 +3,7 @@
 The blocks of the model are visited in order. The inputs of its linear layers are collected with the blocks before it
 already compressed; then every weight is quantised with error feedback at the asked bits, or gets the best kept set of
 the asked density, and is left as a finished unit of the compression, which then encodes the rest as without text. With
-a density, a layer also makes up for what those before it lost, and the tables of words are chosen by the text too.
+a density, a layer also makes up for what those before it lost. Tables of words come first.
 """
 
 from __future__ import annotations
@@ -72,11 +72,10 @@ class _Calibration:
         lazy, inputs = model_and_inputs(here(job.source), job.index, data, device)
         reasons = reasons_of(lazy, plan)
         wanted = [name for name, tensor in planned.items() if seen_by_expert(tensor)]
-        kept = plan.options.target.kind == "density"
-        tables = calibrated_tables(job, lazy, inputs) if kept else None
+        tables = calibrated_tables(job, lazy, inputs)
         with closing(self._turns(lazy, inputs, wanted, tables)) as turns:
             layers = [self._calibrated(turn, planned[turn.tensor]) for turn in turns]
-        done = [*(tables.done if tables else ()), *layers]
+        done = [*tables.done, *layers]
         if not layers:
             examples = {reason: name for name, reason in reasons.items()}
             causes = "; ".join(f"{reason} ({name})" for reason, name in examples.items())
@@ -87,11 +86,11 @@ class _Calibration:
         return coverage_of(plan, done, reasons)
 
     def _turns(
-        self, lazy: LazyModel, inputs: Sequence[ModelInput], wanted: Sequence[str], tables: Tables | None
+        self, lazy: LazyModel, inputs: Sequence[ModelInput], wanted: Sequence[str], tables: Tables
     ) -> Generator[LayerMoment]:
         """The layers in their order; with tables of which something was dropped, also with what to make up for."""
         folder, progress = self.job.store.folder, self.job.run.progress
-        if tables is not None and lazy.chain.stacks:
+        if self.job.plan.options.target.kind == "density" and lazy.chain.stacks:
             with suppress(UnchainedError):  # before the first layer
                 yield from matched_layers(lazy, inputs, wanted, outside=tables.put, folder=folder, progress=progress)
                 return

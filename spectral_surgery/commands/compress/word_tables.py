@@ -1,7 +1,8 @@
-"""compress --sparsity --calibrate: the tables of words, which are a large part of small language models.
+"""compress --calibrate: the tables of words, which are a large part of small language models.
 
-Every word is a row, and most words are rare. The largest coefficients of all rows together are those of rare words as
-often as of others; what is kept here counts by how often a word is read, and how likely it is written.
+In an output layer, which is the embedding too in many models, rounding errors are fed forward as in any other layer. Of
+what is dropped, every word is a row, and most words are rare: the largest coefficients of all rows together are those
+of rare words as often as of others; what is kept counts by how often a word is read, and how likely it is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from spectral_surgery.calibration.kept_set import in_domain, kept_codes
 from spectral_surgery.calibration.layer_moments import IN_MEMORY
 from spectral_surgery.calibration.word_tables import TableCosts, output_costs, read_costs
 from spectral_surgery.codec.encoded import Basis
-from spectral_surgery.codec.feedback import output_error
+from spectral_surgery.codec.feedback import Codes, feedback_factor, output_error
+from spectral_surgery.codec.feedback_rate import codes_at
 from spectral_surgery.commands.compress.coverage import Calibrated
 from spectral_surgery.commands.compress.job import Job
 from spectral_surgery.commands.compress.spread_bits import HEADS
@@ -58,7 +60,7 @@ class Tables:
 
 
 def calibrated_tables(job: Job, lazy: LazyModel, inputs: Sequence[ModelInput]) -> Tables:
-    """Choose what is kept of embeddings and of an output layer, and leave it as finished units."""
+    """Choose the codes of an output layer and, with a density, of embeddings, and leave them as finished units."""
     planned = {tensor.info.name: tensor for tensor in job.plan.tensors}
     tables = Tables(lazy, [], {})
     for name, costs in _costs(job, lazy, inputs, planned):
@@ -67,8 +69,7 @@ def calibrated_tables(job: Job, lazy: LazyModel, inputs: Sequence[ModelInput]) -
         coefficients = basis.forward(read_tensor(tensor.info).float())
         codes = finished_codes(job.store, job.plan, tensor)
         if codes is None:
-            density = (tensor.target or options.target).value
-            codes = kept_codes(coefficients, in_domain(costs.moment, basis), density, costs.rows)
+            codes = _chosen(job, tensor, coefficients, costs, basis)
             leave_codes(job.store, job.plan, tensor, coefficients, codes, threads=job.run.threads)
         restored = codes.coefficients()
         root = costs.rows.sqrt()[:, None]
@@ -77,6 +78,16 @@ def calibrated_tables(job: Job, lazy: LazyModel, inputs: Sequence[ModelInput]) -
         tables.restored[name] = basis.inverse(restored)
         release_freed_memory()
     return tables
+
+
+def _chosen(job: Job, tensor: PlannedTensor, coefficients: Tensor, costs: TableCosts, basis: Basis) -> Codes:
+    """Codes [V, D], of the best kept set or with error feedback."""
+    options = job.plan.options
+    target = tensor.target or options.target
+    if target.kind == "density":
+        return kept_codes(coefficients, in_domain(costs.moment, basis), target.value, costs.rows)
+    factor, threads = feedback_factor(costs.moment, basis), job.run.threads
+    return codes_at(coefficients, factor, target.value, basis, quantizer=options.quantizer, threads=threads)
 
 
 def _costs(
@@ -93,5 +104,6 @@ def _costs(
         head = partial(read_tensor, planned[written].info)
         with suppress(UnchainedError), closing(ActivationStore(IN_MEMORY, job.store.folder)) as store:
             yield written, output_costs(lazy, spaced(inputs, _TOKENS), store, head, read=written == read)
-    if read in planned and (read != written or not is_causal(job.index.config)):
+    kept = job.plan.options.target.kind == "density"  # rows that count differently have no steps of their own
+    if kept and read in planned and (read != written or not is_causal(job.index.config)):
         yield read, read_costs(inputs, (planned[read].rows, planned[read].columns))
