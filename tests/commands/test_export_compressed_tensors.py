@@ -242,6 +242,61 @@ def test_models_of_other_kinds(tmp_path: Path, family: str) -> None:
     assert error(output(again), output(model)) < 0.03
 
 
+def test_a_model_that_is_initialised_by_its_weights_is_decoded_when_it_is_loaded(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 96}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "source")
+    report = export_model(tmp_path / "source", tmp_path / "out", "compressed-tensors", IntegerSettings(8))
+    assert any("decodes them as it loads them" in note for note in report.notes)
+    again, info = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        outputs = [part(input_ids=ids, decoder_input_ids=ids).logits for part in (again.eval(), model)]
+    assert 0 < error(*outputs) < 0.03
+    assert again.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float32
+
+
+def test_layers_that_are_more_than_linear_keep_their_weights(tmp_path: Path) -> None:
+    """A pooling head's attention has a projection of a class of its own, which the library takes for a linear layer."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8)
+        ).eval()
+    model.save_pretrained(tmp_path / "source")
+    export_model(tmp_path / "source", tmp_path / "out", "compressed-tensors", IntegerSettings(8))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert any(name.endswith("head.attention.out_proj") for name in config["ignore"])
+    again, info = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    pixels = gaussian(1, 3 * 32 * 32).view(1, 3, 32, 32)
+    with torch.no_grad():
+        outputs = [part(pixel_values=pixels).pooler_output for part in (again.eval(), model)]
+    assert 0 < error(*outputs) < 0.03
+
+
+def test_experts_that_transformers_would_replace_are_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Llama4TextConfig(
+        **TILED, head_dim=16, intermediate_size_mlp=128, num_key_value_heads=4, num_local_experts=2, pad_token_id=0
+    )
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"\.experts: is a Llama4TextExperts, which transformers replaces"):
+        export_model(tmp_path / "source", tmp_path / "out", "compressed-tensors")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_groups_that_do_not_divide_are_named(tmp_path: Path) -> None:
     folder = compressed_folder("llama", tmp_path)
     with pytest.raises(

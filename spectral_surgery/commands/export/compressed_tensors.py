@@ -24,7 +24,13 @@ from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.reader import DTYPES
 from spectral_surgery.files.sidecar_files import copy_companions
 from spectral_surgery.files.writer import Entry, reported, tensor_bytes, write_checkpoint
-from spectral_surgery.hf.linear_layers import LinearLayer, linear_layers
+from spectral_surgery.hf.linear_layers import (
+    LinearLayer,
+    initialised_by_weights,
+    linear_layers,
+    replaced_when_quantized,
+)
+from spectral_surgery.hf.models import outline_model
 from spectral_surgery.progress import Progress
 
 METHOD = "compressed-tensors"
@@ -52,12 +58,14 @@ class QuantizedLayers:
         layers: by the stored name of the weight.
         ignored: names of the other linear layers.
         kept: reason by name of every tensor that keeps its values.
+        model: the outline of transformers.
     """
 
     source: DenseCheckpoint
     layers: Mapping[str, LinearLayer]
     ignored: tuple[str, ...]
     kept: Mapping[str, str]
+    model: Any
 
 
 def quantized_layers(source: DenseCheckpoint) -> QuantizedLayers:
@@ -66,7 +74,8 @@ def quantized_layers(source: DenseCheckpoint) -> QuantizedLayers:
     Raises:
         ConfigError: when none is left.
     """
-    found = linear_layers(source.index.root, source.headers)
+    model = outline_model(source.index.root)
+    found = linear_layers(model, source.headers)
     if source.checkpoint and source.checkpoint.manifest.tensors:
         wanted = set(source.checkpoint.manifest.tensors)
     else:
@@ -86,7 +95,7 @@ def quantized_layers(source: DenseCheckpoint) -> QuantizedLayers:
         for name in source.tensors
         if name not in layers
     }
-    return QuantizedLayers(source, layers, tuple(ignored), kept)
+    return QuantizedLayers(source, layers, tuple(ignored), kept, model)
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,15 @@ class IntegerPlan:
     chosen: QuantizedLayers
     bits: int
     group_size: int | None
+    decoded_at_loading: bool
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing special."""
-        return ()
+        """When transformers decodes the weights, where that is unusual."""
+        if not self.decoded_at_loading:
+            return ()
+        name = type(self.chosen.model).__name__
+        return (f"transformers initialises a {name} by its weights, and so decodes them as it loads them.",)
 
     @property
     def kept(self) -> Mapping[str, str]:
@@ -126,7 +139,8 @@ class IntegerPlan:
                 entries.append(self.chosen.source.entry(name))
         strategy = {"strategy": "channel"} if self.group_size is None else {"strategy": "group"}
         weights = {"num_bits": self.bits, "group_size": self.group_size, **strategy}
-        return write_quantized(self.chosen, folder, reported(entries, progress), weights)
+        extra = {"dequantize": True} if self.decoded_at_loading else {}
+        return write_quantized(self.chosen, folder, reported(entries, progress), weights, extra)
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ def write_quantized(
     folder: Path,
     entries: Sequence[Entry],
     weights: Mapping[str, object],
-    transform: Mapping[str, object] | None = None,
+    extra: Mapping[str, object],
 ) -> list[Path]:
     """Write a checkpoint and a configuration that say how its linear layers are quantised.
 
@@ -210,7 +224,7 @@ def write_quantized(
         folder: where to.
         entries: all tensors.
         weights: bits, strategy and group size of the integers.
-        transform: what is done to activations; None for nothing.
+        extra: what else the configuration of the integers has.
     """
     scheme = {"type": "int", "symmetric": True, "dynamic": False, "observer": "minmax", **weights}
     group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
@@ -222,7 +236,7 @@ def write_quantized(
         "ignore": list(chosen.ignored),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        **({"transform_config": transform} if transform else {}),
+        **extra,
     }
     files = write_checkpoint(folder, entries)
     config = {**chosen.source.config(), "quantization_config": quantized}
@@ -232,6 +246,7 @@ def write_quantized(
 
 def _plan(source: DenseCheckpoint, settings: Any) -> IntegerPlan:
     chosen = quantized_layers(source)
+    _check_replaced(chosen.model)
     if settings.bits not in get_args(Bits):
         raise ConfigError(f"bits {settings.bits}: expected 4 or 8.")
     usual = 32 if settings.bits == min(get_args(Bits)) else None
@@ -248,7 +263,17 @@ def _plan(source: DenseCheckpoint, settings: Any) -> IntegerPlan:
                 f"{name}: has {columns} columns, which groups of {group} do not divide; expected a divisor of it."
                 f" {advice}."
             )
-    return IntegerPlan(chosen, settings.bits, group)
+    modules = [layer.module for layer in chosen.layers.values() if not layer.expert]
+    return IntegerPlan(chosen, settings.bits, group, initialised_by_weights(chosen.model, modules))
+
+
+def _check_replaced(model: Any) -> None:
+    for name in replaced_when_quantized(model, METHOD)[:1]:
+        raise ConfigError(
+            f"{name}: is a {type(model.get_submodule(name)).__name__}, which transformers replaces with other layers"
+            f" when it reads {METHOD}; expected layers that it loads by their own names. Use decompress for a plain"
+            " checkpoint."
+        )
 
 
 COMPRESSED_TENSORS = ModelTarget(

@@ -90,7 +90,9 @@ class ExactPlan:
             else:
                 entries.append(source.entry(name))
         weights = {"num_bits": _BITS, "group_size": None, "strategy": "channel"}
-        return write_quantized(self.chosen, folder, reported(entries, progress), weights, self._transform())
+        return write_quantized(
+            self.chosen, folder, reported(entries, progress), weights, {"transform_config": self._transform()}
+        )
 
     def _transform(self) -> dict[str, object]:
         def scheme(location: str) -> dict[str, object]:
