@@ -1,6 +1,8 @@
-"""Heads: what turns the hidden states of a model into its answer. They carry no adapter, and are trained whole."""
+"""The ends of a model: the layer that reads tokens, and heads, which carry no adapter and are trained whole."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +51,15 @@ def head_names(model: nn.Module) -> set[str]:
         or name.split(".")[-1] in _USUAL
         or any(f"{name}.".startswith(f"{head}.") for head in outside)
     }
+
+
+def word_table(model: Any) -> nn.Module | None:
+    """The layer that reads token ids; None where there is none, or transformers does not know which."""
+    try:
+        words: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return words
 
 
 def _outside(model: nn.Module) -> tuple[str, ...]:

@@ -80,8 +80,9 @@ def _tokens(student: Any, teacher: Any, batch: Batch) -> Tensor:
 
 def _embeddings(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """1 - cosine of mean-pooled embeddings + mean relative squared error of the hidden states of all layers."""
+    hidden = _hidden(student, teacher, batch)
     first, second = (pooled(_states(outputs)[-1], batch) for outputs in (student, teacher))
-    return (1 - functional.cosine_similarity(first, second)).mean() + _hidden(student, teacher, batch)
+    return (1 - functional.cosine_similarity(first, second)).mean() + hidden
 
 
 def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -95,6 +96,12 @@ def _classes(student: Any, teacher: Any, batch: Batch) -> Tensor:
 
 def _hidden(student: Any, teacher: Any, batch: Batch) -> Tensor:
     states = list(zip(_states(student), _states(teacher), strict=True))
+    for state, wanted in states:
+        if state.shape != wanted.shape:
+            raise ConfigError(
+                f"heal: expected hidden states of {tuple(wanted.shape)} as those of the original, got"
+                f" {tuple(state.shape)}. The model itself decides how many there are, so that it cannot be healed."
+            )
     pooler = getattr(teacher, "pooler_output", None)
     errors = [
         _masked(state - wanted, batch).square().sum() / _masked(wanted, batch).square().sum()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from spectral_surgery.errors import ConfigError
+from spectral_surgery.live.heads import word_table
 from spectral_surgery.text.examples import Example
 
 
@@ -56,10 +57,7 @@ def check_vocabulary(sequences: Sequence[Sequence[int]], model: Any, file: Path)
 
 def _vocabulary_of(model: Any) -> int | None:
     """Rows of the table of token embeddings; None where there is none."""
-    try:
-        words = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # transformers does not know where they are
-        return None
+    words = word_table(model)
     table = getattr(words, "weight", None)
     if isinstance(table, Tensor) and table.ndim == 2:
         return len(table)

@@ -13,7 +13,7 @@ from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.files.peft.task import callable_task
 from spectral_surgery.live.choose_targets import resolve
-from spectral_surgery.live.heads import head_names, trained_heads
+from spectral_surgery.live.heads import head_names, trained_heads, word_table
 from spectral_surgery.live.skeleton import skeleton
 from spectral_surgery.targets import ModuleTargets
 
@@ -88,3 +88,17 @@ def test_modules_to_save_are_all_that_peft_saves_for_the_same_words() -> None:
     targets = resolve(model, AdapterSpec(method, method.config(r=1), asked)).targets
     assert targets.modules_to_save == ("classifier", "pre_classifier")
     assert not any(targets.matches(name) for name in ("classifier", "pre_classifier"))
+
+
+def test_the_table_of_words() -> None:
+    model = outline("BertConfig", "BertModel", SIZES)
+    assert word_table(model) is model.get_submodule("embeddings.word_embeddings")
+
+
+def test_a_model_that_does_not_say_where_its_table_is_has_none() -> None:
+    sizes = {"hidden_size": 16, "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2}
+    model = outline("FastSpeech2ConformerConfig", "FastSpeech2ConformerModel", sizes)
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    assert word_table(model) is None
+    assert word_table(nn.Linear(2, 2)) is None

@@ -65,3 +65,9 @@ def test_models_without_hidden_states_are_refused(name: str, states: tuple[Tenso
 
     with pytest.raises(ConfigError, match=r"heal: expected a model that returns hidden states .*, got Silent"):
         OBJECTIVES[name].run(Silent(), {"input_ids": torch.ones(1, 2)})
+
+
+def test_a_model_that_decides_how_long_its_answer_is_cannot_be_healed() -> None:
+    student, teacher = (SimpleNamespace(hidden_states=(torch.ones(2, length, 4),)) for length in (3, 5))
+    with pytest.raises(ConfigError, match=r"^heal: expected hidden states of \(2, 5, 4\) as those of"):
+        OBJECTIVES["embeddings"].loss(student, teacher, {"attention_mask": torch.ones(2, 5)})

@@ -32,6 +32,7 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.peft.task import task_of
 from spectral_surgery.inputs.model_input import EqualShapes, equal_shapes, spaced
 from spectral_surgery.live.blocks import Held, Sample, UnchainedError, next_inputs
+from spectral_surgery.live.heads import word_table
 from spectral_surgery.live.hooks import hooked
 from spectral_surgery.live.moments import moments_of
 from spectral_surgery.memory import release_freed_memory
@@ -107,7 +108,7 @@ class _Measurement:
         }
 
     def _words(self) -> str:
-        words = self.lazy.model.get_input_embeddings()
+        words = word_table(self.lazy.model)
         return next((name for name, module in self._tables() if module is words), "")
 
     def _tables(self) -> Iterator[tuple[str, nn.Embedding]]:

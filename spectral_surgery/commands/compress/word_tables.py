@@ -31,6 +31,7 @@ from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.inputs.model_input import ModelInput, spaced
 from spectral_surgery.live.blocks import UnchainedError
+from spectral_surgery.live.heads import word_table
 from spectral_surgery.memory import release_freed_memory
 
 _TOKENS = 1 << 13  # of text that say how likely words are
@@ -94,7 +95,7 @@ def _costs(
     job: Job, lazy: LazyModel, inputs: Sequence[ModelInput], planned: Mapping[str, PlannedTensor]
 ) -> Iterator[tuple[str, TableCosts]]:
     """Of each table that is compressed as a matrix with a row for each word."""
-    words = lazy.model.get_input_embeddings()
+    words = word_table(lazy.model)
     paths = (path for path, module in lazy.model.named_modules() if module is words)
     info = lazy.names.tensor(f"{next(paths, '')}.weight")
     read = info.name if info else ""

@@ -18,6 +18,7 @@ from spectral_surgery.files.index import CheckpointIndex
 from spectral_surgery.files.merge_record import Source
 from spectral_surgery.hf.base_model import base_model
 from spectral_surgery.hf.tensor_names import Piece, StoredParameter
+from spectral_surgery.live.heads import word_table
 
 _DTYPES = ("F32", "BF16", "F16")
 OUTPUT = "the output layer"  # that is tied, and whose name nobody knows
@@ -251,8 +252,7 @@ class Finder:
         """Embedding and output layer must have as many rows as each other."""
         if not self._resized or self.base.model is None:
             return
-        for ask in (self.base.model.get_input_embeddings, self.base.model.get_output_embeddings):
-            module = ask()
+        for module in (word_table(self.base.model), self.base.model.get_output_embeddings()):
             names = [
                 name
                 for name, candidate in self.base.model.named_modules()
