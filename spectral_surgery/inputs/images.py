@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectral_surgery.errors import BackendError
+from spectral_surgery.errors import required
 from spectral_surgery.hf.processors import load_image_processor
 from spectral_surgery.inputs.folders import MediaFile, UnreadableError, holds, media_files, readable
 from spectral_surgery.inputs.kind import Kind, Reading
@@ -28,19 +28,16 @@ def read_image(path: Path, mode: str = "RGB") -> Any:
         BackendError: when Pillow is not installed.
         UnreadableError: when it is no image, or a part of it is missing.
     """
+    image_file, operations = (
+        required(f"PIL.{part}", "read images", "'spectral-surgery[images]'") for part in ("Image", "ImageOps")
+    )
     try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise BackendError(
-            "pillow: expected it to read images, got none installed. pip install 'spectral-surgery[images]'"
-        ) from None
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        with image_file.open(path) as file:
+            image = operations.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits
                 image = image.convert("I").point(lambda value: value / 256).convert("L")
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, image_file.DecompressionBombError) as error:
         raise UnreadableError(f"{path}: expected an image, got {_reason(error)}.") from None
 
 

@@ -13,7 +13,7 @@ from spectral_surgery.files.peft.task import is_causal
 from spectral_surgery.inputs.kind import Config, Reading
 from spectral_surgery.inputs.kinds import kind_of
 from spectral_surgery.inputs.model_input import ModelInput
-from spectral_surgery.text.examples import hold_out
+from spectral_surgery.text.examples import split_examples
 from spectral_surgery.text.settings import TextData
 
 _HELD_OUT = 0.05  # of what stands by itself
@@ -41,7 +41,7 @@ def train_and_held_out(
     reading = Reading(data, folder, config, model, data.seq_length or seq_length, causal)
     items = kind.items_of(reading)
     whole = not causal and len(items) == 1  # one sentence is not cut
-    parts = [items, []] if whole else hold_out(items, _HELD_OUT)
+    parts = [items, []] if whole else split_examples(items, _HELD_OUT)
     limits = data.samples, _MOST_HELD_OUT[causal]
     train, held_out = (kind.inputs(reading, part, limit) for part, limit in zip(parts, limits, strict=True))
     short = causal and kind.unit == "sequences" and bool(train) and train[0].tokens < reading.longest

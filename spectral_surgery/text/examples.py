@@ -62,7 +62,7 @@ def documents(file: Path, *, causal: bool) -> list[Example]:
     return [Example((text,)) for text in texts]
 
 
-def hold_out(examples: Sequence[T], *fractions: float) -> list[list[T]]:
+def split_examples(examples: Sequence[T], *fractions: float) -> list[list[T]]:
     """Cut text, or what else there is, into parts that share no document: what is left, and one of each fraction.
 
     Documents are drawn at random, since files are often sorted, and by the same numbers in every run, so that runs with

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spectral_surgery.errors import ConfigError
-from spectral_surgery.text.examples import Example, documents, hold_out, read_examples
+from spectral_surgery.text.examples import Example, documents, read_examples, split_examples
 
 
 def test_reading_examples(tmp_path: Path) -> None:
@@ -44,18 +44,18 @@ def test_files_that_cannot_be_read(
 
 def test_what_is_held_out_shares_no_document_with_the_rest() -> None:
     examples = [Example((str(number),)) for number in range(20)]
-    parts = hold_out(examples, 0.25, 0.1)
+    parts = split_examples(examples, 0.25, 0.1)
     assert [len(part) for part in parts] == [13, 5, 2]
     assert (
         sorted((example for part in parts for example in part), key=lambda example: int(example.texts[0])) == examples
     )
-    assert parts == hold_out(examples, 0.25, 0.1)  # the same in every run
+    assert parts == split_examples(examples, 0.25, 0.1)  # the same in every run
     assert {example.texts[0] for example in parts[1]} != {"13", "14", "15", "16", "17"}  # files are often sorted
 
 
 def test_a_single_document_is_cut_and_its_end_held_out() -> None:
     def cut(text: str, *fractions: float) -> list[list[str]]:
-        return [[example.texts[0] for example in part] for part in hold_out([Example((text,))], *fractions)]
+        return [[example.texts[0] for example in part] for part in split_examples([Example((text,))], *fractions)]
 
     assert cut("abcdefghij", 0.2) == [["abcdefgh"], ["ij"]]
     assert cut("abcdefghij", 0.2, 0.1) == [["abcdefg"], ["hi"], ["j"]]
@@ -64,7 +64,7 @@ def test_a_single_document_is_cut_and_its_end_held_out() -> None:
     with pytest.raises(ConfigError, match="text: expected more than 2 characters for 3 parts, got 2"):
         cut("ab", 0.1, 0.1)
     with pytest.raises(ConfigError, match="text: expected more than 2 documents for 3 parts, got 2"):
-        hold_out([Example(("a",)), Example(("b",))], 0.1, 0.1)
+        split_examples([Example(("a",)), Example(("b",))], 0.1, 0.1)
 
 
 def test_documents_are_texts_of_language_models_and_lines_of_others(tmp_path: Path) -> None:

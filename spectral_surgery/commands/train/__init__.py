@@ -25,7 +25,7 @@ from spectral_surgery.hf.models import load_classifier, load_model
 from spectral_surgery.live.attach import inject, trainable_parameters
 from spectral_surgery.live.heads import trained_heads
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.examples import Example, hold_out, read_examples
+from spectral_surgery.text.examples import Example, read_examples, split_examples
 from spectral_surgery.text.settings import TrainData
 from spectral_surgery.text.tasks import TASKS, Features, Task
 from spectral_surgery.training.plot import plot_training
@@ -161,7 +161,7 @@ def _examples(data: TrainData) -> tuple[list[Example], list[Example]]:
     examples = read_examples(data.file, data.columns)
     if data.eval_file:
         return examples, read_examples(data.eval_file, data.columns)
-    train_on, held_out = hold_out(examples, data.eval_fraction)
+    train_on, held_out = split_examples(examples, data.eval_fraction)
     return train_on, held_out
 
 

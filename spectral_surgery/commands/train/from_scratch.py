@@ -14,7 +14,7 @@ from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.atomic import replace_file
 from spectral_surgery.hf.models import load_tokenizer
 from spectral_surgery.progress import Progress, silent
-from spectral_surgery.text.examples import hold_out, read_examples
+from spectral_surgery.text.examples import read_examples, split_examples
 from spectral_surgery.text.settings import ScratchData
 from spectral_surgery.text.tasks import TASKS, Features
 from spectral_surgery.training.plot import plot_training
@@ -153,7 +153,7 @@ def _trained(start: str, job: Job, test: list[Features], *, resume: bool) -> Tra
 
 def _prepare(data: ScratchData) -> tuple[Any, list[list[Features]]]:
     """The tokenizer, and the tokens of the three parts."""
-    parts = hold_out(read_examples(data.file, data.columns), data.validation_fraction, data.test_fraction)
+    parts = split_examples(read_examples(data.file, data.columns), data.validation_fraction, data.test_fraction)
     tokenizer = _tokenizer(data, "\n".join(example.texts[0] for example in parts[0]))
     return tokenizer, [_TASK.encode(tokenizer, [example.texts for example in part], data.seq_length) for part in parts]
 
