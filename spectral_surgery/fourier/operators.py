@@ -236,7 +236,7 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs_weight, needs_coefficients = ctx.needs_input_grad[:2]
         delta = (*ctx.saved_tensors, *ctx.rest)
-        of_coefficients = _WeightBackward.apply(gradient, *delta) if needs_coefficients else None
+        of_coefficients = _weight_backward(gradient, *delta) if needs_coefficients else None
         return (gradient if needs_weight else None, of_coefficients, *[None] * 5)
 
     @staticmethod
@@ -260,7 +260,7 @@ class _WeightBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _one_by_one(_WeightBackward.apply, info.batch_size, in_dims, arguments)
+        return _one_by_one(_weight_backward, info.batch_size, in_dims, arguments)
 
 
 def fourier_linear(*arguments: Any) -> Tensor:
@@ -274,7 +274,14 @@ def fourier_weight(*arguments: Any) -> Tensor:
 
 
 def _linear_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return cast("tuple[Tensor, Tensor]", _LinearBackward.apply(*arguments))
+    # what is compiled has no second derivatives, and torch before 2.15 compiles no function within a function's backward
+    function = linear_backward_op if torch.compiler.is_compiling() else _LinearBackward.apply
+    return cast("tuple[Tensor, Tensor]", function(*arguments))
+
+
+def _weight_backward(*arguments: Any) -> Tensor:
+    function = weight_backward_op if torch.compiler.is_compiling() else _WeightBackward.apply
+    return cast(Tensor, function(*arguments))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

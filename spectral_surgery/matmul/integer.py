@@ -146,7 +146,10 @@ def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _planes(operand: Operand, matrix: Tensor) -> Tensor:
     count, tokens, terms = operand.digits.shape
-    sums = torch._int_mm(operand.digits.reshape(count * tokens, terms), matrix).reshape(count, tokens, matrix.shape[1])
+    digits = operand.digits.reshape(count * tokens, terms)
+    # torch before 2.15 has wrong sums of a single term on processors with int8 dot products
+    sums = torch._int_mm(digits, matrix) if terms > 1 else digits.int() * matrix.int()
+    sums = sums.reshape(count, tokens, matrix.shape[1])
     total = sums[-1].to(torch.float32)
     for digit in range(count - 2, -1, -1):
         total.mul_(_DIGIT).add_(sums[digit])

@@ -35,7 +35,7 @@ def _is_transformed() -> bool:
 
 def whole_graph() -> bool:
     """Whether all has to be recorded: torch.export and torch.jit.trace have nobody to leave Python to."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def left_to_python(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
@@ -77,7 +77,7 @@ def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
 
 def constant_shape(weight: Tensor) -> tuple[int, int]:
     """(O, I) of a matrix that is not an input, so that a trace needs no warning about it."""
-    if not torch._C._is_tracing():
+    if not torch.jit.is_tracing():
         return weight.shape[0], weight.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

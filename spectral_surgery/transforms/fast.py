@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,12 +43,30 @@ class FastTransform:
         return self.inverse(self.inverse(spectrum.mT).mT)
 
 
+def rfft(x: Tensor) -> Tensor:
+    """Orthonormal, of the last dimension: [..., n] real to [..., n // 2 + 1] complex.
+
+    Of no rows too, which torch refuses before version 2.15 where it takes MKL.
+    """
+    if not x.numel():
+        half = x[..., : x.shape[-1] // 2 + 1]
+        return torch.complex(half, half)
+    return cast(Tensor, torch.fft.rfft(x, norm="ortho"))
+
+
+def irfft(spectrum: Tensor, n: int) -> Tensor:
+    """Undo `rfft`: [..., n // 2 + 1] complex to [..., n] real."""
+    if not spectrum.numel():
+        return torch.nn.functional.pad(spectrum.real, (0, n - spectrum.shape[-1]))
+    return cast(Tensor, torch.fft.irfft(spectrum, n=n, norm="ortho"))
+
+
 def _dct(x: Tensor) -> Tensor:
     # Makhoul, A fast cosine transform in one and two dimensions, 1980: even points, then odd ones backwards
     x = as_real(x)
     n = x.shape[-1]
     turns, _ = _turns(n, x)
-    bins = torch.fft.rfft(torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1), norm="ortho") * turns
+    bins = rfft(torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1)) * turns
     return torch.cat([bins.real, -bins.imag[..., 1 : (n + 1) // 2].flip(-1)], -1)
 
 
@@ -56,7 +75,7 @@ def _idct(x: Tensor) -> Tensor:
     n = x.shape[-1]
     _, turns = _turns(n, x)
     mirrored = torch.cat([torch.zeros_like(x[..., :1]), -x[..., n - n // 2 :].flip(-1)], -1)
-    points = torch.fft.irfft(torch.complex(x[..., : n // 2 + 1], mirrored) * turns, n=n, norm="ortho")
+    points = irfft(torch.complex(x[..., : n // 2 + 1], mirrored) * turns, n)
     half = (n + 1) // 2
     even, odd = points[..., :half], points[..., half:].flip(-1)
     if n % 2:
@@ -73,7 +92,7 @@ def _dct_entries(k: Tensor, j: Tensor, n: int) -> Tensor:
 def _hartley(x: Tensor) -> Tensor:
     x = as_real(x)
     n = x.shape[-1]
-    bins = torch.fft.rfft(x, norm="ortho")
+    bins = rfft(x)
     mirrored = (bins.real + bins.imag)[..., 1 : (n + 1) // 2].flip(-1)
     return torch.cat([bins.real - bins.imag, mirrored], -1)
 

@@ -60,7 +60,7 @@ def test_a_model_that_sees_is_calibrated_judged_and_run_on_text(tmp_path: Path, 
     made = run("compress", seeing, tmp_path / "out", *CALIBRATE, text)
     assert made.returncode == 0, made.stderr
     told = json.loads(made.stdout)["calibration"]
-    assert told["matrices"] == 14
+    assert told["matrices"] == 15  # the output layer with them
     assert not told["as_a_whole"]
     left = {own["name"]: own["reason"] for own in told["not_calibrated"]}
     assert left["model.visual.blocks.0.mlp.linear_fc1.weight"] == "outside of the list of blocks"
