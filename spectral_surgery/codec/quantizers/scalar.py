@@ -20,7 +20,7 @@ from spectral_surgery.codec.sample import Sample
 EXACT = 1e-4  # an error that is small enough, whatever bits are left
 
 _CACHED = 1 << 18  # numbers worked on at a time: they stay in cache
-_SUMMED = 1 << 16  # numbers of a float32 sum
+_SUMMED = 1 << 16  # numbers multiplied at a time: they stay in cache
 _FINEST, _COARSEST = 1e-4, 20.0  # steps considered, in units of the root mean square
 _HALVINGS = 20  # of that range, to a hundred-thousandth of a step
 _ZERO = 1e-3  # in steps: a coefficient this small is a rounded zero, dropped even where everything is kept
@@ -111,9 +111,9 @@ def _snap(offset: float, largest: int) -> float:
 
 
 def dot(left: Tensor, right: Tensor) -> float:
-    """A dot product of float32 in parts: some processors add up a long one in few running sums, which lose digits."""
+    """A dot product of float32. torch.dot adds up in running sums, on ARM in one, which loses digits; sum in pairs."""
     parts = zip(torch.split(left, _SUMMED), torch.split(right, _SUMMED), strict=True)
-    return sum(float(torch.dot(one, other)) for one, other in parts)
+    return sum(float((one * other).sum()) for one, other in parts)
 
 
 def code_dtype(largest: float) -> torch.dtype:
