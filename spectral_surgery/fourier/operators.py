@@ -265,23 +265,29 @@ class _WeightBackward(torch.autograd.Function):
 
 def fourier_linear(*arguments: Any) -> Tensor:
     """`linear_op`, differentiable; the six values of the schema in the place of a `Delta`."""
-    return cast(Tensor, _Linear.apply(*arguments))
+    return cast(Tensor, _apply(_Linear, linear_op, arguments))
 
 
 def fourier_weight(*arguments: Any) -> Tensor:
     """`weight_op`, differentiable; the six values of the schema in the place of a `Delta`."""
-    return cast(Tensor, _Weight.apply(*arguments))
+    return cast(Tensor, _apply(_Weight, weight_op, arguments))
 
 
 def _linear_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    # what is compiled has no second derivatives, and torch before 2.15 compiles no function within a function's backward
-    function = linear_backward_op if torch.compiler.is_compiling() else _LinearBackward.apply
-    return cast("tuple[Tensor, Tensor]", function(*arguments))
+    return cast("tuple[Tensor, Tensor]", _apply(_LinearBackward, linear_backward_op, arguments, second=True))
 
 
 def _weight_backward(*arguments: Any) -> Tensor:
-    function = weight_backward_op if torch.compiler.is_compiling() else _WeightBackward.apply
-    return cast(Tensor, function(*arguments))
+    return cast(Tensor, _apply(_WeightBackward, weight_backward_op, arguments, second=True))
+
+
+def _apply(function: type[torch.autograd.Function], operator: Any, arguments: tuple[Any, ...], second: bool = False) -> Any:
+    """The function, or where gradients are not asked for and torch before 2.15 would fail to compile it, the operator."""
+    if torch.compiler.is_compiling():
+        differentiable = (isinstance(value, Tensor) and value.requires_grad for value in arguments)
+        if second or not (torch.is_grad_enabled() and any(differentiable)):  # nothing compiled has second derivatives
+            return operator(*arguments)
+    return function.apply(*arguments)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

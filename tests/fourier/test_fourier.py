@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -257,9 +256,7 @@ def test_compiled_in_one_graph() -> None:
     def step(x: Tensor, c: Tensor) -> Tensor:
         return adapted_linear(x, weight, bias, c, folded, SCALING).relu()
 
-    # before 2.15, torch compiles a function with its own gradient for each number of tokens, not for all
-    dynamic = True if TorchVersion(torch.__version__) >= (2, 15) else None
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (1, 3, 8):
         x, c = draw(tokens, 20).float().requires_grad_(), draw(30).float().requires_grad_()
         expected, got = step(x, c), compiled(x, c)
