@@ -18,6 +18,7 @@ from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.codec.quantizers.lattice import LatticePoints, points_of
 from spectral_surgery.errors import ShapeError
 
+_TILE = 64  # rows: whole blocks of the lattice, and all frequencies
 _FINER = 1.2
 _INSIDE = 0.98  # of a cell, in which training may start
 _WIDE = 0.5  # steps of offset: coefficients were kept by a threshold, and not by rounding
@@ -106,16 +107,23 @@ class KeptSpectrum(nn.Module):
             parts.append(replace(grid, codes=codes.reshape(grid.shape)))
         return parts
 
-    def bits(self, values: Tensor, dead_zone: float) -> float:
-        """About what the codes of values [K] take, tables aside."""
+    def bits(self, values: Tensor, dead_zone: float, every: int = 1) -> float:
+        """About what the codes of values [K] take, tables aside.
+
+        Args:
+            every: one in so many tiles of rows, at least one, stands for all.
+        """
         total = 0.0
         for part, numbers in enumerate(self._split(values)):
-            codes, shape = self._codes(part, numbers, dead_zone), self._grids[part].shape
-            points = self._points[part]
+            rows, columns = self._grids[part].shape
+            spans = [(row, min(row + _TILE, rows)) for row in range(0, rows, _TILE * every)]
+            seen, points = sum(stop - start for start, stop in spans), self._points[part]
+            codes = self._codes(part, numbers, dead_zone, spans if seen < rows else None)
             if points is None:
-                total += _entropy(math.prod(shape), codes)
+                found = _entropy(seen * columns, codes)
             else:
-                total += points.bits(codes.to(torch.int32).reshape(shape).cpu())
+                found = points.bits(codes.to(torch.int32).reshape(-1, columns).cpu())
+            total += found * rows / seen
         return total
 
     def _rows(self, part: int, values: Tensor) -> Tensor:
@@ -127,14 +135,27 @@ class KeptSpectrum(nn.Module):
         flat = cast(Tensor, _Placed.apply(quantised, self._positions(part), math.prod(grid.shape)))
         return Basis(grid.transform, grid.tile, grid.axes).inverse(flat.reshape(grid.shape))
 
-    def _codes(self, part: int, values: Tensor, dead_zone: float) -> Tensor:
-        """Integers, as floats: zero in the dead zone, else the nearest of the points that can be stored."""
-        offset, points = self._grids[part].offset, self._points[part]
+    def _codes(
+        self, part: int, values: Tensor, dead_zone: float, spans: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Integers, as floats: zero in the dead zone, else the nearest of the points that can be stored.
+
+        Args:
+            spans: of rows, of whole tiles; None for all.
+        """
+        offset, points, steps = self._grids[part].offset, self._points[part], self.get_buffer(f"steps_{part}")
+        if spans is not None:
+            edges = torch.tensor(spans, device=values.device) * self._grids[part].shape[1]
+            places = torch.searchsorted(self._positions(part), edges.to(self._positions(part).dtype)).tolist()
+            values, steps = (
+                own if own.numel() == 1 else torch.cat([own[start:stop] for start, stop in places])
+                for own in (values, steps)
+            )
         if points is not None:
-            scaled = (values * self._scales[part] / self.get_buffer(f"steps_{part}")).reshape(self._grids[part].shape)
+            scaled = (values * self._scales[part] / steps).reshape(-1, self._grids[part].shape[1])
             stricter = replace(points, slope=points.slope * dead_zone**2)
             return stricter.levels(scaled.cpu(), threads=torch.get_num_threads()).reshape(-1).to(values)
-        levels = values.abs() * self._scales[part] / self.get_buffer(f"steps_{part}")
+        levels = values.abs() * self._scales[part] / steps
         nearest = (levels - offset).round_().clamp_(min=1.0)
         return torch.where(levels < dead_zone * (1 + offset) / 2, 0.0, nearest).copysign(values)
 

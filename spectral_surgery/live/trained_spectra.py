@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -121,11 +121,13 @@ def kept_spectra(model: nn.Module) -> dict[str, list[QuantizedSpectrum]]:
     return dict(each_kept_spectrum(model))
 
 
-def each_kept_spectrum(model: nn.Module) -> Iterator[tuple[str, list[QuantizedSpectrum]]]:
-    """The items of `kept_spectra`, one in memory at a time."""
+def each_kept_spectrum(
+    model: nn.Module, names: Container[str] | None = None
+) -> Iterator[tuple[str, list[QuantizedSpectrum]]]:
+    """The items of `kept_spectra`, or those of some names, one in memory at a time."""
     seen = set()
     for name, spectrum, values in _holders(model):
-        if id(values) not in seen:
+        if id(values) not in seen and (names is None or name in names):
             seen.add(id(values))
             yield name, spectrum.spectra(values)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,10 +27,11 @@ from spectral_surgery.files.writer import tensor_entry, write_file
 from spectral_surgery.live.running import differentiating, fast_bfloat16, not_differentiable
 from spectral_surgery.progress import Progress
 from spectral_surgery.training.settings import DistillSettings
+from spectral_surgery.training.time_limit import TimeLimit
 
 Batch = dict[str, Tensor]
 Clock = Callable[[], float]  # seconds since some moment
-_RECENT = 4  # steps whose mean says how long the next one takes
+_TOLD = 4  # steps, after which their pace is told
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -78,6 +78,10 @@ def _unheard(pace: Pace) -> None:
     pass
 
 
+def _ready(gone: float, least: float) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Training:
     """What is trained.
@@ -93,6 +97,10 @@ class Training:
         refresh: sets what is derived from the parameters, before they are judged and when they are final.
         needed: parameters of which one at least must get a gradient.
         told: called once, after the first steps, with what they took.
+        began: on the clock, when the minutes began; None for when the training does.
+        after: seconds that the minutes have to leave for what comes after the training.
+        ready: with minutes, called before the first step with the seconds that are gone, and those that it takes at
+            least from then on, and after it; raises where that is too much.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -105,6 +113,9 @@ class Training:
     refresh: Callable[[], None] = lambda: None
     needed: Sequence[Tensor] = ()
     told: Callable[[Pace], None] = _unheard
+    began: float | None = None
+    after: float = 0.0
+    ready: Callable[[float, float], None] = _ready
 
 
 def distillation(
@@ -146,61 +157,71 @@ class _Run:
         self.learning_rate = settings.rate(fitted=work.fitted)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.learning_rate, betas=(0.9, 0.99))
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()} if work.held_out else {}
-        self.curve = LossCurve()
-        self.earlier, self.began = 0.0, clock()  # seconds of the runs before; when this one began
-        self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds of steps
-        self.judging = 0.0  # seconds of the last evaluation
-        self.told = False
+        self.curve, self.judged = LossCurve(), list[float]()  # losses of single batches at the best step
+        self.earlier, self.began = 0.0, clock() if work.began is None else work.began  # seconds of the runs before
+        self.timed = not settings.steps
+        after = float(average(torch.tensor(work.after, dtype=torch.float64))) if self.timed else 0.0
+        self.limit = TimeLimit(60 * settings.minutes if self.timed else math.inf, after, settings.eval_every)
+        self.started, self.told = 0.0, False  # seconds before the first step
 
     def all(self) -> LossCurve:
-        if not self._resumed():
-            if self.work.held_out:
-                self.curve.held_out.append((0, self._held_out()))
-            self.judging = self._passed()
-            self.curve.steps = self.settings.steps or 1
-        self.earlier, losses = self.curve.seconds - (self.clock() - self.began), list[float]()
+        if self._resumed():
+            self.earlier = self.curve.seconds
+        else:
+            self._begin()
+        self.started, losses = self._now(), list[float]()
+        last = self.started
         while self.curve.step < self.curve.steps and not self._stopped():
             losses.append(self._step())
             self.curve.step += 1
-            self.recent.append(self._passed())
+            before, last = last, self._now()
+            self.limit.stepped(last - before)
             self._plan()
             self._tell()
             self.progress(self.curve.step, self.curve.steps, f"loss {losses[-1]:.4f}")
             if self.curve.step % self.settings.eval_every == 0 or self.curve.step == self.curve.steps:
                 self._evaluate(losses)
                 losses = []
-                self.judging = self._passed()
+                before, last = last, self._now()
+                self.limit.judged(last - before)
                 self._plan()
-                self._save()
-                self.judging += self._passed()
-        with torch.no_grad():
-            for name, values in self.best.items():
-                self.parameters[name].copy_(values)
-        self.work.refresh()
+                if not self.timed or self.curve.step < self.curve.steps:  # else the result is written next
+                    self._save()
+                before, last = last, self._now()
+                self.limit.saving = last - before
+        if not self.best or self.curve.best_step != self.curve.step:
+            with torch.no_grad():
+                for name, values in self.best.items():
+                    self.parameters[name].copy_(values)
+            self.work.refresh()
         return self.curve
 
-    def _passed(self) -> float:
-        """Seconds since this was asked before, the same in all processes where steps depend on it."""
-        before, now = self.curve.seconds, torch.tensor(self.earlier + self.clock() - self.began, dtype=torch.float64)
-        self.curve.seconds = float(now if self.settings.steps else average(now))
-        return self.curve.seconds - before
+    def _begin(self) -> None:
+        """Judge what is there before the first step: with minutes, on as many batches as a part of them allows."""
+        self.curve.steps, before = self.settings.steps or 1, self._now()
+        if self.work.held_out:
+            self.judged = self._losses(until=before + self.limit.for_judging(before))
+            self.curve.held_out.append((0, sum(self.judged) / len(self.judged)))
+            self.limit.judged(self._now() - before)
+        if self.timed:
+            now = self._now()
+            self.work.ready(now, self.limit.least)
+
+    def _now(self) -> float:
+        """Seconds that are gone, the same in all processes where steps depend on it."""
+        now = torch.tensor(self.earlier + self.clock() - self.began, dtype=torch.float64)
+        self.curve.seconds = float(average(now) if self.timed else now)
+        return self.curve.seconds
 
     def _plan(self) -> None:
-        """With minutes, as many steps as fit into what is left of them, with the evaluation at their end."""
-        each = self._each()
-        if not self.settings.steps and each > 0:
-            left = 60 * self.settings.minutes - self.curve.seconds - self.judging
-            self.curve.steps = self.curve.step + max(0, round(left / each))
-
-    def _each(self) -> float:
-        """Seconds of a step, with its share of the evaluations."""
-        return sum(self.recent) / len(self.recent) + self.judging / self.settings.eval_every
+        if self.timed and self.limit.each > 0:
+            self.curve.steps = self.curve.step + self.limit.steps(self._now())
 
     def _tell(self) -> None:
-        if not self.told and (len(self.recent) == _RECENT or self.curve.step >= self.curve.steps):
+        if not self.told and (self.curve.step >= min(_TOLD, self.curve.steps)):
             self.told = True
             before = self.curve.held_out[0][1] if self.curve.held_out else math.nan
-            self.work.told(Pace(self.curve.steps, self._each(), before))
+            self.work.told(Pace(self.curve.steps, self.limit.each, before))
 
     def _step(self) -> float:
         for group in self.optimizer.param_groups:
@@ -227,7 +248,7 @@ class _Run:
         warm = (self.curve.step + 1) / max(self.settings.warmup_steps, 1)
         done = self.curve.step / max(self.curve.steps, 1)
         if not self.settings.steps:
-            done = min(1.0, self.curve.seconds / (60 * self.settings.minutes))
+            done = min(1.0, (self.curve.seconds - self.started) / max(self.limit.seconds - self.started, 1e-9))
         return min(warm, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -237,9 +258,17 @@ class _Run:
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return self.work.loss({name: tensor.to(device) for name, tensor in batch.items()})
 
-    def _held_out(self) -> float:
+    def _losses(self, until: float) -> list[float]:
+        """Of held-out batches, the same ones as before the first step; of the first ones alone where time runs out."""
+        losses, before = list[float](), self._now()
         with torch.no_grad(), parametrize.cached():  # what is trained stays as it is: weights are computed once
-            return sum(float(self._loss(batch)) for batch in self.work.held_out) / len(self.work.held_out)
+            for batch in self.work.held_out[: len(self.judged) or None]:
+                losses.append(float(self._loss(batch)))
+                now = self._now() if self.timed else before
+                self.limit.batch = self.limit.batch or now - before
+                if now + (now - before) / len(losses) > until:
+                    break
+        return losses
 
     def _evaluate(self, losses: Sequence[float]) -> None:
         self.curve.train.append((self.curve.step, sum(losses) / max(len(losses), 1)))
@@ -247,9 +276,11 @@ class _Run:
             self.curve.best_step = self.curve.step
             return
         self.work.refresh()
-        loss = self._held_out()
+        found = self._losses(until=self.limit.seconds - self.limit.after)
+        seen = [*found, *self.judged[len(found) :]]  # what there was no time for counts as it was
+        loss = sum(seen) / len(seen)
         if loss < self.curve.best:
-            self.curve.best_step = self.curve.step
+            self.curve.best_step, self.judged = self.curve.step, seen
             for name, parameter in self.parameters.items():
                 self.best[name].copy_(parameter.detach())
         self.curve.held_out.append((self.curve.step, loss))
@@ -276,7 +307,11 @@ class _Run:
             tensors |= {f"now.{name}": parameter.detach(), f"best.{name}": self.best.get(name, parameter.detach())}
             state = self.optimizer.state.get(parameter, {})  # none where no gradient ever came
             tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
-        body = {"key": self.work.key, "curve": json.dumps(asdict(self.curve))}
+        body = {
+            "key": self.work.key,
+            "curve": json.dumps(asdict(self.curve)),
+            "judged": json.dumps([self.limit.judging, self.judged]),
+        }
         fresh = self.work.state_file.with_suffix(".new")
         entries = [tensor_entry(key, tensor.cpu().contiguous()) for key, tensor in tensors.items()]
         write_file(fresh, entries, metadata=body)
@@ -299,6 +334,7 @@ class _Run:
                 f"{file}: expected work of these models, text and settings, got others. Use --overwrite to discard it."
             )
         self.curve = _curve(json.loads(metadata["curve"]))
+        self.limit.judging, self.judged = json.loads(metadata["judged"])
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"now.{name}"])

@@ -87,3 +87,15 @@ def test_a_shared_weight_counts_once_and_is_the_same_everywhere() -> None:
     hold()
     assert torch.equal(model[0].weight, model[1].weight)
     assert trained_weights(model)[0][0].dead_zone == trained_weights(model)[1][0].dead_zone > 1
+
+
+@pytest.mark.parametrize("target", [Target("bits", 1.0), Target("density", 0.2)], ids=["bits", "density"])
+def test_some_tiles_of_rows_stand_for_all(target: Target) -> None:
+    weight = torch.randn(1000, 128, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(128, 1000, bias=False)
+    (values,) = train_kept(model, {"weight": [encode(weight, target)[0].decode()]})
+    ((kept, _),) = trained_weights(model)
+    whole = kept.bits(values.detach(), 1.5)
+    assert kept.bits(values.detach(), 1.5, every=4) == pytest.approx(whole, rel=0.02)
+    assert kept.bits(values.detach(), 1.5, every=4) != whole
+    assert kept.bits(values.detach(), 1.5, every=100) == pytest.approx(whole, rel=0.1)  # the first tile alone

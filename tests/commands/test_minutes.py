@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.codec.encoded import EncodedSpectrum
 from spectral_surgery.codec.rate import Target
 from spectral_surgery.commands.compress import compress
+from spectral_surgery.commands.heal.whole_model import HealSession
+from spectral_surgery.errors import ConfigError
 from spectral_surgery.files.compressed.settings import CompressOptions
-from spectral_surgery.run import Run
-from spectral_surgery.training.loop import Batch, LossCurve, Training, distillation, train, trained
+from spectral_surgery.training.loop import Batch, LossCurve, Training, _Run, distillation, train, trained
 from spectral_surgery.training.settings import DistillSettings
 
+MATRICES = 14  # of the model that is healed
 SETTINGS = {"patience": 0, "warmup_steps": 1, "learning_rate": 0.01}
 
 
@@ -117,33 +120,82 @@ def test_the_learning_rate_falls_with_the_time(tmp_path: Path) -> None:
         assert own[-1] < 0.1 * max(own)
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_of_heal_too(tmp_path: Path, bert: Path, text: Path, blocks: bool) -> None:
-    pytest.importorskip("transformers")
+class Costs:
+    """A clock that moves by what each part of healing costs, times how slow the machine is by then."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, slowness: Callable[[float], float], read: float = 30.0) -> None:
+        self.now, self.slowness, self.parts = 0.0, slowness, list[str]()
+        for owner, name, seconds in (
+            (EncodedSpectrum, "decode", read / MATRICES),
+            (_Run, "_loss", 2.0),  # of a batch, to be judged or trained on
+            (nn.utils, "clip_grad_norm_", 2.0),  # once a step
+            (HealSession, "leave", 12.0 / MATRICES),
+        ):
+            patch.setattr(owner, name, self.costing(name, seconds, getattr(owner, name)))
+
+    def clock(self) -> float:
+        return self.now
+
+    def costing(self, name: str, seconds: float, what: Callable[..., object]) -> Callable[..., object]:
+        def costly(*args: object, **more: object) -> object:
+            self.now += seconds * self.slowness(self.now)
+            self.parts.append(name)
+            return what(*args, **more)
+
+        return costly
+
+
+def healed_on(costs: Costs, folder: Path, bert: Path, text: Path, minutes: float, *, blocks: bool = False) -> None:
     from spectral_surgery.commands.heal import heal
     from spectral_surgery.text.settings import TextData
 
-    compress(bert, tmp_path / "sparse", CompressOptions(Target("density", 0.2)))
-    seconds = 0.0
-
-    def clock() -> float:
-        return seconds
-
-    def passes(*_: object) -> None:
-        nonlocal seconds
-        seconds += 1.0 if seconds < 10 else 2.0
-
-    settings = DistillSettings(steps=0, minutes=1.0, eval_every=1000, warmup_steps=2)
+    compress(bert, folder / "sparse", CompressOptions(Target("density", 0.2)))
+    costs.now, costs.parts = 0.0, []
+    settings = DistillSettings(steps=0, minutes=minutes, eval_every=1000, warmup_steps=2, patience=0)
     data = TextData(text, 0, 16, 4)
-    report = heal(
-        tmp_path / "sparse",
-        bert,
-        tmp_path / "out",
-        data,
-        settings,
-        blocks=blocks,
-        clock=clock,
-        run=Run(progress=passes),
-    )
-    assert seconds == pytest.approx(60, rel=0.1)
-    assert 28 <= report.curve.step <= 38
+    heal(folder / "sparse", bert, folder / "out", data, settings, blocks=blocks, clock=costs.clock)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    "slowness",
+    [lambda _: 1.0, lambda now: 1.0 if now < 100 else 2.0, lambda now: 2.0 if now < 100 else 1.0],
+    ids=["steady", "slower", "faster"],
+)
+def test_heal_reads_judges_trains_and_leaves_within_the_minutes(
+    tmp_path: Path,
+    bert: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slowness: Callable[[float], float],
+    blocks: bool,
+) -> None:
+    costs = Costs(monkeypatch, slowness)
+    healed_on(costs, tmp_path, bert, text, 5.0, blocks=blocks)
+    assert costs.now < 1.1 * 300
+    assert costs.now > (0.85 if slowness(0) > 1 else 0.9) * 300  # what comes last was measured where all was slow
+
+
+def test_held_out_text_is_judged_as_far_as_the_minutes_allow(
+    tmp_path: Path, bert: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+    for minutes in (1.5, 30.0):
+        costs = Costs(monkeypatch, lambda _: 1.0)
+        healed_on(costs, tmp_path / str(minutes), bert, text, minutes)
+        steps = costs.parts.count("clip_grad_norm_")
+        assert (costs.parts.count("_loss") - steps) % 2 == 0  # as many at the end as at the start
+        judged.append((costs.parts.count("_loss") - steps) // 2)
+        monkeypatch.undo()
+    assert judged[0] < judged[1]
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+def test_minutes_that_cannot_be_kept_are_refused_before_the_first_step(
+    tmp_path: Path, bert: Path, text: Path, monkeypatch: pytest.MonkeyPatch, blocks: bool
+) -> None:
+    costs = Costs(monkeypatch, lambda _: 1.0)
+    with pytest.raises(ConfigError, match=r"--minutes: expected 1(\.\d)? or more for this model .* got 0\.6: "):
+        healed_on(costs, tmp_path, bert, text, 0.6, blocks=blocks)
+    assert "clip_grad_norm_" not in costs.parts
+    assert not (tmp_path / "out").exists()

@@ -160,7 +160,7 @@ def heal_checkpoint(
 
     Returns what to write, which reads from the checkpoint and the folder; and the report.
     """
-    started = time.perf_counter()
+    started, began = time.perf_counter(), clock()
     objective = objective_on(data.file, index.config)
     state.mkdir(parents=True, exist_ok=True)
     key, forecasts = _key(checkpoint, data, settings, blocks=blocks), list[Forecast]()
@@ -170,7 +170,7 @@ def heal_checkpoint(
         for sentence in forecasts[0].sentences() if rank() == 0 else ():
             run.note(sentence)
 
-    session = HealSession(checkpoint, index, teacher, data, device, state, key, run.threads, clock, told)
+    session = HealSession(checkpoint, index, teacher, data, device, state, key, run.threads, clock, told, began)
     healed = (heal_blocks if blocks else heal_whole)(session, objective, settings, run.progress)
     if not blocks and healed.curve.best_step == 0:
         run.note("warning: no step was better than none on held-out text; what was there before is kept")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spectral_surgery.calibration.block_streaming import ActivationStore, LazyModel, load_lazily
 from spectral_surgery.commands.heal.gradient_checkpointing import recomputed_weights
 from spectral_surgery.commands.heal.whole_model import Healed, HealSession, train_stored_vectors
+from spectral_surgery.distributed import average
 from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.reader import read_tensor
 from spectral_surgery.hf.models import load_outline
@@ -28,7 +29,7 @@ from spectral_surgery.live.trained_spectra import each_kept_spectrum, train_kept
 from spectral_surgery.memory import release_freed_memory
 from spectral_surgery.progress import Progress
 from spectral_surgery.text.objectives import Objective
-from spectral_surgery.training.loop import Batch, Clock, Training, train, trained
+from spectral_surgery.training.loop import Batch, Training, train, trained
 from spectral_surgery.training.settings import DistillSettings
 
 _BLOCK_INPUTS = 512  # that wait between two blocks
@@ -81,7 +82,7 @@ def _heal_stacks(
     progress: Progress,
 ) -> Healed:
     """Heal all blocks in turn; the first batches are to train on."""
-    chain, healed, left = lazy.chain, Healed(), _TimeLeft(settings, session.clock)
+    chain, healed, left = lazy.chain, Healed(), _TimeLeft(settings, session)
     count, done = sum(len(stack.blocks) for stack in chain.stacks), 0
     ends, given = list[list[Held]](), list[list[Held]]()  # what the original and the healed stacks end with
     with closing(ActivationStore(_IN_MEMORY, session.folder)) as store:
@@ -95,7 +96,16 @@ def _heal_stacks(
                 with lazy.holding(f"{name}."):
                     wanted = next_inputs(block, wanted, store.put)
                     of_stage = _stage(progress, done, count)
-                    turn = _Turn(name, block, inputs, [sample.hidden for sample in wanted], first, lazy.names, count)
+                    turn = _Turn(
+                        name,
+                        block,
+                        inputs,
+                        [sample.hidden for sample in wanted],
+                        first,
+                        lazy.names,
+                        count,
+                        settings.minutes,
+                    )
                     _heal_block(session, turn, left.share(count - done, healed), of_stage, healed)
                     inputs = next_inputs(turn.block, inputs, store.put)
                     del turn  # and the trained block with it, before the next one is read
@@ -138,13 +148,14 @@ class _Turn:
     train: int
     names: TensorNames
     blocks: int
+    minutes: float
 
 
 def _heal_block(
     session: HealSession, turn: _Turn, settings: DistillSettings, progress: Progress, healed: Healed
 ) -> None:
     """Heal the block of a turn, which holds the healed one afterwards; the original lends it what is not trained."""
-    name, first = turn.name, turn.train
+    name, first, began = turn.name, turn.train, session.clock()
     spectra = session.spectra(
         turn.names, {f"{name}.{leaf}": tuple(p.shape) for leaf, p in turn.block.named_parameters()}
     )
@@ -170,6 +181,11 @@ def _heal_block(
         with recomputed_weights(student):
             return (turn.inputs[number].through(student) - wanted).square().sum() / wanted.square().sum()
 
+    def ready(_: float, least: float) -> None:
+        """All blocks need at least what the first one needs."""
+        now = session.clock()
+        session.ready(turn.minutes, now - session.began, least + (turn.blocks - 1) * (now - began + least))
+
     work = Training(
         trained(student),
         loss,
@@ -180,6 +196,7 @@ def _heal_block(
         session.fitted,
         session.hold_rate(student),
         told=(lambda _: None) if healed.blocks else (lambda pace: session.told(pace, turn.blocks)),
+        ready=(lambda *_: None) if healed.blocks else ready,
     )
     curve = train(work, settings, progress, session.clock)
     for path, parts in each_kept_spectrum(student):
@@ -201,19 +218,21 @@ def _original(names: TensorNames, name: str) -> Tensor:
 class _TimeLeft:
     """Shares of the minutes for the blocks that are left, so that all together take what was asked for."""
 
-    def __init__(self, settings: DistillSettings, clock: Clock) -> None:
-        self._settings, self._clock, self._began = settings, clock, clock()
-        self._last, self._trained, self._earlier = self._began, 0.0, 0.0  # seconds of runs before this one
+    def __init__(self, settings: DistillSettings, session: HealSession) -> None:
+        self._settings, self._clock, self._began = settings, session.clock, session.began
+        self._last, self._trained, self._earlier = session.clock(), 0.0, 0.0  # seconds of runs before this one
 
     def share(self, blocks: int, healed: Healed) -> DistillSettings:
-        """Settings of the next block, of those that are left."""
+        """Settings of the next block, of those that are left; what surrounds a training takes as long as before."""
         if self._settings.steps:
             return self._settings
         now, trained = self._clock(), healed.curve.seconds
-        self._earlier += max(0.0, trained - self._trained - (now - self._last))
+        around = now - self._last - (trained - self._trained)
+        self._earlier += max(0.0, -around)
         self._last, self._trained = now, trained
-        left = self._settings.minutes - (now - self._began + self._earlier) / 60
-        return replace(self._settings, minutes=max(left / blocks, _LEAST))
+        left = 60 * self._settings.minutes - (now - self._began + self._earlier)
+        seconds = float(average(torch.tensor(left / blocks - max(0.0, around), dtype=torch.float64)))
+        return replace(self._settings, minutes=max(seconds / 60, _LEAST))
 
 
 def _stage(progress: Progress, number: int, count: int) -> Progress:

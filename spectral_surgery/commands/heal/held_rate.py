@@ -6,12 +6,15 @@ small is then dropped: which coefficients become zero is the encoder's choice, a
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from spectral_surgery.live.trained_spectra import trained_weights
 
 _WIDEST = 8.0  # times the usual dead zone; the search ends there
 _HALVINGS = 10
+_SAMPLE = 8 << 20  # weights that are looked at, about
 
 
 class HeldRate:
@@ -20,6 +23,8 @@ class HeldRate:
     def __init__(self, model: nn.Module) -> None:
         """Remember the rate of a model."""
         self._model = model
+        counted = {id(values): math.prod(kept.shape) for kept, values in trained_weights(model)}
+        self._every = max(1, sum(counted.values()) // _SAMPLE)
         self.bits = self._measure(1.0)
 
     def __call__(self) -> None:
@@ -40,5 +45,5 @@ class HeldRate:
             if id(values) in seen:
                 continue
             seen.add(id(values))
-            total += kept.bits(values.detach(), dead_zone)
+            total += kept.bits(values.detach(), dead_zone, self._every)
         return total

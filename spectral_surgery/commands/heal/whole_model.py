@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from spectral_surgery.codec.feedback import codes_of, encode_codes
 from spectral_surgery.codec.quantized import QuantizedSpectrum
 from spectral_surgery.commands.heal.held_rate import HeldRate
 from spectral_surgery.distributed import rank
-from spectral_surgery.errors import CheckpointError
+from spectral_surgery.errors import CheckpointError, ConfigError
 from spectral_surgery.files.compressed.checkpoint import CompressedCheckpoint
 from spectral_surgery.files.compressed.parts import part_record, write_part
 from spectral_surgery.files.index import CheckpointIndex, TensorInfo
@@ -41,6 +42,8 @@ from spectral_surgery.text.settings import TextData
 from spectral_surgery.training.loop import Batch, Clock, LossCurve, Pace, Training, distillation, train, trained
 from spectral_surgery.training.settings import DistillSettings
 
+_KEPT, _ENOUGH = 1.1, 1.2  # times the minutes may take; times what is known to be needed is enough
+_REHEARSED = 0.05  # of all weights are left once before, to learn what that takes
 _TRAINED = {code: dtype for code, dtype in DTYPES.items() if code in ("F32", "BF16", "F16")}
 
 
@@ -54,6 +57,7 @@ class HealSession:
         folder: for unfinished work.
         threads: frames encoded at once.
         told: called with the pace of the first steps, and the number of blocks that are trained one by one.
+        began: on the clock, when the minutes began.
     """
 
     checkpoint: CompressedCheckpoint
@@ -66,6 +70,25 @@ class HealSession:
     threads: int
     clock: Clock
     told: Callable[[Pace, int], None]
+    began: float
+
+    def ready(self, minutes: float, gone: float, least: float) -> None:
+        """Refuse minutes that cannot be kept.
+
+        Args:
+            gone: seconds of them that are gone.
+            least: seconds that are needed at least from now on.
+
+        Raises:
+            ConfigError: when they are exceeded by more than a tenth.
+        """
+        if gone + least > _KEPT * 60 * minutes:
+            enough = math.ceil(_ENOUGH * (gone + least) / 6) / 10
+            raise ConfigError(
+                f"--minutes: expected {enough:g} or more for this model on this machine, got {minutes:g}: reading and"
+                f" judging took {gone:.0f} s, and a step, judging and writing take about {least:.0f} s. Give it more,"
+                " or a smaller --batch-size or --seq-length."
+            )
 
     @property
     def rounded(self) -> bool:
@@ -181,17 +204,21 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
 
     held_out = sorted(held_out, key=lambda one: one.tokens)
     batches = [padded(held_out[i : i + size]) for i in range(0, len(held_out), size)]
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))  # the first ones stand for all
     work = Training(
         trained(student),
         distillation(objective.run, objective.loss, student, teacher),
         batch,
-        batches,
+        [batches[place] for place in order],
         session.folder / "all.safetensors",
         session.key,
         session.fitted,
         session.hold_rate(student),
         _in_blocks(teacher, dict(zip(spectra, values, strict=True))),
         lambda pace: session.told(pace, 1),
+        session.began,
+        _seconds_to_leave(session, student, spectra, teacher) if settings.minutes else 0.0,
+        lambda gone, least: session.ready(settings.minutes, gone, least),
     )
     healed = Healed(train(work, settings, progress, session.clock), coefficients=sum(value.numel() for value in values))
     for name, parts in each_kept_spectrum(student):
@@ -199,6 +226,25 @@ def heal_whole(session: HealSession, objective: Objective, settings: DistillSett
         healed.replaced[tensor] = session.leave(tensor, parts, teacher.get_parameter(name))
     healed.vectors = {vectors[name]: vector for name, vector in trained_vectors(student).items()}
     return healed
+
+
+def _seconds_to_leave(
+    session: HealSession, student: nn.Module, spectra: Mapping[str, tuple[str, object]], teacher: nn.Module
+) -> float:
+    """What leaving all weights takes, at the pace of some from middle size on; the smallest one warms up."""
+    sizes = {name: teacher.get_parameter(name).numel() for name in spectra}
+    names, whole = sorted(sizes, key=sizes.__getitem__), sum(sizes.values())
+    began, left = session.clock(), 0
+    for name in [names[0], *names[len(names) // 2 :]]:
+        for _, parts in each_kept_spectrum(student, {name}):
+            session.leave(spectra[name][0], parts, teacher.get_parameter(name))
+        if name == names[0]:
+            began = session.clock()
+        else:
+            left += sizes[name]
+        if left > _REHEARSED * whole:
+            break
+    return (session.clock() - began) * whole / max(left, 1)
 
 
 def _in_blocks(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
