@@ -281,8 +281,10 @@ def _weight_backward(*arguments: Any) -> Tensor:
     return cast(Tensor, _apply(_WeightBackward, weight_backward_op, arguments, second=True))
 
 
-def _apply(function: type[torch.autograd.Function], operator: Any, arguments: tuple[Any, ...], second: bool = False) -> Any:
-    """The function, or where gradients are not asked for and torch before 2.15 would fail to compile it, the operator."""
+def _apply(
+    function: type[torch.autograd.Function], operator: Any, arguments: tuple[Any, ...], *, second: bool = False
+) -> Any:
+    """The function, or the operator where no gradients are asked for, as torch before 2.15 would fail to compile it."""
     if torch.compiler.is_compiling():
         differentiable = (isinstance(value, Tensor) and value.requires_grad for value in arguments)
         if second or not (torch.is_grad_enabled() and any(differentiable)):  # nothing compiled has second derivatives

@@ -35,7 +35,7 @@ def _is_transformed() -> bool:
 
 def whole_graph() -> bool:
     """Whether all has to be recorded: torch.export and torch.jit.trace have nobody to leave Python to."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or _is_tracing()
 
 
 def left_to_python(function: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
@@ -60,6 +60,10 @@ def product(x: Tensor, forms: Sequence[Form], *, transposed: bool = False) -> Te
     return reduce(torch.add, parts) if transposed else torch.cat(parts, -1)
 
 
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
 def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
     """Rows of W: [...] integers to [..., I] float32; what becomes of others than its rows is left to torch."""
     whole: Tensor | None = None
@@ -77,7 +81,7 @@ def rows(ids: Tensor, forms: Sequence[Form]) -> Tensor:
 
 def constant_shape(weight: Tensor) -> tuple[int, int]:
     """(O, I) of a matrix that is not an input, so that a trace needs no warning about it."""
-    if not torch.jit.is_tracing():
+    if not _is_tracing():
         return weight.shape[0], weight.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

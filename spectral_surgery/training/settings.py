@@ -24,7 +24,11 @@ class DistillSettings:
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps.", "least": 1, "unset": str(_STEPS)})
     minutes: float = field(
         default=0.0,
-        metadata={"help": "Time budget in minutes, from reading to the result, instead of steps.", "above": 0, "unset": ""},
+        metadata={
+            "help": "Time budget in minutes, from reading to the result, instead of steps.",
+            "above": 0,
+            "unset": "",
+        },
     )
     learning_rate: float | None = field(
         default=None,
