@@ -40,7 +40,8 @@ class LevelForm:
         basis: transform, tile and axes.
         shape: (O, I).
         layout: name in LAYOUTS.
-        host: the first plane in host memory, where ``codes`` is [0, 0]; all others are on the device of the layer.
+        host: all planes in host memory, those of a row one after the other; ``codes`` is [0, 0] then, and ``lowest``
+            [O, 0].
     """
 
     codes: Tensor
@@ -119,21 +120,22 @@ class LevelForm:
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         layout = LAYOUTS[self.layout]
         if self.host is None:
-            first = self.codes[rows]
-        elif isinstance(rows, Tensor):
-            first = self.host.codes[rows.cpu()].to(rows.device)
+            planes = [self.codes[rows], self.lowest[rows]][: len(layout.planes)]
         else:
-            first = self.host.codes[rows].to(self.scale.device)
-        return layout.join([first, self.lowest[rows]][: len(layout.planes)], self.shape[1])
+            some = self.host.codes[rows.cpu() if isinstance(rows, Tensor) else rows]
+            planes = layout.planes_of(some.to(self.scale.device), self.shape[1])
+        return layout.join(planes, self.shape[1])
 
     def _streamed(self, host: HostMatrix, x: Tensor, accuracy: torch.dtype, *, transposed: bool) -> Tensor:
         """`product`, block by block; outliers are added at the end."""
         parts: list[Tensor] = []
         plain = replace(self, host=None, places=self.places[:0], beyond=self.beyond[:0])
         with host.blocks(x.device) as blocks:
-            for start, codes in blocks:
-                rows = slice(start, start + len(codes))
-                form = replace(plain, codes=codes, lowest=self.lowest[rows], shape=(len(codes), self.shape[1]))
+            for start, block in blocks:
+                rows = slice(start, start + len(block))
+                codes, *lowest = LAYOUTS[self.layout].planes_of(block, self.shape[1])
+                second = lowest[0] if lowest else self.lowest[rows]
+                form = replace(plain, codes=codes, lowest=second, shape=(len(block), self.shape[1]))
                 part = form.product(x[:, rows] if transposed else x, accuracy, transposed=transposed)
                 parts = [parts[0].add_(part)] if transposed and parts else [*parts, part]
         return add_product(torch.cat(parts, 1), x, self.places, self.beyond, self.shape[1], transposed=transposed)

@@ -101,6 +101,11 @@ class Layout:
             numbers = higher
         return [self.planes[0].pack(numbers.to(torch.int8)), *packed]
 
+    def planes_of(self, rows: Tensor, columns: int) -> list[Tensor]:
+        """The planes, contiguous, of rows that have one behind the other: [r, bytes of a row] int8."""
+        parts = rows.split([plane.width(columns) for plane in self.planes], 1)
+        return [part.contiguous().view(plane.dtype) for plane, part in zip(self.planes, parts, strict=True)]
+
     def join(self, packed: Sequence[Tensor], columns: int) -> Tensor:
         """The inverse: [r, I] int8, or int16 of `wide` ones."""
         dtype = torch.int16 if self.wide else torch.int8

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from spectral_surgery.errors import ConfigError
 from spectral_surgery.matmul.code_blocks import Spectrum, check
 from spectral_surgery.matmul.coded import coded_form
 from spectral_surgery.matmul.form import Form
 from spectral_surgery.matmul.host_offload import HostMatrix
-from spectral_surgery.matmul.level_form import level_form
-from spectral_surgery.matmul.planes import LAYOUTS
+from spectral_surgery.matmul.level_form import LevelForm, level_form
+from spectral_surgery.matmul.planes import LAYOUTS, Layout
 from spectral_surgery.matmul.row_ranges import Read, RowRanges, row_ranges
 from spectral_surgery.registry import Table
 
@@ -36,26 +38,38 @@ class Resident:
     one_offset: bool = True
 
 
-# at most one code in 4096 may be an outlier of half a byte: these stay on the device
-_STREAMED = replace(LAYOUTS["int4"], most_beyond=1 << 12), LAYOUTS["int8"]
+# the narrowest first; outliers stay on the device, so that at most one code in 4096 may be one of few bits
+_STREAMED = (
+    *(replace(LAYOUTS[name], most_beyond=1 << 12) for name in ("int4", "int5")),
+    *(LAYOUTS[name] for name in ("int8", "int12")),
+)
 
 
 def streamed_bytes(weights: int, stored: int) -> int:
     """Bytes on the device, at most; the codes are in host memory."""
-    return max(layout.most_bytes(weights, stored) - layout.planes[0].width(weights) for layout in _STREAMED)
+    held = {layout: sum(plane.width(weights) for plane in layout.planes) for layout in _STREAMED}
+    return max(layout.most_bytes(weights, stored) - held[layout] for layout in _STREAMED)
 
 
 def streamed_form(ranges: RowRanges) -> Form:
-    """Levels of a matrix in host memory: 4 bits each where they fit, else 8.
+    """Levels of a matrix in host memory: 4, 5 or 8 bits each where they fit, else 12.
 
-    Raises ConfigError when they do not fit 8 bits, or a row is larger than a buffer.
+    Raises ConfigError when they do not fit 12 bits, or a row is larger than a buffer.
     """
-    narrow, wide = _STREAMED
+    form = _narrowest(ranges, _STREAMED)
+    planes = [form.codes, form.lowest.view(torch.int8)]
+    rows = torch.cat(planes, 1) if form.lowest.numel() else form.codes
+    none = form.codes.new_empty((0, 0)), form.codes.new_empty((form.shape[0], 0))
+    return replace(form, codes=none[0], lowest=none[1], host=HostMatrix.of(rows))
+
+
+def _narrowest(ranges: RowRanges, layouts: Sequence[Layout]) -> LevelForm:
     try:
-        form = level_form(ranges, narrow)
+        return level_form(ranges, layouts[0])
     except ConfigError:
-        form = level_form(ranges, wide)
-    return replace(form, codes=form.codes.new_empty((0, 0)), host=HostMatrix.of(form.codes))
+        if len(layouts) == 1:
+            raise
+    return _narrowest(ranges, layouts[1:])
 
 
 RESIDENTS = Table(
@@ -67,7 +81,10 @@ RESIDENTS = Table(
         ),
         Resident("coded", coded_form, lambda _, stored: stored, "the stored bytes, for all codes; decoded on the fly"),
         Resident(
-            "streamed", streamed_form, streamed_bytes, "as int4 or int8 in host memory; a GPU gets them block by block"
+            "streamed",
+            streamed_form,
+            streamed_bytes,
+            "as int4, int5, int8 or int12 in host memory; a GPU gets them block by block",
         ),
     ),
 )

@@ -190,7 +190,7 @@ def test_load_compressed(tmp_path: Path, resident: str) -> None:
 
 
 def test_load_compressed_at_the_highest_rate(tmp_path: Path) -> None:
-    """Codes are beyond 8 bits: auto takes 12 for each, and what is streamed is coded."""
+    """Codes are beyond 8 bits: auto takes 12 for each, and so does what is streamed."""
     folder = compressed_folder("llama", tmp_path, bits=8)
     model = spectral_surgery.load_compressed(folder, dtype=torch.bfloat16, auto_class="AutoModelForCausalLM")
     assert "int12" in {layer.spectrum.resident for _, layer in spectral_layers(model)} <= {"int8", "int12"}
@@ -198,7 +198,8 @@ def test_load_compressed_at_the_highest_rate(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"weight: resident 'int8': codes reach .* Use coded"):
         spectral_surgery.load_compressed(folder, "int8")
     streamed = spectral_surgery.load_compressed(folder, "streamed")
-    assert {layer.spectrum.resident for _, layer in spectral_layers(streamed)} <= {"streamed", "coded"}
+    assert {layer.spectrum.resident for _, layer in spectral_layers(streamed)} == {"streamed"}
+    assert "int12" in {form.layout for _, layer in spectral_layers(streamed) for form in layer.spectrum.forms}
     with pytest.raises(ConfigError, match=r"resident form: expected one of int8,.*got 'int3'"):
         spectral_surgery.load_compressed(folder, "int3")
 
@@ -251,6 +252,20 @@ def test_max_memory_of_a_gpu(folders: dict[str, Path]) -> None:
         load_module._within(checkpoint, dict.fromkeys(names, "int8"), "int8", rest, "cuda")
     with pytest.raises(LimitError, match=r"Compress to fewer bits\."):
         load_module._within(checkpoint, auto, "auto", 1000, "cuda")
+
+
+def test_the_device_gets_what_max_memory_allows(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of the device, two blocks under way among them, beside those that were allowed to a GPU."""
+    within = load_module._within
+    monkeypatch.setattr(load_module, "_within", lambda *given: within(*given[:-1], "cuda"))
+    checkpoint = spectral_surgery.open_compressed(folders["llama"])
+    largest = max(one.report.weights for one in checkpoint.manifest.tensors.values())
+    for share in (0.2, 0.5, 0.8):
+        limit = load_module.STREAM_BYTES + 2_000 + int(share * checkpoint.manifest.report.weights)
+        model = spectral_surgery.load_compressed(folders["llama"], max_memory=limit)
+        held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for _, b in model.named_buffers())
+        assert limit - largest < held + load_module.STREAM_BYTES < 1.02 * limit
+        assert {layer.spectrum.resident for _, layer in spectral_layers(model)} >= {"streamed"}
 
 
 def test_device_map(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -143,12 +143,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_blocks", "processor")
-@pytest.mark.parametrize(("bits", "kind"), [(2.0, "int4"), (4.0, "int8")])
+@pytest.mark.parametrize(("bits", "kind"), [(2.0, "int4"), (3.0, "int5"), (5.0, "int8"), (8.0, "int12")])
 @pytest.mark.parametrize("axes", [(0, 1), (1,)])
 def test_is_the_form_that_it_streams(bits: float, kind: str, axes: tuple[int, ...]) -> None:
     spectrum = encoded(bits=bits, axes=axes)
     form, whole = (op.resident_form(spectrum, name) for name in ("streamed", kind))
-    assert form.host.nbytes == whole.codes.nbytes  # type: ignore[attr-defined]
+    assert form.layout == kind  # type: ignore[attr-defined]
+    assert form.host.nbytes == whole.codes.nbytes + whole.lowest.nbytes  # type: ignore[attr-defined]
+    assert form.codes.nbytes == form.lowest.nbytes == 0  # type: ignore[attr-defined]
     dense = spectrum.to_dense()
     for tokens in (1, 9, 260):
         for dtype, most in TOLERANCE.items():
@@ -183,8 +185,8 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "BUFFER_BYTES", 79)
     with pytest.raises(ConfigError, match=r"'streamed': a row of 80 bytes; expected up to 79. Use int8\."):
         op.resident_form(encoded(), "streamed")
-    wide = encode(noise(64, 64), Target("bits", 8.0))[0]
-    with pytest.raises(ConfigError, match="resident 'int8': codes reach"):
+    wide = replace(encoded().decode(), codes=torch.full((200, 160), 5000, dtype=torch.int16))
+    with pytest.raises(ConfigError, match="resident 'int12': codes reach"):
         op.resident_form(wide, "streamed")
 
 
