@@ -122,8 +122,6 @@ class Compiled:
 
 def variants(chip: Chip) -> list[Variant]:
     """Kernels of every layout, dtype and number of tokens; each further choice is met with several of these."""
-    from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
-
     found = []
     for number, (layout, tokens) in enumerate(pairs(LAYOUTS, _TOKENS)):
         found.append(matrix_variant(chip, layout, tokens))
@@ -131,10 +129,42 @@ def variants(chip: Chip) -> list[Variant]:
     for number, (layout, tokens) in enumerate(pairs(("int8", "int4"), _TOKENS)):
         found.append(matrix_variant(chip, layout, tokens, torch.float16, unusual=31 - number))
     found += [_of_experts(matrix_variant(chip, layout, 8)) for layout in ("int8", "int4")]
-    for name, real in (("float32", "*fp32"), ("float64", "*fp64")):
-        pointers = {"spectrum": real, "out": real, "source": "*i64", "starts": "*i64", "weights": real}
-        types = {**pointers, "rows": "i32", "width": "i32", "bins": "i32"}
-        found.append(Variant(f"mix_bins {name}", mix_bins, types, {"ROWS": ROWS, "BINS": BINS}, 4, 2))
+    return found + _of_adapters()
+
+
+def _of_adapters() -> list[Variant]:
+    """Kernels of FourierFT and of FouRA."""
+    from spectral_surgery.gpu import low_rank
+    from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
+
+    found = []
+    pointers = {"out": "*fp32", "parts": "*fp32", "x_parts": "*fp32", "y_parts": "*fp32", "coefficients": "*fp32"}
+    pointers |= {"x_out": "*fp32", "y_out": "*fp32", "signs": "*fp32", "x_factors": "*i64", "y_factors": "*i64"}
+    pointers |= {"order": "*i64", "source": "*i64", "target": "*i64", "scale": "fp32"}
+    cut = {"SPLITS": 2, "T": low_rank.TOKENS, "J": low_rank.RANKS, "N": low_rank.POINTS}
+    wide = {**cut, "J": low_rank.INTO, "N": low_rank.OUT}
+    kernels = (
+        *((low_rank.components, {**cut, "WAVES": waves}) for waves in (True, False)),
+        *((low_rank.expand, {**wide, "WAVES": waves, "ADD": add}) for waves, add in ((True, True), (False, False))),
+        (low_rank.both_components, cut),
+    )
+    for kernel, constants in kernels:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            factors = "*i64" if constants.get("WAVES", True) else "*fp32"
+            given = {**pointers, "x": _POINTER[dtype], "y": _POINTER[dtype], "factors": factors}
+            types = {name: given.get(name, "i32") for name in kernel.arg_names}
+            name = f"{kernel.__name__} of {'waves' if factors == '*i64' else 'factors'}, {str(dtype)[6:]}"
+            stages = low_rank.OUT_STAGES if kernel is low_rank.expand else low_rank.STAGES
+            usual = dtype == torch.bfloat16
+            found.append(Variant(name, kernel, types, constants, low_rank.WARPS, stages, usual=usual))
+    kernel = low_rank.coefficient_sums
+    types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+    found.append(Variant(kernel.__name__, kernel, types, {"SPLITS": 2, "K": low_rank.SUMS}, 4, 2))
+    for real in ("fp32", "fp64"):
+        values = {"spectrum": f"*{real}", "out": f"*{real}", "coefficients": f"*{real}", "factors": "*fp32"}
+        types = {name: {**pointers, **values}.get(name, "i32") for name in mix_bins.arg_names}
+        constants = {"ROWS": ROWS, "BINS": BINS, "HALVINGS": 10}
+        found.append(Variant(f"mix_bins {real}", mix_bins, types, constants, 4, 2))
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from spectral_surgery.adapters import on_gpu
 from spectral_surgery.adapters.base import AdapterMethod
 from spectral_surgery.adapters.low_rank import BASES, LowRankBasis
 from spectral_surgery.adapters.one_token import update
@@ -95,13 +96,20 @@ class Foura(nn.Module):
         """Residual of x [..., I]: [..., O] in its dtype."""
         if x.numel() == self.shape[1] and (y := self._one_token(x)) is not None:
             return y.to(x.dtype)
+        frozen = self.gate is None or self.gate.is_frozen
+        if frozen and x.is_cuda and (few := on_gpu.update(x, self, self.lora_factors)) is not None:
+            return few
         a, b = as_real(self.A), as_real(self.B)
         inputs = x.to(a.dtype)
         if inputs.numel() // self.shape[1] < self.r * self.basis.parts:
             return self._transform_tokens(inputs, a, b).to(x.dtype)
-        low = nn.functional.linear(inputs, self.basis.fold_down(a, self.shape[1]))  # [..., R]
-        low = low * (self._mask(low) * self.scaling)
+        low = self._masked(nn.functional.linear(inputs, self.basis.fold_down(a, self.shape[1])))  # [..., R]
         return nn.functional.linear(low, self.basis.fold_up(b, self.shape[0])).to(x.dtype)
+
+    def train(self, mode: bool = True) -> Foura:
+        """See nn.Module."""
+        on_gpu.forget(self)
+        return super().train(mode)
 
     def delta_weight(self) -> Tensor:
         """[O, I] float32. Raises NotMergeableError while the gate is dynamic."""
@@ -128,7 +136,7 @@ class Foura(nn.Module):
             )
         down = self.basis.fold_down(as_real(self.A), self.shape[1])
         up = self.basis.fold_up(as_real(self.B), self.shape[0])
-        return down, up * (self._mask(down.new_zeros(len(down))) * self.scaling)
+        return down, self._masked(up)
 
     def freeze_gate(self) -> None:
         """Make the gate one mask for all tokens: the components that most tokens opened. No gate stays none.
@@ -148,13 +156,14 @@ class Foura(nn.Module):
     def _transform_tokens(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # the definition, and the cheaper way for a few tokens
         low = self.basis.down(x, a)
-        return self.basis.up(low * (self._mask(low) * self.scaling), b, self.shape[0])
+        return self.basis.up(self._masked(low), b, self.shape[0])
 
-    def _mask(self, low: Tensor) -> Tensor:
+    def _masked(self, low: Tensor) -> Tensor:
+        """Components that the gate lets through, scaled: [..., R]. ``low`` is [..., R]."""
         if self.gate is None:
-            return torch.ones((), dtype=low.dtype, device=low.device)
+            return low * self.scaling
         mask = self.gate(self.basis.magnitudes(low))
-        return torch.cat([mask] * self.basis.parts, -1)
+        return low * (torch.cat([mask] * self.basis.parts, -1) * self.scaling)
 
 
 FOURA = AdapterMethod(name="foura", config=FouraConfig, build=Foura, peft_type="FOURA", source="arXiv 2406.08798")

@@ -6,42 +6,20 @@ Source: the definition in `reference`, with the inverse transforms of ΔW moved 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectral_surgery.fourier.gather_scatter import mix, scatter, take, weighted
+from spectral_surgery.fourier.gather_scatter import mix, take
 from spectral_surgery.fourier.rfft_positions import Delta
 
 _BLOCK = 1 << 19  # numbers that are transformed at a time on a CPU, to stay in its cache
 
 
-class Route(NamedTuple):
-    """How the bins of what comes in reach those of what goes out.
-
-    Attributes:
-        order: [K] int64, of the coefficients.
-        source: [K] int64, bins of what comes in.
-        target: [K] int64, bins of what goes out.
-        factors: [K, 2] of the real and the imaginary parts.
-        weights: [K, 2] the same with the coefficients.
-        length: features that go out.
-    """
-
-    order: Tensor
-    source: Tensor
-    target: Tensor
-    factors: Tensor
-    weights: Tensor
-    length: int
-
-
 def add_forward(y: Tensor, x: Tensor, delta: Delta) -> None:
     """Add x ΔWᵀ in place. ``y`` is [T, O], any float dtype; ``x`` is [T, I], any float dtype."""
-    route = _route(delta, x, 0)
     for rows in _blocks(x, delta):
-        _add(y[rows], _spectrum(x[rows]), route, delta.scale)
+        _add(y[rows], mix(_spectrum(x[rows]), delta, 0, delta.shape[0] // 2 + 1))
 
 
 def add_backward(dx: Tensor | None, x: Tensor | None, dy: Tensor, delta: Delta) -> Tensor | None:
@@ -56,27 +34,21 @@ def add_backward(dx: Tensor | None, x: Tensor | None, dy: Tensor, delta: Delta) 
     """
     if dx is None and x is None:
         return None
-    route = _route(delta, dy, 1)
-    sums = torch.zeros_like(route.weights)
+    order, source, target = delta.places.indices[3:6]
+    factors, bins = delta.places.factors[1], delta.shape[1] // 2 + 1
+    sums = torch.zeros_like(factors, dtype=_precision(dy))
     for rows in _blocks(dy, delta):
         spectrum = _spectrum(dy[rows])
-        taken = None if x is None else take(spectrum, route.source)  # [t, K]
+        taken = None if x is None else take(spectrum, source)  # [t, K]
         if x is not None and taken is not None:
-            products = torch.view_as_real(take(_spectrum(x[rows]), route.target))
+            products = torch.view_as_real(take(_spectrum(x[rows]), target))
             sums += products.mul_(torch.view_as_real(taken)).sum(0)
         if dx is not None:
-            _add(dx[rows], spectrum, route, delta.scale, taken)
+            _add(dx[rows], mix(spectrum, delta, 1, bins, taken))
     if x is None:
         return None
-    gradient = (sums * route.factors.sign()).sum(-1) * delta.scale
-    return torch.empty_like(gradient).index_copy_(0, route.order, gradient)
-
-
-def _route(delta: Delta, x: Tensor, way: int) -> Route:
-    order, source, target = delta.places.indices[3 * way : 3 * way + 3].unbind()
-    factors = delta.places.factors[way]
-    weights = delta.coefficients.take(order).to(_precision(x)).unsqueeze(1) * factors
-    return Route(order, source, target, factors, weights, delta.shape[way])
+    gradient = (sums * factors.sign()).sum(-1) * delta.scale
+    return torch.empty_like(gradient).index_copy_(0, order, gradient)
 
 
 def _blocks(x: Tensor, delta: Delta) -> Iterator[slice]:
@@ -94,10 +66,5 @@ def _spectrum(x: Tensor) -> Tensor:
     return spectrum
 
 
-def _add(out: Tensor, spectrum: Tensor, route: Route, scale: float, taken: Tensor | None = None) -> None:
-    bins = route.length // 2 + 1
-    if taken is None:
-        mixed = mix(spectrum, route.source, route.target, route.weights, bins)
-    else:
-        mixed = scatter(weighted(taken, route.weights), route.target, bins, spectrum)
-    out.add_(torch.fft.irfft(mixed, n=route.length, norm="forward"), alpha=scale)
+def _add(out: Tensor, mixed: Tensor) -> None:
+    out.add_(torch.fft.irfft(mixed, n=out.shape[1], norm="forward"))

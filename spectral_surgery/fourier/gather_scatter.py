@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery import gpu
+from spectral_surgery.fourier.rfft_positions import Delta
 
 
 def take(spectrum: Tensor, source: Tensor) -> Tensor:
@@ -43,29 +44,34 @@ def scatter(values: Tensor, target: Tensor, bins: int, room: Tensor | None = Non
     return sums.scatter_add_(1, target.expand(len(values), -1), values)
 
 
-def mix(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
-    """`take`, multiply, then `scatter`: [T, bins] complex.
+def mix(spectrum: Tensor, delta: Delta, way: int, bins: int, taken: Tensor | None = None) -> Tensor:
+    """What the coefficients make of a spectrum, scaled: [T, bins] complex.
 
     Args:
         spectrum: [T, F] complex; may be overwritten.
-        source: [K] int64, bins to take.
-        target: [K] int64, increasing, where to add them.
-        weights: [K, 2] real.
+        way: 0 from x to y, 1 from dy to dx, as in `Places`.
+        taken: [T, K], the bins of each coefficient if somebody took them; may be overwritten.
     """
     if spectrum.is_cuda and gpu.available():
-        return mix_on_gpu(spectrum, source, target, weights, bins)
-    return scatter(weighted(take(spectrum, source), weights), target, bins, spectrum)
+        return mix_on_gpu(spectrum, delta, way, bins)
+    order, source, target = delta.places.indices[3 * way : 3 * way + 3]
+    factors = delta.places.factors[way].to(spectrum.real.dtype) * delta.scale
+    weights = delta.coefficients.take(order).to(factors.dtype).unsqueeze(1) * factors  # [K, 2]
+    return scatter(weighted(take(spectrum, source) if taken is None else taken, weights), target, bins, spectrum)
 
 
-def mix_on_gpu(spectrum: Tensor, source: Tensor, target: Tensor, weights: Tensor, bins: int) -> Tensor:
+def mix_on_gpu(spectrum: Tensor, delta: Delta, way: int, bins: int) -> Tensor:
     """The same as `mix` in one kernel; the spectrum stays as it is."""
     from spectral_surgery.gpu.mix_bins import BINS, ROWS, mix_bins
 
-    rows = len(spectrum)
+    (order, source, target), coefficients = delta.places.indices[3 * way : 3 * way + 3], delta.coefficients.contiguous()
+    rows, count = len(spectrum), len(coefficients)
     out = torch.empty(rows, bins, dtype=spectrum.dtype, device=spectrum.device)
-    starts = torch.searchsorted(target, torch.arange(bins + 1, device=target.device))
-    arrays = (torch.view_as_real(spectrum.contiguous()), torch.view_as_real(out), source, starts, weights.contiguous())
+    arrays = (torch.view_as_real(spectrum.contiguous()), torch.view_as_real(out), source, target, order)
     if rows:
         with torch.cuda.device(spectrum.device) if spectrum.is_cuda else nullcontext():
-            mix_bins[(-(-rows // ROWS), -(-bins // BINS))](*arrays, rows, spectrum.shape[1], bins, ROWS, BINS)
+            mix_bins[-(-rows // ROWS), -(-bins // BINS)](
+                *(*arrays, delta.places.factors[way], coefficients, delta.scale),
+                *(rows, spectrum.shape[1], bins, count, ROWS, BINS, count.bit_length()),
+            )
     return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from spectral_surgery.fourier import on_gpu
 from spectral_surgery.fourier.beside_weight import add_backward, add_forward
 from spectral_surgery.fourier.dense import coefficients_of, merged_weight
 from spectral_surgery.fourier.rfft_positions import Delta, Places
@@ -60,9 +61,16 @@ def linear_op(x: Tensor, weight: Tensor | None, bias: Tensor | None, fused: bool
         delta: the update, its coefficients [K] float.
     """
     rows, columns = delta.shape
-    y = x.new_zeros(*x.shape[:-1], rows) if weight is None else functional.linear(x, weight, bias)
-    if not fused:
-        add_forward(y.view(-1, rows), x.reshape(-1, columns), delta)
+    flat = x.reshape(-1, columns)
+    few = not fused and on_gpu.suits(flat, delta)
+    if weight is not None:
+        y = functional.linear(x, weight, bias)
+    else:
+        y = (x.new_empty if few else x.new_zeros)((*x.shape[:-1], rows))
+    if few:
+        on_gpu.add_forward(y.view(-1, rows), flat, delta, fresh=weight is None)
+    elif not fused:
+        add_forward(y.view(-1, rows), flat, delta)
     return y
 
 
@@ -92,15 +100,18 @@ def linear_backward_op(  # noqa: PLR0917 - operators of torch take tensors and n
         want_dx: whether the gradient of x is wanted.
     """
     rows, columns = delta.shape
+    flat, given = dy.reshape(-1, rows), None if x is None else x.reshape(-1, columns)
+    few = on_gpu.suits(flat, delta)
     dx = dy.new_empty(0)
-    if want_dx:
-        dx = dy.new_zeros(*dy.shape[:-1], columns) if weight is None else dy @ weight
-    gradient = add_backward(
-        dx.view(-1, columns) if want_dx and not fused else None,
-        None if x is None else x.reshape(-1, columns),
-        dy.reshape(-1, rows),
-        delta,
-    )
+    if want_dx and weight is not None:
+        dx = dy @ weight
+    elif want_dx:
+        dx = (dy.new_empty if few and not fused else dy.new_zeros)((*dy.shape[:-1], columns))
+    to = dx.view(-1, columns) if want_dx and not fused else None
+    if few:
+        gradient = on_gpu.add_backward(to, given, flat, delta, fresh=weight is None)
+    else:
+        gradient = add_backward(to, given, flat, delta)
     coefficients = delta.coefficients
     return dx, coefficients.new_empty(0) if gradient is None else gradient.to(coefficients.dtype)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -326,43 +322,3 @@ def test_the_choice_follows_the_counts() -> None:
     assert chosen(256, 1024, 50000) is Way.BESIDE  # W + ΔW would be larger than the activations
     x = torch.empty(16384, 1024, device="meta").requires_grad_()
     assert choice.choose(x, torch.empty(1024, 1024, device="meta"), torch.empty(1000, device="meta")) is Way.INSIDE
-
-
-_INTERPRETED = """
-import torch
-from spectral_surgery.fourier import gather_scatter
-for real in (torch.float32, torch.float64):
-    for rows, bins_in, bins, count in ((1, 5, 7, 3), (9, 65, 130, 200), (5, 64, 64, 1), (0, 3, 3, 2)):
-        spectrum = torch.randn(rows, bins_in, 2, dtype=real)
-        source, target = torch.randint(bins_in, (count,)), torch.randint(bins, (count,)).sort().values
-        weights = torch.randn(count, 2, dtype=real)
-        args = (torch.view_as_complex(spectrum), source, target, weights, bins)
-        torch.testing.assert_close(gather_scatter.mix_on_gpu(*args), gather_scatter.mix(*args))
-print("equal")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_kernel_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", _INTERPRETED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "equal", done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    positions, shape = places(48, 60), (48, 60)
-    x, weight = draw(7, 60).to(dtype), draw(48, 60).to(dtype)
-    c = draw(30, seed=1).float().requires_grad_()
-    delta = reference.delta_weight(c.double(), positions, shape, 300.0)
-    expected = linear(x.double(), weight.double() + delta)
-    folded = fold(positions.cuda(), *shape)
-    got = adapted_linear(x.cuda(), weight.cuda(), None, c.cuda(), folded, 300.0)
-    assert error(expected, got.double().cpu()) < (1e-5 if dtype == torch.float32 else 1e-2)
-    assert error(delta.float(), delta_weight(c.cuda(), folded, shape, 300.0).cpu()) < 1e-5
-    wanted, grad = (torch.autograd.grad(y.float().sum(), c)[0] for y in (expected, got))
-    assert error(wanted, grad) < 1e-2
