@@ -97,7 +97,7 @@ class Foura(nn.Module):
         if x.numel() == self.shape[1] and (y := self._one_token(x)) is not None:
             return y.to(x.dtype)
         frozen = self.gate is None or self.gate.is_frozen
-        if frozen and x.is_cuda and (few := on_gpu.update(x, self, self.lora_factors)) is not None:
+        if frozen and x.is_cuda and (few := on_gpu.update(x, self, self.lora_factors, self.scaling)) is not None:
             return few
         a, b = as_real(self.A), as_real(self.B)
         inputs = x.to(a.dtype)

@@ -21,20 +21,22 @@ class _Kept:
     """Factors with all that does not depend on tokens multiplied in.
 
     Attributes:
-        key: which memory they were made of, and how often it had been written.
+        key: which memory they were made of, how often it had been written, and their scaling.
         held: parameters and buffers whose memory nobody else gets as long as the key names it.
         down: [R, I] float32.
         up: [R, O] float32.
     """
 
-    def __init__(self, key: tuple[int, ...], held: list[Tensor], down: Tensor, up: Tensor) -> None:
+    def __init__(self, key: tuple[float, ...], held: list[Tensor], down: Tensor, up: Tensor) -> None:
         self.key, self.held, self.down, self.up = key, held, down, up
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:  # copies and pickles of the adapter go without it
         return type(None), ()
 
 
-def update(x: Tensor, adapter: nn.Module, factors: Callable[[], tuple[Tensor, Tensor]]) -> Tensor | None:
+def update(
+    x: Tensor, adapter: nn.Module, factors: Callable[[], tuple[Tensor, Tensor]], scaling: float
+) -> Tensor | None:
     """The residual (x Aᵀ) Bᵀ of an adapter that no longer learns: [..., O] in the dtype of x.
 
     Returns None where kernels do not run, in training, where a gradient is wanted, and for more than 16 tokens.
@@ -44,6 +46,7 @@ def update(x: Tensor, adapter: nn.Module, factors: Callable[[], tuple[Tensor, Te
         adapter: whose parameters, of float32, make the factors; they are made again when one of these was written, or
             when it has been in training.
         factors: gives A [R, I] and B [O, R], float32.
+        scaling: within B; with another one they are made again.
     """
     tokens = x.numel() // max(x.shape[-1], 1)
     if adapter.training or not 0 < tokens <= FEW or not runs(x) or torch.compiler.is_compiling():
@@ -52,7 +55,7 @@ def update(x: Tensor, adapter: nn.Module, factors: Callable[[], tuple[Tensor, Te
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors))
     if wanted or any(unreadable(one) or one.is_inference() or one.device != x.device for one in tensors):
         return None
-    key = tuple(number for one in tensors for number in (one.data_ptr(), one._version))
+    key = (scaling, *(number for one in tensors for number in (one.data_ptr(), one._version)))
     kept = cast("_Kept | None", vars(adapter).get(_KEPT))
     if kept is None or kept.key != key:
         if torch.cuda.is_current_stream_capturing():

@@ -156,31 +156,34 @@ for (rows, columns), r in (((12, 20), 3), ((40, 97), 20)):
             for leading in ((1,), (2, 5), (16,)):
                 x = randn(*leading, 2 * columns).to(dtype)[..., ::2]
                 with torch.no_grad():
-                    assert on_gpu.update(x, adapter.train(), adapter.lora_factors) is None
-                    y = on_gpu.update(x, adapter.eval(), adapter.lora_factors)
+                    assert on_gpu.update(x, adapter.train(), adapter.lora_factors, adapter.scaling) is None
+                    y = on_gpu.update(x, adapter.eval(), adapter.lora_factors, adapter.scaling)
                     assert y.dtype == dtype
                     close(y, x.double() @ adapter.delta_weight().double().T, limit, rows, columns, name, leading)
-        assert on_gpu.update(x, adapter, adapter.lora_factors) is None  # a gradient is wanted
+        assert on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling) is None  # a gradient is wanted
         with torch.no_grad():
-            assert on_gpu.update(randn(17, columns), adapter, adapter.lora_factors) is None
-            before = on_gpu.update(x, adapter, adapter.lora_factors)
-            assert torch.equal(on_gpu.update(x, deepcopy(adapter), adapter.lora_factors), before)
+            assert on_gpu.update(randn(17, columns), adapter, adapter.lora_factors, adapter.scaling) is None
+            before = on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling)
+            assert torch.equal(on_gpu.update(x, deepcopy(adapter), adapter.lora_factors, adapter.scaling), before)
             like = torch.empty_like(adapter.B, device="meta")
             adapter.B.mul_(2)  # factors follow what parameters have
-            close(on_gpu.update(x, adapter, adapter.lora_factors), 2 * before.double(), 1e-2)
+            close(on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling), 2 * before.double(), 1e-2)
             adapter.B.data.mul_(2)  # of which nobody is told
             adapter.train().eval()
-            close(on_gpu.update(x, adapter, adapter.lora_factors), 4 * before.double(), 1e-2)
+            close(on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling), 4 * before.double(), 1e-2)
+            adapter.scaling *= 3
+            close(on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling), 12 * before.double(), 1e-2)
+            adapter.scaling /= 3
             for _ in range(4):  # another parameter may get the memory of one that is gone
-                on_gpu.update(x, adapter, adapter.lora_factors)
+                on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling)
                 adapter.B = None
                 adapter.B = torch.nn.Parameter(torch.randn(like.shape, dtype=like.dtype, generator=generator))
                 wanted = x.double() @ adapter.delta_weight().double().T
-                close(on_gpu.update(x, adapter, adapter.lora_factors), wanted, limit)
+                close(on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling), wanted, limit)
             torch.cuda.is_current_stream_capturing = lambda: True
-            assert on_gpu.update(x, adapter, adapter.lora_factors) is not None
+            assert on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling) is not None
             on_gpu.forget(adapter)
-            assert on_gpu.update(x, adapter, adapter.lora_factors) is None  # factors would be those of a graph
+            assert on_gpu.update(x, adapter, adapter.lora_factors, adapter.scaling) is None  # of a graph
             torch.cuda.is_current_stream_capturing = lambda: False
 x, down, up = randn(3, 20), randn(8, 20), randn(8, 12)
 del counted.names[:]
