@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def load_model(
         dtype: of the weights; None for the stored one.
 
     Raises:
-        CheckpointError: when the folder has no model of that kind.
+        CheckpointError: when the folder has no model of that kind, or not its output layer.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load_any(folder, auto_class, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -75,7 +75,7 @@ def load_any(
         auto_class: see `load_model`; empty for the class that config.json names, which has a place for every tensor.
 
     Raises:
-        CheckpointError: when the folder has no model of that kind.
+        CheckpointError: when the folder has no model of that kind, or with ``auto_class`` not its output layer.
     """
     transformers = _transformers()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -84,8 +84,26 @@ def load_any(
             cls = _class(transformers, folder, auto_class)
         else:
             cls = _class_of(transformers, transformers.AutoConfig.from_pretrained(folder, **local), folder)
-        settings = {"dtype": dtype or "auto"}
-        return from_pretrained(cls, folder, settings, trust_remote_code=trust_remote_code).eval()
+        settings = {"dtype": dtype or "auto", "output_loading_info": True}
+        model, report = from_pretrained(cls, folder, settings, trust_remote_code=trust_remote_code)
+    if auto_class:
+        check_head(folder, model, report["missing_keys"])
+    return model.eval()
+
+
+def check_head(folder: Path, model: Any, missing: Iterable[str]) -> None:
+    """Refuse a model whose head is not in the checkpoint: it would begin at random. Tied weights are not missing.
+
+    Raises:
+        CheckpointError: when names of missing weights are outside the model's body.
+    """
+    prefix = model.base_model_prefix
+    head = sorted(name for name in missing if prefix and not name.startswith(f"{prefix}."))
+    if head and hasattr(model, prefix):
+        raise CheckpointError(
+            f"{folder}: expected the weights of {type(model).__name__}, got none for {', '.join(head[:3])}."
+            " Use a checkpoint that has this output layer."
+        )
 
 
 def load_classifier(

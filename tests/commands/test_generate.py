@@ -15,16 +15,19 @@ from spectral_surgery import cli
 from spectral_surgery.adapters import METHODS
 from spectral_surgery.adapters.base import AdapterSpec
 from spectral_surgery.adapters.lora import LoraConfig
+from spectral_surgery.codec.rate import Target
+from spectral_surgery.commands.compress import compress
 from spectral_surgery.commands.generate import generate
 from spectral_surgery.commands.settings import Running
 from spectral_surgery.errors import CheckpointError, ConfigError, LimitError
+from spectral_surgery.files.compressed.settings import CompressOptions
 from spectral_surgery.files.peft.adapter_files import write_adapter
 from spectral_surgery.hf.models import continue_text
 from spectral_surgery.hf.quantizer.load_compressed import load_compressed
 from spectral_surgery.hf.settings import Sampling
 from spectral_surgery.live.attach import adapted_layers, inject, state_of
 from spectral_surgery.targets import ModuleTargets
-from tests.support.compressed import compressed_folder, save_tokenizer
+from tests.support.compressed import TEXT, compressed_folder, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,6 +59,17 @@ def test_a_compressed_model_writes_what_the_dense_one_writes(folder: Path) -> No
 def test_a_model_that_cannot_generate_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"generate: expected a model that.*got Linear without that method"):
         continue_text(torch.nn.Linear(2, 2), None, PROMPT, SHORT, print)
+
+
+def test_an_encoder_without_an_output_layer_is_refused(tmp_path: Path) -> None:
+    """One that begins at random would write random words."""
+    plain, small = tmp_path / "plain", tmp_path / "small"
+    transformers.BertModel(transformers.BertConfig(**TEXT)).save_pretrained(plain)
+    save_tokenizer(plain)
+    compress(plain, small, CompressOptions(Target("bits", 4.0), min_weights=1000))
+    for folder in (plain, small):
+        with pytest.raises(CheckpointError, match=r"expected the weights of BertLMHeadModel, got none for cls\.pred"):
+            generate(folder, PROMPT, SHORT, Running())
 
 
 def test_sampling_follows_its_seed(folder: Path) -> None:

@@ -14,7 +14,7 @@ from spectral_surgery.files.compressed.settings import AUTO
 from spectral_surgery.files.peft.task import class_for
 from spectral_surgery.hf.deltas import switch_delta
 from spectral_surgery.hf.load_errors import loading
-from spectral_surgery.hf.models import class_named, load_any
+from spectral_surgery.hf.models import check_head, class_named, load_any
 from spectral_surgery.hf.quantizer.fill_weights import NARROW, STREAMED, resident_bytes, residents_for
 from spectral_surgery.matmul import STREAM_BYTES
 
@@ -105,7 +105,11 @@ def _loaded(
             )
         config.quantization_config = {**config.quantization_config, "resident": residents}
         device_map = None if str(device) == "cpu" else device
-        return cls.from_pretrained(folder, config=config, dtype=dtype or "auto", device_map=device_map, **local).eval()
+        settings = {"dtype": dtype or "auto", "device_map": device_map, "output_loading_info": True}
+        model, report = cls.from_pretrained(folder, config=config, **settings, **local)
+    if auto_class:
+        check_head(folder, model, report["missing_keys"])
+    return model.eval()
 
 
 def _within(
