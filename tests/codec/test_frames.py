@@ -67,7 +67,17 @@ def by_heal(values: Tensor, folder: Path) -> EncodedSpectrum:
     compress(source, folder / "out", OPTIONS)
     checkpoint = open_compressed(folder / "out")
     session = HealSession(
-        checkpoint, read_index(source), source, TextData(source), "cpu", folder, "key", 1, perf_counter, lambda *_: None
+        checkpoint,
+        read_index(source),
+        source,
+        TextData(source),
+        "cpu",
+        folder,
+        "key",
+        1,
+        perf_counter,
+        lambda *_: None,
+        0.0,
     )
     (file,) = session.leave("layer.weight", [spectrum_of(values)], values.float())
     return part_in(file, values)
